@@ -1,0 +1,1 @@
+"""Train, evaluate and use FlexTok with PyTorch Lightning."""

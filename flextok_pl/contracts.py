@@ -1,0 +1,79 @@
+"""What the parts of the suite agree on: batches, protocols and default budgets.
+
+Shapes in this file: B batch, H x W image, C x h x w latent, K registers.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypedDict, runtime_checkable
+
+import torch
+from torch import Tensor
+
+GuidanceScale = float | Callable[[float], float]
+"""A constant guidance scale, or a function of the flow time t in (0, 1]."""
+
+
+class Batch(TypedDict, total=False):
+    """One collated batch of a `ShardDataModule`; the keys present depend on the shards.
+
+    Attributes:
+        image: (B, 3, H, W) float32 in [-1, 1].
+        latent: (B, 2C, h, w) float32, the VAE posterior's mean and log-variance, unscaled.
+        tokens: (B, K) int64.
+        label: (B,) int64 class index.
+        text: B captions.
+        key: B sample keys, unique in the data set.
+    """
+
+    image: Tensor
+    latent: Tensor
+    tokens: Tensor
+    label: Tensor
+    text: list[str]
+    key: list[str]
+
+
+@runtime_checkable
+class Reconstructor(Protocol):
+    """What a reconstruction metric needs of a tokenizer; `FlexTok` satisfies it."""
+
+    @property
+    def num_registers(self) -> int:
+        """K, the largest token budget."""
+
+    def tokenize(self, images: Tensor, num_tokens: int | None = None) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, K') int64, deterministic."""
+
+    def detokenize(
+        self,
+        tokens: Tensor | Sequence[Tensor],
+        num_tokens: int | Tensor | None = None,
+        num_steps: int = 25,
+        guidance: str = "apg",
+        guidance_scale: GuidanceScale = 7.5,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        noise: Tensor | None = None,
+        latent_size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """(B, K') int64 -> (B, 3, H, W), not clamped; `generator` may be one per sample."""
+
+
+@runtime_checkable
+class ReconstructionModule(Protocol):
+    """What a reconstruction callback needs of a LightningModule."""
+
+    @property
+    def reconstructor(self) -> Reconstructor:
+        """The tokenizer under evaluation, with the weights now in use (raw or averaged)."""
+
+
+def default_budgets(num_registers: int) -> list[int]:
+    """Powers of two up to and including `num_registers`: 1, 2, 4, ..., K.
+
+    Raises:
+        ValueError: `num_registers` is below 1.
+    """
+    if num_registers < 1:
+        raise ValueError(f"num_registers={num_registers} must be at least 1")
+    powers = [2**i for i in range(num_registers.bit_length()) if 2**i < num_registers]
+    return [*powers, num_registers]

@@ -1,0 +1,275 @@
+"""Hyper-parameters of the models, as flat frozen dataclasses.
+
+The published architecture is described in FlexTok (https://arxiv.org/abs/2502.13967). Values marked
+"unconfirmed" are not stated by a primary source; a checkpoint's own metadata always decides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isqrt
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+NestedDropoutLaw = Literal["uniform", "pow2", "uniform_pow2", "exponential", "none"]
+TimestepLaw = Literal["logit_normal", "uniform", "mode"]
+
+ConfigT = TypeVar("ConfigT", "VAEConfig", "FlexTokConfig")
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The image autoencoder that turns pixels into latents.
+
+    Args:
+        kind: `kl` is diffusers' `AutoencoderKL`; `pixel` folds square pixel blocks into channels,
+            has no weights and loses nothing (for tiny images).
+        latent_channels: C. A `pixel` autoencoder needs 3 * f**2 for a fold of f x f pixels.
+        block_out_channels: widths of the `kl` autoencoder's levels; n levels downsample by 2**(n-1).
+        layers_per_block: residual blocks per level.
+        norm_num_groups: groups of its group norms.
+        down_block_types: diffusers block names; empty means `DownEncoderBlock2D` at every level.
+        up_block_types: likewise `UpDecoderBlock2D`.
+        act_fn: activation name.
+        mid_block_add_attention: attention in the middle block.
+        use_quant_conv: 1x1 convolution before the posterior.
+        use_post_quant_conv: 1x1 convolution after the latents.
+        scaling_factor: latents = (posterior - shift_factor) * scaling_factor. The published FlexTok VAE
+            uses 0.88 (unconfirmed).
+        shift_factor: 0 for every published FlexTok model.
+    """
+
+    kind: Literal["kl", "pixel"] = "kl"
+    latent_channels: int = 16
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    down_block_types: tuple[str, ...] = ()
+    up_block_types: tuple[str, ...] = ()
+    act_fn: str = "silu"
+    mid_block_add_attention: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    scaling_factor: float = 0.88
+    shift_factor: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("block_out_channels", "down_block_types", "up_block_types"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.kind not in ("kl", "pixel"):
+            raise ValueError(f"kind={self.kind!r} is not a known autoencoder; use 'kl' or 'pixel'")
+        if self.kind == "pixel" and 3 * isqrt(self.latent_channels // 3) ** 2 != self.latent_channels:
+            raise ValueError(
+                f"latent_channels={self.latent_channels} is not 3 * f**2: a 'pixel' autoencoder folds f x f "
+                "pixels of 3 channels, so use 3, 12, 27, 48, ..."
+            )
+        if self.scaling_factor <= 0:
+            raise ValueError(f"scaling_factor={self.scaling_factor} must be positive")
+
+    @property
+    def downsampling(self) -> int:
+        """Image pixels per latent position, along each side."""
+        if self.kind == "pixel":
+            return isqrt(self.latent_channels // 3)
+        return int(2 ** (len(self.block_out_channels) - 1))
+
+
+@dataclass(frozen=True)
+class FlexTokConfig:
+    """A FlexTok tokenizer.
+
+    Args:
+        vae: the image autoencoder, or None for a model that only sees latents.
+        latent_channels: C, channels of the latents; equals `vae.latent_channels` where there is a VAE.
+        encoder_width: D of the encoder.
+        encoder_depth: its number of blocks.
+        encoder_head_dim: width of its attention heads.
+        decoder_width: D of the decoder.
+        decoder_depth: its number of blocks.
+        decoder_head_dim: width of its attention heads.
+        mlp_ratio: SwiGLU hidden width is int(2 * int(mlp_ratio * D) / 3).
+        num_registers: K, the largest number of tokens.
+        fsq_levels: quantisation levels of each code dimension; their product is the vocabulary.
+        patch_size: latent positions per patch, along each side.
+        grid_size: (rows, columns) of patches that the position tables hold; smaller inputs use the
+            top-left part.
+        max_timestep: t that the time embedding maps to its full range: 1 or 1000 (unconfirmed for the
+            published models, stored in their metadata).
+        time_frequencies: width of the sinusoidal time embedding.
+        repa_layer: index of the decoder block whose patches are compared with a teacher, or None.
+        nested_dropout: law of the number of kept tokens in training (unconfirmed: the sources disagree).
+        null_dropout: probability of dropping all tokens in training (unconfirmed).
+        timestep_law: law of t in training (see `flextok_pl.flow.rectified`; unconfirmed).
+        mode_scale: the `mode` law's scale s (unconfirmed).
+        stratified: draw t in equal strata over the batch.
+    """
+
+    vae: VAEConfig | None = VAEConfig()
+    latent_channels: int = 16
+    encoder_width: int = 768
+    encoder_depth: int = 12
+    encoder_head_dim: int = 64
+    decoder_width: int = 768
+    decoder_depth: int = 12
+    decoder_head_dim: int = 64
+    mlp_ratio: float = 4.0
+    num_registers: int = 256
+    fsq_levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
+    patch_size: int = 2
+    grid_size: tuple[int, int] = (16, 16)
+    max_timestep: float = 1.0
+    time_frequencies: int = 256
+    repa_layer: int | None = 1
+    nested_dropout: NestedDropoutLaw = "uniform"
+    null_dropout: float = 0.2
+    timestep_law: TimestepLaw = "mode"
+    mode_scale: float = 0.25
+    stratified: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.vae, Mapping):
+            object.__setattr__(self, "vae", config_from_dict(VAEConfig, self.vae))
+        object.__setattr__(self, "fsq_levels", tuple(self.fsq_levels))
+        object.__setattr__(self, "grid_size", tuple(self.grid_size))
+        for side in ("encoder", "decoder"):
+            width, head_dim = getattr(self, f"{side}_width"), getattr(self, f"{side}_head_dim")
+            if head_dim < 1 or width % head_dim:
+                raise ValueError(f"{side}_width={width} must be a multiple of {side}_head_dim={head_dim}")
+            if width % 4:
+                raise ValueError(f"{side}_width={width} must be a multiple of 4 for sin-cos positions")
+            if getattr(self, f"{side}_depth") < 1:
+                raise ValueError(f"{side}_depth={getattr(self, f'{side}_depth')} must be at least 1")
+        for name in ("num_registers", "patch_size", "latent_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not self.fsq_levels or min(self.fsq_levels) < 2:
+            raise ValueError(f"fsq_levels={self.fsq_levels} needs at least one entry, each 2 or more")
+        if self.vae is not None and self.vae.latent_channels != self.latent_channels:
+            raise ValueError(
+                f"latent_channels={self.latent_channels} differs from vae.latent_channels="
+                f"{self.vae.latent_channels}; give both the same value"
+            )
+        if self.repa_layer is not None and not 0 <= self.repa_layer < self.decoder_depth:
+            raise ValueError(
+                f"repa_layer={self.repa_layer} is no block of a decoder with decoder_depth="
+                f"{self.decoder_depth}; use 0..{self.decoder_depth - 1} or null"
+            )
+        if not 0.0 <= self.null_dropout <= 1.0:
+            raise ValueError(f"null_dropout={self.null_dropout} must be a probability in [0, 1]")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of distinct tokens."""
+        size = 1
+        for level in self.fsq_levels:
+            size *= level
+        return size
+
+    @staticmethod
+    def preset(name: str) -> FlexTokConfig:
+        """A named configuration: `d12_d12`, `d18_d18`, `d18_d28` (as published), `tiny` or `demo`.
+
+        Raises:
+            ValueError: the name is unknown.
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"preset {name!r} is unknown; use one of {sorted(_PRESETS)}")
+        return _PRESETS[name]
+
+
+def _published(encoder_depth: int, decoder_depth: int) -> FlexTokConfig:
+    return FlexTokConfig(
+        encoder_width=64 * encoder_depth,
+        encoder_depth=encoder_depth,
+        decoder_width=64 * decoder_depth,
+        decoder_depth=decoder_depth,
+    )
+
+
+_DEMO_VAE = VAEConfig(
+    latent_channels=8,
+    block_out_channels=(32, 48, 64, 64),
+    layers_per_block=1,
+    norm_num_groups=8,
+    mid_block_add_attention=False,
+    scaling_factor=1.0,
+)
+
+_PRESETS = {
+    "d12_d12": _published(12, 12),
+    "d18_d18": _published(18, 18),
+    "d18_d28": _published(18, 28),
+    "demo": FlexTokConfig(
+        vae=_DEMO_VAE,
+        latent_channels=8,
+        encoder_width=192,
+        encoder_depth=4,
+        encoder_head_dim=32,
+        decoder_width=192,
+        decoder_depth=4,
+        decoder_head_dim=32,
+        num_registers=64,
+        grid_size=(4, 4),
+        repa_layer=None,
+        nested_dropout="pow2",
+        null_dropout=0.1,
+    ),
+    "tiny": FlexTokConfig(
+        vae=VAEConfig(kind="pixel", latent_channels=12, scaling_factor=1.0),
+        latent_channels=12,
+        encoder_width=64,
+        encoder_depth=2,
+        encoder_head_dim=32,
+        decoder_width=64,
+        decoder_depth=2,
+        decoder_head_dim=32,
+        num_registers=16,
+        patch_size=2,
+        grid_size=(8, 8),
+        repa_layer=None,
+        nested_dropout="pow2",
+        null_dropout=0.1,
+    ),
+}
+
+
+def config_to_dict(config: VAEConfig | FlexTokConfig) -> dict[str, Any]:
+    """A config as plain JSON types."""
+    return dataclasses.asdict(config)
+
+
+def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """Build a config from plain JSON types.
+
+    Raises:
+        ValueError: a key is unknown, or a value has the wrong type.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no option {unknown[0]!r}; its options are {sorted(fields)}")
+    hints = get_type_hints(cls)
+    return cls(**{name: _checked(name, value, hints[name]) for name, value in values.items()})
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """`value` if it fits `hint`, converting lists to tuples and mappings to configs."""
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    for option in options:
+        origin = get_origin(option)
+        if origin is Literal and value in get_args(option):
+            return value
+        if origin is tuple and isinstance(value, list | tuple):
+            arguments = get_args(option)
+            items = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+            if len(items) == len(value):
+                return tuple(_checked(f"{name}[{i}]", v, t) for i, (v, t) in enumerate(zip(value, items, strict=True)))
+        if option is VAEConfig and isinstance(value, Mapping):
+            return config_from_dict(VAEConfig, value)
+        if option is float and type(value) in (int, float):
+            return float(value)
+        if isinstance(option, type) and type(value) is option:
+            return value
+    raise ValueError(f"{name}={value!r} has the wrong type; it must be {hint}")
