@@ -1,0 +1,46 @@
+"""Guidance: how the conditional and the unconditional velocity make one.
+
+Shapes: velocities are (B, C, h, w).
+"""
+
+import torch
+from torch import Tensor
+
+GUIDANCE_KINDS = ("none", "cfg", "apg")
+
+
+def classifier_free_guidance(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """u + s * (c - u) (https://arxiv.org/abs/2207.12598, equation 6 with s = 1 + w)."""
+    return unconditional + scale * (conditional - unconditional)
+
+
+class AdaptiveProjectedGuidance:
+    """Adaptive projected guidance (https://arxiv.org/abs/2410.02416, algorithm 1); one object per sampling run.
+
+    Differs from the paper in working on velocities, not on predictions of the clean sample, as the official
+    FlexTok code does; the momentum buffer is kept without the clipping.
+
+    Args:
+        momentum: factor of the previous steps' difference.
+        eta: share of the component parallel to the conditional velocity that is kept.
+        norm_threshold: largest L2 norm of the difference, over one sample's (C, h, w).
+    """
+
+    def __init__(self, momentum: float = -0.5, eta: float = 0.0, norm_threshold: float = 2.5) -> None:
+        self.momentum = momentum
+        self.eta = eta
+        self.norm_threshold = norm_threshold
+        self._average: Tensor | float = 0.0
+
+    def __call__(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+        """The guided velocity of the next step."""
+        self._average = conditional - unconditional + self.momentum * self._average
+        difference = self._average
+        if self.norm_threshold > 0:
+            norm = difference.flatten(1).norm(dim=1)
+            clip = (self.norm_threshold / norm).clamp(max=1.0)
+            difference = difference * clip.view(-1, 1, 1, 1)
+        direction = torch.nn.functional.normalize(conditional.double().flatten(1), dim=1).view_as(conditional)
+        product = (difference.double() * direction).flatten(1).sum(1).view(-1, 1, 1, 1)
+        parallel = (product * direction).to(difference.dtype)
+        return conditional + (scale - 1) * (difference - parallel + self.eta * parallel)

@@ -1,0 +1,45 @@
+"""How many tokens an image keeps in training (https://arxiv.org/abs/1402.0915; FlexTok, section 3.1).
+
+Shapes: B batch, K registers.
+"""
+
+import torch
+from torch import Tensor
+
+BUDGET_LAWS = ("uniform", "pow2", "uniform_pow2", "exponential", "none")
+
+
+def sample_num_tokens(law: str, batch_size: int, num_registers: int, generator: torch.Generator) -> Tensor:
+    """Draw a token budget for every image.
+
+    Args:
+        law: `uniform` over 1..K; `pow2` over 1, 2, 4, ..., K; `uniform_pow2` uniform and then rounded up to a
+            power of two (at most K); `exponential` with P(k) proportional to 2**(-8 k / K), so that short budgets
+            are frequent; `none` always K.
+        batch_size: B.
+        num_registers: K.
+        generator: source of the draw; its device decides where the draw happens.
+
+    Returns:
+        (B,) int64 in 1..K, on the generator's device.
+
+    Raises:
+        ValueError: the law is unknown.
+    """
+    if law not in BUDGET_LAWS:
+        raise ValueError(f"nested_dropout={law!r} is unknown; use one of {BUDGET_LAWS}")
+    device = generator.device
+    if law == "none":
+        return torch.full((batch_size,), num_registers, device=device)
+    if law == "exponential":
+        k = torch.arange(1, num_registers + 1, device=device)
+        weights = torch.exp2(-8.0 * k / num_registers)
+        return 1 + torch.multinomial(weights, batch_size, replacement=True, generator=generator)
+    powers = [2**i for i in range(num_registers.bit_length()) if 2**i < num_registers] + [num_registers]
+    choices = torch.tensor(powers, device=device)
+    if law == "pow2":
+        return choices[torch.randint(len(powers), (batch_size,), generator=generator, device=device)]
+    k = torch.randint(1, num_registers + 1, (batch_size,), generator=generator, device=device)
+    if law == "uniform_pow2":
+        return choices[torch.searchsorted(choices, k)]
+    return k

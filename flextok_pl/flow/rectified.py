@@ -1,0 +1,92 @@
+"""Rectified flow (https://arxiv.org/abs/2209.03003): the straight path between data and noise.
+
+t = 0 is data and t = 1 is noise: x_t = t * noise + (1 - t) * clean, and the velocity is noise - clean.
+
+Shapes: B batch; tensors of latents are (B, ...).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+TIMESTEP_LAWS = ("logit_normal", "uniform", "mode")
+
+
+def interpolate(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t on the straight path; `t` is (B,)."""
+    t = t.view(-1, *[1] * (clean.ndim - 1))
+    return t * noise + (1 - t) * clean
+
+
+def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
+    """What the model learns to predict: noise - clean."""
+    return noise - clean
+
+
+def velocity_loss(predicted: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error per sample, (B,)."""
+    return (predicted.float() - target.float()).square().flatten(1).mean(1)
+
+
+def sample_timesteps(
+    law: str,
+    batch_size: int,
+    generator: torch.Generator,
+    *,
+    mode_scale: float = 0.25,
+    shift: float = 1.0,
+    stratified: bool = False,
+) -> Tensor:
+    """Draw training timesteps.
+
+    Args:
+        law: `logit_normal` is sigmoid(N(0, 1)), `uniform` is U(0, 1), `mode` is the Stable Diffusion 3 law
+            (https://arxiv.org/abs/2403.03206, equation 20), as `mode_from_uniform`.
+        batch_size: B.
+        generator: source of the draw; its device decides where the draw happens.
+        mode_scale: s of the `mode` law.
+        shift: t -> shift * t / (1 + (shift - 1) * t); above 1 it spends more of the training on noisy inputs
+            (Stable Diffusion 3, equation 23).
+        stratified: one draw in each of B equal quantiles instead of B independent ones.
+
+    Returns:
+        (B,) float32 in (0, 1), on the generator's device.
+
+    Raises:
+        ValueError: the law is unknown.
+    """
+    if law not in TIMESTEP_LAWS:
+        raise ValueError(f"timestep_law={law!r} is unknown; use one of {TIMESTEP_LAWS}")
+    device = generator.device
+    if law == "logit_normal" and not stratified:
+        t = torch.randn(batch_size, generator=generator, device=device).sigmoid()
+    else:
+        u = torch.rand(batch_size, generator=generator, device=device)
+        if stratified:
+            u = stratify(u)
+        if law == "logit_normal":
+            t = logit_normal_from_uniform(u)
+        else:
+            t = mode_from_uniform(u, mode_scale if law == "mode" else 0.0)
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def stratify(u: Tensor) -> Tensor:
+    """Move B draws of U(0, 1) into the B equal parts of (0, 1), in order."""
+    return torch.arange(len(u), device=u.device) / len(u) + u / len(u)
+
+
+def logit_normal_from_uniform(u: Tensor) -> Tensor:
+    """sigmoid of the normal quantile of u."""
+    return (math.sqrt(2) * torch.erfinv(2 * u - 1)).sigmoid()
+
+
+def mode_from_uniform(u: Tensor, scale: float) -> Tensor:
+    """1 - u - s * (cos(pi u / 2)**2 - 1 + u), Stable Diffusion 3's law with heavy middle; s = 0 leaves U(0, 1).
+
+    Differs from the paper at s = 0, where u itself is returned, as the official FlexTok code does.
+    """
+    if scale == 0:
+        return u
+    return 1 - u - scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)

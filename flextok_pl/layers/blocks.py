@@ -1,0 +1,118 @@
+"""Pre-norm Transformer blocks, plain and conditioned on time.
+
+Shapes: B batch, L sequence, Q query rows, D width, N patches.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flextok_pl.layers.attention import Attention, AttentionPattern
+from flextok_pl.layers.norm import layer_norm
+
+ALL_ROWS = slice(None)
+
+
+class SwiGLU(nn.Module):
+    """Gated MLP fc2(SiLU(fc1 x) * fc3 x) (https://arxiv.org/abs/2002.05202), without biases."""
+
+    def __init__(self, width: int, mlp_ratio: float) -> None:
+        super().__init__()
+        hidden = int(2 * int(mlp_ratio * width) / 3)
+        self.fc1 = nn.Linear(width, hidden, bias=False)
+        self.fc2 = nn.Linear(hidden, width, bias=False)
+        self.fc3 = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return self.fc2(F.silu(self.fc1(x)) * self.fc3(x))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Pre-norm block: x + attention, then x + MLP.
+
+    `rows` limits the block to the query rows that a caller needs: the last block of a model computes
+    keys and values for the whole sequence but queries, projections and the MLP for the kept rows only.
+    """
+
+    def __init__(self, width: int, head_dim: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.attn = Attention(width, head_dim)
+        self.mlp = SwiGLU(width, mlp_ratio)
+
+    def forward(self, x: Tensor, pattern: AttentionPattern, rows: slice = ALL_ROWS) -> Tensor:
+        """(B, L, D) -> (B, Q, D), the rows of the output that `rows` selects."""
+        h = layer_norm(x)
+        x = x[:, rows] + self.attn(h[:, rows], h, pattern)
+        return x + self.mlp(layer_norm(x))  # type: ignore[no-any-return]
+
+
+class Modulation(NamedTuple):
+    """What a time embedding contributes to one block, for patches and registers apart; each (B, 2, D)."""
+
+    gate_attn: Tensor
+    gate_mlp: Tensor
+    shift_attn: Tensor
+    scale_attn: Tensor
+    shift_mlp: Tensor
+    scale_mlp: Tensor
+
+
+class AdaLNBlock(nn.Module):
+    """`Block` with adaLN-zero (https://arxiv.org/abs/2212.09748), separate for patches and registers.
+
+    Differs from DiT in the order of the six parts: gates first, then shift and scale of either branch.
+    """
+
+    def __init__(self, width: int, head_dim: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.attn = Attention(width, head_dim)
+        self.mlp = SwiGLU(width, mlp_ratio)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 12 * width))
+
+    def forward(
+        self, x: Tensor, time: Tensor, num_patches: int, pattern: AttentionPattern, rows: slice = ALL_ROWS
+    ) -> Tensor:
+        """One block.
+
+        Args:
+            x: (B, L, D), the first `num_patches` positions being patches.
+            time: (B, D) time embedding.
+            num_patches: N.
+            pattern: the attention pattern.
+            rows: output rows to compute; must start at 0 so that patches stay first.
+
+        Returns:
+            (B, Q, D).
+        """
+        m = Modulation(*self.adaLN_modulation(time).unflatten(-1, (2, 6, -1)).unbind(2))  # 6 x (B, 2, D)
+        h = modulate(layer_norm(x), m.shift_attn, m.scale_attn, num_patches)
+        x = x[:, rows]
+        x = x + gate(self.attn(h[:, rows], h, pattern), m.gate_attn, num_patches)
+        h = modulate(layer_norm(x), m.shift_mlp, m.scale_mlp, num_patches)
+        return x + gate(self.mlp(h), m.gate_mlp, num_patches)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, num_patches: int) -> Tensor:
+    """x * (1 + scale) + shift with one (shift, scale) for patches and one for registers.
+
+    Args:
+        x: (B, L, D).
+        shift: (B, 2, D), index 0 for the first `num_patches` positions and 1 for the others.
+        scale: (B, 2, D).
+        num_patches: N.
+    """
+    patches = torch.addcmul(shift[:, :1], x[:, :num_patches], 1 + scale[:, :1])
+    if x.shape[1] == num_patches:
+        return patches
+    return torch.cat([patches, torch.addcmul(shift[:, 1:], x[:, num_patches:], 1 + scale[:, 1:])], dim=1)
+
+
+def gate(x: Tensor, factor: Tensor, num_patches: int) -> Tensor:
+    """x * factor with one factor for patches and one for registers; shapes as in `modulate`."""
+    patches = x[:, :num_patches] * factor[:, :1]
+    if x.shape[1] == num_patches:
+        return patches
+    return torch.cat([patches, x[:, num_patches:] * factor[:, 1:]], dim=1)

@@ -1,0 +1,80 @@
+"""Patches, positions and time as vectors.
+
+Shapes: B batch, C channels, h x w latent, p patch side, H x W grid of patches, D width.
+"""
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def patchify(latents: Tensor, patch_size: int) -> Tensor:
+    """(B, C, h, w) -> (B, H, W, p*p*C); features are ordered (row in patch, column in patch, channel)."""
+    return rearrange(latents, "b c (h p) (w q) -> b h w (p q c)", p=patch_size, q=patch_size)
+
+
+def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
+    """(B, H, W, p*p*C) -> (B, C, h, w), the inverse of `patchify`."""
+    return rearrange(patches, "b h w (p q c) -> b c (h p) (w q)", p=patch_size, q=patch_size)
+
+
+def sincos_position_table(width: int, grid_size: tuple[int, int]) -> Tensor:
+    """2-D sine-cosine positions (https://arxiv.org/abs/2104.02057, appendix), (1, D, H, W).
+
+    Channels are [sin(row w), cos(row w), sin(column w), cos(column w)] with w_k = 10000**(-k / (D/4)).
+    """
+    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    rows, columns = (torch.arange(n, dtype=torch.float64)[:, None] * omega for n in grid_size)  # (H, D/4), (W, D/4)
+    row_part = torch.cat([rows.sin(), rows.cos()], dim=1).T[:, :, None].expand(-1, -1, grid_size[1])
+    column_part = torch.cat([columns.sin(), columns.cos()], dim=1).T[:, None, :].expand(-1, grid_size[0], -1)
+    return torch.cat([row_part, column_part])[None].float()
+
+
+def grid_positions(table: Tensor, rows: int, columns: int) -> Tensor:
+    """The top-left (rows, columns) part of a position table.
+
+    Args:
+        table: (1, D, H, W).
+        rows: wanted rows, at most H.
+        columns: wanted columns, at most W.
+
+    Returns:
+        (1, rows, columns, D).
+
+    Raises:
+        ValueError: the table is too small.
+    """
+    if rows > table.shape[2] or columns > table.shape[3]:
+        raise ValueError(
+            f"an input of {rows} x {columns} patches is larger than the position table of "
+            f"{table.shape[2]} x {table.shape[3]} (grid_size); use smaller images or a model with a larger grid_size"
+        )
+    return table[:, :, :rows, :columns].permute(0, 2, 3, 1)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoidal embedding of the flow time followed by a two-layer MLP (GLIDE, https://arxiv.org/abs/2112.10741).
+
+    The longest period is 256, and t is scaled so that `max_timestep` maps to 1000.
+    """
+
+    def __init__(self, width: int, num_frequencies: int, max_timestep: float) -> None:
+        super().__init__()
+        self.num_frequencies = num_frequencies
+        self.max_timestep = max_timestep
+        self.mlp = nn.Sequential(nn.Linear(num_frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def frequencies(self, t: Tensor) -> Tensor:
+        """(B,) float32 -> (B, num_frequencies), cosines first."""
+        half = self.num_frequencies // 2
+        steps = torch.arange(half, dtype=torch.float32, device=t.device)
+        omega = (1000.0 / self.max_timestep) * torch.exp(-math.log(256) * steps / half)
+        angles = t.float()[:, None] * omega  # (B, half)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(B,) -> (B, D)."""
+        frequencies = self.frequencies(t)
+        return self.mlp(frequencies.to(self.mlp[0].weight.dtype))  # type: ignore[no-any-return, union-attr]

@@ -1,0 +1,143 @@
+"""The flow decoder: noised latents and tokens in, velocity out.
+
+Shapes: B batch, C channels, h x w latent, N patches, K registers, k kept tokens, m = max k of the batch, D width.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flextok_pl.layers.attention import full_attention
+from flextok_pl.layers.blocks import AdaLNBlock
+from flextok_pl.layers.embeddings import TimeEmbedding, grid_positions, patchify, sincos_position_table, unpatchify
+from flextok_pl.layers.norm import layer_norm
+from flextok_pl.models.config import FlexTokConfig
+
+
+class Velocity(NamedTuple):
+    """A decoder pass.
+
+    Attributes:
+        velocity: (B, C, h, w), noise minus clean latents.
+        patch_features: (B, N, D) patches after block `repa_layer`, or None where that is None.
+    """
+
+    velocity: Tensor
+    patch_features: Tensor | None
+
+
+class AdaLNHead(nn.Module):
+    """Modulated LayerNorm and a linear map to the values of a patch."""
+
+    def __init__(self, width: int, out_features: int) -> None:
+        super().__init__()
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.proj = nn.Linear(width, out_features)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """(B, N, D), (B, D) -> (B, N, out_features)."""
+        shift, scale = self.adaLN_modulation(time)[:, None].chunk(2, dim=-1)
+        return self.proj(layer_norm(x) * (1 + scale) + shift)  # type: ignore[no-any-return]
+
+
+class FlowDecoder(nn.Module):
+    """Rectified-flow Transformer over noised patches and tokens (FlexTok, section 3.2).
+
+    Tokens beyond an image's budget are replaced by one learned vector without position, and attention is
+    full; so all K-k of them are identical at every layer. They are computed ONCE, as a single position whose
+    attention logit as a key is raised by log(K-k): softmax over n equal keys is exp(s + log n). The function
+    and its gradients are those of the full sequence, at N+k+1 positions instead of N+K. A dropped condition
+    replaces all K tokens by another vector, and is the same trick with k = 0.
+    """
+
+    def __init__(self, config: FlexTokConfig) -> None:
+        super().__init__()
+        width = config.decoder_width
+        self.patch_size = config.patch_size
+        self.num_registers = config.num_registers
+        self.repa_layer = config.repa_layer
+        self.activation_checkpointing = False
+        self.code_embed = nn.Linear(len(config.fsq_levels), width)
+        self.register_posemb = nn.Parameter(torch.empty(1, 1, width, config.num_registers))
+        self.mask_token = nn.Parameter(torch.empty(width))
+        self.null_token = nn.Parameter(torch.empty(width))
+        self.patch_embed = nn.Linear(config.latent_channels * config.patch_size**2, width)
+        self.patch_posemb = nn.Parameter(sincos_position_table(width, config.grid_size), requires_grad=False)
+        self.time_embed = TimeEmbedding(width, config.time_frequencies, config.max_timestep)
+        self.blocks = nn.ModuleList(
+            AdaLNBlock(width, config.decoder_head_dim, config.mlp_ratio) for _ in range(config.decoder_depth)
+        )
+        self.head = AdaLNHead(width, config.latent_channels * config.patch_size**2)
+
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        codes: Tensor,
+        num_tokens: Tensor | None = None,
+        null: Tensor | None = None,
+    ) -> Velocity:
+        """Velocity of `x_t` at time `t`.
+
+        Args:
+            x_t: (B, C, h, w) noised latents.
+            t: (B,) float32, 1 being pure noise.
+            codes: (B, m, number of FSQ levels) quantised codes of at least the largest budget in use; m = 0
+                is enough where `null` holds for every sample.
+            num_tokens: (B,) int64 kept tokens, at most m; None keeps all m.
+            null: (B,) bool, True for the unconditional branch; None for nowhere.
+        """
+        patches = self.patch_embed(patchify(x_t, self.patch_size))  # (B, H, W, D)
+        grid = patches.shape[1:3]
+        patches = (patches + grid_positions(self.patch_posemb, *grid)).flatten(1, 2)  # (B, N, D)
+        n = patches.shape[1]
+        registers, register_bias = self.condition(codes, num_tokens, null)
+        x = torch.cat([patches, registers.to(patches.dtype)], dim=1)  # (B, N+m, D) or (B, N+m+1, D)
+        key_bias = None
+        if register_bias is not None:
+            key_bias = torch.cat([register_bias.new_zeros(len(x), n), register_bias], dim=1)
+        pattern = partial(full_attention, key_bias=key_bias)
+        time = self.time_embed(t)
+
+        features = None
+        for i, block in enumerate(self.blocks):
+            rows = slice(0, n) if i == len(self.blocks) - 1 else slice(None)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, time, n, pattern, rows, use_reentrant=False)
+            else:
+                x = block(x, time, n, pattern, rows)
+            if i == self.repa_layer:
+                features = x[:, :n]
+        patches = self.head(x, time).unflatten(1, grid)  # (B, H, W, p*p*C)
+        return Velocity(unpatchify(patches, self.patch_size), features)
+
+    def condition(self, codes: Tensor, num_tokens: Tensor | None, null: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The register positions of a batch with mixed budgets, the identical ones merged.
+
+        Args:
+            codes: as in `forward`.
+            num_tokens: as in `forward`.
+            null: as in `forward`.
+
+        Returns:
+            Register inputs (B, m+1, D), the last one standing for all replaced tokens, and the bias (B, m+1)
+            of their keys; or (B, K, D) and None where all K tokens are kept.
+        """
+        batch, m = codes.shape[:2]
+        positions = self.register_posemb[0, 0, :, :m].T  # (m, D)
+        tokens = self.code_embed(codes.to(self.code_embed.weight.dtype)) + positions  # (B, m, D)
+        if num_tokens is None and null is None and m == self.num_registers:
+            return tokens, None
+        kept = torch.full((batch,), m, device=codes.device) if num_tokens is None else num_tokens
+        merged = self.mask_token.expand(batch, -1)  # (B, D)
+        if null is not None:
+            kept = torch.where(null, 0, kept)
+            merged = torch.where(null[:, None], self.null_token, merged)
+        visible = torch.arange(m, device=codes.device) < kept[:, None]  # (B, m)
+        bias = torch.where(visible, 0.0, float("-inf"))
+        merged_bias = (self.num_registers - kept).float().log()  # (B,), -inf where all are kept
+        registers = torch.cat([tokens, merged[:, None].to(tokens.dtype)], dim=1)  # (B, m+1, D)
+        return registers, torch.cat([bias, merged_bias[:, None]], dim=1)

@@ -1,0 +1,359 @@
+"""FlexTok: images to 1..K ordered tokens, and back (https://arxiv.org/abs/2502.13967).
+
+Shapes: B batch, C channels, h x w latent, K registers, k <= K kept tokens, L FSQ levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from flextok_pl.contracts import GuidanceScale
+from flextok_pl.flow.guidance import GUIDANCE_KINDS, AdaptiveProjectedGuidance, classifier_free_guidance
+from flextok_pl.flow.integrate import integrate
+from flextok_pl.models.config import FlexTokConfig
+from flextok_pl.models.decoder import FlowDecoder, Velocity
+from flextok_pl.models.encoder import RegisterEncoder
+from flextok_pl.models.fsq import FSQ
+from flextok_pl.models.vae import VAE
+
+
+class FlexTok(nn.Module):
+    """The tokenizer: an autoencoder for latents, a register encoder, FSQ, and a flow decoder.
+
+    Args:
+        config: hyper-parameters.
+        vae: an autoencoder to use instead of a new one built from `config.vae`.
+    """
+
+    vae: VAE | None
+
+    def __init__(self, config: FlexTokConfig, vae: VAE | None = None) -> None:
+        super().__init__()
+        self.config = config
+        if vae is None and config.vae is not None:
+            vae = VAE(config.vae)
+        self.vae = vae
+        self.encoder = RegisterEncoder(config)
+        self.quantizer = FSQ(config.fsq_levels)
+        self.decoder = FlowDecoder(config)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """Xavier for linear maps, small normal tokens, and zero where adaLN-zero wants it."""
+        for module in [*self.encoder.modules(), *self.decoder.modules()]:
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        decoder = self.decoder
+        for token in (self.encoder.registers, decoder.register_posemb, decoder.mask_token, decoder.null_token):
+            nn.init.trunc_normal_(token, std=0.02)
+        zeros = [module for name, module in decoder.named_modules() if name.endswith("adaLN_modulation.1")]
+        for module in [*zeros, decoder.head.proj]:
+            nn.init.zeros_(module.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        *,
+        vae_config: dict[str, Any] | str | Path | None = None,
+        device: str | torch.device | None = None,
+    ) -> FlexTok:
+        """Load a tokenizer saved by this package or by the official code, in evaluation mode.
+
+        Args:
+            path_or_hub_id: a `.safetensors` file, a folder with `model.safetensors`, or a Hub id.
+            vae_config: diffusers' `AutoencoderKL` configuration (a mapping or a JSON file) of an official
+                checkpoint whose autoencoder is not the published one.
+            device: where to put the weights.
+
+        Raises:
+            ValueError: the file is damaged, or is not a FlexTok this package can represent.
+        """
+        # The one import against the layering: loading belongs to `interop`, users look for it here.
+        from flextok_pl.interop import load_pretrained
+
+        return load_pretrained(path_or_hub_id, vae_config=vae_config, device=device)
+
+    def save_pretrained(self, path: str | Path) -> Path:
+        """Save weights and config in one safetensors file, atomically.
+
+        Args:
+            path: a `.safetensors` file, or a folder that then holds `model.safetensors`.
+
+        Returns:
+            The file written.
+        """
+        from flextok_pl.interop import save_pretrained
+
+        return save_pretrained(self, path)
+
+    @property
+    def num_registers(self) -> int:
+        """K, the largest number of tokens."""
+        return self.config.num_registers
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.encoder.registers.device
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """(h, w) of the largest latents the position tables allow: the size of the training images."""
+        rows, columns = self.config.grid_size
+        return rows * self.config.patch_size, columns * self.config.patch_size
+
+    def require_vae(self) -> VAE:
+        """The autoencoder.
+
+        Raises:
+            ValueError: this tokenizer was built without one.
+        """
+        if self.vae is None:
+            raise ValueError(
+                "this tokenizer has no VAE (config.vae is null), so it works on latents only; "
+                "use encode / velocity / sample_latents, or build it with a VAE"
+            )
+        return self.vae
+
+    def encode_latents(
+        self, images: Tensor, sample_posterior: bool = False, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Scaled VAE latents of images.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+            sample_posterior: sample the posterior instead of taking its mean.
+            generator: source of that sample.
+
+        Returns:
+            (B, C, h, w).
+        """
+        return self.require_vae().encode(images, sample_posterior, generator)
+
+    def encode(self, latents: Tensor, num_tokens: int | None = None) -> Tensor:
+        """Codes before quantisation, with gradients.
+
+        Args:
+            latents: (B, C, h, w), scaled.
+            num_tokens: k, default K; only the first k registers are computed.
+
+        Returns:
+            (B, k, L).
+
+        Raises:
+            ValueError: the latents do not fit the model, or k is not in 1..K.
+        """
+        self._check_latents(latents)
+        if num_tokens is not None:
+            self._check_budget(num_tokens)
+        return self.encoder(latents, num_tokens)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def tokenize(self, images: Tensor, num_tokens: int | None = None) -> Tensor:
+        """Tokens of images, from the mean of the VAE's posterior: deterministic.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+            num_tokens: k, default K.
+
+        Returns:
+            (B, k) int64.
+        """
+        codes = self.encode(self.encode_latents(images), num_tokens)
+        return self.quantizer.codes_to_tokens(self.quantizer(codes))
+
+    def velocity(
+        self,
+        x_t: Tensor,
+        t: Tensor | float,
+        tokens_or_codes: Tensor,
+        num_tokens: int | Tensor | None = None,
+        null: Tensor | None = None,
+    ) -> Tensor:
+        """The decoder's velocity, with gradients.
+
+        Args:
+            x_t: (B, C, h, w) noised latents.
+            t: flow time, one for all or (B,); 1 is pure noise.
+            tokens_or_codes: (B, k') int64 tokens, or (B, k', L) quantised codes.
+            num_tokens: tokens kept, one for all or (B,) int64; default all k'.
+            null: (B,) bool, True for samples without condition.
+
+        Returns:
+            (B, C, h, w), an estimate of noise minus clean latents.
+
+        Raises:
+            ValueError: an argument does not fit the model.
+        """
+        return self.decode_velocity(x_t, t, tokens_or_codes, num_tokens, null).velocity
+
+    def decode_velocity(
+        self,
+        x_t: Tensor,
+        t: Tensor | float,
+        tokens_or_codes: Tensor,
+        num_tokens: int | Tensor | None = None,
+        null: Tensor | None = None,
+    ) -> Velocity:
+        """`velocity` together with the patch features that REPA compares with a teacher."""
+        self._check_latents(x_t)
+        codes = tokens_or_codes
+        if not codes.is_floating_point():
+            codes = self.quantizer.tokens_to_codes(codes)
+        length = codes.shape[1]
+        self._check_budget(length, "length of tokens_or_codes")
+        if isinstance(num_tokens, int):
+            self._check_budget(num_tokens)
+            # A common budget needs no per-sample visibility: the codes are simply cut.
+            codes, num_tokens = codes[:, : min(num_tokens, length)], None
+        elif num_tokens is not None:
+            num_tokens = num_tokens.to(codes.device)
+        t = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).expand(len(x_t))
+        return self.decoder(x_t, t, codes, num_tokens, null)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def sample_latents(
+        self,
+        tokens: Tensor | Sequence[Tensor],
+        num_tokens: int | Tensor | None = None,
+        num_steps: int = 25,
+        guidance: str = "apg",
+        guidance_scale: GuidanceScale = 7.5,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        noise: Tensor | None = None,
+        latent_size: tuple[int, int] | None = None,
+        solver: str = "euler",
+    ) -> Tensor:
+        """`detokenize` without the VAE: the scaled latents, (B, C, h, w)."""
+        if guidance not in GUIDANCE_KINDS:
+            raise ValueError(f"guidance={guidance!r} is unknown; use one of {GUIDANCE_KINDS}")
+        codes, kept = self._codes_and_budgets(tokens, num_tokens)
+        x = self._noise(len(codes), generator, noise, latent_size)
+        scale = guidance_scale if callable(guidance_scale) else (lambda _: guidance_scale)
+        guided = guidance != "none" and (callable(guidance_scale) or guidance_scale != 1.0)
+        combine = AdaptiveProjectedGuidance() if guidance == "apg" else classifier_free_guidance
+        everything_null = torch.ones(len(codes), dtype=torch.bool, device=x.device)
+
+        def field(x: Tensor, t: float) -> Tensor:
+            times = torch.full((len(x),), t, device=x.device)
+            conditional = self.decoder(x, times, codes, kept).velocity
+            if not guided:
+                return conditional  # type: ignore[no-any-return]
+            unconditional = self.decoder(x, times, codes[:, :0], null=everything_null).velocity
+            return combine(conditional, unconditional, scale(t))
+
+        return integrate(field, x, num_steps, solver)
+
+    @torch.no_grad()
+    def detokenize(
+        self,
+        tokens: Tensor | Sequence[Tensor],
+        num_tokens: int | Tensor | None = None,
+        num_steps: int = 25,
+        guidance: str = "apg",
+        guidance_scale: GuidanceScale = 7.5,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        noise: Tensor | None = None,
+        latent_size: tuple[int, int] | None = None,
+        solver: str = "euler",
+    ) -> Tensor:
+        """Images from tokens.
+
+        Args:
+            tokens: (B, k') int64, or B 1-D tensors of different lengths.
+            num_tokens: tokens to use, one for all or (B,) int64; default all that are given. A sample with
+                fewer tokens than that uses those it has.
+            num_steps: steps of the solver.
+            guidance: `none`, `cfg` (classifier-free) or `apg` (adaptive projected guidance).
+            guidance_scale: a number, 1 being no guidance, or a function of t.
+            generator: source of the noise: one for the batch, or one per sample, whose image then does not
+                depend on the rest of the batch.
+            noise: (B, C, h, w), the state at t = 1, instead of a draw.
+            latent_size: (h, w) of the noise to draw; default the training size, `self.latent_size`.
+            solver: `euler` or `heun`.
+
+        Returns:
+            (B, 3, H, W) around [-1, 1], not clamped.
+
+        Raises:
+            ValueError: an argument does not fit the model.
+        """
+        vae = self.require_vae()
+        return vae.decode(
+            self.sample_latents(
+                tokens, num_tokens, num_steps, guidance, guidance_scale, generator, noise, latent_size, solver
+            )
+        )
+
+    def _codes_and_budgets(
+        self, tokens: Tensor | Sequence[Tensor], num_tokens: int | Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Quantised codes (B, m, L), cut to the largest budget m, and the budgets (B,) where they differ."""
+        if isinstance(tokens, Tensor):
+            if tokens.ndim != 2:
+                raise ValueError(f"tokens has shape {tuple(tokens.shape)}; give (B, k) or a list of 1-D tensors")
+            lengths = [tokens.shape[1]] * len(tokens)
+        else:
+            lengths = [len(sample) for sample in tokens]
+            tokens = pad_sequence(list(tokens), batch_first=True)
+        if tokens.is_floating_point():
+            raise ValueError(f"tokens has dtype {tokens.dtype}; token ids are int64")
+        for length in set(lengths):
+            self._check_budget(length, "number of tokens given")
+        if num_tokens is None:
+            budgets = lengths
+        else:
+            wanted = [num_tokens] * len(lengths) if isinstance(num_tokens, int) else num_tokens.tolist()
+            if len(wanted) != len(lengths):
+                raise ValueError(f"num_tokens has {len(wanted)} entries for {len(lengths)} samples; give one each")
+            for budget in set(wanted):
+                self._check_budget(budget)
+            budgets = [min(pair) for pair in zip(wanted, lengths, strict=True)]
+        codes = self.quantizer.tokens_to_codes(tokens[:, : max(budgets)].to(self.device))
+        if min(budgets) == max(budgets):
+            return codes, None
+        return codes, torch.tensor(budgets, device=codes.device)
+
+    def _noise(
+        self,
+        batch_size: int,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        noise: Tensor | None,
+        latent_size: tuple[int, int] | None,
+    ) -> Tensor:
+        """The state at t = 1, (B, C, h, w): given, or one (1, C, h, w) draw per sample in order."""
+        if noise is None:
+            shape = (1, self.config.latent_channels, *(latent_size or self.latent_size))
+            generators = [generator] * batch_size if not isinstance(generator, Sequence) else list(generator)
+            if len(generators) != batch_size:
+                raise ValueError(f"generator has {len(generators)} entries for {batch_size} samples; give one each")
+            draws = [torch.randn(shape, generator=g, device=g.device if g else self.device) for g in generators]
+            noise = torch.cat(draws)
+        self._check_latents(noise, "noise")
+        if len(noise) != batch_size:
+            raise ValueError(f"noise has {len(noise)} entries for {batch_size} samples; give one each")
+        return noise.to(self.device)
+
+    def _check_budget(self, budget: int, name: str = "num_tokens") -> None:
+        if not 1 <= budget <= self.num_registers:
+            raise ValueError(f"{name}={budget} is not in 1..{self.num_registers}, the budgets of this tokenizer")
+
+    def _check_latents(self, latents: Tensor, name: str = "latents") -> None:
+        channels, patch = self.config.latent_channels, self.config.patch_size
+        if latents.ndim != 4 or latents.shape[1] != channels:
+            raise ValueError(f"{name} has shape {tuple(latents.shape)}; this tokenizer takes (B, {channels}, h, w)")
+        if latents.shape[2] % patch or latents.shape[3] % patch:
+            raise ValueError(
+                f"{name} of {latents.shape[2]} x {latents.shape[3]} positions cannot be cut into patches of "
+                f"{patch} x {patch}; resize or crop the images"
+            )
