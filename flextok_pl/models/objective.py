@@ -1,0 +1,106 @@
+"""The tokenizer's training objective: rectified flow on latents, with nested dropout over the tokens.
+
+Shapes: B batch, C channels, h x w latent, K registers, N patches, D decoder width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flextok_pl.flow.nested_dropout import sample_num_tokens
+from flextok_pl.flow.rectified import interpolate, sample_timesteps, velocity_loss, velocity_target
+from flextok_pl.models.config import FlexTokConfig
+from flextok_pl.models.tokenizer import FlexTok
+
+
+class TrainingDraws(NamedTuple):
+    """Everything random in one training step.
+
+    Attributes:
+        noise: (B, C, h, w) standard normal, on the latents' device.
+        t: (B,) float32 flow times, on the latents' device.
+        num_tokens: (B,) int64 budgets, on the CPU, where they decide how many registers are computed.
+        null: (B,) bool, images whose condition is dropped, on the CPU.
+    """
+
+    noise: Tensor
+    t: Tensor
+    num_tokens: Tensor
+    null: Tensor
+
+
+class FlowLoss(NamedTuple):
+    """Result of `flow_loss`.
+
+    Attributes:
+        loss: (B,) mean squared velocity error of every image.
+        patch_features: (B, N, D) decoder features for REPA, or None where the model has no `repa_layer`.
+    """
+
+    loss: Tensor
+    patch_features: Tensor | None
+
+
+def sample_draws(
+    config: FlexTokConfig, latents: Tensor, generator: torch.Generator, timestep_shift: float = 1.0
+) -> TrainingDraws:
+    """Draw what a training step needs.
+
+    Args:
+        config: names the laws of budget, null condition and time.
+        latents: (B, C, h, w); gives batch size, shape and device.
+        generator: a CPU generator; noise is drawn on the latents' device from a seed that it yields.
+        timestep_shift: see `sample_timesteps`.
+    """
+    batch = len(latents)
+    num_tokens = sample_num_tokens(config.nested_dropout, batch, config.num_registers, generator)
+    null = torch.rand(batch, generator=generator) < config.null_dropout
+    t = sample_timesteps(
+        config.timestep_law,
+        batch,
+        generator,
+        mode_scale=config.mode_scale,
+        shift=timestep_shift,
+        stratified=config.stratified,
+    )
+    seed = int(torch.randint(2**62, (), generator=generator))
+    noise_generator = torch.Generator(latents.device).manual_seed(seed)
+    noise = torch.randn(latents.shape, generator=noise_generator, device=latents.device)
+    return TrainingDraws(noise, t.to(latents.device), num_tokens, null)
+
+
+def flow_loss(
+    tokenizer: FlexTok,
+    latents: Tensor,
+    draws: TrainingDraws,
+    *,
+    condition_latents: Tensor | None = None,
+    budget_groups: int = 1,
+) -> FlowLoss:
+    """Velocity error of the decoder given the encoder's quantised codes, with gradients to both.
+
+    Args:
+        tokenizer: the model.
+        latents: (B, C, h, w) clean, scaled.
+        draws: noise, times and budgets.
+        condition_latents: latents to encode instead of `latents`, for measuring what tokens contribute.
+        budget_groups: number of parts the batch is sorted into by budget. Registers that no image of a part
+            keeps are not computed, so more parts cost less; the result does not depend on it.
+    """
+    source = latents if condition_latents is None else condition_latents
+    x_t = interpolate(latents, draws.noise, draws.t)
+    kept = draws.num_tokens.masked_fill(draws.null, 0)
+    order = kept.argsort(stable=True)
+    passes = []
+    for rows in order.chunk(budget_groups):
+        longest = max(int(kept[rows].max()), 1)
+        at = rows.to(latents.device)
+        codes = tokenizer.quantizer(tokenizer.encode(source[at], longest))
+        budgets, null = kept[rows].to(latents.device), draws.null[rows].to(latents.device)
+        passes.append(tokenizer.decoder(x_t[at], draws.t[at], codes, budgets, null))
+    inverse = order.argsort().to(latents.device)
+    velocity = torch.cat([p.velocity for p in passes])[inverse]
+    features = [p.patch_features for p in passes if p.patch_features is not None]
+    loss = velocity_loss(velocity, velocity_target(latents, draws.noise))
+    return FlowLoss(loss, torch.cat(features)[inverse] if features else None)
