@@ -1,0 +1,8 @@
+"""Shard sets: written by `write_demo`, `write_folder` and `write_latents`, read by `ShardDataModule`."""
+
+from flextok_pl.data.datamodule import ShardDataModule
+from flextok_pl.data.demo import write_demo
+from flextok_pl.data.index import ShardError, ShardIndex
+from flextok_pl.data.transforms import Augmentation
+
+__all__ = ["Augmentation", "ShardDataModule", "ShardError", "ShardIndex", "write_demo"]

@@ -1,0 +1,218 @@
+"""The one Lightning data module: image, latent and token shards."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch.distributed
+from torch.utils.data import DataLoader
+
+from flextok_pl.contracts import Batch
+from flextok_pl.data.index import ShardError, load_indices
+from flextok_pl.data.samples import Collate
+from flextok_pl.data.stream import CachedBatches, EpochStream, ShardSet, StreamedBatches
+from flextok_pl.data.transforms import Augmentation
+
+Split = Literal["train", "val", "test"]
+
+
+class ShardDataModule(pl.LightningDataModule):
+    """Batches from shard sets that `flextok data` wrote.
+
+    What a batch holds follows from the fields in the sets' indices; see `flextok_pl.contracts.Batch`. A set is given by
+    its folder, a pattern of folders or tar files (`*`, `{a,b}`), or a list of these.
+
+    Args:
+        train: shard set(s) to train on.
+        val: shard set(s) to validate on.
+        test: shard set(s) to test on; default `val`.
+        image_size: side in pixels of the images in a batch, and of those that latents were made from.
+        batch_size: samples per batch and process in training.
+        eval_batch_size: in evaluation; default `batch_size`.
+        num_workers: loader processes per training process; 0 loads in the training process itself.
+        seed: seed of order and augmentation.
+        augmentation: random changes of training images; null for the plain centre crop. Latents and tokens are taken
+            as they are.
+        shuffle_buffer: samples among which a training stream draws the next one; unused with `cache_in_memory`.
+        drop_last: leave out the training samples that do not fill a batch on every process.
+        val_limit: validate on this many samples, evenly spread over the set.
+        cache_in_memory: decode the sets once and keep them; for sets that fit, such as the demo set and latents.
+        verify_checksums: read all shards and compare their checksums before the first epoch.
+        pin_memory: copy batches to page-locked memory; default where there is a GPU.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str] | None = None,
+        val: str | list[str] | None = None,
+        test: str | list[str] | None = None,
+        image_size: int = 256,
+        batch_size: int = 64,
+        eval_batch_size: int | None = None,
+        num_workers: int = 2,
+        seed: int = 0,
+        augmentation: Augmentation | None = Augmentation(),
+        shuffle_buffer: int = 2000,
+        drop_last: bool = True,
+        val_limit: int | None = None,
+        cache_in_memory: bool = False,
+        verify_checksums: bool = False,
+        pin_memory: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.sources = {"train": train, "val": val, "test": test if test is not None else val}
+        self.image_size, self.batch_size, self.eval_batch_size = image_size, batch_size, eval_batch_size or batch_size
+        self.num_workers, self.seed, self.augmentation = num_workers, seed, augmentation
+        self.shuffle_buffer, self.drop_last, self.val_limit = shuffle_buffer, drop_last, val_limit
+        self.cache_in_memory, self.verify_checksums, self.pin_memory = cache_in_memory, verify_checksums, pin_memory
+        minima = {"image_size": 1, "batch_size": 1, "eval_batch_size": 1, "num_workers": 0, "shuffle_buffer": 0}
+        for name, least in minima.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if val_limit is not None and val_limit < 1:
+            raise ValueError(f"val_limit={val_limit} must be at least 1, or null for all samples")
+        if all(source is None for source in self.sources.values()):
+            raise ValueError("give at least one of train, val and test: the folder of a shard set")
+        self._sets: dict[str, ShardSet] = {}
+        self._streams: dict[str, EpochStream] = {}
+        self._epoch = 0
+
+    def shard_set(self, split: Split) -> ShardSet:
+        """The shards of a split, checked when first asked for.
+
+        Raises:
+            ValueError: the split has no source, or a set is missing, damaged or does not fit the options.
+        """
+        source = self.sources[split]
+        if source is None:
+            raise ValueError(f"this data module has no {split} set; give data.{split} the folder of a shard set")
+        if split not in self._sets:
+            indices = load_indices(source)
+            for index in indices:
+                made_for = index.image_size
+                if "image" not in index.fields and made_for is not None and made_for != self.image_size:
+                    raise ShardError(
+                        f"{index.folder} was made from images of {made_for} px, but image_size={self.image_size}; set "
+                        f"image_size={made_for} or write it again"
+                    )
+                if self.verify_checksums:
+                    index.verify()
+            self._sets[split] = ShardSet(indices)
+        return self._sets[split]
+
+    def num_samples(self, split: Split) -> int:
+        """Samples that one pass over the split sees in all processes together; assert it before reporting a metric."""
+        total = self.shard_set(split).num_samples
+        if split == "train":
+            _, world_size = self._position()
+            return len(self._stream("train")) * self.batch_size * world_size if self.drop_last else total
+        return min(total, self.val_limit or total) if split == "val" else total
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names by label; empty for sets without classes."""
+        split: Split = next(s for s in ("train", "val", "test") if self.sources[s] is not None)  # type: ignore[assignment]
+        return self.shard_set(split).indices[0].classes
+
+    def setup(self, stage: str) -> None:
+        """Check the shards that a stage needs; called by Lightning."""
+        needed: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",)}
+        for split in needed.get(stage, ("test",)):
+            if self.sources[split] is not None:
+                self.shard_set(split)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next pass over the training set; only needed without a Trainer."""
+        self._epoch = epoch
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Loader of the training set."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
+        """Loader of the validation set; an empty list where there is none."""
+        return self._loader("val") if self.sources["val"] is not None else []
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Loader of the test set."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """Loader of the test set."""
+        return self._loader("test")
+
+    def _loader(self, split: Split) -> DataLoader[Batch]:
+        # Lightning's advice does not apply: the stream splits itself over ranks and workers.
+        warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
+        warnings.filterwarnings("ignore", message=".*does not have many workers which may be a bottleneck")
+        pin_memory = torch.cuda.is_available() if self.pin_memory is None else self.pin_memory
+        return _EpochLoader(self, self._stream(split), self.num_workers, pin_memory)
+
+    def _stream(self, split: Split) -> EpochStream:
+        if split not in self._streams:
+            self._streams[split] = self._make_stream(split)
+        return self._streams[split]
+
+    def _make_stream(self, split: Split) -> EpochStream:
+        data, train = self.shard_set(split), split == "train"
+        rank, world_size = self._position()
+        options: dict[str, Any] = {
+            "batch_size": self.batch_size if train else self.eval_batch_size,
+            "train": train,
+            "rank": rank,
+            "world_size": world_size,
+            "seed": self.seed,
+            "drop_last": self.drop_last,
+            "limit": self.val_limit if split == "val" else None,
+        }
+        needed = self.batch_size * world_size
+        if train and self.drop_last and data.num_samples < needed:
+            raise ValueError(
+                f"the training set has {data.num_samples} samples, fewer than batch_size={self.batch_size} on "
+                f"{world_size} processes need; lower batch_size, or set drop_last=false"
+            )
+        collate = Collate(self.image_size, self.augmentation if train else None, self.seed)
+        if self.cache_in_memory:
+            return CachedBatches(data, collate, **options)
+        return StreamedBatches(data, collate, shuffle_buffer=self.shuffle_buffer, **options)
+
+    def _position(self) -> tuple[int, int]:
+        """(rank, world size)."""
+        if self.trainer is not None:
+            return self.trainer.global_rank, self.trainer.world_size
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return 0, 1
+
+    def current_epoch(self) -> int:
+        """Number of training epochs that were finished before this one, over all resumed runs."""
+        if self.trainer is None:
+            return self._epoch
+        return int(self.trainer.fit_loop.epoch_progress.current.processed)
+
+
+class _EpochLoader(DataLoader[Batch]):
+    """A loader that tells its stream, workers included, which epoch begins."""
+
+    def __init__(self, module: ShardDataModule, stream: EpochStream, num_workers: int, pin_memory: bool) -> None:
+        super().__init__(
+            stream,
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            persistent_workers=num_workers > 0,
+        )
+        self.module, self.stream = module, stream
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        # A generator, so that the epoch is read when the first batch is asked for: a resumed Trainer makes its
+        # iterators before it has restored its progress.
+        self.stream.epoch.fill_(self.module.current_epoch())
+        yield from super().__iter__()

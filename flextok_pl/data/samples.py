@@ -1,0 +1,162 @@
+"""One sample of a shard: read, checked, decoded, and collated into a batch.
+
+Shapes in this file: B batch, S image side, (2C, h, w) moments, K registers.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+import webdataset as wds
+from PIL import Image
+from torch import Tensor
+
+from flextok_pl.contracts import Batch
+from flextok_pl.data.index import IMAGE_EXTENSIONS, ShardError, ShardIndex
+from flextok_pl.data.transforms import Augmentation, augment, center_crop, decode_image, sample_generator, to_tensor
+
+
+class Decoded(TypedDict, total=False):
+    """One sample with its fields decoded; the image is not yet cropped."""
+
+    image: Image.Image
+    latent: Tensor
+    tokens: Tensor
+    label: int
+    text: str
+    key: str
+
+
+def read_shard(index: ShardIndex, number: int) -> Iterator[dict[str, Any]]:
+    """The raw samples of one shard in order, through webdataset's tar pipeline.
+
+    Args:
+        index: the set.
+        number: position of the shard in it.
+
+    Yields:
+        `__key__`, `__url__`, and bytes by extension.
+
+    Raises:
+        ShardError: the tar is damaged or does not hold the number of samples that the index states.
+    """
+    path, expected = index.paths[number], index.shards[number].count
+    count = 0
+    try:
+        # The file is opened here: webdataset's own opener would run a name such as `pipe:...` as a command.
+        with path.open("rb") as file:
+            files = wds.tariterators.tar_file_expander([{"url": str(path), "stream": file}])
+            for sample in wds.tariterators.group_by_keys(files):
+                count += 1
+                yield sample
+    except (OSError, wds.tariterators.tarfile.TarError, ValueError) as error:
+        raise ShardError(
+            f"shard {path} cannot be read after {count} samples ({error}); copy it again, or write the set again with "
+            "overwrite"
+        ) from error
+    if count != expected:
+        raise ShardError(
+            f"shard {path} holds {count} samples instead of the {expected} in its index: it is truncated or was "
+            "changed; copy it again, or write the set again with overwrite"
+        )
+
+
+def decode_sample(index: ShardIndex, raw: dict[str, Any]) -> Decoded:
+    """Decode the fields that the index promises.
+
+    Raises:
+        ShardError: a field is missing or broken; names shard and key.
+    """
+    try:
+        return _decode(index, raw)
+    except (ValueError, KeyError, OSError) as error:
+        where = f"shard {raw.get('__url__')}, sample {raw.get('__key__')!r}"
+        raise ShardError(f"{where}: {error}; repair the source and write the set again") from error
+
+
+def _decode(index: ShardIndex, raw: dict[str, Any]) -> Decoded:
+    sample: Decoded = {"key": raw["__key__"]}
+    for name in index.fields:
+        if name == "image":
+            extension = next((e for e in IMAGE_EXTENSIONS if e in raw), None)
+            if extension is None:
+                raise ValueError("it has no picture")
+            sample["image"] = decode_image(raw[extension])
+        elif name == "latent":
+            sample["latent"] = torch.from_numpy(_array(raw, "latent.npy", "f", 3))  # (2C, h, w)
+        elif name == "tokens":
+            tokens = _array(raw, "tokens.npy", "iu", 1)
+            sample["tokens"] = torch.from_numpy(tokens.astype(np.int64))  # (K,)
+        elif name == "label":
+            sample["label"] = _label(raw, len(index.classes))
+        else:
+            sample["text"] = _member(raw, "txt").decode("utf-8")
+    return sample
+
+
+def _member(raw: dict[str, Any], extension: str) -> bytes:
+    if extension not in raw:
+        raise ValueError(f"it has no .{extension} file")
+    content: bytes = raw[extension]
+    return content
+
+
+def _array(raw: dict[str, Any], extension: str, kinds: str, ndim: int) -> np.ndarray[Any, Any]:
+    array = np.load(io.BytesIO(_member(raw, extension)), allow_pickle=False)
+    if array.dtype.kind not in kinds or array.ndim != ndim:
+        raise ValueError(f"{extension} is {array.dtype} with shape {array.shape}, expected {ndim} axes of kind {kinds!r}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError(f"{extension} has values that are not finite")
+    return array
+
+
+def _label(raw: dict[str, Any], num_classes: int) -> int:
+    content = _member(raw, "cls")
+    try:
+        label = int(content)
+    except ValueError:
+        raise ValueError(f"label {content[:20]!r} is no integer") from None
+    if not -1 <= label < num_classes:
+        raise ValueError(f"label {label} is outside 0..{num_classes - 1} (or -1, no class)")
+    return label
+
+
+class Collate:
+    """Turns decoded samples into a `Batch`.
+
+    Args:
+        image_size: S.
+        augmentation: changes of training pictures, or None for the evaluation crop.
+        seed: seed of the augmentations.
+    """
+
+    def __init__(self, image_size: int, augmentation: Augmentation | None, seed: int) -> None:
+        self.image_size, self.augmentation, self.seed = image_size, augmentation, seed
+
+    def __call__(self, samples: Sequence[Decoded], epoch: int) -> Batch:
+        """One batch; the pictures' augmentations depend on (seed, epoch, key) only."""
+        batch: Batch = {"key": [sample["key"] for sample in samples]}
+        first = samples[0]
+        if "image" in first:
+            batch["image"] = torch.stack([self.picture(s["image"], s["key"], epoch) for s in samples])  # (B, 3, S, S)
+        if "latent" in first:
+            batch["latent"] = torch.stack([s["latent"] for s in samples]).to(torch.float32)  # (B, 2C, h, w)
+        if "tokens" in first:
+            batch["tokens"] = torch.stack([s["tokens"] for s in samples])  # (B, K)
+        if "label" in first:
+            batch["label"] = torch.tensor([s["label"] for s in samples], dtype=torch.int64)  # (B,)
+        if "text" in first:
+            batch["text"] = [s["text"] for s in samples]
+        return batch
+
+    def picture(self, image: Image.Image, key: str, epoch: int) -> Tensor:
+        """RGB of any size -> (3, S, S) in [-1, 1]."""
+        if self.augmentation is None:
+            return to_tensor(center_crop(image, self.image_size))
+        generator = sample_generator(self.seed, epoch, key)
+        return to_tensor(augment(image, self.image_size, self.augmentation, generator))

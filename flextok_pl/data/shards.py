@@ -1,0 +1,236 @@
+"""Writing shard sets: atomic, parallel, repeatable.
+
+A shard appears under its final name only when it is complete and on disk, and `index.json` comes last. While a set is
+being written its folder holds `index.json.partial`; what an interrupted run left is then known to be ours and replaced
+by the next one.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from tqdm import tqdm
+
+from flextok_pl.data.index import INDEX_NAME, ShardError, ShardIndex, ShardInfo
+
+PARTIAL_NAME = f"{INDEX_NAME}.partial"
+
+ItemT = TypeVar("ItemT")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample as it lies in a shard.
+
+    Args:
+        key: unique in the set, without a dot (WebDataset ends the key at the first one).
+        files: content by extension, such as `png`, `cls`, `txt`, `latent.npy`.
+    """
+
+    key: str
+    files: Mapping[str, bytes]
+
+
+def shard_name(number: int) -> str:
+    """File name of the shard with this number."""
+    return f"shard-{number:06d}.tar"
+
+
+def write_shard(path: Path, samples: Iterable[Sample]) -> ShardInfo:
+    """Write one tar file atomically; equal samples give equal bytes.
+
+    Args:
+        path: final name of the shard.
+        samples: its content, in order.
+
+    Returns:
+        Name, sample count, size and checksum.
+
+    Raises:
+        ShardError: a key that WebDataset cannot read back.
+        OSError: the disk is full, or writing failed otherwise; nothing stays behind.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    count = 0
+    try:
+        with temporary.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            for sample in samples:
+                _check_key(sample.key)
+                for extension, content in sample.files.items():
+                    info = tarfile.TarInfo(f"{sample.key}.{extension}")  # time, user and group are zero
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+                count += 1
+            tar.close()
+            file.flush()
+            os.fsync(file.fileno())
+        with temporary.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size = temporary.stat().st_size
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _explained(error, path) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return ShardInfo(name=path.name, count=count, bytes=size, sha256=digest)
+
+
+def _check_key(key: str) -> None:
+    if not key or "." in key or key.startswith(("__", "/")):
+        raise ShardError(f"sample key {key!r} must not be empty, contain a dot, or start with '__' or '/'")
+
+
+def _explained(error: OSError, path: Path) -> OSError:
+    if error.errno != errno.ENOSPC:
+        return error
+    return OSError(
+        errno.ENOSPC,
+        "no space left on the disk; nothing unfinished was kept under its final name. Free some space and run the same "
+        "command again",
+        str(path),
+    )
+
+
+def write_index(index: ShardIndex) -> None:
+    """Write `index.json` atomically, which makes the folder a finished shard set."""
+    path = index.folder / INDEX_NAME
+    temporary = path.with_name(f".{INDEX_NAME}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(index.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _explained(error, path) from error
+    (index.folder / PARTIAL_NAME).unlink(missing_ok=True)
+    folder = os.open(index.folder, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def start_set(folder: Path, arguments: Mapping[str, Any], overwrite: bool) -> ShardIndex | None:
+    """Make a folder ready for a new shard set, or find that the set is there.
+
+    Args:
+        folder: where the set goes.
+        arguments: what decides its content, as JSON types.
+        overwrite: replace a finished set.
+
+    Returns:
+        The index of the finished and intact set that equal arguments made before, else None: write now.
+
+    Raises:
+        ShardError: the folder holds another set, a damaged one, or foreign files.
+    """
+    finished = (folder / INDEX_NAME).exists()
+    if finished and not overwrite:
+        index = ShardIndex.load(folder)
+        if json.loads(json.dumps(dict(arguments))) != index.arguments:
+            raise ShardError(
+                f"{folder} holds a shard set made with other arguments: {dict(index.arguments)} instead of "
+                f"{dict(arguments)}; choose another folder, or pass overwrite=true to replace it"
+            )
+        index.verify()
+        return index
+    folder.mkdir(parents=True, exist_ok=True)
+    ours = finished or (folder / PARTIAL_NAME).exists()
+    leftovers = list(folder.iterdir())
+    foreign = [p for p in leftovers if not (ours and _is_ours(p.name))]
+    if foreign:
+        raise ShardError(f"{folder} holds files that are no part of a shard set, such as {foreign[0].name}; "
+                         "choose an empty folder")
+    (folder / PARTIAL_NAME).write_text(json.dumps(dict(arguments)), encoding="utf-8")
+    (folder / INDEX_NAME).unlink(missing_ok=True)  # before its shards go
+    for path in leftovers:
+        if path.name not in (PARTIAL_NAME, INDEX_NAME):
+            path.unlink()
+    return None
+
+
+def _is_ours(name: str) -> bool:
+    plain = name.removeprefix(".").removesuffix(".tmp")
+    return plain in (INDEX_NAME, PARTIAL_NAME) or (plain.startswith("shard-") and plain.endswith(".tar"))
+
+
+class _ShardJob(Generic[ItemT]):
+    """Writes the shard of some items; a plain class so that it can go to a worker process."""
+
+    def __init__(self, folder: Path, make: Callable[[ItemT], Sample | None]) -> None:
+        self.folder, self.make = folder, make
+
+    def __call__(self, number: int, items: Sequence[ItemT]) -> ShardInfo:
+        samples = (sample for sample in map(self.make, items) if sample is not None)
+        return write_shard(self.folder / shard_name(number), samples)
+
+
+def write_shards(
+    folder: Path,
+    items: Sequence[ItemT],
+    make: Callable[[ItemT], Sample | None],
+    *,
+    samples_per_shard: int = 1000,
+    num_workers: int = 0,
+    description: str = "shards",
+) -> list[ShardInfo]:
+    """Write items as shards, several shards at a time.
+
+    Args:
+        folder: prepared by `start_set`.
+        items: what to write, in order.
+        make: item -> sample, or None to leave the item out; picklable where there are workers.
+        samples_per_shard: items per shard.
+        num_workers: processes; 0 writes in this one.
+        description: text of the progress bar.
+
+    Returns:
+        The shards in order. The set is finished by `write_index`.
+    """
+    if samples_per_shard < 1:
+        raise ValueError(f"samples_per_shard={samples_per_shard} must be at least 1")
+    if num_workers < 0:
+        raise ValueError(f"num_workers={num_workers} must be 0 (this process) or more")
+    chunks = [items[i : i + samples_per_shard] for i in range(0, len(items), samples_per_shard)]
+    job = _ShardJob(folder, make)
+    with tqdm(total=len(items), desc=description, unit="sample") as bar:
+        shards: dict[int, ShardInfo] = {}
+        for number, shard in run_jobs(job, list(enumerate(chunks)), num_workers):
+            shards[number] = shard
+            bar.update(len(chunks[number]))
+    return [shards[number] for number in range(len(chunks)) if shards[number].count]
+
+
+def run_jobs(
+    job: Callable[..., Any], arguments: Sequence[tuple[int, Any]], num_workers: int
+) -> Iterator[tuple[int, Any]]:
+    """Run `job(number, argument)` for each pair, in this process or in several; yields (number, result) as they end."""
+    if num_workers == 0:
+        for number, argument in arguments:
+            yield number, job(number, argument)
+        return
+    # Forking is immediate, and safe here: the jobs use neither torch nor an accelerator.
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context(method)) as pool:
+        futures: dict[Future[Any], int] = {pool.submit(job, n, argument): n for n, argument in arguments}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

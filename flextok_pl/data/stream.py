@@ -1,0 +1,287 @@
+"""Which samples go where, and the datasets that deliver them as batches.
+
+The order of a training epoch is a pure function of (seed, epoch, rank, worker): shards are permuted, the resulting row
+of samples is cut into one equal piece per rank and each piece into whole batches per worker, so a set with fewer
+shards than readers is split inside its shards. Evaluation cuts the samples in their stored order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import webdataset as wds
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from flextok_pl.contracts import Batch
+from flextok_pl.data.index import ShardError, ShardIndex
+from flextok_pl.data.samples import Collate, Decoded, decode_sample, read_shard
+from flextok_pl.data.transforms import sample_generator
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One of the processes that share a data set.
+
+    Args:
+        rank: of the training process.
+        world_size: number of training processes.
+        worker: of the loader's worker within the rank.
+        num_workers: workers per rank.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    worker: int = 0
+    num_workers: int = 1
+
+
+def train_span(num_samples: int, batch_size: int, drop_last: bool, reader: Reader) -> tuple[int, int]:
+    """The part of the permuted row of samples that a worker reads in training.
+
+    Args:
+        num_samples: N, of the whole set.
+        batch_size: samples per batch and rank.
+        drop_last: leave out what does not fill a batch on every rank; else the last batch is smaller, and where N is no
+            multiple of the ranks some take samples from the beginning of the row again.
+        reader: who asks.
+
+    Returns:
+        Half-open interval; positions from N on mean the row from its beginning.
+    """
+    if drop_last:
+        per_rank = num_samples // (reader.world_size * batch_size) * batch_size
+    else:
+        per_rank = -(-num_samples // reader.world_size)
+    batches = -(-per_rank // batch_size)
+    start = batches * reader.worker // reader.num_workers * batch_size
+    stop = min(batches * (reader.worker + 1) // reader.num_workers * batch_size, per_rank)
+    return reader.rank * per_rank + start, reader.rank * per_rank + max(start, stop)
+
+
+def eval_positions(num_samples: int, limit: int | None, batch_size: int, reader: Reader) -> Sequence[int]:
+    """The samples that a worker evaluates: over all readers each one exactly once.
+
+    Args:
+        num_samples: N.
+        limit: take only this many, evenly spread.
+        batch_size: workers of a rank share its samples in whole batches.
+        reader: who asks.
+
+    Returns:
+        Ascending sample numbers.
+    """
+    chosen: Sequence[int] = range(num_samples)
+    if limit is not None and limit < num_samples:
+        chosen = [i * num_samples // limit for i in range(limit)]
+    total = len(chosen)
+    mine = chosen[total * reader.rank // reader.world_size : total * (reader.rank + 1) // reader.world_size]
+    batches = -(-len(mine) // batch_size)
+    start = batches * reader.worker // reader.num_workers * batch_size
+    stop = batches * (reader.worker + 1) // reader.num_workers * batch_size
+    return mine[start:stop]
+
+
+class ShardSet:
+    """Several shard sets of one kind, seen as one row of shards.
+
+    Args:
+        indices: at least one.
+    """
+
+    def __init__(self, indices: Sequence[ShardIndex]) -> None:
+        self.indices = list(indices)
+        self.shards = [(index, number) for index in indices for number in range(len(index.shards))]
+        self.counts = [index.shards[number].count for index, number in self.shards]
+
+    @property
+    def num_samples(self) -> int:
+        """N, samples in all sets."""
+        return sum(self.counts)
+
+    def spans(self, order: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Cut the row of shards in the given order; yields (shard, first sample, one past the last)."""
+        offset = 0
+        while offset < stop:  # more than once around where ranks share samples again
+            for shard in order:
+                low, high = max(start - offset, 0), min(stop - offset, self.counts[shard])
+                if low < high:
+                    yield shard, low, high
+                offset += self.counts[shard]
+                if offset >= stop:
+                    return
+
+    def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[ShardIndex, dict[str, Any]]]:
+        """The raw samples start..stop of a shard; reads no further than it must."""
+        index, number = self.shards[shard]
+        for position, raw in enumerate(read_shard(index, number)):
+            if position >= start:
+                yield index, raw
+            if position + 1 == stop < self.counts[shard]:
+                return
+
+
+class EpochStream(IterableDataset[Batch]):
+    """What the two datasets share: batches for one reader, in an epoch that the main process sets.
+
+    Args:
+        data: the shards.
+        collate: makes batches.
+        batch_size: samples per batch.
+        train: shuffled endless-order epochs, or an evaluation that sees every sample once.
+        rank: of this process.
+        world_size: number of processes.
+        seed: seed of the order.
+        drop_last: see `train_span`.
+        limit: see `eval_positions`.
+    """
+
+    def __init__(
+        self,
+        data: ShardSet,
+        collate: Collate,
+        *,
+        batch_size: int,
+        train: bool,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        drop_last: bool = True,
+        limit: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.data, self.collate, self.batch_size, self.train = data, collate, batch_size, train
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.drop_last, self.limit = drop_last, limit
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by running workers too
+
+    def __len__(self) -> int:
+        """Batches of this rank in one epoch."""
+        reader = Reader(self.rank, self.world_size)
+        if self.train:
+            start, stop = train_span(self.data.num_samples, self.batch_size, self.drop_last, reader)
+            return -(-(stop - start) // self.batch_size)
+        mine = eval_positions(self.data.num_samples, self.limit, self.batch_size, reader)
+        return -(-len(mine) // self.batch_size)
+
+    def reader(self) -> Reader:
+        """This process and worker."""
+        info = get_worker_info()
+        worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
+        return Reader(self.rank, self.world_size, worker, num_workers)
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch = int(self.epoch)
+        pipeline = wds.DataPipeline(
+            partial(self.samples, epoch, self.reader()),
+            wds.batched(self.batch_size, collation_fn=partial(self.collate, epoch=epoch), partial=True),
+        )
+        yield from pipeline
+
+    def samples(self, epoch: int, reader: Reader) -> Iterator[Decoded]:
+        """The decoded samples of one reader in one epoch."""
+        raise NotImplementedError
+
+
+class StreamedBatches(EpochStream):
+    """Reads shards as it goes; for sets of any size.
+
+    Args:
+        shuffle_buffer: number of undecoded samples among which the next one is drawn in training.
+        **options: of `EpochStream`.
+    """
+
+    def __init__(self, data: ShardSet, collate: Collate, *, shuffle_buffer: int = 1000, **options: Any) -> None:
+        super().__init__(data, collate, **options)
+        self.shuffle_buffer = shuffle_buffer
+
+    def samples(self, epoch: int, reader: Reader) -> Iterator[Decoded]:
+        """See `EpochStream.samples`."""
+        raw = self._train(epoch, reader) if self.train else self._evaluate(reader)
+        for index, sample in raw:
+            yield decode_sample(index, sample)
+
+    def _train(self, epoch: int, reader: Reader) -> Iterator[tuple[ShardIndex, dict[str, Any]]]:
+        order = torch.randperm(len(self.data.shards), generator=sample_generator(self.seed, epoch, "shards")).tolist()
+        start, stop = train_span(self.data.num_samples, self.batch_size, self.drop_last, reader)
+        raw = (sample for span in self.data.spans(order, start, stop) for sample in self.data.read(*span))
+        yield from shuffled(raw, self.shuffle_buffer, sample_generator(self.seed, epoch, f"buffer {start}"))
+
+    def _evaluate(self, reader: Reader) -> Iterator[tuple[ShardIndex, dict[str, Any]]]:
+        positions = eval_positions(self.data.num_samples, self.limit, self.batch_size, reader)
+        if not positions:
+            return
+        wanted, position = set(positions), positions[0]
+        for shard, start, stop in self.data.spans(range(len(self.data.counts)), positions[0], positions[-1] + 1):
+            for sample in self.data.read(shard, start, stop):
+                if position in wanted:
+                    yield sample
+                position += 1
+
+
+class CachedBatches(EpochStream):
+    """Holds the decoded samples in memory, and permutes all of them in every training epoch; for small sets.
+
+    The memory is filled once, in the main process, and shared with the workers.
+    """
+
+    def __init__(self, data: ShardSet, collate: Collate, **options: Any) -> None:
+        super().__init__(data, collate, **options)
+        self.cache = [
+            decode_sample(*sample) for shard, count in enumerate(data.counts) for sample in data.read(shard, 0, count)
+        ]
+        self.latents = self._stacked("latent")  # (N, 2C, h, w) or None
+        self.tokens = self._stacked("tokens")  # (N, K) or None
+
+    def _stacked(self, name: str) -> Tensor | None:
+        if name not in self.cache[0]:
+            return None
+        try:
+            return torch.stack([sample.pop(name) for sample in self.cache])  # type: ignore[misc]
+        except RuntimeError as error:
+            folder = self.data.indices[0].folder
+            raise ShardError(f"the samples of {folder} differ in the shape of their {name} ({error})") from error
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, reader = int(self.epoch), self.reader()
+        order = self._order(epoch, reader)
+        for first in range(0, len(order), self.batch_size):
+            chosen = order[first : first + self.batch_size]
+            batch = self.collate([self.cache[i] for i in chosen], epoch)
+            if self.latents is not None:
+                batch["latent"] = self.latents[chosen].to(torch.float32)  # (B, 2C, h, w)
+            if self.tokens is not None:
+                batch["tokens"] = self.tokens[chosen]  # (B, K)
+            yield batch
+
+    def _order(self, epoch: int, reader: Reader) -> Sequence[int]:
+        total = len(self.cache)
+        if not self.train:
+            return list(eval_positions(total, self.limit, self.batch_size, reader))
+        permutation = torch.randperm(total, generator=sample_generator(self.seed, epoch, "samples"))
+        start, stop = train_span(total, self.batch_size, self.drop_last, reader)
+        mine: list[int] = permutation[torch.arange(start, stop) % total].tolist()
+        return mine
+
+
+def shuffled(samples: Iterator[T], size: int, generator: torch.Generator) -> Iterator[T]:
+    """Draw each next sample from a buffer of `size` that is refilled from the stream."""
+    buffer: list[T] = []
+    for sample in samples:
+        if len(buffer) < size:
+            buffer.append(sample)
+            continue
+        if not buffer:
+            yield sample
+            continue
+        chosen = int(torch.randint(len(buffer), (), generator=generator))
+        yield buffer[chosen]
+        buffer[chosen] = sample
+    for chosen in torch.randperm(len(buffer), generator=generator).tolist():
+        yield buffer[chosen]

@@ -1,0 +1,139 @@
+"""From encoded picture to tensor: conversion to RGB, the evaluation crop and the training augmentations.
+
+Shapes in this file: H x W source image, S target side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of a training picture; one square window of the source is resized, antialiased, once.
+
+    Photos want `crop_scale` and `hflip`. Drawings on a plain ground also bear `translate` and `scale`, which let the
+    window leave the picture; what it sees there is `fill`.
+
+    Args:
+        crop_scale: bounds of the window's area as a share of the largest centred square; its place is uniform among
+            those inside the picture.
+        hflip: mirror half of the pictures.
+        translate: the window moves by up to this share of its side, along each axis.
+        scale: bounds of an extra magnification; below 1 the picture shrinks within a frame of `fill`.
+        fill: grey level outside the picture, 0..255.
+    """
+
+    crop_scale: tuple[float, float] = (0.8, 1.0)
+    hflip: bool = True
+    translate: float = 0.0
+    scale: tuple[float, float] = (1.0, 1.0)
+    fill: int = 255
+
+    def __post_init__(self) -> None:
+        for name in ("crop_scale", "scale"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale={self.crop_scale} must be two ascending shares in (0, 1]")
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale={self.scale} must be two ascending positive factors")
+        if not 0 <= self.translate < 1:
+            raise ValueError(f"translate={self.translate} must be a share of the window in [0, 1)")
+        if not 0 <= self.fill <= 255:
+            raise ValueError(f"fill={self.fill} must be a grey level in 0..255")
+
+
+def sample_generator(seed: int, epoch: int, key: str) -> torch.Generator:
+    """A generator that depends on nothing but (seed, epoch, key): not on order, rank or worker."""
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Decode a picture of any common kind to 8-bit RGB.
+
+    Grey, palette, CMYK, Lab and 1-bit pictures are converted, 16-bit ones scaled to 8 bits, transparent ones laid on
+    white, and the EXIF orientation is applied.
+
+    Raises:
+        ValueError: the bytes are no complete picture, or one of floating-point or 32-bit levels.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"not a complete picture ({error})") from error
+    return to_rgb(ImageOps.exif_transpose(image))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a loaded picture of any mode to 8-bit RGB; see `decode_image`."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):
+        levels = np.asarray(image)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError(f"grey levels {levels.min()}..{levels.max()} do not fit 16 bits; convert the picture first")
+        return Image.fromarray(np.round(levels / 257.0).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point pictures have no fixed range; convert the picture to 8 or 16 bits first")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        ground = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(ground, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The evaluation picture: shorter side resized to `size` by antialiased bicubic, then the centre square.
+
+    It is the centre crop of guided diffusion (https://arxiv.org/abs/2105.05233) in one resampling step: their halving
+    by box filters before the bicubic step is a speed-up that Pillow's antialiased bicubic filter does not need.
+    """
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+
+
+def augment(image: Image.Image, size: int, augmentation: Augmentation, generator: torch.Generator) -> Image.Image:
+    """A training picture.
+
+    Args:
+        image: RGB, H x W.
+        size: S.
+        augmentation: what may change.
+        generator: source of the draws; always seven of them, so that one option does not shift another's.
+
+    Returns:
+        RGB, S x S.
+    """
+    area, zoom, x, y, flip, *shift = torch.rand(7, generator=generator, dtype=torch.float64).tolist()
+    low, high = augmentation.crop_scale
+    side = min(image.size) * (low + (high - low) * area) ** 0.5
+    left, top = x * (image.width - side), y * (image.height - side)
+    low, high = augmentation.scale
+    window = side / (low + (high - low) * zoom)
+    left += (side - window) / 2 + (2 * shift[0] - 1) * augmentation.translate * window
+    top += (side - window) / 2 + (2 * shift[1] - 1) * augmentation.translate * window
+    margin = int(np.ceil(max(0.0, -left, -top, left + window - image.width, top + window - image.height)))
+    if margin:
+        image = ImageOps.expand(image, margin, (augmentation.fill,) * 3)
+        left, top = left + margin, top + margin
+    box = (left, top, min(left + window, image.width), min(top + window, image.height))
+    image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    if augmentation.hflip and flip < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return image
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB S x S -> (3, S, S) float32 in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))  # (S, S, 3)
+    return pixels.permute(2, 0, 1).to(torch.float32).div_(127.5).sub_(1.0).contiguous()  # (3, S, S)
