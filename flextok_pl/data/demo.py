@@ -19,8 +19,9 @@ from flextok_pl.data.index import ShardIndex
 from flextok_pl.data.openmoji import Picture, assign_concepts, group_names, list_pictures
 from flextok_pl.data.shards import Sample, run_jobs, start_set, write_index, write_shards
 
-LARGE_CONCEPT = 24
-"""A concept with more pictures than this (person, family, clock faces...) is trained on: it would dominate validation."""
+LARGE_CONCEPT = (6, 24)
+"""A concept with more pictures than this, without and with skin tones, is trained on (person, smiley, clock face,
+couple...): held out it would dominate validation, or cost too many pictures."""
 
 _THUMBNAIL_SOURCE, _THUMBNAIL = 64, 16
 
@@ -28,7 +29,7 @@ _THUMBNAIL_SOURCE, _THUMBNAIL = 64, 16
 def write_demo(
     dst: Path | str,
     size: int = 64,
-    val_fraction: float = 0.1,
+    val_fraction: float = 0.12,
     num_workers: int | None = None,
     samples_per_shard: int = 500,
     overwrite: bool = False,
@@ -37,13 +38,13 @@ def write_demo(
 
     Colour pictures on white, lossless, with a caption and one of nine classes (Unicode groups; -1 for the pictures
     outside Unicode's list, which are only trained on). No concept lies in both parts: see `flextok_pl.data.openmoji`.
-    Validation holds no skin-tone variants, and no concept of more than 24 pictures. The split does not depend on
+    Validation holds no skin-tone variants, and no very large concept. The split does not depend on
     `size`. OpenMoji is licensed CC-BY-SA 4.0; the credit is in the index.
 
     Args:
         dst: folder that receives `train` and `val`.
         size: side of the pictures in pixels.
-        val_fraction: share of the concepts that is held out.
+        val_fraction: share of the concepts that is held out, large ones aside.
         num_workers: processes that render; default one per core.
         samples_per_shard: pictures per tar file.
         overwrite: replace a set that was made with other arguments.
@@ -158,12 +159,14 @@ def split_by_concept(pictures: list[Picture], concepts: list[str], val_fraction:
     left out altogether.
     """
     members = Counter(concepts)
+    plain = Counter(c for picture, c in zip(pictures, concepts, strict=True) if not picture.has_skin_tone)
     with_class = {concept for picture, concept in zip(pictures, concepts, strict=True) if picture.group is not None}
     splits: list[str | None] = []
     for picture, concept in zip(pictures, concepts, strict=True):
         digest = hashlib.blake2b(concept.encode(), digest_size=8).digest()
         held_out = int.from_bytes(digest, "little") < val_fraction * 2**64
-        if not held_out or members[concept] > LARGE_CONCEPT or concept not in with_class:
+        large = plain[concept] > LARGE_CONCEPT[0] or members[concept] > LARGE_CONCEPT[1]
+        if not held_out or large or concept not in with_class:
             splits.append("train")
         else:
             splits.append(None if picture.has_skin_tone or picture.group is None else "val")

@@ -52,7 +52,7 @@ _SERIES = (
     (re.compile(r".*(quarter|crescent|gibbous|new|full) moon( face)?$"), "moon"),
     (re.compile(r"^(keycap\b.*|regional indicator symbol letter .*)$"), "keycap"),
 )
-_ALIKE = 0.06
+_ALIKE = 0.08
 """Pictures whose root mean square difference is below this are one concept (levels in [0, 1], 16 x 16 pixels)."""
 
 
@@ -153,7 +153,7 @@ def assign_concepts(pictures: Sequence[Picture], thumbnails: NDArray[np.uint8]) 
         thumbnails: (P, 16, 16, 3) their small renderings.
 
     Returns:
-        For each picture its concept's name: the first code among its members, Unicode's own before others.
+        For each picture its concept's name: the plainest code among its members.
     """
     parent = list(range(len(pictures)))
 
@@ -170,9 +170,13 @@ def assign_concepts(pictures: Sequence[Picture], thumbnails: NDArray[np.uint8]) 
     for i, j in alike_pairs(thumbnails):
         parent[root(i)] = root(j)
     names: dict[int, str] = {}
-    for i in sorted(range(len(pictures)), key=lambda i: (pictures[i].group is None, pictures[i].code)):
+    for i in sorted(range(len(pictures)), key=lambda i: _rank(pictures[i])):
         names.setdefault(root(i), pictures[i].code)
     return [names[root(i)] for i in range(len(pictures))]
+
+
+def _rank(picture: Picture) -> tuple[bool, bool, int, str]:
+    return picture.group is None, picture.has_skin_tone, picture.code.count("-"), picture.code
 
 
 def alike_pairs(thumbnails: NDArray[np.uint8]) -> list[tuple[int, int]]:
