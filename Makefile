@@ -1,0 +1,84 @@
+# `make` lists the targets. EXP= selects an experiment, ARGS= passes further options to `flextok`, CKPT= a checkpoint.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+FLEXTOK := $(BIN)/flextok
+READY := $(VENV)/.ready
+
+DEMO_DATA := data/openmoji64
+DEMO_LATENTS := data/openmoji64_latents
+DEMO_VAE ?= flextok_pl/assets/vae_demo
+DEMO_TOKENIZER := flextok_pl/assets/tokenizer_demo.safetensors
+
+EXP ?=
+ARGS ?=
+# The newest tokenizer trained here, or the one that ships with the package.
+CKPT ?= $(firstword $(shell ls -t runs/tokenizer/*/version_*/tokenizer.safetensors 2>/dev/null) $(DEMO_TOKENIZER))
+
+##@ Set up
+.PHONY: help setup data
+help:  ## list the targets
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "EXP=experiments/tokenizer/d18_d28_imagenet.yaml selects an experiment, ARGS='--trainer.max_steps 100' adds options."
+
+setup: $(READY)  ## make .venv with all that the demo and the tests need
+
+# uv installs the same packages in a sixth of pip's time; it is told of the index that pip is set to, and where it cannot
+# do it, pip does.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is Python %d.%d; flextok_pl needs 3.11 or newer: make setup PYTHON=python3.11" % sys.version_info[:2])'
+	@$(PYTHON) -c 'import venv, ensurepip' || { echo "$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv"; exit 1; }
+	@test -d $(VENV) || test "$$(df -Pm . | awk 'NR == 2 {print $$4}')" -ge 8192 || { echo "setup needs 8 GB of free disk space here"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv || echo "uv is not to be had; pip will do"
+	index=$$($(BIN)/pip config get global.index-url 2>/dev/null); cert=$$($(BIN)/pip config get global.cert 2>/dev/null); \
+	{ test -x $(BIN)/uv && SSL_CERT_FILE="$${SSL_CERT_FILE:-$$cert}" $(BIN)/uv --cache-dir $(VENV)/.uv pip install --python $(BIN)/python \
+	    $${index:+--default-index "$$index"} -e '.[demo,dev]'; } \
+	|| $(BIN)/python -m pip install --disable-pip-version-check -e '.[demo,dev]'
+	rm -rf $(VENV)/.uv
+	touch $@
+
+data: $(DEMO_DATA)/val/index.json $(DEMO_LATENTS)/val/index.json  ## write the demo pictures and their latents under data/
+
+$(DEMO_DATA)/val/index.json: | $(READY)
+	$(FLEXTOK) data demo $(DEMO_DATA)
+
+$(DEMO_LATENTS)/%/index.json: $(DEMO_DATA)/val/index.json | $(READY)
+	$(FLEXTOK) data latents $(DEMO_DATA)/$* $(DEMO_LATENTS)/$* --vae $(DEMO_VAE)
+
+##@ Train and evaluate
+.PHONY: train-vae train-tokenizer eval-fid tensorboard
+# Without EXP these run the embedded demo, and make its data first; another experiment brings its own.
+train-vae: $(if $(EXP),$(READY),$(DEMO_DATA)/val/index.json)  ## stage 0: train the autoencoder
+	$(FLEXTOK) fit --config $(or $(EXP),experiments/vae/demo.yaml) $(ARGS)
+
+train-tokenizer: $(if $(EXP),$(READY),$(DEMO_LATENTS)/train/index.json $(DEMO_LATENTS)/val/index.json)  ## stage 1: train the tokenizer
+	$(FLEXTOK) fit --config $(or $(EXP),experiments/tokenizer/demo.yaml) $(ARGS)
+
+eval-fid: $(if $(EXP),$(READY),$(DEMO_DATA)/val/index.json)  ## reconstruction metrics at every token budget, of CKPT
+	$(FLEXTOK) test --config $(or $(EXP),experiments/tokenizer/demo.yaml) --model.init_args.pretrained $(CKPT) $(ARGS)
+
+tensorboard: $(READY)  ## show the runs
+	$(BIN)/tensorboard --logdir runs
+
+##@ Develop
+.PHONY: test lint bench clean
+test: $(READY)  ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## measure speed and memory
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean:  ## remove caches; keeps .venv, data and runs
+	rm -rf .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

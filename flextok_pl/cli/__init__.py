@@ -1,0 +1,108 @@
+"""The `flextok` command: `fit`, `validate`, `test` and `predict` by LightningCLI, and the tools.
+
+Nothing heavy is imported before the command is known, so `flextok --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+COMMANDS = {
+    "fit": ("training:run", "train a model"),
+    "validate": ("training:run", "evaluate on the validation set, cheaply"),
+    "test": ("training:run", "evaluate in full: every metric at every token budget"),
+    "predict": ("training:run", "write predictions"),
+    "data demo": ("tools:data_demo", "write the embedded OpenMoji demo set as shards"),
+    "data folder": ("tools:data_folder", "write a folder of images as shards"),
+    "data latents": ("tools:data_latents", "encode the images of a shard set by a VAE, as shards"),
+    "reconstruct": ("tools:reconstruct", "show images at several token budgets, as one picture"),
+}
+"""Command -> (module:function of this package, one line of help). A function takes the command and its arguments."""
+
+
+class UserError(Exception):
+    """Something the user can put right; shown as one line without a traceback."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one `flextok` command.
+
+    Args:
+        argv: the arguments; default `sys.argv[1:]`.
+
+    Raises:
+        SystemExit: the arguments are wrong (2), or the command cannot do what they ask for (1).
+    """
+    arguments = [_underscored(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    debug = "--debug" in arguments or bool(os.environ.get("FLEXTOK_DEBUG"))
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if arguments[:1] in ([], ["-h"], ["--help"]):
+        print(_overview())
+        return
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("flextok_pl"))
+        return
+    words = 1 if arguments[0] in COMMANDS else 2
+    command = " ".join(arguments[:words])
+    if command not in COMMANDS:
+        print(_overview(), file=sys.stderr)
+        print(f"\nflextok: error: unknown command {command!r}", file=sys.stderr)
+        raise SystemExit(2)
+    module, function = COMMANDS[command][0].split(":")
+    # jsonargparse announces what its next major version drops; our version range excludes that one.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    run = getattr(importlib.import_module(f"flextok_pl.cli.{module}"), function)
+    try:
+        run(command, arguments[words:])
+    except UserError as error:
+        if debug:
+            raise
+        raise SystemExit(f"flextok {command}: error: {error}") from None
+
+
+def base_config(experiment: Path) -> Path | None:
+    """The `base.yaml` that an experiment file is a difference to: in its folder, or in the folder above."""
+    for folder in experiment.resolve().parents[:2]:
+        if (folder / "base.yaml").is_file():
+            return folder / "base.yaml"
+    return None
+
+
+def config_paths(arguments: Sequence[str]) -> list[Path]:
+    """The files given by `--config`, in their order."""
+    paths = []
+    for i, argument in enumerate(arguments):
+        if argument in ("-c", "--config") and i + 1 < len(arguments):
+            paths.append(Path(arguments[i + 1]))
+        elif argument.startswith("--config="):
+            paths.append(Path(argument.removeprefix("--config=")))
+    return paths
+
+
+def _underscored(argument: str) -> str:
+    """`--num-tokens=1` -> `--num_tokens=1`: both spellings are taken."""
+    match = re.match(r"--[a-zA-Z][\w.-]*", argument)
+    return argument if match is None else match[0][:2] + match[0][2:].replace("-", "_") + argument[match.end() :]
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: flextok COMMAND ...",
+            "",
+            "Train, evaluate and use FlexTok image tokenizers.",
+            "",
+            *lines,
+            "",
+            "flextok COMMAND --help lists a command's options. --debug shows the traceback of an error.",
+        ]
+    )

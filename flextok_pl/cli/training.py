@@ -1,0 +1,114 @@
+"""`flextok fit`, `validate`, `test` and `predict`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from jsonargparse import Namespace, set_parsing_settings
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import flextok_pl.modules  # noqa: F401  makes the modules known by their bare class names
+from flextok_pl.cli import UserError, base_config, config_paths
+from flextok_pl.data import ShardDataModule, ShardError
+
+CALLBACKS: dict[str, type[Callback]] = {
+    "lr_monitor": LearningRateMonitor,
+    "checkpoint": ModelCheckpoint,
+    # Last, so that it swaps the raw weights back after every other callback has evaluated the averaged ones.
+    "ema": EMAWeightAveraging,
+}
+"""Optional callbacks, each a top-level group of options: `null` leaves it out, `{}` takes its defaults."""
+
+FIT_ONLY = frozenset({"lr_monitor", "checkpoint", "ema"})
+
+
+class FlexTokCLI(LightningCLI):
+    """LightningCLI for any of our modules on a `ShardDataModule`, with the callback groups of `CALLBACKS`.
+
+    Args:
+        subcommand: the one to run; only its parser is built.
+        arguments: its arguments.
+        experiment: name of the experiment: the folder below the logger's `save_dir` that receives its runs.
+    """
+
+    def __init__(self, subcommand: str, arguments: Sequence[str], experiment: str) -> None:
+        self._only, self._experiment = subcommand, experiment
+        super().__init__(
+            LightningModule,
+            ShardDataModule,
+            subclass_mode_model=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            args=[subcommand, *arguments],
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The subcommand to run."""
+        return {self._only: LightningCLI.subcommands()[self._only]}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the callback groups."""
+        for name, callback in CALLBACKS.items():
+            parser.add_argument(f"--{name}", type=Optional[callback], default=None, help=_summary(callback))
+            parser.callback_keys.append(name)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse what `flextok` was given, which need not be `sys.argv`."""
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        """Name the runs of loggers that are not named."""
+        logger = self.config[self._only].trainer.logger
+        for one in logger if isinstance(logger, list) else [logger]:
+            if isinstance(one, Namespace) and one.get("init_args", {}).get("name") == "lightning_logs":
+                one.init_args.name = self._experiment
+
+    def instantiate_classes(self) -> None:
+        """Build everything; a wrong option is the user's to put right."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, OSError) as error:
+            raise UserError(str(error)) from error
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback | None]) -> Any:
+        names = self._parser(self._only).callback_keys
+        wanted = [
+            callback
+            for name, callback in zip(names, callbacks, strict=True)
+            if callback is not None and (self._only == "fit" or name not in FIT_ONLY)
+        ]
+        return super()._instantiate_trainer(config, wanted)
+
+
+def run(subcommand: str, arguments: Sequence[str]) -> None:
+    """Run `flextok SUBCOMMAND`, with `base.yaml` under the experiment that `--config` names.
+
+    Raises:
+        UserError: an option, a shard or a file is wrong.
+    """
+    # Options of a callback can then be given directly: `rfid: {num_steps: 10}`, without class_path and init_args.
+    set_parsing_settings(subclasses_disabled=list(CALLBACKS.values()))
+    given = [path.resolve() for path in config_paths(arguments)]
+    base = base_config(given[0]) if given else None
+    if base is not None and base not in given:
+        arguments = ["--config", str(base), *arguments]
+    try:
+        FlexTokCLI(subcommand, arguments, _experiment_name(given[-1], base) if given else "unnamed")
+    except (MisconfigurationException, ShardError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
+
+
+def _experiment_name(file: Path, base: Path | None) -> str:
+    """`tokenizer/demo` for a file below the base's folder, else its bare name."""
+    if base is not None and file.is_relative_to(base.parent):
+        return str(file.relative_to(base.parent).with_suffix(""))
+    return file.stem
+
+
+def _summary(callback: type) -> str:
+    return (callback.__doc__ or callback.__name__).strip().split("\n")[0]
