@@ -36,9 +36,10 @@ $(READY): pyproject.toml
 	@test -d $(VENV) || test "$$(df -Pm . | awk 'NR == 2 {print $$4}')" -ge 8192 || { echo "setup needs 8 GB of free disk space here"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv || echo "uv is not to be had; pip will do"
-	index=$$($(BIN)/pip config get global.index-url 2>/dev/null); cert=$$($(BIN)/pip config get global.cert 2>/dev/null); \
-	{ test -x $(BIN)/uv && SSL_CERT_FILE="$${SSL_CERT_FILE:-$$cert}" $(BIN)/uv --cache-dir $(VENV)/.uv pip install --python $(BIN)/python \
-	    $${index:+--default-index "$$index"} -e '.[demo,dev]'; } \
+	index=$${PIP_INDEX_URL:-$$($(BIN)/pip config get global.index-url 2>/dev/null)}; \
+	cert=$${PIP_CERT:-$$($(BIN)/pip config get global.cert 2>/dev/null)}; \
+	{ test -x $(BIN)/uv && env $${cert:+SSL_CERT_FILE="$$cert"} $(BIN)/uv --cache-dir $(VENV)/.uv pip install \
+	    --python $(BIN)/python $${index:+--default-index "$$index"} -e '.[demo,dev]'; } \
 	|| $(BIN)/python -m pip install --disable-pip-version-check -e '.[demo,dev]'
 	rm -rf $(VENV)/.uv
 	touch $@
