@@ -1,0 +1,5 @@
+"""LightningModules: `VAEModule` (stage 0) and `TokenizerModule` (stage 1)."""
+
+from flextok_pl.modules.vae import VAEModule
+
+__all__ = ["VAEModule"]

@@ -1,0 +1,49 @@
+"""A network that a module uses but does not own: not trained, not averaged, not stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Frozen(nn.Module):
+    """Holds a frozen network outside the module tree.
+
+    The network is in evaluation mode and has no gradients, whatever its owner does. It follows its owner's
+    `.to()`, but is in neither `parameters()` nor `state_dict()`, and a deep copy shares it, so that
+    checkpoints do not store it and weight averaging does not double it. Attributes and calls are passed on.
+
+    Args:
+        module: the network; it is frozen in place.
+
+    Attributes:
+        module: the network.
+    """
+
+    module: nn.Module
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "module", module.requires_grad_(False).eval())  # past nn.Module's registration
+
+    def __getattr__(self, name: str) -> Any:
+        if "module" not in self.__dict__:  # while unpickling
+            raise AttributeError(name)
+        return getattr(self.module, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
+        self.module._apply(fn, recurse)
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Frozen:
+        """Does nothing: the network stays frozen."""
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the network."""
+        return self.module(*args, **kwargs)

@@ -1,0 +1,67 @@
+"""The adversarial term of autoencoder training: a patch discriminator, hinge losses and the adaptive weight.
+
+Shapes in this file: B batch, H x W image, p x q grid of overlapping patches.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PatchDiscriminator(nn.Module):
+    """Judges overlapping patches: PatchGAN of pix2pix (https://arxiv.org/abs/1611.07004, section 3.2.2).
+
+    4x4 convolutions, of which the first `num_layers` have stride 2; widths double up to 8 times the first. Group norm
+    stands in for pix2pix's batch norm: real and reconstructed images then do not see each other's statistics, and
+    there are no running averages to synchronise.
+
+    Args:
+        width: channels of the first layer, a multiple of 4.
+        num_layers: layers with stride 2; at 3 a patch is 70 x 70 pixels.
+    """
+
+    def __init__(self, width: int = 64, num_layers: int = 3) -> None:
+        super().__init__()
+        if width < 4 or width % 4:
+            raise ValueError(f"discriminator_width={width} must be a positive multiple of 4")
+        widths = [width * min(2**i, 8) for i in range(num_layers + 1)]
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for i in range(1, num_layers + 1):
+            stride = 2 if i < num_layers else 1
+            layers += [
+                nn.Conv2d(widths[i - 1], widths[i], 4, stride=stride, padding=1, bias=False),
+                nn.GroupNorm(widths[i] // 4 if widths[i] < 128 else 32, widths[i]),
+                nn.LeakyReLU(0.2),
+            ]
+        layers.append(nn.Conv2d(widths[-1], 1, 4, padding=1))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, 1, p, q) logits, high for real."""
+        logits: Tensor = self.layers(images)
+        return logits
+
+
+def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """The discriminator's loss from its logits (https://arxiv.org/abs/1705.02894, eq. 3, halved as in VQGAN)."""
+    return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+
+
+def adaptive_weight(reconstruction_loss: Tensor, generator_loss: Tensor, last_layer: Tensor) -> Tensor:
+    """The share of the adversarial loss that gives it the reconstruction's gradient norm.
+
+    VQGAN (https://arxiv.org/abs/2012.09841, eq. 7), with the 1e-4 and the bound of its published code.
+
+    Args:
+        reconstruction_loss: scalar, all that compares pixels or features.
+        generator_loss: scalar.
+        last_layer: the decoder's last weight, where both gradients are compared.
+
+    Returns:
+        Scalar without gradient.
+    """
+    (of_reconstruction,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
+    (of_generator,) = torch.autograd.grad(generator_loss, last_layer, retain_graph=True)
+    return (of_reconstruction.norm() / (of_generator.norm() + 1e-4)).clamp(0.0, 1e4).detach()

@@ -1,0 +1,75 @@
+"""What all modules' optimizers share: parameter groups and the learning-rate schedule."""
+
+from __future__ import annotations
+
+from math import cos, pi
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split trainable parameters into those with weight decay and those without.
+
+    Matrices and convolution kernels decay. Whatever has a single dimension (biases, gains of norms, mask tokens)
+    does not, nor do embeddings and other parameters that belong to no matrix product: they are the ones not called
+    `weight`, or owned by an `nn.Embedding`.
+
+    Args:
+        module: whose parameters to split.
+        weight_decay: of the first group.
+
+    Returns:
+        One or two groups for a torch optimizer; empty ones are left out.
+    """
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
+    seen: set[int] = set()
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            matrix = name == "weight" and parameter.ndim > 1 and not isinstance(owner, nn.Embedding)
+            (decay if matrix else no_decay).append(parameter)
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def warmup_cosine(
+    optimizer: Optimizer, warmup_steps: int, total_steps: float, min_ratio: float = 0.0
+) -> LambdaLR:
+    """Linear warm-up to the full learning rate, then a cosine to `min_ratio` of it; one call of `step` per step.
+
+    The first step has 1 / (warmup_steps + 1) of the learning rate, step `warmup_steps` the full one and step
+    `total_steps` (the one after the last) `min_ratio` of it.
+
+    Args:
+        optimizer: whose groups to schedule; each keeps its own full learning rate.
+        warmup_steps: length of the warm-up.
+        total_steps: length of the training; infinite or -1 for a constant learning rate after the warm-up, as
+            `Trainer.estimated_stepping_batches` says it.
+        min_ratio: final share of the learning rate.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps={warmup_steps} must be 0 or more")
+    if not 0.0 <= min_ratio <= 1.0:
+        raise ValueError(f"min_lr_ratio={min_ratio} must be in [0, 1]")
+    endless = total_steps == float("inf") or total_steps < 0
+    if not endless and warmup_steps >= total_steps > 0:
+        raise ValueError(f"warmup_steps={warmup_steps} must be below the {total_steps} steps of this training")
+
+    def ratio(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        if endless:
+            return 1.0
+        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        return min_ratio + (1.0 - min_ratio) * 0.5 * (1.0 + cos(pi * progress))
+
+    return LambdaLR(optimizer, ratio)

@@ -1,0 +1,257 @@
+"""Stage 0: train the image autoencoder.
+
+Shapes in this file: B batch, H x W image, C x h x w latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from flextok_pl.contracts import Batch
+from flextok_pl.layers.frozen import Frozen
+from flextok_pl.models.config import VAEConfig, config_from_dict, config_to_dict
+from flextok_pl.models.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
+from flextok_pl.models.perceptual import PerceptualDistance
+from flextok_pl.models.vae import VAE
+from flextok_pl.modules.optim import parameter_groups, warmup_cosine
+from flextok_pl.modules.steps import check_averaging, step_generator, stop_if_not_finite
+
+
+class VAEModule(pl.LightningModule):
+    """Trains a VAE by reconstruction, with KL, perceptual and adversarial terms; a weight of 0 leaves a term out.
+
+    loss = reconstruction + perceptual_weight * perceptual + kl_weight * KL / (3 H W) + gan_weight * adaptive * GAN,
+    the loss of latent diffusion (https://arxiv.org/abs/2112.10752, appendix G) divided by the number of pixel values,
+    so that its published weights apply here. It differs in that autoencoder and discriminator take their steps
+    at once, from the same images, by one optimizer: accumulation, clipping and schedules are then the Trainer's.
+    Gradient norms are clipped for each of the two networks by itself.
+
+    At the end of a fit the latents are measured on training batches and the autoencoder is exported to
+    `<log_dir>/vae`, a folder that diffusers reads, with scaling_factor = 1 / (standard deviation of the
+    posterior means). With `EMAWeightAveraging` the averaged weights are measured and exported.
+
+    Args:
+        net: the autoencoder, of kind `kl`.
+        reconstruction: mean absolute (`l1`) or squared (`l2`) error.
+        kl_weight: of the posterior's divergence from a unit normal.
+        perceptual_weight: of the distance in a pretrained network's features.
+        perceptual_network: `effnet-lite0` (offline), `lpips`, or a timm model such as `vgg16`.
+        perceptual_weights_path: local weights of that network.
+        gan_weight: of the adversarial loss, on top of its adaptive weight.
+        gan_start_step: first step of the discriminator and its loss. Before it the discriminator has no gradients:
+            train on several devices with `trainer.strategy=ddp_find_unused_parameters_true`.
+        discriminator_width: channels of its first layer.
+        lr: full learning rate, of both networks.
+        betas: AdamW's.
+        weight_decay: AdamW's, for matrices and kernels only.
+        warmup_steps: of linear warm-up.
+        min_lr_ratio: final share of the learning rate, reached by a cosine at the end of the fit.
+        scale_batches: training batches from which the scale of the latents is measured.
+        seed: of the posterior's noise.
+    """
+
+    def __init__(
+        self,
+        net: VAEConfig,
+        reconstruction: Literal["l1", "l2"] = "l1",
+        kl_weight: float = 1e-6,
+        perceptual_weight: float = 0.0,
+        perceptual_network: str = "effnet-lite0",
+        perceptual_weights_path: str | None = None,
+        gan_weight: float = 0.0,
+        gan_start_step: int = 0,
+        discriminator_width: int = 64,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        warmup_steps: int = 100,
+        min_lr_ratio: float = 0.0,
+        scale_batches: int = 32,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        net = config_from_dict(VAEConfig, net) if isinstance(net, Mapping) else net  # from a checkpoint
+        self.save_hyperparameters(ignore="net")
+        self.hparams["net"] = config_to_dict(net)  # plain types: a checkpoint must load with weights_only
+        if net.kind != "kl":
+            raise ValueError(f"net.kind={net.kind!r} has nothing to train; use 'kl'")
+        if reconstruction not in ("l1", "l2"):
+            raise ValueError(f"reconstruction={reconstruction!r} is unknown; use 'l1' or 'l2'")
+        for name, value in (("kl_weight", kl_weight), ("perceptual_weight", perceptual_weight), ("gan_weight", gan_weight)):
+            if value < 0:
+                raise ValueError(f"{name}={value} must be 0 (off) or more")
+        if scale_batches < 1:
+            raise ValueError(f"scale_batches={scale_batches} must be at least 1")
+        self.distance = F.l1_loss if reconstruction == "l1" else F.mse_loss
+        self.kl_weight, self.perceptual_weight = kl_weight, perceptual_weight
+        self.gan_weight, self.gan_start_step = gan_weight, gan_start_step
+        self.lr, self.betas, self.weight_decay = lr, tuple(betas), weight_decay
+        self.warmup_steps, self.min_lr_ratio = warmup_steps, min_lr_ratio
+        self.scale_batches, self.seed = scale_batches, seed
+
+        self.vae = VAE(net)
+        self.perceptual = (
+            Frozen(PerceptualDistance(perceptual_network, perceptual_weights_path)) if perceptual_weight else None
+        )
+        self.discriminator = PatchDiscriminator(discriminator_width) if gan_weight else None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> its reconstruction from the posterior's mean, (B, 3, H, W), not clamped."""
+        return self.vae.decode(self.vae.encode(images))
+
+    # Training
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of one batch with key `image`."""
+        images = _images(batch)
+        moments = self.vae.moments(images)  # (B, 2C, h, w)
+        latents = self.vae.scale(moments, sample_posterior=True, generator=step_generator(self, self.seed, batch_idx))
+        outputs = self.vae.decode(latents)  # (B, 3, H, W)
+        losses = {"reconstruction": self.distance(outputs, images), "kl": kl_divergence(moments) / images[0].numel()}
+        compared = losses["reconstruction"]
+        if self.perceptual is not None:
+            losses["perceptual"] = self.perceptual(outputs, images)
+            compared = compared + self.perceptual_weight * losses["perceptual"]
+        loss = compared + self.kl_weight * losses["kl"] if self.kl_weight else compared
+        if self.discriminator is not None and self.global_step >= self.gan_start_step:
+            losses |= self._adversarial(images, outputs, compared)
+            loss = loss + self.gan_weight * losses["adaptive_weight"] * losses["generator"] + losses["discriminator"]
+        stop_if_not_finite(self, loss, batch)
+        shown = {f"train/{name}": value.detach() for name, value in losses.items()}
+        self.log_dict(shown | {"train/loss": loss.detach()}, batch_size=len(images))
+        self.log("train/psnr", psnr(outputs.detach(), images).mean(), batch_size=len(images), prog_bar=True)
+        return loss
+
+    def _adversarial(self, images: Tensor, outputs: Tensor, compared: Tensor) -> dict[str, Tensor]:
+        """Both players' losses; each one's gradients reach its own network only."""
+        assert self.discriminator is not None
+        self.discriminator.requires_grad_(False)
+        generator_loss = -self.discriminator(outputs).mean()
+        self.discriminator.requires_grad_(True)
+        real, fake = self.discriminator(torch.cat([images, outputs.detach()])).chunk(2)
+        weight = adaptive_weight(compared, generator_loss, self.vae.vae.decoder.conv_out.weight)
+        return {"generator": generator_loss, "adaptive_weight": weight, "discriminator": hinge_loss(real, fake)}
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW over both networks, warm-up and cosine per step."""
+        groups = parameter_groups(self.vae, self.weight_decay)
+        if self.discriminator is not None:
+            groups += parameter_groups(self.discriminator, self.weight_decay)
+        optimizer = AdamW(groups, lr=self.lr, betas=self.betas)  # type: ignore[arg-type]
+        steps = self.trainer.estimated_stepping_batches
+        schedule = warmup_cosine(optimizer, self.warmup_steps, steps, self.min_lr_ratio)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the autoencoder's gradient norm before clipping, and the learning rate."""
+        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            gradients = [p.grad for p in self.vae.parameters() if p.grad is not None]
+            self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+            self.log("train/lr", optimizer.param_groups[0]["lr"])
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the two networks' norms apart: they play against each other, and one must not damp the other."""
+        if self.discriminator is None or gradient_clip_algorithm == "value" or not gradient_clip_val:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        for network in (self.vae, self.discriminator):
+            torch.nn.utils.clip_grad_norm_(network.parameters(), gradient_clip_val)
+
+    # Evaluation
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the sums of the epoch."""
+        self._sums: dict[str, Tensor] = {}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add one batch to the epoch's sums."""
+        images = _images(batch)
+        outputs = self(images).clamp(-1.0, 1.0)
+        pixels = images.double()
+        batch_sums = {
+            "count": pixels.new_tensor(float(len(images))),
+            "image": pixels.sum(dim=0),  # (3, H, W)
+            "square": pixels.square().sum(),
+            "error": (outputs.double() - pixels).square().sum(),
+            "psnr": psnr(outputs, images).double().sum(),
+        }
+        self._sums = {name: value + self._sums.get(name, 0.0) for name, value in batch_sums.items()}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log MSE, PSNR and the share of the images' variance around their mean image that is lost."""
+        sums = {name: self.trainer.strategy.reduce(value, reduce_op="sum") for name, value in self._sums.items()}
+        count, values = sums["count"], sums["count"] * sums["image"].numel()
+        variance = (sums["square"] - sums["image"].square().sum() / count) / values
+        mse = sums["error"] / values
+        self.log("val/mse", mse.float(), prog_bar=True)
+        self.log("val/psnr", (sums["psnr"] / count).float())
+        self.log("val/mse_over_variance", (mse / variance).float(), prog_bar=True)
+
+    # Export
+
+    def on_fit_start(self) -> None:
+        """Check the callbacks."""
+        check_averaging(self)
+
+    def on_train_end(self) -> None:
+        """Measure the latents and export the autoencoder.
+
+        Lightning calls callbacks first here: with weight averaging, the averaged weights are in place by now.
+        """
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self.vae.rescale(1.0 / self.latent_std())
+        log_dir = self.trainer.log_dir  # a broadcast: on all ranks
+        if self.trainer.is_global_zero and log_dir is not None:
+            self.vae.save_pretrained(Path(log_dir) / "vae")
+
+    @torch.no_grad()
+    def latent_std(self) -> float:
+        """Standard deviation of the posterior means over `scale_batches` training batches of each rank."""
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # count, sum, sum of squares
+        loader: Any = self.trainer.train_dataloader
+        for number, batch in enumerate(loader):
+            if number == self.scale_batches:
+                break
+            images = _images(self.trainer.strategy.batch_to_device(batch, self.device))
+            mean = self.vae.moments(images).chunk(2, dim=1)[0].double()
+            sums += torch.stack([mean.new_tensor(float(mean.numel())), mean.sum(), mean.square().sum()])
+        sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        mean, square = sums[1] / sums[0], sums[2] / sums[0]
+        return float((square - mean**2).sqrt())
+
+
+def kl_divergence(moments: Tensor) -> Tensor:
+    """Divergence of a diagonal normal from the unit one, summed over an image, averaged over the batch.
+
+    Args:
+        moments: (B, 2C, h, w), mean and log-variance.
+    """
+    mean, log_variance = moments.chunk(2, dim=1)
+    return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).flatten(1).sum(dim=1).mean()
+
+
+def psnr(images: Tensor, targets: Tensor) -> Tensor:
+    """(B, 3, H, W) twice, in [-1, 1] -> (B,) peak signal-to-noise ratio in decibels; the peak is 2."""
+    mse = (images - targets).square().flatten(1).mean(dim=1).clamp_min(1e-10)
+    return 10.0 * torch.log10(4.0 / mse)
+
+
+def _images(batch: Batch) -> Tensor:
+    if "image" not in batch:
+        raise ValueError(f"the autoencoder trains on images, but the batches hold {sorted(batch)}; use image shards")
+    return batch["image"]
