@@ -1,0 +1,1 @@
+"""Feature extractors, distances, pixel and token statistics, and reports of them."""

@@ -1,0 +1,155 @@
+"""What the evaluation callbacks share: checks of module, data and batch, and the facts that a protocol states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from flextok_pl.contracts import Reconstructor
+
+
+def module_reconstructor(pl_module: LightningModule) -> Reconstructor:
+    """The tokenizer of a module.
+
+    Raises:
+        MisconfigurationException: it has none.
+    """
+    reconstructor = getattr(pl_module, "reconstructor", None)
+    if not isinstance(reconstructor, Reconstructor):
+        raise MisconfigurationException(
+            f"{type(pl_module).__name__} has no `reconstructor` that can tokenize and detokenize, so it has no token "
+            "budgets to evaluate: use this callback with a TokenizerModule, and remove it for a VAE"
+        )
+    return reconstructor
+
+
+def split_size(trainer: Trainer, split: str) -> int:
+    """Samples in a split, over all processes.
+
+    Raises:
+        MisconfigurationException: the data cannot say.
+    """
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if not hasattr(data, "num_samples"):
+        raise MisconfigurationException(
+            "evaluation checks that each sample is seen exactly once: give the trainer a data module with "
+            "num_samples(split), such as ShardDataModule, instead of plain loaders"
+        )
+    return int(data.num_samples(split))
+
+
+def batch_images(batch: Any, dataloader_idx: int = 0) -> tuple[Tensor, list[str]]:
+    """Images (B, 3, H, W) in [-1, 1] and keys of an evaluation batch.
+
+    Raises:
+        MisconfigurationException: there are none, or there are several loaders.
+    """
+    if dataloader_idx:
+        raise MisconfigurationException("evaluation takes one dataloader per split; combine the shard sets into one")
+    missing = [name for name in ("image", "key") if not isinstance(batch, Mapping) or name not in batch]
+    if missing:
+        held = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise MisconfigurationException(
+            f"an evaluation batch has no {' and no '.join(missing)}, it holds {held}: evaluate on shards with images "
+            "(data.val and data.test), also where training reads latents or tokens"
+        )
+    return batch["image"], list(batch["key"])
+
+
+def checkpoint_facts(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What a protocol needs of a loaded checkpoint: whether it holds averaged weights, and its step."""
+    return {"averaged": "averaging_state" in checkpoint, "global_step": int(checkpoint.get("global_step", 0))}
+
+
+def weights_in_use(trainer: Trainer, loaded: Mapping[str, Any] | None) -> str:
+    """Name the weights that the module has while batches are evaluated.
+
+    Lightning's averaging callbacks swap averaged weights in for every validation, store them as a checkpoint's weights,
+    and leave them in the module when a fit ends. But they put RAW weights back where a process that has fitted then
+    tests such a checkpoint.
+
+    Args:
+        trainer: the running trainer.
+        loaded: `checkpoint_facts` of what it has loaded since its setup, if anything.
+
+    Returns:
+        `ema`, `raw`, `initial` (averaging that has not been updated yet holds the weights that training started from)
+        or `loaded` (the module's own, about which the trainer knows nothing more).
+    """
+    averages = [c._average_model for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+    average = next((model for model in averages if model is not None), None)
+    from_average = loaded is not None and loaded["averaged"]
+    if trainer.state.fn == TrainerFn.FITTING:
+        if average is None:
+            return "raw"
+        return "ema" if int(average.n_averaged) > 0 else "initial"
+    if average is not None:
+        return "raw" if from_average and trainer.state.fn == TrainerFn.TESTING else "ema"
+    return "ema" if from_average else "loaded"
+
+
+def evaluated_step(trainer: Trainer, loaded: Mapping[str, Any] | None) -> int:
+    """The training step whose weights are evaluated; 0 where nobody knows."""
+    return trainer.global_step or (0 if loaded is None else int(loaded["global_step"]))
+
+
+def log_evaluation(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    scalars: Mapping[str, float],
+    pictures: Mapping[str, Tensor],
+    loaded: Mapping[str, Any] | None,
+) -> None:
+    """Give results to the loggers, and during a fit to the trainer, so that a checkpoint can be chosen by them.
+
+    Args:
+        trainer: the running trainer.
+        pl_module: its module.
+        scalars: tag -> value, equal on all ranks.
+        pictures: tag -> (3, H, W) uint8.
+        loaded: `checkpoint_facts`, or None.
+    """
+    in_fit = trainer.state.fn == TrainerFn.FITTING
+    if in_fit:
+        pl_module.log_dict(dict(scalars), sync_dist=True)
+    step = evaluated_step(trainer, loaded)
+    for logger in trainer.loggers:
+        if not in_fit:  # Lightning would print every one of them in a table of its own
+            logger.log_metrics(dict(scalars), step=step)
+        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            for tag, picture in pictures.items():
+                logger.experiment.add_image(tag, picture, step)
+
+
+def chart_budgets(trainer: Trainer, category: str, charts: Mapping[str, list[str]]) -> None:
+    """Show several TensorBoard scalars on one chart.
+
+    Args:
+        trainer: whose loggers.
+        category: heading of the group of charts.
+        charts: title -> tags.
+    """
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            layout = {category: {title: ["Multiline", tags] for title, tags in charts.items()}}
+            logger.experiment.add_custom_scalars(layout)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that a number depends on."""
+    found = {}
+    for package in ("flextok_pl", "torch", "lightning", "torchmetrics", "torch-fidelity"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found | {"cuda": torch.version.cuda or "none"}

@@ -1,0 +1,66 @@
+"""Images per second, and the share of time that training waits for data."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class Throughput(Callback):
+    """Log `train/images_per_s` (all ranks) and `train/data_share` over every window of training steps.
+
+    Data loading is the time between the end of a batch and the start of the next, so hooks that run there, such as
+    saving a checkpoint, count too; validation does not. The clock is the CPU's: what it waits for a GPU counts as
+    computing, what it loads while a GPU is still busy counts as loading. Lightning's `ThroughputMonitor` has no data
+    share, takes a Python function for the batch size, which a YAML file cannot give, and synchronises the GPU at
+    every step.
+
+    Args:
+        every_n_steps: batches in a window; None takes the trainer's `log_every_n_steps`.
+    """
+
+    def __init__(self, every_n_steps: int | None = None) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps} must be at least 1")
+        self.every_n_steps = every_n_steps
+        self._ended: float | None = None
+        self._started = 0.0
+        self._clear()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the time between epochs count for nothing."""
+        self._ended = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the time of a validation count for nothing."""
+        self._ended = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Take the time that the batch was waited for."""
+        self._started = time.perf_counter()
+        self._waited += self._started - (self._started if self._ended is None else self._ended)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take the time of the step, and log at the end of a window."""
+        self._ended = time.perf_counter()
+        self._computed += self._ended - self._started
+        self._images += len(next(value for value in batch.values() if value is not None))
+        self._batches += 1
+        if self._batches >= (self.every_n_steps or trainer.log_every_n_steps):  # type: ignore[attr-defined]
+            total = self._waited + self._computed
+            metrics = {
+                "train/images_per_s": self._images * trainer.world_size / total,
+                "train/data_share": self._waited / total,
+            }
+            # Not through the module's log(), which drops what does not fall on the trainer's own logging step.
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=trainer.global_step)
+            self._clear()
+
+    def _clear(self) -> None:
+        self._waited = self._computed = 0.0
+        self._images = self._batches = 0

@@ -1,0 +1,46 @@
+"""Statistics of token ids: how much of the vocabulary is used, and how much each position says.
+
+N samples, K positions, V vocabulary. Entropies are plug-in estimates: with N samples none exceeds log2 N.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def distinct_tokens(tokens: Tensor) -> int:
+    """Number of different ids among (N, K) tokens."""
+    return len(torch.unique(tokens))
+
+
+def codebook_use(tokens: Tensor, vocab_size: int) -> float:
+    """Fraction of the vocabulary that occurs at least once.
+
+    Args:
+        tokens: (N, K) int64.
+        vocab_size: V.
+
+    Raises:
+        ValueError: a token lies outside 0..V-1.
+    """
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+        raise ValueError(f"tokens span {int(tokens.min())}..{int(tokens.max())}, outside vocab_size={vocab_size}")
+    return distinct_tokens(tokens) / vocab_size
+
+
+def position_entropy(tokens: Tensor) -> Tensor:
+    """Entropy in bits of the ids at each position: (N, K) int64 -> (K,) float64."""
+    count, positions = tokens.shape
+    offset = torch.arange(positions, device=tokens.device) * (int(tokens.max()) + 1)
+    pairs, occurrences = torch.unique(tokens + offset, return_counts=True)
+    share = occurrences.double() / count
+    position = torch.bucketize(pairs, offset, right=True) - 1
+    return torch.zeros(positions, dtype=torch.float64, device=tokens.device).index_add_(
+        0, position, -share * share.log2()
+    )
+
+
+def perplexity(tokens: Tensor) -> float:
+    """2 to the entropy of the ids over all positions: the size of a uniform vocabulary that is as hard to predict."""
+    return float(2 ** position_entropy(tokens.reshape(-1, 1)).item())

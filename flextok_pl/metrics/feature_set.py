@@ -1,0 +1,74 @@
+"""What is kept of a set of images for distances: statistics of all features, and a pool of the features themselves.
+
+M pooled samples, D features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flextok_pl.metrics.distributed import gather_rows
+from flextok_pl.metrics.frechet import FeatureStatistics
+
+POOL_SIZE = 5000
+"""Samples whose features are kept for the kernel distance; below this number, all."""
+
+
+class FeatureSet:
+    """Features of one set of images.
+
+    Args:
+        dim: D.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.statistics = FeatureStatistics(dim)
+        self._rows: list[Tensor] = []
+        self._ids: list[Tensor] = []
+
+    def update(self, features: Tensor, ids: Tensor, pooled: Tensor) -> None:
+        """Add features.
+
+        Args:
+            features: (B, D).
+            ids: (B,) int64, unique in the set and the same in every process.
+            pooled: (B,) bool, which samples belong to the pool.
+        """
+        rows = features.cpu()
+        self.statistics.update(rows)
+        self._rows.append(rows[pooled])
+        self._ids.append(ids[pooled])
+
+    def pool(self) -> Tensor:
+        """(M, D), ordered by id, so that it does not depend on who saw a sample when."""
+        rows, ids = self._joined()
+        return rows[ids.argsort()]
+
+    def all_reduce(self, device: torch.device) -> None:
+        """Replace this set by that of all processes.
+
+        Args:
+            device: where the process group communicates.
+        """
+        self.statistics.all_reduce(device)
+        rows, ids = self._joined()
+        self._rows, self._ids = [gather_rows(rows, device)], [gather_rows(ids, device)]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors that `from_state_dict` takes."""
+        rows, ids = self._joined()
+        return {**self.statistics.state_dict(), "rows": rows, "ids": ids}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor]) -> FeatureSet:
+        """The set that `state_dict` described."""
+        restored = cls(len(state["mean"]))
+        restored.statistics = FeatureStatistics.from_state_dict(state)
+        restored._rows, restored._ids = [state["rows"]], [state["ids"]]
+        return restored
+
+    def _joined(self) -> tuple[Tensor, Tensor]:
+        if not self._rows:
+            return torch.zeros(0, self.statistics.dim), torch.zeros(0, dtype=torch.int64)
+        return torch.cat(self._rows), torch.cat(self._ids)

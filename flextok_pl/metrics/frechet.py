@@ -1,0 +1,157 @@
+"""Frechet distance between two sets of features, from float64 statistics kept in one pass.
+
+FD(a, b) = |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al., arXiv 1706.08500, section 3).
+N samples, D features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flextok_pl.metrics.distributed import all_reduce_sum
+
+
+class FeatureStatistics:
+    """Count, mean and covariance of features, updated batch by batch in float64 on the CPU.
+
+    The scatter around the running mean is updated as in Chan, Golub & LeVeque (1979), so nothing cancels when the mean
+    is large against the spread. Memory is D x D, whatever N is.
+
+    Args:
+        dim: D.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+        self.count = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64)
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64)
+        self._factor: Tensor | None = None
+
+    @property
+    def covariance(self) -> Tensor:
+        """(D, D) float64, with the N - 1 divisor.
+
+        Raises:
+            ValueError: fewer than two samples.
+        """
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least two samples, there are {self.count}")
+        return self.scatter / (self.count - 1)
+
+    @property
+    def full_rank(self) -> bool:
+        """Whether N > D. Otherwise the covariance is singular, and distances are comparable at equal N only."""
+        return self.count > self.dim
+
+    @property
+    def rank(self) -> int:
+        """Largest rank that the covariance can have: min(D, N - 1)."""
+        return min(self.dim, max(self.count - 1, 0))
+
+    def update(self, features: Tensor) -> None:
+        """Add features.
+
+        Args:
+            features: (B, D), any floating type.
+
+        Raises:
+            ValueError: wrong shape, or values that are not finite.
+        """
+        if features.ndim != 2 or features.shape[1] != self.dim:
+            raise ValueError(f"features have shape {tuple(features.shape)}; these statistics take (B, {self.dim})")
+        if not features.isfinite().all():
+            raise ValueError("features hold NaN or infinite values")
+        if len(features) == 0:
+            return
+        rows = features.detach().to("cpu", torch.float64)
+        mean = rows.mean(0)
+        self._merge_centred(len(rows), mean, rows - mean)
+
+    def merge(self, other: FeatureStatistics) -> None:
+        """Add the samples that `other` has seen."""
+        if other.dim != self.dim:
+            raise ValueError(f"statistics of {other.dim} and {self.dim} features cannot be merged")
+        if other.count:
+            self.scatter += other.scatter
+            self._merge_centred(other.count, other.mean, other.mean.new_zeros(0, self.dim))
+
+    def _merge_centred(self, count: int, mean: Tensor, centred: Tensor) -> None:
+        """Add `count` samples with this mean whose scatter is centred^T centred."""
+        total = self.count + count
+        shift = mean - self.mean
+        between = shift * (self.count * count / total) ** 0.5  # scatter between the two means, as one more row
+        rows = torch.cat([centred, between[None]])
+        self.scatter.addmm_(rows.T, rows)
+        self.mean += shift * (count / total)
+        self.count = total
+        self._factor = None
+
+    def all_reduce(self, device: torch.device) -> None:
+        """Replace these statistics by those of the samples of all processes; a no-op outside torch.distributed.
+
+        Args:
+            device: where the process group communicates.
+        """
+        totals = all_reduce_sum(torch.cat([self.mean * self.count, self.mean.new_tensor([self.count])]), device)
+        count = int(totals[-1].item())
+        if count == 0:
+            return
+        mean = totals[:-1] / count
+        shift = self.mean - mean
+        self.scatter = all_reduce_sum(self.scatter.addr_(shift, shift, alpha=float(self.count)), device)
+        self.count, self.mean, self._factor = count, mean, None
+
+    def covariance_factor(self) -> Tensor:
+        """L (D, R) with covariance = L L^T and R = `rank`; kept until the next update."""
+        if self._factor is None:
+            values, vectors = torch.linalg.eigh(self.covariance)  # ascending
+            self._factor = vectors[:, -self.rank :] * values[-self.rank :].clamp_min(0).sqrt()
+        return self._factor
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors that `from_state_dict` takes."""
+        return {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor]) -> FeatureStatistics:
+        """The statistics that `state_dict` described."""
+        statistics = cls(len(state["mean"]))
+        statistics.count = int(state["count"].item())
+        statistics.mean, statistics.scatter = state["mean"], state["scatter"]
+        return statistics
+
+
+def features_to_statistics(features: Tensor) -> FeatureStatistics:
+    """Statistics of (N, D) features."""
+    statistics = FeatureStatistics(features.shape[1])
+    statistics.update(features)
+    return statistics
+
+
+def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+    """Frechet distance between the Gaussians with these statistics.
+
+    tr (C_a C_b)^(1/2) is the sum of the square roots of the eigenvalues of L_a^T C_b L_a, which is symmetric, positive
+    semi-definite and no larger than the rank of C_a. Singular covariances need no added diagonal: eigenvalues beyond
+    the smaller of the two ranks are zero, and left out because the root would magnify their rounding.
+
+    Args:
+        a: the reference; its factorisation is kept, so comparing many sets with one `a` is cheap.
+        b: statistics of as many features.
+
+    Returns:
+        The distance; tiny negative values are rounding.
+
+    Raises:
+        ValueError: different numbers of features, or fewer than two samples.
+    """
+    if a.dim != b.dim:
+        raise ValueError(f"statistics of {a.dim} and {b.dim} features cannot be compared; use one extractor for both")
+    factor = a.covariance_factor()
+    covariance = b.covariance
+    eigenvalues = torch.linalg.eigvalsh(factor.T @ covariance @ factor)  # ascending
+    cross = eigenvalues[-min(a.rank, b.rank) :].clamp_min(0).sqrt().sum()
+    difference = a.mean - b.mean
+    return float(difference @ difference + a.covariance.trace() + covariance.trace() - 2 * cross)

@@ -1,0 +1,38 @@
+"""Decisions about a sample as pure functions of its key, so that they do not depend on batches, workers or ranks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def key_hash(key: str, purpose: str = "") -> int:
+    """63 uniform bits from a sample key, independent for each purpose."""
+    digest = hashlib.blake2b(f"{purpose}\0{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def sample_generators(keys: Sequence[str], seed: int) -> list[torch.Generator]:
+    """One fresh CPU generator per sample, seeded by (seed, key): the same noise at every budget and on every device."""
+    return [torch.Generator().manual_seed(key_hash(key, f"noise {seed}")) for key in keys]
+
+
+def choose_fraction(keys: Sequence[str], fraction: float, purpose: str) -> Tensor:
+    """(B,) bool: a fixed choice of about this fraction of all keys; all of them from 1 on."""
+    limit = int(fraction * 2**63)
+    return torch.tensor([fraction >= 1 or key_hash(key, purpose) < limit for key in keys], dtype=torch.bool)
+
+
+def image_hash(key: str, image: Tensor) -> int:
+    """64 signed bits from a sample's key and pixels; summed modulo 2**64 they identify a data set in any order.
+
+    Args:
+        key: the sample's key.
+        image: (3, H, W) uint8.
+    """
+    digest = hashlib.blake2b(key.encode(), digest_size=8)
+    digest.update(image.contiguous().cpu().numpy().tobytes())
+    return int.from_bytes(digest.digest(), "little", signed=True)

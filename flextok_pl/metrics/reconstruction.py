@@ -1,0 +1,238 @@
+"""Reconstruction quality at several token budgets, accumulated batch by batch and added up over processes.
+
+B images, N of all batches and processes, H x W pixels, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from flextok_pl.contracts import GuidanceScale, Reconstructor
+from flextok_pl.metrics.distributed import all_reduce_sum, gather_objects, gather_rows
+from flextok_pl.metrics.feature_set import FeatureSet
+from flextok_pl.metrics.features import FeatureExtractor
+from flextok_pl.metrics.frechet import frechet_distance
+from flextok_pl.metrics.images import image_errors
+from flextok_pl.metrics.kernel import kernel_distance
+from flextok_pl.metrics.keys import choose_fraction, image_hash, key_hash, sample_generators
+from flextok_pl.metrics.lpips import LPIPS
+
+
+def reconstruct_at_budgets(
+    reconstructor: Reconstructor,
+    images: Tensor,
+    keys: Sequence[str],
+    budgets: Sequence[int],
+    num_steps: int,
+    guidance: str,
+    guidance_scale: GuidanceScale,
+    seed: int,
+) -> Iterator[tuple[int, Tensor]]:
+    """Tokenize once, then decode at each budget from the same noise, which is a function of (seed, key) only.
+
+    Args:
+        reconstructor: the tokenizer.
+        images: (B, 3, H, W) in [-1, 1].
+        keys: B sample keys.
+        budgets: numbers of tokens.
+        num_steps: steps of the flow's solver.
+        guidance: `none`, `cfg` or `apg`.
+        guidance_scale: its scale.
+        seed: of the noise.
+
+    Yields:
+        A budget and its (B, 3, H, W) images, not clamped.
+    """
+    tokens = reconstructor.tokenize(images, num_tokens=max(budgets))  # (B, max k)
+    for budget in budgets:
+        yield (
+            budget,
+            reconstructor.detokenize(
+                tokens,
+                num_tokens=budget,
+                num_steps=num_steps,
+                guidance=guidance,
+                guidance_scale=guidance_scale,
+                generator=sample_generators(keys, seed),
+            ),
+        )
+
+
+class ImageMoments:
+    """Variance of a set of images around their mean image, in float64, on the [0, 1] scale."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sum = torch.zeros(0, dtype=torch.float64)
+        self._squares = 0.0
+
+    def update(self, images: Tensor) -> None:
+        """Add (B, 3, H, W) uint8.
+
+        Raises:
+            ValueError: the images have another size than those before.
+        """
+        if self.count == 0:
+            self._sum = torch.zeros(images.shape[1:], dtype=torch.float64)
+        self._check_size(images.shape[1:])
+        self._sum += images.sum(0, dtype=torch.int64).cpu() / 255
+        self._squares += float(images.to(torch.int64).square().sum()) / 255**2
+        self.count += len(images)
+
+    def all_reduce(self, device: torch.device) -> None:
+        """Replace these moments by those of the images of all processes."""
+        sizes = [torch.Size(size) for size in gather_objects(tuple(self._sum.shape)) if size != (0,)]
+        if not sizes:
+            return
+        if self.count == 0:
+            self._sum = torch.zeros(sizes[0], dtype=torch.float64)
+        for size in sizes:
+            self._check_size(size)
+        self._sum = all_reduce_sum(self._sum, device)
+        count, self._squares = all_reduce_sum(
+            torch.tensor([self.count, self._squares], dtype=torch.float64), device
+        ).tolist()
+        self.count = int(count)
+
+    @property
+    def variance(self) -> float:
+        """Mean over pixels and channels of the variance over images (divisor N)."""
+        mean = self._sum / self.count
+        return self._squares / (self.count * mean.numel()) - float(mean.square().mean())
+
+    @property
+    def size(self) -> list[int]:
+        """[H, W] of the images."""
+        return list(self._sum.shape[1:])
+
+    def _check_size(self, size: torch.Size) -> None:
+        if self._sum.shape != size:
+            raise ValueError(f"images of {tuple(self._sum.shape)} and {tuple(size)} are mixed; resize them to one size")
+
+
+class ReconstructionStatistics:
+    """Everything that per-budget reconstruction metrics need.
+
+    Args:
+        budgets: numbers of tokens.
+        extractor: of the features whose distances are taken.
+        pool_fraction: share of the samples whose features are kept for the kernel distance.
+        lpips: the perceptual distance, or None to leave it out.
+        real: features of all originals from an earlier run, or None to take them now.
+    """
+
+    def __init__(
+        self,
+        budgets: Sequence[int],
+        extractor: FeatureExtractor,
+        pool_fraction: float = 1.0,
+        lpips: LPIPS | None = None,
+        real: FeatureSet | None = None,
+    ) -> None:
+        self.budgets = list(budgets)
+        self.images = ImageMoments()
+        self.real = FeatureSet(extractor.dim) if real is None else real
+        self.data_hash = 0
+        self._extractor = extractor
+        self._pool_fraction = pool_fraction
+        self._lpips = lpips
+        self._real_is_complete = real is not None
+        self._sets = {budget: FeatureSet(extractor.dim) for budget in budgets}
+        names = ("mae", "mse", "psnr", "ssim", *(["lpips"] if lpips else []))
+        self._sums = {budget: dict.fromkeys(names, 0.0) for budget in budgets}
+
+    def update_originals(self, originals: Tensor, keys: Sequence[str]) -> None:
+        """Add (B, 3, H, W) uint8 originals with their keys."""
+        self.images.update(originals)
+        for key, image in zip(keys, originals.cpu(), strict=True):
+            self.data_hash = _wrap(self.data_hash + image_hash(key, image))
+        if not self._real_is_complete:
+            self.real.update(self._extractor(originals), *self._ids(keys))
+
+    def update_reconstructions(
+        self, budget: int, originals: Tensor, reconstructions: Tensor, keys: Sequence[str]
+    ) -> None:
+        """Add (B, 3, H, W) uint8 reconstructions of the originals at one budget."""
+        errors = image_errors(originals, reconstructions)
+        if self._lpips:
+            errors["lpips"] = self._lpips(originals, reconstructions)
+        for name, values in errors.items():
+            self._sums[budget][name] += float(values.sum())
+        self._sets[budget].update(self._extractor(reconstructions), *self._ids(keys))
+
+    def all_reduce(self, device: torch.device) -> None:
+        """Replace these statistics by those of all processes.
+
+        Args:
+            device: where the process group communicates.
+        """
+        self.images.all_reduce(device)
+        self.data_hash = int(all_reduce_sum(torch.tensor(self.data_hash), device).item())
+        if not self._real_is_complete:
+            self.real.all_reduce(device)
+            self._real_is_complete = True
+        for budget, sums in self._sums.items():
+            totals = all_reduce_sum(torch.tensor(list(sums.values()), dtype=torch.float64), device)
+            self._sums[budget] = dict(zip(sums, totals.tolist(), strict=True))
+            self._sets[budget].all_reduce(device)
+
+    def values(self, kernel_seed: int = 0) -> dict[int, dict[str, float]]:
+        """Metrics by budget: distances first (absent below two images), then pixel metrics as means over images."""
+        results: dict[int, dict[str, float]] = {}
+        for budget, sums in self._sums.items():
+            result: dict[str, float] = {}
+            if self.images.count > 1:
+                features = self._sets[budget]
+                kernel, _ = kernel_distance(self.real.pool(), features.pool(), seed=kernel_seed)
+                result[self._extractor.metric_name] = frechet_distance(self.real.statistics, features.statistics)
+                result[self._extractor.kernel_metric_name] = kernel
+            result |= {name: total / self.images.count for name, total in sums.items()}
+            if self.images.variance > 0:
+                result["mse_over_variance"] = result["mse"] / self.images.variance
+            results[budget] = result
+        return results
+
+    def _ids(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
+        ids = torch.tensor([key_hash(key) for key in keys], dtype=torch.int64)
+        return ids, choose_fraction(keys, self._pool_fraction, "pool")
+
+
+def check_each_sample_once(
+    ids: Sequence[int], expected: int, may_stop_early: bool, device: torch.device, source: str
+) -> int:
+    """Count the samples of all processes.
+
+    Args:
+        ids: hashes of the keys that this process saw.
+        expected: samples in the data set.
+        may_stop_early: whether fewer are in order, because the user limits the number of batches.
+        device: where the process group communicates.
+        source: what to call the data in an error.
+
+    Returns:
+        The number seen.
+
+    Raises:
+        RuntimeError: a sample came twice, or some did not come.
+    """
+    seen = gather_rows(torch.tensor(ids, dtype=torch.int64), device)
+    repeated = len(seen) - len(torch.unique(seen))
+    if repeated:
+        raise RuntimeError(
+            f"{repeated} of {len(seen)} samples of {source} repeat a key: a sampler pads ranks, or keys are not "
+            "unique; no number is reported"
+        )
+    if len(seen) > expected or (len(seen) < expected and not may_stop_early):
+        raise RuntimeError(
+            f"{source} gave {len(seen)} samples, {expected} were expected: evaluation must see each sample exactly "
+            "once (no drop_last, no skipped errors); no number is reported"
+        )
+    return len(seen)
+
+
+def _wrap(value: int) -> int:
+    """Into the range of int64, as tensor sums wrap."""
+    return (value + 2**63) % 2**64 - 2**63

@@ -1,0 +1,98 @@
+"""Results on the terminal and on disk. A record is one number with the protocol that made it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+Record = dict[str, Any]
+"""At least `metric`, `value`, `num_tokens`, `num_samples`, and the protocol."""
+
+
+def make_records(
+    values: Mapping[int, Mapping[str, float]], protocol: Mapping[str, Any], extra: Mapping[str, Mapping[str, Any]]
+) -> list[Record]:
+    """One record per budget and metric.
+
+    Args:
+        values: budget -> metric -> value.
+        protocol: what all of them have in common.
+        extra: metric -> what only this metric's records say.
+    """
+    return [
+        {"metric": metric, "value": value, "num_tokens": budget, **protocol, **extra.get(metric, {})}
+        for budget, metrics in values.items()
+        for metric, value in metrics.items()
+    ]
+
+
+def format_table(values: Mapping[int, Mapping[str, float]], notes: Sequence[str] = ()) -> str:
+    """A plain-text table: one line per budget, one column per metric, then the notes."""
+    metrics = list(next(iter(values.values())))
+    rows = [["tokens", *metrics]]
+    rows += [[str(budget), *(_short(result[metric]) for metric in metrics)] for budget, result in values.items()]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join([*lines, *notes])
+
+
+def write_json(records: Sequence[Record], path: Path) -> None:
+    """Write a list of records; a value that is not a finite number raises ValueError."""
+    write_atomically(path, json.dumps(list(records), indent=1, allow_nan=False).encode() + b"\n")
+
+
+def write_csv(values: Mapping[int, Mapping[str, float]], num_samples: int, path: Path) -> None:
+    """Write one line per budget: `num_tokens`, `num_samples`, then the metrics."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    metrics = list(next(iter(values.values())))
+    writer.writerow(["num_tokens", "num_samples", *metrics])
+    writer.writerows([budget, num_samples, *(result[m] for m in metrics)] for budget, result in values.items())
+    write_atomically(path, text.getvalue().encode())
+
+
+def plot_budgets(values: Mapping[int, Mapping[str, float]], title: str, path: Path) -> None:
+    """Plot each metric against the token budget on a log-2 axis, one panel each, as PNG."""
+    metrics = list(next(iter(values.values())))
+    budgets = list(values)
+    columns = min(4, len(metrics))
+    rows = math.ceil(len(metrics) / columns)
+    figure = Figure(figsize=(3.2 * columns, 2.6 * rows + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for index, metric in enumerate(metrics):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        axes.plot(budgets, [values[budget][metric] for budget in budgets], marker="o", markersize=4)
+        axes.set_xscale("log", base=2)
+        if len(budgets) <= 10:
+            axes.set_xticks(budgets, [str(budget) for budget in budgets])
+            axes.minorticks_off()
+        axes.set_title(metric, fontsize=9)
+        axes.set_xlabel("tokens", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+    figure.suptitle(title, fontsize=10)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_atomically(path, buffer.getvalue())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file under its final name only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def _short(value: float) -> str:
+    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e3 else f"{value:.4g}"

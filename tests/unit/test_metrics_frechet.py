@@ -1,0 +1,123 @@
+"""Streaming statistics and the distances on them."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from flextok_pl.metrics.frechet import FeatureStatistics, features_to_statistics, frechet_distance
+from flextok_pl.metrics.kernel import draw_subsets, kernel_distance
+
+
+def _features(count, dim, seed=0, scale=1.0, shift=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
+    return torch.randn(count, dim, generator=generator, dtype=torch.float64) @ mixing * scale + shift
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 500])
+def test_streaming_is_the_covariance_of_all(batch_size):
+    features = _features(500, 12, shift=1e4)  # a mean that a sum of squares in float32, or even float64, would feel
+    statistics = FeatureStatistics(12)
+    for batch in features.split(batch_size):
+        statistics.update(batch)
+    np.testing.assert_allclose(statistics.mean.numpy(), features.numpy().mean(0), rtol=1e-12)
+    reference = np.cov(features.numpy(), rowvar=False)
+    np.testing.assert_allclose(statistics.covariance.numpy(), reference, rtol=1e-9, atol=1e-9)
+
+
+def test_merged_parts_are_the_whole_in_any_order():
+    features = _features(100, 5, shift=50)
+    parts = [features_to_statistics(part) for part in features.split([3, 60, 37])]
+    merged = FeatureStatistics(5)
+    for part in (parts[2], FeatureStatistics(5), parts[0], parts[1]):
+        merged.merge(part)
+    whole = features_to_statistics(features)
+    assert merged.count == 100
+    torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-13, atol=0)
+    torch.testing.assert_close(merged.scatter, whole.scatter, rtol=1e-11, atol=1e-9)
+
+
+def test_distance_of_one_dimension_by_hand():
+    a = torch.tensor([[0.0], [2.0]])  # mean 1, variance 2
+    b = torch.tensor([[1.0], [5.0]])  # mean 3, variance 8
+    expected = 4 + 2 + 8 - 2 * math.sqrt(16)
+    assert frechet_distance(features_to_statistics(a), features_to_statistics(b)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_distance_agrees_with_the_matrix_square_root():
+    a, b = features_to_statistics(_features(300, 16)), features_to_statistics(_features(400, 16, seed=1, shift=0.5))
+    root = scipy.linalg.sqrtm(a.covariance.numpy() @ b.covariance.numpy()).real
+    difference = (a.mean - b.mean).numpy()
+    expected = difference @ difference + np.trace(a.covariance.numpy() + b.covariance.numpy() - 2 * root)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_fewer_samples_than_features():
+    """tr (C_a C_b)^(1/2) is the nuclear norm of X_a X_b^T / sqrt((n - 1)(m - 1)) for centred data."""
+    x, y = _features(20, 50), _features(30, 50, seed=3, shift=0.2)
+    a, b = features_to_statistics(x), features_to_statistics(y)
+    assert not a.full_rank
+    assert features_to_statistics(_features(51, 50)).full_rank
+    x, y = x - x.mean(0), y - y.mean(0)
+    nuclear = torch.linalg.svdvals(x @ y.T).sum() / math.sqrt(19 * 29)
+    difference = a.mean - b.mean
+    expected = difference @ difference + a.covariance.trace() + b.covariance.trace() - 2 * nuclear
+    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-9)
+    assert frechet_distance(b, a) == pytest.approx(float(expected), rel=1e-9)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-8 * float(a.covariance.trace()))
+
+
+def test_a_later_update_is_not_answered_from_the_kept_factor():
+    a, b = features_to_statistics(_features(60, 4)), features_to_statistics(_features(60, 4, seed=1))
+    before = frechet_distance(a, b)
+    a.update(_features(60, 4, seed=2, scale=3))
+    whole = features_to_statistics(torch.cat([_features(60, 4), _features(60, 4, seed=2, scale=3)]))
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(whole, b), rel=1e-10)
+    assert abs(frechet_distance(a, b) - before) > 1e-3
+
+
+def test_bad_features_are_refused():
+    statistics = FeatureStatistics(3)
+    with pytest.raises(ValueError, match=r"\(2, 4\)"):
+        statistics.update(torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="NaN"):
+        statistics.update(torch.full((2, 3), math.nan))
+    statistics.update(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="at least two"):
+        frechet_distance(statistics, statistics)
+    with pytest.raises(ValueError, match="one extractor"):
+        frechet_distance(features_to_statistics(torch.zeros(4, 2)), features_to_statistics(torch.zeros(4, 3)))
+
+
+def test_kernel_distance_by_hand():
+    x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0], [3.0]])
+    # Unbiased: within x k(0, 1) = 1, within y k(2, 3) = 343, across the mean of 1, 1, 27, 64.
+    assert kernel_distance(x, y)[0] == pytest.approx(1 + 343 - 2 * (1 + 1 + 27 + 64) / 4)
+
+
+def test_kernel_distance_of_equal_distributions_is_zero_on_average():
+    generator = torch.Generator().manual_seed(5)
+    values = [
+        kernel_distance(torch.randn(30, 8, generator=generator), torch.randn(30, 8, generator=generator))[0]
+        for _ in range(300)
+    ]
+    mean, error = np.mean(values), np.std(values) / math.sqrt(len(values))
+    assert abs(mean) < 4 * error
+    assert min(values) < 0 < max(values)
+
+
+def test_kernel_subsets_are_a_function_of_the_seed():
+    a, b = _features(50, 6), _features(70, 6, seed=1)
+    first = kernel_distance(a, b, subsets=5, subset_size=20, seed=3)
+    assert kernel_distance(a, b, subsets=5, subset_size=20, seed=3) == first
+    assert kernel_distance(a, b, subsets=5, subset_size=20, seed=4) != first
+    assert first[1] > 0
+    assert kernel_distance(a, b[:40], subset_size=50)[1] == 0
+    for i, j in draw_subsets(50, 70, 5, 20, 3):
+        assert len(i.unique()) == len(j.unique()) == 20
+        assert int(i.max()) < 50 and int(j.max()) < 70
