@@ -13,10 +13,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import flextok_pl.modules  # noqa: F401  makes the modules known by their bare class names
+from flextok_pl.callbacks import CodebookReport, ReconstructionFID, Throughput
 from flextok_pl.cli import UserError, base_config, config_paths
 from flextok_pl.data import ShardDataModule, ShardError
 
 CALLBACKS: dict[str, type[Callback]] = {
+    "rfid": ReconstructionFID,
+    "codebook": CodebookReport,
+    "throughput": Throughput,
     "lr_monitor": LearningRateMonitor,
     "checkpoint": ModelCheckpoint,
     # Last, so that it swaps the raw weights back after every other callback has evaluated the averaged ones.
@@ -24,7 +28,7 @@ CALLBACKS: dict[str, type[Callback]] = {
 }
 """Optional callbacks, each a top-level group of options: `null` leaves it out, `{}` takes its defaults."""
 
-FIT_ONLY = frozenset({"lr_monitor", "checkpoint", "ema"})
+FIT_ONLY = frozenset({"throughput", "lr_monitor", "checkpoint", "ema"})
 
 
 class FlexTokCLI(LightningCLI):
@@ -44,6 +48,7 @@ class FlexTokCLI(LightningCLI):
             subclass_mode_model=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
+            parser_kwargs={subcommand: {"usage": f"flextok {subcommand} --config FILE [--OPTION VALUE ...]"}},
             args=[subcommand, *arguments],
         )
 
