@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -14,8 +13,8 @@ from torch.utils.data import DataLoader
 from flextok_pl.contracts import Batch
 from flextok_pl.data.index import ShardError, load_indices
 from flextok_pl.data.samples import Collate
-from flextok_pl.data.stream import CachedBatches, EpochStream, ShardSet, StreamedBatches
-from flextok_pl.data.transforms import Augmentation
+from flextok_pl.data.stream import CachedBatches, EpochStream, Plan, ShardSet, StreamedBatches
+from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, Augmentation
 
 Split = Literal["train", "val", "test"]
 
@@ -58,7 +57,7 @@ class ShardDataModule(pl.LightningDataModule):
         eval_batch_size: int | None = None,
         num_workers: int = 2,
         seed: int = 0,
-        augmentation: Augmentation | None = Augmentation(),
+        augmentation: Augmentation | None = DEFAULT_AUGMENTATION,
         shuffle_buffer: int = 2000,
         drop_last: bool = True,
         val_limit: int | None = None,
@@ -67,7 +66,7 @@ class ShardDataModule(pl.LightningDataModule):
         pin_memory: bool | None = None,
     ) -> None:
         super().__init__()
-        self.sources = {"train": train, "val": val, "test": test if test is not None else val}
+        self.sources: dict[str, str | list[str] | None] = {"train": train, "val": val, "test": test or val}
         self.image_size, self.batch_size, self.eval_batch_size = image_size, batch_size, eval_batch_size or batch_size
         self.num_workers, self.seed, self.augmentation = num_workers, seed, augmentation
         self.shuffle_buffer, self.drop_last, self.val_limit = shuffle_buffer, drop_last, val_limit
@@ -118,8 +117,9 @@ class ShardDataModule(pl.LightningDataModule):
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names by label; empty for sets without classes."""
-        split: Split = next(s for s in ("train", "val", "test") if self.sources[s] is not None)  # type: ignore[assignment]
-        return self.shard_set(split).indices[0].classes
+        splits: tuple[Split, ...] = ("train", "val", "test")
+        first = next(split for split in splits if self.sources[split] is not None)
+        return self.shard_set(first).indices[0].classes
 
     def setup(self, stage: str) -> None:
         """Check the shards that a stage needs; called by Lightning."""
@@ -163,15 +163,15 @@ class ShardDataModule(pl.LightningDataModule):
     def _make_stream(self, split: Split) -> EpochStream:
         data, train = self.shard_set(split), split == "train"
         rank, world_size = self._position()
-        options: dict[str, Any] = {
-            "batch_size": self.batch_size if train else self.eval_batch_size,
-            "train": train,
-            "rank": rank,
-            "world_size": world_size,
-            "seed": self.seed,
-            "drop_last": self.drop_last,
-            "limit": self.val_limit if split == "val" else None,
-        }
+        plan = Plan(
+            batch_size=self.batch_size if train else self.eval_batch_size,
+            train=train,
+            rank=rank,
+            world_size=world_size,
+            seed=self.seed,
+            drop_last=self.drop_last,
+            limit=self.val_limit if split == "val" else None,
+        )
         needed = self.batch_size * world_size
         if train and self.drop_last and data.num_samples < needed:
             raise ValueError(
@@ -180,8 +180,8 @@ class ShardDataModule(pl.LightningDataModule):
             )
         collate = Collate(self.image_size, self.augmentation if train else None, self.seed)
         if self.cache_in_memory:
-            return CachedBatches(data, collate, **options)
-        return StreamedBatches(data, collate, shuffle_buffer=self.shuffle_buffer, **options)
+            return CachedBatches(data, collate, plan)
+        return StreamedBatches(data, collate, plan, self.shuffle_buffer)
 
     def _position(self) -> tuple[int, int]:
         """(rank, world size)."""
@@ -195,7 +195,7 @@ class ShardDataModule(pl.LightningDataModule):
         """Number of training epochs that were finished before this one, over all resumed runs."""
         if self.trainer is None:
             return self._epoch
-        return int(self.trainer.fit_loop.epoch_progress.current.processed)
+        return self.trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined, no-any-return]
 
 
 class _EpochLoader(DataLoader[Batch]):
@@ -214,5 +214,5 @@ class _EpochLoader(DataLoader[Batch]):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         # A generator, so that the epoch is read when the first batch is asked for: a resumed Trainer makes its
         # iterators before it has restored its progress.
-        self.stream.epoch.fill_(self.module.current_epoch())
+        self.stream.epoch = self.module.current_epoch()
         yield from super().__iter__()

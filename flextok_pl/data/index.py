@@ -131,8 +131,8 @@ class ShardIndex:
     def _from_record(cls, folder: Path, record: Mapping[str, Any]) -> ShardIndex:
         if record["format"] != FORMAT or record["version"] != FORMAT_VERSION:
             raise ShardError(
-                f"{folder / INDEX_NAME} has format {record['format']!r} version {record['version']}, this release reads "
-                f"{FORMAT!r} version {FORMAT_VERSION}; write the set again"
+                f"{folder / INDEX_NAME} has format {record['format']!r} version {record['version']}, "
+                f"this release reads {FORMAT!r} version {FORMAT_VERSION}; write the set again"
             )
         unknown = sorted(set(record["fields"]) - set(FIELDS))
         if unknown or not record["fields"]:

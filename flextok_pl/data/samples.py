@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
@@ -107,9 +106,9 @@ def _member(raw: dict[str, Any], extension: str) -> bytes:
 
 
 def _array(raw: dict[str, Any], extension: str, kinds: str, ndim: int) -> np.ndarray[Any, Any]:
-    array = np.load(io.BytesIO(_member(raw, extension)), allow_pickle=False)
+    array: np.ndarray[Any, Any] = np.load(io.BytesIO(_member(raw, extension)), allow_pickle=False)
     if array.dtype.kind not in kinds or array.ndim != ndim:
-        raise ValueError(f"{extension} is {array.dtype} with shape {array.shape}, expected {ndim} axes of kind {kinds!r}")
+        raise ValueError(f"{extension} has {array.dtype} of shape {array.shape}, expected {ndim} axes, kind {kinds!r}")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise ValueError(f"{extension} has values that are not finite")
     return array

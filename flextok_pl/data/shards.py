@@ -75,8 +75,8 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> ShardInfo:
             tar.close()
             file.flush()
             os.fsync(file.fileno())
-        with temporary.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        with temporary.open("rb") as written:
+            digest = hashlib.file_digest(written, "sha256").hexdigest()
         size = temporary.stat().st_size
         os.replace(temporary, path)
     except OSError as error:
@@ -154,8 +154,9 @@ def start_set(folder: Path, arguments: Mapping[str, Any], overwrite: bool) -> Sh
     leftovers = list(folder.iterdir())
     foreign = [p for p in leftovers if not (ours and _is_ours(p.name))]
     if foreign:
-        raise ShardError(f"{folder} holds files that are no part of a shard set, such as {foreign[0].name}; "
-                         "choose an empty folder")
+        raise ShardError(
+            f"{folder} holds files that are no part of a shard set, such as {foreign[0].name}; choose an empty folder"
+        )
     (folder / PARTIAL_NAME).write_text(json.dumps(dict(arguments)), encoding="utf-8")
     (folder / INDEX_NAME).unlink(missing_ok=True)  # before its shards go
     for path in leftovers:

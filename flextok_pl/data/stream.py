@@ -127,94 +127,107 @@ class ShardSet:
                 return
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How a process goes through a data set.
+
+    Args:
+        batch_size: samples per batch.
+        train: shuffled epochs, or an evaluation that sees every sample once.
+        rank: of this process.
+        world_size: number of processes.
+        seed: seed of the order.
+        drop_last: in training, see `train_span`.
+        limit: in evaluation, see `eval_positions`.
+    """
+
+    batch_size: int
+    train: bool
+    rank: int = 0
+    world_size: int = 1
+    seed: int = 0
+    drop_last: bool = True
+    limit: int | None = None
+
+
 class EpochStream(IterableDataset[Batch]):
     """What the two datasets share: batches for one reader, in an epoch that the main process sets.
 
     Args:
         data: the shards.
         collate: makes batches.
-        batch_size: samples per batch.
-        train: shuffled endless-order epochs, or an evaluation that sees every sample once.
-        rank: of this process.
-        world_size: number of processes.
-        seed: seed of the order.
-        drop_last: see `train_span`.
-        limit: see `eval_positions`.
+        plan: who reads what.
     """
 
-    def __init__(
-        self,
-        data: ShardSet,
-        collate: Collate,
-        *,
-        batch_size: int,
-        train: bool,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-        drop_last: bool = True,
-        limit: int | None = None,
-    ) -> None:
+    def __init__(self, data: ShardSet, collate: Collate, plan: Plan) -> None:
         super().__init__()
-        self.data, self.collate, self.batch_size, self.train = data, collate, batch_size, train
-        self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.drop_last, self.limit = drop_last, limit
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by running workers too
+        self.data, self.collate, self.plan = data, collate, plan
+        self._epoch = torch.zeros((), dtype=torch.int64)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next pass belongs to; workers that already run see a change, too."""
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         """Batches of this rank in one epoch."""
-        reader = Reader(self.rank, self.world_size)
-        if self.train:
-            start, stop = train_span(self.data.num_samples, self.batch_size, self.drop_last, reader)
-            return -(-(stop - start) // self.batch_size)
-        mine = eval_positions(self.data.num_samples, self.limit, self.batch_size, reader)
-        return -(-len(mine) // self.batch_size)
+        return -(-self._share(Reader(self.plan.rank, self.plan.world_size)) // self.plan.batch_size)
+
+    def _share(self, reader: Reader) -> int:
+        plan, total = self.plan, self.data.num_samples
+        if plan.train:
+            start, stop = train_span(total, plan.batch_size, plan.drop_last, reader)
+            return stop - start
+        return len(eval_positions(total, plan.limit, plan.batch_size, reader))
 
     def reader(self) -> Reader:
         """This process and worker."""
         info = get_worker_info()
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
-        return Reader(self.rank, self.world_size, worker, num_workers)
-
-    def __iter__(self) -> Iterator[Batch]:
-        epoch = int(self.epoch)
-        pipeline = wds.DataPipeline(
-            partial(self.samples, epoch, self.reader()),
-            wds.batched(self.batch_size, collation_fn=partial(self.collate, epoch=epoch), partial=True),
-        )
-        yield from pipeline
-
-    def samples(self, epoch: int, reader: Reader) -> Iterator[Decoded]:
-        """The decoded samples of one reader in one epoch."""
-        raise NotImplementedError
+        return Reader(self.plan.rank, self.plan.world_size, worker, num_workers)
 
 
 class StreamedBatches(EpochStream):
     """Reads shards as it goes; for sets of any size.
 
     Args:
+        data: the shards.
+        collate: makes batches.
+        plan: who reads what.
         shuffle_buffer: number of undecoded samples among which the next one is drawn in training.
-        **options: of `EpochStream`.
     """
 
-    def __init__(self, data: ShardSet, collate: Collate, *, shuffle_buffer: int = 1000, **options: Any) -> None:
-        super().__init__(data, collate, **options)
+    def __init__(self, data: ShardSet, collate: Collate, plan: Plan, shuffle_buffer: int = 1000) -> None:
+        super().__init__(data, collate, plan)
         self.shuffle_buffer = shuffle_buffer
 
-    def samples(self, epoch: int, reader: Reader) -> Iterator[Decoded]:
-        """See `EpochStream.samples`."""
-        raw = self._train(epoch, reader) if self.train else self._evaluate(reader)
+    def __iter__(self) -> Iterator[Batch]:
+        epoch = self.epoch
+        collate = partial(self.collate, epoch=epoch)
+        yield from wds.DataPipeline(
+            partial(self._samples, epoch, self.reader()),
+            wds.batched(self.plan.batch_size, collation_fn=collate, partial=True),
+        )
+
+    def _samples(self, epoch: int, reader: Reader) -> Iterator[Decoded]:
+        raw = self._train(epoch, reader) if self.plan.train else self._evaluate(reader)
         for index, sample in raw:
             yield decode_sample(index, sample)
 
     def _train(self, epoch: int, reader: Reader) -> Iterator[tuple[ShardIndex, dict[str, Any]]]:
-        order = torch.randperm(len(self.data.shards), generator=sample_generator(self.seed, epoch, "shards")).tolist()
-        start, stop = train_span(self.data.num_samples, self.batch_size, self.drop_last, reader)
+        plan = self.plan
+        order = torch.randperm(len(self.data.shards), generator=sample_generator(plan.seed, epoch, "shards")).tolist()
+        start, stop = train_span(self.data.num_samples, plan.batch_size, plan.drop_last, reader)
         raw = (sample for span in self.data.spans(order, start, stop) for sample in self.data.read(*span))
-        yield from shuffled(raw, self.shuffle_buffer, sample_generator(self.seed, epoch, f"buffer {start}"))
+        yield from shuffled(raw, self.shuffle_buffer, sample_generator(plan.seed, epoch, f"buffer {start}"))
 
     def _evaluate(self, reader: Reader) -> Iterator[tuple[ShardIndex, dict[str, Any]]]:
-        positions = eval_positions(self.data.num_samples, self.limit, self.batch_size, reader)
+        positions = eval_positions(self.data.num_samples, self.plan.limit, self.plan.batch_size, reader)
         if not positions:
             return
         wanted, position = set(positions), positions[0]
@@ -229,10 +242,15 @@ class CachedBatches(EpochStream):
     """Holds the decoded samples in memory, and permutes all of them in every training epoch; for small sets.
 
     The memory is filled once, in the main process, and shared with the workers.
+
+    Args:
+        data: the shards.
+        collate: makes batches.
+        plan: who reads what.
     """
 
-    def __init__(self, data: ShardSet, collate: Collate, **options: Any) -> None:
-        super().__init__(data, collate, **options)
+    def __init__(self, data: ShardSet, collate: Collate, plan: Plan) -> None:
+        super().__init__(data, collate, plan)
         self.cache = [
             decode_sample(*sample) for shard, count in enumerate(data.counts) for sample in data.read(shard, 0, count)
         ]
@@ -249,10 +267,10 @@ class CachedBatches(EpochStream):
             raise ShardError(f"the samples of {folder} differ in the shape of their {name} ({error})") from error
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch, reader = int(self.epoch), self.reader()
-        order = self._order(epoch, reader)
-        for first in range(0, len(order), self.batch_size):
-            chosen = order[first : first + self.batch_size]
+        epoch, size = self.epoch, self.plan.batch_size
+        order = self._order(epoch, self.reader())
+        for first in range(0, len(order), size):
+            chosen = order[first : first + size]
             batch = self.collate([self.cache[i] for i in chosen], epoch)
             if self.latents is not None:
                 batch["latent"] = self.latents[chosen].to(torch.float32)  # (B, 2C, h, w)
@@ -261,11 +279,11 @@ class CachedBatches(EpochStream):
             yield batch
 
     def _order(self, epoch: int, reader: Reader) -> Sequence[int]:
-        total = len(self.cache)
-        if not self.train:
-            return list(eval_positions(total, self.limit, self.batch_size, reader))
-        permutation = torch.randperm(total, generator=sample_generator(self.seed, epoch, "samples"))
-        start, stop = train_span(total, self.batch_size, self.drop_last, reader)
+        plan, total = self.plan, len(self.cache)
+        if not plan.train:
+            return list(eval_positions(total, plan.limit, plan.batch_size, reader))
+        permutation = torch.randperm(total, generator=sample_generator(plan.seed, epoch, "samples"))
+        start, stop = train_span(total, plan.batch_size, plan.drop_last, reader)
         mine: list[int] = permutation[torch.arange(start, stop) % total].tolist()
         return mine
 

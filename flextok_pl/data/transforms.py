@@ -50,6 +50,9 @@ class Augmentation:
             raise ValueError(f"fill={self.fill} must be a grey level in 0..255")
 
 
+DEFAULT_AUGMENTATION = Augmentation()
+
+
 def sample_generator(seed: int, epoch: int, key: str) -> torch.Generator:
     """A generator that depends on nothing but (seed, epoch, key): not on order, rank or worker."""
     digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=8).digest()
@@ -80,7 +83,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         levels = np.asarray(image)
         if levels.min() < 0 or levels.max() > 65535:
-            raise ValueError(f"grey levels {levels.min()}..{levels.max()} do not fit 16 bits; convert the picture first")
+            raise ValueError(f"grey levels {levels.min()}..{levels.max()} do not fit 16 bits; convert it first")
         return Image.fromarray(np.round(levels / 257.0).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point pictures have no fixed range; convert the picture to 8 or 16 bits first")
