@@ -1,0 +1,118 @@
+"""Rectified flow, solvers, guidance and budget laws."""
+
+import math
+
+import pytest
+import torch
+
+from flextok_pl.flow.guidance import AdaptiveProjectedGuidance, classifier_free_guidance
+from flextok_pl.flow.integrate import integrate
+from flextok_pl.flow.nested_dropout import sample_num_tokens
+from flextok_pl.flow.rectified import interpolate, mode_from_uniform, sample_timesteps, velocity_loss, velocity_target
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_path_ends_and_velocity() -> None:
+    clean, noise = torch.randn(2, 3, 2, 4, 4, generator=generator()).unbind()
+    assert torch.equal(interpolate(clean, noise, torch.zeros(3)), clean)
+    assert torch.equal(interpolate(clean, noise, torch.ones(3)), noise)
+    step = interpolate(clean, noise, torch.full((3,), 0.6)) - interpolate(clean, noise, torch.full((3,), 0.5))
+    torch.testing.assert_close(step, 0.1 * velocity_target(clean, noise), rtol=0, atol=1e-6)
+    assert velocity_loss(clean, clean + 2).tolist() == pytest.approx([4.0] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_straight_paths_need_one_step(solver: str) -> None:
+    clean, noise = torch.randn(2, 3, 2, 4, 4, generator=generator()).unbind()
+    result = integrate(lambda x, t: noise - clean, noise, 1, solver)
+    torch.testing.assert_close(result, clean)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+def test_order_of_the_solvers(solver: str, order: int) -> None:
+    """dx/dt = (t - 2) x has a known solution; halving the step divides the error by 2**order."""
+    exact = math.exp(1.5)
+    start = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    errors = [abs(integrate(lambda x, t: (t - 2) * x, start, n, solver).item() - exact) for n in (200, 400)]
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.05)
+
+
+def test_solver_options() -> None:
+    with pytest.raises(ValueError, match="num_steps=0"):
+        integrate(lambda x, t: x, torch.zeros(1, 1, 1, 1), 0)
+    with pytest.raises(ValueError, match="midpoint"):
+        integrate(lambda x, t: x, torch.zeros(1, 1, 1, 1), 1, "midpoint")
+
+
+def test_classifier_free_guidance() -> None:
+    conditional, unconditional = torch.tensor([3.0]), torch.tensor([1.0])
+    assert classifier_free_guidance(conditional, unconditional, 1.0).item() == 3
+    assert classifier_free_guidance(conditional, unconditional, 2.5).item() == 6
+
+
+def test_projected_guidance_is_orthogonal_and_bounded() -> None:
+    conditional, unconditional = torch.randn(2, 4, 3, 8, 8, generator=generator()).unbind()
+    change = AdaptiveProjectedGuidance()(conditional, unconditional, 5.0) - conditional
+    product = (change * conditional).flatten(1).sum(1)
+    assert product.abs().max() < 1e-3
+    assert (change.flatten(1).norm(dim=1) <= 4 * 2.5 * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("law", ["logit_normal", "uniform", "mode"])
+@pytest.mark.parametrize("stratified", [False, True])
+def test_timestep_laws(law: str, stratified: bool) -> None:
+    t = sample_timesteps(law, 20000, generator(), mode_scale=1.0, stratified=stratified)
+    assert t.min() >= 0 and t.max() <= 1
+    quantiles = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9])
+    u = (torch.arange(20000) + 0.5) / 20000
+    expected = {"logit_normal": torch.special.ndtri(u).sigmoid(), "uniform": u, "mode": mode_from_uniform(u, 1.0)}[law]
+    torch.testing.assert_close(t.quantile(quantiles), expected.quantile(quantiles), rtol=0, atol=0.02)
+
+
+def test_timestep_shift() -> None:
+    t = sample_timesteps("uniform", 1000, generator())
+    shifted = sample_timesteps("uniform", 1000, generator(), shift=3.0)
+    torch.testing.assert_close(shifted, 3 * t / (1 + 2 * t))
+
+
+def test_unknown_laws() -> None:
+    with pytest.raises(ValueError, match="cosine"):
+        sample_timesteps("cosine", 1, generator())
+    with pytest.raises(ValueError, match="geometric"):
+        sample_num_tokens("geometric", 1, 4, generator())
+
+
+@pytest.mark.parametrize("num_registers", [1, 16, 24])
+@pytest.mark.parametrize(
+    ("law", "support"),
+    [
+        ("uniform", lambda k: set(range(1, k + 1))),
+        ("pow2", lambda k: {2**i for i in range(10) if 2**i < k} | {k}),
+        ("uniform_pow2", lambda k: {2**i for i in range(10) if 2**i < k} | {k}),
+        ("none", lambda k: {k}),
+    ],
+)
+def test_budget_laws(law: str, support: object, num_registers: int) -> None:
+    drawn = sample_num_tokens(law, 5000, num_registers, generator())
+    assert drawn.dtype == torch.int64
+    assert set(drawn.tolist()) == support(num_registers)
+
+
+def test_budget_probabilities() -> None:
+    drawn = sample_num_tokens("pow2", 50000, 16, generator())
+    for k in (1, 2, 4, 8, 16):
+        assert (drawn == k).float().mean().item() == pytest.approx(0.2, abs=0.01)
+    drawn = sample_num_tokens("exponential", 50000, 8, generator())
+    assert (drawn == 1).sum() / (drawn == 2).sum() == pytest.approx(2.0, rel=0.05)
+    drawn = sample_num_tokens("uniform_pow2", 50000, 16, generator())
+    assert (drawn == 16).float().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_draws_follow_the_generator() -> None:
+    assert torch.equal(sample_num_tokens("uniform", 64, 256, generator(3)), sample_num_tokens("uniform", 64, 256, generator(3)))
+    assert not torch.equal(
+        sample_num_tokens("uniform", 64, 256, generator(3)), sample_num_tokens("uniform", 64, 256, generator(4))
+    )

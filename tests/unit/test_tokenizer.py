@@ -1,0 +1,223 @@
+"""FlexTok's own contracts: the merged dropped registers, prefixes, budgets, sizes and errors.
+
+Shapes: B batch, C channels, h x w latent, N patches, K registers, D width.
+"""
+
+import dataclasses
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from flextok_pl.layers.attention import full_attention
+from flextok_pl.layers.embeddings import grid_positions, patchify, unpatchify
+from flextok_pl.models.config import FlexTokConfig, VAEConfig, config_from_dict, config_to_dict
+from flextok_pl.models.objective import TrainingDraws, flow_loss, sample_draws
+from flextok_pl.models.tokenizer import FlexTok
+
+CONFIG = FlexTokConfig(
+    vae=VAEConfig(kind="pixel", latent_channels=12, scaling_factor=2.0),
+    latent_channels=12,
+    encoder_width=32,
+    encoder_depth=2,
+    encoder_head_dim=16,
+    decoder_width=48,
+    decoder_depth=3,
+    decoder_head_dim=24,
+    num_registers=12,
+    fsq_levels=(7, 4, 3),
+    grid_size=(4, 6),
+    max_timestep=1000.0,
+    repa_layer=0,
+)
+
+
+def randomized(config: FlexTokConfig) -> FlexTok:
+    """A model in which every parameter matters: nothing is zero."""
+    tokenizer = FlexTok(config)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in [*tokenizer.encoder.parameters(), *tokenizer.decoder.parameters()]:
+        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> FlexTok:
+    return randomized(CONFIG)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(3, 3, 16, 24, generator=torch.Generator().manual_seed(2)) * 2 - 1
+
+
+def naive_velocity(tokenizer: FlexTok, x_t: Tensor, t: Tensor, codes: Tensor, kept: Tensor, null: Tensor) -> Tensor:
+    """The decoder with all K registers in the sequence, as published."""
+    decoder = tokenizer.decoder
+    grid = (x_t.shape[2] // 2, x_t.shape[3] // 2)
+    patches = (decoder.patch_embed(patchify(x_t, 2)) + grid_positions(decoder.patch_posemb, *grid)).flatten(1, 2)
+    registers = decoder.code_embed(codes) + decoder.register_posemb[0, 0].T
+    dropped = torch.arange(codes.shape[1]) >= kept[:, None]
+    registers = torch.where(dropped[..., None], decoder.mask_token, registers)
+    registers = torch.where(null[:, None, None], decoder.null_token, registers)
+    x, n, time = torch.cat([patches, registers], 1), patches.shape[1], decoder.time_embed(t)
+    for block in decoder.blocks:
+        x = block(x, time, n, partial(full_attention))
+    return unpatchify(decoder.head(x[:, :n], time).unflatten(1, grid), 2)
+
+
+def test_merged_registers_are_exact_with_gradients(tokenizer: FlexTok) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_t = torch.randn(5, 12, 8, 12, generator=generator)
+    t = torch.rand(5, generator=generator) * 1000
+    tokens = torch.randint(84, (5, 12), generator=generator)
+    codes = tokenizer.quantizer.tokens_to_codes(tokens)
+    kept, null = torch.tensor([1, 5, 12, 7, 12]), torch.tensor([False, False, False, True, False])
+
+    def gradients(velocity: Tensor) -> dict[str, Tensor]:
+        tokenizer.zero_grad()
+        velocity.square().sum().backward()
+        return {name: p.grad.clone() for name, p in tokenizer.decoder.named_parameters() if p.grad is not None}
+
+    theirs = naive_velocity(tokenizer, x_t, t, codes, kept, null)
+    ours = tokenizer.velocity(x_t, t, tokens, kept, null)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    expected, actual = gradients(theirs), gradients(ours)
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-4 * gradient.abs().max().item(), msg=name)
+
+
+def test_dropped_tokens_do_not_matter(tokenizer: FlexTok) -> None:
+    x_t = torch.randn(2, 12, 8, 12, generator=torch.Generator().manual_seed(0))
+    tokens = torch.arange(24).view(2, 12)
+    changed = tokens.clone()
+    changed[:, 5:] += 30
+    with torch.no_grad():
+        assert torch.equal(tokenizer.velocity(x_t, 0.5, tokens, 5), tokenizer.velocity(x_t, 0.5, changed, 5))
+        assert not torch.allclose(tokenizer.velocity(x_t, 0.5, tokens, 6), tokenizer.velocity(x_t, 0.5, changed, 6))
+
+
+def test_decoder_sequence_follows_the_budget(tokenizer: FlexTok) -> None:
+    lengths = []
+    hook = tokenizer.decoder.blocks[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    x_t, tokens = torch.zeros(2, 12, 8, 12), torch.zeros(2, 12, dtype=torch.int64)
+    tokenizer.velocity(x_t, 0.5, tokens)
+    tokenizer.velocity(x_t, 0.5, tokens, 3)
+    tokenizer.sample_latents(tokens, torch.tensor([2, 4]), num_steps=1, guidance="cfg")
+    hook.remove()
+    patches = 4 * 6
+    assert lengths == [patches + 12, patches + 3 + 1, patches + 4 + 1, patches + 1]  # the last is unconditional
+
+
+def test_first_codes_do_not_need_later_registers(tokenizer: FlexTok, images: Tensor) -> None:
+    lengths = []
+    hook = tokenizer.encoder.blocks[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    whole, part = tokenizer.tokenize(images), tokenizer.tokenize(images, num_tokens=4)
+    hook.remove()
+    assert torch.equal(whole[:, :4], part)
+    assert lengths == [24 + 12, 24 + 4]
+
+
+def test_no_patch_sees_a_register(tokenizer: FlexTok, images: Tensor) -> None:
+    latents = tokenizer.encode_latents(images).requires_grad_()
+    outputs = []
+    hook = tokenizer.encoder.blocks[0].register_forward_hook(lambda _, __, output: outputs.append(output))
+    tokenizer.encode(latents)
+    hook.remove()
+    (gradient,) = torch.autograd.grad(outputs[0][:, :24].sum(), tokenizer.encoder.registers, allow_unused=True)
+    assert gradient is None or not gradient.any()
+
+
+def test_samples_do_not_depend_on_their_batch(tokenizer: FlexTok, images: Tensor) -> None:
+    tokens = tokenizer.tokenize(images)
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]
+    options = {"num_tokens": torch.tensor([2, 12, 5]), "num_steps": 3}
+    together = tokenizer.detokenize(tokens, generator=generators, **options)
+    alone = tokenizer.detokenize(tokens[2:], 5, 3, generator=torch.Generator().manual_seed(7))
+    torch.testing.assert_close(together[2:], alone, rtol=1e-4, atol=1e-4)
+    assert together.shape == images.shape
+
+
+def test_smaller_images_use_the_top_left_positions(tokenizer: FlexTok) -> None:
+    small = torch.zeros(1, 3, 8, 16)
+    tokens = tokenizer.tokenize(small)
+    assert tokens.shape == (1, 12)
+    assert tokenizer.detokenize(tokens, num_steps=1, latent_size=(4, 8)).shape == small.shape
+
+
+@pytest.mark.parametrize("groups", [2, 3, 8])
+def test_budget_groups_change_nothing(tokenizer: FlexTok, groups: int) -> None:
+    latents = torch.randn(8, 12, 8, 12, generator=torch.Generator().manual_seed(0))
+    draws = sample_draws(CONFIG, latents, torch.Generator().manual_seed(0))
+    whole, parts = (flow_loss(tokenizer, latents, draws, budget_groups=n) for n in (1, groups))
+    torch.testing.assert_close(parts.loss, whole.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(parts.patch_features, whole.patch_features, rtol=1e-4, atol=1e-5)
+
+
+def test_draws_are_a_function_of_the_generator(tokenizer: FlexTok) -> None:
+    latents = torch.zeros(64, 12, 8, 12)
+    first, second = (sample_draws(CONFIG, latents, torch.Generator().manual_seed(9)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert first.null.float().mean() == pytest.approx(CONFIG.null_dropout, abs=0.15)
+    assert isinstance(first, TrainingDraws) and first.noise.std() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "total"), [("d12_d12", 341_651_737), ("d18_d18", 949_734_553), ("d18_d28", 2_540_882_841)]
+)
+def test_published_parameter_counts(name: str, total: int) -> None:
+    with torch.device("meta"):
+        tokenizer = FlexTok(FlexTokConfig.preset(name))
+    assert sum(parameter.numel() for parameter in tokenizer.parameters()) == total
+
+
+def test_configs_survive_json() -> None:
+    for config in (CONFIG, FlexTokConfig.preset("d18_d28"), dataclasses.replace(CONFIG, vae=None)):
+        assert config_from_dict(FlexTokConfig, config_to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder_width": 40}, "encoder_width=40.*encoder_head_dim=16"),
+        ({"repa_layer": 3}, "repa_layer=3.*0..2"),
+        ({"fsq_levels": (8, 1)}, "fsq_levels"),
+        ({"latent_channels": 16}, "latent_channels=16.*12"),
+        ({"null_dropout": 1.5}, "null_dropout=1.5"),
+        ({"num_registers": 0}, "num_registers=0"),
+    ],
+)
+def test_wrong_configs(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **change)
+
+
+def test_wrong_arguments(tokenizer: FlexTok, images: Tensor) -> None:
+    tokens = tokenizer.tokenize(images)
+    calls = {
+        "num_tokens=0 is not in 1..12": lambda: tokenizer.detokenize(tokens, 0),
+        "num_tokens=13 is not in 1..12": lambda: tokenizer.tokenize(images, num_tokens=13),
+        "number of tokens given=14": lambda: tokenizer.detokenize(tokens.repeat(1, 2)[:, :14]),
+        "vocabulary is 0..83": lambda: tokenizer.detokenize(tokens + 84),
+        "num_tokens has 2 entries for 3": lambda: tokenizer.detokenize(tokens, torch.tensor([1, 2])),
+        "guidance='ag'": lambda: tokenizer.detokenize(tokens, guidance="ag"),
+        "noise has 1 entries for 3": lambda: tokenizer.detokenize(tokens, noise=torch.zeros(1, 12, 8, 12)),
+        "noise has shape": lambda: tokenizer.detokenize(tokens, noise=torch.zeros(3, 4, 8, 12)),
+        "generator has 1 entries for 3": lambda: tokenizer.detokenize(tokens, generator=[torch.Generator()]),
+        "cannot be cut into patches": lambda: tokenizer.encode(torch.zeros(1, 12, 7, 12)),
+        "larger than the position table": lambda: tokenizer.tokenize(torch.zeros(1, 3, 32, 32)),
+        "has dtype torch.float32": lambda: tokenizer.detokenize(tokens.float()),
+    }
+    for message, call in calls.items():
+        with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+            call()
+
+
+def test_a_tokenizer_without_vae_says_so() -> None:
+    tokenizer = FlexTok(dataclasses.replace(CONFIG, vae=None))
+    with pytest.raises(ValueError, match="no VAE"):
+        tokenizer.tokenize(torch.zeros(1, 3, 16, 24))
+    tokens = torch.zeros(1, 12, dtype=torch.int64)
+    assert tokenizer.sample_latents(tokens, num_steps=1).shape == (1, 12, 8, 12)
