@@ -101,6 +101,11 @@ class ShardDataModule(pl.LightningDataModule):
                         f"{index.folder} was made from images of {made_for} px, but image_size={self.image_size}; set "
                         f"image_size={made_for} or write it again"
                     )
+                if "image" in index.fields and made_for is not None and made_for < self.image_size:
+                    warnings.warn(
+                        f"{index.folder} holds images of {made_for} px, which image_size={self.image_size} enlarges",
+                        stacklevel=2,
+                    )
                 if self.verify_checksums:
                     index.verify()
             self._sets[split] = ShardSet(indices)
@@ -199,7 +204,10 @@ class ShardDataModule(pl.LightningDataModule):
 
 
 class _EpochLoader(DataLoader[Batch]):
-    """A loader that tells its stream, workers included, which epoch begins."""
+    """A loader that tells its stream, workers included, which epoch begins, and resumes within one.
+
+    Lightning stores `state_dict` in its checkpoints and hands it back.
+    """
 
     def __init__(self, module: ShardDataModule, stream: EpochStream, num_workers: int, pin_memory: bool) -> None:
         super().__init__(
@@ -210,9 +218,34 @@ class _EpochLoader(DataLoader[Batch]):
             persistent_workers=num_workers > 0,
         )
         self.module, self.stream = module, stream
+        self.layout = {"batches_per_epoch": len(stream), "num_workers": num_workers}
+        self.position = {"epoch": 0, "batches": 0}
+        self.resume_from: dict[str, int] | None = None
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         # A generator, so that the epoch is read when the first batch is asked for: a resumed Trainer makes its
         # iterators before it has restored its progress.
-        self.stream.epoch = self.module.current_epoch()
-        yield from super().__iter__()
+        epoch, done = self.module.current_epoch(), 0
+        if self.resume_from is not None and self.resume_from["epoch"] == epoch:
+            before = {name: self.resume_from[name] for name in self.layout}
+            if before == self.layout:
+                done = self.resume_from["batches"]
+            else:
+                warnings.warn(
+                    f"epoch {epoch} was interrupted with {before} and now has {self.layout}: it begins anew",
+                    stacklevel=2,
+                )
+        self.resume_from = None
+        self.stream.start_at(epoch, done)
+        self.position = {"epoch": epoch, "batches": done}
+        for batch in super().__iter__():
+            self.position["batches"] += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the current pass is."""
+        return {**self.position, **self.layout}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Let the next pass go on from a position, if it is of the same epoch."""
+        self.resume_from = dict(state)

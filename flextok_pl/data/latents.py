@@ -125,7 +125,7 @@ def _views(
     for view in range(num_views):
         collate = Collate(image_size, augmentation if view else None, seed)
         stream = StreamedBatches(data, collate, Plan(batch_size, train=False))
-        stream.epoch = view
+        stream.start_at(view)
         for batch in DataLoader(stream, batch_size=None, num_workers=num_workers):
             yield view, batch
 

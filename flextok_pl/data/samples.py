@@ -6,6 +6,7 @@ Shapes in this file: B batch, S image side, (2C, h, w) moments, K registers.
 from __future__ import annotations
 
 import io
+import tarfile
 from collections.abc import Iterator, Sequence
 from typing import Any, TypedDict
 
@@ -44,7 +45,7 @@ def read_shard(index: ShardIndex, number: int) -> Iterator[dict[str, Any]]:
     Raises:
         ShardError: the tar is damaged or does not hold the number of samples that the index states.
     """
-    path, expected = index.paths[number], index.shards[number].count
+    path, expected = index.folder / index.shards[number].name, index.shards[number].count
     count = 0
     try:
         # The file is opened here: webdataset's own opener would run a name such as `pipe:...` as a command.
@@ -53,10 +54,10 @@ def read_shard(index: ShardIndex, number: int) -> Iterator[dict[str, Any]]:
             for sample in wds.tariterators.group_by_keys(files):
                 count += 1
                 yield sample
-    except (OSError, wds.tariterators.tarfile.TarError, ValueError) as error:
+    except (OSError, tarfile.TarError, ValueError) as error:
         raise ShardError(
-            f"shard {path} cannot be read after {count} samples ({error}); copy it again, or write the set again with "
-            "overwrite"
+            f"shard {path} cannot be read after {count} samples ({error.args[0]}); copy it again, or write the set "
+            "again with overwrite"
         ) from error
     if count != expected:
         raise ShardError(
@@ -142,7 +143,7 @@ class Collate:
         batch: Batch = {"key": [sample["key"] for sample in samples]}
         first = samples[0]
         if "image" in first:
-            batch["image"] = torch.stack([self.picture(s["image"], s["key"], epoch) for s in samples])  # (B, 3, S, S)
+            batch["image"] = to_tensor([self.picture(s["image"], s["key"], epoch) for s in samples])  # (B, 3, S, S)
         if "latent" in first:
             batch["latent"] = torch.stack([s["latent"] for s in samples]).to(torch.float32)  # (B, 2C, h, w)
         if "tokens" in first:
@@ -153,9 +154,8 @@ class Collate:
             batch["text"] = [s["text"] for s in samples]
         return batch
 
-    def picture(self, image: Image.Image, key: str, epoch: int) -> Tensor:
-        """RGB of any size -> (3, S, S) in [-1, 1]."""
+    def picture(self, image: Image.Image, key: str, epoch: int) -> Image.Image:
+        """RGB of any size -> RGB of S x S pixels."""
         if self.augmentation is None:
-            return to_tensor(center_crop(image, self.image_size))
-        generator = sample_generator(self.seed, epoch, key)
-        return to_tensor(augment(image, self.image_size, self.augmentation, generator))
+            return center_crop(image, self.image_size)
+        return augment(image, self.image_size, self.augmentation, sample_generator(self.seed, epoch, key))

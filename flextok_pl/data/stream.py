@@ -2,7 +2,8 @@
 
 The order of a training epoch is a pure function of (seed, epoch, rank, worker): shards are permuted, the resulting row
 of samples is cut into one equal piece per rank and each piece into whole batches per worker, so a set with fewer
-shards than readers is split inside its shards. Evaluation cuts the samples in their stored order.
+shards than readers is split inside its shards. Evaluation cuts the samples in their stored order. Batch i of a rank
+comes from worker i modulo their number, which is how the loader asks them; so a pass can go on after batch i.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -59,10 +61,16 @@ def train_span(num_samples: int, batch_size: int, drop_last: bool, reader: Reade
         per_rank = num_samples // (reader.world_size * batch_size) * batch_size
     else:
         per_rank = -(-num_samples // reader.world_size)
-    batches = -(-per_rank // batch_size)
-    start = batches * reader.worker // reader.num_workers * batch_size
-    stop = min(batches * (reader.worker + 1) // reader.num_workers * batch_size, per_rank)
-    return reader.rank * per_rank + start, reader.rank * per_rank + max(start, stop)
+    start, stop = _worker_span(per_rank, batch_size, reader)
+    return reader.rank * per_rank + start, reader.rank * per_rank + stop
+
+
+def _worker_span(num_samples: int, batch_size: int, reader: Reader) -> tuple[int, int]:
+    """A worker's whole batches among the samples of its rank; the first workers have those that are left over."""
+    each, more = divmod(-(-num_samples // batch_size), reader.num_workers)
+    start = each * reader.worker + min(reader.worker, more)
+    stop = start + each + (reader.worker < more)
+    return min(start * batch_size, num_samples), min(stop * batch_size, num_samples)
 
 
 def eval_positions(num_samples: int, limit: int | None, batch_size: int, reader: Reader) -> Sequence[int]:
@@ -82,9 +90,7 @@ def eval_positions(num_samples: int, limit: int | None, batch_size: int, reader:
         chosen = [i * num_samples // limit for i in range(limit)]
     total = len(chosen)
     mine = chosen[total * reader.rank // reader.world_size : total * (reader.rank + 1) // reader.world_size]
-    batches = -(-len(mine) // batch_size)
-    start = batches * reader.worker // reader.num_workers * batch_size
-    stop = batches * (reader.worker + 1) // reader.num_workers * batch_size
+    start, stop = _worker_span(len(mine), batch_size, reader)
     return mine[start:stop]
 
 
@@ -162,17 +168,17 @@ class EpochStream(IterableDataset[Batch]):
     def __init__(self, data: ShardSet, collate: Collate, plan: Plan) -> None:
         super().__init__()
         self.data, self.collate, self.plan = data, collate, plan
-        self._epoch = torch.zeros((), dtype=torch.int64)
-        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+        self._start = torch.zeros(2, dtype=torch.int64)
+        self._start.share_memory_()  # type: ignore[no-untyped-call]
 
-    @property
-    def epoch(self) -> int:
-        """The epoch that the next pass belongs to; workers that already run see a change, too."""
-        return int(self._epoch)
+    def start_at(self, epoch: int, batch: int = 0) -> None:
+        """Choose where the next pass starts; workers that already run see it, too.
 
-    @epoch.setter
-    def epoch(self, epoch: int) -> None:
-        self._epoch.fill_(epoch)
+        Args:
+            epoch: number of the pass over the data.
+            batch: leave out this many of the rank's batches.
+        """
+        self._start.copy_(torch.tensor([epoch, batch]))
 
     def __len__(self) -> int:
         """Batches of this rank in one epoch."""
@@ -185,11 +191,14 @@ class EpochStream(IterableDataset[Batch]):
             return stop - start
         return len(eval_positions(total, plan.limit, plan.batch_size, reader))
 
-    def reader(self) -> Reader:
-        """This process and worker."""
+    def next_pass(self) -> tuple[int, Reader, int]:
+        """Epoch, what this process and worker reads of it, and how many of its batches to leave out."""
+        epoch, batch = self._start.tolist()
         info = get_worker_info()
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
-        return Reader(self.plan.rank, self.plan.world_size, worker, num_workers)
+        worker = (worker + batch) % num_workers  # the loader begins with the worker whose turn it is
+        done = batch // num_workers + (worker < batch % num_workers)
+        return epoch, Reader(self.plan.rank, self.plan.world_size, worker, num_workers), done
 
 
 class StreamedBatches(EpochStream):
@@ -207,16 +216,16 @@ class StreamedBatches(EpochStream):
         self.shuffle_buffer = shuffle_buffer
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch = self.epoch
-        collate = partial(self.collate, epoch=epoch)
+        epoch, reader, done = self.next_pass()
+        size, collate = self.plan.batch_size, partial(self.collate, epoch=epoch)
         yield from wds.DataPipeline(
-            partial(self._samples, epoch, self.reader()),
-            wds.batched(self.plan.batch_size, collation_fn=collate, partial=True),
+            partial(self._samples, epoch, reader, done * size),
+            wds.batched(size, collation_fn=collate, partial=True),
         )
 
-    def _samples(self, epoch: int, reader: Reader) -> Iterator[Decoded]:
+    def _samples(self, epoch: int, reader: Reader, first: int) -> Iterator[Decoded]:
         raw = self._train(epoch, reader) if self.plan.train else self._evaluate(reader)
-        for index, sample in raw:
+        for index, sample in islice(raw, first, None):
             yield decode_sample(index, sample)
 
     def _train(self, epoch: int, reader: Reader) -> Iterator[tuple[ShardIndex, dict[str, Any]]]:
@@ -267,9 +276,9 @@ class CachedBatches(EpochStream):
             raise ShardError(f"the samples of {folder} differ in the shape of their {name} ({error})") from error
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch, size = self.epoch, self.plan.batch_size
-        order = self._order(epoch, self.reader())
-        for first in range(0, len(order), size):
+        epoch, reader, done = self.next_pass()
+        order, size = self._order(epoch, reader), self.plan.batch_size
+        for first in range(done * size, len(order), size):
             chosen = order[first : first + size]
             batch = self.collate([self.cache[i] for i in chosen], epoch)
             if self.latents is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,7 +137,8 @@ def augment(image: Image.Image, size: int, augmentation: Augmentation, generator
     return image
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """RGB S x S -> (3, S, S) float32 in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))  # (S, S, 3)
-    return pixels.permute(2, 0, 1).to(torch.float32).div_(127.5).sub_(1.0).contiguous()  # (3, S, S)
+def to_tensor(images: Sequence[Image.Image]) -> Tensor:
+    """B pictures, RGB S x S -> (B, 3, S, S) float32 in [-1, 1]."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))  # (B, S, S, 3)
+    channels_first = pixels.permute(0, 3, 1, 2).contiguous()  # (B, 3, S, S)
+    return channels_first.to(torch.float32).div_(127.5).sub_(1.0)
