@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import flextok_pl.modules  # noqa: F401  makes the modules known by their bare class names
 from flextok_pl.callbacks import CodebookReport, ReconstructionFID, Throughput
@@ -59,7 +59,7 @@ class FlexTokCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callback groups."""
         for name, callback in CALLBACKS.items():
-            parser.add_argument(f"--{name}", type=Optional[callback], default=None, help=_summary(callback))
+            parser.add_argument(f"--{name}", type=callback | None, default=None, help=_summary(callback))
             parser.callback_keys.append(name)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -80,7 +80,7 @@ class FlexTokCLI(LightningCLI):
         except (ValueError, OSError) as error:
             raise UserError(str(error)) from error
 
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback | None]) -> Any:
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Any:
         names = self._parser(self._only).callback_keys
         wanted = [
             callback

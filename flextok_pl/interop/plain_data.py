@@ -1,0 +1,58 @@
+"""Text of an untrusted checkpoint -> plain data. Nothing is ever imported, instantiated or evaluated."""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+import yaml
+
+MAX_CHARACTERS = 50_000
+_MAX_NODES = 5_000
+_MAX_DEPTH = 20
+
+
+def parse_text(label: str, text: str) -> Any:
+    """Dicts, lists, strings, numbers, booleans and None, from a python literal or else YAML (and so JSON).
+
+    Args:
+        label: what the text is, for messages.
+        text: at most 50,000 characters.
+
+    Raises:
+        ValueError: the text is too long, too deeply nested, or holds anything else.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"{label} has {len(text)} characters; a configuration has at most {MAX_CHARACTERS}")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        try:
+            value = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{label} is neither a python literal nor YAML: {str(error)[:200]}") from error
+    check_plain(label, value)
+    return value
+
+
+def check_plain(label: str, value: Any) -> None:
+    """Refuse values that are not plain data, or too many or too deep to be a configuration.
+
+    Raises:
+        ValueError: says what was found.
+    """
+    waiting, seen = [(value, 0)], 0
+    while waiting:  # aliases of YAML can make a small text an enormous tree, so visits are counted
+        node, depth = waiting.pop()
+        seen += 1
+        if seen > _MAX_NODES or depth > _MAX_DEPTH:
+            raise ValueError(f"{label} is too large or too deeply nested to be a configuration")
+        if isinstance(node, dict):
+            for key in node:
+                if type(key) is not str:
+                    raise ValueError(f"{label} has a key {key!r} that is no string")
+            waiting += [(item, depth + 1) for item in node.values()]
+        elif isinstance(node, list | tuple):
+            waiting += [(item, depth + 1) for item in node]
+        elif node is not None and type(node) not in (str, int, float, bool):
+            raise ValueError(f"{label} holds a {type(node).__name__}, which no configuration has")
