@@ -48,8 +48,9 @@ def build_model(
 ) -> FlexTok:
     """A model with the weights of an open file, in evaluation mode.
 
-    Names and shapes are compared with the configuration before any weight is read. Each tensor is then copied once, from
-    the mapped file to its place, so the peak is one copy of the weights. They become float32, as in the official loader.
+    Names and shapes are compared with the configuration before any weight is read. Each tensor is then copied once,
+    from the mapped file to its place, so the peak is one copy of the weights. They become float32, as in the official
+    loader.
 
     Args:
         handle: from `open_tensors`.
