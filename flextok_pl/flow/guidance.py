@@ -10,7 +10,7 @@ GUIDANCE_KINDS = ("none", "cfg", "apg")
 
 
 def classifier_free_guidance(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """u + s * (c - u) (https://arxiv.org/abs/2207.12598, equation 6 with s = 1 + w)."""
+    """U + s * (c - u) (https://arxiv.org/abs/2207.12598, equation 6 with s = 1 + w)."""
     return unconditional + scale * (conditional - unconditional)
 
 

@@ -78,7 +78,7 @@ def stratify(u: Tensor) -> Tensor:
 
 
 def logit_normal_from_uniform(u: Tensor) -> Tensor:
-    """sigmoid of the normal quantile of u."""
+    """Sigmoid of the normal quantile of u."""
     return (math.sqrt(2) * torch.erfinv(2 * u - 1)).sigmoid()
 
 

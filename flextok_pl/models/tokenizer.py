@@ -45,7 +45,11 @@ class FlexTok(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Xavier for linear maps, small normal tokens, and zero where adaLN-zero wants it."""
+        """Xavier for linear maps, unit normal tokens, and zero where adaLN-zero wants it.
+
+        Differs from the official code, whose tokens start at a standard deviation of 0.02: there the content of the
+        registers drowns their identity at first, and they learn to differ later.
+        """
         for module in [*self.encoder.modules(), *self.decoder.modules()]:
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -53,11 +57,11 @@ class FlexTok(nn.Module):
                     nn.init.zeros_(module.bias)
         decoder = self.decoder
         for token in (self.encoder.registers, decoder.register_posemb, decoder.mask_token, decoder.null_token):
-            nn.init.trunc_normal_(token, std=0.02)
+            nn.init.normal_(token)
         zeros = [module for name, module in decoder.named_modules() if name.endswith("adaLN_modulation.1")]
         for module in [*zeros, decoder.head.proj]:
-            nn.init.zeros_(module.weight)  # type: ignore[arg-type]
-            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
 
     @classmethod
     def from_pretrained(

@@ -112,7 +112,9 @@ def test_budget_probabilities() -> None:
 
 
 def test_draws_follow_the_generator() -> None:
-    assert torch.equal(sample_num_tokens("uniform", 64, 256, generator(3)), sample_num_tokens("uniform", 64, 256, generator(3)))
+    assert torch.equal(
+        sample_num_tokens("uniform", 64, 256, generator(3)), sample_num_tokens("uniform", 64, 256, generator(3))
+    )
     assert not torch.equal(
         sample_num_tokens("uniform", 64, 256, generator(3)), sample_num_tokens("uniform", 64, 256, generator(4))
     )

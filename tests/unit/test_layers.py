@@ -79,7 +79,9 @@ def test_patches_keep_row_column_channel_order() -> None:
     latents = torch.arange(2 * 3 * 4 * 6, dtype=torch.float32).view(2, 3, 4, 6)
     patches = patchify(latents, 2)
     assert patches.shape == (2, 2, 3, 12)
-    assert patches[1, 1, 2].tolist() == [latents[1, c, 2 + r, 4 + s].item() for r in (0, 1) for s in (0, 1) for c in range(3)]
+    assert patches[1, 1, 2].tolist() == [
+        latents[1, c, 2 + r, 4 + s].item() for r in (0, 1) for s in (0, 1) for c in range(3)
+    ]
     assert torch.equal(unpatchify(patches, 2), latents)
 
 

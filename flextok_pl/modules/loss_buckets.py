@@ -1,0 +1,51 @@
+"""Mean loss by flow time and by token budget."""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from flextok_pl.contracts import default_budgets
+from flextok_pl.models.objective import TrainingDraws
+
+
+class LossBuckets(Metric):
+    """Averages of per-sample losses over quarters of the flow time and over powers of two of the budget.
+
+    A budget k counts for the smallest power of two (or K) that is at least k; images without condition count for
+    no budget.
+
+    Args:
+        num_registers: K.
+    """
+
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(self, num_registers: int) -> None:
+        super().__init__()
+        self.budgets = default_budgets(num_registers)
+        size = 4 + len(self.budgets)
+        self.add_state("sums", torch.zeros(size), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(size), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, draws: TrainingDraws) -> None:
+        """Add (B,) losses made with `draws`."""
+        loss = loss.detach().float()
+        quarter = (draws.t * 4).long().clamp(0, 3)
+        budget = torch.searchsorted(torch.tensor(self.budgets), draws.num_tokens) + 4
+        kept = (~draws.null).to(loss)
+        budget = budget.to(loss.device)
+        self.sums.index_add_(0, quarter, loss).index_add_(0, budget, loss * kept)
+        self.counts.index_add_(0, quarter, torch.ones_like(loss)).index_add_(0, budget, kept)
+
+    def compute(self) -> Tensor:
+        """(4 + number of budgets,) means, NaN where there was no sample."""
+        return self.sums / self.counts
+
+    def compute_and_reset(self, prefix: str) -> dict[str, Tensor]:
+        """Named means of the buckets that had samples; starts anew."""
+        names = [f"{prefix}/loss_t/{q}" for q in ("0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00")]
+        names += [f"{prefix}/loss_k/{budget:03d}" for budget in self.budgets]
+        values = dict(zip(names, self.compute(), strict=True))
+        self.reset()
+        return {name: value for name, value in values.items() if not torch.isnan(value)}

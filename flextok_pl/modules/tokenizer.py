@@ -1,0 +1,233 @@
+"""Stage 1: training a FlexTok tokenizer.
+
+Shapes: B batch, C channels, h x w latent, K registers.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from flextok_pl.contracts import Batch
+from flextok_pl.interop import save_pretrained
+from flextok_pl.layers.frozen import Frozen
+from flextok_pl.models.config import FlexTokConfig, config_from_dict, config_to_dict
+from flextok_pl.models.objective import FlowLoss, flow_loss, sample_draws
+from flextok_pl.models.teacher import ProjectionHead, Teacher, alignment_loss
+from flextok_pl.models.tokenizer import FlexTok
+from flextok_pl.models.vae import VAE
+from flextok_pl.modules.loss_buckets import LossBuckets
+from flextok_pl.modules.optim import parameter_groups, warmup_cosine
+from flextok_pl.modules.steps import check_averaging, step_generator, stop_if_not_finite
+
+
+class TokenizerModule(pl.LightningModule):
+    """Trains the register encoder, the quantiser's codes and the flow decoder on VAE latents.
+
+    Batches carry images, or latents precomputed by the same VAE. The VAE and the teacher are frozen: neither
+    averaged nor stored in checkpoints. At the end of a fit the weights in use, averaged where an averaging
+    callback runs, are exported with the VAE as `<log dir>/tokenizer.safetensors`.
+
+    Args:
+        net: the model. Its `vae` describes the autoencoder and is replaced by that of `vae` where given.
+        vae: folder or Hub id of a trained autoencoder, or a FlexTok `.safetensors` file whose autoencoder to use. None
+            builds `net.vae` with random weights, which makes sense for kind `pixel` only.
+        lr: peak learning rate.
+        betas: of AdamW.
+        weight_decay: of matrices; biases, tokens and positions have none.
+        warmup_steps: optimizer steps of linear warm-up, followed by a cosine over the rest of the training.
+        min_lr_ratio: final share of the learning rate.
+        timestep_shift: above 1 more training on noisy inputs, where tokens matter most.
+        budget_groups: parts a batch is sorted into by budget; more parts cost less, with the same gradients.
+        teacher: REPA's teacher: `effnet-lite2`, a timm model, or None for no REPA.
+        teacher_weights: local weights file of the teacher.
+        repa_weight: weight of the alignment loss.
+        activation_checkpointing: recompute blocks in the backward pass, for less memory.
+        compile_blocks: `torch.compile` every Transformer block.
+        seed: of noise, times and budgets in training, and of the fixed ones in validation.
+
+    Raises:
+        ValueError: options contradict each other.
+    """
+
+    def __init__(
+        self,
+        net: FlexTokConfig,
+        vae: str | None = None,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.05,
+        warmup_steps: int = 100,
+        min_lr_ratio: float = 0.01,
+        timestep_shift: float = 1.0,
+        budget_groups: int = 1,
+        teacher: str | None = None,
+        teacher_weights: str | None = None,
+        repa_weight: float = 1.0,
+        activation_checkpointing: bool = False,
+        compile_blocks: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        net = config_from_dict(FlexTokConfig, net) if isinstance(net, Mapping) else net  # from a checkpoint
+        self.save_hyperparameters(ignore="net")
+        self.hparams["net"] = config_to_dict(net)  # plain types: a checkpoint must load with weights_only
+        if budget_groups < 1:
+            raise ValueError(f"budget_groups={budget_groups} must be at least 1")
+        self.tokenizer = build_tokenizer(net, vae)
+        self.lr = lr
+        self.betas = betas
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        self.min_lr_ratio = min_lr_ratio
+        self.timestep_shift = timestep_shift
+        self.budget_groups = budget_groups
+        self.repa_weight = repa_weight
+        self.seed = seed
+        self.teacher: Frozen | None = None
+        if teacher is not None:
+            if net.repa_layer is None:
+                raise ValueError(f"teacher={teacher!r} needs a decoder block to align: set net.repa_layer")
+            network = Teacher(teacher, teacher_weights)
+            self.teacher = Frozen(network)
+            self.projection = ProjectionHead(net.decoder_width, network.dim)
+        for part in (self.tokenizer.encoder, self.tokenizer.decoder):
+            part.activation_checkpointing = activation_checkpointing
+            if compile_blocks:
+                for block in part.blocks:
+                    block.compile(dynamic=True)
+        self.train_loss = LossBuckets(net.num_registers)
+        self.val_loss = LossBuckets(net.num_registers)
+
+    @property
+    def reconstructor(self) -> FlexTok:
+        """The tokenizer, with the weights now in use."""
+        return self.tokenizer
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW over parameter groups, warm-up and cosine per step."""
+        check_averaging(self)
+        groups = parameter_groups(self, self.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
+        total = self.trainer.estimated_stepping_batches
+        schedule = warmup_cosine(optimizer, self.warmup_steps, total, self.min_lr_ratio)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @torch.no_grad()
+    def latents(self, batch: Batch) -> Tensor:
+        """Scaled latents (B, C, h, w) of a batch of images or of precomputed moments.
+
+        Raises:
+            ValueError: the batch has neither.
+        """
+        vae = self.tokenizer.require_vae()
+        if "latent" in batch:
+            return vae.scale(batch["latent"])
+        if "image" in batch:
+            return vae.encode(batch["image"])
+        raise ValueError(f"a batch for the tokenizer needs 'image' or 'latent'; these shards give {sorted(batch)}")
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Velocity loss, and the alignment with the teacher where there is one."""
+        latents = self.latents(batch)
+        draws = sample_draws(
+            self.tokenizer.config, latents, step_generator(self, self.seed, batch_idx), self.timestep_shift
+        )
+        result = flow_loss(self.tokenizer, latents, draws, budget_groups=self.budget_groups)
+        loss = result.loss.mean()
+        stop_if_not_finite(self, loss, batch)
+        self.log("train/loss", loss, batch_size=len(latents))
+        self.train_loss.update(result.loss, draws)
+        if self._logging_now():
+            self.log_dict(self.train_loss.compute_and_reset("train"), batch_size=len(latents))
+        return loss + self._alignment(batch, latents, result)
+
+    def _alignment(self, batch: Batch, latents: Tensor, result: FlowLoss) -> Tensor | float:
+        if self.teacher is None or result.patch_features is None:
+            return 0.0
+        if "image" not in batch:
+            raise ValueError("REPA needs images: set teacher to null, or train from image shards instead of latents")
+        patch = self.tokenizer.config.patch_size
+        grid = (latents.shape[2] // patch, latents.shape[3] // patch)
+        loss = alignment_loss(self.projection(result.patch_features), self.teacher(batch["image"], grid))
+        self.log("train/repa", loss, batch_size=len(latents))
+        return self.repa_weight * loss
+
+    def _logging_now(self) -> bool:
+        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the norm of the whole gradient, before clipping."""
+        if self._logging_now():
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Loss under fixed draws, with the images' own tokens and with another image's."""
+        latents = self.latents(batch)
+        size = len(latents)
+        generator = torch.Generator().manual_seed(self.seed + batch_idx)
+        draws = sample_draws(self.tokenizer.config, latents, generator)
+        own = flow_loss(self.tokenizer, latents, draws).loss
+        swapped = flow_loss(self.tokenizer, latents, draws, condition_latents=latents.roll(1, 0)).loss
+        gap = swapped.mean() - own.mean()
+        values = {"val/loss": own.mean(), "val/loss_other_tokens": swapped.mean(), "val/token_gap": gap}
+        self.log_dict(values, batch_size=size, sync_dist=True, prog_bar=True)
+        self.val_loss.update(own, draws)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation loss by time and by budget."""
+        self.log_dict(self.val_loss.compute_and_reset("val"))
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Nothing of its own: metrics per budget are the callbacks' work."""
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Tokens of a batch, (B, K) int64, with the samples' keys."""
+        return {"key": batch.get("key"), "tokens": self.tokenizer.tokenize(batch["image"])}
+
+    def on_train_end(self) -> None:
+        """Export the tokenizer; averaging callbacks have put their weights in place by now."""
+        if self.trainer.is_global_zero:
+            folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+            path = save_pretrained(export_tokenizer(self.tokenizer), folder / "tokenizer.safetensors")
+            print(f"tokenizer exported to {path}")
+
+
+def build_tokenizer(net: FlexTokConfig, vae: str | None) -> FlexTok:
+    """A new tokenizer around a frozen autoencoder; see `TokenizerModule` for the arguments.
+
+    Raises:
+        ValueError: the autoencoder cannot be loaded or does not fit `net`.
+    """
+    if vae is None:
+        if net.vae is None:
+            raise ValueError("net.vae=None leaves no autoencoder to make latents with; set model.vae or net.vae")
+        autoencoder = VAE(net.vae)
+    elif vae.endswith(".safetensors"):
+        autoencoder = FlexTok.from_pretrained(vae).require_vae()
+    else:
+        autoencoder = VAE.from_pretrained(vae)
+    if autoencoder.config.latent_channels != net.latent_channels:
+        raise ValueError(
+            f"vae={vae!r} makes {autoencoder.config.latent_channels} latent channels but net.latent_channels="
+            f"{net.latent_channels}; set net.latent_channels={autoencoder.config.latent_channels}"
+        )
+    return FlexTok(dataclasses.replace(net, vae=autoencoder.config), Frozen(autoencoder))
+
+
+def export_tokenizer(tokenizer: FlexTok) -> FlexTok:
+    """The same tokenizer, sharing all weights, with its frozen autoencoder as an ordinary part that is saved."""
+    exported = copy.copy(tokenizer)
+    exported._modules = dict(tokenizer._modules)
+    if isinstance(tokenizer.vae, Frozen):
+        exported.vae = tokenizer.vae.module
+    return exported

@@ -1,0 +1,259 @@
+"""TokenizerModule: what a fit logs, stores, averages, exports and repeats. B batch, K registers."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
+
+from flextok_pl.models.config import FlexTokConfig, VAEConfig
+from flextok_pl.models.objective import sample_draws
+from flextok_pl.models.tokenizer import FlexTok
+from flextok_pl.models.vae import VAE
+from flextok_pl.modules import TokenizerModule
+from flextok_pl.modules.loss_buckets import LossBuckets
+
+NET = FlexTokConfig(
+    vae=VAEConfig(
+        latent_channels=4, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, scaling_factor=1.0
+    ),
+    latent_channels=4,
+    encoder_width=32,
+    encoder_depth=1,
+    encoder_head_dim=16,
+    decoder_width=32,
+    decoder_depth=2,
+    decoder_head_dim=16,
+    num_registers=8,
+    grid_size=(4, 4),
+    repa_layer=0,
+    nested_dropout="pow2",
+)
+# Ten losses of `test_golden_losses`, on CPU in float32. A change of the maths changes them; a refactor does not.
+GOLDEN_LOSSES = [
+    1.0685466527938843,
+    1.0356471538543701,
+    1.0441874265670776,
+    1.0618585348129272,
+    0.9761543273925781,
+    1.0024486780166626,
+    0.943251371383667,
+    0.9538029432296753,
+    0.9405195116996765,
+    0.9711795449256897,
+]
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Batches of 8 random pictures of 16 px, the same in every epoch."""
+
+    def __init__(self, batches: int, poison: int | None = None) -> None:
+        self.batches, self.poison = batches, poison
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index >= self.batches:
+            raise IndexError
+        images = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(index)) * 2 - 1
+        if index == self.poison:
+            images[3] = float("nan")
+        return {"image": images, "key": [f"b{index}_{i}" for i in range(8)]}
+
+
+def loader(batches: int = 5, poison: int | None = None) -> DataLoader:
+    return DataLoader(Pictures(batches, poison), batch_size=None)
+
+
+def vae_folder(path: Path) -> str:
+    torch.manual_seed(7)
+    VAE(NET.vae).save_pretrained(path / "vae")
+    return str(path / "vae")
+
+
+def module(path: Path, **options: Any) -> TokenizerModule:
+    torch.manual_seed(0)
+    return TokenizerModule(NET, vae=vae_folder(path), lr=3e-3, warmup_steps=2, **options)
+
+
+def trainer(path: Path, max_steps: int = 10, callbacks: list[pl.Callback] | None = None, **options: Any) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator="cpu",
+        max_steps=max_steps,
+        logger=CSVLogger(path, name="", version="run", flush_logs_every_n_steps=1),
+        callbacks=callbacks or [],
+        log_every_n_steps=1,
+        gradient_clip_val=1.0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks or []),
+        **options,
+    )
+
+
+class Losses(pl.Callback):
+    """Remembers the training losses."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
+        self.values.append(outputs["loss"].item())
+
+
+def fit(path: Path, network: TokenizerModule, max_steps: int = 10, **options: Any) -> list[float]:
+    losses = Losses()
+    trainer(path, max_steps, [losses, *options.pop("callbacks", [])], **options).fit(network, loader(), loader(1))
+    return losses.values
+
+
+def test_golden_losses(tmp_path: Path) -> None:
+    assert fit(tmp_path, module(tmp_path)) == pytest.approx(GOLDEN_LOSSES, rel=1e-5)
+
+
+def test_training_learns_and_logs(tmp_path: Path) -> None:
+    network = module(tmp_path)
+    losses = fit(tmp_path, network, 60)
+    assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
+    header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
+    expected = {"train/loss", "train/grad_norm", "val/loss", "val/loss_other_tokens", "val/token_gap"}
+    expected |= {f"val/loss_k/{k:03d}" for k in (1, 2, 4, 8)} & set(header) | {"train/loss_t/0.25-0.50"}
+    assert expected <= set(header)
+
+
+@pytest.mark.parametrize("options", [{"budget_groups": 4}, {"activation_checkpointing": True}])
+def test_options_that_change_only_the_cost(tmp_path: Path, options: dict[str, Any]) -> None:
+    assert fit(tmp_path / "a", module(tmp_path), 5) == pytest.approx(
+        fit(tmp_path / "b", module(tmp_path, **options), 5), rel=1e-4
+    )
+
+
+def test_export_holds_the_averaged_weights_and_the_vae(tmp_path: Path) -> None:
+    network = module(tmp_path)
+    averaging = EMAWeightAveraging(decay=0.9)
+    fit(tmp_path, network, callbacks=[averaging])
+    exported = FlexTok.from_pretrained(tmp_path / "run" / "tokenizer.safetensors")
+    average = averaging._average_model.module.tokenizer
+    for name, weight in average.state_dict().items():
+        assert torch.equal(exported.state_dict()[name], weight), name
+    vae = VAE.from_pretrained(tmp_path / "vae")
+    assert all(torch.equal(exported.vae.state_dict()[name], weight) for name, weight in vae.state_dict().items())
+    images = Pictures(1)[0]["image"]
+    assert torch.equal(exported.tokenize(images), network.reconstructor.tokenize(images))
+
+
+def test_frozen_parts_are_neither_averaged_nor_stored(tmp_path: Path) -> None:
+    network = module(tmp_path)
+    averaging, checkpoint = EMAWeightAveraging(decay=0.9), ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
+    before = {name: value.clone() for name, value in network.tokenizer.vae.module.state_dict().items()}
+    fit(tmp_path, network, callbacks=[averaging, checkpoint])
+    assert averaging._average_model.module.tokenizer.vae.module is network.tokenizer.vae.module
+    assert all(torch.equal(before[name], value) for name, value in network.tokenizer.vae.module.state_dict().items())
+    stored = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert not [name for name in stored["state_dict"] if "vae" in name]
+
+
+def test_a_resumed_fit_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
+    whole = fit(tmp_path / "whole", module(tmp_path), 10)
+    checkpoint = ModelCheckpoint(tmp_path / "checkpoints", save_top_k=-1, every_n_train_steps=5)
+    fit(tmp_path / "first", module(tmp_path), 10, callbacks=[checkpoint])
+    (half,) = (tmp_path / "checkpoints").glob("*step=5*.ckpt")
+    losses = Losses()
+    trainer(tmp_path / "second", 10, [losses]).fit(module(tmp_path), loader(), loader(1), ckpt_path=half)
+    assert losses.values == whole[5:]
+
+
+def test_latents_of_the_vae_train_like_its_images(tmp_path: Path) -> None:
+    network = module(tmp_path)
+    batch = Pictures(1)[0]
+    moments = network.tokenizer.vae.moments(batch["image"])
+    torch.testing.assert_close(network.latents({"latent": moments}), network.latents(batch))
+    with pytest.raises(ValueError, match="'image' or 'latent'"):
+        network.latents({"key": batch["key"]})
+
+
+def test_a_loss_that_is_not_finite_stops_the_fit(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)step 3.*b3_0"):
+        trainer(tmp_path).fit(module(tmp_path), loader(poison=3))
+
+
+def random_vit(path: Path) -> Path:
+    import timm
+
+    torch.manual_seed(3)
+    file = path / "teacher.pth"
+    torch.save(timm.create_model("vit_tiny_patch16_224", pretrained=False).state_dict(), file)
+    return file
+
+
+def test_alignment_with_a_teacher(tmp_path: Path) -> None:
+    """A random ViT from a local file stands for DINOv2; the projection learns, the teacher does not."""
+    network = module(tmp_path, teacher="vit_tiny_patch16_224", teacher_weights=str(random_vit(tmp_path)))
+    before = network.projection[0].weight.clone()
+    trainer(tmp_path, 3).fit(network, loader(3))
+    header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert "train/repa" in header
+    assert not torch.equal(before, network.projection[0].weight)
+    features = network.teacher(Pictures(1)[0]["image"], (4, 4))
+    assert features.shape == (8, 16, 192)
+    exported = FlexTok.from_pretrained(tmp_path / "run" / "tokenizer.safetensors")
+    assert exported.config == dataclasses.replace(NET, vae=network.tokenizer.config.vae)
+
+
+def test_the_offline_teacher_sees_where_things_are(tmp_path: Path) -> None:
+    from flextok_pl.models.teacher import Teacher
+
+    images = -torch.ones(1, 3, 64, 64)
+    marked = images.clone()
+    marked[:, :, 40:60, 4:24] = 1.0
+    difference = (Teacher("effnet-lite2")(marked, (16, 16)) - Teacher("effnet-lite2")(images, (16, 16))).norm(dim=-1)
+    grid = difference.view(16, 16)
+    assert grid[10:15, 1:6].mean() > 2 * grid[:8, 8:].mean()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget_groups": 0}, "budget_groups=0"),
+        ({"teacher": "no_such_model"}, "no_such_model"),
+        ({"teacher": "effnet-lite2", "teacher_weights": "missing.pth"}, "missing.pth"),
+    ],
+)
+def test_wrong_options(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        module(tmp_path, **options)
+
+
+def test_wrong_autoencoders(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="net.latent_channels=4"):
+        TokenizerModule(dataclasses.replace(NET, vae=None, latent_channels=6), vae=vae_folder(tmp_path))
+    with pytest.raises(ValueError, match="no autoencoder"):
+        TokenizerModule(dataclasses.replace(NET, vae=None))
+    with pytest.raises(ValueError, match="repa_layer"):
+        TokenizerModule(dataclasses.replace(NET, repa_layer=None), teacher="effnet-lite2")
+
+
+def test_loss_buckets() -> None:
+    buckets = LossBuckets(8)
+    latents = torch.zeros(4, 4, 8, 8)
+    draws = sample_draws(NET, latents, torch.Generator().manual_seed(0))._replace(
+        t=torch.tensor([0.1, 0.6, 0.7, 1.0]),
+        num_tokens=torch.tensor([1, 3, 8, 8]),
+        null=torch.tensor([False, False, False, True]),
+    )
+    buckets.update(torch.tensor([1.0, 2.0, 4.0, 8.0]), draws)
+    assert buckets.compute_and_reset("x") == {
+        "x/loss_t/0.00-0.25": 1,
+        "x/loss_t/0.50-0.75": 3,
+        "x/loss_t/0.75-1.00": 8,
+        "x/loss_k/001": 1,
+        "x/loss_k/004": 2,
+        "x/loss_k/008": 4,
+    }
+    assert buckets.compute_and_reset("x") == {}
