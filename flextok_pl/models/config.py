@@ -190,7 +190,7 @@ def _published(encoder_depth: int, decoder_depth: int) -> FlexTokConfig:
 
 _DEMO_VAE = VAEConfig(
     latent_channels=8,
-    block_out_channels=(32, 48, 64, 64),
+    block_out_channels=(16, 24, 64, 96),
     layers_per_block=1,
     norm_num_groups=8,
     mid_block_add_attention=False,
@@ -205,16 +205,17 @@ _PRESETS = {
         vae=_DEMO_VAE,
         latent_channels=8,
         encoder_width=192,
-        encoder_depth=4,
+        encoder_depth=3,
         encoder_head_dim=32,
         decoder_width=192,
-        decoder_depth=4,
+        decoder_depth=3,
         decoder_head_dim=32,
         num_registers=64,
         grid_size=(4, 4),
         repa_layer=None,
         nested_dropout="pow2",
         null_dropout=0.1,
+        timestep_law="logit_normal",
     ),
     "tiny": FlexTokConfig(
         vae=VAEConfig(kind="pixel", latent_channels=12, scaling_factor=1.0),
@@ -231,6 +232,7 @@ _PRESETS = {
         repa_layer=None,
         nested_dropout="pow2",
         null_dropout=0.1,
+        timestep_law="logit_normal",
     ),
 }
 
