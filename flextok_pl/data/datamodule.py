@@ -67,7 +67,8 @@ class ShardDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.sources: dict[str, str | list[str] | None] = {"train": train, "val": val, "test": test or val}
-        self.image_size, self.batch_size, self.eval_batch_size = image_size, batch_size, eval_batch_size or batch_size
+        self.image_size, self.batch_size = image_size, batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.num_workers, self.seed, self.augmentation = num_workers, seed, augmentation
         self.shuffle_buffer, self.drop_last, self.val_limit = shuffle_buffer, drop_last, val_limit
         self.cache_in_memory, self.verify_checksums, self.pin_memory = cache_in_memory, verify_checksums, pin_memory
@@ -81,7 +82,7 @@ class ShardDataModule(pl.LightningDataModule):
             raise ValueError("give at least one of train, val and test: the folder of a shard set")
         self._sets: dict[str, ShardSet] = {}
         self._streams: dict[str, EpochStream] = {}
-        self._epoch = 0
+        self.epoch = 0
 
     def shard_set(self, split: Split) -> ShardSet:
         """The shards of a split, checked when first asked for.
@@ -114,9 +115,9 @@ class ShardDataModule(pl.LightningDataModule):
     def num_samples(self, split: Split) -> int:
         """Samples that one pass over the split sees in all processes together; assert it before reporting a metric."""
         total = self.shard_set(split).num_samples
-        if split == "train":
-            _, world_size = self._position()
-            return len(self._stream("train")) * self.batch_size * world_size if self.drop_last else total
+        if split == "train" and self.drop_last:
+            together = self.batch_size * self._position()[1]
+            return total // together * together
         return min(total, self.val_limit or total) if split == "val" else total
 
     @property
@@ -134,8 +135,8 @@ class ShardDataModule(pl.LightningDataModule):
                 self.shard_set(split)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next pass over the training set; only needed without a Trainer."""
-        self._epoch = epoch
+        """Choose the epoch of the next pass over the training set; only needed, and only heeded, without a Trainer."""
+        self.epoch = epoch
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Loader of the training set."""
@@ -196,12 +197,6 @@ class ShardDataModule(pl.LightningDataModule):
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         return 0, 1
 
-    def current_epoch(self) -> int:
-        """Number of training epochs that were finished before this one, over all resumed runs."""
-        if self.trainer is None:
-            return self._epoch
-        return self.trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined, no-any-return]
-
 
 class _EpochLoader(DataLoader[Batch]):
     """A loader that tells its stream, workers included, which epoch begins, and resumes within one.
@@ -219,33 +214,48 @@ class _EpochLoader(DataLoader[Batch]):
         )
         self.module, self.stream = module, stream
         self.layout = {"batches_per_epoch": len(stream), "num_workers": num_workers}
-        self.position = {"epoch": 0, "batches": 0}
+        self.position: dict[str, int] | None = None
         self.resume_from: dict[str, int] | None = None
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        # A generator, so that the epoch is read when the first batch is asked for: a resumed Trainer makes its
+        # A generator, so that the start is decided when the first batch is asked for: a resumed Trainer makes its
         # iterators before it has restored its progress.
-        epoch, done = self.module.current_epoch(), 0
-        if self.resume_from is not None and self.resume_from["epoch"] == epoch:
-            before = {name: self.resume_from[name] for name in self.layout}
-            if before == self.layout:
-                done = self.resume_from["batches"]
-            else:
-                warnings.warn(
-                    f"epoch {epoch} was interrupted with {before} and now has {self.layout}: it begins anew",
-                    stacklevel=2,
-                )
-        self.resume_from = None
+        epoch, done = self._next_start()
         self.stream.start_at(epoch, done)
         self.position = {"epoch": epoch, "batches": done}
         for batch in super().__iter__():
             self.position["batches"] += 1
             yield batch
 
+    def _next_start(self) -> tuple[int, int]:
+        """Epoch and batch at which the next pass starts.
+
+        Under a Trainer the passes are counted here: Lightning's own count runs ahead when `max_steps` ended a run
+        within an epoch.
+        """
+        state, self.resume_from = self.resume_from, None
+        trainer = self.module.trainer
+        if trainer is None or not self.stream.plan.train:
+            return self.module.epoch, 0
+        if state is None:
+            begun = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+            return begun if self.position is None else self.position["epoch"] + 1, 0
+        within_epoch = trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0
+        if not within_epoch or state["batches"] == state["batches_per_epoch"]:
+            return state["epoch"] + 1, 0
+        before = {name: state[name] for name in self.layout}
+        if before != self.layout:
+            warnings.warn(
+                f"epoch {state['epoch']} was interrupted with {before} and now has {self.layout}: it begins anew",
+                stacklevel=3,
+            )
+            return state["epoch"], 0
+        return state["epoch"], state["batches"]
+
     def state_dict(self) -> dict[str, int]:
         """Where the current pass is."""
-        return {**self.position, **self.layout}
+        return {**(self.position or {"epoch": 0, "batches": 0}), **self.layout}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next pass go on from a position, if it is of the same epoch."""
+        """Let the next pass go on from a position."""
         self.resume_from = dict(state)

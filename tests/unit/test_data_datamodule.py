@@ -1,0 +1,225 @@
+"""The data module by itself and under a Trainer."""
+
+import io
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
+
+from flextok_pl.data import Augmentation, ShardDataModule, ShardError, ShardIndex
+from flextok_pl.data.shards import Sample, shard_name, write_index, write_shard
+
+
+def png(value, size=8):
+    buffer = io.BytesIO()
+    Image.new("RGB", (size, size), (value, value, value)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_images(folder, count, per_shard=5, image_size=8):
+    folder.mkdir()
+    samples = [
+        Sample(f"i{n}", {"png": png(n, image_size), "cls": str(n % 2 - 1).encode(), "txt": f"grey {n}".encode()})
+        for n in range(count)
+    ]
+    shards = [
+        write_shard(folder / shard_name(i), samples[start : start + per_shard])
+        for i, start in enumerate(range(0, count, per_shard))
+    ]
+    write_index(ShardIndex(folder, ("image", "label", "text"), tuple(shards), ("only",), image_size))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    return write_images(root / "train", 26), write_images(root / "val", 13)
+
+
+class Recorder(pl.LightningModule):
+    """Notes the keys that it is trained and validated on."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen, self.validated = [], []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append((self.current_epoch, batch_idx, tuple(batch["key"])))
+        return self.weight * batch["image"].mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.validated += batch["key"]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def trainer(path, **options):
+    defaults = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return pl.Trainer(default_root_dir=path, num_sanity_val_steps=0, **{**defaults, "max_epochs": 2, **options})
+
+
+def module(folders, **options):
+    return ShardDataModule(*folders, **{"image_size": 8, "batch_size": 4, "num_workers": 0, **options})
+
+
+def test_batches_keep_the_contract(folders):
+    data = module(folders, augmentation=None)
+    batch = next(iter(data.train_dataloader()))
+    assert set(batch) == {"image", "label", "text", "key"}
+    assert batch["image"].shape == (4, 3, 8, 8) and batch["image"].dtype == torch.float32
+    for key, image, label, text in zip(batch["key"], batch["image"], batch["label"], batch["text"], strict=True):
+        number = int(key[1:])
+        assert image.unique().item() == pytest.approx(number / 127.5 - 1, abs=1e-6)
+        assert (label.item(), text) == (number % 2 - 1, f"grey {number}")
+    assert data.classes == ("only",)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_loaders_know_their_lengths(folders, cache):
+    data = module(folders, cache_in_memory=cache, eval_batch_size=5, val_limit=11)
+    assert len(data.train_dataloader()) == len(list(data.train_dataloader())) == 6
+    assert len(data.val_dataloader()) == len(list(data.val_dataloader())) == 3
+    assert [data.num_samples(split) for split in ("train", "val", "test")] == [24, 11, 13]
+    assert sum(len(batch["key"]) for batch in data.test_dataloader()) == 13
+
+
+@pytest.mark.parametrize("cache, workers", [(False, 0), (True, 0), (False, 2)])
+def test_epochs_differ_and_repeat_under_a_trainer(folders, tmp_path, cache, workers):
+    runs = []
+    for _ in range(2):
+        recorder = Recorder()
+        data = module(folders, cache_in_memory=cache, num_workers=workers)
+        trainer(tmp_path, enable_checkpointing=False).fit(recorder, data)
+        runs.append(recorder)
+    assert runs[0].seen == runs[1].seen
+    epochs = [[keys for epoch, _, keys in runs[0].seen if epoch == e] for e in range(2)]
+    assert len(epochs[0]) == len(epochs[1]) == 6 and epochs[0] != epochs[1]
+    assert sorted(runs[0].validated) == sorted([f"i{n}" for n in range(13)] * 2)
+
+    loader = module(folders, cache_in_memory=cache, num_workers=workers)
+    loader.set_epoch(1)
+    assert [tuple(batch["key"]) for batch in loader.train_dataloader()] == epochs[1]
+
+
+@pytest.mark.parametrize(
+    "stop, by, cache, workers",
+    [
+        (4, "callback", True, 0),
+        (6, "callback", True, 0),  # the end of an epoch
+        (9, "callback", False, 0),
+        (4, "end", True, 0),
+        (9, "end", False, 2),
+    ],
+)
+def test_a_resumed_run_repeats_and_skips_nothing(folders, tmp_path, stop, by, cache, workers):
+    def fit(steps, ckpt=None, callbacks=()):
+        recorder = Recorder()
+        run = trainer(
+            tmp_path,
+            max_epochs=-1,
+            max_steps=steps,
+            limit_val_batches=0,
+            callbacks=list(callbacks),
+            enable_checkpointing=bool(callbacks),
+        )
+        data = module(folders, cache_in_memory=cache, num_workers=workers)
+        run.fit(recorder, data, ckpt_path=ckpt, weights_only=False)
+        return run, [keys for *_, keys in recorder.seen]
+
+    file = tmp_path / f"step={stop}.ckpt"
+    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=stop, save_top_k=-1)
+    _, whole = fit(14, callbacks=[saver] if by == "callback" else [])
+    if by == "end":
+        run, first = fit(stop)
+        assert first == whole[:stop]
+        run.save_checkpoint(file)
+    _, rest = fit(14, file)
+    assert rest == whole[stop:]
+
+
+def test_another_batch_size_begins_the_epoch_anew(folders, tmp_path):
+    run = trainer(tmp_path, max_steps=3, limit_val_batches=0)
+    run.fit(Recorder(), module(folders))
+    run.save_checkpoint(tmp_path / "stop.ckpt")
+    run = trainer(tmp_path, max_steps=4, limit_val_batches=0)
+    with pytest.warns(UserWarning, match="begins anew"):
+        run.fit(Recorder(), module(folders, batch_size=6), ckpt_path=tmp_path / "stop.ckpt")
+
+
+def test_split_over_the_ranks_of_a_trainer(folders):
+    seen = []
+    for rank in range(2):
+        data = module(folders, batch_size=4)
+        data.trainer = type("Two", (), {"global_rank": rank, "world_size": 2})()
+        assert len(data.train_dataloader()) == 3
+        seen += [key for batch in data.val_dataloader() for key in batch["key"]]
+    assert sorted(seen) == sorted(f"i{n}" for n in range(13))
+
+
+def test_augmentation_is_for_training_only(folders):
+    data = module(folders, augmentation=Augmentation(crop_scale=(1, 1), scale=(0.5, 0.5)))
+    assert next(iter(data.train_dataloader()))["image"].std(dim=(1, 2, 3)).min() > 0  # framed in white
+    assert next(iter(data.val_dataloader()))["image"].std(dim=(1, 2, 3)).max() == 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"image_size": 0}, "image_size=0"),
+        ({"num_workers": -1}, "num_workers=-1"),
+        ({"val_limit": 0}, "val_limit=0"),
+        ({"eval_batch_size": 0}, "eval_batch_size=0"),
+    ],
+)
+def test_bad_options_are_named(folders, options, message):
+    with pytest.raises(ValueError, match=message):
+        module(folders, **options)
+
+
+def test_no_source_at_all():
+    with pytest.raises(ValueError, match="at least one of train, val and test"):
+        ShardDataModule()
+
+
+def test_missing_split_and_too_large_batch(folders):
+    only = ShardDataModule(val=folders[1], image_size=8, num_workers=0)
+    assert len(only.test_dataloader()) == 1
+    with pytest.raises(ValueError, match="no train set"):
+        only.train_dataloader()
+    with pytest.raises(ValueError, match="fewer than batch_size=64"):
+        module(folders, batch_size=64).train_dataloader()
+
+
+def test_latents_of_another_image_size(tmp_path):
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros((2, 1, 1), np.float32))
+    shard = write_shard(tmp_path / shard_name(0), [Sample("k", {"latent.npy": buffer.getvalue()})])
+    write_index(ShardIndex(tmp_path, ("latent",), (shard,), image_size=64))
+    with pytest.raises(ShardError, match="image_size=64"):
+        ShardDataModule(str(tmp_path), image_size=32).setup("fit")
+
+
+def test_enlarging_warns(folders):
+    with pytest.warns(UserWarning, match="images of 8 px, which image_size=16 enlarges"):
+        module(folders, image_size=16).setup("fit")
+
+
+def test_token_shards(tmp_path):
+    samples = []
+    for n in range(3):
+        buffer = io.BytesIO()
+        np.save(buffer, np.arange(n, n + 4, dtype=np.uint16))
+        samples.append(Sample(f"t{n}", {"tokens.npy": buffer.getvalue()}))
+    shard = write_shard(tmp_path / shard_name(0), samples)
+    write_index(ShardIndex(tmp_path, ("tokens",), (shard,), image_size=64))
+    for cache in (False, True):
+        data = ShardDataModule(val=str(tmp_path), image_size=64, num_workers=0, cache_in_memory=cache)
+        (batch,) = data.val_dataloader()
+        assert batch["tokens"].dtype == torch.int64
+        assert batch["tokens"].tolist() == [[0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5]]

@@ -1,0 +1,115 @@
+"""Writing shard sets: equal bytes for equal input, safe reruns, nothing half-written."""
+
+import json
+import os
+import tarfile
+
+import pytest
+
+from flextok_pl.data.index import INDEX_NAME, ShardError, ShardIndex, load_indices
+from flextok_pl.data.shards import PARTIAL_NAME, Sample, start_set, write_index, write_shard, write_shards
+
+
+def make_sample(number):
+    return None if number == 3 else Sample(f"s{number}", {"cls": b"0", "txt": f"number {number}".encode()})
+
+
+def write_set(folder, count=10, workers=0, overwrite=False, per_shard=4):
+    arguments = {"count": count, "per_shard": per_shard}
+    ready = start_set(folder, arguments, overwrite)
+    if ready is None:
+        shards = write_shards(folder, range(count), make_sample, samples_per_shard=per_shard, num_workers=workers)
+        ready = ShardIndex(folder, ("label", "text"), tuple(shards), ("only",), None, arguments, {"by": "test"})
+        write_index(ready)
+    return ready
+
+
+def test_counts_names_and_content(tmp_path):
+    index = write_set(tmp_path / "set")
+    assert [s.count for s in index.shards] == [3, 4, 2]  # item 3 is left out
+    assert index.num_samples == 9
+    with tarfile.open(index.paths[0]) as tar:
+        assert tar.getnames() == ["s0.cls", "s0.txt", "s1.cls", "s1.txt", "s2.cls", "s2.txt"]
+        assert tar.extractfile("s2.txt").read() == b"number 2"
+        assert {(m.mtime, m.uid, m.gid, m.uname) for m in tar.getmembers()} == {(0, 0, 0, "")}
+    assert sorted(os.listdir(tmp_path / "set")) == [INDEX_NAME, *(s.name for s in index.shards)]
+    record = json.loads((tmp_path / "set" / INDEX_NAME).read_text())
+    assert record["num_samples"] == 9 and record["provenance"] == {"by": "test"}
+    assert ShardIndex.load(tmp_path / "set") == index
+
+
+def test_workers_write_the_same_bytes(tmp_path):
+    alone, several = write_set(tmp_path / "a"), write_set(tmp_path / "b", workers=2)
+    assert alone.shards == several.shards
+
+
+def test_rerun_with_equal_arguments_changes_nothing(tmp_path):
+    index = write_set(tmp_path)
+    before = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    assert write_set(tmp_path) == index
+    assert {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == before
+
+
+def test_rerun_with_other_arguments_needs_overwrite(tmp_path):
+    write_set(tmp_path)
+    with pytest.raises(ShardError, match="overwrite"):
+        write_set(tmp_path, count=5)
+    assert ShardIndex.load(tmp_path).num_samples == 9
+    assert write_set(tmp_path, count=2, overwrite=True).num_samples == 2
+    assert sorted(os.listdir(tmp_path)) == [INDEX_NAME, "shard-000000.tar"]
+
+
+def test_rerun_finds_a_damaged_shard(tmp_path):
+    index = write_set(tmp_path)
+    content = bytearray(index.paths[1].read_bytes())
+    content[600] ^= 1
+    index.paths[1].write_bytes(content)
+    with pytest.raises(ShardError, match=r"shard-000001\.tar does not match its checksum"):
+        write_set(tmp_path)
+
+
+def test_interrupted_run_is_replaced_but_foreign_files_are_not(tmp_path):
+    start_set(tmp_path, {}, overwrite=False)
+    (tmp_path / "shard-000000.tar").write_bytes(b"finished shard of an interrupted run")
+    (tmp_path / ".shard-000001.tar.tmp").write_bytes(b"half")
+    assert write_set(tmp_path).num_samples == 9
+    assert PARTIAL_NAME not in os.listdir(tmp_path)
+
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "shard-000000.tar").write_bytes(b"not ours: no index, no mark of a run")
+    for overwrite in (False, True):
+        with pytest.raises(ShardError, match="choose an empty folder"):
+            write_set(foreign, overwrite=overwrite)
+    assert (foreign / "shard-000000.tar").read_bytes().startswith(b"not ours")
+
+
+@pytest.mark.parametrize("key", ["", "a.b", "__x", "/abs"])
+def test_keys_that_webdataset_would_misread_are_refused(tmp_path, key):
+    with pytest.raises(ShardError, match="sample key"):
+        write_shard(tmp_path / "s.tar", [Sample(key, {"txt": b""})])
+    assert not list(tmp_path.iterdir())
+
+
+def test_patterns_lists_and_single_shards(tmp_path):
+    for name in ("a", "b"):
+        write_set(tmp_path / name)
+    assert len(load_indices(str(tmp_path / "{a,b}"))) == 2
+    assert len(load_indices(str(tmp_path / "*"))) == 2
+    assert len(load_indices([str(tmp_path / "a"), str(tmp_path / "b" / INDEX_NAME)])) == 2
+    (part,) = load_indices(str(tmp_path / "a" / "shard-{000000,000002}.tar"))
+    assert [s.count for s in part.shards] == [3, 2]
+
+
+def test_sets_of_different_kinds_are_not_mixed(tmp_path):
+    write_set(tmp_path / "a")
+    other = ShardIndex.load(tmp_path / "a")
+    shard = write_shard(_made(tmp_path / "b") / "shard-000000.tar", [Sample("k", {"txt": b"t"})])
+    write_index(ShardIndex(tmp_path / "b", ("text",), (shard,)))
+    with pytest.raises(ShardError, match="differ in fields"):
+        load_indices([str(other.folder), str(tmp_path / "b")])
+
+
+def _made(folder):
+    folder.mkdir()
+    return folder
