@@ -44,13 +44,14 @@ $(READY): pyproject.toml
 	rm -rf $(VENV)/.uv
 	touch $@
 
-data: $(DEMO_DATA)/val/index.json $(DEMO_LATENTS)/val/index.json  ## write the demo pictures and their latents under data/
+data: $(DEMO_LATENTS)/index.json  ## write the demo pictures and their latents under data/
 
 $(DEMO_DATA)/val/index.json: | $(READY)
 	$(FLEXTOK) data demo $(DEMO_DATA)
 
-$(DEMO_LATENTS)/%/index.json: $(DEMO_DATA)/val/index.json | $(READY)
-	$(FLEXTOK) data latents $(DEMO_DATA)/$* $(DEMO_LATENTS)/$* --vae $(DEMO_VAE)
+$(DEMO_LATENTS)/index.json: $(DEMO_DATA)/val/index.json | $(READY)
+	$(FLEXTOK) data latents $(DEMO_DATA)/train $(DEMO_LATENTS) --vae $(DEMO_VAE) --image-size 64 --num-views 8 \
+	    --augmentation.crop_scale [1.0,1.0] --augmentation.translate 0.1 --augmentation.scale [0.8,1.1]
 
 ##@ Train and evaluate
 .PHONY: train-vae train-tokenizer eval-fid tensorboard
@@ -58,11 +59,11 @@ $(DEMO_LATENTS)/%/index.json: $(DEMO_DATA)/val/index.json | $(READY)
 train-vae: $(if $(EXP),$(READY),$(DEMO_DATA)/val/index.json)  ## stage 0: train the autoencoder
 	$(FLEXTOK) fit --config $(or $(EXP),experiments/vae/demo.yaml) $(ARGS)
 
-train-tokenizer: $(if $(EXP),$(READY),$(DEMO_LATENTS)/train/index.json $(DEMO_LATENTS)/val/index.json)  ## stage 1: train the tokenizer
+train-tokenizer: $(if $(EXP),$(READY),$(DEMO_LATENTS)/index.json)  ## stage 1: train the tokenizer
 	$(FLEXTOK) fit --config $(or $(EXP),experiments/tokenizer/demo.yaml) $(ARGS)
 
 eval-fid: $(if $(EXP),$(READY),$(DEMO_DATA)/val/index.json)  ## reconstruction metrics at every token budget, of CKPT
-	$(FLEXTOK) test --config $(or $(EXP),experiments/tokenizer/demo.yaml) --model.init_args.pretrained $(CKPT) $(ARGS)
+	$(FLEXTOK) test --config $(or $(EXP),experiments/tokenizer/demo.yaml) --tokenizer $(CKPT) $(ARGS)
 
 tensorboard: $(READY)  ## show the runs
 	$(BIN)/tensorboard --logdir runs

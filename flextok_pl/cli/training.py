@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import flextok_pl.modules  # noqa: F401  makes the modules known by their bare c
 from flextok_pl.callbacks import CodebookReport, ReconstructionFID, Throughput
 from flextok_pl.cli import UserError, base_config, config_paths
 from flextok_pl.data import ShardDataModule, ShardError
+from flextok_pl.modules.saved_tokenizer import SavedTokenizer
 
 CALLBACKS: dict[str, type[Callback]] = {
     "rfid": ReconstructionFID,
@@ -61,14 +63,28 @@ class FlexTokCLI(LightningCLI):
         for name, callback in CALLBACKS.items():
             parser.add_argument(f"--{name}", type=callback | None, default=None, help=_summary(callback))
             parser.callback_keys.append(name)
+        if self._only != "fit":
+            parser.add_argument(
+                "--tokenizer",
+                type=str | None,
+                default=None,
+                help="Evaluate this tokenizer (a .safetensors file, a folder or a Hub id) in place of the model.",
+            )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what `flextok` was given, which need not be `sys.argv`."""
         self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
-        """Name the runs of loggers that are not named."""
-        logger = self.config[self._only].trainer.logger
+        """Name the runs of loggers that are not named, and put a finished tokenizer in the model's place."""
+        config = self.config[self._only]
+        if config.get("tokenizer") is not None:
+            if config.ckpt_path is not None:
+                raise UserError("--tokenizer and --ckpt_path both name weights; give one of them")
+            class_path = f"{SavedTokenizer.__module__}.{SavedTokenizer.__name__}"
+            options = Namespace(path=config.tokenizer, vae_config=None)  # type: ignore[no-untyped-call]
+            config.model = Namespace(class_path=class_path, init_args=options)  # type: ignore[no-untyped-call]
+        logger = config.trainer.logger
         for one in logger if isinstance(logger, list) else [logger]:
             if isinstance(one, Namespace) and one.get("init_args", {}).get("name") == "lightning_logs":
                 one.init_args.name = self._experiment
@@ -97,6 +113,7 @@ def run(subcommand: str, arguments: Sequence[str]) -> None:
         UserError: an option, a shard or a file is wrong.
     """
     # Options of a callback can then be given directly: `rfid: {num_steps: 10}`, without class_path and init_args.
+    warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning's own, at every batch
     set_parsing_settings(subclasses_disabled=list(CALLBACKS.values()))
     given = [path.resolve() for path in config_paths(arguments)]
     base = base_config(given[0]) if given else None

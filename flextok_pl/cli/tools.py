@@ -1,0 +1,175 @@
+"""The tools of the `flextok` command: plain functions whose signatures are their options."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import ArgumentParser
+
+from flextok_pl.cli import UserError
+from flextok_pl.contracts import default_budgets
+from flextok_pl.data import Augmentation, write_demo, write_folder, write_latents
+from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, center_crop, decode_image, to_rgb, to_tensor
+from flextok_pl.metrics.images import reconstruction_grid, save_png
+from flextok_pl.models.tokenizer import FlexTok
+from flextok_pl.models.vae import VAE
+
+DEMO_TOKENIZER = Path(__file__).parents[1] / "assets" / "tokenizer_demo.safetensors"
+
+
+def data_demo(command: str, arguments: Sequence[str]) -> None:
+    """Run `flextok data demo`."""
+    _run(write_demo, command, arguments)
+
+
+def data_folder(command: str, arguments: Sequence[str]) -> None:
+    """Run `flextok data folder`."""
+    _run(write_folder, command, arguments)
+
+
+def data_latents(command: str, arguments: Sequence[str]) -> None:
+    """Run `flextok data latents`."""
+    _run(encode_shards, command, arguments)
+
+
+def reconstruct(command: str, arguments: Sequence[str]) -> None:
+    """Run `flextok reconstruct`."""
+    _run(reconstruct_images, command, arguments, several="images")
+
+
+def encode_shards(
+    src: str,
+    dst: str,
+    *,
+    vae: str,
+    image_size: int = 256,
+    num_views: int = 1,
+    augmentation: Augmentation = DEFAULT_AUGMENTATION,
+    seed: int = 0,
+    batch_size: int = 64,
+    num_workers: int = 2,
+    dtype: Literal["float16", "float32"] = "float16",
+    samples_per_shard: int = 4000,
+    overwrite: bool = False,
+    device: str | None = None,
+) -> None:
+    """Encode the images of a shard set by a VAE, once, and write the posteriors' moments as a shard set.
+
+    Args:
+        src: shard set of images.
+        dst: folder of the new set.
+        vae: folder or Hub id of a diffusers autoencoder, or a FlexTok `.safetensors` file whose autoencoder to use.
+        image_size: side in pixels of the pictures that are encoded.
+        num_views: latents per picture: its centre crop, and further random changes of it.
+        augmentation: those random changes.
+        seed: of the changes.
+        batch_size: pictures at a time.
+        num_workers: processes that decode pictures.
+        dtype: of the stored numbers.
+        samples_per_shard: latents per tar file.
+        overwrite: replace a set that was made with other arguments.
+        device: where to run the VAE; default a GPU where there is one.
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    encoder = FlexTok.from_pretrained(vae).require_vae() if vae.endswith(".safetensors") else VAE.from_pretrained(vae)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    encoder = encoder.to(place).eval().requires_grad_(False)
+    write_latents(
+        src,
+        dst,
+        lambda images: encoder.moments(images.to(place)).cpu(),
+        source_id={"vae": vae, "sha256": digest.hexdigest()},
+        image_size=image_size,
+        num_views=num_views,
+        augmentation=augmentation,
+        seed=seed,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        dtype=dtype,
+        samples_per_shard=samples_per_shard,
+        overwrite=overwrite,
+    )
+
+
+def reconstruct_images(
+    images: list[str],
+    ckpt: str | None = None,
+    num_tokens: str | None = None,
+    out: str = "grid.png",
+    guidance: Literal["none", "cfg", "apg"] = "apg",
+    guidance_scale: float = 7.5,
+    num_steps: int = 25,
+    seed: int = 0,
+    vae_config: str | None = None,
+    device: str | None = None,
+) -> None:
+    """Tokenize pictures, decode them from several numbers of tokens, and draw all in one picture.
+
+    Args:
+        images: picture files; the largest centred square of each is taken.
+        ckpt: tokenizer: a `.safetensors` file, a folder or a Hub id; default the demo tokenizer of this package.
+        num_tokens: token budgets separated by commas, such as 1,4,16,64; default 1, 2, 4, ... up to all.
+        out: PNG file to write: originals in the first column, one column per budget.
+        guidance: `none`, `cfg` or `apg`.
+        guidance_scale: its strength; 1 is none.
+        num_steps: steps of the flow.
+        seed: of the noise, which is the same at every budget.
+        vae_config: diffusers configuration (JSON) of an official checkpoint's autoencoder, if not the published one.
+        device: default a GPU where there is one.
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tok = FlexTok.from_pretrained(ckpt or str(DEMO_TOKENIZER), vae_config=vae_config, device=place)
+    budgets = default_budgets(tok.num_registers) if num_tokens is None else _numbers("num_tokens", num_tokens)
+    side = min(tok.latent_size) * tok.require_vae().config.downsampling
+    originals = to_tensor([center_crop(to_rgb(_picture(file)), side) for file in images])  # (B, 3, side, side)
+    tokens = tok.tokenize(originals.to(place))
+    decoded = {}
+    for budget in budgets:
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(images))]
+        decoded[budget] = tok.detokenize(
+            tokens,
+            num_tokens=budget,
+            num_steps=num_steps,
+            guidance=guidance,
+            guidance_scale=guidance_scale,
+            generator=generators,
+            latent_size=(min(tok.latent_size),) * 2,
+        ).cpu()
+    target = Path(out).expanduser()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_png(reconstruction_grid(originals, decoded), target)
+    print(f"{len(images)} pictures at {budgets} tokens: {target}")
+
+
+def _run(function: Callable[..., Any], command: str, arguments: Sequence[str], several: str | None = None) -> None:
+    """Parse a function's arguments and call it; `several` names a parameter that takes one or more."""
+    summary = (function.__doc__ or "").split("\n")[0]
+    parser = ArgumentParser(prog=f"flextok {command}", description=summary)
+    if several is not None:
+        parser.add_argument(several, nargs="+", type=str, help="one or more files")
+    parser.add_function_arguments(function, as_positional=True, skip={several} if several is not None else None)
+    options = parser.instantiate_classes(parser.parse_args(list(arguments)))
+    try:
+        function(**options.as_dict())
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.strip("[]").split(",")]
+    except ValueError:
+        raise ValueError(f"{name}={text!r} must be whole numbers separated by commas, such as 1,4,16,64") from None
+
+
+def _picture(file: str) -> Any:
+    try:
+        return decode_image(Path(file).expanduser().read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
