@@ -146,10 +146,10 @@ def chart_budgets(trainer: Trainer, category: str, charts: Mapping[str, list[str
 
 def versions() -> dict[str, str]:
     """Versions of the packages that a number depends on."""
-    found = {}
-    for package in ("flextok_pl", "torch", "lightning", "torchmetrics", "torch-fidelity"):
+    found = {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
+    for package in ("flextok_pl", "lightning", "torchmetrics", "torch-fidelity"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "unknown"
-    return found | {"cuda": torch.version.cuda or "none"}
+    return found

@@ -70,9 +70,9 @@ class ReconstructionFID(Callback):
     workers or ranks.
 
     `trainer.validate` and `trainer.test` measure the full grid on all samples and leave `rfid.json` (one record per
-    number, with its protocol), `rfid.csv`, `rfid.png` and `grid.png`. Validations of a fit measure a cheap subset, into
-    the folder `rfid_fit` and the logger. All work is done while batches are evaluated, because Lightning's weight
-    averaging swaps the raw weights back at the end of the epoch.
+    number, with its protocol), `rfid.csv`, `rfid.png` and `grid.png`. Validations of a fit measure a cheap subset, for
+    the logger, `rfid_fit/rfid.json` and `rfid_fit/grid.png`. All work is done while batches are evaluated, because
+    Lightning's weight averaging swaps the raw weights back at the end of the epoch.
 
     Args:
         budgets: numbers of tokens of the full grid: a list, `all` for 1 to K, or null for the powers of two up to K.
@@ -307,14 +307,18 @@ class ReconstructionFID(Callback):
             "step": evaluated_step(trainer, self._checkpoint),
             "versions": versions(),
         }
-        extra = {network.metric_name: {"full_rank": full_rank}}
+        extra: dict[str, dict[str, Any]] = {
+            network.metric_name: {"full_rank": full_rank},
+            network.kernel_metric_name: {"kernel": "cubic polynomial, originals and reconstructions paired"},
+        }
         write_json(make_records(self.values, protocol, extra), folder / "rfid.json")
-        write_csv(self.values, count, folder / "rfid.csv")
         title = (
             f"{count} images of {done.split}, {self.num_steps} steps, guidance {self.guidance}, weights {done.weights}"
         )
-        plot_budgets(self.values, title, folder / "rfid.png")
         save_png(grid, folder / "grid.png")
+        if not done.in_fit:
+            write_csv(self.values, count, folder / "rfid.csv")
+            plot_budgets(self.values, title, folder / "rfid.png")
         notes = [f"{title}; protocol and pictures: {folder}"]
         if not full_rank:
             notes.append(

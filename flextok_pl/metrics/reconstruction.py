@@ -78,7 +78,7 @@ class ImageMoments:
         if self.count == 0:
             self._sum = torch.zeros(images.shape[1:], dtype=torch.float64)
         self._check_size(images.shape[1:])
-        self._sum += images.sum(0, dtype=torch.int64).cpu() / 255
+        self._sum += images.sum(0, dtype=torch.int64).cpu().double() / 255
         self._squares += float(images.to(torch.int64).square().sum()) / 255**2
         self.count += len(images)
 
@@ -186,7 +186,7 @@ class ReconstructionStatistics:
             result: dict[str, float] = {}
             if self.images.count > 1:
                 features = self._sets[budget]
-                kernel, _ = kernel_distance(self.real.pool(), features.pool(), seed=kernel_seed)
+                kernel, _ = kernel_distance(self.real.pool(), features.pool(), seed=kernel_seed, paired=True)
                 result[self._extractor.metric_name] = frechet_distance(self.real.statistics, features.statistics)
                 result[self._extractor.kernel_metric_name] = kernel
             result |= {name: total / self.images.count for name, total in sums.items()}

@@ -72,6 +72,17 @@ def test_fewer_samples_than_features():
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-8 * float(a.covariance.trace()))
 
 
+def test_features_that_never_vary():
+    """A constant feature makes the covariance singular whatever N is; all of them leave the means only."""
+    a, b = _features(300, 6), _features(300, 6, seed=1, shift=0.3)
+    widened = [torch.cat([x, torch.full((300, 3), 2.0, dtype=torch.float64)], 1) for x in (a, b)]
+    expected = frechet_distance(features_to_statistics(a), features_to_statistics(b))
+    assert frechet_distance(*map(features_to_statistics, widened)) == pytest.approx(expected, rel=1e-9)
+    constant = features_to_statistics(torch.full((300, 6), 1.0))
+    moved = features_to_statistics(torch.full((300, 6), 3.0))
+    assert frechet_distance(constant, moved) == pytest.approx(24)
+
+
 def test_a_later_update_is_not_answered_from_the_kept_factor():
     a, b = features_to_statistics(_features(60, 4)), features_to_statistics(_features(60, 4, seed=1))
     before = frechet_distance(a, b)
@@ -121,3 +132,18 @@ def test_kernel_subsets_are_a_function_of_the_seed():
     for i, j in draw_subsets(50, 70, 5, 20, 3):
         assert len(i.unique()) == len(j.unique()) == 20
         assert int(i.max()) < 50 and int(j.max()) < 70
+
+
+def test_kernel_distance_of_pairs():
+    """A reconstruction that differs by independent noise must not look closer than an independent sample."""
+    generator = torch.Generator().manual_seed(5)
+    paired, unpaired = [], []
+    for _ in range(300):
+        common = torch.randn(20, 8, generator=generator)
+        a, b = common, 0.95 * common + (1 - 0.95**2) ** 0.5 * torch.randn(20, 8, generator=generator)
+        paired.append(kernel_distance(a, b, paired=True)[0])
+        unpaired.append(kernel_distance(a, b)[0])
+    assert abs(np.mean(paired)) < 4 * np.std(paired) / math.sqrt(300)  # both sides have the same distribution
+    assert np.mean(unpaired) < -10 * np.std(unpaired) / math.sqrt(300)
+    with pytest.raises(ValueError, match="no pairs"):
+        kernel_distance(torch.zeros(4, 2), torch.zeros(5, 2), paired=True)

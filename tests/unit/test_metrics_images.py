@@ -21,7 +21,7 @@ def test_rounding_and_clamping():
 
 @pytest.mark.parametrize("bad", [torch.tensor([math.nan]), torch.tensor([math.inf]), torch.tensor([3])])
 def test_what_is_no_image_is_refused(bad):
-    with pytest.raises(ValueError, match="NaN|dtype"):
+    with pytest.raises(ValueError, match=r"NaN|dtype"):
         to_uint8(bad)
 
 

@@ -1,0 +1,105 @@
+"""Extractors and distances against torch-fidelity, with a randomly initialised Inception weights file.
+
+Tolerance: 1e-5 relative, torch-fidelity's own statistics being partly float32.
+"""
+
+import numpy as np
+import pytest
+import torch
+from torch_fidelity.defaults import DEFAULTS
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import kernel_poly, kid_features_to_metric, mmd2
+
+from flextok_pl.metrics.features import build_extractor
+from flextok_pl.metrics.frechet import features_to_statistics, frechet_distance
+from flextok_pl.metrics.kernel import draw_subsets, kernel_distance
+
+
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory):
+    """torch-fidelity's architecture with random weights and batch statistics."""
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    skeleton = FeatureExtractorInceptionV3.__new__(FeatureExtractorInceptionV3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            FeatureExtractorInceptionV3, "load_state_dict", lambda self, given: state.update(self.state_dict())
+        )
+        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.torch.load", lambda *a, **k: {})
+        skeleton.__init__("inception-v3-compat", ["2048"], feature_extractor_weights_path="unused")
+    for name, tensor in state.items():
+        if name.endswith("conv.weight"):
+            fan_in = tensor[0].numel()
+            state[name] = torch.randn(tensor.shape, generator=generator) * (2 / fan_in) ** 0.5
+        elif name.endswith("running_mean"):
+            state[name] = torch.randn(tensor.shape, generator=generator) * 0.1
+    torch.save(state, path)
+    return path
+
+
+def _images(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 4, 4, generator=generator) * 255
+    return torch.nn.functional.interpolate(coarse, size=(20, 24), mode="bilinear").to(torch.uint8)
+
+
+def test_inception_features_and_distances(inception_file):
+    ours = build_extractor("inception-v3-compat", inception_file)
+    assert (ours.metric_name, ours.kernel_metric_name) == ("frechet_inception_distance", "kernel_inception_distance")
+    assert ours.dim == 2048
+    assert len(ours.weights_hash) == 16
+    theirs = FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(inception_file)
+    )
+    features = []
+    for seed in (0, 1):
+        images = _images(2, seed)
+        with torch.no_grad():
+            (expected,) = theirs(images)
+        torch.testing.assert_close(ours(images), expected, rtol=1e-5, atol=1e-5)
+        features.append(expected[:, ::16])  # a Frechet distance of 2048 features takes half a minute here
+    a, b = (features_to_statistics(each) for each in features)
+    theirs_a, theirs_b = (fid_features_to_statistics(each.double()) for each in features)
+    expected = fid_statistics_to_metric(theirs_a, theirs_b, False)["frechet_inception_distance"]
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("count", "dim"), [(400, 64), (60, 128)], ids=["full rank", "rank deficient"])
+def test_frechet_distance(count, dim):
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(count, dim, generator=generator).abs() * (1 + 0.2 * i) for i in range(2))
+    expected = fid_statistics_to_metric(fid_features_to_statistics(a), fid_features_to_statistics(b), False)
+    ours = frechet_distance(features_to_statistics(a), features_to_statistics(b))
+    assert ours == pytest.approx(expected["frechet_inception_distance"], rel=1e-5)
+
+
+def test_kernel_distance_on_all_samples():
+    generator = torch.Generator().manual_seed(2)
+    a, b = (torch.randn(80, 32, generator=generator) + 0.3 * i for i in range(2))
+    options = {**DEFAULTS, "kid_subsets": 1, "kid_subset_size": 80, "verbose": False}
+    expected = kid_features_to_metric(a, b, **options)["kernel_inception_distance_mean"]
+    assert kernel_distance(a, b)[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_kernel_distance_on_the_same_subsets():
+    generator = torch.Generator().manual_seed(3)
+    a, b = (torch.randn(90 + 20 * i, 32, generator=generator) + 0.3 * i for i in range(2))
+    values = []
+    for i, j in draw_subsets(90, 110, subsets=7, size=40, seed=11):
+        x, y = a[i].numpy(), b[j].numpy()
+        kernels = [kernel_poly(p, q, **DEFAULTS) for p, q in ((x, x), (x, y), (y, y))]
+        values.append(mmd2(*kernels))
+    mean, std = kernel_distance(a, b, subsets=7, subset_size=40, seed=11)
+    assert mean == pytest.approx(np.mean(values), rel=1e-5)
+    assert std == pytest.approx(np.std(values), rel=1e-4)
+
+
+def test_kernel_distance_of_pairs():
+    generator = torch.Generator().manual_seed(4)
+    a = torch.randn(50, 32, generator=generator)
+    b = a + 0.3 * torch.randn(50, 32, generator=generator)
+    kernels = [kernel_poly(p.numpy(), q.numpy(), **DEFAULTS) for p, q in ((a, a), (a, b), (b, b))]
+    expected = mmd2(*kernels, mmd_est="u-statistic")
+    assert kernel_distance(a, b, paired=True)[0] == pytest.approx(expected, rel=1e-5, abs=1e-6)
