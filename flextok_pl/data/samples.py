@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Iterator, Sequence
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -85,7 +85,7 @@ def _decode(index: ShardIndex, raw: dict[str, Any]) -> Decoded:
         if name == "image":
             extension = next((e for e in IMAGE_EXTENSIONS if e in raw), None)
             if extension is None:
-                raise ValueError("it has no picture")
+                raise ValueError("it has no picture (perhaps the shard is truncated)")
             sample["image"] = decode_image(raw[extension])
         elif name == "latent":
             sample["latent"] = torch.from_numpy(_array(raw, "latent.npy", "f", 3))  # (2C, h, w)
@@ -101,7 +101,7 @@ def _decode(index: ShardIndex, raw: dict[str, Any]) -> Decoded:
 
 def _member(raw: dict[str, Any], extension: str) -> bytes:
     if extension not in raw:
-        raise ValueError(f"it has no .{extension} file")
+        raise ValueError(f"it has no .{extension} file (perhaps the shard is truncated)")
     content: bytes = raw[extension]
     return content
 
@@ -126,6 +126,19 @@ def _label(raw: dict[str, Any], num_classes: int) -> int:
     return label
 
 
+def stacked(samples: Sequence[Decoded], name: Literal["latent", "tokens"]) -> Tensor:
+    """The tensors of N samples as one, (N, ...).
+
+    Raises:
+        ShardError: they differ in shape.
+    """
+    for sample in samples:
+        if sample[name].shape != samples[0][name].shape:
+            shapes = [f"{s['key']!r} has {tuple(s[name].shape)}" for s in (samples[0], sample)]
+            raise ShardError(f"samples differ in the shape of their {name}: {', '.join(shapes)}; write the set again")
+    return torch.stack([sample[name] for sample in samples])
+
+
 class Collate:
     """Turns decoded samples into a `Batch`.
 
@@ -145,9 +158,9 @@ class Collate:
         if "image" in first:
             batch["image"] = to_tensor([self.picture(s["image"], s["key"], epoch) for s in samples])  # (B, 3, S, S)
         if "latent" in first:
-            batch["latent"] = torch.stack([s["latent"] for s in samples]).to(torch.float32)  # (B, 2C, h, w)
+            batch["latent"] = stacked(samples, "latent").to(torch.float32)  # (B, 2C, h, w)
         if "tokens" in first:
-            batch["tokens"] = torch.stack([s["tokens"] for s in samples])  # (B, K)
+            batch["tokens"] = stacked(samples, "tokens")  # (B, K)
         if "label" in first:
             batch["label"] = torch.tensor([s["label"] for s in samples], dtype=torch.int64)  # (B,)
         if "text" in first:

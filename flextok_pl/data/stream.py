@@ -16,12 +16,11 @@ from typing import Any, TypeVar
 
 import torch
 import webdataset as wds
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from flextok_pl.contracts import Batch
-from flextok_pl.data.index import ShardError, ShardIndex
-from flextok_pl.data.samples import Collate, Decoded, decode_sample, read_shard
+from flextok_pl.data.index import ShardIndex
+from flextok_pl.data.samples import Collate, Decoded, decode_sample, read_shard, stacked
 from flextok_pl.data.transforms import sample_generator
 
 T = TypeVar("T")
@@ -263,17 +262,12 @@ class CachedBatches(EpochStream):
         self.cache = [
             decode_sample(*sample) for shard, count in enumerate(data.counts) for sample in data.read(shard, 0, count)
         ]
-        self.latents = self._stacked("latent")  # (N, 2C, h, w) or None
-        self.tokens = self._stacked("tokens")  # (N, K) or None
-
-    def _stacked(self, name: str) -> Tensor | None:
-        if name not in self.cache[0]:
-            return None
-        try:
-            return torch.stack([sample.pop(name) for sample in self.cache])  # type: ignore[misc]
-        except RuntimeError as error:
-            folder = self.data.indices[0].folder
-            raise ShardError(f"the samples of {folder} differ in the shape of their {name} ({error})") from error
+        first = self.cache[0]
+        self.latents = stacked(self.cache, "latent") if "latent" in first else None  # (N, 2C, h, w)
+        self.tokens = stacked(self.cache, "tokens") if "tokens" in first else None  # (N, K)
+        for sample in self.cache:
+            sample.pop("latent", None)
+            sample.pop("tokens", None)
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, reader, done = self.next_pass()

@@ -1,0 +1,275 @@
+"""Bad data: a clear error that names shard and sample, and nothing lost."""
+
+import errno
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flextok_pl.data import ShardDataModule, ShardError, ShardIndex, write_folder
+from flextok_pl.data.index import INDEX_NAME
+from flextok_pl.data.shards import Sample, shard_name, write_index, write_shard
+
+
+def picture(kind="JPEG"):
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").resize((16, 16)).convert("RGB").save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_set(folder, broken=None, count=8):
+    """Two shards of pictures with labels; `broken` replaces files of sample 5, in the second one."""
+    folder.mkdir(exist_ok=True)
+    shards = []
+    for number in range(2):
+        samples = []
+        for i in range(number * count // 2, (number + 1) * count // 2):
+            files = {"jpg": picture(), "cls": b"1", "txt": b"t"}
+            if i == 5:
+                files.update(broken or {})
+            samples.append(Sample(f"k{i}", {name: data for name, data in files.items() if data is not None}))
+        shards.append(write_shard(folder / shard_name(number), samples))
+    index = ShardIndex(folder, ("image", "label", "text"), tuple(shards), ("a", "b"), 16)
+    write_index(index)
+    return index
+
+
+def loaders(folder, **options):
+    """Training and evaluation, streamed and cached."""
+    for cache in (False, True):
+        data = ShardDataModule(
+            str(folder), str(folder), image_size=16, batch_size=2, num_workers=0, cache_in_memory=cache, **options
+        )
+        yield data.train_dataloader
+        yield data.val_dataloader
+
+
+def assert_every_loader_raises(folder, match):
+    for loader in loaders(folder):
+        with pytest.raises(ShardError, match=match):
+            list(loader())
+
+
+def reindex(index):
+    """Make the index agree with the files' sizes, so that only reading finds the damage."""
+    record = json.loads((index.folder / INDEX_NAME).read_text())
+    for shard in record["shards"]:
+        shard["bytes"] = (index.folder / shard["name"]).stat().st_size
+    (index.folder / INDEX_NAME).write_text(json.dumps(record))
+
+
+def test_missing_folder_and_folder_without_index(tmp_path):
+    assert_every_loader_raises(tmp_path / "nowhere", "is no folder")
+    write_set(tmp_path)
+    (tmp_path / INDEX_NAME).unlink()
+    assert_every_loader_raises(tmp_path, r"has no index\.json")
+    data = ShardDataModule(str(tmp_path / "*.none"))
+    with pytest.raises(ShardError, match="matches no shard set"):
+        data.setup("fit")
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: path.write_bytes(b""), "has 0 bytes instead of"),
+        (lambda path: path.write_bytes(path.read_bytes()[:3000]), "has 3,000 bytes instead of"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"x"), "truncated or was changed"),
+    ],
+)
+def test_missing_empty_truncated_and_changed_shards(tmp_path, damage, message):
+    index = write_set(tmp_path)
+    damage(index.paths[1])
+    assert_every_loader_raises(tmp_path, rf"shard-000001\.tar {message}|shard-000001\.tar.*{message}")
+
+
+@pytest.mark.parametrize("keep", [0, 700, 3000, 5120])
+def test_truncated_tar_of_the_expected_size(tmp_path, keep):
+    index = write_set(tmp_path)
+    index.paths[1].write_bytes(index.paths[1].read_bytes()[:keep])
+    reindex(index)
+    assert_every_loader_raises(
+        tmp_path, r"shard-000001\.tar.*(cannot be read|holds \d samples instead of the 4|truncated)"
+    )
+
+
+def test_no_tar_at_all_of_the_expected_size(tmp_path):
+    index = write_set(tmp_path)
+    index.paths[1].write_bytes(b"\xff" * 10240)
+    reindex(index)
+    assert_every_loader_raises(tmp_path, r"shard-000001\.tar (cannot be read|holds)")
+
+
+def test_checksums_are_compared_when_asked(tmp_path):
+    index = write_set(tmp_path)
+    content = bytearray(index.paths[0].read_bytes())
+    content[content.index(b"\xff\xd9") - 3] ^= 1  # within the JPEG: still a picture, but another one
+    index.paths[0].write_bytes(content)
+    data = ShardDataModule(str(tmp_path), image_size=16, verify_checksums=True)
+    with pytest.raises(ShardError, match=r"shard-000000\.tar does not match its checksum"):
+        data.setup("fit")
+
+
+@pytest.mark.parametrize(
+    "broken, message",
+    [
+        ({"jpg": picture()[:200]}, "not a complete picture"),
+        ({"jpg": b"no picture"}, "not a complete picture"),
+        ({"jpg": None}, "has no picture"),
+        ({"cls": b"cat"}, "label b'cat' is no integer"),
+        ({"cls": b"1.5"}, "is no integer"),
+        ({"cls": b"2"}, r"label 2 is outside 0\.\.1"),
+        ({"cls": b"-2"}, "label -2 is outside"),
+        ({"cls": None}, r"has no \.cls file"),
+        ({"txt": None}, r"has no \.txt file"),
+        ({"txt": b"\xff\xfe"}, "utf-8"),
+    ],
+)
+def test_broken_samples_are_named(tmp_path, broken, message):
+    write_set(tmp_path, broken)
+    assert_every_loader_raises(tmp_path, rf"shard-000001\.tar, sample 'k5': .*{message}")
+
+
+def test_broken_sample_is_named_from_a_worker(tmp_path):
+    write_set(tmp_path, {"jpg": b"no picture"})
+    data = ShardDataModule(val=str(tmp_path), image_size=16, num_workers=1)
+    with pytest.raises(ShardError, match=r"shard-000001\.tar, sample 'k5'"):
+        list(data.val_dataloader())
+
+
+@pytest.mark.parametrize(
+    "array, message",
+    [
+        (np.zeros((2, 1, 1), np.int64), "expected 3 axes, kind 'f'"),
+        (np.zeros((2, 1), np.float32), "expected 3 axes"),
+        (np.full((2, 1, 1), np.nan, np.float32), "not finite"),
+        (np.array([{"code": "that would run"}], dtype=object), "Object arrays cannot be loaded"),
+    ],
+)
+def test_broken_latents(tmp_path, array, message):
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=True)
+    shard = write_shard(tmp_path / shard_name(0), [Sample("k", {"latent.npy": buffer.getvalue()})])
+    write_index(ShardIndex(tmp_path, ("latent",), (shard,), image_size=16))
+    data = ShardDataModule(val=str(tmp_path), image_size=16, num_workers=0)
+    with pytest.raises(ShardError, match=f"sample 'k': .*{message}"):
+        list(data.val_dataloader())
+
+
+def test_latents_of_different_shapes(tmp_path):
+    samples = []
+    for side in (1, 2):
+        buffer = io.BytesIO()
+        np.save(buffer, np.zeros((2, side, side), np.float32))
+        samples.append(Sample(f"k{side}", {"latent.npy": buffer.getvalue()}))
+    shard = write_shard(tmp_path / shard_name(0), samples)
+    write_index(ShardIndex(tmp_path, ("latent",), (shard,), image_size=16))
+    for cache in (False, True):
+        data = ShardDataModule(val=str(tmp_path), image_size=16, num_workers=0, cache_in_memory=cache)
+        with pytest.raises(ShardError, match="differ in the shape of their latent"):
+            list(data.val_dataloader())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"format": "other"}, "format 'other'"),
+        ({"version": 2}, "version 2"),
+        ({"fields": ["image", "code"]}, "fields"),
+        ({"shards": [{"name": "x"}]}, "is damaged"),
+        ({"shards": []}, "holds no samples"),
+        ({"shards": [{"name": "../x.tar", "count": 1, "bytes": 1, "sha256": ""}]}, "leaves the set's folder"),
+        ({"shards": [{"name": "pipe:touch ran", "count": 1, "bytes": 1, "sha256": ""}]}, "is missing"),
+    ],
+)
+def test_damaged_or_hostile_index(tmp_path, change, message):
+    write_set(tmp_path)
+    record = json.loads((tmp_path / INDEX_NAME).read_text())
+    (tmp_path / INDEX_NAME).write_text(json.dumps({**record, **change}))
+    with pytest.raises(ShardError, match=message):
+        ShardIndex.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])
+def test_index_that_is_no_json_object(tmp_path, text):
+    write_set(tmp_path)
+    (tmp_path / INDEX_NAME).write_text(text)
+    with pytest.raises(ShardError, match="is damaged"):
+        ShardIndex.load(tmp_path)
+
+
+def test_a_shard_whose_name_looks_like_a_command_is_only_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    index = write_set(tmp_path)
+    index.paths[0].rename(tmp_path / "pipe:touch ran")
+    text = (tmp_path / INDEX_NAME).read_text().replace("shard-000000.tar", "pipe:touch ran")
+    (tmp_path / INDEX_NAME).write_text(text)
+    data = ShardDataModule(val=str(tmp_path), image_size=16, num_workers=0)
+    assert sum(len(batch["key"]) for batch in data.val_dataloader()) == 8
+    assert not (tmp_path / "ran").exists()
+
+
+def test_full_disk_keeps_finished_shards_and_loses_nothing(tmp_path, monkeypatch):
+    source = tmp_path / "src"
+    source.mkdir()
+    for i in range(6):
+        (source / f"{i}.jpg").write_bytes(picture())
+    real, added = tarfile.TarFile.addfile, []
+
+    def addfile(self, info, content=None):
+        added.append(info.name)
+        if len(added) > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, info, content)
+
+    monkeypatch.setattr(tarfile.TarFile, "addfile", addfile)
+    with pytest.raises(OSError, match="Free some space and run the same command again") as error:
+        write_folder(source, tmp_path / "dst", num_workers=0, samples_per_shard=2)
+    assert error.value.errno == errno.ENOSPC and "shard-000002.tar" in str(error.value)
+    assert sorted(p.name for p in (tmp_path / "dst").iterdir()) == [
+        "index.json.partial",
+        "shard-000000.tar",
+        "shard-000001.tar",
+    ]
+    with pytest.raises(ShardError, match=r"has no index\.json"):
+        ShardIndex.load(tmp_path / "dst")
+    monkeypatch.undo()
+    assert write_folder(source, tmp_path / "dst", num_workers=0, samples_per_shard=2)["all"].num_samples == 6
+
+
+def test_full_disk_while_the_index_is_written(tmp_path, monkeypatch):
+    source = tmp_path / "src"
+    source.mkdir()
+    (source / "a.jpg").write_bytes(picture())
+
+    def full(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardIndex, "to_json", full)
+        with pytest.raises(OSError, match="Free some space"):
+            write_folder(source, tmp_path / "dst", num_workers=0)
+    assert not list((tmp_path / "dst").glob("*index.json")) and not list((tmp_path / "dst").glob(".*"))
+    assert write_folder(source, tmp_path / "dst", num_workers=0)["all"].num_samples == 1
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_broken_source_picture_stops_or_is_left_out(tmp_path, caplog, num_workers):
+    source = tmp_path / "src"
+    source.mkdir()
+    for i in range(4):
+        (source / f"{i}.jpg").write_bytes(picture())
+    (source / "2.jpg").write_bytes(picture()[:150])
+    options = {"num_workers": num_workers, "samples_per_shard": 1}
+    with pytest.raises(ValueError, match=r"2\.jpg: not a complete picture.*on_error=skip"):
+        write_folder(source, tmp_path / "dst", **options)
+    assert not list((tmp_path / "dst").glob("*.tmp")) and not (tmp_path / "dst" / INDEX_NAME).exists()
+    index = write_folder(source, tmp_path / "dst", on_error="skip", **options)["all"]
+    assert index.num_samples == 3 and index.provenance["skipped"] == 1
+    if num_workers == 0:
+        assert "2.jpg" in caplog.text
+    data = ShardDataModule(val=str(tmp_path / "dst"), image_size=16, num_workers=0)
+    assert sum(len(batch["key"]) for batch in data.val_dataloader()) == 3

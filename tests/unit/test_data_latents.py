@@ -1,0 +1,105 @@
+"""Latent shards: moments as the encoder gave them, views, and what belongs to which autoencoder."""
+
+import pytest
+import torch
+from PIL import Image
+
+from flextok_pl.data import Augmentation, ShardDataModule, ShardError, write_folder, write_latents
+
+
+def encode(images):
+    pooled = torch.nn.functional.avg_pool2d(images, 4)  # (B, 3, 2, 2)
+    return torch.cat([pooled, -pooled.abs()], dim=1)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    for i in range(11):
+        path = root / "src" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.linear_gradient("L").rotate(90 * i).resize((8 + i, 12)).convert("RGB").save(path)
+    write_folder(root / "src", root / "shards", num_workers=0, samples_per_shard=4)
+    return str(root / "shards")
+
+
+def load(folder, **options):
+    data = ShardDataModule(val=str(folder), image_size=8, num_workers=0, batch_size=64, **options)
+    (batch,) = data.val_dataloader()
+    return batch
+
+
+def write(images, folder, **options):
+    return write_latents(
+        images, folder, encode, **{"source_id": {"vae": "pool"}, "image_size": 8, "num_workers": 0, **options}
+    )
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 0), ("float16", 1e-3)])
+def test_view_zero_is_the_encoded_centre_crop(images, tmp_path, dtype, tolerance):
+    index = write(images, tmp_path, dtype=dtype, batch_size=4)
+    assert (index.num_samples, index.fields, index.image_size) == (11, ("latent", "label"), 8)
+    assert index.classes == ("a", "b") and index.provenance["autoencoder"] == {"vae": "pool"}
+    source, latents = load(images), load(tmp_path)
+    assert latents["key"] == [f"{key}_v0" for key in source["key"]]
+    assert torch.equal(latents["label"], source["label"])
+    assert latents["latent"].dtype == torch.float32
+    assert (latents["latent"] - encode(source["image"])).abs().max() <= tolerance
+
+
+def test_views_are_training_augmentations(images, tmp_path):
+    augmentation = Augmentation(translate=0.3, scale=(0.6, 0.9))
+    index = write(images, tmp_path / "a", num_views=3, augmentation=augmentation, samples_per_shard=10)
+    assert [shard.count for shard in index.shards] == [10, 10, 10, 3]
+    batch = load(tmp_path / "a")
+    latents = dict(zip(batch["key"], batch["latent"], strict=True))
+    assert len(latents) == 33
+    stem = "a/0"
+    assert not torch.equal(latents[f"{stem}_v1"], latents[f"{stem}_v0"])
+    assert not torch.equal(latents[f"{stem}_v1"], latents[f"{stem}_v2"])
+    # The draws depend on seed, view and key: not on batches or workers.
+    other = write(images, tmp_path / "b", num_views=3, augmentation=augmentation, batch_size=3, num_workers=1)
+    assert other.num_samples == 33
+    batch = load(tmp_path / "b")
+    assert all(torch.equal(latent, latents[key]) for key, latent in zip(batch["key"], batch["latent"], strict=True))
+
+
+def test_rerun_and_another_autoencoder(images, tmp_path):
+    calls = []
+    write(images, tmp_path)
+    same = write_latents(images, tmp_path, calls.append, source_id={"vae": "pool"}, image_size=8, num_workers=0)
+    assert same.num_samples == 11 and not calls
+    with pytest.raises(ShardError, match="overwrite"):
+        write(images, tmp_path, source_id={"vae": "other"})
+    assert (
+        write(images, tmp_path, source_id={"vae": "other"}, overwrite=True).provenance["autoencoder"]["vae"] == "other"
+    )
+
+
+@pytest.mark.parametrize(
+    "broken, message",
+    [
+        (lambda x: x.flatten(1), "expected"),
+        (lambda x: encode(x)[:-1], "expected"),
+        (lambda x: encode(x)[:, :5], "expected"),
+        (lambda x: encode(x) * torch.inf, "not finite"),
+        (lambda x: encode(x) + 70000, "not finite in float16"),
+    ],
+)
+def test_unusable_moments_leave_nothing_half_written(images, tmp_path, broken, message):
+    with pytest.raises(ValueError, match=message):
+        write_latents(images, tmp_path, broken, source_id={}, image_size=8, num_workers=0)
+    assert not list(tmp_path.glob("*.tar")) and not (tmp_path / "index.json").exists()
+    assert write(images, tmp_path).num_samples == 11  # the same folder can be used at once
+
+
+def test_latents_of_latents_are_refused(images, tmp_path):
+    write(images, tmp_path / "a")
+    with pytest.raises(ShardError, match="no images to encode"):
+        write(str(tmp_path / "a"), tmp_path / "b")
+
+
+@pytest.mark.parametrize("options", [{"num_views": 0}, {"batch_size": 0}, {"samples_per_shard": 0}, {"dtype": "int8"}])
+def test_bad_options_are_named(images, tmp_path, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        write(images, tmp_path, **options)
