@@ -137,7 +137,7 @@ class VAE(nn.Module):
                 return cls(config_from_dict(VAEConfig, {k: v for k, v in values.items() if k[0] != "_"}))
             vae_config_from_diffusers(values)  # say what is not supported before reading the weights
         elif isinstance(path_or_hub_id, Path) or name[:1] in "./~" or name.count("/") != 1:
-            raise ValueError(f"no autoencoder folder {name!r}; give an existing folder or a Hub id such as 'owner/name'")
+            raise ValueError(f"there is no autoencoder folder {name!r}; give a folder, or a Hub id such as 'owner/name'")
         try:
             network, info = AutoencoderKL.from_pretrained(
                 str(folder) if folder.is_dir() else name,
@@ -147,9 +147,9 @@ class VAE(nn.Module):
             )
         except (OSError, RuntimeError) as error:
             raise ValueError(f"cannot load the autoencoder {name!r}: {error}") from error
-        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if info[problem]:
-                raise ValueError(f"the autoencoder {name!r} has {problem.replace('_', ' ')}: {sorted(info[problem])[:3]}")
+        for kind in ("missing", "unexpected", "mismatched"):
+            if keys := sorted(info[f"{kind}_keys"]):
+                raise ValueError(f"the autoencoder {name!r} does not fit its config: {kind} tensors {keys[:3]}")
         model = cls.__new__(cls)
         nn.Module.__init__(model)
         model.config = vae_config_from_diffusers(network.config)
@@ -190,7 +190,8 @@ class VAE(nn.Module):
             raise ValueError(f"images have shape {tuple(images.shape)}; they must be (B, 3, H, W)")
         if images.shape[-2] % factor or images.shape[-1] % factor or not images.shape[-2:].numel():
             raise ValueError(
-                f"images of {images.shape[-2]} x {images.shape[-1]} do not fit; both sides must be multiples of {factor}"
+                f"images of {images.shape[-2]} x {images.shape[-1]} pixels do not fit; both sides must be multiples of "
+                f"{factor}"
             )
         if self.config.kind == "pixel":
             mean = F.pixel_unshuffle(images, factor)  # (B, 3 f^2, h, w)
@@ -240,7 +241,8 @@ class VAE(nn.Module):
         """
         if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
             raise ValueError(
-                f"latents have shape {tuple(latents.shape)}; this autoencoder's are (B, {self.config.latent_channels}, h, w)"
+                f"latents have shape {tuple(latents.shape)}; this autoencoder's are "
+                f"(B, {self.config.latent_channels}, h, w)"
             )
         latents = latents / self.config.scaling_factor + self.config.shift_factor
         if self.config.kind == "pixel":

@@ -5,6 +5,7 @@ Shapes in this file: B batch, H x W image, C x h x w latent.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +42,7 @@ class VAEModule(pl.LightningModule):
 
     Args:
         net: the autoencoder, of kind `kl`.
+        init: folder or Hub id of an autoencoder of this architecture whose weights to start from.
         reconstruction: mean absolute (`l1`) or squared (`l2`) error.
         kl_weight: of the posterior's divergence from a unit normal.
         perceptual_weight: of the distance in a pretrained network's features.
@@ -62,6 +64,7 @@ class VAEModule(pl.LightningModule):
     def __init__(
         self,
         net: VAEConfig,
+        init: str | None = None,
         reconstruction: Literal["l1", "l2"] = "l1",
         kl_weight: float = 1e-6,
         perceptual_weight: float = 0.0,
@@ -86,7 +89,8 @@ class VAEModule(pl.LightningModule):
             raise ValueError(f"net.kind={net.kind!r} has nothing to train; use 'kl'")
         if reconstruction not in ("l1", "l2"):
             raise ValueError(f"reconstruction={reconstruction!r} is unknown; use 'l1' or 'l2'")
-        for name, value in (("kl_weight", kl_weight), ("perceptual_weight", perceptual_weight), ("gan_weight", gan_weight)):
+        weights = {"kl_weight": kl_weight, "perceptual_weight": perceptual_weight, "gan_weight": gan_weight}
+        for name, value in weights.items():
             if value < 0:
                 raise ValueError(f"{name}={value} must be 0 (off) or more")
         if scale_batches < 1:
@@ -98,7 +102,8 @@ class VAEModule(pl.LightningModule):
         self.warmup_steps, self.min_lr_ratio = warmup_steps, min_lr_ratio
         self.scale_batches, self.seed = scale_batches, seed
 
-        self.vae = VAE(net)
+        # Channels last is about 1.5 times faster for convolutions on CPU, and faster with tensor cores.
+        self.vae = (VAE(net) if init is None else _pretrained(net, init)).to(memory_format=torch.channels_last)
         self.perceptual = (
             Frozen(PerceptualDistance(perceptual_network, perceptual_weights_path)) if perceptual_weight else None
         )
@@ -254,4 +259,13 @@ def psnr(images: Tensor, targets: Tensor) -> Tensor:
 def _images(batch: Batch) -> Tensor:
     if "image" not in batch:
         raise ValueError(f"the autoencoder trains on images, but the batches hold {sorted(batch)}; use image shards")
-    return batch["image"]
+    return batch["image"].contiguous(memory_format=torch.channels_last)
+
+
+def _pretrained(net: VAEConfig, init: str) -> VAE:
+    vae = VAE.from_pretrained(init)
+    scaling = {"scaling_factor": net.scaling_factor, "shift_factor": net.shift_factor}  # measured anew
+    if dataclasses.replace(vae.config, **scaling) != net:
+        raise ValueError(f"init={init!r} is another autoencoder than net: {vae.config} is not {net}")
+    vae.rescale(**scaling)
+    return vae
