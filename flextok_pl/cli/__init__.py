@@ -52,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = 1 if arguments[0] in COMMANDS else 2
     command = " ".join(arguments[:words])
     if command not in COMMANDS:
-        print(_overview(), file=sys.stderr)
-        print(f"\nflextok: error: unknown command {command!r}", file=sys.stderr)
+        print(f"{_overview()}\n\nflextok: error: {command!r} is none of the commands above", file=sys.stderr)
         raise SystemExit(2)
     module, function = COMMANDS[command][0].split(":")
     # jsonargparse announces what its next major version drops; our version range excludes that one.

@@ -94,7 +94,9 @@ class FlexTokCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, OSError) as error:
-            raise UserError(str(error)) from error
+            # jsonargparse wraps what an optional type's constructor said into a list of what else it tried.
+            wrapped = error.__cause__ is not None and "Union subtypes" in str(error)
+            raise UserError(str(error.__cause__ if wrapped else error)) from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Any:
         names = self._parser(self._only).callback_keys

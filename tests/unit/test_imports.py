@@ -1,0 +1,90 @@
+"""Imports point one way, and Lightning stays out of the models."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "flextok_pl"
+
+# What each part may import of the package, besides itself and `contracts`.
+ALLOWED: dict[str, set[str]] = {
+    "contracts": set(),
+    "layers": set(),
+    "flow": set(),
+    "metrics": set(),
+    "data": set(),
+    "models": {"layers", "flow"},
+    "interop": {"models"},
+    "modules": {"models", "flow", "layers", "interop"},
+    "callbacks": {"metrics", "data"},
+    "cli": {"layers", "flow", "metrics", "data", "models", "interop", "modules", "callbacks", "sweeps"},
+    "sweeps": {"layers", "flow", "metrics", "data", "models", "interop", "modules", "callbacks", "cli"},
+    "__main__": {"cli"},
+}
+# Users look for loading and saving on the class; these functions import the layer above when they are called.
+EXCEPTIONS = {("models/tokenizer.py", "interop")}
+LIGHTNING_PARTS = {"modules", "callbacks", "cli", "sweeps"}
+LIGHTNING_FILES = {"data/datamodule.py"}
+
+
+def python_files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(file: Path) -> Iterator[tuple[str, bool]]:
+    """(dotted module, whether at the top of the file) of each import."""
+    tree = ast.parse(file.read_text())
+    top = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) in top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            if node.module == "flextok_pl":
+                yield from ((f"flextok_pl.{alias.name}", id(node) in top) for alias in node.names)
+            else:
+                yield str(node.module), id(node) in top
+
+
+def part_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("file", python_files(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_point_one_way(file: Path) -> None:
+    part, name = part_of(file), str(file.relative_to(PACKAGE))
+    if name == "__init__.py":
+        return
+    allowed = ALLOWED[part] | {part, "contracts"}
+    for module, at_top in imports(file):
+        root, *rest = module.split(".")
+        if root != "flextok_pl" or not rest:
+            continue
+        if (name, rest[0]) in EXCEPTIONS:
+            assert not at_top, f"{name} imports {module} at its top"
+            continue
+        assert rest[0] in allowed, f"{name} imports {module}; {part} may import {sorted(allowed)}"
+
+
+@pytest.mark.parametrize("file", python_files(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_lightning_stays_above_the_models(file: Path) -> None:
+    name = str(file.relative_to(PACKAGE))
+    if part_of(file) in LIGHTNING_PARTS or name in LIGHTNING_FILES:
+        return
+    roots = {module.split(".")[0] for module, _ in imports(file)}
+    assert not roots & {"lightning", "pytorch_lightning", "lightning_fabric"}
+
+
+def test_the_walk_sees_imports_in_functions(tmp_path: Path) -> None:
+    file = tmp_path / "x.py"
+    file.write_text("import a\ndef f():\n    from flextok_pl import cli\n    from flextok_pl.cli.tools import x\n")
+    assert list(imports(file)) == [("a", True), ("flextok_pl.cli", False), ("flextok_pl.cli.tools", False)]
+
+
+def test_no_global_randomness() -> None:
+    for file in python_files():
+        roots = [module for module, _ in imports(file)]
+        assert "random" not in roots and "numpy.random" not in roots, file
+        assert "np.random." not in file.read_text(), file

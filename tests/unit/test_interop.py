@@ -1,0 +1,314 @@
+"""Checkpoints of both formats: what is written is what is read."""
+
+import ast
+import dataclasses
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from flextok_pl.interop import (
+    config_to_official,
+    load_pretrained,
+    official_to_config,
+    save_official,
+    save_pretrained,
+)
+from flextok_pl.interop.official import official_name
+from flextok_pl.models.config import FlexTokConfig, VAEConfig
+from flextok_pl.models.tokenizer import FlexTok
+from flextok_pl.models.vae import VAE
+
+SMALL_VAE = VAEConfig(latent_channels=4, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)
+SMALL = FlexTokConfig(
+    vae=SMALL_VAE,
+    latent_channels=4,
+    encoder_width=32,
+    encoder_depth=1,
+    encoder_head_dim=16,
+    decoder_width=64,
+    decoder_depth=2,
+    decoder_head_dim=32,
+    mlp_ratio=3.0,
+    num_registers=5,
+    fsq_levels=(7, 5, 3),
+    patch_size=1,
+    grid_size=(3, 6),
+    max_timestep=1000.0,
+    time_frequencies=32,
+    repa_layer=0,
+    nested_dropout="uniform_pow2",
+    null_dropout=0.3,
+    timestep_law="logit_normal",
+    mode_scale=0.5,
+    stratified=True,
+)
+SMALL_VAE_FILE = {"block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
+
+
+def small_tokenizer(config: FlexTokConfig = SMALL) -> FlexTok:
+    tok = FlexTok(config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in tok.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return tok
+
+
+def assert_same(a: FlexTok, b: FlexTok) -> None:
+    assert a.config == b.config
+    left, right = a.state_dict(), b.state_dict()
+    assert list(left) == list(right)
+    for name, tensor in left.items():
+        assert tensor.dtype == right[name].dtype and torch.equal(tensor, right[name]), name
+
+
+@pytest.fixture(scope="module")
+def golden(golden_dir: Path) -> FlexTok:
+    return load_pretrained(golden_dir / "model.safetensors", vae_config=golden_dir / "vae_config.json")
+
+
+def metadata(file: Path) -> dict[str, str]:
+    with safe_open(str(file), "pt") as handle:
+        return dict(handle.metadata())
+
+
+def official_tree(golden_dir: Path) -> dict[str, Any]:
+    return json.loads((golden_dir / "config.json").read_text())
+
+
+# Ours
+
+
+@pytest.mark.parametrize("kind", ["kl", "pixel", "none"])
+def test_our_format_keeps_every_bit(kind: str, tmp_path: Path) -> None:
+    vae = {"kl": SMALL_VAE, "pixel": VAEConfig(kind="pixel", latent_channels=12), "none": None}[kind]
+    config = dataclasses.replace(SMALL, vae=vae, latent_channels=4 if vae is None else vae.latent_channels)
+    tok = small_tokenizer(config)
+    assert save_pretrained(tok, tmp_path / "folder") == tmp_path / "folder" / "model.safetensors"
+    loaded = load_pretrained(tmp_path / "folder")
+    assert_same(tok, loaded)
+    assert not loaded.training and isinstance(loaded.config.fsq_levels, tuple)
+    frozen = {name for name, parameter in loaded.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"encoder.patch_posemb", "decoder.patch_posemb"}
+    assert save_pretrained(tok, tmp_path / "a.safetensors") == tmp_path / "a.safetensors"
+    assert_same(tok, FlexTok.from_pretrained(str(tmp_path / "a.safetensors")))
+
+
+def test_metadata_of_our_format(tmp_path: Path) -> None:
+    found = metadata(save_pretrained(small_tokenizer(), tmp_path))
+    assert found["format"] == "flextok_pl" and found["version"] == "1"
+    assert json.loads(found["config"])["grid_size"] == [3, 6]
+
+
+def test_the_scaling_measured_after_building_is_saved(tmp_path: Path) -> None:
+    vae = VAE(SMALL_VAE)
+    tok = FlexTok(SMALL, vae)
+    vae.rescale(0.25, 1.5)
+    loaded = load_pretrained(save_pretrained(tok, tmp_path))
+    assert loaded.config.vae is not None
+    assert (loaded.config.vae.scaling_factor, loaded.config.vae.shift_factor) == (0.25, 1.5)
+    assert loaded.require_vae().config == loaded.config.vae
+
+
+def test_weights_of_other_precisions_become_float32(tmp_path: Path) -> None:
+    tok = small_tokenizer()
+    loaded = load_pretrained(save_pretrained(tok.bfloat16(), tmp_path))
+    assert {tensor.dtype for tensor in loaded.state_dict().values()} == {torch.float32}
+    assert torch.equal(loaded.encoder.registers, tok.encoder.registers.float())
+
+
+def test_loaded_weights_do_not_hang_on_the_file(tmp_path: Path) -> None:
+    tok = small_tokenizer()
+    file = save_pretrained(tok, tmp_path)
+    loaded = load_pretrained(file)
+    size = file.stat().st_size
+    with file.open("r+b") as handle:
+        handle.seek(size // 2)
+        handle.write(b"\xff" * (size // 2))
+    assert_same(tok, loaded)
+
+
+def test_saving_is_atomic_and_readable_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = save_pretrained(small_tokenizer(), tmp_path)
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~mask
+    before = file.read_bytes()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("flextok_pl.interop.tensor_file.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_pretrained(small_tokenizer(), tmp_path)
+    assert file.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+# Theirs
+
+
+def test_official_configuration_is_read(golden: FlexTok) -> None:
+    assert golden.config == FlexTokConfig(
+        vae=VAEConfig(latent_channels=16, block_out_channels=(32,) * 4, norm_num_groups=8, scaling_factor=0.88),
+        latent_channels=16,
+        encoder_width=128,
+        encoder_depth=2,
+        decoder_width=128,
+        decoder_depth=2,
+        num_registers=16,
+        grid_size=(8, 8),
+        repa_layer=1,
+        nested_dropout="pow2",
+        null_dropout=0.5,
+    )
+
+
+def test_official_names_and_shapes(golden: FlexTok, golden_dir: Path) -> None:
+    listed = json.loads((golden_dir / "state_dict_keys.json").read_text())
+    ours = {official_name(name): list(tensor.shape) for name, tensor in golden.state_dict().items()}
+    assert ours == {name: shape for name, shape, _ in listed}
+
+
+def test_official_tensors_are_read_unchanged(golden: FlexTok, golden_dir: Path) -> None:
+    with safe_open(str(golden_dir / "model.safetensors"), "pt") as handle:
+        for name, tensor in golden.state_dict().items():
+            assert torch.equal(tensor, handle.get_tensor(official_name(name))), name
+
+
+@pytest.mark.filterwarnings("ignore:vae.")
+def test_official_format_keeps_every_bit(golden: FlexTok, golden_dir: Path, tmp_path: Path) -> None:
+    file = save_official(golden, tmp_path / "official.safetensors")
+    again = load_pretrained(file, vae_config=json.loads((golden_dir / "vae_config.json").read_text()))
+    assert_same(golden, again)
+    with safe_open(str(file), "pt") as handle:
+        assert set(handle.keys()) == {name for name, *_ in json.loads((golden_dir / "state_dict_keys.json").read_text())}
+    second = save_official(again, tmp_path / "second.safetensors")
+    assert metadata(second) == metadata(file)
+    assert_same(again, load_pretrained(second, vae_config=golden_dir / "vae_config.json"))
+
+
+@pytest.mark.filterwarnings("ignore:vae.")
+def test_official_metadata_is_what_their_loader_parses(golden: FlexTok, golden_dir: Path, tmp_path: Path) -> None:
+    found = metadata(save_official(golden, tmp_path / "official.safetensors"))
+    theirs = official_tree(golden_dir)
+    assert set(found) == set(theirs) and found["_target_"] == theirs["_target_"]
+    for key in set(theirs) - {"_target_"}:
+        ours = ast.literal_eval(found[key])
+        for side, trunk in (("encoder", "enc_transformer"), ("decoder", "dec_transformer")):
+            if key == side:  # their file leaves these at the defaults of their code
+                assert ours["module_dict"][trunk].pop("head_dim") == 64
+                assert ours["module_dict"][trunk].pop("mlp_ratio") == 4.0
+        assert ours == theirs[key]
+        assert list(ours) == list(theirs[key])
+        if "module_dict" in ours:
+            assert list(ours["module_dict"]) == list(theirs[key]["module_dict"])
+
+
+@pytest.mark.filterwarnings("ignore:vae.")
+def test_official_round_trip_of_another_architecture(tmp_path: Path) -> None:
+    tok = small_tokenizer()
+    again = load_pretrained(save_official(tok, tmp_path / "x.safetensors"), vae_config=SMALL_VAE_FILE)
+    assert_same(tok, again)
+
+
+def test_config_beside_weights_without_metadata(golden: FlexTok, golden_dir: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({official_name(k): v for k, v in golden.state_dict().items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text((golden_dir / "config.json").read_text())
+    assert_same(golden, load_pretrained(tmp_path, vae_config=golden_dir / "vae_config.json"))
+
+
+def test_yaml_metadata(golden_dir: Path) -> None:
+    from flextok_pl.interop.official_config import parse_metadata
+
+    theirs = official_tree(golden_dir)
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in theirs.items()}
+    assert parse_metadata(texts) == theirs
+
+
+@pytest.mark.filterwarnings("ignore:nested_dropout")
+@pytest.mark.parametrize("name", ["d12_d12", "d18_d18", "d18_d28"])
+@pytest.mark.parametrize("law", ["logit_normal", "uniform", "mode"])
+def test_published_architectures_survive_the_official_configuration(name: str, law: str) -> None:
+    config = dataclasses.replace(FlexTokConfig.preset(name), timestep_law=law)
+    back = official_to_config(config_to_official(config))
+    assert back == (dataclasses.replace(config, mode_scale=0.0) if law == "uniform" else config)
+
+
+def test_options_only_the_official_defaults_state(golden_dir: Path) -> None:
+    tree = official_tree(golden_dir)
+    del tree["decoder"]["module_dict"]["dec_time_embedder"]["max_timestep"]
+    del tree["decoder"]["module_dict"]["dec_nested_dropout"]["size_sampling_mode"]
+    tree["decoder"]["module_dict"]["dec_transformer"]["intermediate_layers"] = []
+    tree["flow_matching_noise_module"]["ln"] = True
+    tree["encoder"]["module_dict"]["enc_transformer"] |= {"head_dim": 32, "drop_path_rate": 0.0}
+    config = official_to_config(tree)
+    assert config.max_timestep == 1000.0 and config.nested_dropout == "uniform" and config.repa_layer is None
+    assert config.timestep_law == "logit_normal" and (config.encoder_head_dim, config.decoder_head_dim) == (32, 64)
+    assert config.vae is not None and config.vae.block_out_channels == (128, 256, 512, 512)
+
+
+def test_what_affects_training_only_is_warned_about(golden_dir: Path) -> None:
+    tree = official_tree(golden_dir)
+    tree["regularizer"]["drop_quant_p"] = 0.1
+    with pytest.warns(UserWarning, match="regularizer.drop_quant_p=0.1"):
+        official_to_config(tree)
+
+
+def test_null_scaling_factor_is_the_autoencoders(golden_dir: Path) -> None:
+    tree = official_tree(golden_dir)
+    tree["vae"]["scaling_factor"] = None
+    config = official_to_config(tree, {"block_out_channels": [32, 32], "scaling_factor": 0.5, "latent_channels": 16})
+    assert config.vae is not None and config.vae.scaling_factor == 0.5
+    with pytest.raises(ValueError, match="scaling_factor is null"):
+        official_to_config(tree)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vae": VAEConfig(kind="pixel", latent_channels=12), "latent_channels": 12}, "vae.kind='pixel'"),
+        ({"vae": None}, "vae.kind='none'"),
+        ({"vae": dataclasses.replace(SMALL_VAE, shift_factor=0.5)}, "shift_factor=0.5"),
+    ],
+)
+def test_what_the_official_format_cannot_say(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        save_official(FlexTok(dataclasses.replace(SMALL, **change)), tmp_path / "x.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore:vae.")
+def test_a_budget_law_the_official_code_lacks(tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, nested_dropout="exponential")
+    with pytest.warns(UserWarning, match="nested_dropout='exponential'"):
+        assert config_to_official(config)["decoder"]["module_dict"]["dec_nested_dropout"]["size_sampling_mode"] == "uniform"
+
+
+def test_hub_ids_are_fetched(golden: FlexTok, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = save_pretrained(golden, tmp_path / "hub")
+    asked = []
+
+    def download(repository: str, name: str) -> str:
+        from huggingface_hub.errors import EntryNotFoundError
+
+        asked.append((repository, name))
+        if name == "config.json":
+            raise EntryNotFoundError("no config.json")
+        return str(file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.chdir(tmp_path)
+    assert_same(golden, load_pretrained("owner/model"))
+    assert asked == [("owner/model", "model.safetensors"), ("owner/model", "config.json")]
+    (tmp_path / "owner").mkdir()
+    save_pretrained(small_tokenizer(), tmp_path / "owner" / "model")
+    assert load_pretrained("owner/model").config == SMALL  # a folder here comes first
+    assert len(asked) == 2
