@@ -254,7 +254,8 @@ class ReconstructionFID(Callback):
     def _finish(self, trainer: Trainer, pl_module: LightningModule, done: _Pass) -> None:
         device, statistics = trainer.strategy.root_device, done.statistics
         limit = trainer.limit_val_batches if done.split == "val" else trainer.limit_test_batches
-        seen = check_each_sample_once(done.ids, done.expected, limit != 1.0, device, f"the {done.split} set")
+        limited = limit != 1.0 or isinstance(limit, int)  # 1 is one batch, 1.0 is all of them
+        seen = check_each_sample_once(done.ids, done.expected, limited, device, f"the {done.split} set")
         statistics.all_reduce(device)
         if statistics.images.count < 2:
             rank_zero_warn(

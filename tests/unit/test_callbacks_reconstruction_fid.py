@@ -316,12 +316,13 @@ def test_each_sample_exactly_once(tmp_path):
     assert not (tmp_path / "rfid.json").exists()
 
 
-def test_limited_batches_say_so(tmp_path, capsys):
+@pytest.mark.parametrize(("limit", "read"), [(1, 5), (2, 10), (0.5, 10)])
+def test_limited_batches_say_so(tmp_path, capsys, limit, read):
     callback = ReconstructionFID(cache_dir=None, output_dir=tmp_path, budgets=[8])
-    trainer_for(tmp_path, callback, limit_test_batches=2).test(StripModule(), Pictures(pictures(17)), verbose=False)
+    trainer_for(tmp_path, callback, limit_test_batches=limit).test(StripModule(), Pictures(pictures(17)), verbose=False)
     (record, *_) = json.loads((tmp_path / "rfid.json").read_text())
-    assert (record["num_samples"], record["samples_in_split"], record["complete"]) == (10, 17, False)
-    assert "only 10 of 17 samples were read" in capsys.readouterr().out
+    assert (record["num_samples"], record["samples_in_split"], record["complete"]) == (read, 17, False)
+    assert f"only {read} of 17 samples were read" in capsys.readouterr().out
 
 
 def test_all_budgets(tmp_path):
