@@ -100,6 +100,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "a list of positive integers",
         lambda v: isinstance(v, list | tuple) and all(_integer(x) and x > 0 for x in v),
     ),
+    "even": ("a positive even integer", lambda v: _integer(v) and v > 0 and v % 2 == 0),
     "indices": ("a list of integers", lambda v: v is None or (isinstance(v, list | tuple) and all(map(_integer, v)))),
     "number": ("a number", _number),
     "positive": ("a positive number", lambda v: _number(v) and v > 0),
@@ -250,7 +251,7 @@ DECODER: dict[str, Module] = {
         f"{_MODEL}.preprocessors.time_embedding.TimestepEmbedder",
         reads={
             "dim": ("size", REQUIRED),
-            "frequency_embedding_size": ("size", 256),
+            "frequency_embedding_size": ("even", 256),
             "max_timestep": ("positive", 1000.0),
         },
         fixed={"temb_as_tokens": ((False,), False)},

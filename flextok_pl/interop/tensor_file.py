@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,6 +83,9 @@ def build_model(
     problems += [f"not floating point: {name} {kind}" for name, kind in types.items() if kind not in _FLOATS][:_SHOWN]
     if problems:
         raise ValueError(f"{file} does not fit its configuration: " + "; ".join(problems))
+    left_out = [name for name in shapes if name not in expected]
+    if left_out:
+        warnings.warn(f"{file}: the model leaves out {', '.join(left_out[:_SHOWN])}", stacklevel=2)
     weights = {
         ours: handle.get_tensor(theirs).to(device=device or "cpu", dtype=torch.float32, copy=True)
         for theirs, (ours, _) in expected.items()

@@ -188,7 +188,9 @@ def test_official_format_keeps_every_bit(golden: FlexTok, golden_dir: Path, tmp_
     again = load_pretrained(file, vae_config=json.loads((golden_dir / "vae_config.json").read_text()))
     assert_same(golden, again)
     with safe_open(str(file), "pt") as handle:
-        assert set(handle.keys()) == {name for name, *_ in json.loads((golden_dir / "state_dict_keys.json").read_text())}
+        assert set(handle.keys()) == {
+            name for name, *_ in json.loads((golden_dir / "state_dict_keys.json").read_text())
+        }
     second = save_official(again, tmp_path / "second.safetensors")
     assert metadata(second) == metadata(file)
     assert_same(again, load_pretrained(second, vae_config=golden_dir / "vae_config.json"))
@@ -221,7 +223,9 @@ def test_official_round_trip_of_another_architecture(tmp_path: Path) -> None:
 def test_config_beside_weights_without_metadata(golden: FlexTok, golden_dir: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    save_file({official_name(k): v for k, v in golden.state_dict().items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(
+        {official_name(k): v for k, v in golden.state_dict().items()}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
     (tmp_path / "config.json").write_text((golden_dir / "config.json").read_text())
     assert_same(golden, load_pretrained(tmp_path, vae_config=golden_dir / "vae_config.json"))
 
@@ -289,7 +293,10 @@ def test_what_the_official_format_cannot_say(change: dict[str, Any], message: st
 def test_a_budget_law_the_official_code_lacks(tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, nested_dropout="exponential")
     with pytest.warns(UserWarning, match="nested_dropout='exponential'"):
-        assert config_to_official(config)["decoder"]["module_dict"]["dec_nested_dropout"]["size_sampling_mode"] == "uniform"
+        assert (
+            config_to_official(config)["decoder"]["module_dict"]["dec_nested_dropout"]["size_sampling_mode"]
+            == "uniform"
+        )
 
 
 def test_hub_ids_are_fetched(golden: FlexTok, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
