@@ -1,1 +1,48 @@
-"""Train, evaluate and use FlexTok with PyTorch Lightning."""
+"""Train, evaluate and use FlexTok with PyTorch Lightning.
+
+The names below are imported when they are first used, so that `import flextok_pl` and the command start fast.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flextok_pl.assets import DEMO_TOKENIZER, DEMO_VAE
+    from flextok_pl.callbacks import ReconstructionFID
+    from flextok_pl.data import ShardDataModule
+    from flextok_pl.models.config import FlexTokConfig, VAEConfig
+    from flextok_pl.models.tokenizer import FlexTok
+    from flextok_pl.models.vae import VAE
+    from flextok_pl.modules import TokenizerModule, VAEModule
+
+__all__ = [
+    "DEMO_TOKENIZER",
+    "DEMO_VAE",
+    "VAE",
+    "FlexTok",
+    "FlexTokConfig",
+    "ReconstructionFID",
+    "ShardDataModule",
+    "TokenizerModule",
+    "VAEConfig",
+    "VAEModule",
+]
+
+_HOMES = {
+    "DEMO_TOKENIZER": "flextok_pl.assets",
+    "DEMO_VAE": "flextok_pl.assets",
+    "VAE": "flextok_pl.models.vae",
+    "FlexTok": "flextok_pl.models.tokenizer",
+    "FlexTokConfig": "flextok_pl.models.config",
+    "ReconstructionFID": "flextok_pl.callbacks",
+    "ShardDataModule": "flextok_pl.data",
+    "TokenizerModule": "flextok_pl.modules",
+    "VAEConfig": "flextok_pl.models.config",
+    "VAEModule": "flextok_pl.modules",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from jsonargparse import ArgumentParser
 
+from flextok_pl.assets import DEMO_TOKENIZER
 from flextok_pl.cli import UserError
 from flextok_pl.contracts import default_budgets
 from flextok_pl.data import Augmentation, write_demo, write_folder, write_latents
@@ -17,8 +18,6 @@ from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, center_crop, decode
 from flextok_pl.metrics.images import reconstruction_grid, save_png
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
-
-DEMO_TOKENIZER = Path(__file__).parents[1] / "assets" / "tokenizer_demo.safetensors"
 
 
 def data_demo(command: str, arguments: Sequence[str]) -> None:
@@ -124,7 +123,7 @@ def reconstruct_images(
         device: default a GPU where there is one.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    tok = FlexTok.from_pretrained(ckpt or str(DEMO_TOKENIZER), vae_config=vae_config, device=place)
+    tok = FlexTok.from_pretrained(ckpt or DEMO_TOKENIZER, vae_config=vae_config, device=place)
     budgets = default_budgets(tok.num_registers) if num_tokens is None else _numbers("num_tokens", num_tokens)
     side = min(tok.latent_size) * tok.require_vae().config.downsampling
     originals = to_tensor([center_crop(to_rgb(_picture(file)), side) for file in images])  # (B, 3, side, side)

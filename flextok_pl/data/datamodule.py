@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -119,6 +121,11 @@ class ShardDataModule(pl.LightningDataModule):
             together = self.batch_size * self._position()[1]
             return total // together * together
         return min(total, self.val_limit or total) if split == "val" else total
+
+    def data_hash(self, split: Split) -> str:
+        """Identifies what a pass over the split sees: the shards' contents, the image size and the number of samples."""
+        shards = [shard.sha256 for index in self.shard_set(split).indices for shard in index.shards]
+        return hashlib.sha256(json.dumps([shards, self.image_size, self.num_samples(split)]).encode()).hexdigest()
 
     @property
     def classes(self) -> tuple[str, ...]:

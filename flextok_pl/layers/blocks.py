@@ -96,7 +96,7 @@ class AdaLNBlock(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, num_patches: int) -> Tensor:
-    """x * (1 + scale) + shift with one (shift, scale) for patches and one for registers.
+    """X * (1 + scale) + shift with one (shift, scale) for patches and one for registers.
 
     Args:
         x: (B, L, D).
@@ -111,7 +111,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, num_patches: int) -> Tenso
 
 
 def gate(x: Tensor, factor: Tensor, num_patches: int) -> Tensor:
-    """x * factor with one factor for patches and one for registers; shapes as in `modulate`."""
+    """X * factor with one factor for patches and one for registers; shapes as in `modulate`."""
     patches = x[:, :num_patches] * factor[:, :1]
     if x.shape[1] == num_patches:
         return patches

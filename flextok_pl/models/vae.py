@@ -137,7 +137,9 @@ class VAE(nn.Module):
                 return cls(config_from_dict(VAEConfig, {k: v for k, v in values.items() if k[0] != "_"}))
             vae_config_from_diffusers(values)  # say what is not supported before reading the weights
         elif isinstance(path_or_hub_id, Path) or name[:1] in "./~" or name.count("/") != 1:
-            raise ValueError(f"there is no autoencoder folder {name!r}; give a folder, or a Hub id such as 'owner/name'")
+            raise ValueError(
+                f"there is no autoencoder folder {name!r}; give a folder, or a Hub id such as 'owner/name'"
+            )
         try:
             network, info = AutoencoderKL.from_pretrained(
                 str(folder) if folder.is_dir() else name,

@@ -38,9 +38,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     return [group for group in groups if group["params"]]
 
 
-def warmup_cosine(
-    optimizer: Optimizer, warmup_steps: int, total_steps: float, min_ratio: float = 0.0
-) -> LambdaLR:
+def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: float, min_ratio: float = 0.0) -> LambdaLR:
     """Linear warm-up to the full learning rate, then a cosine to `min_ratio` of it; one call of `step` per step.
 
     The first step has 1 / (warmup_steps + 1) of the learning rate, step `warmup_steps` the full one and step

@@ -5,7 +5,6 @@ Shapes in this file: B batch, H x W image, C x h x w latent.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -264,8 +263,8 @@ def _images(batch: Batch) -> Tensor:
 
 def _pretrained(net: VAEConfig, init: str) -> VAE:
     vae = VAE.from_pretrained(init)
-    scaling = {"scaling_factor": net.scaling_factor, "shift_factor": net.shift_factor}  # measured anew
-    if dataclasses.replace(vae.config, **scaling) != net:
-        raise ValueError(f"init={init!r} is another autoencoder than net: {vae.config} is not {net}")
-    vae.rescale(**scaling)
+    found = vae.config
+    vae.rescale(net.scaling_factor, net.shift_factor)  # measured anew at the end
+    if vae.config != net:
+        raise ValueError(f"init={init!r} is another autoencoder than net: {found} is not {net}")
     return vae

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[2] / "flextok_pl"
 
 # What each part may import of the package, besides itself and `contracts`.
 ALLOWED: dict[str, set[str]] = {
+    "assets": set(),
     "contracts": set(),
     "layers": set(),
     "flow": set(),
@@ -19,8 +20,8 @@ ALLOWED: dict[str, set[str]] = {
     "interop": {"models"},
     "modules": {"models", "flow", "layers", "interop"},
     "callbacks": {"metrics", "data"},
-    "cli": {"layers", "flow", "metrics", "data", "models", "interop", "modules", "callbacks", "sweeps"},
-    "sweeps": {"layers", "flow", "metrics", "data", "models", "interop", "modules", "callbacks", "cli"},
+    "cli": {"assets", "layers", "flow", "metrics", "data", "models", "interop", "modules", "callbacks", "sweeps"},
+    "sweeps": {"assets", "layers", "flow", "metrics", "data", "models", "interop", "modules", "callbacks", "cli"},
     "__main__": {"cli"},
 }
 # Users look for loading and saving on the class; these functions import the layer above when they are called.

@@ -10,7 +10,12 @@ from flextok_pl.models.config import FlexTokConfig, VAEConfig
 from flextok_pl.models.vae import VAE, vae_config_from_diffusers
 
 SMALL = VAEConfig(
-    latent_channels=3, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, scaling_factor=0.5, shift_factor=0.1
+    latent_channels=3,
+    block_out_channels=(8, 16),
+    layers_per_block=1,
+    norm_num_groups=4,
+    scaling_factor=0.5,
+    shift_factor=0.1,
 )
 PIXEL = VAEConfig(kind="pixel", latent_channels=12, scaling_factor=2.0, shift_factor=0.25)
 
@@ -25,7 +30,9 @@ def test_scale_by_hand() -> None:
     model = VAE(SMALL)
     expected = torch.tensor([0.45, 0.95, 1.45]).view(1, 3, 1, 1)  # (mean - 0.1) * 0.5
     torch.testing.assert_close(model.scale(moments), expected)
-    noise = torch.randn(1, 3, 1, 1, generator=torch.Generator().manual_seed(1)) * torch.tensor([0.5, 0.5, 0]).view(1, 3, 1, 1)
+    noise = torch.randn(1, 3, 1, 1, generator=torch.Generator().manual_seed(1)) * torch.tensor([0.5, 0.5, 0]).view(
+        1, 3, 1, 1
+    )
     sample = model.scale(moments, sample_posterior=True, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(sample, expected + noise)
 

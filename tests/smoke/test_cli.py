@@ -1,0 +1,245 @@
+"""The `flextok` command, through its front door."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from flextok_pl.cli import COMMANDS, base_config, main
+from flextok_pl.interop import load_pretrained, save_pretrained
+from flextok_pl.models.config import FlexTokConfig
+from flextok_pl.models.tokenizer import FlexTok
+
+ROOT = Path(__file__).parents[2]
+EXPERIMENTS = ROOT / "experiments"
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to run in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pretrained(FlexTok(FlexTokConfig.preset("tiny")), tmp_path_factory.mktemp("tok") / "tiny.safetensors")
+
+
+def tiny(command: str, shards: Path, *more: str) -> list[str]:
+    return [
+        command,
+        "--config",
+        str(EXPERIMENTS / "tokenizer" / "tiny.yaml"),
+        "--data.train",
+        str(shards / "train"),
+        "--data.val",
+        str(shards / "val"),
+        "--trainer.enable_progress_bar",
+        "false",
+        "--trainer.enable_model_summary",
+        "false",
+        *more,
+    ]
+
+
+def parsed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--print_config"])
+    assert stop.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    assert stop.value.code not in (0, None)
+    message = f"{capsys.readouterr().err}{stop.value}"
+    assert "Traceback" not in message
+    return message
+
+
+def test_help_is_complete_and_light() -> None:
+    code = "import sys; from flextok_pl.cli import main; main(['--help']); print(sorted({'torch', 'lightning'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert all(f"  {command} " in done.stdout for command in COMMANDS)
+    assert done.stdout.endswith("[]\n"), "--help imports heavy packages"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*command.split(), "--help"])
+    assert stop.value.code == 0 and f"flextok {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["nosuch"], ["data"], ["data", "nosuch"]])
+def test_unknown_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"error: {' '.join(arguments)!r} is none of the commands above" in error_of(capsys, *arguments)
+
+
+def test_fit_resume_validate_test(image_shards: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = ["--rfid.extractor=effnet-lite0", "--rfid.num_steps=1", "--rfid.fit-budgets=[1]", "--rfid.budgets=[1,16]"]
+    short = ["--trainer.max_steps=2", "--trainer.val_check_interval=1"]
+    main(tiny("fit", image_shards, *short, *quick))
+    first = workplace / "runs" / "tokenizer" / "tiny" / "version_0"
+    assert {"config.yaml", "tokenizer.safetensors", "checkpoints"} <= {path.name for path in first.iterdir()}
+    assert load_pretrained(first / "tokenizer.safetensors").config.num_registers == 16
+
+    last = str(first / "checkpoints" / "last.ckpt")
+    main(tiny("fit", image_shards, "--trainer.max_steps=3", *quick[:2], "--rfid=null", "--ckpt_path", last))
+    second = first.with_name("version_1")
+    assert (second / "checkpoints" / "step0000003.ckpt").is_file(), "each run has its own directory, and goes on from 2"
+
+    # The saved configuration is whole: it needs no base.
+    main(["validate", "--config", str(first / "config.yaml"), "--ckpt_path", last, "--trainer.limit_val_batches=1"])
+    capsys.readouterr()
+    main(tiny("test", image_shards, *quick, "--tokenizer", str(first / "tokenizer.safetensors")))
+    assert "tokens" in capsys.readouterr().out
+    results = list(workplace.glob("runs/**/rfid.json"))
+    assert results, "no report of the test"
+
+
+def test_experiments_differ_from_the_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").mkdir()
+    shutil.copy(EXPERIMENTS / "base.yaml", tmp_path)
+    experiment = tmp_path / "mine" / "x.yaml"
+    model = {
+        "class_path": "flextok_pl.modules.VAEModule",
+        "init_args": {"net": {"kind": "pixel", "latent_channels": 3}},
+    }
+    experiment.write_text(yaml.safe_dump({"model": model, "data": {"train": "t"}, "ema": {"decay": 0.5}}))
+    base = yaml.safe_load((EXPERIMENTS / "base.yaml").read_text())
+
+    found = parsed(
+        capsys, "fit", "--config", str(experiment), "--checkpoint.save-top-k=3", "--ema.update_every_n_steps", "2"
+    )
+    assert found["trainer"]["gradient_clip_val"] == base["trainer"]["gradient_clip_val"]
+    assert found["checkpoint"]["save_top_k"] == 3 and found["checkpoint"]["save_last"] is True
+    assert (found["ema"]["decay"], found["ema"]["update_every_n_steps"]) == (0.5, 2)
+    assert found["rfid"] is None and found["codebook"] is None, "an autoencoder has no tokens to evaluate"
+
+    # Groups merge field by field over files and the command line, and null leaves one out.
+    more, off = tmp_path / "mine" / "more.yaml", tmp_path / "mine" / "off.yaml"
+    more.write_text("rfid: {budgets: [1, 2]}\nema: {decay: 0.25}\n")
+    off.write_text("ema: null\n")
+    files = ["--config", str(experiment), "--config", str(more)]
+    found = parsed(capsys, "fit", *files, "--rfid.num_steps", "10")
+    assert found["rfid"]["budgets"] == [1, 2] and found["rfid"]["num_steps"] == 10 and found["ema"]["decay"] == 0.25
+    found = parsed(capsys, "fit", *files, "--config", str(off), "--rfid=null")
+    assert found["rfid"] is None and found["ema"] is None
+    assert parsed(capsys, "fit", "--config", str(experiment), "--rfid={}")["rfid"]["num_steps"] == 25
+
+
+def test_where_the_base_is_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "base.yaml").touch()
+    assert base_config(tmp_path / "x.yaml") == tmp_path / "base.yaml"
+    assert base_config(tmp_path / "a" / "x.yaml") == tmp_path / "base.yaml"
+    assert base_config(tmp_path / "a" / "b" / "x.yaml") is None
+
+
+def test_users_callbacks_stay_free(image_shards: Path, workplace: Path) -> None:
+    callback = '[{"class_path": "ModelCheckpoint", "init_args": {"dirpath": "mine", "every_n_train_steps": 1}}]'
+    main(tiny("fit", image_shards, "--trainer.max_steps=1", f"--trainer.callbacks={callback}", "--rfid=null"))
+    assert list((workplace / "mine").glob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rfid.nosuch=1"], "'nosuch' is not accepted"),
+        (["--data.batch_size=0"], "batch_size=0 must be at least 1"),
+        (["--data.train=/nowhere"], "/nowhere"),
+        (["--model.net.encoder_width=30"], "encoder_width=30"),
+        (["--model.vae=/nowhere"], "/nowhere"),
+        (["--rfid.num_steps=0"], "num_steps=0"),
+        (["--config=/nowhere.yaml"], "/nowhere.yaml"),
+        (["--ckpt_path=/nowhere.ckpt"], "/nowhere.ckpt"),
+        (["--trainer.max_steps=many"], "trainer.max_steps"),
+    ],
+)
+def test_wrong_options_of_a_fit(
+    arguments: list[str], message: str, image_shards: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in error_of(capsys, *tiny("fit", image_shards, *arguments))
+
+
+def test_wrong_tokenizer(image_shards: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = error_of(capsys, *tiny("test", image_shards, "--tokenizer", "nowhere.safetensors"))
+    assert "no checkpoint 'nowhere.safetensors'" in message and "Union" not in message
+    message = error_of(capsys, *tiny("test", image_shards, "--tokenizer", "a.safetensors", "--ckpt_path", "b.ckpt"))
+    assert "give one of them" in message
+
+
+def test_debug_shows_the_error_itself(image_shards: Path, workplace: Path) -> None:
+    from flextok_pl.cli import UserError
+
+    with pytest.raises(UserError, match="batch_size=0"):
+        main(tiny("fit", image_shards, "--data.batch_size=0", "--debug"))
+
+
+def test_reconstruct(tiny_tokenizer: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures = []
+    for i, mode in enumerate(("RGB", "L", "RGBA")):
+        Image.new(mode, (40 + i, 50)).save(f"{i}.png")
+        pictures.append(f"{i}.png")
+    command = ["reconstruct", *pictures, "--ckpt", str(tiny_tokenizer), "--num-steps", "2", "--guidance", "none"]
+    main([*command, "--num-tokens", "1,4,16", "--out", "new/grid.png"])
+    assert "[1, 4, 16]" in capsys.readouterr().out
+    side = 32  # of the tiny tokenizer's pictures
+    width, height = Image.open("new/grid.png").size
+    assert 4 * side < width < 4 * side + 20 and 3 * side < height < 3 * side + 40
+    first = Path("new/grid.png").read_bytes()
+    main([*command, "--num-tokens", "1,4,16", "--out", "again.png"])
+    assert Path("again.png").read_bytes() == first, "the same seed gives the same picture"
+    main([*command, "--num-tokens", "1,4,16", "--out", "other.png", "--seed", "1"])
+    assert Path("other.png").read_bytes() != first
+
+    assert "num_tokens='1,x'" in error_of(capsys, *command, "--num_tokens", "1,x")
+    assert "num_tokens=17" in error_of(capsys, *command, "--num_tokens", "17")
+    assert "num_tokens=0" in error_of(capsys, *command, "--num_tokens", "0")
+    assert "nowhere.png" in error_of(capsys, "reconstruct", "nowhere.png", "--ckpt", str(tiny_tokenizer))
+    Path("broken.png").write_bytes(b"no picture")
+    assert "broken.png" in error_of(capsys, "reconstruct", "broken.png", "--ckpt", str(tiny_tokenizer))
+    assert "no checkpoint" in error_of(capsys, "reconstruct", "0.png", "--ckpt", "/nowhere")
+
+
+def test_data_tools(
+    tiny_tokenizer: Path, image_shards: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workplace / "pictures").mkdir()
+    Image.new("RGB", (40, 40), "red").save(workplace / "pictures" / "a.png")
+    main(["data", "folder", "pictures", "shards", "--num-workers", "1"])
+    assert (workplace / "shards" / "index.json").is_file()
+    assert "nowhere" in error_of(capsys, "data", "folder", "nowhere", "elsewhere")
+
+    sizes = ["--image-size", "32", "--num-workers", "0", "--batch-size", "8"]
+    main(
+        [
+            "data",
+            "latents",
+            str(image_shards / "val"),
+            "latents",
+            "--vae",
+            str(tiny_tokenizer),
+            "--num-views",
+            "2",
+            *sizes,
+        ]
+    )
+    from flextok_pl.data import ShardDataModule, ShardIndex
+
+    count = ShardIndex.load(image_shards / "val").num_samples
+    assert ShardIndex.load(workplace / "latents").num_samples == 2 * count
+    data = ShardDataModule(val="latents", image_size=32, batch_size=4, num_workers=0)
+    data.setup("validate")
+    assert next(iter(data.val_dataloader()))["latent"].shape == (4, 24, 16, 16)
+    assert "/nowhere" in error_of(capsys, "data", "latents", str(image_shards / "val"), "x", "--vae", "/nowhere")

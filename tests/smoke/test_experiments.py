@@ -1,0 +1,115 @@
+"""Every committed YAML and every documented command is one that the program takes."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from flextok_pl.cli import main
+from flextok_pl.models.config import FlexTokConfig, VAEConfig, config_from_dict
+from flextok_pl.models.tokenizer import FlexTok
+from flextok_pl.models.vae import VAE
+
+ROOT = Path(__file__).parents[2]
+EXPERIMENTS = ROOT / "experiments"
+
+
+def names(*folders: str) -> list[str]:
+    return sorted(
+        str(file.relative_to(EXPERIMENTS)) for folder in folders for file in (EXPERIMENTS / folder).glob("*.yaml")
+    )
+
+
+def parsed(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> dict[str, Any]:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--print_config"])
+    assert stop.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def test_there_is_no_file_that_the_tests_below_miss() -> None:
+    known = {"base.yaml", *names("vae", "tokenizer", "nets", "data")}
+    assert known == {str(file.relative_to(EXPERIMENTS)) for file in EXPERIMENTS.rglob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", names("vae", "tokenizer"))
+def test_experiments_parse(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = EXPERIMENTS / name
+    found = parsed(capsys, ["fit", "--config", str(file)])
+    own = yaml.safe_load(file.read_text())
+    assert found["model"]["class_path"] == own["model"]["class_path"]
+    assert found["data"]["train"]
+    assert found["trainer"]["logger"]["init_args"]["save_dir"] == "runs", "the base is under the experiment"
+    assert (found["rfid"] is not None) == name.startswith("tokenizer/")
+    first = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    assert "?" in first[0] + first[1], "the first comment asks the question that the experiment answers"
+    assert any(f"experiments/{name}" in line for line in first), "and gives the command"
+
+
+@pytest.mark.parametrize("name", names("data"))
+def test_data_files_parse(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    experiment = EXPERIMENTS / "tokenizer" / "tiny.yaml"
+    found = parsed(capsys, ["fit", "--config", str(experiment), "--data", str(EXPERIMENTS / name)])
+    for key, value in yaml.safe_load((EXPERIMENTS / name).read_text()).items():
+        if not isinstance(value, dict):
+            assert found["data"][key] == value
+
+
+@pytest.mark.parametrize("name", names("nets"))
+def test_networks_can_be_built(name: str) -> None:
+    values = yaml.safe_load((EXPERIMENTS / name).read_text())
+    with torch.device("meta"):
+        if "encoder_width" in values:
+            FlexTok(config_from_dict(FlexTokConfig, values))
+        else:
+            VAE(config_from_dict(VAEConfig, values))
+
+
+@pytest.mark.parametrize("name", ["d12_d12", "d18_d18", "d18_d28"])
+def test_published_networks_are_the_presets(name: str) -> None:
+    values = yaml.safe_load((EXPERIMENTS / "nets" / f"{name}.yaml").read_text())
+    assert config_from_dict(FlexTokConfig, values) == FlexTokConfig.preset(name)
+
+
+def documented_commands() -> list[str]:
+    """Lines of shell blocks in the guides, and of the experiments' first comments."""
+    lines: list[str] = []
+    for guide in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for block in re.findall(r"```bash\n(.*?)```", guide.read_text(), re.DOTALL):
+            lines += block.replace("\\\n", " ").splitlines()
+    for name in names("vae", "tokenizer"):
+        lines += [
+            line.lstrip("# ") for line in (EXPERIMENTS / name).read_text().splitlines() if line.startswith("#   ")
+        ]
+    commands = {re.split(r"\s+#|\s{2,}\(", line.strip())[0].strip() for line in lines}
+    return sorted(line for line in commands if line.startswith(("flextok ", "make ")))
+
+
+@pytest.mark.parametrize("command", documented_commands())
+def test_documented_commands_are_taken(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    program, *arguments = shlex.split(command)
+    if program == "make":
+        subprocess.run(["make", "-n", *arguments], cwd=ROOT, check=True, capture_output=True)
+        return
+    capsys.readouterr()
+    if arguments[0] in ("fit", "validate", "test", "predict"):
+        parsed(capsys, arguments)
+    else:  # a tool's parser has no dry run; its help says that the command exists, its options that it takes them
+        words = 2 if arguments[0] == "data" else 1
+        with pytest.raises(SystemExit) as stop:
+            main([*arguments[:words], "--help"])
+        assert stop.value.code == 0
+        text = capsys.readouterr().out
+        for option in (argument.split("=")[0] for argument in arguments if argument.startswith("--")):
+            assert option.replace("-", "_").replace("__", "--", 1) in text, option
