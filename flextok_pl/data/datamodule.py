@@ -123,7 +123,7 @@ class ShardDataModule(pl.LightningDataModule):
         return min(total, self.val_limit or total) if split == "val" else total
 
     def data_hash(self, split: Split) -> str:
-        """Identifies what a pass over the split sees: the shards' contents, the image size and the number of samples."""
+        """Identifies what a pass over the split sees: contents of the shards, image size, number of samples."""
         shards = [shard.sha256 for index in self.shard_set(split).indices for shard in index.shards]
         return hashlib.sha256(json.dumps([shards, self.image_size, self.num_samples(split)]).encode()).hexdigest()
 

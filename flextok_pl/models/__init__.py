@@ -1,0 +1,1 @@
+"""The networks: autoencoder, encoder, quantiser, decoder, tokenizer, and what trains them."""

@@ -67,7 +67,10 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_help_is_complete_and_light() -> None:
-    code = "import sys; from flextok_pl.cli import main; main(['--help']); print(sorted({'torch', 'lightning'} & {*sys.modules}))"
+    code = (
+        "import sys; from flextok_pl.cli import main; main(['--help']); "
+        "print(sorted({'torch', 'lightning'} & {*sys.modules}))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert all(f"  {command} " in done.stdout for command in COMMANDS)
     assert done.stdout.endswith("[]\n"), "--help imports heavy packages"
