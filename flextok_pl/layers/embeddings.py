@@ -77,4 +77,4 @@ class TimeEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """(B,) -> (B, D)."""
         frequencies = self.frequencies(t)
-        return self.mlp(frequencies.to(self.mlp[0].weight.dtype))  # type: ignore[no-any-return, union-attr]
+        return self.mlp(frequencies.to(next(self.mlp.parameters()).dtype))  # type: ignore[no-any-return]

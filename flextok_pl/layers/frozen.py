@@ -37,7 +37,7 @@ class Frozen(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
-        self.module._apply(fn, recurse)
+        self.module._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Frozen:

@@ -129,8 +129,6 @@ class FlexTokConfig:
     stratified: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.vae, Mapping):
-            object.__setattr__(self, "vae", config_from_dict(VAEConfig, self.vae))
         object.__setattr__(self, "fsq_levels", tuple(self.fsq_levels))
         object.__setattr__(self, "grid_size", tuple(self.grid_size))
         for side in ("encoder", "decoder"):

@@ -6,6 +6,7 @@ Shapes: B batch, N = H x W decoder patches, D decoder width, F teacher width.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,8 @@ class Teacher(nn.Module):
         self.network: nn.Module
         if name == "effnet-lite2":
             self.network, self.dim, self.image_size = _effnet_lite2(weights_path), 120, image_size or 256
-            mean, std = (127 / 255,) * 3, (128 / 255,) * 3
+            mean: tuple[float, ...] = (127 / 255,) * 3
+            std: tuple[float, ...] = (128 / 255,) * 3
         else:
             self.network, mean, std, patch = _timm_vit(name, weights_path, image_size)
             self.dim, self.image_size = int(self.network.num_features), image_size or 16 * patch  # type: ignore[arg-type]
@@ -83,10 +85,10 @@ def alignment_loss(projected: Tensor, features: Tensor) -> Tensor:
 class _EffNetStride16(nn.Module):
     """EfficientNet-Lite up to the last block of stride 16."""
 
-    def __init__(self, network: nn.Module, num_blocks: int) -> None:
+    def __init__(self, network: Any, num_blocks: int) -> None:
         super().__init__()
-        self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())  # type: ignore[arg-type]
-        self.blocks = nn.Sequential(*list(network._blocks)[:num_blocks])  # type: ignore[arg-type]
+        self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
+        self.blocks = nn.Sequential(*list(network._blocks)[:num_blocks])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks(self.stem(x))  # type: ignore[no-any-return]
@@ -108,9 +110,8 @@ def _effnet_lite2(weights_path: str | None) -> nn.Module:
     return _EffNetStride16(network, strided[-1])  # up to, not including, the block that goes to stride 32
 
 
-def _stride(block: nn.Module) -> int:
-    stride = block._depthwise_conv.stride  # type: ignore[union-attr]
-    return int(stride[0])  # type: ignore[index, arg-type]
+def _stride(block: Any) -> int:
+    return int(block._depthwise_conv.stride[0])
 
 
 class _ViTGrid(nn.Module):

@@ -9,7 +9,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -162,7 +162,8 @@ class TokenizerModule(pl.LightningModule):
         return self.repa_weight * loss
 
     def _logging_now(self) -> bool:
-        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return (self.global_step + 1) % every == 0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the norm of the whole gradient, before clipping."""
@@ -221,13 +222,14 @@ def build_tokenizer(net: FlexTokConfig, vae: str | None) -> FlexTok:
             f"vae={vae!r} makes {autoencoder.config.latent_channels} latent channels but net.latent_channels="
             f"{net.latent_channels}; set net.latent_channels={autoencoder.config.latent_channels}"
         )
-    return FlexTok(dataclasses.replace(net, vae=autoencoder.config), Frozen(autoencoder))
+    return FlexTok(dataclasses.replace(net, vae=autoencoder.config), cast(VAE, Frozen(autoencoder)))
 
 
 def export_tokenizer(tokenizer: FlexTok) -> FlexTok:
     """The same tokenizer, sharing all weights, with its frozen autoencoder as an ordinary part that is saved."""
     exported = copy.copy(tokenizer)
     exported._modules = dict(tokenizer._modules)
-    if isinstance(tokenizer.vae, Frozen):
-        exported.vae = tokenizer.vae.module
+    vae: object = tokenizer.vae
+    if isinstance(vae, Frozen):
+        exported.vae = cast(VAE, vae.module)
     return exported
