@@ -20,12 +20,12 @@ def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
     return rearrange(patches, "b h w (p q c) -> b c (h p) (w q)", p=patch_size, q=patch_size)
 
 
-def sincos_position_table(width: int, grid_size: tuple[int, int]) -> Tensor:
+def sincos_position_table(width: int, grid_size: tuple[int, int], base: float = 10000.0) -> Tensor:
     """2-D sine-cosine positions (https://arxiv.org/abs/2104.02057, appendix), (1, D, H, W).
 
-    Channels are [sin(row w), cos(row w), sin(column w), cos(column w)] with w_k = 10000**(-k / (D/4)).
+    Channels are [sin(row w), cos(row w), sin(column w), cos(column w)] with w_k = base**(-k / (D/4)).
     """
-    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    omega = base ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     rows, columns = (torch.arange(n, dtype=torch.float64)[:, None] * omega for n in grid_size)  # (H, D/4), (W, D/4)
     row_part = torch.cat([rows.sin(), rows.cos()], dim=1).T[:, :, None].expand(-1, -1, grid_size[1])
     column_part = torch.cat([columns.sin(), columns.cos()], dim=1).T[:, None, :].expand(-1, grid_size[0], -1)

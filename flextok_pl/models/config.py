@@ -95,6 +95,8 @@ class FlexTokConfig:
         patch_size: latent positions per patch, along each side.
         grid_size: (rows, columns) of patches that the position tables hold; smaller inputs use the
             top-left part.
+        position_base: ratio of the largest to the smallest frequency of the position tables; 10000 as published. On a
+            grid of few patches that leaves most channels constant: take about the length of its side times 2.
         max_timestep: t that the time embedding maps to its full range: 1 or 1000 (unconfirmed for the
             published models, stored in their metadata).
         time_frequencies: width of the sinusoidal time embedding.
@@ -119,6 +121,7 @@ class FlexTokConfig:
     fsq_levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
     patch_size: int = 2
     grid_size: tuple[int, int] = (16, 16)
+    position_base: float = 10000.0
     max_timestep: float = 1.0
     time_frequencies: int = 256
     repa_layer: int | None = 1
@@ -154,6 +157,8 @@ class FlexTokConfig:
                 f"repa_layer={self.repa_layer} is no block of a decoder with decoder_depth="
                 f"{self.decoder_depth}; use 0..{self.decoder_depth - 1} or null"
             )
+        if self.position_base <= 1:
+            raise ValueError(f"position_base={self.position_base} must be above 1; published models have 10000")
         if not 0.0 <= self.null_dropout <= 1.0:
             raise ValueError(f"null_dropout={self.null_dropout} must be a probability in [0, 1]")
 
@@ -202,16 +207,17 @@ _PRESETS = {
     "demo": FlexTokConfig(
         vae=_DEMO_VAE,
         latent_channels=8,
-        encoder_width=192,
+        encoder_width=128,
         encoder_depth=3,
         encoder_head_dim=32,
-        decoder_width=192,
+        decoder_width=128,
         decoder_depth=3,
         decoder_head_dim=32,
         num_registers=64,
         grid_size=(4, 4),
+        position_base=10.0,
         repa_layer=None,
-        nested_dropout="pow2",
+        nested_dropout="uniform_pow2",
         null_dropout=0.1,
         timestep_law="logit_normal",
     ),

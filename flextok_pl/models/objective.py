@@ -43,7 +43,11 @@ class FlowLoss(NamedTuple):
 
 
 def sample_draws(
-    config: FlexTokConfig, latents: Tensor, generator: torch.Generator, timestep_shift: float = 1.0
+    config: FlexTokConfig,
+    latents: Tensor,
+    generator: torch.Generator,
+    timestep_shift: float = 1.0,
+    pure_noise: float = 0.0,
 ) -> TrainingDraws:
     """Draw what a training step needs.
 
@@ -52,6 +56,8 @@ def sample_draws(
         latents: (B, C, h, w); gives batch size, shape and device.
         generator: a CPU generator; noise is drawn on the latents' device from a seed that it yields.
         timestep_shift: see `sample_timesteps`.
+        pure_noise: probability of t = 1 in place of the law's draw. There only the tokens say what to draw, so that
+            these images train the encoder as an autoencoder would be trained.
     """
     batch = len(latents)
     num_tokens = sample_num_tokens(config.nested_dropout, batch, config.num_registers, generator)
@@ -64,6 +70,8 @@ def sample_draws(
         shift=timestep_shift,
         stratified=config.stratified,
     )
+    if pure_noise > 0:
+        t = torch.where(torch.rand(batch, generator=generator) < pure_noise, 1.0, t)
     seed = int(torch.randint(2**62, (), generator=generator))
     noise_generator = torch.Generator(latents.device).manual_seed(seed)
     noise = torch.randn(latents.shape, generator=noise_generator, device=latents.device)

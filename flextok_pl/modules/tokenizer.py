@@ -46,6 +46,8 @@ class TokenizerModule(pl.LightningModule):
         warmup_steps: optimizer steps of linear warm-up, followed by a cosine over the rest of the training.
         min_lr_ratio: final share of the learning rate.
         timestep_shift: above 1 more training on noisy inputs, where tokens matter most.
+        pure_noise: share of the images that are trained at t = 1, where only the tokens say what to draw. A small model
+            on a small machine finds out much sooner that its tokens are of use.
         budget_groups: parts a batch is sorted into by budget; more parts cost less, with the same gradients.
         teacher: REPA's teacher: `effnet-lite2`, a timm model, or None for no REPA.
         teacher_weights: local weights file of the teacher.
@@ -68,6 +70,7 @@ class TokenizerModule(pl.LightningModule):
         warmup_steps: int = 100,
         min_lr_ratio: float = 0.01,
         timestep_shift: float = 1.0,
+        pure_noise: float = 0.0,
         budget_groups: int = 1,
         teacher: str | None = None,
         teacher_weights: str | None = None,
@@ -82,6 +85,8 @@ class TokenizerModule(pl.LightningModule):
         self.hparams["net"] = config_to_dict(net)  # plain types: a checkpoint must load with weights_only
         if budget_groups < 1:
             raise ValueError(f"budget_groups={budget_groups} must be at least 1")
+        if not 0.0 <= pure_noise <= 1.0:
+            raise ValueError(f"pure_noise={pure_noise} must be a share in [0, 1]")
         self.tokenizer = build_tokenizer(net, vae)
         self.lr = lr
         self.betas = betas
@@ -89,6 +94,7 @@ class TokenizerModule(pl.LightningModule):
         self.warmup_steps = warmup_steps
         self.min_lr_ratio = min_lr_ratio
         self.timestep_shift = timestep_shift
+        self.pure_noise = pure_noise
         self.budget_groups = budget_groups
         self.repa_weight = repa_weight
         self.seed = seed
@@ -138,9 +144,8 @@ class TokenizerModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Velocity loss, and the alignment with the teacher where there is one."""
         latents = self.latents(batch)
-        draws = sample_draws(
-            self.tokenizer.config, latents, step_generator(self, self.seed, batch_idx), self.timestep_shift
-        )
+        generator = step_generator(self, self.seed, batch_idx)
+        draws = sample_draws(self.tokenizer.config, latents, generator, self.timestep_shift, self.pure_noise)
         result = flow_loss(self.tokenizer, latents, draws, budget_groups=self.budget_groups)
         loss = result.loss.mean()
         stop_if_not_finite(self, loss, batch)
