@@ -85,10 +85,11 @@ def test_patches_keep_row_column_channel_order() -> None:
     assert torch.equal(unpatchify(patches, 2), latents)
 
 
-def test_position_table_has_rows_first() -> None:
-    table = sincos_position_table(8, (3, 5))
+@pytest.mark.parametrize("base", [10000.0, 10.0])
+def test_position_table_has_rows_first(base: float) -> None:
+    table = sincos_position_table(8, (3, 5), base)
     assert table.shape == (1, 8, 3, 5)
-    row, column, omega = 2, 4, (1.0, 10000**-0.5)
+    row, column, omega = 2, 4, (1.0, base**-0.5)
     expected = [f(n * w) for n in (row, column) for f in (math.sin, math.cos) for w in omega]
     assert table[0, :, row, column].tolist() == pytest.approx(expected, abs=1e-6)
     assert torch.equal(grid_positions(table, 2, 3)[0, 1, 2], table[0, :, 1, 2])

@@ -221,3 +221,18 @@ def test_a_tokenizer_without_vae_says_so() -> None:
         tokenizer.tokenize(torch.zeros(1, 3, 16, 24))
     tokens = torch.zeros(1, 12, dtype=torch.int64)
     assert tokenizer.sample_latents(tokens, num_steps=1).shape == (1, 12, 8, 12)
+
+
+def test_pure_noise_replaces_its_share_of_the_times_and_nothing_else() -> None:
+    latents = torch.zeros(4000, 12, 1, 1)
+    plain = sample_draws(CONFIG, latents, torch.Generator().manual_seed(0))
+    mixed = sample_draws(CONFIG, latents, torch.Generator().manual_seed(0), pure_noise=0.7)
+    pure = mixed.t == 1
+    assert pure.float().mean().item() == pytest.approx(0.7, abs=0.03)
+    assert torch.equal(mixed.t[~pure], plain.t[~pure]) and (plain.t < 1).all()
+    assert torch.equal(mixed.num_tokens, plain.num_tokens) and torch.equal(mixed.null, plain.null)
+
+
+def test_position_base_must_leave_frequencies_apart() -> None:
+    with pytest.raises(ValueError, match="position_base=1"):
+        dataclasses.replace(CONFIG, position_base=1.0)

@@ -221,6 +221,7 @@ def test_the_offline_teacher_sees_where_things_are(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"budget_groups": 0}, "budget_groups=0"),
+        ({"pure_noise": 1.5}, "pure_noise=1.5"),
         ({"teacher": "no_such_model"}, "no_such_model"),
         ({"teacher": "effnet-lite2", "teacher_weights": "missing.pth"}, "missing.pth"),
     ],
