@@ -1,6 +1,6 @@
 """Run all benchmarks on this machine and store their results.
 
-    python -m benchmarks
+python -m benchmarks
 """
 
 import subprocess

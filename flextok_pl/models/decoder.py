@@ -65,7 +65,9 @@ class FlowDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(width))
         self.null_token = nn.Parameter(torch.empty(width))
         self.patch_embed = nn.Linear(config.latent_channels * config.patch_size**2, width)
-        self.patch_posemb = nn.Parameter(sincos_position_table(width, config.grid_size, config.position_base), requires_grad=False)
+        self.patch_posemb = nn.Parameter(
+            sincos_position_table(width, config.grid_size, config.position_base), requires_grad=False
+        )
         self.time_embed = TimeEmbedding(width, config.time_frequencies, config.max_timestep)
         self.blocks = nn.ModuleList(
             AdaLNBlock(width, config.decoder_head_dim, config.mlp_ratio) for _ in range(config.decoder_depth)

@@ -64,4 +64,5 @@ def adaptive_weight(reconstruction_loss: Tensor, generator_loss: Tensor, last_la
     """
     (of_reconstruction,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
     (of_generator,) = torch.autograd.grad(generator_loss, last_layer, retain_graph=True)
-    return (of_reconstruction.norm() / (of_generator.norm() + 1e-4)).clamp(0.0, 1e4).detach()
+    weight: Tensor = (of_reconstruction.norm() / (of_generator.norm() + 1e-4)).clamp(0.0, 1e4).detach()
+    return weight

@@ -29,7 +29,9 @@ class RegisterEncoder(nn.Module):
         self.patch_size = config.patch_size
         self.activation_checkpointing = False
         self.patch_embed = nn.Linear(config.latent_channels * config.patch_size**2, width)
-        self.patch_posemb = nn.Parameter(sincos_position_table(width, config.grid_size, config.position_base), requires_grad=False)
+        self.patch_posemb = nn.Parameter(
+            sincos_position_table(width, config.grid_size, config.position_base), requires_grad=False
+        )
         self.registers = nn.Parameter(torch.empty(config.num_registers, width))
         self.blocks = nn.ModuleList(
             Block(width, config.encoder_head_dim, config.mlp_ratio) for _ in range(config.encoder_depth)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import cos, pi
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -53,6 +54,7 @@ def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: float, m
 
     Raises:
         ValueError: an option is out of range.
+        MisconfigurationException: the warm-up is as long as the training.
     """
     if warmup_steps < 0:
         raise ValueError(f"warmup_steps={warmup_steps} must be 0 or more")
@@ -60,7 +62,10 @@ def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: float, m
         raise ValueError(f"min_lr_ratio={min_ratio} must be in [0, 1]")
     endless = total_steps == float("inf") or total_steps < 0
     if not endless and warmup_steps >= total_steps > 0:
-        raise ValueError(f"warmup_steps={warmup_steps} must be below the {total_steps} steps of this training")
+        raise MisconfigurationException(
+            f"warmup_steps={warmup_steps} must be below the {total_steps} steps of this training; lower "
+            "model.warmup_steps, or raise trainer.max_steps"
+        )
 
     def ratio(step: int) -> float:
         if step < warmup_steps:

@@ -44,6 +44,7 @@ def tiny(command: str, shards: Path, *more: str) -> list[str]:
         "false",
         "--trainer.enable_model_summary",
         "false",
+        *(["--model.warmup_steps=0"] if command == "fit" else []),
         *more,
     ]
 
@@ -167,6 +168,7 @@ def test_users_callbacks_stay_free(image_shards: Path, workplace: Path) -> None:
         (["--config=/nowhere.yaml"], "/nowhere.yaml"),
         (["--ckpt_path=/nowhere.ckpt"], "/nowhere.ckpt"),
         (["--trainer.max_steps=many"], "trainer.max_steps"),
+        (["--trainer.max_steps=3", "--model.warmup_steps=3", "--rfid=null"], "warmup_steps=3 must be below"),
     ],
 )
 def test_wrong_options_of_a_fit(
