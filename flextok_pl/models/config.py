@@ -96,7 +96,8 @@ class FlexTokConfig:
         grid_size: (rows, columns) of patches that the position tables hold; smaller inputs use the
             top-left part.
         position_base: ratio of the largest to the smallest frequency of the position tables; 10000 as published. On a
-            grid of few patches that leaves most channels constant: take about the length of its side times 2.
+            grid of few patches that leaves most channels constant: the demo takes 10 on 4 x 4. It only fills a new
+            model's tables, which checkpoints store.
         max_timestep: t that the time embedding maps to its full range: 1 or 1000 (unconfirmed for the
             published models, stored in their metadata).
         time_frequencies: width of the sinusoidal time embedding.
