@@ -1,13 +1,14 @@
-"""What the parts of the suite agree on: batches, protocols and default budgets.
+"""What the parts of the suite agree on: batches, protocols, default budgets, and the identity of a model.
 
-Shapes in this file: B batch, H x W image, C x h x w latent, K registers.
+Shapes in this file: B batch, H x W image, C x h x w latent, K registers, L text positions, E text width.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypedDict, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 GuidanceScale = float | Callable[[float], float]
 """A constant guidance scale, or a function of the flow time t in (0, 1]."""
@@ -22,6 +23,8 @@ class Batch(TypedDict, total=False):
         tokens: (B, K) int64.
         label: (B,) int64 class index.
         text: B captions.
+        text_states: (B, L, E) float32, the captions' states under a text encoder, padded.
+        text_mask: (B, L) bool, True where there is a state and no padding.
         key: B sample keys, unique in the data set.
     """
 
@@ -30,6 +33,8 @@ class Batch(TypedDict, total=False):
     tokens: Tensor
     label: Tensor
     text: list[str]
+    text_states: Tensor
+    text_mask: Tensor
     key: list[str]
 
 
@@ -77,3 +82,15 @@ def default_budgets(num_registers: int) -> list[int]:
         raise ValueError(f"num_registers={num_registers} must be at least 1")
     powers = [2**i for i in range(num_registers.bit_length()) if 2**i < num_registers]
     return [*powers, num_registers]
+
+
+def weights_hash(network: nn.Module) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of a network's tensors, in the order of their names.
+
+    Tells tokenizers apart: token shards and priors record it, since tokens mean nothing to another tokenizer.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -7,7 +7,6 @@ TensorFlow-compatible resize. `effnet-lite0` needs no download: its ImageNet wei
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +15,8 @@ from urllib.error import URLError
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from flextok_pl.contracts import weights_hash
 
 OFFLINE_EXTRACTOR = "effnet-lite0"
 INCEPTION = "inception-v3-compat"
@@ -61,7 +62,7 @@ class _NetworkExtractor:
         self.metric_name, self.kernel_metric_name = metric_names
         self.network = network.eval().requires_grad_(False)
         self.resize = resize
-        self.weights_hash = state_hash(network)
+        self.weights_hash = weights_hash(network)
         self.device = torch.device("cpu")
         self.dim = self(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1]
 
@@ -184,15 +185,6 @@ def check_extractor(name: str, weights: Path | str | None = None) -> None:
         raise ValueError(f"extractor={name!r} is unknown; use one of {', '.join(EXTRACTORS)}")
     if weights is not None and not Path(weights).is_file():
         raise ValueError(f"weights={str(weights)!r} is not a file; give the extractor's weights, or leave it out")
-
-
-def state_hash(network: nn.Module) -> str:
-    """First 16 hexadecimal digits of the SHA-256 of a network's tensors, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _check_is_tensors(path: Path | str) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import torch
 import torchvision
 from PIL import Image
 
-from flextok_pl.metrics.features import EXTRACTORS, build_extractor, state_hash
+from flextok_pl.contracts import weights_hash
+from flextok_pl.metrics.features import EXTRACTORS, build_extractor
 from flextok_pl.metrics.frechet import features_to_statistics, frechet_distance
 from flextok_pl.metrics.lpips import LPIPS
 
@@ -115,9 +116,9 @@ def test_a_weights_file_cannot_run_code(tmp_path, name):
 
 def test_hash_follows_the_weights():
     a, b = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
-    assert state_hash(a) != state_hash(b)
+    assert weights_hash(a) != weights_hash(b)
     b.load_state_dict(a.state_dict())
-    assert state_hash(a) == state_hash(b)
+    assert weights_hash(a) == weights_hash(b)
 
 
 def test_lpips_from_a_local_backbone(tmp_path):
