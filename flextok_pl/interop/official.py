@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from flextok_pl.interop.native import config_in_use
+from flextok_pl.interop.native import build_tokenizer, config_in_use
 from flextok_pl.interop.official_config import official_to_config
 from flextok_pl.interop.official_export import config_to_official
-from flextok_pl.interop.tensor_file import build_model, write_tensors
+from flextok_pl.interop.tensor_file import write_tensors
 from flextok_pl.models.tokenizer import FlexTok
 
 _ENC, _DEC = "encoder.module_dict.", "decoder.module_dict."
@@ -67,7 +67,7 @@ def read_official(
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     try:
-        return build_model(handle, file, config, official_name, _is_repa_head, device)
+        return build_tokenizer(handle, file, config, official_name, _is_repa_head, device)
     except ValueError as error:
         if vae_config is None and "vae.vae." in str(error):
             raise ValueError(

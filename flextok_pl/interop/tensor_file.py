@@ -8,15 +8,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from flextok_pl.models.config import FlexTokConfig
-from flextok_pl.models.tokenizer import FlexTok
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 _SHOWN = 5
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -42,11 +41,12 @@ def open_tensors(file: Path) -> Iterator[Any]:
 def build_model(
     handle: Any,
     file: Path,
-    config: FlexTokConfig,
+    make: Callable[[], ModelT],
+    depths: Mapping[str, int],
     name_in_file: Callable[[str], str] = lambda name: name,
     ignorable: Callable[[str], bool] = lambda name: False,
     device: str | torch.device | None = None,
-) -> FlexTok:
+) -> ModelT:
     """A model with the weights of an open file, in evaluation mode.
 
     Names and shapes are compared with the configuration before any weight is read. Each tensor is then copied once,
@@ -56,7 +56,8 @@ def build_model(
     Args:
         handle: from `open_tensors`.
         file: its path, for messages.
-        config: what the file should hold.
+        make: builds what the file should hold, without weights.
+        depths: the configuration's numbers of layers, by option.
         name_in_file: from a name in our state dict to the name in the file.
         ignorable: tells which tensors of the file may be left over.
         device: where to put the weights.
@@ -66,15 +67,12 @@ def build_model(
     """
     shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118  not a dict
     # A depth that no file of this size can have would keep the constructor busy for hours.
-    layers = config.vae.layers_per_block if config.vae is not None else 0
-    if max(config.encoder_depth, config.decoder_depth, layers) > len(shapes):
-        raise ValueError(
-            f"{file} has {len(shapes)} tensors, too few for encoder_depth={config.encoder_depth} and "
-            f"decoder_depth={config.decoder_depth}"
-        )
+    if max(depths.values()) > len(shapes):
+        stated = " and ".join(f"{name}={depth}" for name, depth in depths.items())
+        raise ValueError(f"{file} has {len(shapes)} tensors, too few for {stated}")
     try:
         with torch.device("meta"):
-            model = FlexTok(config)
+            model = make()
     except (ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError) as error:
         raise ValueError(f"{file}: its configuration describes no model: {error}") from error
     expected = {name_in_file(name): (name, tensor) for name, tensor in model.state_dict().items()}

@@ -58,3 +58,16 @@ def check_averaging(module: pl.LightningModule) -> None:
                 f"update_starting_at_step={callback.update_starting_at_step} of EMAWeightAveraging is not reached in "
                 f"{total} steps, so that the initial weights would be exported; lower it, or remove the callback"
             )
+
+
+def logging_now(module: pl.LightningModule) -> bool:
+    """Whether the trainer writes its logs after the current step."""
+    every: int = module.trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return (module.global_step + 1) % every == 0
+
+
+def log_gradient_norm(module: pl.LightningModule) -> None:
+    """Log the norm of the whole gradient, before clipping, where the trainer writes its logs."""
+    if logging_now(module):
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        module.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))

@@ -26,7 +26,13 @@ from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
 from flextok_pl.modules.loss_buckets import LossBuckets
 from flextok_pl.modules.optim import parameter_groups, warmup_cosine
-from flextok_pl.modules.steps import check_averaging, step_generator, stop_if_not_finite
+from flextok_pl.modules.steps import (
+    check_averaging,
+    log_gradient_norm,
+    logging_now,
+    step_generator,
+    stop_if_not_finite,
+)
 
 
 class TokenizerModule(pl.LightningModule):
@@ -151,7 +157,7 @@ class TokenizerModule(pl.LightningModule):
         stop_if_not_finite(self, loss, batch)
         self.log("train/loss", loss, batch_size=len(latents))
         self.train_loss.update(result.loss, draws)
-        if self._logging_now():
+        if logging_now(self):
             self.log_dict(self.train_loss.compute_and_reset("train"), batch_size=len(latents))
         return loss + self._alignment(batch, latents, result)
 
@@ -166,15 +172,9 @@ class TokenizerModule(pl.LightningModule):
         self.log("train/repa", loss, batch_size=len(latents))
         return self.repa_weight * loss
 
-    def _logging_now(self) -> bool:
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return (self.global_step + 1) % every == 0
-
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the norm of the whole gradient, before clipping."""
-        if self._logging_now():
-            gradients = [p.grad for p in self.parameters() if p.grad is not None]
-            self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        log_gradient_norm(self)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss under fixed draws, with the images' own tokens and with another image's."""

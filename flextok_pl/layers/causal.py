@@ -1,0 +1,149 @@
+"""Causal self-attention with a cache of keys and values, cross-attention over text, and the block of the prior.
+
+The block is that of Llama (https://arxiv.org/abs/2302.13971) without rotary positions, as in LlamaGen
+(https://arxiv.org/abs/2406.06525): RMSNorm before attention and SwiGLU, no biases.
+
+Shapes: B batch, L new positions, P positions in the cache, T text positions, H heads, D width, d head width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from flextok_pl.layers.blocks import SwiGLU
+
+NORM_EPS = 1e-6
+
+
+class KeyValueCache:
+    """Keys and values of one layer, in memory taken once.
+
+    Args:
+        batch_size: B.
+        num_heads: H.
+        length: most positions it will hold.
+        head_dim: d.
+        like: a tensor of the wanted device and type.
+    """
+
+    def __init__(self, batch_size: int, num_heads: int, length: int, head_dim: int, like: Tensor) -> None:
+        self._keys = like.new_empty(batch_size, num_heads, length, head_dim)
+        self._values = torch.empty_like(self._keys)
+        self.filled = 0
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add (B, H, L, d) keys and values; returns all P + L of them, as views."""
+        stop = self.filled + keys.shape[2]
+        self._keys[:, :, self.filled : stop] = keys
+        self._values[:, :, self.filled : stop] = values
+        self.filled = stop
+        return self._keys[:, :, :stop], self._values[:, :, :stop]
+
+
+class CausalAttention(nn.Module):
+    """Self-attention in which a position sees itself and what came before.
+
+    Args:
+        width: D.
+        head_dim: d.
+        qk_norm: RMSNorm on the queries and keys of each head (https://arxiv.org/abs/2302.05442).
+    """
+
+    def __init__(self, width: int, head_dim: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.wqkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width, bias=False)
+        self.q_norm = nn.RMSNorm(head_dim, eps=NORM_EPS) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head_dim, eps=NORM_EPS) if qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """(B, L, D) -> (B, L, D); with a cache that holds positions already, L must be 1."""
+        q, k, v = rearrange(self.wqkv(x), "b l (n h d) -> n b h l d", n=3, d=self.head_dim)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if cache is not None:
+            assert cache.filled == 0 or x.shape[1] == 1
+            k, v = cache.append(k, v)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=x.shape[1] > 1)
+        return self.proj(rearrange(out, "b h l d -> b l (h d)"))  # type: ignore[no-any-return]
+
+
+class TextMemory(NamedTuple):
+    """What one layer's queries find in a text.
+
+    Attributes:
+        keys: (B, H, T, d).
+        values: (B, H, T, d).
+        mask: (B, T) bool, True where there is text and no padding.
+    """
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor
+
+
+class CrossAttention(nn.Module):
+    """Attention over text states.
+
+    Args:
+        width: D.
+        head_dim: d.
+    """
+
+    def __init__(self, width: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.wq = nn.Linear(width, width, bias=False)
+        self.wkv = nn.Linear(width, 2 * width, bias=False)
+        self.proj = nn.Linear(width, width, bias=False)
+
+    def memory(self, text: Tensor, mask: Tensor) -> TextMemory:
+        """Keys and values of (B, T, D) text, which do not depend on the queries."""
+        k, v = rearrange(self.wkv(text), "b t (n h d) -> n b h t d", n=2, d=self.head_dim)
+        return TextMemory(k, v, mask)
+
+    def forward(self, x: Tensor, memory: TextMemory) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        q = rearrange(self.wq(x), "b l (h d) -> b h l d", d=self.head_dim)
+        visible = memory.mask[:, None, None, :].expand(-1, 1, x.shape[1], -1)
+        out = F.scaled_dot_product_attention(q, memory.keys, memory.values, attn_mask=visible)
+        return self.proj(rearrange(out, "b h l d -> b l (h d)"))  # type: ignore[no-any-return]
+
+
+class CausalBlock(nn.Module):
+    """Pre-norm block: self-attention, cross-attention where there is text, then the MLP.
+
+    Args:
+        width: D.
+        head_dim: d.
+        mlp_ratio: see `SwiGLU`.
+        qk_norm: see `CausalAttention`.
+        text: whether it attends to text.
+    """
+
+    def __init__(self, width: int, head_dim: int, mlp_ratio: float, qk_norm: bool, text: bool) -> None:
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(width, eps=NORM_EPS)
+        self.attn = CausalAttention(width, head_dim, qk_norm)
+        self.cross_norm = nn.RMSNorm(width, eps=NORM_EPS) if text else None
+        self.cross = CrossAttention(width, head_dim) if text else None
+        self.mlp_norm = nn.RMSNorm(width, eps=NORM_EPS)
+        self.mlp = SwiGLU(width, mlp_ratio)
+
+    def text_memory(self, text: Tensor, mask: Tensor) -> TextMemory:
+        """What the block's queries find in (B, T, D) text with a (B, T) mask."""
+        assert self.cross is not None, "this block was made without text"
+        return self.cross.memory(text, mask)
+
+    def forward(self, x: Tensor, memory: TextMemory | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        x = x + self.attn(self.attn_norm(x), cache)
+        if memory is not None:
+            assert self.cross is not None and self.cross_norm is not None
+            x = x + self.cross(self.cross_norm(x), memory)
+        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]

