@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -13,7 +13,7 @@ import torch.distributed
 from torch.utils.data import DataLoader
 
 from flextok_pl.contracts import Batch
-from flextok_pl.data.index import ShardError, load_indices
+from flextok_pl.data.index import ShardError, ShardIndex, load_indices, require_same_origin
 from flextok_pl.data.samples import Collate
 from flextok_pl.data.stream import CachedBatches, EpochStream, Plan, ShardSet, StreamedBatches
 from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, Augmentation
@@ -111,6 +111,8 @@ class ShardDataModule(pl.LightningDataModule):
                     )
                 if self.verify_checksums:
                     index.verify()
+            for loaded in self._sets.values():
+                require_same_origin(loaded.indices[0], indices[0])
             self._sets[split] = ShardSet(indices)
         return self._sets[split]
 
@@ -130,9 +132,21 @@ class ShardDataModule(pl.LightningDataModule):
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names by label; empty for sets without classes."""
+        return next(self._first_indices()).classes
+
+    @property
+    def tokenizer(self) -> Mapping[str, Any] | None:
+        """What made the tokens, see `ShardIndex.tokenizer`; None for sets without tokens."""
+        return next((index.tokenizer for index in self._first_indices() if "tokens" in index.fields), None)
+
+    @property
+    def text_encoder(self) -> Mapping[str, Any] | None:
+        """What made the text states, see `ShardIndex.text_encoder`; None for sets without them."""
+        return next((index.text_encoder for index in self._first_indices() if "text_states" in index.fields), None)
+
+    def _first_indices(self) -> Iterator[ShardIndex]:
         splits: tuple[Split, ...] = ("train", "val", "test")
-        first = next(split for split in splits if self.sources[split] is not None)
-        return self.shard_set(first).indices[0].classes
+        return (self.shard_set(split).indices[0] for split in splits if self.sources[split] is not None)
 
     def setup(self, stage: str) -> None:
         """Check the shards that a stage needs; called by Lightning."""

@@ -3,13 +3,14 @@
 A shard set is a folder with WebDataset tar files and one `index.json`, which is written last: a folder without it is no
 shard set. Every sample is `<key>.<extension>` files, side by side in one tar:
 
-| field    | extension             | content                                                         |
-|----------|-----------------------|-----------------------------------------------------------------|
-| `image`  | `png`, `jpg`, `webp`… | an encoded picture                                              |
-| `latent` | `latent.npy`          | (2C, h, w) float16/float32, posterior mean and log-variance     |
-| `tokens` | `tokens.npy`          | (K,) integers                                                   |
-| `label`  | `cls`                 | class index as decimal text, -1 for a picture without a class   |
-| `text`   | `txt`                 | caption, UTF-8                                                  |
+| field         | extension             | content                                                       |
+|---------------|-----------------------|---------------------------------------------------------------|
+| `image`       | `png`, `jpg`, `webp`… | an encoded picture                                            |
+| `latent`      | `latent.npy`          | (2C, h, w) float16/float32, posterior mean and log-variance   |
+| `tokens`      | `tokens.npy`          | (K,) integers                                                 |
+| `label`       | `cls`                 | class index as decimal text, -1 for a picture without a class |
+| `text`        | `txt`                 | caption, UTF-8                                                |
+| `text_states` | `states.npy`          | (L, E) floats, the caption under a text encoder, not padded   |
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import braceexpand
 INDEX_NAME = "index.json"
 FORMAT = "flextok_pl.shards"
 FORMAT_VERSION = 1
-FIELDS = ("image", "latent", "tokens", "label", "text")
+FIELDS = ("image", "latent", "tokens", "label", "text", "text_states")
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm")
 
 
@@ -58,13 +59,14 @@ class ShardIndex:
 
     Args:
         folder: where the tar files lie.
-        fields: which of `image`, `latent`, `tokens`, `label`, `text` each sample has.
+        fields: which of `image`, `latent`, `tokens`, `label`, `text`, `text_states` each sample has.
         shards: the tar files, in order.
         classes: class names by label, empty for a set without classes.
         image_size: side in pixels of the (square) pictures that the samples hold or were made from; None for pictures
             of any size.
         arguments: what the writer was called with; equal arguments make an equal set.
-        provenance: where the content comes from: source, licence, versions, the autoencoder of latents.
+        provenance: where the content comes from: source, licence, versions, the autoencoder of latents, the tokenizer
+            of tokens, the text encoder of text states.
     """
 
     folder: Path
@@ -84,6 +86,21 @@ class ShardIndex:
     def paths(self) -> list[Path]:
         """The tar files."""
         return [self.folder / shard.name for shard in self.shards]
+
+    @property
+    def tokenizer(self) -> Mapping[str, Any] | None:
+        """What made the tokens: at least `sha256`, `vocab_size` and `num_tokens` (K); None where that is unknown."""
+        return self.provenance.get("tokenizer")
+
+    @property
+    def tokenizer_hash(self) -> str | None:
+        """Tells whose tokens these are."""
+        return (self.tokenizer or {}).get("sha256")
+
+    @property
+    def text_encoder(self) -> Mapping[str, Any] | None:
+        """What made the text states: at least `name`; None where that is unknown."""
+        return self.provenance.get("text_encoder")
 
     def to_json(self) -> str:
         """The text of `index.json`."""
@@ -116,8 +133,8 @@ class ShardIndex:
         if not file.is_file():
             reason = "is no folder" if not file.parent.is_dir() else f"has no {INDEX_NAME}"
             raise ShardError(
-                f"{file.parent} {reason}: a shard set is made by `flextok data demo|folder|latents`, which writes "
-                f"{INDEX_NAME} last; give the folder of a finished one (often DST/train or DST/val)"
+                f"{file.parent} {reason}: a shard set is made by `flextok data demo|folder|latents|tokens`, which "
+                f"writes {INDEX_NAME} last; give the folder of a finished one (often DST/train or DST/val)"
             )
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
@@ -214,7 +231,26 @@ def load_indices(source: str | Path | list[str]) -> list[ShardIndex]:
                     f"{first.folder} and {other.folder} differ in {name} ({getattr(first, name)} and "
                     f"{getattr(other, name)}); sets read together must be of one kind"
                 )
+        require_same_origin(first, other)
     return indices
+
+
+def require_same_origin(first: ShardIndex, other: ShardIndex) -> None:
+    """Check that one model can be trained on both sets.
+
+    Raises:
+        ShardError: they hold tokens of different tokenizers, or text states of different encoders.
+    """
+    origins = (
+        ("tokens", "tokenizer", first.tokenizer_hash, other.tokenizer_hash),
+        ("text_states", "text encoder", first.text_encoder, other.text_encoder),
+    )
+    for name, maker, one, another in origins:
+        if name in first.fields and name in other.fields and one != another:
+            raise ShardError(
+                f"{first.folder} and {other.folder} hold {name} of different {maker}s ({one} and {another}), and one "
+                f"model cannot read both; write one of them again by `flextok data tokens` with the other's {maker}"
+            )
 
 
 def _restricted(index: ShardIndex, names: set[str]) -> ShardIndex:

@@ -1,6 +1,6 @@
 """One sample of a shard: read, checked, decoded, and collated into a batch.
 
-Shapes in this file: B batch, S image side, (2C, h, w) moments, K registers.
+Shapes in this file: B batch, S image side, (2C, h, w) moments, K registers, L text positions, E text width.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import webdataset as wds
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from flextok_pl.contracts import Batch
 from flextok_pl.data.index import IMAGE_EXTENSIONS, ShardError, ShardIndex
@@ -29,6 +30,7 @@ class Decoded(TypedDict, total=False):
     tokens: Tensor
     label: int
     text: str
+    text_states: Tensor
     key: str
 
 
@@ -94,6 +96,8 @@ def _decode(index: ShardIndex, raw: dict[str, Any]) -> Decoded:
             sample["tokens"] = torch.from_numpy(tokens.astype(np.int64))  # (K,)
         elif name == "label":
             sample["label"] = _label(raw, len(index.classes))
+        elif name == "text_states":
+            sample["text_states"] = torch.from_numpy(_array(raw, "states.npy", "f", 2))  # (L, E)
         else:
             sample["text"] = _member(raw, "txt").decode("utf-8")
     return sample
@@ -132,11 +136,30 @@ def stacked(samples: Sequence[Decoded], name: Literal["latent", "tokens"]) -> Te
     Raises:
         ShardError: they differ in shape.
     """
+    _require_equal_shapes(samples, name)
+    return torch.stack([sample[name] for sample in samples])
+
+
+def padded(samples: Sequence[Decoded]) -> tuple[Tensor, Tensor]:
+    """The text states of B samples as float32 (B, L, E), padded with zeros to the longest, and their mask (B, L).
+
+    Raises:
+        ShardError: they differ in width.
+    """
+    _require_equal_shapes(samples, "text_states", first_axis=1)
+    states = [sample["text_states"].to(torch.float32) for sample in samples]
+    lengths = torch.tensor([len(state) for state in states])  # (B,)
+    batch = pad_sequence(states, batch_first=True)  # (B, L, E)
+    return batch, torch.arange(batch.shape[1]) < lengths[:, None]
+
+
+def _require_equal_shapes(
+    samples: Sequence[Decoded], name: Literal["latent", "tokens", "text_states"], first_axis: int = 0
+) -> None:
     for sample in samples:
-        if sample[name].shape != samples[0][name].shape:
+        if sample[name].shape[first_axis:] != samples[0][name].shape[first_axis:]:
             shapes = [f"{s['key']!r} has {tuple(s[name].shape)}" for s in (samples[0], sample)]
             raise ShardError(f"samples differ in the shape of their {name}: {', '.join(shapes)}; write the set again")
-    return torch.stack([sample[name] for sample in samples])
 
 
 class Collate:
@@ -165,6 +188,8 @@ class Collate:
             batch["label"] = torch.tensor([s["label"] for s in samples], dtype=torch.int64)  # (B,)
         if "text" in first:
             batch["text"] = [s["text"] for s in samples]
+        if "text_states" in first:
+            batch["text_states"], batch["text_mask"] = padded(samples)  # (B, L, E), (B, L)
         return batch
 
     def picture(self, image: Image.Image, key: str, epoch: int) -> Image.Image:

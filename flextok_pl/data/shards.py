@@ -1,8 +1,8 @@
 """Writing shard sets: atomic, parallel, repeatable.
 
 A shard appears under its final name only when it is complete and on disk, and `index.json` comes last. While a set is
-being written its folder holds `index.json.partial`; what an interrupted run left is then known to be ours and replaced
-by the next one.
+being written its folder holds `index.json.partial` with the writer's arguments; what an interrupted run left is then
+known to be ours, and the next one replaces it, or goes on from it where the arguments are the same.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -62,7 +63,6 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> ShardInfo:
         OSError: the disk is full, or writing failed otherwise; nothing stays behind.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    count = 0
     try:
         with temporary.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
             for sample in samples:
@@ -71,13 +71,10 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> ShardInfo:
                     info = tarfile.TarInfo(f"{sample.key}.{extension}")  # time, user and group are zero
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
-                count += 1
             tar.close()
             file.flush()
             os.fsync(file.fileno())
-        with temporary.open("rb") as written:
-            digest = hashlib.file_digest(written, "sha256").hexdigest()
-        size = temporary.stat().st_size
+        shard = _shard_info(temporary, path.name)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -85,7 +82,16 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> ShardInfo:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    return ShardInfo(name=path.name, count=count, bytes=size, sha256=digest)
+    return shard
+
+
+def _shard_info(path: Path, name: str) -> ShardInfo:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            count = sum(1 for _ in groupby(tar.getnames(), lambda member: member.partition(".")[0]))
+    return ShardInfo(name=name, count=count, bytes=path.stat().st_size, sha256=digest)
 
 
 def _check_key(key: str) -> None:
@@ -125,13 +131,14 @@ def write_index(index: ShardIndex) -> None:
         os.close(folder)
 
 
-def start_set(folder: Path, arguments: Mapping[str, Any], overwrite: bool) -> ShardIndex | None:
+def start_set(folder: Path, arguments: Mapping[str, Any], overwrite: bool, resume: bool = False) -> ShardIndex | None:
     """Make a folder ready for a new shard set, or find that the set is there.
 
     Args:
         folder: where the set goes.
         arguments: what decides its content, as JSON types.
         overwrite: replace a finished set.
+        resume: keep the shards of an interrupted run with equal arguments, for `complete_shards`.
 
     Returns:
         The index of the finished and intact set that equal arguments made before, else None: write now.
@@ -157,12 +164,39 @@ def start_set(folder: Path, arguments: Mapping[str, Any], overwrite: bool) -> Sh
         raise ShardError(
             f"{folder} holds files that are no part of a shard set, such as {foreign[0].name}; choose an empty folder"
         )
-    (folder / PARTIAL_NAME).write_text(json.dumps(dict(arguments)), encoding="utf-8")
+    partial, text = folder / PARTIAL_NAME, json.dumps(dict(arguments), sort_keys=True)
+    if resume and not finished and partial.exists() and partial.read_text(encoding="utf-8") == text:
+        return None
+    partial.write_text("", encoding="utf-8")  # ours, and of no arguments until nothing of another run is left
     (folder / INDEX_NAME).unlink(missing_ok=True)  # before its shards go
     for path in leftovers:
         if path.name not in (PARTIAL_NAME, INDEX_NAME):
             path.unlink()
+    partial.write_text(text, encoding="utf-8")
     return None
+
+
+def complete_shards(folder: Path, counts: Sequence[int]) -> list[ShardInfo]:
+    """The leading shards that an interrupted run has left complete.
+
+    Args:
+        folder: prepared by `start_set` with `resume`.
+        counts: samples of each shard of the whole set.
+
+    Returns:
+        What `write_shard` returned for them; the next shard to write is the one with their number.
+    """
+    shards: list[ShardInfo] = []
+    for number, count in enumerate(counts):
+        path = folder / shard_name(number)
+        try:
+            shard = _shard_info(path, path.name)
+        except (FileNotFoundError, tarfile.TarError):
+            break
+        if shard.count != count:
+            break
+        shards.append(shard)
+    return shards
 
 
 def _is_ours(name: str) -> bool:

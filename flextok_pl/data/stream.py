@@ -72,7 +72,9 @@ def _worker_span(num_samples: int, batch_size: int, reader: Reader) -> tuple[int
     return min(start * batch_size, num_samples), min(stop * batch_size, num_samples)
 
 
-def eval_positions(num_samples: int, limit: int | None, batch_size: int, reader: Reader) -> Sequence[int]:
+def eval_positions(
+    num_samples: int, limit: int | None, batch_size: int, reader: Reader, in_turns: bool = False
+) -> Sequence[int]:
     """The samples that a worker evaluates: over all readers each one exactly once.
 
     Args:
@@ -80,6 +82,7 @@ def eval_positions(num_samples: int, limit: int | None, batch_size: int, reader:
         limit: take only this many, evenly spread.
         batch_size: workers of a rank share its samples in whole batches.
         reader: who asks.
+        in_turns: a rank's workers take every n-th batch each, not batches side by side.
 
     Returns:
         Ascending sample numbers.
@@ -89,6 +92,9 @@ def eval_positions(num_samples: int, limit: int | None, batch_size: int, reader:
         chosen = [i * num_samples // limit for i in range(limit)]
     total = len(chosen)
     mine = chosen[total * reader.rank // reader.world_size : total * (reader.rank + 1) // reader.world_size]
+    if in_turns:
+        starts = range(0, len(mine), batch_size)[reader.worker :: reader.num_workers]
+        return [position for start in starts for position in mine[start : start + batch_size]]
     start, stop = _worker_span(len(mine), batch_size, reader)
     return mine[start:stop]
 
@@ -144,6 +150,8 @@ class Plan:
         seed: seed of the order.
         drop_last: in training, see `train_span`.
         limit: in evaluation, see `eval_positions`.
+        in_turns: in evaluation, the loader delivers the stored order in the same batches with any number of workers;
+            each of them then reads all shards of its rank.
     """
 
     batch_size: int
@@ -153,6 +161,7 @@ class Plan:
     seed: int = 0
     drop_last: bool = True
     limit: int | None = None
+    in_turns: bool = False
 
 
 class EpochStream(IterableDataset[Batch]):
@@ -184,11 +193,16 @@ class EpochStream(IterableDataset[Batch]):
         return -(-self._share(Reader(self.plan.rank, self.plan.world_size)) // self.plan.batch_size)
 
     def _share(self, reader: Reader) -> int:
-        plan, total = self.plan, self.data.num_samples
+        plan = self.plan
         if plan.train:
-            start, stop = train_span(total, plan.batch_size, plan.drop_last, reader)
+            start, stop = train_span(self.data.num_samples, plan.batch_size, plan.drop_last, reader)
             return stop - start
-        return len(eval_positions(total, plan.limit, plan.batch_size, reader))
+        return len(self.eval_share(reader))
+
+    def eval_share(self, reader: Reader) -> Sequence[int]:
+        """The samples that a reader evaluates, see `eval_positions`."""
+        plan = self.plan
+        return eval_positions(self.data.num_samples, plan.limit, plan.batch_size, reader, plan.in_turns)
 
     def next_pass(self) -> tuple[int, Reader, int]:
         """Epoch, what this process and worker reads of it, and how many of its batches to leave out."""
@@ -223,8 +237,8 @@ class StreamedBatches(EpochStream):
         )
 
     def _samples(self, epoch: int, reader: Reader, first: int) -> Iterator[Decoded]:
-        raw = self._train(epoch, reader) if self.plan.train else self._evaluate(reader)
-        for index, sample in islice(raw, first, None):
+        raw = islice(self._train(epoch, reader), first, None) if self.plan.train else self._evaluate(reader, first)
+        for index, sample in raw:
             yield decode_sample(index, sample)
 
     def _train(self, epoch: int, reader: Reader) -> Iterator[tuple[ShardIndex, dict[str, Any]]]:
@@ -234,8 +248,8 @@ class StreamedBatches(EpochStream):
         raw = (sample for span in self.data.spans(order, start, stop) for sample in self.data.read(*span))
         yield from shuffled(raw, self.shuffle_buffer, sample_generator(plan.seed, epoch, f"buffer {start}"))
 
-    def _evaluate(self, reader: Reader) -> Iterator[tuple[ShardIndex, dict[str, Any]]]:
-        positions = eval_positions(self.data.num_samples, self.plan.limit, self.plan.batch_size, reader)
+    def _evaluate(self, reader: Reader, first: int) -> Iterator[tuple[ShardIndex, dict[str, Any]]]:
+        positions = self.eval_share(reader)[first:]
         if not positions:
             return
         wanted, position = set(positions), positions[0]
@@ -284,7 +298,7 @@ class CachedBatches(EpochStream):
     def _order(self, epoch: int, reader: Reader) -> Sequence[int]:
         plan, total = self.plan, len(self.cache)
         if not plan.train:
-            return list(eval_positions(total, plan.limit, plan.batch_size, reader))
+            return list(self.eval_share(reader))
         permutation = torch.randperm(total, generator=sample_generator(plan.seed, epoch, "samples"))
         start, stop = train_span(total, plan.batch_size, plan.drop_last, reader)
         mine: list[int] = permutation[torch.arange(start, stop) % total].tolist()
