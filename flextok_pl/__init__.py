@@ -7,20 +7,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flextok_pl.assets import DEMO_TOKENIZER, DEMO_VAE
-    from flextok_pl.callbacks import ReconstructionFID
+    from flextok_pl.assets import DEMO_PRIOR, DEMO_TOKENIZER, DEMO_VAE
+    from flextok_pl.callbacks import GenerationFID, ReconstructionFID
     from flextok_pl.data import ShardDataModule
-    from flextok_pl.models.config import FlexTokConfig, VAEConfig
+    from flextok_pl.models.config import FlexTokConfig, PriorConfig, VAEConfig
+    from flextok_pl.models.prior import Prior
     from flextok_pl.models.tokenizer import FlexTok
     from flextok_pl.models.vae import VAE
-    from flextok_pl.modules import TokenizerModule, VAEModule
+    from flextok_pl.modules import PriorModule, TokenizerModule, VAEModule
 
 __all__ = [
+    "DEMO_PRIOR",
     "DEMO_TOKENIZER",
     "DEMO_VAE",
     "VAE",
     "FlexTok",
     "FlexTokConfig",
+    "GenerationFID",
+    "Prior",
+    "PriorConfig",
+    "PriorModule",
     "ReconstructionFID",
     "ShardDataModule",
     "TokenizerModule",
@@ -29,11 +35,16 @@ __all__ = [
 ]
 
 _HOMES = {
+    "DEMO_PRIOR": "flextok_pl.assets",
     "DEMO_TOKENIZER": "flextok_pl.assets",
     "DEMO_VAE": "flextok_pl.assets",
     "VAE": "flextok_pl.models.vae",
     "FlexTok": "flextok_pl.models.tokenizer",
     "FlexTokConfig": "flextok_pl.models.config",
+    "GenerationFID": "flextok_pl.callbacks",
+    "Prior": "flextok_pl.models.prior",
+    "PriorConfig": "flextok_pl.models.config",
+    "PriorModule": "flextok_pl.modules",
     "ReconstructionFID": "flextok_pl.callbacks",
     "ShardDataModule": "flextok_pl.data",
     "TokenizerModule": "flextok_pl.modules",

@@ -1,4 +1,4 @@
-"""What the parts of the suite agree on: batches, protocols, default budgets, and the identity of a model.
+"""What the parts of the suite agree on: batches, protocols, defaults and ranges of options, the identity of a model.
 
 Shapes in this file: B batch, H x W image, C x h x w latent, K registers, L text positions, E text width.
 """
@@ -118,6 +118,22 @@ def default_budgets(num_registers: int) -> list[int]:
         raise ValueError(f"num_registers={num_registers} must be at least 1")
     powers = [2**i for i in range(num_registers.bit_length()) if 2**i < num_registers]
     return [*powers, num_registers]
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Refuse settings from which no token could be drawn.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    if not temperature >= 0:
+        raise ValueError(f"temperature={temperature} must be 0 (the most likely token) or more")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k} must be at least 1, or None to keep all tokens")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(
+            f"top_p={top_p} must be a share in (0, 1]; for the most likely token only set temperature=0 or top_k=1"
+        )
 
 
 def weights_hash(network: nn.Module) -> str:

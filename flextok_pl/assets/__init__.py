@@ -1,4 +1,4 @@
-"""What ships with the package: the demo's autoencoder and tokenizer. README.md beside it says how they were made."""
+"""What ships with the package: the demo's autoencoder, tokenizer and prior. README.md beside it tells their making."""
 
 from pathlib import Path
 
@@ -7,3 +7,6 @@ DEMO_VAE = Path(__file__).with_name("vae_demo")
 
 DEMO_TOKENIZER = Path(__file__).with_name("tokenizer_demo.safetensors")
 """The demo tokenizer, its autoencoder included: 64 px pictures, 64 tokens."""
+
+DEMO_PRIOR = Path(__file__).with_name("prior_demo.safetensors")
+"""The demo prior of the nine emoji groups, for the demo tokenizer's tokens."""

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
 from flextok_pl.callbacks.evaluation import batch_images, log_evaluation, module_reconstructor
 from flextok_pl.metrics.codes import codebook_use, distinct_tokens, perplexity, position_entropy
 from flextok_pl.metrics.distributed import gather_rows
+from flextok_pl.metrics.images import figure_to_image
 
 
 class CodebookReport(Callback):
@@ -101,7 +99,6 @@ def plot_entropy(entropy: Tensor, num_samples: int, vocab_size: int | None) -> T
         (3, H, W) uint8.
     """
     figure = Figure(figsize=(6, 3), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.bar(range(1, len(entropy) + 1), entropy.tolist(), width=1.0, edgecolor="white", linewidth=0.3)
     limit = min(num_samples, vocab_size or num_samples)
@@ -109,6 +106,4 @@ def plot_entropy(entropy: Tensor, num_samples: int, vocab_size: int | None) -> T
     axes.set_title(f"{num_samples} images; dashed: log2 {limit}, the most that could be seen", fontsize=9)
     axes.set_xlabel("token position")
     axes.set_ylabel("entropy (bits)")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return torch.from_numpy(np.asarray(Image.open(buffer).convert("RGB")).copy()).permute(2, 0, 1)
+    return figure_to_image(figure)

@@ -1,15 +1,20 @@
-"""Images per second, and the share of time that training waits for data."""
+"""Images per second, operations per second, and the share of time that training waits for data."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class Throughput(Callback):
     """Log `train/images_per_s` (all ranks) and `train/data_share` over every window of training steps.
+
+    Of a module that states `flops_per_sample` also `train/tflops_per_s` and, where Lightning knows the device's peak,
+    their ratio `train/mfu`.
 
     Data loading is the time between the end of a batch and the start of the next, so hooks that run there, such as
     saving a checkpoint, count too; validation does not. The clock is the CPU's: what it waits for a GPU counts as
@@ -56,6 +61,12 @@ class Throughput(Callback):
                 "train/images_per_s": self._images * trainer.world_size / total,
                 "train/data_share": self._waited / total,
             }
+            flops = getattr(pl_module, "flops_per_sample", None)
+            if flops is not None:
+                metrics["train/tflops_per_s"] = flops * metrics["train/images_per_s"] / 1e12
+                peak = _peak_flops(trainer)
+                if peak is not None:
+                    metrics["train/mfu"] = metrics["train/tflops_per_s"] * 1e12 / (peak * trainer.world_size)
             # Not through the module's log(), which drops what does not fall on the trainer's own logging step.
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)
@@ -64,3 +75,13 @@ class Throughput(Callback):
     def _clear(self) -> None:
         self._waited = self._computed = 0.0
         self._images = self._batches = 0
+
+
+def _peak_flops(trainer: Trainer) -> float | None:
+    """Operations per second of one device in the precision of the training, where Lightning knows them."""
+    device = trainer.strategy.root_device
+    if device.type != "cuda":
+        return None
+    precision = str(trainer.precision)
+    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float16 if precision.startswith("16") else None
+    return get_available_flops(device, dtype or torch.float32)

@@ -20,6 +20,8 @@ COMMANDS = {
     "data demo": ("tools:data_demo", "write the embedded OpenMoji demo set as shards"),
     "data folder": ("tools:data_folder", "write a folder of images as shards"),
     "data latents": ("tools:data_latents", "encode the images of a shard set by a VAE, as shards"),
+    "data tokens": ("tools:data_tokens", "tokenize the images of a shard set, as shards"),
+    "generate": ("generate:run", "show generated images at several token budgets, as one picture"),
     "reconstruct": ("tools:reconstruct", "show images at several token budgets, as one picture"),
 }
 """Command -> (module:function of this package, one line of help). A function takes the command and its arguments."""
@@ -98,7 +100,7 @@ def _overview() -> str:
         [
             "usage: flextok COMMAND ...",
             "",
-            "Train, evaluate and use FlexTok image tokenizers.",
+            "Train, evaluate and use FlexTok image tokenizers and their priors.",
             "",
             *lines,
             "",

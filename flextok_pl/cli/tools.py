@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,10 +11,11 @@ from jsonargparse import ArgumentParser
 
 from flextok_pl.assets import DEMO_TOKENIZER
 from flextok_pl.cli import UserError
-from flextok_pl.contracts import default_budgets
-from flextok_pl.data import Augmentation, write_demo, write_folder, write_latents
+from flextok_pl.contracts import default_budgets, weights_hash
+from flextok_pl.data import Augmentation, write_demo, write_folder, write_latents, write_tokens
 from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, center_crop, decode_image, to_rgb, to_tensor
 from flextok_pl.metrics.images import reconstruction_grid, save_png
+from flextok_pl.models.text import TextEncoder
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
 
@@ -33,6 +33,11 @@ def data_folder(command: str, arguments: Sequence[str]) -> None:
 def data_latents(command: str, arguments: Sequence[str]) -> None:
     """Run `flextok data latents`."""
     _run(encode_shards, command, arguments)
+
+
+def data_tokens(command: str, arguments: Sequence[str]) -> None:
+    """Run `flextok data tokens`."""
+    _run(tokenize_shards, command, arguments, as_positional=False)
 
 
 def reconstruct(command: str, arguments: Sequence[str]) -> None:
@@ -73,17 +78,15 @@ def encode_shards(
         overwrite: replace a set that was made with other arguments.
         device: where to run the VAE; default a GPU where there is one.
     """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = default_device(device)
     encoder = FlexTok.from_pretrained(vae).require_vae() if vae.endswith(".safetensors") else VAE.from_pretrained(vae)
-    digest = hashlib.sha256()
-    for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    source_id = {"vae": vae, "sha256": weights_hash(encoder)}
     encoder = encoder.to(place).eval().requires_grad_(False)
     write_latents(
         src,
         dst,
         lambda images: encoder.moments(images.to(place)).cpu(),
-        source_id={"vae": vae, "sha256": digest.hexdigest()},
+        source_id=source_id,
         image_size=image_size,
         num_views=num_views,
         augmentation=augmentation,
@@ -91,6 +94,69 @@ def encode_shards(
         batch_size=batch_size,
         num_workers=num_workers,
         dtype=dtype,
+        samples_per_shard=samples_per_shard,
+        overwrite=overwrite,
+    )
+
+
+def tokenize_shards(
+    src: str,
+    dst: str,
+    *,
+    ckpt: str,
+    image_size: int | None = None,
+    num_views: int = 1,
+    augmentation: Augmentation = DEFAULT_AUGMENTATION,
+    text_encoder: str | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    num_workers: int = 2,
+    samples_per_shard: int = 4000,
+    overwrite: bool = False,
+    device: str | None = None,
+) -> None:
+    """Tokenize the images of a shard set, once, and write their tokens as a shard set that priors train on.
+
+    Ten views with random crops and flips are the custom on ImageNet: `--num_views 10`. An interrupted run goes on where
+    it was when the same command is given again.
+
+    Args:
+        src: shard set of images.
+        dst: folder of the new set.
+        ckpt: tokenizer: a `.safetensors` file, a folder or a Hub id.
+        image_size: side in pixels of the pictures that are tokenized; default the tokenizer's own.
+        num_views: token sequences per picture: of its centre crop, and of further random changes of it.
+        augmentation: those random changes.
+        text_encoder: also store the captions' states under this encoder: `minilm`, or a folder or Hub id of a T5.
+        seed: of the changes.
+        batch_size: pictures at a time.
+        num_workers: processes that decode pictures.
+        samples_per_shard: sequences per tar file.
+        overwrite: replace a set that was made with other arguments.
+        device: where to run the tokenizer; default a GPU where there is one.
+    """
+    place = default_device(device)
+    tok = FlexTok.from_pretrained(ckpt)
+    encoder = None if text_encoder is None else TextEncoder(text_encoder).to(place)
+    tokenizer_id = {
+        "sha256": weights_hash(tok),
+        "vocab_size": tok.config.vocab_size,
+        "num_tokens": tok.num_registers,
+    }
+    tok = tok.to(place)
+    write_tokens(
+        src,
+        dst,
+        lambda images: tok.tokenize(images.to(place)),
+        tokenizer_id=tokenizer_id,
+        image_size=image_size or picture_size(tok),
+        num_views=num_views,
+        augmentation=augmentation,
+        seed=seed,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        encode_text=None if encoder is None else lambda texts: encoder(texts, truncate=True),
+        text_encoder_id=None if encoder is None else {"name": encoder.name, "max_length": encoder.max_length},
         samples_per_shard=samples_per_shard,
         overwrite=overwrite,
     )
@@ -122,10 +188,10 @@ def reconstruct_images(
         vae_config: diffusers configuration (JSON) of an official checkpoint's autoencoder, if not the published one.
         device: default a GPU where there is one.
     """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = default_device(device)
     tok = FlexTok.from_pretrained(ckpt or DEMO_TOKENIZER, vae_config=vae_config, device=place)
-    budgets = default_budgets(tok.num_registers) if num_tokens is None else _numbers("num_tokens", num_tokens)
-    side = min(tok.latent_size) * tok.require_vae().config.downsampling
+    budgets = token_budgets(num_tokens, tok.num_registers)
+    side = picture_size(tok)
     originals = to_tensor([center_crop(to_rgb(_picture(file)), side) for file in images])  # (B, 3, side, side)
     tokens = tok.tokenize(originals.to(place))
     decoded = {}
@@ -146,25 +212,57 @@ def reconstruct_images(
     print(f"{len(images)} pictures at {budgets} tokens: {target}")
 
 
-def _run(function: Callable[..., Any], command: str, arguments: Sequence[str], several: str | None = None) -> None:
+def _run(
+    function: Callable[..., Any],
+    command: str,
+    arguments: Sequence[str],
+    several: str | None = None,
+    as_positional: bool = True,
+) -> None:
     """Parse a function's arguments and call it; `several` names a parameter that takes one or more."""
     summary = (function.__doc__ or "").split("\n")[0]
     parser = ArgumentParser(prog=f"flextok {command}", description=summary)
     if several is not None:
         parser.add_argument(several, nargs="+", type=str, help="one or more files")
-    parser.add_function_arguments(function, as_positional=True, skip={several} if several is not None else None)
-    options = parser.instantiate_classes(parser.parse_args(list(arguments)))
+    skip: set[str | int] | None = {several} if several is not None else None
+    parser.add_function_arguments(function, as_positional=as_positional, skip=skip)
+    call(function, parser.instantiate_classes(parser.parse_args(list(arguments))).as_dict())
+
+
+def call(function: Callable[..., Any], options: dict[str, Any]) -> None:
+    """Call a tool.
+
+    Raises:
+        UserError: the options ask for what cannot be done.
+    """
     try:
-        function(**options.as_dict())
+        function(**options)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
 
 
-def _numbers(name: str, text: str) -> list[int]:
+def default_device(device: str | None) -> torch.device:
+    """The device of this name, or a GPU where there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def picture_size(tok: FlexTok) -> int:
+    """Side in pixels of the pictures that a tokenizer was made for."""
+    return min(tok.latent_size) * tok.require_vae().config.downsampling
+
+
+def token_budgets(text: str | None, num_registers: int) -> list[int]:
+    """`1,4,16` -> [1, 4, 16]; None -> 1, 2, 4, ... K.
+
+    Raises:
+        ValueError: the text is something else.
+    """
+    if text is None:
+        return default_budgets(num_registers)
     try:
         return [int(number) for number in text.strip("[]").split(",")]
     except ValueError:
-        raise ValueError(f"{name}={text!r} must be whole numbers separated by commas, such as 1,4,16,64") from None
+        raise ValueError(f"num_tokens={text!r} must be whole numbers separated by commas, such as 1,4,16,64") from None
 
 
 def _picture(file: str) -> Any:

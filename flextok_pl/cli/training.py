@@ -14,14 +14,17 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LearningRa
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import flextok_pl.modules  # noqa: F401  makes the modules known by their bare class names
-from flextok_pl.callbacks import CodebookReport, ReconstructionFID, Throughput
+from flextok_pl.callbacks import CodebookReport, GenerationFID, ReconstructionFID, Throughput, TokenReport
 from flextok_pl.cli import UserError, base_config, config_paths
 from flextok_pl.data import ShardDataModule, ShardError
+from flextok_pl.modules.saved_prior import SavedPrior
 from flextok_pl.modules.saved_tokenizer import SavedTokenizer
 
 CALLBACKS: dict[str, type[Callback]] = {
     "rfid": ReconstructionFID,
+    "gfid": GenerationFID,
     "codebook": CodebookReport,
+    "positions": TokenReport,
     "throughput": Throughput,
     "lr_monitor": LearningRateMonitor,
     "checkpoint": ModelCheckpoint,
@@ -70,20 +73,35 @@ class FlexTokCLI(LightningCLI):
                 default=None,
                 help="Evaluate this tokenizer (a .safetensors file, a folder or a Hub id) in place of the model.",
             )
+            parser.add_argument(
+                "--prior",
+                type=str | None,
+                default=None,
+                help="Evaluate this prior (a .safetensors file) with that tokenizer in place of the model.",
+            )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what `flextok` was given, which need not be `sys.argv`."""
         self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
-        """Name the runs of loggers that are not named, and put a finished tokenizer in the model's place."""
+        """Name the runs of loggers that are not named, and put finished models in the model's place."""
         config = self.config[self._only]
-        if config.get("tokenizer") is not None:
+        tokenizer, prior = config.get("tokenizer"), config.get("prior")
+        if tokenizer is not None or prior is not None:
             if config.ckpt_path is not None:
-                raise UserError("--tokenizer and --ckpt_path both name weights; give one of them")
-            class_path = f"{SavedTokenizer.__module__}.{SavedTokenizer.__name__}"
-            options = Namespace(path=config.tokenizer, vae_config=None)  # type: ignore[no-untyped-call]
-            config.model = Namespace(class_path=class_path, init_args=options)  # type: ignore[no-untyped-call]
+                name = "tokenizer" if prior is None else "prior"
+                raise UserError(f"--{name} and --ckpt_path both name weights; give one of them")
+            if tokenizer is None:
+                raise UserError(f"--prior {prior} needs --tokenizer, the one whose tokens it knows, to decode images")
+            saved: type[LightningModule] = SavedTokenizer
+            options = {"path": tokenizer, "vae_config": None}
+            if prior is not None:
+                saved, options = SavedPrior, {"path": prior, "tokenizer": tokenizer, "text_encoder": None}
+            config.model = Namespace(  # type: ignore[no-untyped-call]
+                class_path=f"{saved.__module__}.{saved.__name__}",
+                init_args=Namespace(**options),  # type: ignore[no-untyped-call]
+            )
         logger = config.trainer.logger
         for one in logger if isinstance(logger, list) else [logger]:
             if isinstance(one, Namespace) and one.get("init_args", {}).get("name") == "lightning_logs":

@@ -50,6 +50,9 @@ class FeatureExtractor(Protocol):
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, D) float32 on the same device."""
 
+    def class_logits(self, features: Tensor) -> Tensor | None:
+        """(B, D) -> (B, C) that an inception score takes, or None if these features have none."""
+
     def to(self, device: torch.device) -> FeatureExtractor:
         """Move the network."""
 
@@ -74,6 +77,9 @@ class _NetworkExtractor:
 
     def _features(self, images: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def class_logits(self, features: Tensor) -> Tensor | None:
+        return None
 
     def to(self, device: torch.device) -> _NetworkExtractor:
         self.network.to(device)
@@ -124,6 +130,13 @@ class TorchFidelityExtractor(_NetworkExtractor):
     def _features(self, images: Tensor) -> Tensor:
         features: Tensor = self.network(images)[0]
         return features
+
+    def class_logits(self, features: Tensor) -> Tensor | None:
+        """Logits without the bias, as TensorFlow's inception score takes them; None but for Inception."""
+        if self.name != INCEPTION:
+            return None
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return features.to(self.device) @ self.network.get_parameter("fc.weight").T
 
 
 class EfficientNetLite0Extractor(_NetworkExtractor):

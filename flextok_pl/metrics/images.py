@@ -6,14 +6,18 @@ B images, H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 PSNR_CAP = 100.0
 """PSNR in dB reported for equal images, whose error is zero."""
@@ -93,13 +97,40 @@ def reconstruction_grid(originals: Tensor, reconstructions: Mapping[int, Tensor]
     for heading, images in columns.items():
         if images.shape != originals.shape:
             raise ValueError(f"{heading}: shape {tuple(images.shape)} differs from originals {tuple(originals.shape)}")
-    batch, _, height, width = originals.shape
+    return _grid(columns, None, padding)
+
+
+def generation_grid(names: Sequence[str], generated: Mapping[int, Tensor], padding: int = 2) -> Tensor:
+    """One row per condition: its name, then the image at each budget, under column headings.
+
+    Args:
+        names: B conditions; long ones are broken into lines, and cut where they do not fit.
+        generated: token budget -> (B, 3, H, W), floating point in [-1, 1] or uint8.
+        padding: white pixels between pictures.
+
+    Returns:
+        (3, H', W') uint8.
+    """
+    return _grid({f"k={budget}": images for budget, images in generated.items()}, names, padding)
+
+
+def _grid(columns: Mapping[str, Tensor], names: Sequence[str] | None, padding: int) -> Tensor:
+    """Columns of (B, 3, H, W) pictures under their headings, with or without a column of names before them."""
+    batch, _, height, width = next(iter(columns.values())).shape
     font = _fitting_font(list(columns), width)
     top = int(font.getbbox("original")[3]) + 2 * padding
-    canvas = Image.new("RGB", (len(columns) * (width + padding) + padding, batch * (height + padding) + top), "white")
+    first = padding if names is None else 2 * width + padding
+    size = (first + len(columns) * (width + padding), batch * (height + padding) + top)
+    canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
+    points = max(8, min(16, height // 5))
+    small = ImageFont.load_default(points)
+    for row, name in enumerate(names or []):
+        text = "\n".join(_lines(name, small, 2 * width - 2 * padding)[: max(1, int(height / (1.4 * points)))])
+        middle = (padding, top + row * (height + padding) + height / 2)
+        draw.multiline_text(middle, text, fill="black", font=small, anchor="lm")
     for column, (heading, images) in enumerate(columns.items()):
-        left = padding + column * (width + padding)
+        left = first + column * (width + padding)
         draw.text((left + width / 2, padding), heading, fill="black", font=font, anchor="ma")
         pixels = images if images.dtype == torch.uint8 else to_uint8(images)
         for row, picture in enumerate(pixels.permute(0, 2, 3, 1).cpu().numpy()):  # (H, W, 3)
@@ -107,12 +138,31 @@ def reconstruction_grid(originals: Tensor, reconstructions: Mapping[int, Tensor]
     return torch.from_numpy(np.asarray(canvas).copy()).permute(2, 0, 1)
 
 
+def _lines(text: str, font: Font, width: int) -> list[str]:
+    """Break a text into lines of at most `width` pixels, at its spaces."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def figure_to_image(figure: Figure) -> Tensor:
+    """Draw a matplotlib figure: (3, H, W) uint8, at 100 pixels per inch."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    return torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].copy()).permute(2, 0, 1)  # type: ignore[no-untyped-call]
+
+
 def save_png(image: Tensor, path: Path) -> None:
     """Write (3, H, W) uint8 as a PNG file."""
     Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(path)
 
 
-def _fitting_font(texts: list[str], width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def _fitting_font(texts: list[str], width: int) -> Font:
     """The largest legible font whose texts fit into `width` pixels."""
     for size in range(max(8, min(24, width // 5)), 8, -1):
         font = ImageFont.load_default(size)

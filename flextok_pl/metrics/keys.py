@@ -15,9 +15,9 @@ def key_hash(key: str, purpose: str = "") -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def sample_generators(keys: Sequence[str], seed: int) -> list[torch.Generator]:
-    """One fresh CPU generator per sample, seeded by (seed, key): the same noise at every budget and on every device."""
-    return [torch.Generator().manual_seed(key_hash(key, f"noise {seed}")) for key in keys]
+def sample_generators(keys: Sequence[str], seed: int, purpose: str = "noise") -> list[torch.Generator]:
+    """One fresh CPU generator per sample, seeded by (seed, key): the same draws at every budget and on every device."""
+    return [torch.Generator().manual_seed(key_hash(key, f"{purpose} {seed}")) for key in keys]
 
 
 def choose_fraction(keys: Sequence[str], fraction: float, purpose: str) -> Tensor:

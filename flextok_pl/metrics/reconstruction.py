@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from flextok_pl.contracts import GuidanceScale, Reconstructor
+from flextok_pl.metrics.budget_statistics import BudgetStatistics
 from flextok_pl.metrics.distributed import all_reduce_sum, gather_objects, gather_rows
 from flextok_pl.metrics.feature_set import FeatureSet
 from flextok_pl.metrics.features import FeatureExtractor
-from flextok_pl.metrics.frechet import frechet_distance
 from flextok_pl.metrics.images import image_errors
-from flextok_pl.metrics.kernel import kernel_distance
-from flextok_pl.metrics.keys import choose_fraction, image_hash, key_hash, sample_generators
+from flextok_pl.metrics.keys import sample_generators
 from flextok_pl.metrics.lpips import LPIPS
 
 
@@ -113,7 +112,7 @@ class ImageMoments:
             raise ValueError(f"images of {tuple(self._sum.shape)} and {tuple(size)} are mixed; resize them to one size")
 
 
-class ReconstructionStatistics:
+class ReconstructionStatistics(BudgetStatistics):
     """Everything that per-budget reconstruction metrics need.
 
     Args:
@@ -132,25 +131,20 @@ class ReconstructionStatistics:
         lpips: LPIPS | None = None,
         real: FeatureSet | None = None,
     ) -> None:
-        self.budgets = list(budgets)
-        self.images = ImageMoments()
-        self.real = FeatureSet(extractor.dim) if real is None else real
-        self.data_hash = 0
-        self._extractor = extractor
-        self._pool_fraction = pool_fraction
-        self._lpips = lpips
-        self._real_is_complete = real is not None
-        self._sets = {budget: FeatureSet(extractor.dim) for budget in budgets}
         names = ("mae", "mse", "psnr", "ssim", *(["lpips"] if lpips else []))
-        self._sums = {budget: dict.fromkeys(names, 0.0) for budget in budgets}
+        super().__init__(budgets, extractor, pool_fraction, real, names)
+        self.images = ImageMoments()
+        self._lpips = lpips
+
+    @property
+    def image_size(self) -> list[int]:
+        """[H, W] of the images; empty before the first."""
+        return self.images.size
 
     def update_originals(self, originals: Tensor, keys: Sequence[str]) -> None:
         """Add (B, 3, H, W) uint8 originals with their keys."""
         self.images.update(originals)
-        for key, image in zip(keys, originals.cpu(), strict=True):
-            self.data_hash = _wrap(self.data_hash + image_hash(key, image))
-        if not self._real_is_complete:
-            self.real.update(self._extractor(originals), *self._ids(keys))
+        self._add_real(originals, keys)
 
     def update_reconstructions(
         self, budget: int, originals: Tensor, reconstructions: Tensor, keys: Sequence[str]
@@ -160,8 +154,8 @@ class ReconstructionStatistics:
         if self._lpips:
             errors["lpips"] = self._lpips(originals, reconstructions)
         for name, values in errors.items():
-            self._sums[budget][name] += float(values.sum())
-        self._sets[budget].update(self._extractor(reconstructions), *self._ids(keys))
+            self._add_values(budget, name, values)
+        self._add_features(self._sets[budget], self._extractor(reconstructions), keys)
 
     def all_reduce(self, device: torch.device) -> None:
         """Replace these statistics by those of all processes.
@@ -170,34 +164,17 @@ class ReconstructionStatistics:
             device: where the process group communicates.
         """
         self.images.all_reduce(device)
-        self.data_hash = int(all_reduce_sum(torch.tensor(self.data_hash), device).item())
-        if not self._real_is_complete:
-            self.real.all_reduce(device)
-            self._real_is_complete = True
-        for budget, sums in self._sums.items():
-            totals = all_reduce_sum(torch.tensor(list(sums.values()), dtype=torch.float64), device)
-            self._sums[budget] = dict(zip(sums, totals.tolist(), strict=True))
-            self._sets[budget].all_reduce(device)
+        super().all_reduce(device)
 
     def values(self, kernel_seed: int = 0) -> dict[int, dict[str, float]]:
         """Metrics by budget: distances first (absent below two images), then pixel metrics as means over images."""
         results: dict[int, dict[str, float]] = {}
-        for budget, sums in self._sums.items():
-            result: dict[str, float] = {}
-            if self.images.count > 1:
-                features = self._sets[budget]
-                kernel, _ = kernel_distance(self.real.pool(), features.pool(), seed=kernel_seed, paired=True)
-                result[self._extractor.metric_name] = frechet_distance(self.real.statistics, features.statistics)
-                result[self._extractor.kernel_metric_name] = kernel
-            result |= {name: total / self.images.count for name, total in sums.items()}
+        for budget in self.budgets:
+            result = self._distances(budget, kernel_seed, paired=True) | self._means(budget)
             if self.images.variance > 0:
                 result["mse_over_variance"] = result["mse"] / self.images.variance
             results[budget] = result
         return results
-
-    def _ids(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
-        ids = torch.tensor([key_hash(key) for key in keys], dtype=torch.int64)
-        return ids, choose_fraction(keys, self._pool_fraction, "pool")
 
 
 def check_each_sample_once(
@@ -231,8 +208,3 @@ def check_each_sample_once(
             "once (no drop_last, no skipped errors); no number is reported"
         )
     return len(seen)
-
-
-def _wrap(value: int) -> int:
-    """Into the range of int64, as tensor sums wrap."""
-    return (value + 2**63) % 2**64 - 2**63

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flextok_pl.contracts import PositionScale
+from flextok_pl.contracts import PositionScale, check_sampling
 from flextok_pl.layers.causal import NORM_EPS, CausalBlock, KeyValueCache, TextMemory
 from flextok_pl.models.config import PriorConfig
-from flextok_pl.models.sampling import check_sampling, sample_tokens, scale_at_positions
+from flextok_pl.models.sampling import sample_tokens, scale_at_positions
 
 
 class TextStates(NamedTuple):

@@ -38,22 +38,6 @@ def scale_at_positions(scale: PositionScale, num_tokens: int) -> list[float]:
     return scales
 
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Refuse settings from which no token could be drawn.
-
-    Raises:
-        ValueError: one is out of range.
-    """
-    if not temperature >= 0:
-        raise ValueError(f"temperature={temperature} must be 0 (the most likely token) or more")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be at least 1, or None to keep all tokens")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(
-            f"top_p={top_p} must be a share in (0, 1]; for the most likely token only set temperature=0 or top_k=1"
-        )
-
-
 def sample_tokens(
     logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:

@@ -1,6 +1,7 @@
-"""Extractors and distances against torch-fidelity, with a randomly initialised Inception weights file.
+"""Extractors and metrics against torch-fidelity, with a randomly initialised Inception weights file.
 
-Tolerance: 1e-5 relative, torch-fidelity's own statistics being partly float32.
+Tolerance: 1e-5 relative, torch-fidelity's own statistics being partly float32; 1e-10 for the inception score, which it
+takes in float64; 1e-6 for precision and recall, whose counts are the same and whose mean it takes in float32.
 """
 
 import numpy as np
@@ -9,11 +10,15 @@ import torch
 from torch_fidelity.defaults import DEFAULTS
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kernel_poly, kid_features_to_metric, mmd2
+from torch_fidelity.metric_prc import prc_features_to_metric
 
 from flextok_pl.metrics.features import build_extractor
 from flextok_pl.metrics.frechet import features_to_statistics, frechet_distance
+from flextok_pl.metrics.inception_score import InceptionScore
 from flextok_pl.metrics.kernel import draw_subsets, kernel_distance
+from flextok_pl.metrics.manifold import precision_recall
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +56,15 @@ def test_inception_features_and_distances(inception_file):
     assert ours.dim == 2048
     assert len(ours.weights_hash) == 16
     theirs = FeatureExtractorInceptionV3(
-        "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(inception_file)
+        "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(inception_file)
     )
     features = []
     for seed in (0, 1):
         images = _images(2, seed)
         with torch.no_grad():
-            (expected,) = theirs(images)
+            expected, logits = theirs(images)
         torch.testing.assert_close(ours(images), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.class_logits(ours(images)), logits, rtol=1e-5, atol=1e-5)
         features.append(expected[:, ::16])  # a Frechet distance of 2048 features takes half a minute here
     a, b = (features_to_statistics(each) for each in features)
     theirs_a, theirs_b = (fid_features_to_statistics(each.double()) for each in features)
@@ -103,3 +109,30 @@ def test_kernel_distance_of_pairs():
     kernels = [kernel_poly(p.numpy(), q.numpy(), **DEFAULTS) for p, q in ((a, a), (a, b), (b, b))]
     expected = mmd2(*kernels, mmd_est="u-statistic")
     assert kernel_distance(a, b, paired=True)[0] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_precision_and_recall(k, in_parts):
+    generator = torch.Generator().manual_seed(5)
+    real = torch.randn(150, 6, generator=generator)
+    generated = 0.7 * torch.randn(110, 6, generator=generator) + 0.5
+    options = {**DEFAULTS, "prc_neighborhood": k, "prc_batch_size": 40, "save_cpu_ram": in_parts, "verbose": False}
+    expected = prc_features_to_metric(generated.double(), real.double(), **options)
+    assert 0 < expected["recall"] < expected["precision"] < 1
+    assert precision_recall(real, generated, k) == pytest.approx(
+        (expected["precision"], expected["recall"]), rel=0, abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_inception_score(splits):
+    """Theirs splits by position: 20 samples whose ids leave the rest 0 come first, then those with 1, and so on."""
+    logits = 3 * torch.randn(20 * splits, 30, generator=torch.Generator().manual_seed(6))
+    expected = isc_features_to_metric(logits, splits, shuffle=False)
+    score = InceptionScore(30, splits)
+    ids = torch.arange(20 * splits) * splits + torch.arange(splits).repeat_interleave(20)
+    score.update(logits.double().softmax(1), ids)
+    mean, std = score.compute()
+    assert mean == pytest.approx(expected["inception_score_mean"], rel=1e-10) and mean > 2
+    assert std == pytest.approx(expected["inception_score_std"], rel=1e-8, abs=1e-12)

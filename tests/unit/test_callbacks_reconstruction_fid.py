@@ -114,12 +114,10 @@ class TinyExtractor:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, request):
-    monkeypatch.setattr(
-        "flextok_pl.callbacks.reconstruction_fid.build_extractor", lambda name, weights: TinyExtractor()
-    )
+    monkeypatch.setattr("flextok_pl.callbacks.budget_evaluation.build_extractor", lambda name, weights: TinyExtractor())
     TinyExtractor.seen = 0
     if "files" not in request.node.name:  # a plot takes longer than all the rest
-        monkeypatch.setattr("flextok_pl.callbacks.reconstruction_fid.plot_budgets", lambda *args: None)
+        monkeypatch.setattr("flextok_pl.callbacks.budget_evaluation.plot_budgets", lambda *args: None)
 
 
 def trainer_for(tmp_path, callback, **options):

@@ -33,6 +33,7 @@ def test_offline_extractor_is_never_called_fid(effnet):
     assert effnet.dim == 1280
     assert (effnet.metric_name, effnet.kernel_metric_name) == ("fd_effnet_lite0", "kd_effnet_lite0")
     assert len(effnet.weights_hash) == 16
+    assert effnet.class_logits(torch.zeros(2, 1280)) is None
 
 
 def test_features_do_not_depend_on_the_batch(effnet):

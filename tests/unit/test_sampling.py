@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from flextok_pl.models.sampling import check_sampling, sample_tokens, scale_at_positions
+from flextok_pl.contracts import check_sampling
+from flextok_pl.models.sampling import sample_tokens, scale_at_positions
 
 
 def draw(logits: list[float], count: int = 4000, **options: object) -> torch.Tensor:

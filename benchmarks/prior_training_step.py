@@ -1,0 +1,88 @@
+"""Peak memory and speed of one training step of a prior, with the chunked loss and with all logits at once.
+
+Each setting runs in a process of its own, so that one's peak does not hide another's. Peak memory is the process's resident
+set on a CPU and the allocator's maximum on a GPU; `baseline` is that before the first step, with the weights in place.
+
+    python benchmarks/prior_training_step.py --json benchmarks/results/prior_training_step_cpu.json
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import torch
+from report import synchronize, write_results
+
+from flextok_pl.models.config import PriorConfig
+from flextok_pl.models.prior import Prior
+from flextok_pl.models.token_loss import token_loss
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--preset", default="85m")
+parser.add_argument("--batch-size", type=int, default=8)
+parser.add_argument("--chunks", nargs="+", default=["512", "none"], help="positions per chunk, or none")
+parser.add_argument("--repeats", type=int, default=2)
+parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="autocast to this type")
+parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
+parser.add_argument("--measure", default=None, help="measure one setting and print it as JSON")
+parser.add_argument("--json", default=None, help="file to write the results to")
+
+
+def peak_gib(device: str) -> float:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def measure(options: argparse.Namespace) -> dict[str, float]:
+    config = PriorConfig.preset(options.preset)
+    prior = Prior(config).to(options.device)
+    prior.activation_checkpointing = options.checkpointing
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-4)
+    generator = torch.Generator().manual_seed(0)
+    shape = (options.batch_size, config.num_tokens)
+    tokens = torch.randint(config.vocab_size, shape, generator=generator).to(options.device)
+    classes = torch.zeros(options.batch_size, dtype=torch.int64, device=options.device)
+    chunk = None if options.measure == "none" else int(options.measure)
+    baseline, seconds = peak_gib(options.device), []
+    for repeat in range(options.repeats + 1):
+        synchronize(options.device)
+        start = time.perf_counter()
+        with torch.autocast(options.device, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+            hidden = prior.hidden(tokens, classes)
+            loss = token_loss(hidden, prior.head.weight, tokens, chunk_size=chunk).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        synchronize(options.device)
+        if repeat:
+            seconds.append(time.perf_counter() - start)
+    mean = sum(seconds) / len(seconds)
+    return {
+        "seconds_per_step": mean,
+        "images_per_second": options.batch_size / mean,
+        "baseline_gib": baseline,
+        "peak_memory_gib": peak_gib(options.device),
+        "loss": loss.item(),
+    }
+
+
+def main() -> None:
+    options = parser.parse_args()
+    if options.measure is not None:
+        print(json.dumps(measure(options)))
+        return
+    results = {}
+    for chunk in options.chunks:
+        command = [sys.executable, *sys.argv, "--measure", chunk]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        results[f"chunk={chunk}"] = json.loads(done.stdout.splitlines()[-1])
+    write_results("prior_training_step", vars(options), results, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,337 @@
+"""What `ReconstructionFID` and `GenerationFID` share: when they run, what they check, and what they leave behind."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from flextok_pl.callbacks.evaluation import (
+    batch_images,
+    chart_budgets,
+    checkpoint_facts,
+    evaluated_step,
+    log_evaluation,
+    module_reconstructor,
+    split_size,
+    versions,
+    weights_in_use,
+)
+from flextok_pl.contracts import default_budgets
+from flextok_pl.metrics.budget_statistics import BudgetStatistics
+from flextok_pl.metrics.distributed import all_agree
+from flextok_pl.metrics.feature_set import POOL_SIZE, FeatureSet
+from flextok_pl.metrics.features import FeatureExtractor, build_extractor, check_extractor
+from flextok_pl.metrics.images import save_png
+from flextok_pl.metrics.keys import choose_fraction, key_hash
+from flextok_pl.metrics.reconstruction import check_each_sample_once
+from flextok_pl.metrics.report import format_table, make_records, plot_budgets, write_csv, write_json
+from flextok_pl.metrics.statistics_cache import StatisticsCache
+
+GRID_COLUMNS = 12
+"""Most columns of the grid picture; beyond, powers of two are shown."""
+
+GridRow = tuple[int, Any, dict[int, Tensor]]
+"""What orders the row, what stands at its left, and its images by budget, (3, H, W) uint8."""
+
+StatisticsT = TypeVar("StatisticsT", bound=BudgetStatistics)
+
+
+@dataclass
+class Pass(Generic[StatisticsT]):
+    """One evaluation of the data, from its first batch to the report."""
+
+    split: Literal["val", "test"]
+    in_fit: bool
+    budgets: list[int]
+    expected: int
+    fraction: float
+    cache: StatisticsCache | None
+    statistics: StatisticsT
+    weights: str
+    ids: list[int] = field(default_factory=list)
+    grid: list[GridRow] = field(default_factory=list)
+
+    @property
+    def columns(self) -> list[int]:
+        """The budgets that the grid picture shows."""
+        if len(self.budgets) <= GRID_COLUMNS:
+            return self.budgets
+        return [budget for budget in default_budgets(self.budgets[-1]) if budget in self.budgets][-GRID_COLUMNS:]
+
+
+class BudgetEvaluation(Callback, Generic[StatisticsT]):
+    """A pass over the evaluation data that ends with a table of metrics by token budget.
+
+    All work is done while batches are evaluated, because Lightning's weight averaging swaps the raw weights back at the
+    end of the epoch. The arguments are those of the two callbacks.
+    """
+
+    stem: ClassVar[str]
+    """Name of the files."""
+    heading: ClassVar[str]
+    """Of the charts, and of the picture in TensorBoard."""
+    tag: ClassVar[str] = ""
+    """Between the split and the metric in a scalar's name."""
+
+    def __init__(
+        self,
+        budgets: list[int] | Literal["all"] | None,
+        fit_budgets: list[int] | None,
+        extractor: str,
+        weights: Path | str | None,
+        num_steps: int,
+        guidance: Literal["none", "cfg", "apg"],
+        guidance_scale: float,
+        every_n_epochs: int,
+        max_samples: int | None,
+        seed: int,
+        grid_samples: int,
+        output_dir: Path | str | None,
+        cache_dir: Path | str | None,
+    ) -> None:
+        check_extractor(extractor, weights)
+        for name, given in (("budgets", budgets), ("fit_budgets", fit_budgets)):
+            if isinstance(given, list) and (not given or min(given) < 1 or len(set(given)) < len(given)):
+                raise ValueError(f"{name}={given} must be different positive numbers of tokens")
+        if isinstance(budgets, str) and budgets != "all":
+            raise ValueError(f"budgets={budgets!r} must be a list of numbers, 'all' or null")
+        for name, value, least in (
+            ("num_steps", num_steps, 1),
+            ("every_n_epochs", every_n_epochs, 0),
+            ("max_samples", max_samples, 1),
+            ("grid_samples", grid_samples, 1),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+        if guidance not in ("none", "cfg", "apg"):
+            raise ValueError(f"guidance={guidance!r} must be 'none', 'cfg' or 'apg'")
+        if guidance == "none" and guidance_scale != 1.0:
+            raise ValueError(f"guidance_scale={guidance_scale} has no effect with guidance='none'; choose cfg or apg")
+        self.budgets, self.fit_budgets = budgets, fit_budgets
+        self.extractor, self.weights = extractor, weights
+        self.num_steps, self.guidance, self.guidance_scale = num_steps, guidance, guidance_scale
+        self.every_n_epochs, self.max_samples, self.seed = every_n_epochs, max_samples, seed
+        self.grid_samples = grid_samples
+        self.output_dir = None if output_dir is None else Path(output_dir)
+        self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
+        self.values: dict[int, dict[str, float]] = {}
+        """Budget -> metric -> value of the latest evaluation."""
+        self._network: FeatureExtractor | None = None
+        self._checkpoint: dict[str, Any] | None = None
+        self._pass: Pass[StatisticsT] | None = None
+        self._charted: set[str] = set()
+
+    @abstractmethod
+    def _check_module(self, pl_module: LightningModule) -> None:
+        """Refuse a module that cannot do what is measured."""
+
+    @abstractmethod
+    def _statistics(
+        self, budgets: list[int], network: FeatureExtractor, pool_fraction: float, real: FeatureSet | None
+    ) -> StatisticsT:
+        """Empty statistics; the networks that measure are loaded, and moved here."""
+
+    @abstractmethod
+    def _measure(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Mapping[str, Any], running: Pass[StatisticsT]
+    ) -> None:
+        """Measure the chosen samples of a batch, which may be none, and add to `running.grid`."""
+
+    @abstractmethod
+    def _grid(self, done: Pass[StatisticsT]) -> Tensor:
+        """The picture, (3, H, W) uint8."""
+
+    @abstractmethod
+    def _protocol(self) -> dict[str, Any]:
+        """What made the numbers, beyond what both callbacks state."""
+
+    @abstractmethod
+    def _notes(self, done: Pass[StatisticsT]) -> tuple[str, dict[str, dict[str, Any]]]:
+        """What was measured, in a few words, and metric -> what only its records say."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Load the networks that measure, so that missing weights stop a run before it starts."""
+        self._checkpoint = None
+        if stage == "predict" or (stage == "fit" and self.every_n_epochs == 0):
+            return
+        self._network = self._network or build_extractor(self.extractor, self.weights)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Remember what says which weights are evaluated, and at which step."""
+        self._checkpoint = checkpoint_facts(checkpoint)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse an unsuitable module before time is spent on it."""
+        if self.every_n_epochs:
+            self._check_module(pl_module)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start a pass."""
+        in_fit = trainer.state.fn == TrainerFn.FITTING
+        due = not in_fit or (self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0)
+        self._pass = self._start(trainer, pl_module, "val") if due and not trainer.sanity_checking else None
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start a pass."""
+        self._pass = self._start(trainer, pl_module, "test")
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Measure one batch."""
+        running = self._pass
+        if running is None:
+            return
+        _, keys = batch_images(batch, dataloader_idx)
+        running.ids += [key_hash(key) for key in keys]
+        chosen = choose_fraction(keys, running.fraction, "subset")
+        self._measure(trainer, pl_module, _rows(batch, chosen), running)
+
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add up all processes and report."""
+        if self._pass is not None:
+            self._finish(trainer, pl_module, self._pass)
+            self._pass = None
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule, split: Literal["val", "test"]) -> Pass[StatisticsT]:
+        self._check_module(pl_module)
+        in_fit = trainer.state.fn == TrainerFn.FITTING
+        budgets = self._budgets(module_reconstructor(pl_module).num_registers, in_fit)
+        expected = split_size(trainer, split)
+        fraction = min(1.0, self.max_samples / expected) if in_fit and self.max_samples else 1.0
+        pool_fraction = min(1.0, POOL_SIZE / (expected * fraction))
+        assert self._network is not None
+        network = self._network.to(pl_module.device)
+        cache, real = None, None
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if self.cache_dir is not None and hasattr(data, "data_hash"):
+            cache = StatisticsCache(
+                self.cache_dir, data.data_hash(split), network, samples=expected, share=fraction, pool=pool_fraction
+            )
+            if all_agree(cache.exists(), trainer.strategy.root_device):
+                real = cache.load()
+        statistics = self._statistics(budgets, network, pool_fraction, real)
+        weights = weights_in_use(trainer, self._checkpoint)
+        return Pass(split, in_fit, budgets, expected, fraction, cache, statistics, weights)
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule, done: Pass[StatisticsT]) -> None:
+        device, statistics = trainer.strategy.root_device, done.statistics
+        limit = trainer.limit_val_batches if done.split == "val" else trainer.limit_test_batches
+        limited = limit != 1.0 or isinstance(limit, int)  # 1 is one batch, 1.0 is all of them
+        seen = check_each_sample_once(done.ids, done.expected, limited, device, f"the {done.split} set")
+        statistics.all_reduce(device)
+        if statistics.num_images < 2:
+            rank_zero_warn(
+                f"{type(self).__name__} has {statistics.num_images} images to measure ({seen} samples were read), a "
+                f"distance needs two: raise max_samples={self.max_samples} or limit_{done.split}_batches"
+            )
+            return
+        self.values = statistics.values(self.seed)
+        grid = self._grid(done)
+        tags = {
+            m: {k: f"{done.split}/{self.tag}{m}/k={k:03d}" for k in done.budgets} for m in self.values[done.budgets[0]]
+        }
+        scalars = {tag: self.values[k][m] for m, by_budget in tags.items() for k, tag in by_budget.items()}
+        log_evaluation(trainer, pl_module, scalars, {f"{done.split}/{self.heading}": grid}, self._checkpoint)
+        if done.split not in self._charted:
+            charts = {metric: list(by_budget.values()) for metric, by_budget in tags.items()}
+            chart_budgets(trainer, f"{done.split}: {self.heading} by token budget", charts)
+            self._charted.add(done.split)
+        if trainer.is_global_zero:
+            if done.cache is not None and seen == done.expected:
+                done.cache.store_or_check(statistics.real, statistics.data_hash)
+            self._report(trainer, done, seen, grid)
+
+    def _report(self, trainer: Trainer, done: Pass[StatisticsT], seen: int, grid: Tensor) -> None:
+        folder = self.output_dir or Path(trainer.log_dir or trainer.default_root_dir)
+        folder = folder / f"{self.stem}_fit" if done.in_fit else folder
+        statistics, network = done.statistics, self._network
+        assert network is not None
+        count = statistics.num_images
+        full_rank = statistics.real.statistics.full_rank and count > network.dim
+        protocol = {
+            "num_samples": count,
+            "split": done.split,
+            "samples_in_split": done.expected,
+            "samples_read": seen,
+            "complete": statistics.real.statistics.count == done.expected,
+            "data_hash": f"{statistics.data_hash % 2**64:016x}",
+            "image_size": statistics.image_size,
+            "extractor": network.name,
+            "extractor_weights_hash": network.weights_hash,
+            "extractor_resize": network.resize,
+            "num_steps": self.num_steps,
+            "guidance": self.guidance,
+            "guidance_scale": self.guidance_scale,
+            "seed": self.seed,
+            **self._protocol(),
+            "precision": str(trainer.precision),
+            "device": trainer.strategy.root_device.type,
+            "model_weights": done.weights,
+            "step": evaluated_step(trainer, self._checkpoint),
+            "versions": versions(),
+        }
+        measured, extra = self._notes(done)
+        extra = {network.metric_name: {"full_rank": full_rank}, **extra}
+        write_json(make_records(self.values, protocol, extra), folder / f"{self.stem}.json")
+        title = f"{measured}, {self.num_steps} steps, guidance {self.guidance}, weights {done.weights}"
+        picture = folder / ("grid.png" if self.stem == "rfid" else f"{self.stem}_grid.png")
+        save_png(grid, picture)
+        if not done.in_fit:
+            write_csv(self.values, count, folder / f"{self.stem}.csv")
+            plot_budgets(self.values, title, folder / f"{self.stem}.png")
+        notes = [f"{title}; protocol and pictures: {folder}"]
+        if not full_rank:
+            notes.append(
+                f"{count} images are no more than {network.dim} features: the covariance is singular and "
+                f"{network.metric_name} compares at equal numbers of images only; prefer {network.kernel_metric_name}."
+            )
+        if seen < done.expected:
+            notes.append(f"limit_{done.split}_batches: only {seen} of {done.expected} samples were read.")
+        print(f"\n{format_table(self.values, notes)}", flush=True)
+
+    def _budgets(self, num_registers: int, in_fit: bool) -> list[int]:
+        grid = list(range(1, num_registers + 1)) if self.budgets == "all" else self.budgets
+        grid = sorted(grid or default_budgets(num_registers))
+        if in_fit:
+            grid = sorted(self.fit_budgets or {grid[0], grid[len(grid) // 2], grid[-1]})
+        if grid[-1] > num_registers:
+            name = "fit_budgets" if in_fit and self.fit_budgets else "budgets"
+            raise MisconfigurationException(
+                f"{name} holds {grid[-1]}, but the tokenizer has {num_registers} tokens; choose from 1 to that"
+            )
+        return grid
+
+
+def first_rows(rows: list[GridRow], count: int) -> list[GridRow]:
+    """The rows that come first, which are the same whoever saw which sample."""
+    return sorted(rows, key=lambda row: row[0])[:count]
+
+
+def _rows(batch: Mapping[str, Any], chosen: Tensor) -> dict[str, Any]:
+    """The samples of a batch for which `chosen` (B,) bool holds."""
+    numbers = chosen.nonzero().flatten().tolist()
+    return {
+        name: value[chosen.to(value.device)] if isinstance(value, Tensor) else [value[i] for i in numbers]
+        for name, value in batch.items()
+        if value is not None
+    }

@@ -1,0 +1,329 @@
+"""Quality of generated images at every token budget, during a fit and in a test."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from tqdm import tqdm
+
+from flextok_pl.callbacks.budget_evaluation import BudgetEvaluation, Pass, first_rows
+from flextok_pl.callbacks.probe import fitted_probe
+from flextok_pl.contracts import GenerationModule, check_sampling
+from flextok_pl.data.conditions import class_index
+from flextok_pl.metrics.classifier import Classifier, TimmClassifier
+from flextok_pl.metrics.clip_score import CLIPScore
+from flextok_pl.metrics.distributed import gather_objects
+from flextok_pl.metrics.feature_set import FeatureSet
+from flextok_pl.metrics.features import OFFLINE_EXTRACTOR, FeatureExtractor
+from flextok_pl.metrics.generation import GenerationStatistics
+from flextok_pl.metrics.images import generation_grid, to_uint8
+from flextok_pl.metrics.keys import sample_generators
+
+PROBE = "probe"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One image to generate.
+
+    Args:
+        key: seeds the sample.
+        label: class that is asked for, -1 for none.
+        text: caption that is asked for.
+    """
+
+    key: str
+    label: int = -1
+    text: str = ""
+
+
+class GenerationFID(BudgetEvaluation[GenerationStatistics]):
+    """Measure generated images at several token budgets: distances to real ones, scores, agreement with the condition.
+
+    Works on any module with a prior that generates tokens and a tokenizer that decodes them. All K tokens of a sample
+    are generated once; its image at a budget is decoded from the first of them, as a prefix of a sample is a sample.
+    Tokens and noise depend on `seed` and the sample's key only, so results do not depend on batch size or ranks.
+
+    `trainer.validate` and `trainer.test` measure the full grid and leave `gfid.json` (one record per number, with its
+    protocol), `gfid.csv`, `gfid.png` and `gfid_grid.png`: fixed conditions and seeds, one row each, one column per
+    budget. Validations of a fit measure less, for the logger and `gfid_fit/`.
+
+    Args:
+        budgets: numbers of tokens of the full grid: a list, `all` for 1 to K, or null for the powers of two up to K.
+        fit_budgets: those measured during a fit; null for the smallest, the middle and the largest of `budgets`.
+        extractor: feature network: `effnet-lite0` (offline), `inception-v3-compat` (gFID), `dinov2-*` or `clip-*`.
+        weights: a local file with the extractor's weights; null for the packaged or downloaded ones.
+        conditions: `balanced`: class i, i + 1, ... in turn; `data`: for each real image one with its class or caption.
+            Captions are always those of the data.
+        num_samples: images to generate for balanced classes or without conditions; null for as many as are real.
+        batch_size: images generated at a time.
+        cfg_scale: guidance of the prior, 1 for none: a number, or numbers to interpolate over the token positions.
+        temperature: of the prior's distribution.
+        top_k: draw from the k most likely tokens; null for all.
+        top_p: draw from the fewest most likely tokens that have this probability together; null for all.
+        num_steps: steps of the decoder's solver.
+        guidance: of the decoder: `none`, `cfg` or `apg`.
+        guidance_scale: its scale; 1 is no guidance.
+        classifier: judges whether an image shows its class: `probe`, a linear classifier that is fitted to the
+            extractor's features of `classifier_data`, or a timm model whose classes are the data's; null for none.
+        classifier_data: shard set of real images with classes, for the probe.
+        classifier_weights: local weights file of a timm classifier.
+        clip: Hub id or folder of a CLIP model, to score images against captions; null for none.
+        shown: conditions of the picture's rows: class numbers, class names, or texts; null for classes evenly spread,
+            or for the first captions.
+        every_n_epochs: during a fit, measure in the validations of every n-th epoch; 0 for never.
+        max_samples: during a fit, measure about this many samples; null for all.
+        seed: of tokens, noise and the kernel distance's subsets.
+        grid_samples: rows of the picture where `shown` does not say.
+        output_dir: where files go; null for the trainer's log directory.
+        cache_dir: where statistics of real images and probes are kept between runs; null for nowhere.
+
+    Raises:
+        ValueError: an option is out of range, or names what is not there.
+    """
+
+    stem: ClassVar[str] = "gfid"
+    heading: ClassVar[str] = "generated images"
+    tag: ClassVar[str] = "generated/"
+
+    def __init__(
+        self,
+        budgets: list[int] | Literal["all"] | None = None,
+        fit_budgets: list[int] | None = None,
+        extractor: str = OFFLINE_EXTRACTOR,
+        weights: Path | str | None = None,
+        conditions: Literal["balanced", "data"] = "balanced",
+        num_samples: int | None = None,
+        batch_size: int = 64,
+        cfg_scale: float | list[float] = 1.0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        num_steps: int = 25,
+        guidance: Literal["none", "cfg", "apg"] = "none",
+        guidance_scale: float = 1.0,
+        classifier: str | None = None,
+        classifier_data: str | None = None,
+        classifier_weights: Path | str | None = None,
+        clip: Path | str | None = None,
+        shown: list[int | str] | None = None,
+        every_n_epochs: int = 1,
+        max_samples: int | None = 256,
+        seed: int = 0,
+        grid_samples: int = 8,
+        output_dir: Path | str | None = None,
+        cache_dir: Path | str | None = "~/.cache/flextok_pl/statistics",
+    ) -> None:
+        super().__init__(
+            budgets,
+            fit_budgets,
+            extractor,
+            weights,
+            num_steps,
+            guidance,
+            guidance_scale,
+            every_n_epochs,
+            max_samples,
+            seed,
+            grid_samples,
+            output_dir,
+            cache_dir,
+        )
+        if conditions not in ("balanced", "data"):
+            raise ValueError(f"conditions={conditions!r} must be 'balanced' or 'data'")
+        for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        check_sampling(temperature, top_k, top_p)
+        if (classifier == PROBE) != (classifier_data is not None):
+            raise ValueError(
+                f"classifier={classifier!r} and classifier_data={classifier_data!r}: a probe needs real images with "
+                "classes, another classifier none"
+            )
+        self.conditions, self.num_samples, self.batch_size = conditions, num_samples, batch_size
+        self.cfg_scale, self.temperature, self.top_k, self.top_p = cfg_scale, temperature, top_k, top_p
+        self.classifier, self.classifier_data = classifier, classifier_data
+        self.classifier_weights, self.clip, self.shown = classifier_weights, clip, shown
+        self._classifier: Classifier | None = None
+        self._clip: CLIPScore | None = None
+        self._wishes: list[Wish] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Load the networks that measure, so that missing weights stop a run before it starts."""
+        super().setup(trainer, pl_module, stage)
+        if self._network is None:
+            return
+        if self.classifier is not None and self.classifier != PROBE and self._classifier is None:
+            self._classifier = TimmClassifier(self.classifier, self.classifier_weights)
+        if self.clip is not None and self._clip is None:
+            self._clip = CLIPScore(self.clip)
+
+    def _check_module(self, pl_module: LightningModule) -> None:
+        _generator(pl_module)
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule, split: Literal["val", "test"]) -> Any:
+        module = _generator(pl_module)
+        if self.classifier_data is not None and self._classifier is None:
+            assert self._network is not None
+            size = trainer.datamodule.image_size  # type: ignore[attr-defined]
+            network = self._network.to(pl_module.device)
+            self._classifier = fitted_probe(self.classifier_data, size, network, self.cache_dir)
+        running = super()._start(trainer, pl_module, split)
+        self._wishes = []
+        if module.condition_kind == "none" or (module.condition_kind == "class" and self.conditions == "balanced"):
+            total = self.num_samples or running.expected
+            if running.in_fit and self.max_samples:
+                total = min(total, self.max_samples)
+            classes = max(1, module.num_classes)
+            mine = range(trainer.global_rank, total, trainer.world_size)
+            self._wishes = [
+                Wish(f"class {i % classes} sample {i // classes}", i % classes if module.num_classes else -1)
+                for i in mine
+            ]
+        elif self.num_samples is not None:
+            raise MisconfigurationException(
+                f"num_samples={self.num_samples} is for balanced classes; with conditions of the data one image is "
+                "generated for each real one: leave it out"
+            )
+        return running
+
+    def _statistics(
+        self, budgets: list[int], network: FeatureExtractor, pool_fraction: float, real: FeatureSet | None
+    ) -> GenerationStatistics:
+        return GenerationStatistics(budgets, network, pool_fraction, self._classifier, real, self._clip)
+
+    def _measure(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Mapping[str, Any],
+        running: Pass[GenerationStatistics],
+    ) -> None:
+        module, keys = _generator(pl_module), batch["key"]
+        if keys:
+            running.statistics.update_real(to_uint8(batch["image"]), keys)
+        of_data = module.condition_kind == "text" or (module.condition_kind == "class" and self.conditions == "data")
+        if of_data:
+            self._wishes += _wishes_of(batch, module.condition_kind)
+        with trainer.precision_plugin.forward_context():
+            if trainer.is_global_zero and not running.grid:
+                self._draw_rows(module, batch, running)
+            parts = [self._wishes[i : i + self.batch_size] for i in range(0, len(self._wishes), self.batch_size)]
+            quiet = len(parts) < 2 or not trainer.is_global_zero
+            for part in tqdm(parts, desc="generating", unit="batch", leave=False, disable=quiet):
+                labels = torch.tensor([wish.label for wish in part])
+                texts = [wish.text for wish in part] if module.condition_kind == "text" else None
+                for budget, images in self._images(module, part, running.budgets).items():
+                    running.statistics.update_generated(budget, images, [w.key for w in part], labels, texts)
+        self._wishes = []
+
+    def _images(self, module: GenerationModule, wishes: Sequence[Wish], budgets: Sequence[int]) -> dict[int, Tensor]:
+        """One rollout, decoded at each budget: (B, 3, H, W) uint8."""
+        keys = [wish.key for wish in wishes]
+        condition: Tensor | list[str] | None = None
+        if module.condition_kind == "class":
+            condition = torch.tensor([wish.label for wish in wishes])
+        elif module.condition_kind == "text":
+            condition = [wish.text for wish in wishes]
+        tokens = module.generate_tokens(
+            condition,
+            self.cfg_scale,
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            sample_generators(keys, self.seed, "tokens"),
+        )
+        return {
+            budget: to_uint8(
+                module.reconstructor.detokenize(
+                    tokens,
+                    num_tokens=budget,
+                    num_steps=self.num_steps,
+                    guidance=self.guidance,
+                    guidance_scale=self.guidance_scale,
+                    generator=sample_generators(keys, self.seed),
+                )
+            )
+            for budget in budgets
+        }
+
+    def _draw_rows(
+        self, module: GenerationModule, batch: Mapping[str, Any], running: Pass[GenerationStatistics]
+    ) -> None:
+        """The picture's rows, whose conditions and seeds are the same at every validation."""
+        wishes = [Wish(f"row {i}", w.label, w.text) for i, w in enumerate(self._shown(module, batch))]
+        if not wishes:
+            return
+        images = self._images(module, wishes, running.columns)
+        for i, wish in enumerate(wishes):
+            name = wish.text
+            if module.condition_kind == "class":
+                name = module.class_names[wish.label] if module.class_names else f"class {wish.label}"
+            running.grid.append((i, name, {budget: pixels[i].cpu() for budget, pixels in images.items()}))
+
+    def _shown(self, module: GenerationModule, batch: Mapping[str, Any]) -> list[Wish]:
+        if module.condition_kind == "none":
+            return [Wish("")] * self.grid_samples
+        if module.condition_kind == "text":
+            if self.shown is not None:
+                return [Wish("", text=str(text)) for text in self.shown]
+            return _wishes_of(batch, "text")[: self.grid_samples]
+        classes = module.num_classes
+        rows = min(self.grid_samples, classes)
+        shown = self.shown or [i * classes // rows for i in range(rows)]
+        return [Wish("", class_index(entry, module.class_names, classes)) for entry in shown]
+
+    def _grid(self, done: Pass[GenerationStatistics]) -> Tensor:
+        rows = first_rows([row for part in gather_objects(done.grid) for row in part], len(done.grid) or 1)
+        return generation_grid(
+            [name for _, name, _ in rows],
+            {budget: torch.stack([shown[budget] for *_, shown in rows]) for budget in done.columns},
+        )
+
+    def _protocol(self) -> dict[str, Any]:
+        return {
+            "conditions": self.conditions,
+            "cfg_scale": self.cfg_scale,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "classifier": None if self._classifier is None else self._classifier.name,
+        }
+
+    def _notes(self, done: Pass[GenerationStatistics]) -> tuple[str, dict[str, dict[str, Any]]]:
+        real = done.statistics.real.statistics.count
+        measured = f"{done.statistics.num_images} generated images, {real} real ones of {done.split}"
+        return f"{measured}, cfg {self.cfg_scale}", {}
+
+
+def _generator(pl_module: LightningModule) -> GenerationModule:
+    if not isinstance(pl_module, GenerationModule):
+        raise MisconfigurationException(
+            f"{type(pl_module).__name__} generates no tokens, so it has no generated images to evaluate: use this "
+            "callback with a PriorModule, and remove it otherwise (gfid: null)"
+        )
+    return pl_module
+
+
+def _wishes_of(batch: Mapping[str, Any], kind: Literal["class", "text", "none"]) -> list[Wish]:
+    """One wish per real sample of a batch.
+
+    Raises:
+        MisconfigurationException: it has no classes or captions.
+    """
+    needed = "label" if kind == "class" else "text"
+    if needed not in batch:
+        raise MisconfigurationException(
+            f"conditions of the data need a {needed} in each sample; these shards hold {sorted(batch)}"
+        )
+    keys = batch["key"]
+    labels = batch["label"].tolist() if "label" in batch else [-1] * len(keys)
+    texts = batch["text"] if kind == "text" else [""] * len(keys)
+    return [Wish(*entry) for entry in zip(keys, labels, texts, strict=True)]

@@ -1,0 +1,56 @@
+"""A classifier for the classes of any shard set: a linear probe on an extractor's features, fitted once and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from flextok_pl.data import ShardDataModule
+from flextok_pl.metrics.classifier import LinearProbe
+from flextok_pl.metrics.features import FeatureExtractor
+from flextok_pl.metrics.images import to_uint8
+from flextok_pl.metrics.report import write_atomically
+
+
+def fitted_probe(source: str, image_size: int, extractor: FeatureExtractor, cache_dir: Path | None) -> LinearProbe:
+    """Fit a probe to real images, or take the one that was fitted to the same images before.
+
+    Args:
+        source: image shard set with classes.
+        image_size: side in pixels at which the images are looked at.
+        extractor: of the features.
+        cache_dir: where probes are kept; None for nowhere.
+
+    Raises:
+        ValueError: the set is missing, or has no images or no classes.
+    """
+    data = ShardDataModule(test=source, image_size=image_size, eval_batch_size=64, num_workers=0)
+    index = data.shard_set("test").indices[0]
+    if "image" not in index.fields or not index.classes:
+        raise ValueError(
+            f"classifier_data={source!r} holds {list(index.fields)} and {len(index.classes)} classes: a probe needs "
+            "images with classes"
+        )
+    key = [data.data_hash("test"), extractor.name, extractor.weights_hash, extractor.resize]
+    name = f"probe_{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.pt"
+    file = None if cache_dir is None else cache_dir / name
+    if file is not None and file.is_file():
+        try:
+            return LinearProbe.from_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        except (RuntimeError, KeyError, TypeError, EOFError) as error:
+            raise ValueError(f"the cached probe {file} is damaged ({error}); delete the file") from error
+    features, labels = [], []
+    for batch in tqdm(data.test_dataloader(), desc="features for the classifier", unit="batch", leave=False):
+        features.append(extractor(to_uint8(batch["image"])).cpu())
+        labels.append(batch["label"])
+    probe = LinearProbe.fit(torch.cat(features), torch.cat(labels), len(index.classes), extractor.name)
+    if file is not None:
+        buffer = io.BytesIO()
+        torch.save(probe.state_dict(), buffer)
+        write_atomically(file, buffer.getvalue())
+    return probe

@@ -1,0 +1,140 @@
+"""Where in a sequence of tokens the information sits: loss and accuracy by position."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from flextok_pl.callbacks.evaluation import chart_budgets, log_evaluation
+from flextok_pl.contracts import default_budgets
+from flextok_pl.metrics.distributed import all_reduce_sum
+from flextok_pl.metrics.images import figure_to_image
+
+
+class PositionSums:
+    """Sums of the loss and of hits at each position.
+
+    Attributes:
+        sums: (2, K) float64: nats and hits.
+        count: sequences.
+    """
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(2, 0, dtype=torch.float64)
+        self.count = 0
+
+    def update(self, outputs: Any) -> None:
+        """Add what a step returned.
+
+        Raises:
+            MisconfigurationException: it has no losses by token.
+        """
+        if not isinstance(outputs, Mapping) or "nll" not in outputs:
+            raise MisconfigurationException(
+                "the token report needs steps that return nll and correct by token, as those of a PriorModule; remove "
+                "it for other modules (positions: null)"
+            )
+        nll, correct = outputs["nll"].detach().double(), outputs["correct"].double()  # (B, K)
+        sums = torch.stack([nll.sum(0), correct.sum(0)]).cpu()
+        self.sums = sums if self.count == 0 else self.sums + sums
+        self.count += len(nll)
+
+    def means(self, device: torch.device) -> tuple[Tensor, int]:
+        """(2, K) bits and accuracy by position and the number of sequences, over all processes; starts anew.
+
+        Args:
+            device: where the process group communicates.
+        """
+        total = all_reduce_sum(torch.cat([self.sums.flatten(), torch.tensor([self.count]).double()]), device)
+        means = total[:-1].view(2, -1) / total[-1]
+        self.sums, self.count = self.sums[:, :0], 0
+        return torch.stack([means[0] / math.log(2), means[1]]), int(total[-1])
+
+
+class TokenReport(Callback):
+    """Log bits and accuracy by token position, as numbers at positions 1, 2, 4, ... K and as a curve over all.
+
+    In training over every window of `log_every_n_steps`, in validation over the whole set: `train/bits/001`,
+    `val/accuracy/001`, and to TensorBoard the picture `val/tokens_by_position`. The whole sequence's information is the
+    sum of the bits: a prior that knows nothing has log2 V at each position.
+    """
+
+    def __init__(self) -> None:
+        self._train, self._val = PositionSums(), PositionSums()
+        self._charted = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add a batch, and report at the end of a window."""
+        self._train.update(outputs)
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            values = _at_positions("train", self._train.means(trainer.strategy.root_device)[0])
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=trainer.global_step)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget a validation that was interrupted."""
+        self._val = PositionSums()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add a batch."""
+        if not trainer.sanity_checking:
+            self._val.update(outputs)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report on all processes' sequences."""
+        if trainer.sanity_checking:
+            return
+        means, sequences = self._val.means(trainer.strategy.root_device)
+        values = _at_positions("val", means)
+        picture = plot_positions(means, f"{sequences} sequences")
+        log_evaluation(trainer, pl_module, values, {"val/tokens_by_position": picture}, None)
+        if not self._charted:
+            charts = {name: [tag for tag in values if name in tag] for name in ("bits", "accuracy")}
+            chart_budgets(trainer, "val: tokens by position", charts)
+            self._charted = True
+
+
+def _at_positions(split: str, means: Tensor) -> dict[str, float]:
+    return {
+        f"{split}/{name}/{position:03d}": float(row[position - 1])
+        for name, row in zip(("bits", "accuracy"), means, strict=True)
+        for position in default_budgets(means.shape[1])
+    }
+
+
+def plot_positions(means: Tensor, title: str) -> Tensor:
+    """Draw bits and accuracy over positions.
+
+    Args:
+        means: (2, K).
+        title: of the picture.
+
+    Returns:
+        (3, H, W) uint8.
+    """
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    for axes, row, name in zip(figure.subplots(1, 2), means, ("bits per token", "accuracy"), strict=True):
+        axes.plot(range(1, len(row) + 1), row.tolist(), marker=".", linewidth=1)
+        axes.set_xlabel("token position")
+        axes.set_ylabel(name)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    figure.suptitle(title, fontsize=9)
+    return figure_to_image(figure)

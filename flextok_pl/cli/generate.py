@@ -1,0 +1,120 @@
+"""`flextok generate`: images from classes or texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jsonargparse import ArgumentParser
+from torch import Tensor
+
+from flextok_pl.assets import DEMO_PRIOR, DEMO_TOKENIZER
+from flextok_pl.cli.tools import call, default_device, token_budgets
+from flextok_pl.data.conditions import class_index
+from flextok_pl.metrics.images import generation_grid, save_png
+from flextok_pl.modules.prior_base import PriorBase
+from flextok_pl.modules.saved_prior import SavedPrior
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Run `flextok generate`."""
+    summary = (generate_images.__doc__ or "").split("\n")[0]
+    parser = ArgumentParser(prog=f"flextok {command}", description=summary)
+    for name, text in (("class", "a class: its number or its name"), ("text", "a text")):
+        parser.add_argument(f"--{name}", action="append", type=str, help=f"{text}; may be given several times")
+    parser.add_function_arguments(generate_images, skip={"classes", "texts"})
+    options = parser.parse_args(list(arguments)).as_dict()
+    call(generate_images, {"classes": options.pop("class"), "texts": options.pop("text"), **options})
+
+
+def generate_images(
+    classes: list[str] | None = None,
+    texts: list[str] | None = None,
+    prior: str | None = None,
+    tokenizer: str | None = None,
+    num_tokens: str | None = None,
+    samples: int = 1,
+    cfg_scale: float | list[float] = 1.5,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    guidance: Literal["none", "cfg", "apg"] = "apg",
+    guidance_scale: float = 7.5,
+    num_steps: int = 25,
+    seed: int = 0,
+    out: str = "grid.png",
+    text_encoder: str | None = None,
+    device: str | None = None,
+) -> None:
+    """Generate images, decode each from several numbers of its tokens, and draw all in one picture.
+
+    A picture depends on its condition, the seed and its number among those of its condition only.
+
+    Args:
+        classes: numbers or names, for a prior of classes; default all of up to 16 classes, else the first 8.
+        texts: for a prior of texts; the empty text is no condition.
+        prior: a `.safetensors` file that training left; default the demo prior of this package.
+        tokenizer: the tokenizer whose tokens it knows; default the demo tokenizer.
+        num_tokens: token budgets separated by commas, such as 1,8,64; default 1, 2, 4, ... up to all.
+        samples: pictures of each condition.
+        cfg_scale: guidance of the prior, 1 for none: a number, or numbers to interpolate over the token positions.
+        temperature: of the prior; 0 takes the most likely token.
+        top_k: draw from the k most likely tokens.
+        top_p: draw from the fewest most likely tokens that have this probability together.
+        guidance: of the decoder: `none`, `cfg` or `apg`.
+        guidance_scale: its strength; 1 is none.
+        num_steps: steps of the decoder.
+        seed: of tokens and noise.
+        out: PNG file to write: one row per picture, one column per budget.
+        text_encoder: in place of the prior's own, such as a local copy of it.
+        device: default a GPU where there is one.
+    """
+    if samples < 1:
+        raise ValueError(f"samples={samples} must be at least 1")
+    path, decoder = prior or str(DEMO_PRIOR), tokenizer or str(DEMO_TOKENIZER)
+    module = SavedPrior(path, decoder, text_encoder).eval().to(default_device(device))
+    budgets = token_budgets(num_tokens, module.prior.num_tokens)
+    names, condition = _conditions(module, classes, texts, samples)
+    seeds = [seed + i % samples for i in range(len(names))]
+    tokens = module.generate_tokens(
+        condition, cfg_scale, temperature, top_k, top_p, [torch.Generator().manual_seed(s) for s in seeds]
+    )
+    images = {
+        budget: module.reconstructor.detokenize(
+            tokens,
+            num_tokens=budget,
+            num_steps=num_steps,
+            guidance=guidance,
+            guidance_scale=guidance_scale,
+            generator=[torch.Generator().manual_seed(s) for s in seeds],
+        ).cpu()
+        for budget in budgets
+    }
+    target = Path(out).expanduser()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_png(generation_grid(names, images), target)
+    print(f"{len(names)} pictures at {budgets} tokens: {target}")
+
+
+def _conditions(
+    module: PriorBase, classes: list[str] | None, texts: list[str] | None, samples: int
+) -> tuple[list[str], Tensor | list[str] | None]:
+    """Names of the rows, and what the prior is given."""
+    kind = module.condition_kind
+    for given, option, needs in ((classes, "--class", "class"), (texts, "--text", "text")):
+        if given and kind != needs:
+            raise ValueError(f"{option} {given[0]}: this prior is conditioned on {kind}, leave {option} out")
+    if kind == "none":
+        return [""] * samples, None
+    if kind == "text":
+        if not texts:
+            raise ValueError('this prior is conditioned on text: say what to draw, --text "red apple"')
+        rows = [text for text in texts for _ in range(samples)]
+        return rows, rows
+    count = module.num_classes
+    numbers = [class_index(given, module.class_names, count) for given in classes or range(count if count <= 16 else 8)]
+    numbers = [number for number in numbers for _ in range(samples)]
+    names = [module.class_names[number] if module.class_names else f"class {number}" for number in numbers]
+    return names, torch.tensor(numbers)

@@ -1,0 +1,114 @@
+"""What reconstructions and generated images have in common: features and means by token budget, beside real features.
+
+B images, D features.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flextok_pl.metrics.distributed import all_reduce_sum
+from flextok_pl.metrics.feature_set import FeatureSet
+from flextok_pl.metrics.features import FeatureExtractor
+from flextok_pl.metrics.frechet import frechet_distance
+from flextok_pl.metrics.kernel import kernel_distance
+from flextok_pl.metrics.keys import choose_fraction, image_hash, key_hash
+
+
+class BudgetStatistics(ABC):
+    """Features of real images, and at each budget features of made images and sums of values per image.
+
+    Args:
+        budgets: numbers of tokens.
+        extractor: of the features whose distances are taken.
+        pool_fraction: share of the samples whose features are kept.
+        real: features of all real images from an earlier run, or None to take them now.
+        names: of the values whose means over images are taken.
+    """
+
+    def __init__(
+        self,
+        budgets: Sequence[int],
+        extractor: FeatureExtractor,
+        pool_fraction: float,
+        real: FeatureSet | None,
+        names: Sequence[str],
+    ) -> None:
+        self.budgets = list(budgets)
+        self.real = FeatureSet(extractor.dim) if real is None else real
+        self.data_hash = 0
+        self._extractor = extractor
+        self._pool_fraction = pool_fraction
+        self._real_is_complete = real is not None
+        self._sets = {budget: FeatureSet(extractor.dim) for budget in budgets}
+        self._sums = {budget: {name: torch.zeros(2, dtype=torch.float64) for name in names} for budget in budgets}
+
+    @property
+    def num_images(self) -> int:
+        """Made images that every budget has."""
+        return min(features.statistics.count for features in self._sets.values())
+
+    @property
+    @abstractmethod
+    def image_size(self) -> list[int]:
+        """[H, W] of the images; empty before the first."""
+
+    @abstractmethod
+    def values(self, kernel_seed: int = 0) -> dict[int, dict[str, float]]:
+        """Metrics by budget."""
+
+    def all_reduce(self, device: torch.device) -> None:
+        """Replace these statistics by those of all processes.
+
+        Args:
+            device: where the process group communicates.
+        """
+        self.data_hash = int(all_reduce_sum(torch.tensor(self.data_hash), device).item())
+        if not self._real_is_complete:
+            self.real.all_reduce(device)
+            self._real_is_complete = True
+        for budget, sums in self._sums.items():
+            self._sums[budget] = {name: all_reduce_sum(total, device) for name, total in sums.items()}
+            self._sets[budget].all_reduce(device)
+
+    def _add_real(self, images: Tensor, keys: Sequence[str]) -> None:
+        """Add (B, 3, H, W) uint8 with their keys."""
+        for key, image in zip(keys, images.cpu(), strict=True):
+            self.data_hash = _wrap(self.data_hash + image_hash(key, image))
+        if not self._real_is_complete:
+            self._add_features(self.real, self._extractor(images), keys)
+
+    def _add_features(self, features: FeatureSet, rows: Tensor, keys: Sequence[str]) -> Tensor:
+        """Add (B, D) to one of the sets, and return the (B,) int64 ids that the keys stand for."""
+        ids = torch.tensor([key_hash(key) for key in keys], dtype=torch.int64)
+        features.update(rows, ids, choose_fraction(keys, self._pool_fraction, "pool"))
+        return ids
+
+    def _add_values(self, budget: int, name: str, values: Tensor) -> None:
+        """Add the values of (B,) images to their sum and count."""
+        self._sums[budget][name] += torch.tensor([float(values.sum()), len(values)], dtype=torch.float64)
+
+    def _distances(self, budget: int, kernel_seed: int, paired: bool) -> dict[str, float]:
+        """Frechet and kernel distance from the real images, each only where it has two samples on either side."""
+        made, distances = self._sets[budget], {}
+        if min(self.real.statistics.count, made.statistics.count) > 1:
+            distances[self._extractor.metric_name] = frechet_distance(self.real.statistics, made.statistics)
+        real_pool, pool = self.real.pool(), made.pool()
+        if min(len(real_pool), len(pool)) > 1:
+            kernel, _ = kernel_distance(real_pool, pool, seed=kernel_seed, paired=paired)
+            distances[self._extractor.kernel_metric_name] = kernel
+        return distances
+
+    def _means(self, budget: int) -> dict[str, float]:
+        """Mean of each value that any image has."""
+        totals = {name: total.tolist() for name, total in self._sums[budget].items()}
+        return {name: total / count for name, (total, count) in totals.items() if count}
+
+
+def _wrap(value: int) -> int:
+    """Into the range of int64, as tensor sums wrap."""
+    return (value + 2**63) % 2**64 - 2**63

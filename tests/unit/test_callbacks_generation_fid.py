@@ -1,0 +1,290 @@
+"""GenerationFID on a prior whose samples are known: what it measures, writes, and refuses."""
+
+import csv
+import json
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
+
+from flextok_pl.callbacks import GenerationFID
+from flextok_pl.metrics.classifier import LinearProbe
+
+SIDE, LENGTH, CLASSES = 16, 4, 3
+
+
+def colour(label):
+    """(3, 1, 1): red, green or blue; grey for none."""
+    return torch.full((3, 1, 1), -0.5) + 1.2 * torch.eye(4)[label, :3].view(3, 1, 1)
+
+
+class BandTokenizer:
+    """Token i is the class whose colour band i has; the rest is noise."""
+
+    num_registers = LENGTH
+
+    def __init__(self, module):
+        self.module = module
+
+    def tokenize(self, images, num_tokens=None):
+        raise AssertionError("real images need no tokens")
+
+    def detokenize(
+        self, tokens, num_tokens=None, num_steps=25, guidance="apg", guidance_scale=7.5, generator=None, **_
+    ):
+        images = torch.stack([0.4 * torch.randn(3, SIDE, SIDE, generator=g) for g in generator])
+        height = SIDE // LENGTH
+        for image, row in zip(images, tokens.tolist(), strict=True):
+            for i, label in enumerate(row[:num_tokens]):
+                image[:, i * height : (i + 1) * height] = colour(label)
+        return images + self.module.bias
+
+
+class BandPrior(LightningModule):
+    """The first token is the class asked for, the others are drawn."""
+
+    condition_kind, num_classes, class_names = "class", CLASSES, ("red", "green", "blue")
+
+    def __init__(self, lr=0.0):
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.zeros(()))
+        self.reconstructor = BandTokenizer(self)
+        self.lr, self.asked = lr, []
+
+    def generate_tokens(self, condition, cfg_scale=1.0, temperature=1.0, top_k=None, top_p=None, generator=None):
+        if condition is None:
+            condition = torch.zeros(len(generator), dtype=torch.int64)
+        elif not isinstance(condition, torch.Tensor):
+            condition = torch.tensor([self.class_names.index(text) for text in condition])
+        self.asked.append((condition, cfg_scale, temperature, top_k, top_p))
+        drawn = torch.stack([torch.randint(CLASSES, (LENGTH,), generator=g) for g in generator])
+        drawn[:, 0] = condition
+        return drawn
+
+    def training_step(self, batch, batch_idx):
+        return self.bias
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    test_step = validation_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+class Pictures(LightningDataModule):
+    image_size = SIDE
+
+    def __init__(self, count=12, batch_size=5, classes=True, texts=False):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.samples = []
+        for i in range(count):
+            image = colour(i % CLASSES) + 0.1 * torch.randn(3, SIDE, SIDE, generator=generator)
+            sample = {"image": image.clamp(-1, 1), "key": f"picture{i}"}
+            sample |= {"label": i % CLASSES} if classes else {}
+            sample |= {"text": BandPrior.class_names[i % CLASSES]} if texts else {}
+            self.samples.append(sample)
+        self.batch_size = batch_size
+
+    def num_samples(self, split):
+        return len(self.samples)
+
+    def train_dataloader(self):
+        return DataLoader(self.samples, batch_size=self.batch_size)
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
+class MeanColour:
+    """Mean colour of the first band and of the rest."""
+
+    name, metric_name, kernel_metric_name = "bands", "fd_bands", "kd_bands"
+    dim, weights_hash, resize = 6, "0" * 16, "none"
+
+    def __call__(self, images):
+        height = SIDE // LENGTH
+        parts = [images[:, :, :height], images[:, :, height:]]
+        return torch.cat([part.float().mean((2, 3)) for part in parts], 1) / 255
+
+    def class_logits(self, features):
+        return None
+
+    def to(self, device):
+        return self
+
+
+def probe():
+    """Looks at the first band."""
+    noise = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
+    features = 0.5 + 0.2 * noise
+    features[:, :3] = 0.25 + 0.6 * torch.eye(3).repeat(20, 1) + 0.05 * noise[:, :3]
+    return LinearProbe.fit(features, torch.arange(3).repeat(20), CLASSES, "bands")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr("flextok_pl.callbacks.budget_evaluation.build_extractor", lambda *_: MeanColour())
+    monkeypatch.setattr("flextok_pl.callbacks.generation_fid.fitted_probe", lambda *_: probe())
+
+
+def trainer_for(tmp_path, callback, **options):
+    return Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        callbacks=[callback, *options.pop("callbacks", [])],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        **{"logger": False, "max_epochs": 1, **options},
+    )
+
+
+def evaluate(tmp_path, module=None, data=None, trainer=None, **options):
+    callback = GenerationFID(**{"cache_dir": None, "output_dir": tmp_path, **options})
+    trainer_for(tmp_path, callback, **(trainer or {})).test(module or BandPrior(), data or Pictures(), verbose=False)
+    return callback
+
+
+WITH_PROBE = {"classifier": "probe", "classifier_data": "somewhere"}
+
+
+def test_values_files_and_table(tmp_path, capsys):
+    callback = evaluate(tmp_path, num_samples=30, cfg_scale=1.5, **WITH_PROBE)
+    assert list(callback.values) == [1, 2, 4]
+    names = ["fd_bands", "kd_bands", "score_probe_bands", "precision", "recall", "class_agreement"]
+    assert list(callback.values[1]) == [*names, "class_mean_agreement"]
+    assert all(callback.values[k]["class_agreement"] == 1 for k in (1, 2, 4)), "the first band is the class"
+    assert callback.values[1]["score_probe_bands"] == pytest.approx(3, abs=0.3), "three classes, sharp and balanced"
+    records = json.loads((tmp_path / "gfid.json").read_text())
+    assert len(records) == 3 * 7
+    first = records[0]
+    assert (first["metric"], first["num_tokens"], first["num_samples"], first["full_rank"]) == ("fd_bands", 1, 30, True)
+    assert (first["cfg_scale"], first["conditions"], first["classifier"]) == (1.5, "balanced", "probe_bands")
+    assert first["complete"] and first["image_size"] == [SIDE, SIDE]
+    with (tmp_path / "gfid.csv").open() as file:
+        assert [row["num_tokens"] for row in csv.DictReader(file)] == ["1", "2", "4"]
+    for name in ("gfid.png", "gfid_grid.png"):
+        assert Image.open(tmp_path / name).size[0] > 3 * SIDE
+    assert "30 generated images, 12 real ones of test" in capsys.readouterr().out
+
+
+def test_one_rollout_serves_every_budget(tmp_path):
+    module = BandPrior()
+    evaluate(tmp_path, module, num_samples=7, batch_size=4, budgets=[1, 2, 3, 4], temperature=0.9, top_k=5, top_p=0.8)
+    sizes = [len(condition) for condition, *_ in module.asked]
+    assert sizes == [3, 4, 3], "the picture's rows, then seven samples in two batches"
+    assert {call[1:] for call in module.asked} == {(1.0, 0.9, 5, 0.8)}
+    assert torch.cat([c for c, *_ in module.asked[1:]]).tolist() == [0, 1, 2, 0, 1, 2, 0], "balanced"
+
+
+def test_results_do_not_depend_on_batches(tmp_path):
+    options = {"num_samples": 20, **WITH_PROBE}
+    first = evaluate(tmp_path, batch_size=20, **options).values
+    second = evaluate(tmp_path, data=Pictures(batch_size=12), batch_size=3, **options).values
+    for budget, metrics in first.items():
+        for name, value in metrics.items():
+            assert second[budget][name] == pytest.approx(value, rel=1e-6, abs=1e-9), (budget, name)
+    assert evaluate(tmp_path, seed=1, **options).values != first
+
+
+@pytest.mark.parametrize("kind", ["class", "text"])
+def test_conditions_of_the_data(tmp_path, kind):
+    module = BandPrior()
+    module.condition_kind = kind
+    callback = evaluate(tmp_path, module, Pictures(10, texts=True), conditions="data", **WITH_PROBE)
+    asked = torch.cat([condition for condition, *_ in module.asked[1:]])
+    assert asked.tolist() == [i % CLASSES for i in range(10)]
+    assert callback.values[1]["class_agreement"] == 1
+    with pytest.raises(MisconfigurationException, match="num_samples=5 is for balanced classes"):
+        evaluate(tmp_path, module, Pictures(10, texts=True), conditions="data", num_samples=5)
+    with pytest.raises(MisconfigurationException, match="these shards hold"):
+        evaluate(tmp_path, module, Pictures(10, classes=False), conditions="data")
+
+
+def test_without_conditions(tmp_path):
+    module = BandPrior()
+    module.condition_kind, module.num_classes = "none", 0
+    callback = evaluate(tmp_path, module, grid_samples=2)
+    assert "class_agreement" not in callback.values[1]
+    assert [len(condition) for condition, *_ in module.asked] == [2, 12]
+
+
+def test_rows_of_the_picture(tmp_path):
+    module = BandPrior()
+    evaluate(tmp_path, module, shown=["blue", 0])
+    assert module.asked[0][0].tolist() == [2, 0]
+    assert Image.open(tmp_path / "gfid_grid.png").size[1] in range(2 * SIDE, 3 * SIDE + 10), "two rows"
+    with pytest.raises(ValueError, match="class 'pink' is unknown"):
+        evaluate(tmp_path, shown=["pink"])
+    with pytest.raises(ValueError, match=r"class 3 is not in 0..2"):
+        evaluate(tmp_path, shown=[3])
+
+
+def test_a_fit_measures_the_average_and_shows_it(tmp_path):
+    callback = GenerationFID(cache_dir=None, max_samples=6, **WITH_PROBE)
+    logger = TensorBoardLogger(tmp_path, name="tb")
+    averaging = EMAWeightAveraging(decay=0.5)
+    data = Pictures()
+    trainer = trainer_for(tmp_path, callback, logger=logger, callbacks=[averaging], max_epochs=2, log_every_n_steps=1)
+    trainer.fit(BandPrior(lr=0.1), data)
+    assert list(callback.values) == [1, 2, 4]
+    folder = tmp_path / "tb" / "version_0" / "gfid_fit"
+    records = json.loads((folder / "gfid.json").read_text())
+    assert {record["model_weights"] for record in records} == {"ema"} and records[0]["num_samples"] == 6
+    assert (folder / "gfid_grid.png").is_file()
+    events = EventAccumulator(logger.log_dir, size_guidance={"images": 0}).Reload()
+    assert {"val/generated/fd_bands/k=001", "val/generated/class_agreement/k=004"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["images"] == ["val/generated images"]
+    assert len(events.Images("val/generated images")) == 2
+    assert callback.values[4]["class_agreement"] == trainer.callback_metrics["val/generated/class_agreement/k=004"]
+
+
+def test_never_in_a_fit(tmp_path):
+    callback = GenerationFID(cache_dir=None, every_n_epochs=0)
+    trainer_for(tmp_path, callback).fit(BandPrior(), Pictures())
+    assert callback.values == {}
+
+
+def test_a_module_that_cannot_generate(tmp_path):
+    class Silent(LightningModule):
+        reconstructor = None
+
+        def test_step(self, batch, batch_idx):
+            pass
+
+    with pytest.raises(MisconfigurationException, match="generates no tokens"):
+        evaluate(tmp_path, Silent())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"conditions": "some"}, "conditions='some'"),
+        ({"num_samples": 0}, "num_samples=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"classifier": "probe"}, "a probe needs real images"),
+        ({"classifier_data": "x"}, "a probe needs real images"),
+        ({"budgets": [0]}, r"budgets=\[0\]"),
+        ({"extractor": "nosuch"}, "extractor='nosuch'"),
+        ({"guidance_scale": 2.0}, "no effect"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        GenerationFID(**options)
+
+
+def test_budgets_beyond_the_prior(tmp_path):
+    with pytest.raises(MisconfigurationException, match="budgets holds 5"):
+        evaluate(tmp_path, budgets=[5])

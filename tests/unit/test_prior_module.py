@@ -1,0 +1,248 @@
+"""PriorModule: what a fit logs, stores, averages, exports and repeats, and what it refuses. B batch, K tokens."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
+
+from flextok_pl.contracts import weights_hash
+from flextok_pl.models.config import FlexTokConfig, PriorConfig
+from flextok_pl.models.prior import Prior
+from flextok_pl.models.tokenizer import FlexTok
+from flextok_pl.modules import PriorModule
+from flextok_pl.modules.saved_prior import SavedPrior
+
+K, V = 16, 30
+NET = PriorConfig(num_classes=4, vocab_size=V, num_tokens=K, depth=2, width=32, head_dim=16)
+TOKENIZER = dataclasses.replace(FlexTokConfig.preset("tiny"), fsq_levels=(5, 3, 2))
+# Ten losses of `test_golden_losses`, on CPU in float32. A change of the maths changes them; a refactor does not.
+GOLDEN_LOSSES: list[float] = []
+
+
+class Sequences(pl.LightningDataModule):
+    """Batches of 8 sequences that count up from their class, as token shards give them."""
+
+    def __init__(self, made_by: dict[str, Any] | None = None, classes: tuple[str, ...] = (), **fields: Any) -> None:
+        super().__init__()
+        self.tokenizer = made_by or {"sha256": "a" * 16, "vocab_size": V, "num_tokens": K}
+        self.classes, self.fields = classes, fields
+
+    def batches(self, count: int) -> DataLoader:
+        data = []
+        for i in range(count):
+            labels = torch.arange(8) % 4
+            tokens = (labels[:, None] * 7 + torch.arange(K) * (1 + i)) % V
+            data.append({"tokens": tokens, "label": labels, "key": [f"b{i}_{j}" for j in range(8)], **self.fields})
+        return DataLoader(data, batch_size=None)
+
+    def train_dataloader(self) -> DataLoader:
+        return self.batches(5)
+
+    def val_dataloader(self) -> DataLoader:
+        return self.batches(1)
+
+
+def module(**options: Any) -> PriorModule:
+    torch.manual_seed(0)
+    return PriorModule(options.pop("net", NET), **{"lr": 3e-3, "warmup_steps": 2, **options})
+
+
+class Losses(pl.Callback):
+    """Remembers the training losses."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
+        self.values.append(outputs["loss"].item())
+
+
+def fit(
+    path: Path, network: PriorModule, max_steps: int = 10, data: Sequences | None = None, **options: Any
+) -> list[float]:
+    losses = Losses()
+    callbacks = [losses, *options.pop("callbacks", [])]
+    ckpt_path = options.pop("ckpt_path", None)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=max_steps,
+        logger=CSVLogger(path, name="", version="run", flush_logs_every_n_steps=1),
+        callbacks=callbacks,
+        log_every_n_steps=1,
+        gradient_clip_val=1.0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        **options,
+    )
+    trainer.fit(network, data or Sequences(), ckpt_path=ckpt_path)
+    return losses.values
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(1)
+    return str(FlexTok(TOKENIZER).save_pretrained(tmp_path_factory.mktemp("tok") / "tok.safetensors"))
+
+
+def test_golden_losses(tmp_path: Path) -> None:
+    assert fit(tmp_path, module()) == pytest.approx(GOLDEN_LOSSES, rel=1e-5)
+
+
+def test_training_learns_and_logs(tmp_path: Path) -> None:
+    network = module(lr=1e-2)
+    losses = fit(tmp_path, network, 60)
+    assert losses[0] == pytest.approx(math.log(V), rel=0.02) and losses[-1] < 1.0
+    log = (tmp_path / "run" / "metrics.csv").read_text().split("\n")
+    for tag in ("train/loss", "train/bits_per_token", "train/grad_norm", "val/loss", "val/accuracy"):
+        assert tag in log[0]
+    values = network.trainer.callback_metrics
+    assert values["val/condition_gap"] > 0.05, "the class tells the first token"
+    assert values["val/bits_per_token"] == pytest.approx(values["val/loss"].item() / math.log(2))
+
+
+def test_the_export_is_the_average_and_says_what_it_knows(tmp_path: Path) -> None:
+    network = module()
+    averaging = EMAWeightAveraging(decay=0.5)
+    fit(tmp_path, network, 4, Sequences(classes=("a", "b", "c", "d")), callbacks=[averaging])
+    prior = Prior.from_pretrained(tmp_path / "run" / "prior.safetensors")
+    assert prior.config == dataclasses.replace(NET, tokenizer="a" * 16, class_names=("a", "b", "c", "d"))
+    for name, tensor in network.prior.state_dict().items():
+        assert torch.equal(tensor, prior.state_dict()[name]), "the module ends with the averaged weights"
+    raw = module()
+    fit(tmp_path / "raw", raw, 4)
+    assert not torch.equal(raw.prior.head.weight, prior.head.weight)
+
+
+def test_a_resumed_fit_repeats_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole = fit(tmp_path / "whole", module(), 10)
+    saving = ModelCheckpoint(tmp_path / "ckpt", filename="five", every_n_train_steps=5, save_top_k=-1)
+    first = fit(tmp_path / "first", module(), 5, callbacks=[saving], max_epochs=2)
+    network = PriorModule.load_from_checkpoint(tmp_path / "ckpt" / "five.ckpt", weights_only=True)
+    assert network.prior.config.num_tokens == K and network.lr == 3e-3
+    # The schedule depends on max_steps, so the first part must be planned as long as the whole.
+    del first
+    long = ModelCheckpoint(tmp_path / "long", filename="{step}", every_n_train_steps=5, save_top_k=-1)
+    fit(tmp_path / "again", module(), 10, callbacks=[long])
+    rest = fit(tmp_path / "rest", module(), 10, ckpt_path=tmp_path / "long" / "step=5.ckpt")
+    assert rest == whole[5:]
+
+
+def test_accumulated_gradients_use_different_draws(tmp_path: Path) -> None:
+    losses = fit(tmp_path, module(condition_dropout=0.5), 2, accumulate_grad_batches=2)
+    assert len(losses) == 4
+
+
+@pytest.mark.parametrize("options", [{"loss_chunk": None}, {"loss_chunk": 7}, {"activation_checkpointing": True}])
+def test_how_it_is_computed_changes_nothing(tmp_path: Path, options: dict[str, Any]) -> None:
+    assert fit(tmp_path, module(**options), 5) == pytest.approx(fit(tmp_path / "b", module(), 5), rel=1e-5)
+
+
+def test_compiled_blocks(tmp_path: Path) -> None:
+    torch.compiler.reset()
+    torch._dynamo.config.suppress_errors = False
+    with torch.compiler.set_stance("force_eager"):  # a build machine need not have a C++ compiler
+        assert fit(tmp_path, module(compile_blocks=True), 3) == fit(tmp_path / "b", module(), 3)
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    half = fit(tmp_path, module(), 5, precision="bf16-mixed")
+    assert half == pytest.approx(fit(tmp_path / "b", module(), 5), rel=0.02)
+
+
+def test_label_smoothing_and_condition_dropout(tmp_path: Path) -> None:
+    plain = fit(tmp_path / "a", module(condition_dropout=0.0), 3)
+    assert fit(tmp_path / "b", module(condition_dropout=0.9), 3) != plain
+    smooth = fit(tmp_path / "c", module(condition_dropout=0.0, label_smoothing=0.2), 3)
+    assert smooth[0] != plain[0]
+
+
+def test_images_are_tokenized_as_they_come(tmp_path: Path, tokenizer: str) -> None:
+    network = module(tokenizer=tokenizer)
+    images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    tokens = network.tokens({"image": images})
+    assert torch.equal(tokens, FlexTok.from_pretrained(tokenizer).tokenize(images))
+    assert torch.equal(network.tokens({"image": images, "tokens": tokens + 1}), tokens + 1)
+    assert not any("tokenizer" in name for name in network.state_dict())
+    with pytest.raises(ValueError, match="needs 'tokens' or 'image'"):
+        network.tokens({"key": []})
+
+
+def test_tokens_of_another_tokenizer(tmp_path: Path, tokenizer: str) -> None:
+    own = weights_hash(FlexTok.from_pretrained(tokenizer))
+    made_by = {"sha256": own, "vocab_size": V, "num_tokens": K}
+    fit(tmp_path, module(tokenizer=tokenizer), 1, Sequences(made_by), max_epochs=1)
+    for change, message in (
+        ({"sha256": "b" * 16}, "belongs to tokenizer bbbb"),
+        ({"vocab_size": 31}, "set net.vocab_size"),
+        ({"num_tokens": 8}, "set net.num_tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit(tmp_path, module(tokenizer=tokenizer), 1, Sequences({**made_by, **change}))
+    file = tmp_path / "run" / "prior.safetensors"
+    assert SavedPrior(str(file), tokenizer).prior.config.tokenizer == own
+    torch.manual_seed(2)
+    other = str(FlexTok(TOKENIZER).save_pretrained(tmp_path / "other.safetensors"))
+    with pytest.raises(ValueError, match="tokens mean nothing to another tokenizer"):
+        SavedPrior(str(file), other)
+    with pytest.raises(ValueError, match="set net.vocab_size"):
+        module(tokenizer=str(FlexTok(FlexTokConfig.preset("tiny")).save_pretrained(tmp_path / "x.safetensors")))
+
+
+def test_finished_prior(tmp_path: Path, tokenizer: str) -> None:
+    prior = module().prior
+    file = prior.save_pretrained(tmp_path)
+    assert file.name == "prior.safetensors"
+    saved = SavedPrior(str(tmp_path), tokenizer)
+    assert (saved.condition_kind, saved.num_classes) == ("class", 4)
+    generator = [torch.Generator().manual_seed(0)]
+    tokens = saved.generate_tokens(torch.tensor([2]), 2.0, generator=generator)
+    expected = prior.generate(torch.tensor([2]), cfg_scale=2.0, generator=[torch.Generator().manual_seed(0)])
+    assert torch.equal(tokens, expected)
+    assert saved.reconstructor.detokenize(tokens, num_steps=1).shape == (1, 3, 32, 32)
+    with pytest.raises(Exception, match="set model.tokenizer"):
+        SavedPrior(str(tmp_path), None).reconstructor  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
+        ({"condition_dropout": -0.1}, "condition_dropout=-0.1"),
+        ({"loss_chunk": 0}, "loss_chunk=0"),
+        ({"text_encoder": "minilm"}, "a prior of texts needs both"),
+        ({"net": dataclasses.replace(NET, num_classes=0, text_width=8)}, "a prior of texts needs both"),
+        ({"tokenizer": "/nowhere.safetensors"}, "no checkpoint"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        module(**options)
+
+
+def test_data_that_does_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="set net.num_classes"):
+        fit(tmp_path, module(), 1, Sequences(classes=tuple("abcde")))
+    network = module()
+    with pytest.raises(ValueError, match="needs labels"):
+        network.condition({"tokens": torch.zeros(1, K)})
+
+
+def test_damaged_files(tmp_path: Path, tokenizer: str) -> None:
+    with pytest.raises(ValueError, match="no checkpoint file"):
+        Prior.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is no prior"):
+        Prior.from_pretrained(tokenizer)
+    file = module().prior.save_pretrained(tmp_path / "p.safetensors")
+    with pytest.raises(ValueError, match="no FlexTok checkpoint"):
+        FlexTok.from_pretrained(file)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="no intact safetensors"):
+        Prior.from_pretrained(file)
