@@ -1,7 +1,7 @@
 """Peak memory and speed of one training step of a prior, with the chunked loss and with all logits at once.
 
-Each setting runs in a process of its own, so that one's peak does not hide another's. Peak memory is the process's resident
-set on a CPU and the allocator's maximum on a GPU; `baseline` is that before the first step, with the weights in place.
+Each setting runs in a process of its own, so that one's peak does not hide another's. Peak memory is the process's
+resident set on a CPU and the allocator's maximum on a GPU; `baseline` is that before the first step.
 
     python benchmarks/prior_training_step.py --json benchmarks/results/prior_training_step_cpu.json
 """

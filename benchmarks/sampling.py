@@ -1,16 +1,17 @@
 """Speed of sampling from a prior with a cache: against transformers' `generate`, and against no cache.
 
-The peer is transformers' Llama of the same width, depth and vocabulary under `generate` with a static cache, sampling from
-the whole vocabulary at temperature 1. It has rotary positions in place of learned ones; else its blocks are the same. Both
-have random weights, and all draw the same number of tokens. With guidance, ours computes both halves as one batch; the peer
-has `guidance_scale`, which runs two passes. Without a cache each token costs a pass over all that came before; that loop is
-run for a few prefix lengths only, and its total is the integral of a quadratic through them.
+The peer is transformers' Llama of the same width, depth and vocabulary under `generate` with a static cache, sampling
+from the whole vocabulary at temperature 1. It has rotary positions in place of learned ones; else its blocks are the
+same. Both have random weights, and all draw the same number of tokens. With guidance, ours computes both halves as one
+batch; the peer has `guidance_scale`, which runs two passes. Without a cache each token costs a pass over all that came
+before; that loop is run at three lengths only, and its total is the sum of the quadratic through them.
 
     python benchmarks/sampling.py --json benchmarks/results/sampling_cpu.json
 """
 
 import argparse
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -118,7 +119,7 @@ def main() -> None:
                 sample(1)
                 times = {
                     "ours": seconds(lambda: ours(options.num_tokens), options.repeats, options.device),
-                    "transformers": seconds(lambda batch=batch: sample(batch), options.repeats, options.device),
+                    "transformers": seconds(partial(sample, batch), options.repeats, options.device),
                     "without_cache": without_cache(
                         prior, batch, scale, options.num_tokens, options.repeats, options.device
                     ),

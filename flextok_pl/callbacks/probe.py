@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from flextok_pl.data import ShardDataModule
 from flextok_pl.metrics.classifier import LinearProbe
 from flextok_pl.metrics.features import FeatureExtractor
 from flextok_pl.metrics.images import to_uint8
-from flextok_pl.metrics.report import write_atomically
+from flextok_pl.metrics.statistics_cache import keep, load_kept
 
 
 def fitted_probe(source: str, image_size: int, extractor: FeatureExtractor, cache_dir: Path | None) -> LinearProbe:
@@ -40,17 +39,12 @@ def fitted_probe(source: str, image_size: int, extractor: FeatureExtractor, cach
     name = f"probe_{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.pt"
     file = None if cache_dir is None else cache_dir / name
     if file is not None and file.is_file():
-        try:
-            return LinearProbe.from_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-        except (RuntimeError, KeyError, TypeError, EOFError) as error:
-            raise ValueError(f"the cached probe {file} is damaged ({error}); delete the file") from error
+        return load_kept(file, LinearProbe.from_state_dict)
     features, labels = [], []
     for batch in tqdm(data.test_dataloader(), desc="features for the classifier", unit="batch", leave=False):
         features.append(extractor(to_uint8(batch["image"])).cpu())
         labels.append(batch["label"])
     probe = LinearProbe.fit(torch.cat(features), torch.cat(labels), len(index.classes), extractor.name)
     if file is not None:
-        buffer = io.BytesIO()
-        torch.save(probe.state_dict(), buffer)
-        write_atomically(file, buffer.getvalue())
+        keep(file, probe.state_dict())
     return probe

@@ -1,17 +1,21 @@
-"""Statistics of real images kept on disk between evaluations of the same data with the same extractor."""
+"""What is computed from real images, kept on disk between evaluations of the same data with the same extractor."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from flextok_pl.metrics.feature_set import FeatureSet
 from flextok_pl.metrics.features import FeatureExtractor
 from flextok_pl.metrics.report import write_atomically
+
+T = TypeVar("T")
 
 
 class StatisticsCache:
@@ -42,10 +46,7 @@ class StatisticsCache:
         Raises:
             ValueError: the file is damaged.
         """
-        try:
-            return FeatureSet.from_state_dict(torch.load(self.file, map_location="cpu", weights_only=True))
-        except (RuntimeError, KeyError, EOFError) as error:
-            raise ValueError(f"cached statistics {self.file} are damaged ({error}); delete the file") from error
+        return load_kept(self.file, FeatureSet.from_state_dict)
 
     def store_or_check(self, features: FeatureSet, pixel_hash: int) -> None:
         """Keep the features; or where they came from the file, check that they were of the images now evaluated.
@@ -58,7 +59,7 @@ class StatisticsCache:
             RuntimeError: the images have changed under the same data hash. The file is deleted.
         """
         if self.exists():
-            kept = torch.load(self.file, map_location="cpu", weights_only=True)["pixel_hash"]
+            kept = load_kept(self.file, lambda state: state["pixel_hash"])
             if kept.item() != pixel_hash:
                 self.file.unlink()
                 raise RuntimeError(
@@ -66,6 +67,23 @@ class StatisticsCache:
                     "deleted: run again"
                 )
             return
-        buffer = io.BytesIO()
-        torch.save({**features.state_dict(), "pixel_hash": torch.tensor(pixel_hash)}, buffer)
-        write_atomically(self.file, buffer.getvalue())
+        keep(self.file, {**features.state_dict(), "pixel_hash": torch.tensor(pixel_hash)})
+
+
+def keep(file: Path, state: dict[str, Any]) -> None:
+    """Write tensors under a file's final name only when they are complete."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(file, buffer.getvalue())
+
+
+def load_kept(file: Path, restore: Callable[[dict[str, Any]], T]) -> T:
+    """What `restore` makes of the tensors of a file that `keep` wrote.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        return restore(torch.load(file, map_location="cpu", weights_only=True))
+    except Exception as error:  # the unpickler has no error of its own: damaged bytes raise whatever they lead to
+        raise ValueError(f"the cached {file} is damaged ({error!r}); delete the file") from error

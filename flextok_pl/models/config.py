@@ -215,6 +215,7 @@ _PRESETS = {
         decoder_depth=3,
         decoder_head_dim=32,
         num_registers=64,
+        fsq_levels=(7, 5, 5, 5, 5),
         grid_size=(4, 4),
         position_base=10.0,
         repa_layer=None,

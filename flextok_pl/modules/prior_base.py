@@ -73,7 +73,7 @@ class PriorBase(pl.LightningModule):
         """Check that token shards fit the prior."""
         source = getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
         if source is not None:
-            self._check_tokens("the token shards", source)
+            self._check_tokens("the set of token shards", source)
 
     def _check_tokens(self, source: str, made_by: Mapping[str, Any]) -> None:
         config = self.prior.config

@@ -1,5 +1,6 @@
 """The `flextok` command, through its front door."""
 
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -10,9 +11,13 @@ import pytest
 import yaml
 from PIL import Image
 
+from flextok_pl.assets import DEMO_TOKENIZER
 from flextok_pl.cli import COMMANDS, base_config, main
+from flextok_pl.contracts import weights_hash
+from flextok_pl.data import ShardIndex
 from flextok_pl.interop import load_pretrained, save_pretrained
-from flextok_pl.models.config import FlexTokConfig
+from flextok_pl.models.config import FlexTokConfig, PriorConfig
+from flextok_pl.models.prior import Prior
 from flextok_pl.models.tokenizer import FlexTok
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +34,28 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_pretrained(FlexTok(FlexTokConfig.preset("tiny")), tmp_path_factory.mktemp("tok") / "tiny.safetensors")
+
+
+PRIOR_EXPERIMENT: dict[str, Any] = {
+    "data": {"image_size": 32, "batch_size": 8, "eval_batch_size": 8, "num_workers": 0},
+    "model": {
+        "class_path": "flextok_pl.modules.PriorModule",
+        "init_args": {
+            "net": {
+                "num_classes": 2,
+                "vocab_size": 64000,
+                "num_tokens": 16,
+                "depth": 1,
+                "width": 32,
+                "head_dim": 16,
+            },
+            "warmup_steps": 0,
+        },
+    },
+    "ema": {"decay": 0.5},
+    "gfid": {"num_steps": 1, "budgets": [1, 16], "max_samples": 6, "grid_samples": 2},
+    "positions": {},
+}
 
 
 def tiny(command: str, shards: Path, *more: str) -> list[str]:
@@ -215,6 +242,85 @@ def test_reconstruct(tiny_tokenizer: Path, workplace: Path, capsys: pytest.Captu
     Path("broken.png").write_bytes(b"no picture")
     assert "broken.png" in error_of(capsys, "reconstruct", "broken.png", "--ckpt", str(tiny_tokenizer))
     assert "no checkpoint" in error_of(capsys, "reconstruct", "0.png", "--ckpt", "/nowhere")
+
+
+@pytest.fixture(scope="module")
+def tiny_prior(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tok = load_pretrained(tiny_tokenizer)
+    config = PriorConfig(
+        num_classes=2, vocab_size=64000, num_tokens=16, depth=1, width=32, head_dim=16, class_names=("left", "right")
+    )
+    prior = Prior(dataclasses.replace(config, tokenizer=weights_hash(tok)))
+    return prior.save_pretrained(tmp_path_factory.mktemp("prior"))
+
+
+def test_generate(
+    tiny_prior: Path, tiny_tokenizer: Path, workplace: Path, capsys: pytest.CaptureFixture[str], image_shards: Path
+) -> None:
+    files = ["--prior", str(tiny_prior), "--tokenizer", str(tiny_tokenizer), "--num-steps", "1", "--guidance", "none"]
+    command = ["generate", *files, "--num-tokens", "1,16"]
+    main([*command, "--class", "right", "--class", "0", "--out", "new/grid.png"])
+    assert "2 pictures at [1, 16] tokens" in capsys.readouterr().out
+    side = 32
+    width, height = Image.open("new/grid.png").size
+    assert 4 * side < width < 4 * side + 20 and 2 * side < height < 2 * side + 40, "names are as wide as two"
+    first = Path("new/grid.png").read_bytes()
+    main([*command, "--class", "Right", "--class", "left", "--out", "again.png"])
+    assert Path("again.png").read_bytes() == first, "the same seed gives the same pictures"
+    main([*command, "--class", "1", "--class", "0", "--out", "other.png", "--seed", "1"])
+    assert Path("other.png").read_bytes() != first
+    main([*command, "--samples", "3", "--cfg-scale", "[1.0,3.0]", "--top-k", "50", "--top-p", "0.9"])
+    assert "6 pictures" in capsys.readouterr().out, "all classes"
+
+    for arguments, message in (
+        (["--class", "up"], "class 'up' is unknown; did you mean"),
+        (["--class", "2"], "class 2 is not in 0..1"),
+        (["--class", "-1"], "class -1 is not in 0..1"),
+        (["--text", "red"], "this prior is conditioned on class"),
+        (["--num-tokens", "17"], "num_tokens=17"),
+        (["--num-tokens", "a"], "num_tokens='a'"),
+        (["--top-p", "0"], "top_p=0.0"),
+        (["--samples", "0"], "samples=0"),
+        (["--prior", "/nowhere"], "no checkpoint file"),
+        (["--tokenizer", str(DEMO_TOKENIZER)], "set net.vocab_size"),
+    ):
+        assert message in error_of(capsys, *command, *arguments)
+
+
+def test_a_prior_from_pictures_to_gfid(
+    tiny_tokenizer: Path, image_shards: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tokenize, train, resume, evaluate, generate: all by the command line."""
+    source = ["--src", str(image_shards / "train"), "--dst", "tokens"]
+    main(["data", "tokens", "--ckpt", str(tiny_tokenizer), *source, "--num-views", "2", "--num-workers", "0"])
+    index = ShardIndex.load(workplace / "tokens")
+    assert index.num_samples == 2 * ShardIndex.load(image_shards / "train").num_samples and index.image_size == 32
+    config = workplace / "prior.yaml"
+    config.write_text(yaml.safe_dump(PRIOR_EXPERIMENT | {"trainer": {"max_steps": 4, "val_check_interval": 2}}))
+    shards = [f"--data.train={workplace / 'tokens'}", f"--data.val={image_shards / 'val'}"]
+    model = [f"--model.tokenizer={tiny_tokenizer}"]
+    base = ["--config", str(EXPERIMENTS / "base.yaml"), "--config", str(config), *shards]
+    main(["fit", *base, *model])
+    run = workplace / "runs" / "prior" / "version_0"
+    assert {"prior.safetensors", "gfid_fit", "checkpoints"} <= {path.name for path in run.iterdir()}
+    last = run / "checkpoints" / "last.ckpt"
+    main(["fit", *base, *model, "--trainer.max_steps=5", "--gfid=null", "--ckpt_path", str(last)])
+
+    capsys.readouterr()
+    finished = ["--prior", str(run / "prior.safetensors"), "--tokenizer", str(tiny_tokenizer)]
+    rfid = ["--rfid.num_steps=1", "--rfid.budgets=[1,16]"]
+    main(["test", *base, *finished, *rfid, "--gfid.num_samples=8"])
+    assert "8 generated images, 16 real ones of test" in capsys.readouterr().out
+    tested = workplace / "runs" / "prior" / "version_2"
+    assert {"gfid.json", "gfid_grid.png", "rfid.json", "grid.png"} <= {path.name for path in tested.iterdir()}
+    main(["generate", *finished, "--num-tokens", "16", "--num-steps", "1", "--class", "left"])
+
+    assert "needs --tokenizer" in error_of(capsys, "test", *base, *finished[:2])
+    other = save_pretrained(FlexTok(FlexTokConfig.preset("tiny")), workplace / "other.safetensors")
+    assert "tokens mean nothing" in error_of(capsys, "test", *base, *finished[:2], "--tokenizer", str(other))
+    message = error_of(capsys, "fit", *base, f"--model.tokenizer={other}")
+    assert "the set of token shards belongs to tokenizer" in message
+    assert "set net.num_classes" in error_of(capsys, "fit", *base, *model, "--model.net.num_classes=1")
 
 
 def test_data_tools(

@@ -11,7 +11,8 @@ import torch
 import yaml
 
 from flextok_pl.cli import main
-from flextok_pl.models.config import FlexTokConfig, VAEConfig, config_from_dict
+from flextok_pl.models.config import FlexTokConfig, PriorConfig, VAEConfig, config_from_dict
+from flextok_pl.models.prior import Prior
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
 
@@ -39,11 +40,11 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_there_is_no_file_that_the_tests_below_miss() -> None:
-    known = {"base.yaml", *names("vae", "tokenizer", "nets", "data")}
+    known = {"base.yaml", *names("vae", "tokenizer", "prior", "nets", "data")}
     assert known == {str(file.relative_to(EXPERIMENTS)) for file in EXPERIMENTS.rglob("*.yaml")}
 
 
-@pytest.mark.parametrize("name", names("vae", "tokenizer"))
+@pytest.mark.parametrize("name", names("vae", "tokenizer", "prior"))
 def test_experiments_parse(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     file = EXPERIMENTS / name
     found = parsed(capsys, ["fit", "--config", str(file)])
@@ -51,7 +52,8 @@ def test_experiments_parse(name: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert found["model"]["class_path"] == own["model"]["class_path"]
     assert found["data"]["train"]
     assert found["trainer"]["logger"]["init_args"]["save_dir"] == "runs", "the base is under the experiment"
-    assert (found["rfid"] is not None) == name.startswith("tokenizer/")
+    assert (found["rfid"] is not None) >= name.startswith("tokenizer/")
+    assert (found["gfid"] is not None) == name.startswith("prior/")
     first = [line for line in file.read_text().splitlines() if line.startswith("#")]
     assert "?" in first[0] + first[1], "the first comment asks the question that the experiment answers"
     assert any(f"experiments/{name}" in line for line in first), "and gives the command"
@@ -70,7 +72,9 @@ def test_data_files_parse(name: str, capsys: pytest.CaptureFixture[str]) -> None
 def test_networks_can_be_built(name: str) -> None:
     values = yaml.safe_load((EXPERIMENTS / name).read_text())
     with torch.device("meta"):
-        if "encoder_width" in values:
+        if name.startswith("nets/prior_"):
+            Prior(config_from_dict(PriorConfig, values))
+        elif "encoder_width" in values:
             FlexTok(config_from_dict(FlexTokConfig, values))
         else:
             VAE(config_from_dict(VAEConfig, values))
@@ -82,13 +86,30 @@ def test_published_networks_are_the_presets(name: str) -> None:
     assert config_from_dict(FlexTokConfig, values) == FlexTokConfig.preset(name)
 
 
+PRIORS = [name for name in names("nets") if re.fullmatch(r"nets/prior_[\d.]+[mb](_text)?\.yaml", name)]
+
+
+def test_every_preset_of_the_prior_has_a_file() -> None:
+    assert len(PRIORS) == 10
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_priors_are_the_presets(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = EXPERIMENTS / name
+    preset = PriorConfig.preset(file.stem.removeprefix("prior_"))
+    assert config_from_dict(PriorConfig, yaml.safe_load(file.read_text())) == preset
+    experiment = EXPERIMENTS / "prior" / ("text_t5.yaml" if file.stem.endswith("text") else "imagenet_class.yaml")
+    found = parsed(capsys, ["fit", "--config", str(experiment), "--model.net", str(file)])
+    assert found["model"]["init_args"]["net"]["depth"] == preset.depth
+
+
 def documented_commands() -> list[str]:
     """Lines of shell blocks in the guides, and of the experiments' first comments."""
     lines: list[str] = []
     for guide in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for block in re.findall(r"```bash\n(.*?)```", guide.read_text(), re.DOTALL):
             lines += block.replace("\\\n", " ").splitlines()
-    for name in names("vae", "tokenizer"):
+    for name in names("vae", "tokenizer", "prior", "data"):
         lines += [
             line.lstrip("# ") for line in (EXPERIMENTS / name).read_text().splitlines() if line.startswith("#   ")
         ]

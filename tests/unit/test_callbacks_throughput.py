@@ -73,6 +73,21 @@ def test_a_module_that_waits_for_nothing(tmp_path):
     assert all(row["train/images_per_s"] <= 40 for row in rows)
 
 
+def test_operations_per_second(tmp_path, monkeypatch):
+    monkeypatch.setattr(SlowModule, "flops_per_sample", 2e12, raising=False)
+    rows = logged(tmp_path, data_seconds=0.0, step_seconds=0.01)
+    for row in rows:
+        assert row["train/tflops_per_s"] == pytest.approx(2 * row["train/images_per_s"])
+        assert "train/mfu" not in row, "nobody knows the peak of this CPU"
+
+
+def test_utilisation_where_the_peak_is_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(SlowModule, "flops_per_sample", 2e12, raising=False)
+    monkeypatch.setattr("flextok_pl.callbacks.throughput._peak_flops", lambda trainer: 1e15)
+    for row in logged(tmp_path, data_seconds=0.0, step_seconds=0.01):
+        assert row["train/mfu"] == pytest.approx(row["train/images_per_s"] * 2e12 / 1e15)
+
+
 def test_options():
     with pytest.raises(ValueError, match="every_n_steps=0"):
         Throughput(0)

@@ -23,7 +23,18 @@ K, V = 16, 30
 NET = PriorConfig(num_classes=4, vocab_size=V, num_tokens=K, depth=2, width=32, head_dim=16)
 TOKENIZER = dataclasses.replace(FlexTokConfig.preset("tiny"), fsq_levels=(5, 3, 2))
 # Ten losses of `test_golden_losses`, on CPU in float32. A change of the maths changes them; a refactor does not.
-GOLDEN_LOSSES: list[float] = []
+GOLDEN_LOSSES = [
+    3.392509937286377,
+    3.378500461578369,
+    3.4126806259155273,
+    3.399597406387329,
+    3.429100513458252,
+    3.1857755184173584,
+    3.1755530834198,
+    3.227241277694702,
+    3.2604384422302246,
+    3.323228359222412,
+]
 
 
 class Sequences(pl.LightningDataModule):
@@ -123,21 +134,13 @@ def test_the_export_is_the_average_and_says_what_it_knows(tmp_path: Path) -> Non
 
 def test_a_resumed_fit_repeats_an_uninterrupted_one(tmp_path: Path) -> None:
     whole = fit(tmp_path / "whole", module(), 10)
-    saving = ModelCheckpoint(tmp_path / "ckpt", filename="five", every_n_train_steps=5, save_top_k=-1)
-    first = fit(tmp_path / "first", module(), 5, callbacks=[saving], max_epochs=2)
-    network = PriorModule.load_from_checkpoint(tmp_path / "ckpt" / "five.ckpt", weights_only=True)
+    saving = ModelCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=5, save_top_k=-1)
+    fit(tmp_path / "again", module(), 10, callbacks=[saving])
+    checkpoint = tmp_path / "saved" / "step=5.ckpt"
+    network = PriorModule.load_from_checkpoint(checkpoint, weights_only=True)
     assert network.prior.config.num_tokens == K and network.lr == 3e-3
-    # The schedule depends on max_steps, so the first part must be planned as long as the whole.
-    del first
-    long = ModelCheckpoint(tmp_path / "long", filename="{step}", every_n_train_steps=5, save_top_k=-1)
-    fit(tmp_path / "again", module(), 10, callbacks=[long])
-    rest = fit(tmp_path / "rest", module(), 10, ckpt_path=tmp_path / "long" / "step=5.ckpt")
+    rest = fit(tmp_path / "rest", module(), 10, ckpt_path=checkpoint)
     assert rest == whole[5:]
-
-
-def test_accumulated_gradients_use_different_draws(tmp_path: Path) -> None:
-    losses = fit(tmp_path, module(condition_dropout=0.5), 2, accumulate_grad_batches=2)
-    assert len(losses) == 4
 
 
 @pytest.mark.parametrize("options", [{"loss_chunk": None}, {"loss_chunk": 7}, {"activation_checkpointing": True}])
@@ -178,14 +181,14 @@ def test_images_are_tokenized_as_they_come(tmp_path: Path, tokenizer: str) -> No
 def test_tokens_of_another_tokenizer(tmp_path: Path, tokenizer: str) -> None:
     own = weights_hash(FlexTok.from_pretrained(tokenizer))
     made_by = {"sha256": own, "vocab_size": V, "num_tokens": K}
-    fit(tmp_path, module(tokenizer=tokenizer), 1, Sequences(made_by), max_epochs=1)
+    fit(tmp_path, module(tokenizer=tokenizer), 3, Sequences(made_by))
     for change, message in (
         ({"sha256": "b" * 16}, "belongs to tokenizer bbbb"),
         ({"vocab_size": 31}, "set net.vocab_size"),
         ({"num_tokens": 8}, "set net.num_tokens"),
     ):
         with pytest.raises(ValueError, match=message):
-            fit(tmp_path, module(tokenizer=tokenizer), 1, Sequences({**made_by, **change}))
+            fit(tmp_path, module(tokenizer=tokenizer), 3, Sequences({**made_by, **change}))
     file = tmp_path / "run" / "prior.safetensors"
     assert SavedPrior(str(file), tokenizer).prior.config.tokenizer == own
     torch.manual_seed(2)

@@ -1,0 +1,45 @@
+"""The probe is fitted once for the same images and extractor, and kept."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from flextok_pl.callbacks.probe import fitted_probe
+
+
+class Thumbnail:
+    """The picture at 4 x 4 pixels."""
+
+    name, weights_hash, resize, dim = "thumbnail", "0" * 16, "none", 48
+    seen = 0
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        Thumbnail.seen += len(images)
+        return torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 4).flatten(1)
+
+
+def test_probe_is_kept(image_shards: Path, tmp_path: Path) -> None:
+    Thumbnail.seen = 0
+    source = str(image_shards / "train")
+    probe = fitted_probe(source, 16, Thumbnail(), tmp_path)
+    count = Thumbnail.seen
+    assert probe.num_classes == 2 and count > 10 and len(list(tmp_path.iterdir())) == 1
+    again = fitted_probe(source, 16, Thumbnail(), tmp_path)
+    features = torch.rand(3, 48)
+    assert Thumbnail.seen == count, "the second one comes from the file"
+    assert torch.equal(again.probabilities(None, features), probe.probabilities(None, features))
+    fitted_probe(source, 32, Thumbnail(), tmp_path)
+    assert Thumbnail.seen == 2 * count and len(list(tmp_path.iterdir())) == 2, "another size is another probe"
+    fitted_probe(source, 16, Thumbnail(), None)
+    assert Thumbnail.seen == 3 * count
+
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"broken")
+    with pytest.raises(ValueError, match="is damaged"):
+        fitted_probe(source, 16, Thumbnail(), tmp_path)
+
+
+def test_sets_that_cannot_teach(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere"):
+        fitted_probe(str(tmp_path / "nowhere"), 16, Thumbnail(), None)
