@@ -69,8 +69,7 @@ $(DEMO_LATENTS)/index.json: $(DEMO_DATA)/val/index.json | $(READY)
 
 # Made anew when there is a newer tokenizer.
 $(DEMO_TOKENS)/index.json: $(CKPT) | $(DEMO_DATA)/val/index.json
-	$(FLEXTOK) data tokens --ckpt $(CKPT) --src $(DEMO_DATA)/train --dst $(DEMO_TOKENS) --num_views 8 --overwrite true \
-	    --augmentation.crop_scale [1.0,1.0] --augmentation.translate 0.05 --augmentation.scale [0.9,1.05]
+	$(FLEXTOK) data tokens --ckpt $(CKPT) --src $(DEMO_DATA)/train --dst $(DEMO_TOKENS) --overwrite true
 
 ##@ Train and evaluate
 .PHONY: train-vae train-tokenizer train-prior eval-fid tensorboard

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from flextok_pl.callbacks.budget_evaluation import BudgetEvaluation, Pass, first_rows
 from flextok_pl.callbacks.probe import fitted_probe
-from flextok_pl.contracts import GenerationModule, check_sampling
+from flextok_pl.contracts import GenerationModule, check_sampling, weights_hash
 from flextok_pl.data.conditions import class_index
 from flextok_pl.metrics.classifier import Classifier, TimmClassifier
 from flextok_pl.metrics.clip_score import CLIPScore
@@ -72,7 +73,8 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
         guidance: of the decoder: `none`, `cfg` or `apg`.
         guidance_scale: its scale; 1 is no guidance.
         classifier: judges whether an image shows its class: `probe`, a linear classifier that is fitted to the
-            extractor's features of `classifier_data`, or a timm model whose classes are the data's; null for none.
+            extractor's features of `classifier_data` and of its reconstructions, or a timm model whose classes are the
+            data's; null for none.
         classifier_data: shard set of real images with classes, for the probe.
         classifier_weights: local weights file of a timm classifier.
         clip: Hub id or folder of a CLIP model, to score images against captions; null for none.
@@ -174,7 +176,10 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
             assert self._network is not None
             size = trainer.datamodule.image_size  # type: ignore[attr-defined]
             network = self._network.to(pl_module.device)
-            self._classifier = fitted_probe(self.classifier_data, size, network, self.cache_dir)
+            reconstruct = partial(self._reconstruct, module, pl_module.device)
+            self._classifier = fitted_probe(
+                self.classifier_data, size, network, reconstruct, self._look(module), self.cache_dir
+            )
         running = super()._start(trainer, pl_module, split)
         self._wishes = []
         if module.condition_kind == "none" or (module.condition_kind == "class" and self.conditions == "balanced"):
@@ -198,6 +203,27 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
         self, budgets: list[int], network: FeatureExtractor, pool_fraction: float, real: FeatureSet | None
     ) -> GenerationStatistics:
         return GenerationStatistics(budgets, network, pool_fraction, self._classifier, real, self._clip)
+
+    def _reconstruct(self, module: GenerationModule, device: torch.device, images: Tensor, keys: list[str]) -> Tensor:
+        """The images after all tokens, decoded as generated ones are."""
+        tokens = module.reconstructor.tokenize(images.to(device))
+        return self._decode(module, tokens, module.reconstructor.num_registers, keys)
+
+    def _look(self, module: GenerationModule) -> list[object]:
+        """What decides how the tokenizer's images look."""
+        network = module.reconstructor
+        digest = weights_hash(network) if isinstance(network, nn.Module) else type(network).__name__
+        return [digest, self.num_steps, self.guidance, self.guidance_scale, self.seed]
+
+    def _decode(self, module: GenerationModule, tokens: Tensor, budget: int, keys: Sequence[str]) -> Tensor:
+        return module.reconstructor.detokenize(
+            tokens,
+            num_tokens=budget,
+            num_steps=self.num_steps,
+            guidance=self.guidance,
+            guidance_scale=self.guidance_scale,
+            generator=sample_generators(keys, self.seed),
+        )
 
     def _measure(
         self,
@@ -240,19 +266,7 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
             self.top_p,
             sample_generators(keys, self.seed, "tokens"),
         )
-        return {
-            budget: to_uint8(
-                module.reconstructor.detokenize(
-                    tokens,
-                    num_tokens=budget,
-                    num_steps=self.num_steps,
-                    guidance=self.guidance,
-                    guidance_scale=self.guidance_scale,
-                    generator=sample_generators(keys, self.seed),
-                )
-            )
-            for budget in budgets
-        }
+        return {budget: to_uint8(self._decode(module, tokens, budget, keys)) for budget in budgets}
 
     def _draw_rows(
         self, module: GenerationModule, batch: Mapping[str, Any], running: Pass[GenerationStatistics]

@@ -1,12 +1,18 @@
-"""A classifier for the classes of any shard set: a linear probe on an extractor's features, fitted once and kept."""
+"""A classifier for the classes of any shard set: a linear probe on an extractor's features, fitted once and kept.
+
+It learns from real images and from their reconstructions. From real ones alone it would take the decoder's look, which
+all generated images share, for the mark of some class.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from flextok_pl.data import ShardDataModule
@@ -16,13 +22,22 @@ from flextok_pl.metrics.images import to_uint8
 from flextok_pl.metrics.statistics_cache import keep, load_kept
 
 
-def fitted_probe(source: str, image_size: int, extractor: FeatureExtractor, cache_dir: Path | None) -> LinearProbe:
-    """Fit a probe to real images, or take the one that was fitted to the same images before.
+def fitted_probe(
+    source: str,
+    image_size: int,
+    extractor: FeatureExtractor,
+    reconstruct: Callable[[Tensor, list[str]], Tensor],
+    made_by: Sequence[object],
+    cache_dir: Path | None,
+) -> LinearProbe:
+    """Fit a probe, or take the one that was fitted to the same images before.
 
     Args:
         source: image shard set with classes.
         image_size: side in pixels at which the images are looked at.
         extractor: of the features.
+        reconstruct: (B, 3, H, W) in [-1, 1] and keys -> the images' reconstructions.
+        made_by: JSON types that identify `reconstruct`.
         cache_dir: where probes are kept; None for nowhere.
 
     Raises:
@@ -35,15 +50,16 @@ def fitted_probe(source: str, image_size: int, extractor: FeatureExtractor, cach
             f"classifier_data={source!r} holds {list(index.fields)} and {len(index.classes)} classes: a probe needs "
             "images with classes"
         )
-    key = [data.data_hash("test"), extractor.name, extractor.weights_hash, extractor.resize]
+    key = [data.data_hash("test"), extractor.name, extractor.weights_hash, extractor.resize, *made_by]
     name = f"probe_{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.pt"
     file = None if cache_dir is None else cache_dir / name
     if file is not None and file.is_file():
         return load_kept(file, LinearProbe.from_state_dict)
     features, labels = [], []
     for batch in tqdm(data.test_dataloader(), desc="features for the classifier", unit="batch", leave=False):
-        features.append(extractor(to_uint8(batch["image"])).cpu())
-        labels.append(batch["label"])
+        for images in (batch["image"], reconstruct(batch["image"], batch["key"])):
+            features.append(extractor(to_uint8(images)).cpu())
+            labels.append(batch["label"])
     probe = LinearProbe.fit(torch.cat(features), torch.cat(labels), len(index.classes), extractor.name)
     if file is not None:
         keep(file, probe.state_dict())

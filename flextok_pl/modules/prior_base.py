@@ -71,9 +71,15 @@ class PriorBase(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check that token shards fit the prior."""
-        source = getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        source, encoder = getattr(data, "tokenizer", None), getattr(data, "text_encoder", None)
         if source is not None:
             self._check_tokens("the set of token shards", source)
+        if encoder is not None and self.text_encoder is not None and encoder["name"] != self.text_encoder.name:
+            raise ValueError(
+                f"the shards hold text states of {encoder['name']!r}, but text_encoder={self.text_encoder.name!r}; set "
+                "model.text_encoder to the former, or write the shards without states"
+            )
 
     def _check_tokens(self, source: str, made_by: Mapping[str, Any]) -> None:
         config = self.prior.config

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,6 +100,13 @@ def test_a_prior_of_texts(tmp_path: Path, minilm: TextEncoder) -> None:
         saved.generate_tokens(["word " * 200])
     with pytest.raises(ValueError, match="needs captions"):
         saved.condition({"tokens": tokens})
+
+
+def test_shards_with_states_of_another_encoder() -> None:
+    module = PriorModule(NET, text_encoder="minilm")
+    module.trainer = SimpleNamespace(datamodule=SimpleNamespace(text_encoder={"name": "google/flan-t5-xl"}))
+    with pytest.raises(ValueError, match="states of 'google/flan-t5-xl', but text_encoder='minilm'"):
+        module.setup("fit")
 
 
 def test_widths_that_do_not_fit() -> None:
