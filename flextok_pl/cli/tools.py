@@ -138,11 +138,7 @@ def tokenize_shards(
     place = default_device(device)
     tok = FlexTok.from_pretrained(ckpt)
     encoder = None if text_encoder is None else TextEncoder(text_encoder).to(place)
-    tokenizer_id = {
-        "sha256": weights_hash(tok),
-        "vocab_size": tok.config.vocab_size,
-        "num_tokens": tok.num_registers,
-    }
+    tokenizer_id = tok.identity()
     tok = tok.to(place)
     write_tokens(
         src,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from flextok_pl.contracts import GuidanceScale
+from flextok_pl.contracts import GuidanceScale, weights_hash
 from flextok_pl.flow.guidance import GUIDANCE_KINDS, AdaptiveProjectedGuidance, classifier_free_guidance
 from flextok_pl.flow.integrate import integrate
 from flextok_pl.models.config import FlexTokConfig
@@ -115,6 +115,14 @@ class FlexTok(nn.Module):
         """(h, w) of the largest latents the position tables allow: the size of the training images."""
         rows, columns = self.config.grid_size
         return rows * self.config.patch_size, columns * self.config.patch_size
+
+    def identity(self) -> dict[str, Any]:
+        """What token shards and priors record of the tokenizer: hash of its weights, vocabulary, number of tokens."""
+        return {
+            "sha256": weights_hash(self),
+            "vocab_size": self.config.vocab_size,
+            "num_tokens": self.num_registers,
+        }
 
     def require_vae(self) -> VAE:
         """The autoencoder.

@@ -1,6 +1,6 @@
 """What a prior in training and a finished one share: batches as tokens and conditions, validation, generation.
 
-Shapes: B batch, K tokens, T text positions, V vocabulary.
+Shapes: B batch, K tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from flextok_pl.contracts import Batch, PositionScale, weights_hash
+from flextok_pl.contracts import Batch, PositionScale
 from flextok_pl.layers.frozen import Frozen
 from flextok_pl.models.prior import Condition, Prior, TextStates
 from flextok_pl.models.text import TextEncoder
@@ -62,11 +62,7 @@ class PriorBase(pl.LightningModule):
         if tokenizer is not None:
             network = FlexTok.from_pretrained(tokenizer)
             self.tokenizer = Frozen(network)
-            self.tokenizer_id = {
-                "sha256": weights_hash(network),
-                "vocab_size": network.config.vocab_size,
-                "num_tokens": network.num_registers,
-            }
+            self.tokenizer_id = network.identity()
             self._check_tokens(f"tokenizer={tokenizer!r}", self.tokenizer_id)
 
     def setup(self, stage: str) -> None:
