@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 import flextok_pl.modules  # noqa: F401  makes the modules known by their bare class names
 from flextok_pl.callbacks import CodebookReport, GenerationFID, ReconstructionFID, Throughput, TokenReport
 from flextok_pl.cli import UserError, base_config, config_paths
-from flextok_pl.data import ShardDataModule, ShardError
+from flextok_pl.data import ShardDataModule
 from flextok_pl.modules.saved_prior import SavedPrior
 from flextok_pl.modules.saved_tokenizer import SavedTokenizer
 
@@ -141,7 +141,7 @@ def run(subcommand: str, arguments: Sequence[str]) -> None:
         arguments = ["--config", str(base), *arguments]
     try:
         FlexTokCLI(subcommand, arguments, _experiment_name(given[-1], base) if given else "unnamed")
-    except (MisconfigurationException, ShardError, FileNotFoundError) as error:
+    except (MisconfigurationException, ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from error
 
 

@@ -310,7 +310,7 @@ def test_a_prior_from_pictures_to_gfid(
     finished = ["--prior", str(run / "prior.safetensors"), "--tokenizer", str(tiny_tokenizer)]
     rfid = ["--rfid.num_steps=1", "--rfid.budgets=[1,16]"]
     main(["test", *base, *finished, *rfid, "--gfid.num_samples=8"])
-    assert "8 generated images, 16 real ones of test" in capsys.readouterr().out
+    assert "8 generated images, 18 real ones of test" in capsys.readouterr().out
     tested = workplace / "runs" / "prior" / "version_2"
     assert {"gfid.json", "gfid_grid.png", "rfid.json", "grid.png"} <= {path.name for path in tested.iterdir()}
     main(["generate", *finished, "--num-tokens", "16", "--num-steps", "1", "--class", "left"])
