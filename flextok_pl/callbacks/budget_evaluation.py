@@ -77,6 +77,8 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
 
     stem: ClassVar[str]
     """Name of the files."""
+    picture: ClassVar[str]
+    """Name of the picture's file."""
     heading: ClassVar[str]
     """Of the charts, and of the picture in TensorBoard."""
     tag: ClassVar[str] = ""
@@ -294,8 +296,7 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
         extra = {network.metric_name: {"full_rank": full_rank}, **extra}
         write_json(make_records(self.values, protocol, extra), folder / f"{self.stem}.json")
         title = f"{measured}, {self.num_steps} steps, guidance {self.guidance}, weights {done.weights}"
-        picture = folder / ("grid.png" if self.stem == "rfid" else f"{self.stem}_grid.png")
-        save_png(grid, picture)
+        save_png(grid, folder / self.picture)
         if not done.in_fit:
             write_csv(self.values, count, folder / f"{self.stem}.csv")
             plot_budgets(self.values, title, folder / f"{self.stem}.png")

@@ -92,6 +92,7 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
     """
 
     stem: ClassVar[str] = "gfid"
+    picture: ClassVar[str] = "gfid_grid.png"
     heading: ClassVar[str] = "generated images"
     tag: ClassVar[str] = "generated/"
 
@@ -170,7 +171,9 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
     def _check_module(self, pl_module: LightningModule) -> None:
         _generator(pl_module)
 
-    def _start(self, trainer: Trainer, pl_module: LightningModule, split: Literal["val", "test"]) -> Any:
+    def _start(
+        self, trainer: Trainer, pl_module: LightningModule, split: Literal["val", "test"]
+    ) -> Pass[GenerationStatistics]:
         module = _generator(pl_module)
         if self.classifier_data is not None and self._classifier is None:
             assert self._network is not None

@@ -54,6 +54,7 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
     """
 
     stem: ClassVar[str] = "rfid"
+    picture: ClassVar[str] = "grid.png"
     heading: ClassVar[str] = "reconstructions"
 
     def __init__(

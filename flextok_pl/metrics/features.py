@@ -8,6 +8,7 @@ TensorFlow-compatible resize. `effnet-lite0` needs no download: its ImageNet wei
 from __future__ import annotations
 
 import pickle
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.error import URLError
@@ -57,7 +58,7 @@ class FeatureExtractor(Protocol):
         """Move the network."""
 
 
-class _NetworkExtractor:
+class _NetworkExtractor(ABC):
     """A frozen network in evaluation mode that runs in full precision whatever the caller's autocast."""
 
     def __init__(self, name: str, metric_names: tuple[str, str], network: nn.Module, resize: str) -> None:
@@ -75,8 +76,9 @@ class _NetworkExtractor:
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return self._features(images.to(self.device))
 
+    @abstractmethod
     def _features(self, images: Tensor) -> Tensor:
-        raise NotImplementedError
+        """(B, 3, H, W) uint8 on the network's device -> (B, D)."""
 
     def class_logits(self, features: Tensor) -> Tensor | None:
         return None

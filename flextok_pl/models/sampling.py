@@ -43,8 +43,8 @@ def sample_tokens(
 ) -> Tensor:
     """Draw one token per sample by inverting its cumulative distribution, in the order of the vocabulary.
 
-    A sample's token depends on its own logits and number only, so neither on the batch nor on the device. `top_k` is
-    applied before `top_p`, both after the temperature.
+    A sample's token depends on its own logits and number only. `top_k` is applied before `top_p`, both after the
+    temperature.
 
     Args:
         logits: (B, V).

@@ -3,20 +3,15 @@
 import errno
 import io
 import json
-import multiprocessing
-import os
-import signal
 import tarfile
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from flextok_pl.data import ShardDataModule, ShardError, ShardIndex, write_folder, write_latents, write_tokens
-from flextok_pl.data import samples as samples_module
+from flextok_pl.data import ShardDataModule, ShardError, ShardIndex, write_folder
 from flextok_pl.data.index import INDEX_NAME
-from flextok_pl.data.shards import PARTIAL_NAME, Sample, shard_name, write_index, write_shard
+from flextok_pl.data.shards import Sample, shard_name, write_index, write_shard
 
 
 def picture(kind="JPEG", size=16):
@@ -278,161 +273,6 @@ def test_broken_source_picture_stops_or_is_left_out(tmp_path, caplog, num_worker
         assert "2.jpg" in caplog.text
     data = ShardDataModule(val=str(tmp_path / "dst"), image_size=16, num_workers=0)
     assert sum(len(batch["key"]) for batch in data.val_dataloader()) == 3
-
-
-class Model:
-    """Stands for tokenizer and autoencoder; what it gives for a picture depends on the whole batch, as kernels may.
-
-    Args:
-        kill_at: the call in which the process is killed.
-    """
-
-    def __init__(self, kill_at=None):
-        self.kill_at, self.calls, self.encoded = kill_at, 0, 0
-
-    def __call__(self, images):
-        self.calls += 1
-        if self.calls == self.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.encoded += len(images)
-        pooled = torch.nn.functional.avg_pool2d(images, 8) + images.mean() / 2  # (B, 3, 2, 2)
-        return torch.cat([pooled, -pooled.abs()], dim=1)
-
-    def tokenize(self, images):
-        return (self(images).flatten(1) * 100 + 500).long()  # (B, 24)
-
-
-def write_encoded_set(kind, source, folder, model, **options):
-    """20 samples in 7 shards, from batches of 4, 4, 2 pictures in each of two views."""
-    options = {"image_size": 16, "num_views": 2, "batch_size": 4, "samples_per_shard": 3, "num_workers": 0, **options}
-    if kind == "latents":
-        return write_latents(str(source), folder, model, source_id={"vae": "pool"}, **options)
-    identity = {"sha256": "a", "vocab_size": 1000, "num_tokens": 24}
-    return write_tokens(str(source), folder, model.tokenize, tokenizer_id=identity, **options)
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    for i in range(10):
-        (folder / f"{i}.png").write_bytes(picture("PNG", 17 + i))
-    write_folder(folder, folder / "shards", num_workers=0, samples_per_shard=4)
-    return folder / "shards"
-
-
-def killed(kind, source, folder, kill_at):
-    """Run in a process of its own, which ends by SIGKILL within the given call of the model."""
-    process = multiprocessing.get_context("fork").Process(
-        target=write_encoded_set, args=(kind, source, folder, Model(kill_at))
-    )
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-
-
-# Complete shards after each kill, and pictures still to encode: those of all batches that reach beyond these shards.
-@pytest.mark.parametrize("kill_at, complete, rest", [(1, 0, 20), (2, 1, 20), (3, 2, 16), (5, 4, 10), (6, 6, 2)])
-@pytest.mark.parametrize("kind, num_workers", [("latents", 0), ("tokens", 0), ("tokens", 2)])
-def test_a_killed_run_goes_on(pictures, tmp_path, monkeypatch, capsys, kind, num_workers, kill_at, complete, rest):
-    whole, folder = tmp_path / "whole", tmp_path / "killed"
-    write_encoded_set(kind, pictures, whole, Model())
-    killed(kind, pictures, folder, kill_at)
-    left = {shard_name(number) for number in range(complete)}
-    assert {path.name for path in folder.iterdir()} == {PARTIAL_NAME, *left, f".{shard_name(complete)}.tmp"}
-    written = {name: (folder / name).stat().st_mtime_ns for name in left}
-
-    capsys.readouterr()
-    decoded, real = [], samples_module.decode_image
-    monkeypatch.setattr(samples_module, "decode_image", lambda data: decoded.append(1) or real(data))
-    model = Model()
-    index = write_encoded_set(kind, pictures, folder, model, num_workers=num_workers)
-    assert contents(folder) == contents(whole)
-    assert model.encoded == rest and (num_workers or len(decoded) == rest)
-    assert f" {3 * complete}/20 [00:00<?" in capsys.readouterr().err  # where the progress bar starts
-    assert written == {name: (folder / name).stat().st_mtime_ns for name in left}
-    index.verify()
-    data = ShardDataModule(val=str(folder), image_size=16, num_workers=0)
-    assert len({key for batch in data.val_dataloader() for key in batch["key"]}) == index.num_samples == 20
-
-
-def test_a_run_killed_more_than_once(pictures, tmp_path):
-    write_encoded_set("tokens", pictures, tmp_path / "whole", Model())
-    for kill_at in (3, 2, 2):  # within the first view, at its last batch, within the second view
-        killed("tokens", pictures, tmp_path / "killed", kill_at)
-    model = Model()
-    write_encoded_set("tokens", pictures, tmp_path / "killed", model)
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole") and 0 < model.encoded < 20
-
-
-@pytest.mark.parametrize("options", [{"seed": 1}, {"batch_size": 5}, {"samples_per_shard": 4}])
-def test_a_killed_run_with_other_arguments_is_replaced(pictures, tmp_path, options):
-    write_encoded_set("tokens", pictures, tmp_path / "whole", Model(), **options)
-    killed("tokens", pictures, tmp_path / "killed", 5)
-    model = Model()
-    write_encoded_set("tokens", pictures, tmp_path / "killed", model, **options)
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole") and model.encoded == 20
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda path: path.unlink(),
-        lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(path.read_bytes()[:3000]),
-        lambda path: write_shard(path, [Sample("k", {"txt": b""})]),
-    ],
-)
-def test_only_the_shards_before_a_damaged_one_are_kept(pictures, tmp_path, damage):
-    write_encoded_set("tokens", pictures, tmp_path / "whole", Model())
-    killed("tokens", pictures, tmp_path / "killed", 6)
-    damage(tmp_path / "killed" / shard_name(3))
-    model = Model()
-    write_encoded_set("tokens", pictures, tmp_path / "killed", model)
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-    assert model.encoded == 12  # from sample 9 on: the last batch of the first view, and the second view
-
-
-def test_overwriting_a_finished_set_keeps_nothing_of_it(pictures, tmp_path):
-    write_encoded_set("tokens", pictures, tmp_path, Model())
-    (tmp_path / PARTIAL_NAME).write_text(json.dumps(dict(ShardIndex.load(tmp_path).arguments), sort_keys=True))
-    model = Model()
-    write_encoded_set("tokens", pictures, tmp_path, model, overwrite=True)
-    assert model.encoded == 20
-
-
-def test_full_disk_while_tokens_are_written(pictures, tmp_path, monkeypatch):
-    whole, folder = tmp_path / "whole", tmp_path / "full"
-    write_encoded_set("tokens", pictures, whole, Model())
-    real, added = tarfile.TarFile.addfile, []
-
-    def addfile(self, info, content=None):
-        added.append(info.name)
-        if len(added) > 14:  # tokens alone: within the fifth shard
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(self, info, content)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tarfile.TarFile, "addfile", addfile)
-        with pytest.raises(OSError, match="Free some space and run the same command again") as error:
-            write_encoded_set("tokens", pictures, folder, Model())
-    assert error.value.errno == errno.ENOSPC and "shard-000004.tar" in str(error.value)
-
-    def full(index):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    model = Model()
-    with monkeypatch.context() as patch:  # once more, where only the index is missing
-        patch.setattr("flextok_pl.data.encoded.write_index", full)
-        with pytest.raises(OSError, match="No space"):
-            write_encoded_set("tokens", pictures, folder, model)
-    assert model.encoded == 10
-    model = Model()
-    write_encoded_set("tokens", pictures, folder, model)
-    assert contents(folder) == contents(whole) and model.encoded == 0
 
 
 @pytest.mark.parametrize("cache", [False, True])
