@@ -40,6 +40,7 @@ def peak_gib(device: str) -> float:
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
     config = PriorConfig.preset(options.preset)
+    torch.manual_seed(0)  # every setting starts from the same weights
     prior = Prior(config).to(options.device)
     prior.activation_checkpointing = options.checkpointing
     optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-4)
