@@ -8,9 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flextok_pl.contracts import PositionScale
+
+BLOCK = 256
+"""Tokens whose probabilities are summed up at once."""
+
+BELOW_ONE = 1 - 2**-40
+"""Rounding of float64 sums is far smaller."""
 
 
 def scale_at_positions(scale: PositionScale, num_tokens: int) -> list[float]:
@@ -58,7 +65,7 @@ def sample_tokens(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
     if top_p is not None and top_p < 1:
@@ -66,7 +73,20 @@ def sample_tokens(
         before = ordered.softmax(-1, dtype=torch.float64)
         dropped = before.cumsum(-1) - before >= top_p  # the likeliest token is never dropped
         logits = logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), float("-inf"))
-    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # (B, V)
-    # Strictly below the total, so that a token of probability zero at the end cannot be drawn.
-    threshold = uniform.to(logits.device)[:, None] * (1 - 2**-40) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    return _invert_cumulative((logits - logits.amax(-1, keepdim=True)).exp(), uniform.to(logits.device))
+
+
+def _invert_cumulative(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Where the running sum of (B, V) weights passes `uniform` (B,) of its total: (B,) int64.
+
+    First the block of the vocabulary, then the place in it: sums of blocks cost far less than V float64 partial sums.
+    """
+    blocks = F.pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))  # (B, N, BLOCK)
+    cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # (B, N)
+    # Below the total in spite of rounding, so that a weight of zero at the end cannot be drawn.
+    wanted = uniform[:, None] * cumulative[:, -1:] * BELOW_ONE
+    block = torch.searchsorted(cumulative, wanted, right=True)  # (B, 1)
+    before = F.pad(cumulative, (1, 0)).gather(1, block)
+    within = blocks.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1, dtype=torch.float64)  # (B, BLOCK)
+    place = torch.searchsorted(within, torch.minimum(wanted - before, within[:, -1:] * BELOW_ONE), right=True)
+    return (block * BLOCK + place)[:, 0]

@@ -30,6 +30,22 @@ def test_the_number_inverts_the_cumulative_distribution() -> None:
         assert sample_tokens(shut, torch.tensor([number], dtype=torch.float64)).tolist() == [1]
 
 
+@pytest.mark.parametrize("vocabulary", [255, 256, 257, 1000])
+def test_large_vocabularies_are_inverted_like_small_ones(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(500, vocabulary, generator=generator)
+    logits[:, ::3] = float("-inf")
+    logits[:, vocabulary // 2 :] -= 30 * torch.rand(500, 1, generator=generator)
+    uniform = torch.rand(500, generator=generator, dtype=torch.float64)
+    uniform[:4] = torch.tensor([0.0, 1 - 2**-53, 2**-60, 0.5], dtype=torch.float64)
+    cumulative = logits.softmax(1).double().cumsum(1)
+    expected = (cumulative <= uniform[:, None] * (1 - 2**-40) * cumulative[:, -1:]).sum(1)
+    tokens = sample_tokens(logits, uniform)
+    assert logits.gather(1, tokens[:, None]).isfinite().all()
+    assert (tokens == expected).float().mean() > 0.99  # where a number falls between two roundings, they differ
+    assert cumulative.gather(1, tokens[:, None])[:, 0].sub(uniform).min() > -1e-6
+
+
 def test_greedy() -> None:
     uniform = torch.tensor([0.1, 0.99], dtype=torch.float64)
     logits = torch.tensor([[0.0, 2.0, 1.9], [3.0, 2.0, 1.0]])
