@@ -17,7 +17,7 @@ from flextok_pl.metrics.distributed import gather_objects
 from flextok_pl.metrics.feature_set import FeatureSet
 from flextok_pl.metrics.features import FeatureExtractor
 from flextok_pl.metrics.inception_score import InceptionScore
-from flextok_pl.metrics.manifold import NEIGHBOURS, precision_recall
+from flextok_pl.metrics.manifold import DENSITY_NEIGHBOURS, manifold_scores
 
 
 class GenerationStatistics(BudgetStatistics):
@@ -26,8 +26,8 @@ class GenerationStatistics(BudgetStatistics):
     Args:
         budgets: numbers of tokens.
         extractor: of the features whose distances are taken.
-        pool_fraction: share of the samples, real and generated, whose features are kept for the kernel distance,
-            precision and recall.
+        pool_fraction: share of the samples, real and generated, whose features are kept for the kernel distance
+            and the manifolds.
         classifier: says what class an image shows, or None to leave agreement with the asked class out.
         real: features of all real images from an earlier run, or None to take them now.
         clip: the score of images and captions, or None to leave it out.
@@ -126,7 +126,7 @@ class GenerationStatistics(BudgetStatistics):
         """Metrics by budget, each only where there are enough samples for it.
 
         The Frechet and the kernel distance; the inception score where the extractor has class logits, else the same
-        score of the classifier under its own name; precision and recall; and of the images for which a class or a
+        score of the classifier under its own name; precision, recall, density and coverage; and of the images for which a class or a
         caption was asked, the share whose most probable class is that one, the share whose nearest class mean is, and
         the mean CLIP score.
         """
@@ -137,8 +137,8 @@ class GenerationStatistics(BudgetStatistics):
             if self._scores and self._scores[budget].count:
                 result[self._score_name], _ = self._scores[budget].compute()
             pool = features.pool()
-            if min(len(real), len(pool)) > NEIGHBOURS:
-                result["precision"], result["recall"] = precision_recall(real, pool)
+            if min(len(real), len(pool)) > DENSITY_NEIGHBOURS:
+                result |= manifold_scores(real, pool)
             results[budget] = result | self._means(budget)
         return results
 

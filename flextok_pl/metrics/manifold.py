@@ -1,7 +1,9 @@
-"""Improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991): which images lie in the other set's manifold.
+"""Which images lie in the other set's manifold: improved precision and recall, density and coverage.
 
 The manifold of a set is the union of balls, one around each sample, that reach to its k-th nearest neighbour in the
-set. N real samples, M generated, D features.
+set. Precision and recall (Kynkaanniemi et al., arXiv 1904.06991) ask whether a sample lies in any ball of the other
+set; density and coverage (Naeem et al., arXiv 2002.09797) count the real balls that a generated sample lies in, and the
+real balls that hold one, and are less moved by outliers. N real samples, M generated, D features.
 """
 
 from __future__ import annotations
@@ -10,48 +12,69 @@ import torch
 from torch import Tensor
 
 NEIGHBOURS = 3
-"""k of the paper's experiments."""
+"""k of precision and recall in their paper's experiments."""
+
+DENSITY_NEIGHBOURS = 5
+"""k of density and coverage in their paper's experiments."""
 
 BLOCK = 1024
 """Rows of a distance matrix that are in memory at a time."""
 
 
-def neighbour_distances(features: Tensor, k: int) -> Tensor:
-    """Distance of each sample to its k-th nearest neighbour, not counting itself: (N, D) -> (N,)."""
-    return torch.cat([torch.cdist(rows, features).kthvalue(k + 1).values for rows in torch.split(features, BLOCK)])
+def neighbour_distances(features: Tensor, *ks: int) -> list[Tensor]:
+    """Distance of each sample to its k-th nearest neighbour, not counting itself: (N, D) -> one (N,) for each k."""
+    nearest = [
+        torch.cdist(rows, features).topk(max(ks) + 1, largest=False).values for rows in torch.split(features, BLOCK)
+    ]
+    return list(torch.cat(nearest)[:, list(ks)].unbind(1))
 
 
-def precision_recall(real: Tensor, generated: Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
-    """Share of generated samples in the real manifold, and of real samples in the generated one.
+def manifold_scores(
+    real: Tensor, generated: Tensor, k: int = NEIGHBOURS, density_k: int = DENSITY_NEIGHBOURS
+) -> dict[str, float]:
+    """Four shares and counts of samples in manifolds.
 
     Memory is `BLOCK` x max(N, M) float64.
 
     Args:
         real: (N, D) features.
         generated: (M, D) features.
-        k: neighbours that a ball reaches; more make both values larger.
+        k: neighbours that a ball of precision and recall reaches; more make both values larger.
+        density_k: likewise of density and coverage.
 
     Returns:
-        Precision and recall; they depend on N and M, so compare at equal numbers only.
+        `precision`, the share of generated samples in the real manifold; `recall`, the share of real samples in the
+        generated one; `density`, real balls that hold a generated sample, on average over those samples and over
+        `density_k`, about 1 for equal distributions; `coverage`, the share of real balls that hold a generated sample.
+        They depend on N and M, so compare at equal numbers only.
 
     Raises:
-        ValueError: different numbers of features, or a side of no more than k samples.
+        ValueError: different numbers of features, or a side with too few samples.
     """
     if real.shape[1] != generated.shape[1]:
         raise ValueError(
             f"{real.shape[1]} and {generated.shape[1]} features cannot be compared; use one extractor for both"
         )
-    if k < 1 or min(len(real), len(generated)) <= k:
+    if min(k, density_k) < 1 or min(len(real), len(generated)) <= max(k, density_k):
         raise ValueError(
-            f"k={k} neighbours need k of at least 1 and more than k samples on each side; there are {len(real)} real "
-            f"and {len(generated)} generated"
+            f"k={k} and density_k={density_k} neighbours must be at least 1, with more samples than that on each side; "
+            f"there are {len(real)} real and {len(generated)} generated"
         )
     real, generated = real.double(), generated.double()
-    real_radii, generated_radii = neighbour_distances(real, k), neighbour_distances(generated, k)
-    precise = 0
-    recalled = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    real_radii, dense_radii = neighbour_distances(real, k, density_k)
+    (generated_radii,) = neighbour_distances(generated, k)
+    precise = held = 0
+    recalled, covered = (torch.zeros(len(real), dtype=torch.bool, device=real.device) for _ in range(2))
     for rows, radii in zip(torch.split(generated, BLOCK), torch.split(generated_radii, BLOCK), strict=True):
         distances = torch.cdist(rows, real)  # (BLOCK, N)
         precise += int((distances <= real_radii).any(1).sum())
         recalled |= (distances <= radii[:, None]).any(0)
-    return precise / len(generated), float(recalled.double().mean())
+        within = distances < dense_radii  # strictly, as in their paper's code
+        held += int(within.sum())
+        covered |= within.any(0)
+    return {
+        "precision": precise / len(generated),
+        "recall": float(recalled.double().mean()),
+        "density": held / (density_k * len(generated)),
+        "coverage": float(covered.double().mean()),
+    }

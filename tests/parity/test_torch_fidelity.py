@@ -18,7 +18,7 @@ from flextok_pl.metrics.features import build_extractor
 from flextok_pl.metrics.frechet import features_to_statistics, frechet_distance
 from flextok_pl.metrics.inception_score import InceptionScore
 from flextok_pl.metrics.kernel import draw_subsets, kernel_distance
-from flextok_pl.metrics.manifold import precision_recall
+from flextok_pl.metrics.manifold import manifold_scores
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +120,9 @@ def test_precision_and_recall(k, in_parts):
     options = {**DEFAULTS, "prc_neighborhood": k, "prc_batch_size": 40, "save_cpu_ram": in_parts, "verbose": False}
     expected = prc_features_to_metric(generated.double(), real.double(), **options)
     assert 0 < expected["recall"] < expected["precision"] < 1
-    assert precision_recall(real, generated, k) == pytest.approx(
-        (expected["precision"], expected["recall"]), rel=0, abs=1e-6
-    )
+    scores = manifold_scores(real, generated, k)
+    assert scores["precision"] == pytest.approx(expected["precision"], rel=0, abs=1e-6)
+    assert scores["recall"] == pytest.approx(expected["recall"], rel=0, abs=1e-6)
 
 
 @pytest.mark.parametrize("splits", [1, 4])

@@ -160,12 +160,13 @@ WITH_PROBE = {"classifier": "probe", "classifier_data": "somewhere"}
 def test_values_files_and_table(tmp_path, capsys):
     callback = evaluate(tmp_path, num_samples=300, cfg_scale=1.5, **WITH_PROBE)
     assert list(callback.values) == [1, 2, 4]
-    names = ["fd_bands", "kd_bands", "score_probe_bands", "precision", "recall", "class_agreement"]
+    manifold = ["precision", "recall", "density", "coverage"]
+    names = ["fd_bands", "kd_bands", "score_probe_bands", *manifold, "class_agreement"]
     assert list(callback.values[1]) == [*names, "class_mean_agreement"]
     assert all(callback.values[k]["class_agreement"] == 1 for k in (1, 2, 4)), "the first band is the class"
     assert 1.5 < callback.values[1]["score_probe_bands"] < 3, "three classes, balanced, the probe not quite sure"
     records = json.loads((tmp_path / "gfid.json").read_text())
-    assert len(records) == 3 * 7
+    assert len(records) == 3 * (len(names) + 1)
     first = records[0]
     assert (first["metric"], first["num_tokens"], first["num_samples"], first["full_rank"]) == (
         "fd_bands",

@@ -12,7 +12,7 @@ from flextok_pl.metrics.generation import GenerationStatistics
 from flextok_pl.metrics.inception_score import InceptionScore
 from flextok_pl.metrics.kernel import kernel_distance
 from flextok_pl.metrics.keys import key_hash
-from flextok_pl.metrics.manifold import precision_recall
+from flextok_pl.metrics.manifold import manifold_scores
 
 CPU = torch.device("cpu")
 COUNT, BUDGETS = 24, (1, 8)
@@ -88,7 +88,7 @@ def test_names_and_their_order():
         assert all(other == first for other in others)
         return first
 
-    distances, manifold = ["fd_colours", "kd_colours"], ["precision", "recall"]
+    distances, manifold = ["fd_colours", "kd_colours"], ["precision", "recall", "density", "coverage"]
     assert names() == [*distances, *manifold]
     assert names(extractor=Colours(with_logits=True)) == [*distances, "inception_score", *manifold]
     agreements = ["class_agreement", "class_mean_agreement"]
@@ -105,13 +105,11 @@ def test_values_are_those_of_the_parts():
         p = probe().probabilities(images, features)
         score = InceptionScore(3)
         score.update(p, ids)
-        precision, recall = precision_recall(real, features)
         expected = {
             "fd_colours": frechet_distance(features_to_statistics(real), features_to_statistics(features)),
             "kd_colours": kernel_distance(real[ids.argsort()], features[ids.argsort()], seed=3)[0],
             "score_probe_colours": score.compute()[0],
-            "precision": precision,
-            "recall": recall,
+            **manifold_scores(real, features),
             "class_agreement": float((p.argmax(1) == LABELS).double().mean()),
             "class_mean_agreement": float((probe().nearest_class(features) == LABELS).double().mean()),
             "clip_score": (1 + COUNT) / 2,
