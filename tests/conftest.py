@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 
 from flextok_pl.data import write_folder
+from flextok_pl.data.demo import render
+from flextok_pl.data.openmoji import list_pictures
 
 torch.set_num_threads(1)  # the tests' models are too small to share between threads
 
@@ -42,3 +44,40 @@ def image_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shards = tmp_path_factory.mktemp("shards")
     write_folder(folder, shards, val_fraction=0.4, num_workers=1)
     return shards
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of torch-fidelity's Inception at random, with random batch statistics."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    skeleton = FeatureExtractorInceptionV3.__new__(FeatureExtractorInceptionV3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            FeatureExtractorInceptionV3, "load_state_dict", lambda self, given: state.update(self.state_dict())
+        )
+        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.torch.load", lambda *a, **k: {})
+        skeleton.__init__("inception-v3-compat", ["2048"], feature_extractor_weights_path="unused")
+    for name, tensor in state.items():
+        if name.endswith("conv.weight"):
+            fan_in = tensor[0].numel()
+            state[name] = torch.randn(tensor.shape, generator=generator) * (2 / fan_in) ** 0.5
+        elif name.endswith("running_mean"):
+            state[name] = torch.randn(tensor.shape, generator=generator) * 0.1
+    torch.save(state, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def emoji_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `a` and `b`: 24 different OpenMoji pictures of 48 px each, as PNG."""
+    folder = tmp_path_factory.mktemp("emoji")
+    files, _ = render(list_pictures()[::90][:48], 48, 0)
+    for i, data in enumerate(files):
+        file = folder / "ab"[i % 2] / f"{i:02d}.png"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(data)
+    return folder

@@ -21,6 +21,8 @@ COMMANDS = {
     "data folder": ("tools:data_folder", "write a folder of images as shards"),
     "data latents": ("tools:data_latents", "encode the images of a shard set by a VAE, as shards"),
     "data tokens": ("tools:data_tokens", "tokenize the images of a shard set, as shards"),
+    "fid": ("fid:fid", "measure images against reference images: FID, KID, precision, recall"),
+    "compare": ("fid:compare", "show two files of results side by side, and where their protocols differ"),
     "generate": ("generate:run", "show generated images at several token budgets, as one picture"),
     "reconstruct": ("tools:reconstruct", "show images at several token budgets, as one picture"),
 }

@@ -22,27 +22,27 @@ from flextok_pl.models.vae import VAE
 
 def data_demo(command: str, arguments: Sequence[str]) -> None:
     """Run `flextok data demo`."""
-    _run(write_demo, command, arguments)
+    run_tool(write_demo, command, arguments)
 
 
 def data_folder(command: str, arguments: Sequence[str]) -> None:
     """Run `flextok data folder`."""
-    _run(write_folder, command, arguments)
+    run_tool(write_folder, command, arguments)
 
 
 def data_latents(command: str, arguments: Sequence[str]) -> None:
     """Run `flextok data latents`."""
-    _run(encode_shards, command, arguments)
+    run_tool(encode_shards, command, arguments)
 
 
 def data_tokens(command: str, arguments: Sequence[str]) -> None:
     """Run `flextok data tokens`."""
-    _run(tokenize_shards, command, arguments, as_positional=False)
+    run_tool(tokenize_shards, command, arguments, as_positional=False)
 
 
 def reconstruct(command: str, arguments: Sequence[str]) -> None:
     """Run `flextok reconstruct`."""
-    _run(reconstruct_images, command, arguments, several="images")
+    run_tool(reconstruct_images, command, arguments, several="images")
 
 
 def encode_shards(
@@ -208,7 +208,7 @@ def reconstruct_images(
     print(f"{len(images)} pictures at {budgets} tokens: {target}")
 
 
-def _run(
+def run_tool(
     function: Callable[..., Any],
     command: str,
     arguments: Sequence[str],

@@ -16,7 +16,7 @@ from flextok_pl.metrics.feature_set import FeatureSet
 from flextok_pl.metrics.features import FeatureExtractor
 from flextok_pl.metrics.frechet import frechet_distance
 from flextok_pl.metrics.kernel import kernel_distance
-from flextok_pl.metrics.keys import choose_fraction, image_hash, key_hash
+from flextok_pl.metrics.keys import choose_fraction, images_hash, key_hash
 
 
 class BudgetStatistics(ABC):
@@ -28,6 +28,11 @@ class BudgetStatistics(ABC):
         pool_fraction: share of the samples whose features are kept.
         real: features of all real images from an earlier run, or None to take them now.
         names: of the values whose means over images are taken.
+
+    Attributes:
+        real: features of the real images.
+        made: features of the made images by budget.
+        data_hash: of the real images, see `images_hash`.
     """
 
     def __init__(
@@ -44,13 +49,13 @@ class BudgetStatistics(ABC):
         self._extractor = extractor
         self._pool_fraction = pool_fraction
         self._real_is_complete = real is not None
-        self._sets = {budget: FeatureSet(extractor.dim) for budget in budgets}
+        self.made = {budget: FeatureSet(extractor.dim) for budget in budgets}
         self._sums = {budget: {name: torch.zeros(2, dtype=torch.float64) for name in names} for budget in budgets}
 
     @property
     def num_images(self) -> int:
         """Made images that every budget has."""
-        return min(features.statistics.count for features in self._sets.values())
+        return min(features.statistics.count for features in self.made.values())
 
     @property
     @abstractmethod
@@ -73,12 +78,11 @@ class BudgetStatistics(ABC):
             self._real_is_complete = True
         for budget, sums in self._sums.items():
             self._sums[budget] = {name: all_reduce_sum(total, device) for name, total in sums.items()}
-            self._sets[budget].all_reduce(device)
+            self.made[budget].all_reduce(device)
 
     def _add_real(self, images: Tensor, keys: Sequence[str]) -> None:
         """Add (B, 3, H, W) uint8 with their keys."""
-        for key, image in zip(keys, images.cpu(), strict=True):
-            self.data_hash = _wrap(self.data_hash + image_hash(key, image))
+        self.data_hash = images_hash(images, keys, self.data_hash)
         if not self._real_is_complete:
             self._add_features(self.real, self._extractor(images), keys)
 
@@ -94,7 +98,7 @@ class BudgetStatistics(ABC):
 
     def _distances(self, budget: int, kernel_seed: int, paired: bool) -> dict[str, float]:
         """Frechet and kernel distance from the real images, each only where it has two samples on either side."""
-        made, distances = self._sets[budget], {}
+        made, distances = self.made[budget], {}
         if min(self.real.statistics.count, made.statistics.count) > 1:
             distances[self._extractor.metric_name] = frechet_distance(self.real.statistics, made.statistics)
         real_pool, pool = self.real.pool(), made.pool()
@@ -107,8 +111,3 @@ class BudgetStatistics(ABC):
         """Mean of each value that any image has."""
         totals = {name: total.tolist() for name, total in self._sums[budget].items()}
         return {name: total / count for name, (total, count) in totals.items() if count}
-
-
-def _wrap(value: int) -> int:
-    """Into the range of int64, as tensor sums wrap."""
-    return (value + 2**63) % 2**64 - 2**63

@@ -39,6 +39,7 @@ class FeatureExtractor(Protocol):
         dim: D.
         weights_hash: digest of the parameters.
         resize: how images are brought to the network's size.
+        device: where the network is.
     """
 
     name: str
@@ -47,6 +48,7 @@ class FeatureExtractor(Protocol):
     dim: int
     weights_hash: str
     resize: str
+    device: torch.device
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, D) float32 on the same device."""

@@ -30,6 +30,32 @@ class FeatureStatistics:
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64)
         self._factor: Tensor | None = None
 
+    @classmethod
+    def from_moments(cls, mean: Tensor, covariance: Tensor, count: int | None = None) -> FeatureStatistics:
+        """Statistics that someone else took.
+
+        Args:
+            mean: (D,).
+            covariance: (D, D), with the N - 1 divisor.
+            count: N; None where it is unknown, which is taken as enough for full rank.
+
+        Raises:
+            ValueError: shapes that do not fit, values that are not finite, or fewer than two samples.
+        """
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise ValueError(
+                f"mean {tuple(mean.shape)}, covariance {tuple(covariance.shape)}: they are (D,) and (D, D)"
+            )
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            raise ValueError("mean or covariance hold NaN or infinite values")
+        statistics = cls(len(mean))
+        statistics.count = statistics.dim + 1 if count is None else count
+        if statistics.count < 2:
+            raise ValueError(f"a covariance needs at least two samples, there are {count}")
+        statistics.mean = mean.to(torch.float64)
+        statistics.scatter = covariance.to(torch.float64) * (statistics.count - 1)
+        return statistics
+
     @property
     def covariance(self) -> Tensor:
         """(D, D) float64, with the N - 1 divisor.

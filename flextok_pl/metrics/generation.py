@@ -31,6 +31,7 @@ class GenerationStatistics(BudgetStatistics):
         classifier: says what class an image shows, or None to leave agreement with the asked class out.
         real: features of all real images from an earlier run, or None to take them now.
         clip: the score of images and captions, or None to leave it out.
+        inception_splits: parts over which an inception score is averaged.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class GenerationStatistics(BudgetStatistics):
         classifier: Classifier | None = None,
         real: FeatureSet | None = None,
         clip: CLIPScore | None = None,
+        inception_splits: int = 10,
     ) -> None:
         self._probe = classifier if isinstance(classifier, LinearProbe) else None
         names = {"class_agreement": classifier, "class_mean_agreement": self._probe, "clip_score": clip}
@@ -56,7 +58,7 @@ class GenerationStatistics(BudgetStatistics):
             self._score_name, num_classes = "inception_score", logits.shape[1]
         elif classifier is not None:
             self._score_name, num_classes = f"score_{classifier.name}", classifier.num_classes
-        self._scores = {budget: InceptionScore(num_classes) for budget in budgets if num_classes}
+        self._scores = {budget: InceptionScore(num_classes, inception_splits) for budget in budgets if num_classes}
 
     @property
     def image_size(self) -> list[int]:
@@ -94,7 +96,7 @@ class GenerationStatistics(BudgetStatistics):
         """
         self._check_size(list(images.shape[2:]))
         features = self._extractor(images)
-        ids = self._add_features(self._sets[budget], features, keys)
+        ids = self._add_features(self.made[budget], features, keys)
         logits = self._extractor.class_logits(features)
         if logits is not None:
             self._scores[budget].update(logits.cpu().double().softmax(1), ids)
@@ -126,13 +128,13 @@ class GenerationStatistics(BudgetStatistics):
         """Metrics by budget, each only where there are enough samples for it.
 
         The Frechet and the kernel distance; the inception score where the extractor has class logits, else the same
-        score of the classifier under its own name; precision, recall, density and coverage; and of the images for which a class or a
-        caption was asked, the share whose most probable class is that one, the share whose nearest class mean is, and
-        the mean CLIP score.
+        score of the classifier under its own name; precision, recall, density and coverage; and of the images for which
+        a class or a caption was asked, the share whose most probable class is that one, the share whose nearest class
+        mean is, and the mean CLIP score.
         """
         results: dict[int, dict[str, float]] = {}
         real = self.real.pool()
-        for budget, features in self._sets.items():
+        for budget, features in self.made.items():
             result = self._distances(budget, kernel_seed, paired=False)
             if self._scores and self._scores[budget].count:
                 result[self._score_name], _ = self._scores[budget].compute()

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+WHOLE = 5000
+"""Up to this number of samples the kernel is taken of all pairs at once, since the subsets share most of them."""
+
 
 def polynomial_kernel(a: Tensor, b: Tensor) -> Tensor:
     """(x . y / D + 1)^3 for all pairs: (N, D), (M, D) -> (N, M)."""
@@ -60,7 +63,7 @@ def kernel_distance(
     """Mean and standard deviation of the squared discrepancy over random subsets.
 
     With no more than `subset_size` samples on a side there is one estimate only, from as many as the smaller side has.
-    Memory is N x N float64 for each of three kernel matrices.
+    Memory is float64 for three kernel matrices of S x S, or of N x N where N is no more than `WHOLE`.
 
     Args:
         a: (N, D) features.
@@ -85,14 +88,19 @@ def kernel_distance(
     if paired and len(a) != len(b):
         raise ValueError(f"{len(a)} and {len(b)} samples are no pairs")
     a, b = a.double(), b.double()
-    aa, ab, bb = polynomial_kernel(a, a), polynomial_kernel(a, b), polynomial_kernel(b, b)
     if smaller <= subset_size:
         subsets, subset_size = 1, smaller
-    values = torch.stack(
-        [
-            unbiased_mmd(aa[i][:, i], ab[i][:, j], bb[j][:, j], paired)
-            for i, other in draw_subsets(len(a), len(b), subsets, subset_size, seed)
-            for j in [i if paired else other]
-        ]
-    )
+    if max(len(a), len(b)) <= WHOLE:
+        aa, ab, bb = polynomial_kernel(a, a), polynomial_kernel(a, b), polynomial_kernel(b, b)
+
+        def estimate(i: Tensor, j: Tensor) -> Tensor:
+            return unbiased_mmd(aa[i][:, i], ab[i][:, j], bb[j][:, j], paired)
+    else:
+
+        def estimate(i: Tensor, j: Tensor) -> Tensor:
+            x, y = a[i], b[j]
+            return unbiased_mmd(polynomial_kernel(x, x), polynomial_kernel(x, y), polynomial_kernel(y, y), paired)
+
+    pairs = draw_subsets(len(a), len(b), subsets, subset_size, seed)
+    values = torch.stack([estimate(i, i if paired else j) for i, j in pairs])
     return float(values.mean()), float(values.std(correction=0))

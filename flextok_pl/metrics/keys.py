@@ -26,13 +26,20 @@ def choose_fraction(keys: Sequence[str], fraction: float, purpose: str) -> Tenso
     return torch.tensor([fraction >= 1 or key_hash(key, purpose) < limit for key in keys], dtype=torch.bool)
 
 
-def image_hash(key: str, image: Tensor) -> int:
-    """64 signed bits from a sample's key and pixels; summed modulo 2**64 they identify a data set in any order.
+def images_hash(images: Tensor, keys: Sequence[str], start: int = 0) -> int:
+    """64 signed bits from keys and pixels, which identify a data set whatever its order and batches.
 
     Args:
-        key: the sample's key.
-        image: (3, H, W) uint8.
+        images: (B, 3, H, W) uint8.
+        keys: B sample keys.
+        start: the hash of other samples of the set.
+
+    Returns:
+        The sum modulo 2**64, as tensors sum up int64.
     """
-    digest = hashlib.blake2b(key.encode(), digest_size=8)
-    digest.update(image.contiguous().cpu().numpy().tobytes())
-    return int.from_bytes(digest.digest(), "little", signed=True)
+    total = start
+    for key, image in zip(keys, images.cpu(), strict=True):
+        digest = hashlib.blake2b(key.encode(), digest_size=8)
+        digest.update(image.contiguous().numpy().tobytes())
+        total += int.from_bytes(digest.digest(), "little")
+    return (total + 2**63) % 2**64 - 2**63

@@ -155,7 +155,7 @@ class ReconstructionStatistics(BudgetStatistics):
             errors["lpips"] = self._lpips(originals, reconstructions)
         for name, values in errors.items():
             self._add_values(budget, name, values)
-        self._add_features(self._sets[budget], self._extractor(reconstructions), keys)
+        self._add_features(self.made[budget], self._extractor(reconstructions), keys)
 
     def all_reduce(self, device: torch.device) -> None:
         """Replace these statistics by those of all processes.

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 Record = dict[str, Any]
-"""At least `metric`, `value`, `num_tokens`, `num_samples`, and the protocol."""
+"""At least `metric`, `value`, `num_samples`, `num_tokens` of a token budget, and the protocol."""
 
 
 def make_records(
@@ -39,11 +39,45 @@ def format_table(values: Mapping[int, Mapping[str, float]], notes: Sequence[str]
     """A plain-text table: one line per budget, one column per metric, then the notes."""
     metrics = list(next(iter(values.values())))
     rows = [["tokens", *metrics]]
-    rows += [[str(budget), *(_short(result[metric]) for metric in metrics)] for budget, result in values.items()]
+    rows += [[str(budget), *(format_value(result[metric]) for metric in metrics)] for budget, result in values.items()]
+    return "\n".join([format_columns(rows), *notes])
+
+
+def format_columns(rows: Sequence[Sequence[str]]) -> str:
+    """Lines of right-aligned columns, the first under a rule."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*lines, *notes])
+    return "\n".join(lines)
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a file that `write_json` wrote.
+
+    Raises:
+        ValueError: it is missing, or holds something else.
+    """
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as records: {error}") from error
+    if not isinstance(records, list) or not all(isinstance(r, dict) and {"metric", "value"} <= set(r) for r in records):
+        raise ValueError(f"{path} holds no list of records with metric and value, as an evaluation writes them")
+    return records
+
+
+def protocol_differences(first: Record, second: Record) -> dict[str, tuple[Any, Any]]:
+    """What two records of a metric state differently beside the value, by dotted name; what one lacks is None there."""
+    one, two = _flat(first), _flat(second)
+    names = [name for name in dict.fromkeys([*one, *two]) if name != "value"]
+    return {name: (one.get(name), two.get(name)) for name in names if one.get(name) != two.get(name)}
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in record.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def write_json(records: Sequence[Record], path: Path) -> None:
@@ -94,5 +128,6 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-def _short(value: float) -> str:
+def format_value(value: float) -> str:
+    """Four digits."""
     return f"{value:.4f}" if 1e-3 <= abs(value) < 1e3 else f"{value:.4g}"

@@ -81,7 +81,7 @@ def _invert_cumulative(weights: Tensor, uniform: Tensor) -> Tensor:
 
     First the block of the vocabulary, then the place in it: sums of blocks cost far less than V float64 partial sums.
     """
-    blocks = F.pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))  # (B, N, BLOCK)
+    blocks = F.pad(weights, (0, -weights.shape[1] % BLOCK)).reshape(len(weights), -1, BLOCK)  # (B, N, BLOCK)
     cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # (B, N)
     # Below the total in spite of rounding, so that a weight of zero at the end cannot be drawn.
     wanted = uniform[:, None] * cumulative[:, -1:] * BELOW_ONE

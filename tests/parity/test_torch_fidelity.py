@@ -21,29 +21,6 @@ from flextok_pl.metrics.kernel import draw_subsets, kernel_distance
 from flextok_pl.metrics.manifold import manifold_scores
 
 
-@pytest.fixture(scope="module")
-def inception_file(tmp_path_factory):
-    """torch-fidelity's architecture with random weights and batch statistics."""
-    path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    generator = torch.Generator().manual_seed(0)
-    state = {}
-    skeleton = FeatureExtractorInceptionV3.__new__(FeatureExtractorInceptionV3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            FeatureExtractorInceptionV3, "load_state_dict", lambda self, given: state.update(self.state_dict())
-        )
-        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.torch.load", lambda *a, **k: {})
-        skeleton.__init__("inception-v3-compat", ["2048"], feature_extractor_weights_path="unused")
-    for name, tensor in state.items():
-        if name.endswith("conv.weight"):
-            fan_in = tensor[0].numel()
-            state[name] = torch.randn(tensor.shape, generator=generator) * (2 / fan_in) ** 0.5
-        elif name.endswith("running_mean"):
-            state[name] = torch.randn(tensor.shape, generator=generator) * 0.1
-    torch.save(state, path)
-    return path
-
-
 def _images(count, seed):
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 3, 4, 4, generator=generator) * 255

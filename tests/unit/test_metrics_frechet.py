@@ -7,6 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 
+from flextok_pl.metrics import kernel
 from flextok_pl.metrics.frechet import FeatureStatistics, features_to_statistics, frechet_distance
 from flextok_pl.metrics.kernel import draw_subsets, kernel_distance
 
@@ -120,6 +121,29 @@ def test_kernel_distance_of_equal_distributions_is_zero_on_average():
     mean, error = np.mean(values), np.std(values) / math.sqrt(len(values))
     assert abs(mean) < 4 * error
     assert min(values) < 0 < max(values)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_kernels_of_subsets_are_parts_of_the_whole(monkeypatch, paired):
+    a, b = torch.randn(2, 60, 8, generator=torch.Generator().manual_seed(0))
+    whole = kernel_distance(a, b, subsets=5, subset_size=20, paired=paired)
+    monkeypatch.setattr(kernel, "WHOLE", 59)
+    assert kernel_distance(a, b, subsets=5, subset_size=20, paired=paired) == pytest.approx(whole, rel=1e-12)
+
+
+def test_statistics_from_moments_are_those_of_the_features():
+    a, b = torch.randn(2, 60, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ours, other = features_to_statistics(a), features_to_statistics(b)
+    for count in (60, None):
+        given = FeatureStatistics.from_moments(a.mean(0), a.T.cov(), count)
+        assert frechet_distance(given, other) == pytest.approx(frechet_distance(ours, other), rel=1e-10)
+    assert not FeatureStatistics.from_moments(a[:4].mean(0), a[:4].T.cov(), 4).full_rank
+    with pytest.raises(ValueError, match=r"they are \(D,\) and \(D, D\)"):
+        FeatureStatistics.from_moments(torch.zeros(3), torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="NaN"):
+        FeatureStatistics.from_moments(torch.zeros(2), torch.full((2, 2), float("nan")))
+    with pytest.raises(ValueError, match="at least two samples, there are 1"):
+        FeatureStatistics.from_moments(torch.zeros(2), torch.zeros(2, 2), 1)
 
 
 def test_kernel_subsets_are_a_function_of_the_seed():

@@ -2,7 +2,7 @@
 
 import torch
 
-from flextok_pl.metrics.keys import choose_fraction, image_hash, key_hash, sample_generators
+from flextok_pl.metrics.keys import choose_fraction, images_hash, key_hash, sample_generators
 
 KEYS = [f"n{i:05d}" for i in range(4000)]
 
@@ -32,8 +32,11 @@ def test_a_fraction_is_about_that_and_choices_are_independent():
     assert (choose_fraction(KEYS, 0.1, "one") <= half).all(), "a smaller choice lies within a larger one"
 
 
-def test_image_hash_sees_key_and_pixels():
-    image = torch.zeros(3, 4, 4, dtype=torch.uint8)
-    changed = image.clone()
-    changed[0, 0, 0] = 1
-    assert len({image_hash("a", image), image_hash("b", image), image_hash("a", changed)}) == 3
+def test_images_hash_sees_keys_and_pixels_but_no_order():
+    images = torch.randint(0, 256, (3, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    changed = images.clone()
+    changed[0, 0, 0, 0] ^= 1
+    whole = images_hash(images, ["a", "b", "c"])
+    assert whole not in {images_hash(images, ["a", "b", "d"]), images_hash(changed, ["a", "b", "c"])}
+    in_parts = images_hash(images[:1], ["a"], images_hash(images[[2, 1]], ["c", "b"]))
+    assert in_parts == whole and -(2**63) <= whole < 2**63

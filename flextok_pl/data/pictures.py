@@ -1,0 +1,134 @@
+"""Pictures to measure, wherever they lie: in a folder, in shard sets, or in an array file."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from flextok_pl.contracts import Batch
+from flextok_pl.data.datamodule import ShardDataModule
+from flextok_pl.data.folder import list_images
+from flextok_pl.data.index import INDEX_NAME, load_indices
+from flextok_pl.data.transforms import center_crop, decode_image, to_tensor
+
+ARRAY = "arr_0"
+"""Name of the (N, H, W, 3) uint8 pictures in a `.npz` file of guided diffusion (https://arxiv.org/abs/2105.05233)."""
+
+
+def open_pictures(
+    source: str, image_size: int | None = None, batch_size: int = 64, num_workers: int = 0
+) -> tuple[DataLoader[Batch], int]:
+    """A loader of the pictures, each once and in a fixed order, and their number.
+
+    Args:
+        source: a folder of images, searched recursively; a shard set or a pattern of them; or a `.npz` file with
+            `arr_0`.
+        image_size: side of the centre square to take of each picture; None takes them as they are.
+        batch_size: B, pictures in a batch.
+        num_workers: processes that decode.
+
+    Returns:
+        Batches with `image` (B, 3, H, W) in [-1, 1] and `key`; and N.
+
+    Raises:
+        ValueError: there is nothing, or it is of another kind. A broken picture raises when its turn comes.
+    """
+    for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+        if value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size={image_size} must be at least 1 pixel, or null to take pictures as they are")
+    path = Path(source).expanduser()
+    pictures: _Pictures
+    if path.suffix == ".npz":
+        pictures = _of_array(path, image_size)
+    elif path.is_dir() and not (path / INDEX_NAME).is_file():
+        pictures = _Pictures(list_images(path), partial(_read_file, path), image_size)
+    else:
+        return _of_shards(str(path), image_size, batch_size, num_workers)
+    loader: Any = DataLoader(pictures, batch_size, num_workers=num_workers, collate_fn=_collate)
+    return loader, len(pictures)
+
+
+class _Pictures(Dataset[tuple[str, Image.Image]]):
+    """Named pictures, one by one.
+
+    Args:
+        names: of the pictures, unique.
+        read: name -> RGB.
+        image_size: S, or None.
+    """
+
+    def __init__(self, names: Sequence[str], read: Callable[[str], Image.Image], image_size: int | None) -> None:
+        self.names, self.read, self.image_size = names, read, image_size
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, number: int) -> tuple[str, Image.Image]:
+        image = self.read(self.names[number])
+        return self.names[number], image if self.image_size is None else center_crop(image, self.image_size)
+
+
+def _collate(pictures: Sequence[tuple[str, Image.Image]]) -> Batch:
+    first_name, first = pictures[0]
+    for name, image in pictures:
+        if image.size != first.size:
+            raise ValueError(
+                f"pictures of different sizes: {first_name} has {first.width} x {first.height} pixels, {name} "
+                f"{image.width} x {image.height}; give image_size, the side of the square to take of each"
+            )
+    return {"image": to_tensor([image for _, image in pictures]), "key": [name for name, _ in pictures]}
+
+
+def _read_file(folder: Path, name: str) -> Image.Image:
+    try:
+        return decode_image((folder / name).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{folder / name}: {error}; repair or remove it") from error
+
+
+def _read_row(pixels: np.ndarray[Any, Any], name: str) -> Image.Image:
+    return Image.fromarray(pixels[int(name)])
+
+
+def _of_array(path: Path, image_size: int | None) -> _Pictures:
+    pixels = read_arrays(path).get(ARRAY)
+    if pixels is None or pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
+        held = "nothing" if pixels is None else f"{pixels.dtype} {pixels.shape}"
+        raise ValueError(f"{path}: {ARRAY} is {held}; pictures are uint8 (N, H, W, 3)")
+    names = [f"{number:08d}" for number in range(len(pixels))]
+    return _Pictures(names, partial(_read_row, pixels), image_size)
+
+
+def read_arrays(path: Path) -> dict[str, Any]:
+    """The arrays of a `.npz` file, without letting it run code.
+
+    Raises:
+        ValueError: it is missing, damaged, or holds objects.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read as a .npz file of numbers: {error}") from error
+
+
+def _of_shards(source: str, image_size: int | None, batch_size: int, num_workers: int) -> tuple[DataLoader[Batch], int]:
+    index = load_indices(source)[0]
+    size = image_size or index.image_size
+    if "image" not in index.fields:
+        raise ValueError(f"{source} holds {list(index.fields)}, and no pictures")
+    if size is None:
+        raise ValueError(
+            f"{source} holds pictures of any size: give image_size, the side of the square to take of each"
+        )
+    data = ShardDataModule(test=source, image_size=size, eval_batch_size=batch_size, num_workers=num_workers)
+    return data.test_dataloader(), data.num_samples("test")
