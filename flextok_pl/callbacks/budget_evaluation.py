@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from flextok_pl.callbacks.evaluation import (
@@ -20,12 +21,14 @@ from flextok_pl.callbacks.evaluation import (
     checkpoint_facts,
     evaluated_step,
     log_evaluation,
+    model_hashes,
     module_reconstructor,
     split_size,
     versions,
     weights_in_use,
 )
-from flextok_pl.contracts import default_budgets
+from flextok_pl.callbacks.unfinished import Unfinished
+from flextok_pl.contracts import default_budgets, weights_hash
 from flextok_pl.metrics.budget_statistics import BudgetStatistics
 from flextok_pl.metrics.distributed import all_agree
 from flextok_pl.metrics.feature_set import POOL_SIZE, FeatureSet
@@ -56,9 +59,44 @@ class Pass(Generic[StatisticsT]):
     fraction: float
     cache: StatisticsCache | None
     statistics: StatisticsT
-    weights: str
+    facts: dict[str, Any]
+    """What the records say that was known before the first batch."""
+    unfinished: Unfinished | None = None
     ids: list[int] = field(default_factory=list)
+    """Of the samples that are done."""
+    resumed: set[int] = field(default_factory=set)
+    """Those of them that an earlier run has done and this one has not come across yet."""
+    pending: list[Any] = field(default_factory=list)
+    """What is still to be made, beside what comes with the batches; tuples of plain types."""
     grid: list[GridRow] = field(default_factory=list)
+
+    def save_if_due(self) -> None:
+        """Let a later run go on from here, now and then."""
+        if self.unfinished is not None:
+            self.unfinished.save_if_due(self.state_dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types and tensors that `load_state_dict` takes."""
+        return {
+            "statistics": self.statistics.state_dict(),
+            "ids": self.ids,
+            "pending": [tuple(entry) for entry in self.pending],
+            "grid": self.grid,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where another process was."""
+        self.statistics.load_state_dict(state["statistics"])
+        self.ids, self.pending, self.grid = state["ids"], state["pending"], state["grid"]
+        self.resumed = set(self.ids)
+
+    def take_new(self, keys: Sequence[str]) -> Tensor:
+        """(B,) bool, which samples no earlier run has done; they count as done."""
+        hashes = [key_hash(key) for key in keys]
+        new = [number not in self.resumed for number in hashes]
+        self.ids += [number for number, is_new in zip(hashes, new, strict=True) if is_new]
+        self.resumed.difference_update(hashes)  # a key that comes twice is then found out
+        return torch.tensor(new, dtype=torch.bool)
 
     @property
     def columns(self) -> list[int]:
@@ -99,6 +137,7 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
         grid_samples: int,
         output_dir: Path | str | None,
         cache_dir: Path | str | None,
+        save_every_minutes: float | None,
     ) -> None:
         check_extractor(extractor, weights)
         for name, given in (("budgets", budgets), ("fit_budgets", fit_budgets)):
@@ -114,6 +153,8 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
+        if save_every_minutes is not None and not save_every_minutes >= 0:
+            raise ValueError(f"save_every_minutes={save_every_minutes} must be at least 0, or null for never")
         if guidance not in ("none", "cfg", "apg"):
             raise ValueError(f"guidance={guidance!r} must be 'none', 'cfg' or 'apg'")
         if guidance == "none" and guidance_scale != 1.0:
@@ -125,6 +166,7 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
         self.grid_samples = grid_samples
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
+        self.save_every_minutes = save_every_minutes
         self.values: dict[int, dict[str, float]] = {}
         """Budget -> metric -> value of the latest evaluation."""
         self._network: FeatureExtractor | None = None
@@ -141,6 +183,10 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
         self, budgets: list[int], network: FeatureExtractor, pool_fraction: float, real: FeatureSet | None
     ) -> StatisticsT:
         """Empty statistics; the networks that measure are loaded, and moved here."""
+
+    def _planned(self, trainer: Trainer, pl_module: LightningModule, running: Pass[StatisticsT]) -> list[Any]:
+        """What a pass makes beside what comes with the batches."""
+        return []
 
     @abstractmethod
     def _measure(
@@ -200,9 +246,9 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
         if running is None:
             return
         _, keys = batch_images(batch, dataloader_idx)
-        running.ids += [key_hash(key) for key in keys]
-        chosen = choose_fraction(keys, running.fraction, "subset")
+        chosen = running.take_new(keys) & choose_fraction(keys, running.fraction, "subset")
         self._measure(trainer, pl_module, _rows(batch, chosen), running)
+        running.save_if_due()
 
     on_test_batch_end = on_validation_batch_end
 
@@ -225,15 +271,63 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
         network = self._network.to(pl_module.device)
         cache, real = None, None
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if self.cache_dir is not None and hasattr(data, "data_hash"):
+        keeps = self.cache_dir is not None and hasattr(data, "data_hash")
+        if keeps:
+            assert self.cache_dir is not None
             cache = StatisticsCache(
                 self.cache_dir, data.data_hash(split), network, samples=expected, share=fraction, pool=pool_fraction
             )
             if all_agree(cache.exists(), trainer.strategy.root_device):
                 real = cache.load()
         statistics = self._statistics(budgets, network, pool_fraction, real)
-        weights = weights_in_use(trainer, self._checkpoint)
-        return Pass(split, in_fit, budgets, expected, fraction, cache, statistics, weights)
+        facts = self._facts(trainer, pl_module, split, expected, in_fit)
+        running = Pass(split, in_fit, budgets, expected, fraction, cache, statistics, facts)
+        running.pending = self._planned(trainer, pl_module, running)
+        if keeps and not in_fit and self.save_every_minutes is not None:
+            assert self.cache_dir is not None
+            identity = {
+                **facts,
+                "kind": self.stem,
+                "budgets": budgets,
+                "data": data.data_hash(split),
+                "real_is_cached": real is not None,
+                "weights": weights_hash(pl_module),
+                "process": [trainer.global_rank, trainer.world_size],
+            }
+            running.unfinished = Unfinished(self.cache_dir, identity, self.save_every_minutes)
+            state = running.unfinished.load()
+            if state is not None:
+                running.load_state_dict(state)
+                rank_zero_info(
+                    f"{type(self).__name__} goes on after {len(running.ids)} samples of an evaluation that did not "
+                    f"finish ({running.unfinished.file})"
+                )
+        return running
+
+    def _facts(
+        self, trainer: Trainer, pl_module: LightningModule, split: Literal["val", "test"], expected: int, in_fit: bool
+    ) -> dict[str, Any]:
+        network = self._network
+        assert network is not None
+        return {
+            "split": split,
+            "samples_in_split": expected,
+            "extractor": network.name,
+            "extractor_weights_hash": network.weights_hash,
+            "extractor_resize": network.resize,
+            "num_steps": self.num_steps,
+            "solver": "euler",
+            "guidance": self.guidance,
+            "guidance_scale": self.guidance_scale,
+            "seed": self.seed,
+            **self._protocol(),
+            "precision": str(trainer.precision),
+            "device": trainer.strategy.root_device.type,
+            **({} if in_fit else model_hashes(pl_module)),
+            "model_weights": weights_in_use(trainer, self._checkpoint),
+            "step": evaluated_step(trainer, self._checkpoint),
+            "versions": versions(),
+        }
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule, done: Pass[StatisticsT]) -> None:
         device, statistics = trainer.strategy.root_device, done.statistics
@@ -262,6 +356,8 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
             if done.cache is not None and seen == done.expected:
                 done.cache.store_or_check(statistics.real, statistics.data_hash)
             self._report(trainer, done, seen, grid)
+        if done.unfinished is not None:
+            done.unfinished.remove()
 
     def _report(self, trainer: Trainer, done: Pass[StatisticsT], seen: int, grid: Tensor) -> None:
         folder = self.output_dir or Path(trainer.log_dir or trainer.default_root_dir)
@@ -272,30 +368,16 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
         full_rank = statistics.real.statistics.full_rank and count > network.dim
         protocol = {
             "num_samples": count,
-            "split": done.split,
-            "samples_in_split": done.expected,
             "samples_read": seen,
             "complete": statistics.real.statistics.count == done.expected,
             "data_hash": f"{statistics.data_hash % 2**64:016x}",
             "image_size": statistics.image_size,
-            "extractor": network.name,
-            "extractor_weights_hash": network.weights_hash,
-            "extractor_resize": network.resize,
-            "num_steps": self.num_steps,
-            "guidance": self.guidance,
-            "guidance_scale": self.guidance_scale,
-            "seed": self.seed,
-            **self._protocol(),
-            "precision": str(trainer.precision),
-            "device": trainer.strategy.root_device.type,
-            "model_weights": done.weights,
-            "step": evaluated_step(trainer, self._checkpoint),
-            "versions": versions(),
+            **done.facts,
         }
         measured, extra = self._notes(done)
         extra = {network.metric_name: {"full_rank": full_rank}, **extra}
         write_json(make_records(self.values, protocol, extra), folder / f"{self.stem}.json")
-        title = f"{measured}, {self.num_steps} steps, guidance {self.guidance}, weights {done.weights}"
+        title = f"{measured}, {self.num_steps} steps, guidance {self.guidance}, weights {done.facts['model_weights']}"
         save_png(grid, folder / self.picture)
         if not done.in_fit:
             write_csv(self.values, count, folder / f"{self.stem}.csv")

@@ -12,9 +12,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 
-from flextok_pl.contracts import Reconstructor
+from flextok_pl.contracts import Reconstructor, weights_hash
 
 
 def module_reconstructor(pl_module: LightningModule) -> Reconstructor:
@@ -30,6 +30,12 @@ def module_reconstructor(pl_module: LightningModule) -> Reconstructor:
             "budgets to evaluate: use this callback with a TokenizerModule, and remove it for a VAE"
         )
     return reconstructor
+
+
+def model_hashes(pl_module: LightningModule) -> dict[str, str]:
+    """`weights_hash` of the tokenizer and, where there is one, of the prior; what token shards name a tokenizer by."""
+    parts = {"tokenizer_hash": module_reconstructor(pl_module), "prior_hash": getattr(pl_module, "prior", None)}
+    return {name: weights_hash(part) for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
 def split_size(trainer: Trainer, split: str) -> int:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm import trange
 
 from flextok_pl.callbacks.budget_evaluation import BudgetEvaluation, Pass, first_rows
 from flextok_pl.callbacks.probe import fitted_probe
@@ -30,11 +29,10 @@ from flextok_pl.metrics.keys import sample_generators
 PROBE = "probe"
 
 
-@dataclass(frozen=True)
-class Wish:
+class Wish(NamedTuple):
     """One image to generate.
 
-    Args:
+    Attributes:
         key: seeds the sample.
         label: class that is asked for, -1 for none.
         text: caption that is asked for.
@@ -86,6 +84,8 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
         grid_samples: rows of the picture where `shown` does not say.
         output_dir: where files go; null for the trainer's log directory.
         cache_dir: where statistics of real images and probes are kept between runs; null for nowhere.
+        save_every_minutes: how often a test, or a validation outside a fit, stores its state in `cache_dir`, where it
+            goes on when it was killed and is started again; null for never.
 
     Raises:
         ValueError: an option is out of range, or names what is not there.
@@ -123,6 +123,7 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
         grid_samples: int = 8,
         output_dir: Path | str | None = None,
         cache_dir: Path | str | None = "~/.cache/flextok_pl/statistics",
+        save_every_minutes: float | None = 5.0,
     ) -> None:
         super().__init__(
             budgets,
@@ -138,6 +139,7 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
             grid_samples,
             output_dir,
             cache_dir,
+            save_every_minutes,
         )
         if conditions not in ("balanced", "data"):
             raise ValueError(f"conditions={conditions!r} must be 'balanced' or 'data'")
@@ -156,7 +158,6 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
         self.classifier_weights, self.clip, self.shown = classifier_weights, clip, shown
         self._classifier: Classifier | None = None
         self._clip: CLIPScore | None = None
-        self._wishes: list[Wish] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Load the networks that measure, so that missing weights stop a run before it starts."""
@@ -183,24 +184,26 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
             self._classifier = fitted_probe(
                 self.classifier_data, size, network, reconstruct, self._look(module), self.cache_dir
             )
-        running = super()._start(trainer, pl_module, split)
-        self._wishes = []
+        return super()._start(trainer, pl_module, split)
+
+    def _planned(self, trainer: Trainer, pl_module: LightningModule, running: Pass[GenerationStatistics]) -> list[Wish]:
+        module = _generator(pl_module)
         if module.condition_kind == "none" or (module.condition_kind == "class" and self.conditions == "balanced"):
             total = self.num_samples or running.expected
             if running.in_fit and self.max_samples:
                 total = min(total, self.max_samples)
             classes = max(1, module.num_classes)
             mine = range(trainer.global_rank, total, trainer.world_size)
-            self._wishes = [
+            return [
                 Wish(f"class {i % classes} sample {i // classes}", i % classes if module.num_classes else -1)
                 for i in mine
             ]
-        elif self.num_samples is not None:
+        if self.num_samples is not None:
             raise MisconfigurationException(
                 f"num_samples={self.num_samples} is for balanced classes; with conditions of the data one image is "
                 "generated for each real one: leave it out"
             )
-        return running
+        return []
 
     def _statistics(
         self, budgets: list[int], network: FeatureExtractor, pool_fraction: float, real: FeatureSet | None
@@ -240,18 +243,20 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
             running.statistics.update_real(to_uint8(batch["image"]), keys)
         of_data = module.condition_kind == "text" or (module.condition_kind == "class" and self.conditions == "data")
         if of_data:
-            self._wishes += _wishes_of(batch, module.condition_kind)
+            running.pending += _wishes_of(batch, module.condition_kind)
         with trainer.precision_plugin.forward_context():
             if trainer.is_global_zero and not running.grid:
                 self._draw_rows(module, batch, running)
-            parts = [self._wishes[i : i + self.batch_size] for i in range(0, len(self._wishes), self.batch_size)]
-            quiet = len(parts) < 2 or not trainer.is_global_zero
-            for part in tqdm(parts, desc="generating", unit="batch", leave=False, disable=quiet):
+            parts = -(-len(running.pending) // self.batch_size)
+            quiet = parts < 2 or not trainer.is_global_zero
+            for _ in trange(parts, desc="generating", unit="batch", leave=False, disable=quiet):
+                part = [Wish(*entry) for entry in running.pending[: self.batch_size]]
                 labels = torch.tensor([wish.label for wish in part])
                 texts = [wish.text for wish in part] if module.condition_kind == "text" else None
                 for budget, images in self._images(module, part, running.budgets).items():
                     running.statistics.update_generated(budget, images, [w.key for w in part], labels, texts)
-        self._wishes = []
+                running.pending = running.pending[self.batch_size :]
+                running.save_if_due()
 
     def _images(self, module: GenerationModule, wishes: Sequence[Wish], budgets: Sequence[int]) -> dict[int, Tensor]:
         """One rollout, decoded at each budget: (B, 3, H, W) uint8."""

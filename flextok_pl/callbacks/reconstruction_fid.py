@@ -48,6 +48,8 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
         output_dir: where files go; null for the trainer's log directory.
         cache_dir: where statistics of real images are kept between runs, under a hash of data and extractor; null for
             nowhere. Needs a data module with `data_hash(split)`.
+        save_every_minutes: how often a test, or a validation outside a fit, stores its state in `cache_dir`, where it
+            goes on when it was killed and is started again; null for never.
 
     Raises:
         ValueError: an option is out of range, or names what is not there.
@@ -73,6 +75,7 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
         grid_samples: int = 8,
         output_dir: Path | str | None = None,
         cache_dir: Path | str | None = "~/.cache/flextok_pl/statistics",
+        save_every_minutes: float | None = 5.0,
     ) -> None:
         super().__init__(
             budgets,
@@ -88,6 +91,7 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
             grid_samples,
             output_dir,
             cache_dir,
+            save_every_minutes,
         )
         self.lpips = lpips
         self._perceptual: LPIPS | None = None

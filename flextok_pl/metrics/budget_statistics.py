@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +80,23 @@ class BudgetStatistics(ABC):
         for budget, sums in self._sums.items():
             self._sums[budget] = {name: all_reduce_sum(total, device) for name, total in sums.items()}
             self.made[budget].all_reduce(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything measured so far, as plain types and tensors that `load_state_dict` takes."""
+        return {
+            "data_hash": self.data_hash,
+            "real": None if self._real_is_complete else self.real.state_dict(),
+            "made": {budget: features.state_dict() for budget, features in self.made.items()},
+            "sums": self._sums,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what statistics made with the same arguments had measured."""
+        self.data_hash = state["data_hash"]
+        if not self._real_is_complete:
+            self.real = FeatureSet.from_state_dict(state["real"])
+        self.made = {budget: FeatureSet.from_state_dict(features) for budget, features in state["made"].items()}
+        self._sums = state["sums"]
 
     def _add_real(self, images: Tensor, keys: Sequence[str]) -> None:
         """Add (B, 3, H, W) uint8 with their keys."""

@@ -6,6 +6,7 @@ B images, D features, C classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,6 +124,18 @@ class GenerationStatistics(BudgetStatistics):
         super().all_reduce(device)
         for score in self._scores.values():
             score.all_reduce(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything measured so far, as plain types and tensors that `load_state_dict` takes."""
+        scores = {budget: score.state_dict() for budget, score in self._scores.items()}
+        return super().state_dict() | {"size": self._size, "scores": scores}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what statistics made with the same arguments had measured."""
+        super().load_state_dict(state)
+        self._size = state["size"]
+        for budget, score in self._scores.items():
+            score.load_state_dict(state["scores"][budget])
 
     def values(self, kernel_seed: int = 0) -> dict[int, dict[str, float]]:
         """Metrics by budget, each only where there are enough samples for it.

@@ -62,6 +62,14 @@ class InceptionScore:
         """
         self._sums = all_reduce_sum(self._sums, device)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors that `load_state_dict` takes."""
+        return {"sums": self._sums}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take up the samples of another score with the same arguments."""
+        self._sums = state["sums"]
+
     def compute(self) -> tuple[float, float]:
         """Mean and standard deviation (divisor S) over the splits that have samples.
 

@@ -6,6 +6,7 @@ B images, N of all batches and processes, H x W pixels, D features.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,6 +97,14 @@ class ImageMoments:
         ).tolist()
         self.count = int(count)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types and tensors that `load_state_dict` takes."""
+        return {"count": self.count, "sum": self._sum, "squares": self._squares}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what other moments had summed up."""
+        self.count, self._sum, self._squares = state["count"], state["sum"], state["squares"]
+
     @property
     def variance(self) -> float:
         """Mean over pixels and channels of the variance over images (divisor N)."""
@@ -165,6 +174,15 @@ class ReconstructionStatistics(BudgetStatistics):
         """
         self.images.all_reduce(device)
         super().all_reduce(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything measured so far, as plain types and tensors that `load_state_dict` takes."""
+        return super().state_dict() | {"images": self.images.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what statistics made with the same arguments had measured."""
+        super().load_state_dict(state)
+        self.images.load_state_dict(state["images"])
 
     def values(self, kernel_seed: int = 0) -> dict[int, dict[str, float]]:
         """Metrics by budget: distances first (absent below two images), then pixel metrics as means over images."""

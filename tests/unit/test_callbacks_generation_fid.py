@@ -97,6 +97,9 @@ class Pictures(LightningDataModule):
     def num_samples(self, split):
         return len(self.samples)
 
+    def data_hash(self, split):
+        return str(len(self.samples))
+
     def train_dataloader(self):
         return DataLoader(self.samples, batch_size=self.batch_size)
 
@@ -294,3 +297,42 @@ def test_wrong_options(options, message):
 def test_budgets_beyond_the_prior(tmp_path):
     with pytest.raises(MisconfigurationException, match="budgets holds 5"):
         evaluate(tmp_path, budgets=[5])
+
+
+class Killed(Exception):
+    pass
+
+
+class DyingPrior(BandPrior):
+    """Dies when it is asked for tokens for the `deadline`-th time."""
+
+    def __init__(self, deadline):
+        super().__init__()
+        self.deadline = deadline
+
+    def generate_tokens(self, *args, **kwargs):
+        if len(self.asked) + 1 == self.deadline:
+            raise Killed
+        return super().generate_tokens(*args, **kwargs)
+
+
+@pytest.mark.parametrize("conditions", ["balanced", "data"])
+def test_a_killed_evaluation_goes_on_where_it_was(tmp_path, conditions):
+    options = {"conditions": conditions, "batch_size": 4, "save_every_minutes": 0, "budgets": [1, 4], "seed": 3}
+    options |= {"num_samples": 22} if conditions == "balanced" else {}
+
+    def run(name, deadline=None, cache="cache"):
+        module = DyingPrior(deadline)
+        evaluate(tmp_path / name, module, cache_dir=tmp_path / cache, **options, **WITH_PROBE)
+        files = [(tmp_path / name / file).read_bytes() for file in ("gfid.json", "gfid_grid.png")]
+        return [len(asked[0]) for asked in module.asked], files
+
+    whole, files = run("whole", cache="other")
+    rows, parts = whole[0], whole[1:]
+    for name, deadline in (("first", 4), ("second", 2)):  # within the third part; within the next but one
+        with pytest.raises(Killed):
+            run(name, deadline)
+    rest, resumed_files = run("third")
+    assert resumed_files == files
+    assert rest == parts[3:], f"of {parts} after a picture of {rows} rows"
+    assert not list((tmp_path / "cache").glob("unfinished_*"))

@@ -380,3 +380,56 @@ def test_the_offline_extractor_in_a_whole_evaluation(tmp_path, monkeypatch):
     assert callback.values[8]["fd_effnet_lite0"] < callback.values[1]["fd_effnet_lite0"]
     metrics = {record["metric"] for record in json.loads((tmp_path / "rfid.json").read_text())}
     assert not any("inception" in metric or "fid" in metric for metric in metrics)
+
+
+class Killed(Exception):
+    pass
+
+
+class DyingModule(StripModule):
+    """Dies at its `deadline`-th decoding."""
+
+    def __init__(self, deadline):
+        super().__init__()
+        self.decoded, decode = 0, self.reconstructor.detokenize
+
+        def detokenize(*args, **kwargs):
+            self.decoded += 1
+            if self.decoded == deadline:
+                raise Killed
+            return decode(*args, **kwargs)
+
+        self.reconstructor.detokenize = detokenize
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(tmp_path):
+    samples, cache = pictures(17), tmp_path / "cache"
+    options = {"cache_dir": cache, "budgets": [2, 8], "save_every_minutes": 0}
+
+    def run(name, deadline=None, **changes):
+        module = DyingModule(deadline)
+        evaluate(tmp_path / name, samples, module, Pictures(samples, hash_="one"), **{**options, **changes})
+        return module.decoded, (tmp_path / name / "rfid.json").read_text(), (tmp_path / name / "grid.png").read_bytes()
+
+    _, records, picture = run("whole", cache_dir=tmp_path / "other")
+    for name, deadline in (("first", 6), ("second", 3)):  # in the third batch of four, and in the second of the rest
+        with pytest.raises(Killed):
+            run(name, deadline)
+        assert len(list(cache.glob("unfinished_*"))) == 1
+    with pytest.raises(Killed):
+        run("another seed", 1, seed=1)  # nothing of the others is taken
+    decoded, after, after_picture = run("third")
+    assert decoded == 2, "three of four batches were done"
+    assert (after, after_picture) == (records, picture)
+    assert not list(cache.glob("unfinished_*"))
+    assert run("again")[0] == 8
+
+
+def test_a_resumed_evaluation_still_finds_keys_that_come_twice(tmp_path):
+    samples = pictures(10)
+    options = {"cache_dir": tmp_path / "cache", "budgets": [8], "save_every_minutes": 0}
+    with pytest.raises(Killed):
+        evaluate(tmp_path, samples, DyingModule(2), Pictures(samples, hash_="one"), **options)
+    twice = [*samples[:5], *samples[:5]]
+    with pytest.raises(RuntimeError, match="repeat a key"):
+        evaluate(tmp_path, twice, StripModule(), Pictures(twice, hash_="one"), **options)

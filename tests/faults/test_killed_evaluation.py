@@ -1,0 +1,63 @@
+"""`flextok test`, killed without warning and given again, ends with the result of one that was not."""
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from flextok_pl.cli import main
+from flextok_pl.interop import save_pretrained
+from flextok_pl.models.config import FlexTokConfig
+from flextok_pl.models.tokenizer import FlexTok
+
+EXPERIMENT = Path(__file__).parents[2] / "experiments" / "tokenizer" / "tiny.yaml"
+BUDGETS = [1, 4, 16]
+
+
+def evaluate(shards: Path, tokenizer: Path, folder: Path, home: Path, kill_at: int | None) -> None:
+    """Run the command; SIGKILL comes at the given decoding."""
+    os.environ["HOME"] = str(home)
+    decode, decoded = FlexTok.detokenize, []
+
+    def detokenize(self, *args, **kwargs):
+        decoded.append(1)
+        if len(decoded) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return decode(self, *args, **kwargs)
+
+    FlexTok.detokenize = detokenize
+    main(
+        [
+            "test",
+            *("--config", str(EXPERIMENT), "--tokenizer", str(tokenizer)),
+            *("--data.train", str(shards / "train"), "--data.val", str(shards / "val"), "--data.eval_batch_size", "5"),
+            *("--rfid.budgets", str(BUDGETS), "--rfid.num_steps", "1", "--rfid.save_every_minutes", "0"),
+            *("--rfid.output_dir", str(folder), "--trainer.enable_progress_bar", "false"),
+        ]
+    )
+    (folder / "decoded").write_text(str(len(decoded)))
+
+
+def run(*arguments: object) -> int | None:
+    process = multiprocessing.get_context("fork").Process(target=evaluate, args=arguments)
+    process.start()
+    process.join(120)
+    return process.exitcode
+
+
+def test_killed(image_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tokenizer = save_pretrained(FlexTok(FlexTokConfig.preset("tiny")), tmp_path / "tiny.safetensors")
+    home, other = tmp_path / "home", tmp_path / "other"
+    assert run(image_shards, tokenizer, tmp_path / "whole", other, None) == 0
+    assert run(image_shards, tokenizer, tmp_path / "after", home, 5) == -signal.SIGKILL
+    assert len(list(home.rglob("unfinished_*"))) == 1
+    assert run(image_shards, tokenizer, tmp_path / "after", home, None) == 0
+    assert not list(home.rglob("unfinished_*"))
+    whole, after = (json.loads((tmp_path / name / "rfid.json").read_text()) for name in ("whole", "after"))
+    assert after == whole, "bit-equal"
+    total, rest = (int((tmp_path / name / "decoded").read_text()) for name in ("whole", "after"))
+    assert rest == total - len(BUDGETS), "the first batch was done"
