@@ -2,53 +2,82 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from flextok_pl.callbacks.evaluation import batch_images, log_evaluation, module_reconstructor
-from flextok_pl.metrics.codes import codebook_use, distinct_tokens, perplexity, position_entropy
+from flextok_pl.callbacks.evaluation import (
+    batch_images,
+    checkpoint_facts,
+    log_evaluation,
+    model_hashes,
+    module_reconstructor,
+    versions,
+)
+from flextok_pl.metrics.codes import class_information, codebook_use, distinct_tokens, perplexity, position_entropy
 from flextok_pl.metrics.distributed import gather_rows
-from flextok_pl.metrics.images import figure_to_image
+from flextok_pl.metrics.images import figure_to_image, save_png
+from flextok_pl.metrics.report import write_json
 
 
 class CodebookReport(Callback):
-    """Log the use of the codebook over a validation set.
+    """Report the use of the codebook over a validation or test set.
 
-    Scalars: `val/codes/distinct`, `val/codes/use` (fraction of the vocabulary, where the tokenizer's config states it),
-    `val/codes/perplexity`, `val/codes/entropy` (bits per token, mean over positions); to TensorBoard also a picture of
-    the entropy by position. Only the encoder runs, while batches are evaluated, so averaged weights are seen.
+    Scalars, under the split: `codes/distinct`, `codes/use` (fraction of the vocabulary, where the tokenizer's config
+    states it), `codes/perplexity`, `codes/entropy` (bits per token, mean over positions); to TensorBoard also a picture
+    of the entropy by position, and of what each position tells about the class where samples have one. A test leaves
+    `codes.json` and `codes.png`. Only the encoder runs, while batches are evaluated, so averaged weights are seen.
 
     Args:
         every_n_epochs: during a fit, report in the validations of every n-th epoch.
         max_batches: batches per process to look at; null for all.
+        output_dir: where a test's files go; null for the trainer's log directory.
 
     Raises:
         ValueError: an option is out of range.
     """
 
-    def __init__(self, every_n_epochs: int = 1, max_batches: int | None = None) -> None:
+    def __init__(
+        self, every_n_epochs: int = 1, max_batches: int | None = None, output_dir: Path | str | None = None
+    ) -> None:
         for name, value in (("every_n_epochs", every_n_epochs), ("max_batches", max_batches)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         self.every_n_epochs, self.max_batches = every_n_epochs, max_batches
+        self.output_dir = None if output_dir is None else Path(output_dir)
         self.values: dict[str, float] = {}
         """Tag -> value of the latest report."""
         self._tokens: list[Tensor] = []
+        self._labels: list[Tensor] = []
         self._due = False
+        self._checkpoint: dict[str, Any] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier run's checkpoint."""
+        self._checkpoint = None
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Remember the step whose weights are evaluated."""
+        self._checkpoint = checkpoint_facts(checkpoint)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a module without tokens before time is spent on it."""
         module_reconstructor(pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the tokens of the validation before."""
-        self._tokens = []
-        self._due = not trainer.sanity_checking and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        """Forget the tokens of the pass before."""
+        self._tokens, self._labels = [], []
+        in_fit = trainer.state.fn == TrainerFn.FITTING
+        due = not in_fit or (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        self._due = due and not trainer.sanity_checking
+
+    on_test_epoch_start = on_validation_epoch_start
 
     def on_validation_batch_end(
         self,
@@ -64,46 +93,85 @@ class CodebookReport(Callback):
             images, _ = batch_images(batch, dataloader_idx)
             with trainer.precision_plugin.forward_context():
                 self._tokens.append(module_reconstructor(pl_module).tokenize(images).cpu())
+            self._labels.append(batch["label"].cpu() if "label" in batch else torch.full((len(images),), -1))
+
+    on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report on the tokens of all processes."""
+        self._report(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report on the tokens of all processes, and leave files."""
+        self._report(trainer, pl_module, "test")
+
+    def _report(self, trainer: Trainer, pl_module: LightningModule, split: Literal["val", "test"]) -> None:
         if not self._due:
             return
         reconstructor = module_reconstructor(pl_module)
-        mine = torch.cat(self._tokens) if self._tokens else torch.zeros(0, reconstructor.num_registers).long()
-        tokens = gather_rows(mine, trainer.strategy.root_device)  # (N, K)
+        device = trainer.strategy.root_device
+        none = torch.zeros(0, dtype=torch.int64)
+        tokens = gather_rows(
+            torch.cat(self._tokens or [none.reshape(0, reconstructor.num_registers)]), device
+        )  # (N, K)
+        labels = gather_rows(torch.cat(self._labels or [none]), device)  # (N,)
         if len(tokens) == 0:
             return
         entropy = position_entropy(tokens)
         vocab_size = getattr(getattr(reconstructor, "config", None), "vocab_size", None)
-        self.values = {
-            "val/codes/distinct": float(distinct_tokens(tokens)),
-            "val/codes/perplexity": perplexity(tokens),
-            "val/codes/entropy": float(entropy.mean()),
+        information = class_information(tokens, labels) if (labels >= 0).any() else None
+        totals = {
+            "distinct": float(distinct_tokens(tokens)),
+            "perplexity": perplexity(tokens),
+            "entropy": float(entropy.mean()),
         }
         if vocab_size is not None:
-            self.values["val/codes/use"] = codebook_use(tokens, vocab_size)
-        picture = plot_entropy(entropy, len(tokens), vocab_size)
-        log_evaluation(trainer, pl_module, self.values, {"val/codes/entropy_by_position": picture}, None)
+            totals["use"] = codebook_use(tokens, vocab_size)
+        self.values = {f"{split}/codes/{name}": value for name, value in totals.items()}
+        picture = plot_positions(entropy, information, len(tokens), vocab_size)
+        pictures = {f"{split}/codes/entropy_by_position": picture}
+        log_evaluation(trainer, pl_module, self.values, pictures, self._checkpoint)
+        if split == "test" and trainer.is_global_zero:
+            folder = self.output_dir or Path(trainer.log_dir or trainer.default_root_dir)
+            protocol = {
+                "num_samples": len(tokens),
+                "vocab_size": vocab_size,
+                **model_hashes(pl_module),
+                "versions": versions(),
+            }
+            rows = {"position_entropy": entropy, "class_information": information}
+            records = [{"metric": f"codes_{name}", "value": value, **protocol} for name, value in totals.items()]
+            records += [
+                {"metric": name, "value": value, "position": position, **protocol}
+                for name, row in rows.items()
+                if row is not None
+                for position, value in enumerate(row.tolist(), start=1)
+            ]
+            write_json(records, folder / "codes.json")
+            save_png(picture, folder / "codes.png")
 
 
-def plot_entropy(entropy: Tensor, num_samples: int, vocab_size: int | None) -> Tensor:
-    """Draw the entropy of each position under the largest that could be seen.
+def plot_positions(entropy: Tensor, information: Tensor | None, num_samples: int, vocab_size: int | None) -> Tensor:
+    """Draw the entropy of each position under the largest that could be seen, and what it tells about the class.
 
     Args:
         entropy: (K,) bits.
-        num_samples: N that it was estimated from.
+        information: (K,) bits, or None.
+        num_samples: N that both were estimated from.
         vocab_size: V, where known.
 
     Returns:
         (3, H, W) uint8.
     """
-    figure = Figure(figsize=(6, 3), layout="constrained")
-    axes = figure.add_subplot()
-    axes.bar(range(1, len(entropy) + 1), entropy.tolist(), width=1.0, edgecolor="white", linewidth=0.3)
+    rows = {"entropy (bits)": entropy, "about the class (bits)": information}
+    shown = {name: row for name, row in rows.items() if row is not None}
+    figure = Figure(figsize=(6, 1 + 2 * len(shown)), layout="constrained")
+    charts = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
+    for axes, (name, row) in zip(charts, shown.items(), strict=True):
+        axes.bar(range(1, len(row) + 1), row.tolist(), width=1.0, edgecolor="white", linewidth=0.3)
+        axes.set_ylabel(name)
     limit = min(num_samples, vocab_size or num_samples)
-    axes.axhline(float(np.log2(limit)), color="gray", linestyle="--")
-    axes.set_title(f"{num_samples} images; dashed: log2 {limit}, the most that could be seen", fontsize=9)
-    axes.set_xlabel("token position")
-    axes.set_ylabel("entropy (bits)")
+    charts[0].axhline(float(np.log2(limit)), color="gray", linestyle="--")
+    charts[0].set_title(f"{num_samples} images; dashed: log2 {limit}, the most that could be seen", fontsize=9)
+    charts[-1].set_xlabel("token position")
     return figure_to_image(figure)

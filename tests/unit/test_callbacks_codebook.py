@@ -1,5 +1,6 @@
 """CodebookReport on tokens that are known."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
@@ -36,6 +38,8 @@ class Module(LightningModule):
 
     def validation_step(self, batch, batch_idx):
         pass
+
+    test_step = validation_step
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.0)
@@ -69,6 +73,21 @@ def test_use_entropy_and_perplexity(tmp_path):
     assert trainer.callback_metrics["val/codes/use"].item() == pytest.approx(10 / 16)
     assert events.Scalars("val/codes/entropy")[0].value == pytest.approx(2)
     assert events.Images("val/codes/entropy_by_position")[0].width == 600
+
+
+def test_a_test_leaves_files(tmp_path):
+    samples = [{"image": torch.full((3, 2, 2), float(i)), "key": str(i), "label": i % 2} for i in range(8)]
+    callback = CodebookReport(output_dir=tmp_path)
+    Trainer(accelerator="cpu", callbacks=[callback], logger=False, enable_progress_bar=False).test(
+        Module(), DataLoader(samples, batch_size=3), verbose=False
+    )
+    assert callback.values["test/codes/perplexity"] == pytest.approx(8)
+    records = json.loads((tmp_path / "codes.json").read_text())
+    by_name = {(r["metric"], r.get("position")): r["value"] for r in records}
+    assert by_name["codes_distinct", None] == 10 and by_name["position_entropy", 2] == pytest.approx(3)
+    assert by_name["class_information", 1] > 0.5, "the first token is the class; with 8 samples not quite 1 bit"
+    assert by_name["class_information", 2] == 0, "every id occurs once, so it tells no more than for permuted labels"
+    assert Image.open(tmp_path / "codes.png").height == 500
 
 
 def test_only_some_batches(tmp_path):
