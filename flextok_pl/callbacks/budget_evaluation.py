@@ -42,7 +42,7 @@ from flextok_pl.metrics.statistics_cache import StatisticsCache
 GRID_COLUMNS = 12
 """Most columns of the grid picture; beyond, powers of two are shown."""
 
-GridRow = tuple[int, Any, dict[int, Tensor]]
+GridRow = tuple[Any, Any, dict[int, Tensor]]
 """What orders the row, what stands at its left, and its images by budget, (3, H, W) uint8."""
 
 StatisticsT = TypeVar("StatisticsT", bound=BudgetStatistics)
@@ -69,6 +69,8 @@ class Pass(Generic[StatisticsT]):
     pending: list[Any] = field(default_factory=list)
     """What is still to be made, beside what comes with the batches; tuples of plain types."""
     grid: list[GridRow] = field(default_factory=list)
+    extremes: dict[str, list[GridRow]] = field(default_factory=dict)
+    """Rows of further pictures, by what they are the first of."""
 
     def save_if_due(self) -> None:
         """Let a later run go on from here, now and then."""
@@ -82,12 +84,14 @@ class Pass(Generic[StatisticsT]):
             "ids": self.ids,
             "pending": [tuple(entry) for entry in self.pending],
             "grid": self.grid,
+            "extremes": self.extremes,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where another process was."""
         self.statistics.load_state_dict(state["statistics"])
-        self.ids, self.pending, self.grid = state["ids"], state["pending"], state["grid"]
+        self.ids, self.pending = state["ids"], state["pending"]
+        self.grid, self.extremes = state["grid"], state["extremes"]
         self.resumed = set(self.ids)
 
     def take_new(self, keys: Sequence[str]) -> Tensor:
@@ -197,6 +201,10 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
     @abstractmethod
     def _grid(self, done: Pass[StatisticsT]) -> Tensor:
         """The picture, (3, H, W) uint8."""
+
+    def _further_pictures(self, done: Pass[StatisticsT]) -> dict[str, Tensor]:
+        """File name -> (3, H, W) uint8, outside a fit; called by all processes."""
+        return {}
 
     @abstractmethod
     def _protocol(self) -> dict[str, Any]:
@@ -342,12 +350,14 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
             )
             return
         self.values = statistics.values(self.seed)
-        grid = self._grid(done)
+        pictures = {self.picture: self._grid(done)} | ({} if done.in_fit else self._further_pictures(done))
         tags = {
             m: {k: f"{done.split}/{self.tag}{m}/k={k:03d}" for k in done.budgets} for m in self.values[done.budgets[0]]
         }
         scalars = {tag: self.values[k][m] for m, by_budget in tags.items() for k, tag in by_budget.items()}
-        log_evaluation(trainer, pl_module, scalars, {f"{done.split}/{self.heading}": grid}, self._checkpoint)
+        log_evaluation(
+            trainer, pl_module, scalars, {f"{done.split}/{self.heading}": pictures[self.picture]}, self._checkpoint
+        )
         if done.split not in self._charted:
             charts = {metric: list(by_budget.values()) for metric, by_budget in tags.items()}
             chart_budgets(trainer, f"{done.split}: {self.heading} by token budget", charts)
@@ -355,11 +365,11 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
         if trainer.is_global_zero:
             if done.cache is not None and seen == done.expected:
                 done.cache.store_or_check(statistics.real, statistics.data_hash)
-            self._report(trainer, done, seen, grid)
+            self._report(trainer, done, seen, pictures)
         if done.unfinished is not None:
             done.unfinished.remove()
 
-    def _report(self, trainer: Trainer, done: Pass[StatisticsT], seen: int, grid: Tensor) -> None:
+    def _report(self, trainer: Trainer, done: Pass[StatisticsT], seen: int, pictures: Mapping[str, Tensor]) -> None:
         folder = self.output_dir or Path(trainer.log_dir or trainer.default_root_dir)
         folder = folder / f"{self.stem}_fit" if done.in_fit else folder
         statistics, network = done.statistics, self._network
@@ -378,7 +388,8 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
         extra = {network.metric_name: {"full_rank": full_rank}, **extra}
         write_json(make_records(self.values, protocol, extra), folder / f"{self.stem}.json")
         title = f"{measured}, {self.num_steps} steps, guidance {self.guidance}, weights {done.facts['model_weights']}"
-        save_png(grid, folder / self.picture)
+        for name, picture in pictures.items():
+            save_png(picture, folder / name)
         if not done.in_fit:
             write_csv(self.values, count, folder / f"{self.stem}.csv")
             plot_budgets(self.values, title, folder / f"{self.stem}.png")

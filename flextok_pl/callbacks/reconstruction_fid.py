@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -15,10 +15,16 @@ from flextok_pl.callbacks.evaluation import module_reconstructor
 from flextok_pl.metrics.distributed import gather_objects
 from flextok_pl.metrics.feature_set import FeatureSet
 from flextok_pl.metrics.features import OFFLINE_EXTRACTOR, FeatureExtractor
-from flextok_pl.metrics.images import reconstruction_grid, to_uint8
+from flextok_pl.metrics.images import pairs_grid, reconstruction_grid, to_uint8
 from flextok_pl.metrics.keys import key_hash
 from flextok_pl.metrics.lpips import LPIPS
 from flextok_pl.metrics.reconstruction import ReconstructionStatistics, reconstruct_at_budgets
+
+EXTREMES = 3
+"""Images shown from either end."""
+
+ENDS = {"best": 1, "worst": -1}
+"""Name -> sign of the error by which they are ordered."""
 
 
 class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
@@ -29,8 +35,9 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
     workers or ranks.
 
     `trainer.validate` and `trainer.test` measure the full grid on all samples and leave `rfid.json` (one record per
-    number, with its protocol), `rfid.csv`, `rfid.png` and `grid.png`. Validations of a fit measure a cheap subset, for
-    the logger, `rfid_fit/rfid.json` and `rfid_fit/grid.png`.
+    number, with its protocol), `rfid.csv`, `rfid.png`, `grid.png`, and `extremes.png` with the images whose squared
+    error is smallest and largest at each budget. Validations of a fit measure a cheap subset, for the logger,
+    `rfid_fit/rfid.json` and `rfid_fit/grid.png`.
 
     Args:
         budgets: numbers of tokens of the full grid: a list, `all` for 1 to K, or null for the powers of two up to K.
@@ -137,9 +144,11 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
                 self.seed,
             ):
                 pixels = to_uint8(decoded)
-                running.statistics.update_reconstructions(budget, originals, pixels, keys)
+                errors = running.statistics.update_reconstructions(budget, originals, pixels, keys)
                 if budget in running.columns:
                     shown[budget] = pixels
+                    if not running.in_fit:
+                        _keep_extremes(running, budget, errors["mse"].tolist(), keys, originals, pixels)
         rows = [
             (key_hash(key, "grid"), originals[i].cpu(), {budget: pixels[i].cpu() for budget, pixels in shown.items()})
             for i, key in enumerate(keys)
@@ -153,6 +162,20 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
             {budget: torch.stack([shown[budget] for *_, shown in rows]) for budget in done.columns},
         )
 
+    def _further_pictures(self, done: Pass[ReconstructionStatistics]) -> dict[str, Tensor]:
+        parts = gather_objects(done.extremes)
+        ends = [f"{end} {budget}" for end in ENDS for budget in done.columns]
+        rows = {end: first_rows([row for part in parts for row in part.get(end, [])], EXTREMES) for end in ends}
+        count = min(len(found) for found in rows.values())
+        names, pairs = [f"{end} {i + 1}" for end in ENDS for i in range(count)], {}
+        for budget in done.columns:
+            chosen = [row for end in ENDS for row in rows[f"{end} {budget}"][:count]]
+            pairs[budget] = (
+                torch.stack([original for _, original, _ in chosen]),
+                torch.stack([shown[budget] for *_, shown in chosen]),
+            )
+        return {"extremes.png": pairs_grid(names, pairs)}
+
     def _protocol(self) -> dict[str, Any]:
         return {}
 
@@ -160,3 +183,19 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
         assert self._network is not None
         extra = {"kernel": "cubic polynomial, originals and reconstructions paired"}
         return f"{done.statistics.num_images} images of {done.split}", {self._network.kernel_metric_name: extra}
+
+
+def _keep_extremes(
+    running: Pass[ReconstructionStatistics],
+    budget: int,
+    errors: Sequence[float],
+    keys: Sequence[str],
+    originals: Tensor,
+    pixels: Tensor,
+) -> None:
+    """Keep the images with the smallest and the largest errors of those seen so far."""
+    for end, sign in ENDS.items():
+        name = f"{end} {budget}"
+        order = sorted(range(len(keys)), key=lambda i: (sign * errors[i], key_hash(keys[i])))[:EXTREMES]
+        rows = [((sign * errors[i], key_hash(keys[i])), originals[i].cpu(), {budget: pixels[i].cpu()}) for i in order]
+        running.extremes[name] = first_rows(running.extremes.get(name, []) + rows, EXTREMES)

@@ -93,8 +93,8 @@ def reconstruction_grid(originals: Tensor, reconstructions: Mapping[int, Tensor]
     Raises:
         ValueError: shapes differ.
     """
-    columns = {"original": originals, **{f"k={budget}": images for budget, images in reconstructions.items()}}
-    for heading, images in columns.items():
+    columns = [("original", originals), *((f"k={budget}", images) for budget, images in reconstructions.items())]
+    for heading, images in columns:
         if images.shape != originals.shape:
             raise ValueError(f"{heading}: shape {tuple(images.shape)} differs from originals {tuple(originals.shape)}")
     return _grid(columns, None, padding)
@@ -111,13 +111,32 @@ def generation_grid(names: Sequence[str], generated: Mapping[int, Tensor], paddi
     Returns:
         (3, H', W') uint8.
     """
-    return _grid({f"k={budget}": images for budget, images in generated.items()}, names, padding)
+    return _grid([(f"k={budget}", images) for budget, images in generated.items()], names, padding)
 
 
-def _grid(columns: Mapping[str, Tensor], names: Sequence[str] | None, padding: int) -> Tensor:
+def pairs_grid(names: Sequence[str], pairs: Mapping[int, tuple[Tensor, Tensor]], padding: int = 2) -> Tensor:
+    """One row per rank: its name, then at each budget the original and the reconstruction that have it.
+
+    Args:
+        names: B ranks, such as best and worst.
+        pairs: token budget -> originals and reconstructions, each (B, 3, H, W) uint8.
+        padding: white pixels between pictures.
+
+    Returns:
+        (3, H', W') uint8.
+    """
+    columns = [
+        (heading, images)
+        for budget, pair in pairs.items()
+        for heading, images in zip(("original", f"k={budget}"), pair, strict=True)
+    ]
+    return _grid(columns, names, padding)
+
+
+def _grid(columns: Sequence[tuple[str, Tensor]], names: Sequence[str] | None, padding: int) -> Tensor:
     """Columns of (B, 3, H, W) pictures under their headings, with or without a column of names before them."""
-    batch, _, height, width = next(iter(columns.values())).shape
-    font = _fitting_font(list(columns), width)
+    batch, _, height, width = columns[0][1].shape
+    font = _fitting_font([heading for heading, _ in columns], width)
     top = int(font.getbbox("original")[3]) + 2 * padding
     first = padding if names is None else 2 * width + padding
     size = (first + len(columns) * (width + padding), batch * (height + padding) + top)
@@ -129,7 +148,7 @@ def _grid(columns: Mapping[str, Tensor], names: Sequence[str] | None, padding: i
         text = "\n".join(_lines(name, small, 2 * width - 2 * padding)[: max(1, int(height / (1.4 * points)))])
         middle = (padding, top + row * (height + padding) + height / 2)
         draw.multiline_text(middle, text, fill="black", font=small, anchor="lm")
-    for column, (heading, images) in enumerate(columns.items()):
+    for column, (heading, images) in enumerate(columns):
         left = first + column * (width + padding)
         draw.text((left + width / 2, padding), heading, fill="black", font=font, anchor="ma")
         pixels = images if images.dtype == torch.uint8 else to_uint8(images)

@@ -157,14 +157,15 @@ class ReconstructionStatistics(BudgetStatistics):
 
     def update_reconstructions(
         self, budget: int, originals: Tensor, reconstructions: Tensor, keys: Sequence[str]
-    ) -> None:
-        """Add (B, 3, H, W) uint8 reconstructions of the originals at one budget."""
+    ) -> dict[str, Tensor]:
+        """Add (B, 3, H, W) uint8 reconstructions of the originals at one budget; returns (B,) errors by name."""
         errors = image_errors(originals, reconstructions)
         if self._lpips:
             errors["lpips"] = self._lpips(originals, reconstructions)
         for name, values in errors.items():
             self._add_values(budget, name, values)
         self._add_features(self.made[budget], self._extractor(reconstructions), keys)
+        return errors
 
     def all_reduce(self, device: torch.device) -> None:
         """Replace these statistics by those of all processes.

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -382,6 +383,23 @@ def test_the_offline_extractor_in_a_whole_evaluation(tmp_path, monkeypatch):
     assert not any("inception" in metric or "fid" in metric for metric in metrics)
 
 
+def test_the_best_and_the_worst_images_are_shown(tmp_path):
+    samples = pictures(9)
+    for i, sample in enumerate(samples):  # the more noise in the picture, the larger the error
+        noise = torch.randn(3, SIDE, SIDE, generator=torch.Generator().manual_seed(i))
+        sample["image"] = (sample["image"] + 0.1 * (i * 4 % 9) * noise).clamp(-1, 1)
+    evaluate(tmp_path, samples, budgets=[8])
+    shown = torch.from_numpy(np.asarray(Image.open(tmp_path / "extremes.png")).copy()).permute(2, 0, 1)
+    by_noise = sorted(range(9), key=lambda i: i * 4 % 9)
+    left, step = 2 * SIDE + 2, SIDE + 2
+    for row, i in enumerate([*by_noise[:3], *by_noise[:-4:-1]]):
+        top = shown.shape[1] - (6 - row) * step
+        original = shown[:, top : top + SIDE, left : left + SIDE]
+        assert torch.equal(original, to_uint8(samples[i]["image"])), f"row {row}"
+        made = shown[:, top : top + SIDE, left + step : left + step + SIDE]
+        assert 1 < (made.float() - original.float()).abs().mean() < 100, "its reconstruction is beside it"
+
+
 class Killed(Exception):
     pass
 
@@ -409,7 +427,11 @@ def test_a_killed_evaluation_goes_on_where_it_was(tmp_path):
     def run(name, deadline=None, **changes):
         module = DyingModule(deadline)
         evaluate(tmp_path / name, samples, module, Pictures(samples, hash_="one"), **{**options, **changes})
-        return module.decoded, (tmp_path / name / "rfid.json").read_text(), (tmp_path / name / "grid.png").read_bytes()
+        return (
+            module.decoded,
+            (tmp_path / name / "rfid.json").read_text(),
+            [(tmp_path / name / file).read_bytes() for file in ("grid.png", "extremes.png")],
+        )
 
     _, records, picture = run("whole", cache_dir=tmp_path / "other")
     for name, deadline in (("first", 6), ("second", 3)):  # in the third batch of four, and in the second of the rest
