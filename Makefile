@@ -72,7 +72,7 @@ $(DEMO_TOKENS)/index.json: $(CKPT) | $(DEMO_DATA)/val/index.json
 	$(FLEXTOK) data tokens --ckpt $(CKPT) --src $(DEMO_DATA)/train --dst $(DEMO_TOKENS) --overwrite true
 
 ##@ Train and evaluate
-.PHONY: train-vae train-tokenizer train-prior eval-fid tensorboard
+.PHONY: train-vae train-tokenizer train-prior eval-fid report tensorboard
 # Without EXP these run the embedded demo, and make its data first; another experiment brings its own.
 train-vae: $(if $(EXP),$(READY),$(DEMO_DATA)/val/index.json)  ## stage 0: train the autoencoder
 	$(FLEXTOK) fit --config $(or $(EXP),experiments/vae/demo.yaml) $(ARGS)
@@ -88,6 +88,12 @@ train-prior: $(if $(filter-out experiments/prior/demo_%,$(EXP)),$(READY),$(DEMO_
 eval-fid: $(if $(EXP),$(READY),$(DEMO_DATA)/val/index.json)  ## rFID of CKPT, and gFID of PRIOR, at every token budget
 	$(FLEXTOK) test --config $(or $(EXP),$(if $(PRIOR),$(PRIOR_EXP),experiments/tokenizer/demo.yaml)) \
 	    --tokenizer $(CKPT) $(if $(PRIOR),--prior $(PRIOR)) $(ARGS)
+	$(MAKE) --no-print-directory report
+
+report: $(READY)  ## write the newest evaluation as one HTML page
+	@results=$$(ls -t runs/*/*/version_*/[rg]fid.json 2>/dev/null | head -1); \
+	test -n "$$results" || { echo "no evaluation lies under runs: make eval-fid first"; exit 1; }; \
+	$(FLEXTOK) report "$$(dirname "$$results")"
 
 tensorboard: $(READY)  ## show the runs
 	$(BIN)/tensorboard --logdir runs

@@ -1,4 +1,4 @@
-"""What ships with the package: the demo's autoencoder, tokenizer and prior. README.md beside it tells their making."""
+"""What ships with the package: the demo's models, whose making README.md beside it tells, and published numbers."""
 
 from pathlib import Path
 
@@ -10,3 +10,6 @@ DEMO_TOKENIZER = Path(__file__).with_name("tokenizer_demo.safetensors")
 
 DEMO_PRIOR = Path(__file__).with_name("prior_demo.safetensors")
 """The demo prior of the nine emoji groups, for the demo tokenizer's tokens."""
+
+PUBLISHED = Path(__file__).with_name("published.json")
+"""FIDs of other models by data set and number of tokens, with their sources."""

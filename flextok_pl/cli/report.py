@@ -1,0 +1,204 @@
+"""`flextok report`: what an evaluation left, as one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, Literal
+
+from matplotlib import rc_context
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from flextok_pl.assets import PUBLISHED
+from flextok_pl.cli.tools import run_tool
+from flextok_pl.metrics.report import Record, format_value, read_records, write_atomically
+
+KINDS = {"rfid": "Reconstruction", "gfid": "Generation"}
+"""Name of a file of records -> what it measures."""
+
+PICTURES = {
+    "rfid": {
+        "grid.png": "Held-out pictures and their reconstructions, from one token to all",
+        "extremes.png": "Smallest and largest squared error at each budget",
+    },
+    "gfid": {"gfid_grid.png": "Generated pictures at each budget: the first tokens of one sample per row"},
+}
+"""Pictures that an evaluation leaves -> their captions."""
+
+NUMBERS = ("metric", "value", "num_tokens")
+"""What a record says beside its protocol."""
+
+FID = "frechet_inception_distance"
+
+STYLE = """
+body {font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222}
+h1 {font-size: 1.6rem} h2 {font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid #ddd}
+table {border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px}
+th, td {padding: .15rem .6rem; text-align: right; border-bottom: 1px solid #eee}
+th:first-child, td:first-child {text-align: left}
+figure {margin: 1rem 0; overflow-x: auto} figcaption {color: #555; font-size: 13px}
+img {image-rendering: pixelated; max-width: none} svg {max-width: 100%; height: auto}
+details {margin: 1rem 0} summary {cursor: pointer}
+"""
+
+
+def report(command: str, arguments: Sequence[str]) -> None:
+    """Run `flextok report`."""
+    run_tool(write_report, command, arguments)
+
+
+def write_report(folder: str, out: str | None = None, dataset: Literal["imagenet256"] | None = None) -> None:
+    """Write one HTML page about a model: curves and tables by token budget, pictures, token statistics, protocol.
+
+    Args:
+        folder: where a test left `rfid.json` or `gfid.json`.
+        out: the page; default `report.html` in that folder.
+        dataset: `imagenet256` says that the images were ImageNet's validation set at 256 px, so that the published FIDs
+            of other models are shown, too.
+    """
+    place = Path(folder).expanduser()
+    results = {kind: read_records(place / f"{kind}.json") for kind in KINDS if (place / f"{kind}.json").is_file()}
+    if not results:
+        raise ValueError(f"{place} holds no rfid.json and no gfid.json: run `flextok test` or `make eval-fid` first")
+    if dataset is not None:
+        _check_comparable(results, dataset)
+    sections = [_section(kind, records, place, dataset) for kind, records in results.items()]
+    if (place / "codes.json").is_file():
+        sections.append(_tokens(read_records(place / "codes.json"), place))
+    title = f"Evaluation of {place}"
+    page = (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<style>{STYLE}</style></head>\n<body><h1>{escape(title)}</h1>\n{''.join(sections)}</body></html>\n"
+    )
+    target = place / "report.html" if out is None else Path(out).expanduser()
+    write_atomically(target, page.encode())
+    print(target)
+
+
+def _check_comparable(results: Mapping[str, Sequence[Record]], dataset: str) -> None:
+    """Published FIDs are of Inception features and pictures of 256 px."""
+    for kind, records in results.items():
+        first = records[0]
+        size, metrics = first.get("image_size"), {record["metric"] for record in records}
+        if size != [256, 256] or FID not in metrics:
+            raise ValueError(
+                f"dataset={dataset!r}: {kind}.json has images of {size} and {sorted(metrics)}; published numbers are "
+                f"{FID} at [256, 256]: leave dataset out"
+            )
+
+
+def _section(kind: str, records: Sequence[Record], place: Path, dataset: str | None) -> str:
+    values: dict[int, dict[str, float]] = {}
+    for record in records:
+        values.setdefault(record["num_tokens"], {})[record["metric"]] = record["value"]
+    metrics = list(values[min(values)])
+    peers = [
+        entry
+        for entry in json.loads(PUBLISHED.read_text(encoding="utf-8"))
+        if entry["dataset"] == dataset and entry["metric"] == kind
+    ]
+    first = records[0]
+    parts = [
+        f"<h2>{KINDS[kind]} by token budget</h2>",
+        f"<p>{escape(_short_protocol(first))}</p>",
+        f"<figure>{_curves(values, metrics, peers)}</figure>",
+        _table(
+            ["tokens", *metrics],
+            [[str(budget), *(format_value(row[metric]) for metric in metrics)] for budget, row in values.items()],
+        ),
+    ]
+    if peers:
+        rows = [[p["model"], str(p["num_tokens"]), str(p["value"]), p["source"], p["kind"]] for p in peers]
+        parts.append("<h3>Published elsewhere, under protocols of their own</h3>")
+        parts.append(_table(["model", "tokens", kind, "source", "stated by"], rows))
+    parts += [_picture(place / name, caption) for name, caption in PICTURES[kind].items()]
+    parts.append(_protocol(records))
+    return "\n".join(parts)
+
+
+def _short_protocol(record: Record) -> str:
+    guidance = f"{record.get('guidance')} {record.get('guidance_scale')}"
+    parts = [
+        f"{record['num_samples']} images of {record.get('image_size')} px",
+        f"{record.get('num_steps')} {record.get('solver')} steps, guidance {guidance}",
+        f"features of {record.get('extractor')}",
+        f"weights {record.get('model_weights')} of tokenizer {record.get('tokenizer_hash')}",
+        f"seed {record.get('seed')}",
+    ]
+    return "; ".join(parts)
+
+
+def _curves(values: Mapping[int, Mapping[str, float]], metrics: Sequence[str], peers: Sequence[Record]) -> str:
+    """One chart per metric over the budgets, as SVG."""
+    columns = min(4, len(metrics))
+    rows = -(-len(metrics) // columns)
+    figure = Figure(figsize=(3.4 * columns, 2.7 * rows), layout="constrained")
+    budgets = sorted(values)
+    for index, metric in enumerate(metrics):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        axes.plot(
+            budgets, [values[budget][metric] for budget in budgets], marker="o", markersize=4, label="measured here"
+        )
+        if metric == FID and peers:
+            for peer in peers:
+                axes.plot(peer["num_tokens"], peer["value"], "x", color="gray")
+                axes.annotate(peer["model"], (peer["num_tokens"], peer["value"]), fontsize=5, color="gray")
+        axes.set_xscale("log", base=2)
+        if len(budgets) <= 10:
+            axes.set_xticks(budgets, [str(budget) for budget in budgets])
+            axes.minorticks_off()
+        axes.set_title(metric, fontsize=9)
+        axes.set_xlabel("tokens", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+    text = io.StringIO()
+    with rc_context({"svg.hashsalt": "flextok"}):  # names within the drawing are otherwise drawn at random
+        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})  # type: ignore[no-untyped-call]
+    drawing = text.getvalue()
+    return drawing[drawing.index("<svg") :]
+
+
+def _tokens(records: Sequence[Record], place: Path) -> str:
+    totals = [[r["metric"].removeprefix("codes_"), format_value(r["value"])] for r in records if "position" not in r]
+    parts = [
+        "<h2>Tokens</h2>",
+        _table(["statistic", "value"], totals),
+        _picture(place / "codes.png", "Entropy of each position, and what its token tells about the class"),
+        _protocol(records),
+    ]
+    return "\n".join(parts)
+
+
+def _picture(file: Path, caption: str) -> str:
+    if not file.is_file():
+        return ""
+    data = base64.b64encode(file.read_bytes()).decode()
+    image = f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _protocol(records: Sequence[Record]) -> str:
+    """What all records have in common, and what only some metrics' say."""
+    facts = {name: value for name, value in records[0].items() if all(r.get(name) == value for r in records)}
+    rows = [[name, json.dumps(value)] for name, value in facts.items() if name not in NUMBERS]
+    for record in records:
+        own = [
+            [f"{record['metric']}: {name}", json.dumps(value)]
+            for name, value in record.items()
+            if name not in (*NUMBERS, "position") and name not in facts
+        ]
+        rows += [row for row in own if row not in rows]
+    return f"<details><summary>Protocol</summary>{_table(['field', 'value'], rows)}</details>"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    def cells(tag: str, row: Sequence[Any]) -> str:
+        return "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in row)
+
+    body = "".join(f"<tr>{cells('td', row)}</tr>\n" for row in rows)
+    return f"<table><tr>{cells('th', heads)}</tr>\n{body}</table>"
