@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from flextok_pl.assets import DEMO_PRIOR, DEMO_TOKENIZER, DEMO_VAE
     from flextok_pl.callbacks import GenerationFID, ReconstructionFID
     from flextok_pl.data import ShardDataModule
+    from flextok_pl.models.adaptive import BudgetPredictor, Quality
     from flextok_pl.models.config import FlexTokConfig, PriorConfig, VAEConfig
     from flextok_pl.models.prior import Prior
     from flextok_pl.models.tokenizer import FlexTok
@@ -21,12 +22,14 @@ __all__ = [
     "DEMO_TOKENIZER",
     "DEMO_VAE",
     "VAE",
+    "BudgetPredictor",
     "FlexTok",
     "FlexTokConfig",
     "GenerationFID",
     "Prior",
     "PriorConfig",
     "PriorModule",
+    "Quality",
     "ReconstructionFID",
     "ShardDataModule",
     "TokenizerModule",
@@ -39,12 +42,14 @@ _HOMES = {
     "DEMO_TOKENIZER": "flextok_pl.assets",
     "DEMO_VAE": "flextok_pl.assets",
     "VAE": "flextok_pl.models.vae",
+    "BudgetPredictor": "flextok_pl.models.adaptive",
     "FlexTok": "flextok_pl.models.tokenizer",
     "FlexTokConfig": "flextok_pl.models.config",
     "GenerationFID": "flextok_pl.callbacks",
     "Prior": "flextok_pl.models.prior",
     "PriorConfig": "flextok_pl.models.config",
     "PriorModule": "flextok_pl.modules",
+    "Quality": "flextok_pl.models.adaptive",
     "ReconstructionFID": "flextok_pl.callbacks",
     "ShardDataModule": "flextok_pl.data",
     "TokenizerModule": "flextok_pl.modules",

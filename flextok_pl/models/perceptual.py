@@ -41,17 +41,21 @@ class PerceptualDistance(nn.Module):
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """(B, 3, H, W) twice, in [-1, 1] -> scalar, the mean over the batch."""
+        return self.each(images, targets).mean()
+
+    def each(self, images: Tensor, targets: Tensor) -> Tensor:
+        """(B, 3, H, W) twice, in [-1, 1] -> (B,)."""
         if not isinstance(self.network, _EfficientNetLite0 | _TimmFeatures):
             lpips: Tensor = self.network(images, targets)  # (B, 1, 1, 1)
-            return lpips.mean()
+            return lpips.flatten()
         with torch.no_grad():
             expected = self.network(targets)
         pairs = zip(self.network(images), expected, strict=True)
         distances = [
-            (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(dim=1).mean()  # over D, then B, h, w
+            (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(dim=1).mean((1, 2))  # over D, then h, w
             for a, b in pairs
         ]
-        return torch.stack(distances).mean()
+        return torch.stack(distances).mean(0)
 
 
 class _EfficientNetLite0(nn.Module):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from flextok_pl.contracts import GuidanceScale, weights_hash
 from flextok_pl.flow.guidance import GUIDANCE_KINDS, AdaptiveProjectedGuidance, classifier_free_guidance
 from flextok_pl.flow.integrate import integrate
+from flextok_pl.models.adaptive import Quality, smallest_budgets
 from flextok_pl.models.config import FlexTokConfig
 from flextok_pl.models.decoder import FlowDecoder, Velocity
 from flextok_pl.models.encoder import RegisterEncoder
@@ -170,19 +171,50 @@ class FlexTok(nn.Module):
             self._check_budget(num_tokens)
         return self.encoder(latents, num_tokens)  # type: ignore[no-any-return]
 
+    @overload
+    def tokenize(self, images: Tensor, num_tokens: int | None = None, quality: None = None) -> Tensor: ...
+
+    @overload
+    def tokenize(self, images: Tensor, num_tokens: int | None = None, *, quality: Quality) -> list[Tensor]: ...
+
     @torch.no_grad()
-    def tokenize(self, images: Tensor, num_tokens: int | None = None) -> Tensor:
+    def tokenize(
+        self, images: Tensor, num_tokens: int | None = None, quality: Quality | None = None
+    ) -> Tensor | list[Tensor]:
         """Tokens of images, from the mean of the VAE's posterior: deterministic.
 
         Args:
             images: (B, 3, H, W) in [-1, 1].
-            num_tokens: k, default K.
+            num_tokens: k, default K; with `quality` the most for an image.
+            quality: take as few tokens for each image as this needs, searched with log2 k decodings or predicted.
 
         Returns:
-            (B, k) int64.
+            (B, k) int64; with `quality` B tensors of (k_i,), which `detokenize` takes, too.
         """
-        codes = self.encode(self.encode_latents(images), num_tokens)
-        return self.quantizer.codes_to_tokens(self.quantizer(codes))
+        latents = self.encode_latents(images)
+        codes = self.quantizer(self.encode(latents, num_tokens))
+        tokens = self.quantizer.codes_to_tokens(codes)
+        if quality is None:
+            return tokens
+        if quality.predictor is not None:
+            budgets = quality.predictor(codes)
+        else:
+
+            def distance_at(which: Tensor, budgets: Tensor) -> Tensor:
+                which = which.to(self.device)
+                made = self.detokenize(
+                    tokens[which],
+                    num_tokens=budgets,
+                    num_steps=quality.num_steps,
+                    guidance=quality.guidance,
+                    guidance_scale=quality.guidance_scale,
+                    generator=[torch.Generator().manual_seed(quality.seed) for _ in range(len(which))],
+                    latent_size=(latents.shape[2], latents.shape[3]),
+                )
+                return quality.distance(images[which], made)
+
+            budgets = smallest_budgets(distance_at, quality.target, len(tokens), tokens.shape[1])
+        return [row[:budget] for row, budget in zip(tokens, budgets.tolist(), strict=True)]
 
     def velocity(
         self,
