@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent
-BENCHMARKS = ("decoder_budget", "training_step", "prior_training_step", "sampling")
+BENCHMARKS = ("decoder_budget", "training_step", "prior_training_step", "sampling", "feature_statistics")
 
 
 def main() -> None:

@@ -1,0 +1,128 @@
+"""Time and peak memory of a Frechet distance's statistics, against torchmetrics and torch-fidelity.
+
+Two sets of N random features of a nearly constant spectrum, fed in batches as an evaluation feeds them, then one
+distance. No network runs. Each library runs in a process of its own; `baseline_gib` is its memory before the first
+batch. The distances of all are compared.
+
+    python benchmarks/feature_statistics.py --json benchmarks/results/feature_statistics_cpu.json
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+from report import write_results
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--num-samples", nargs="+", type=int, default=[10_000, 50_000])
+parser.add_argument("--dim", type=int, default=2048)
+parser.add_argument("--batch-size", type=int, default=128)
+parser.add_argument("--libraries", nargs="+", default=["flextok_pl", "torchmetrics", "torch-fidelity"])
+parser.add_argument("--measure", nargs=2, default=None, help="measure one library at one N and print it as JSON")
+parser.add_argument("--device", default="cpu", help="where it runs; the CPU, as statistics do")
+parser.add_argument("--json", default=None, help="file to write the results to")
+
+
+def batches(options: argparse.Namespace, count: int, side: int) -> Iterator[torch.Tensor]:
+    """(B, D) float32, not negative and not centred, as pooled activations are."""
+    generator = torch.Generator().manual_seed(side)
+    scale = torch.linspace(1.0, 0.2, options.dim) * (1 + 0.1 * side)
+    for start in range(0, count, options.batch_size):
+        rows = torch.randn(min(options.batch_size, count - start), options.dim, generator=generator)
+        yield (rows * scale + 0.5).clamp_min(0)
+
+
+def flextok_pl_distance(options: argparse.Namespace, count: int) -> tuple[dict[str, float], float]:
+    from flextok_pl.metrics.frechet import FeatureStatistics, frechet_distance
+
+    sides, seconds = [], 0.0
+    for side in (0, 1):
+        statistics = FeatureStatistics(options.dim)
+        for batch in batches(options, count, side):
+            start = time.perf_counter()
+            statistics.update(batch)
+            seconds += time.perf_counter() - start
+        sides.append(statistics)
+    start = time.perf_counter()
+    distance = frechet_distance(*sides)
+    return {"statistics": seconds, "distance": time.perf_counter() - start}, distance
+
+
+def torchmetrics_distance(options: argparse.Namespace, count: int) -> tuple[dict[str, float], float]:
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    class Given(torch.nn.Module):
+        """In place of Inception: the features come as the images."""
+
+        num_features = options.dim
+
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            return features
+
+    metric, seconds = FrechetInceptionDistance(feature=Given()), 0.0
+    for side in (0, 1):
+        for batch in batches(options, count, side):
+            start = time.perf_counter()
+            metric.update(batch, real=side == 0)
+            seconds += time.perf_counter() - start
+    start = time.perf_counter()
+    distance = float(metric.compute())
+    return {"statistics": seconds, "distance": time.perf_counter() - start}, distance
+
+
+def torch_fidelity_distance(options: argparse.Namespace, count: int) -> tuple[dict[str, float], float]:
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    sides, seconds = [], 0.0
+    for side in (0, 1):
+        kept = [*batches(options, count, side)]  # as its feature extraction does
+        start = time.perf_counter()
+        sides.append(fid_features_to_statistics(torch.cat(kept)))
+        seconds += time.perf_counter() - start
+        del kept
+    start = time.perf_counter()
+    distance = fid_statistics_to_metric(*sides, False)["frechet_inception_distance"]
+    return {"statistics": seconds, "distance": time.perf_counter() - start}, distance
+
+
+LIBRARIES = {
+    "flextok_pl": flextok_pl_distance,
+    "torchmetrics": torchmetrics_distance,
+    "torch-fidelity": torch_fidelity_distance,
+}
+
+
+def peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def measure(options: argparse.Namespace) -> dict[str, object]:
+    name, count = options.measure[0], int(options.measure[1])
+    LIBRARIES[name](argparse.Namespace(**{**vars(options), "dim": 16}), 256)  # imports and thread pools
+    baseline = peak_gib()
+    seconds, distance = LIBRARIES[name](options, count)
+    return {"seconds": seconds, "baseline_gib": baseline, "peak_memory_gib": peak_gib(), "value": distance}
+
+
+def main() -> None:
+    options = parser.parse_args()
+    if options.measure is not None:
+        print(json.dumps(measure(options)))
+        return
+    results = {}
+    for count in options.num_samples:
+        for name in options.libraries:
+            command = [sys.executable, *sys.argv, "--measure", name, str(count)]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            results[f"{name} N={count}"] = json.loads(done.stdout.splitlines()[-1])
+            print(name, count, results[f"{name} N={count}"], flush=True)
+    write_results("feature_statistics", vars(options), results, options.json)
+
+
+if __name__ == "__main__":
+    main()
