@@ -130,7 +130,7 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
         if self._perceptual is not None:
             self._perceptual.to(images.device)
         originals = to_uint8(images)
-        running.statistics.update_originals(originals, keys)
+        running.statistics.update_real(originals, keys)
         shown: dict[int, Tensor] = {}
         with trainer.precision_plugin.forward_context():
             for budget, decoded in reconstruct_at_budgets(

@@ -64,6 +64,10 @@ class BudgetStatistics(ABC):
         """[H, W] of the images; empty before the first."""
 
     @abstractmethod
+    def update_real(self, images: Tensor, keys: Sequence[str]) -> None:
+        """Add (B, 3, H, W) uint8 real images with their keys."""
+
+    @abstractmethod
     def values(self, kernel_seed: int = 0) -> dict[int, dict[str, float]]:
         """Metrics by budget."""
 

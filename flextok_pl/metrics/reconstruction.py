@@ -150,7 +150,7 @@ class ReconstructionStatistics(BudgetStatistics):
         """[H, W] of the images; empty before the first."""
         return self.images.size
 
-    def update_originals(self, originals: Tensor, keys: Sequence[str]) -> None:
+    def update_real(self, originals: Tensor, keys: Sequence[str]) -> None:
         """Add (B, 3, H, W) uint8 originals with their keys."""
         self.images.update(originals)
         self._add_real(originals, keys)

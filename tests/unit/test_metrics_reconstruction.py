@@ -22,7 +22,7 @@ def test_the_kernel_distance_takes_originals_and_reconstructions_as_pairs():
     originals = torch.randint(0, 256, (9, 3, 16, 16), generator=generator, dtype=torch.uint8)
     keys = [str(i) for i in range(9)]
     statistics = ReconstructionStatistics([2], Colours())
-    statistics.update_originals(originals, keys)
+    statistics.update_real(originals, keys)
     statistics.update_reconstructions(2, originals, originals // 2, keys)
     a, b = Colours()(originals), Colours()(originals // 2)
     value = statistics.values()[2]["kd_colours"]

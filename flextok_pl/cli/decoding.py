@@ -1,0 +1,231 @@
+"""`flextok sweep decoding`: which steps and which guidance decode best at each token budget."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+from flextok_pl.assets import DEMO_TOKENIZER
+from flextok_pl.callbacks.evaluation import versions
+from flextok_pl.cli.tools import default_device, picture_size, run_tool
+from flextok_pl.contracts import default_budgets, weights_hash
+from flextok_pl.data.pictures import open_pictures
+from flextok_pl.flow.guidance import GUIDANCE_KINDS
+from flextok_pl.metrics.features import OFFLINE_EXTRACTOR, build_extractor
+from flextok_pl.metrics.generation import GenerationStatistics
+from flextok_pl.metrics.images import to_uint8
+from flextok_pl.metrics.keys import sample_generators
+from flextok_pl.metrics.reconstruction import ReconstructionStatistics
+from flextok_pl.metrics.report import format_columns, format_value, make_records, write_atomically, write_json
+from flextok_pl.models.tokenizer import FlexTok
+from flextok_pl.modules.saved_prior import SavedPrior
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How tokens are decoded.
+
+    Args:
+        num_steps: of the Euler solver.
+        guidance: `none`, `cfg` or `apg`.
+        guidance_scale: its strength; 1 with `none`.
+    """
+
+    num_steps: int
+    guidance: str
+    guidance_scale: float
+
+    @property
+    def guided(self) -> str:
+        """Guidance and its strength, as a label."""
+        return "none" if self.guidance == "none" else f"{self.guidance} {self.guidance_scale:g}"
+
+
+def sweep(command: str, arguments: Sequence[str]) -> None:
+    """Run `flextok sweep decoding`."""
+    run_tool(sweep_decoding, command, arguments)
+
+
+def sweep_decoding(
+    reference: str,
+    tokenizer: str | None = None,
+    prior: str | None = None,
+    budgets: list[int] | None = None,
+    num_steps: list[int] | None = None,
+    guidance: list[str] | None = None,
+    guidance_scale: list[float] | None = None,
+    cfg_scale: float = 1.0,
+    temperature: float = 1.0,
+    metric: str | None = None,
+    extractor: str = OFFLINE_EXTRACTOR,
+    weights: str | None = None,
+    batch_size: int = 64,
+    num_workers: int = 2,
+    seed: int = 0,
+    out: str = "decoding",
+    device: str | None = None,
+) -> None:
+    """Measure every combination of steps, guidance and token budget, and recommend one for each budget.
+
+    Pictures are encoded once, or a prior's samples drawn once; features of real pictures are taken once; and every
+    combination starts from the same noise. Leaves `decoding.json` (a record per number), `decoding.png` (a heat map for
+    each budget) and `schedule.json` (the best combination for each budget).
+
+    Args:
+        reference: real pictures: a folder, a shard set or a pattern of them, or a `.npz` file.
+        tokenizer: a `.safetensors` file, a folder or a Hub id; default the demo tokenizer.
+        prior: a prior of classes, or of no condition: measure pictures that it generates, as many as are real and its
+            classes in turn, in place of reconstructions.
+        budgets: numbers of tokens; default 1, 2, 4, ... up to all.
+        num_steps: default [5, 10, 25].
+        guidance: `none`, `cfg`, `apg`; default all of them.
+        guidance_scale: strengths of `cfg` and `apg`; default [1.5, 3.0, 7.5].
+        cfg_scale: guidance of the prior.
+        temperature: of the prior.
+        metric: what is best where it is smallest; default the kernel distance.
+        extractor: of the features.
+        weights: a local file with its weights.
+        batch_size: pictures at a time.
+        num_workers: processes that decode pictures.
+        seed: of noise and tokens.
+        out: folder of the results.
+        device: default a GPU where there is one.
+    """
+    settings = _settings(num_steps or [5, 10, 25], guidance or list(GUIDANCE_KINDS), guidance_scale or [1.5, 3.0, 7.5])
+    place = default_device(device)
+    source = None if prior is None else SavedPrior(prior, tokenizer or str(DEMO_TOKENIZER)).eval().to(place)
+    if source is not None and source.condition_kind == "text":
+        raise ValueError(f"prior={prior!r} is conditioned on text: measure it by `flextok test` and its group gfid")
+    tok = FlexTok.from_pretrained(tokenizer or DEMO_TOKENIZER, device=place) if source is None else source.reconstructor
+    wanted = sorted(budgets or default_budgets(tok.num_registers))
+    if not 1 <= wanted[0] <= wanted[-1] <= tok.num_registers:
+        raise ValueError(f"budgets={budgets} must be in 1..{tok.num_registers}, the budgets of this tokenizer")
+    network = build_extractor(extractor, weights).to(place)
+    chosen = metric or network.kernel_metric_name
+    known = (network.metric_name, network.kernel_metric_name)
+    if chosen not in known:
+        raise ValueError(f"metric={metric!r} must be one of {known}, which are smallest where they are best")
+
+    kind: type[ReconstructionStatistics | GenerationStatistics]
+    kind = ReconstructionStatistics if source is None else GenerationStatistics
+    first = kind(wanted, network)
+    statistics = {setting: kind(wanted, network, real=first.real) for setting in settings[1:]}
+    statistics = {settings[0]: first, **statistics}
+    loader, count = open_pictures(reference, picture_size(tok), batch_size, num_workers)
+    done = 0
+    with tqdm(total=count * len(settings) * len(wanted), desc="decoding", unit="picture") as bar:
+        for batch in loader:
+            images, keys = batch["image"].to(place), batch["key"]
+            originals = to_uint8(images)
+            if source is None:
+                tokens = tok.tokenize(images, num_tokens=wanted[-1])
+            else:
+                tokens = _generated(source, keys, done, cfg_scale, temperature, seed)
+            done += len(keys)
+            for setting, each in statistics.items():
+                each.update_real(originals, keys)
+                for budget in wanted:
+                    noise = sample_generators(keys, seed)
+                    made = to_uint8(tok.detokenize(tokens, num_tokens=budget, generator=noise, **asdict(setting)))
+                    if isinstance(each, ReconstructionStatistics):
+                        each.update_reconstructions(budget, originals, made, keys)
+                    else:
+                        each.update_generated(budget, made, keys)
+                    bar.update(len(keys))
+
+    values = {setting: each.values(seed) for setting, each in statistics.items()}
+    protocol = {
+        "num_samples": count,
+        "reference": reference,
+        "data_hash": f"{first.data_hash % 2**64:016x}",
+        "image_size": first.image_size,
+        "extractor": network.name,
+        "extractor_weights_hash": network.weights_hash,
+        "extractor_resize": network.resize,
+        "solver": "euler",
+        "seed": seed,
+        "tokenizer_hash": weights_hash(tok),
+        "device": place.type,
+        "versions": versions(),
+    }
+    if source is not None:
+        protocol |= {"prior_hash": weights_hash(source.prior), "cfg_scale": cfg_scale, "temperature": temperature}
+    folder = Path(out).expanduser()
+    records = [record for s, found in values.items() for record in make_records(found, {**asdict(s), **protocol}, {})]
+    write_json(records, folder / "decoding.json")
+    table = {budget: {setting: found[budget][chosen] for setting, found in values.items()} for budget in wanted}
+    best = {budget: min(found, key=lambda setting: found[setting]) for budget, found in table.items()}
+    schedule = [
+        {"num_tokens": budget, **asdict(setting), "metric": chosen, "value": table[budget][setting], **protocol}
+        for budget, setting in best.items()
+    ]
+    write_json(schedule, folder / "schedule.json")
+    write_atomically(folder / "decoding.png", _heat_maps(table, chosen))
+    rows = [[str(k), str(s.num_steps), s.guided, format_value(table[k][s])] for k, s in best.items()]
+    print(format_columns([["tokens", "steps", "guidance", chosen], *rows]))
+    print(f"best of {len(settings)} combinations on {count} pictures; all numbers: {folder}")
+
+
+def _settings(num_steps: Sequence[int], guidance: Sequence[str], scales: Sequence[float]) -> list[Setting]:
+    for kind in guidance:
+        if kind not in GUIDANCE_KINDS:
+            raise ValueError(f"guidance={kind!r} is unknown; use some of {list(GUIDANCE_KINDS)}")
+    if min(num_steps) < 1:
+        raise ValueError(f"num_steps={list(num_steps)} must be at least 1")
+    return [
+        Setting(steps, kind, scale)
+        for kind in guidance
+        for scale in ([1.0] if kind == "none" else scales)
+        for steps in num_steps
+    ]
+
+
+def _generated(
+    source: SavedPrior, keys: Sequence[str], start: int, cfg_scale: float, temperature: float, seed: int
+) -> Tensor:
+    """(B, K) tokens, of the classes in turn."""
+    classes = torch.arange(start, start + len(keys)) % max(1, source.num_classes)
+    generators = sample_generators(keys, seed, "tokens")
+    return source.generate_tokens(
+        classes if source.num_classes else None, cfg_scale, temperature=temperature, generator=generators
+    )
+
+
+def _heat_maps(table: Mapping[int, Mapping[Setting, float]], metric: str) -> bytes:
+    """One map per budget, guidance by steps, with its numbers, as PNG."""
+    settings = list(next(iter(table.values())))
+    rows, columns = (
+        list(dict.fromkeys(found)) for found in zip(*((s.guided, s.num_steps) for s in settings), strict=True)
+    )
+    across = min(4, len(table))
+    down = -(-len(table) // across)
+    width, height = 1.2 + 0.6 * len(columns), 0.8 + 0.3 * len(rows)
+    figure = Figure(figsize=(width * across, height * down + 0.4), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    for index, (budget, found) in enumerate(table.items()):
+        values = {(setting.guided, setting.num_steps): value for setting, value in found.items()}
+        cells = np.array([[values[row, steps] for steps in columns] for row in rows])
+        axes = figure.add_subplot(down, across, index + 1)
+        axes.imshow(cells, cmap="viridis_r", aspect="auto")
+        axes.set_xticks(range(len(columns)), [str(steps) for steps in columns], fontsize=7)
+        axes.set_yticks(range(len(rows)), rows, fontsize=7)
+        axes.set_title(f"{budget} tokens", fontsize=8)
+        axes.set_xlabel("steps", fontsize=7)
+        middle = (cells.min() + cells.max()) / 2
+        for i, row in enumerate(cells.tolist()):
+            for j, value in enumerate(row):
+                colour = "black" if value > middle else "white"
+                axes.text(j, i, format_value(value), ha="center", va="center", fontsize=6, color=colour)
+    figure.suptitle(f"{metric}; smaller is better", fontsize=9)
+    buffer = io.BytesIO()
+    canvas.print_png(buffer)  # type: ignore[no-untyped-call]
+    return buffer.getvalue()
