@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flextok_pl.callbacks.evaluation import (
     batch_images,
+    bits_per_token,
     chart_budgets,
     checkpoint_facts,
     evaluated_step,
@@ -332,6 +333,7 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
             "precision": str(trainer.precision),
             "device": trainer.strategy.root_device.type,
             **({} if in_fit else model_hashes(pl_module)),
+            "bits_per_token": bits_per_token(module_reconstructor(pl_module)),
             "model_weights": weights_in_use(trainer, self._checkpoint),
             "step": evaluated_step(trainer, self._checkpoint),
             "versions": versions(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -36,6 +37,12 @@ def model_hashes(pl_module: LightningModule) -> dict[str, str]:
     """`weights_hash` of the tokenizer and, where there is one, of the prior; what token shards name a tokenizer by."""
     parts = {"tokenizer_hash": module_reconstructor(pl_module), "prior_hash": getattr(pl_module, "prior", None)}
     return {name: weights_hash(part) for name, part in parts.items() if isinstance(part, nn.Module)}
+
+
+def bits_per_token(reconstructor: Reconstructor) -> float | None:
+    """log2 of the vocabulary, the most that a token can say; None where the tokenizer does not state it."""
+    vocab_size = getattr(getattr(reconstructor, "config", None), "vocab_size", None)
+    return None if vocab_size is None else math.log2(vocab_size)
 
 
 def split_size(trainer: Trainer, split: str) -> int:

@@ -48,6 +48,8 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
         guidance: `none`, `cfg` or `apg`.
         guidance_scale: its scale; 1 is no guidance.
         lpips: true for LPIPS with downloaded AlexNet weights, or a path to them; needs images of 32 px or more.
+        num_seeds: outside a fit, decode from this many seeds; above 1 the pixels' mean variance over them is measured,
+            all else on the first.
         every_n_epochs: during a fit, measure in the validations of every n-th epoch; 0 for never.
         max_samples: during a fit, measure about this many samples, a fixed choice by key; null for all.
         seed: of the noise and of the kernel distance's subsets.
@@ -76,6 +78,7 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
         guidance: Literal["none", "cfg", "apg"] = "none",
         guidance_scale: float = 1.0,
         lpips: bool | Path | str = False,
+        num_seeds: int = 1,
         every_n_epochs: int = 1,
         max_samples: int | None = 256,
         seed: int = 0,
@@ -100,7 +103,9 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
             cache_dir,
             save_every_minutes,
         )
-        self.lpips = lpips
+        if num_seeds < 1:
+            raise ValueError(f"num_seeds={num_seeds} must be at least 1")
+        self.lpips, self.num_seeds = lpips, num_seeds
         self._perceptual: LPIPS | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -132,6 +137,7 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
         originals = to_uint8(images)
         running.statistics.update_real(originals, keys)
         shown: dict[int, Tensor] = {}
+        seeds = range(self.seed, self.seed + (1 if running.in_fit else self.num_seeds))
         with trainer.precision_plugin.forward_context():
             for budget, decoded in reconstruct_at_budgets(
                 module_reconstructor(pl_module),
@@ -141,10 +147,10 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
                 self.num_steps,
                 self.guidance,
                 self.guidance_scale,
-                self.seed,
+                seeds,
             ):
-                pixels = to_uint8(decoded)
-                errors = running.statistics.update_reconstructions(budget, originals, pixels, keys)
+                pixels, *others = (to_uint8(each) for each in decoded)
+                errors = running.statistics.update_reconstructions(budget, originals, pixels, keys, others)
                 if budget in running.columns:
                     shown[budget] = pixels
                     if not running.in_fit:
@@ -177,7 +183,7 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
         return {"extremes.png": pairs_grid(names, pairs)}
 
     def _protocol(self) -> dict[str, Any]:
-        return {}
+        return {"num_seeds": self.num_seeds}
 
     def _notes(self, done: Pass[ReconstructionStatistics]) -> tuple[str, dict[str, dict[str, Any]]]:
         assert self._network is not None

@@ -29,8 +29,8 @@ def reconstruct_at_budgets(
     num_steps: int,
     guidance: str,
     guidance_scale: GuidanceScale,
-    seed: int,
-) -> Iterator[tuple[int, Tensor]]:
+    seeds: Sequence[int],
+) -> Iterator[tuple[int, list[Tensor]]]:
     """Tokenize once, then decode at each budget from the same noise, which is a function of (seed, key) only.
 
     Args:
@@ -41,15 +41,14 @@ def reconstruct_at_budgets(
         num_steps: steps of the flow's solver.
         guidance: `none`, `cfg` or `apg`.
         guidance_scale: its scale.
-        seed: of the noise.
+        seeds: of the noise.
 
     Yields:
-        A budget and its (B, 3, H, W) images, not clamped.
+        A budget and, for each seed, its (B, 3, H, W) images, not clamped.
     """
     tokens = reconstructor.tokenize(images, num_tokens=max(budgets))  # (B, max k)
     for budget in budgets:
-        yield (
-            budget,
+        images_of_seeds = [
             reconstructor.detokenize(
                 tokens,
                 num_tokens=budget,
@@ -57,8 +56,10 @@ def reconstruct_at_budgets(
                 guidance=guidance,
                 guidance_scale=guidance_scale,
                 generator=sample_generators(keys, seed),
-            ),
-        )
+            )
+            for seed in seeds
+        ]
+        yield budget, images_of_seeds
 
 
 class ImageMoments:
@@ -140,7 +141,7 @@ class ReconstructionStatistics(BudgetStatistics):
         lpips: LPIPS | None = None,
         real: FeatureSet | None = None,
     ) -> None:
-        names = ("mae", "mse", "psnr", "ssim", *(["lpips"] if lpips else []))
+        names = ("mae", "mse", "psnr", "ssim", *(["lpips"] if lpips else []), "seed_variance")
         super().__init__(budgets, extractor, pool_fraction, real, names)
         self.images = ImageMoments()
         self._lpips = lpips
@@ -156,12 +157,31 @@ class ReconstructionStatistics(BudgetStatistics):
         self._add_real(originals, keys)
 
     def update_reconstructions(
-        self, budget: int, originals: Tensor, reconstructions: Tensor, keys: Sequence[str]
+        self,
+        budget: int,
+        originals: Tensor,
+        reconstructions: Tensor,
+        keys: Sequence[str],
+        from_other_noise: Sequence[Tensor] = (),
     ) -> dict[str, Tensor]:
-        """Add (B, 3, H, W) uint8 reconstructions of the originals at one budget; returns (B,) errors by name."""
+        """Add reconstructions at one budget.
+
+        Args:
+            budget: number of tokens.
+            originals: (B, 3, H, W) uint8.
+            reconstructions: (B, 3, H, W) uint8.
+            keys: B sample keys.
+            from_other_noise: further reconstructions, likewise, for the variance of pixels over noise.
+
+        Returns:
+            (B,) values by name.
+        """
         errors = image_errors(originals, reconstructions)
         if self._lpips:
             errors["lpips"] = self._lpips(originals, reconstructions)
+        if from_other_noise:
+            levels = torch.stack([reconstructions, *from_other_noise]).cpu().double() / 255
+            errors["seed_variance"] = levels.var(0).flatten(1).mean(1)
         for name, values in errors.items():
             self._add_values(budget, name, values)
         self._add_features(self.made[budget], self._extractor(reconstructions), keys)

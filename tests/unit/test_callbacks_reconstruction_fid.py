@@ -400,6 +400,16 @@ def test_the_best_and_the_worst_images_are_shown(tmp_path):
         assert 1 < (made.float() - original.float()).abs().mean() < 100, "its reconstruction is beside it"
 
 
+def test_variance_over_seeds(tmp_path):
+    """Beyond the budget the strips are noise of deviation 0.3 on [-1, 1], 0.15 on [0, 1]."""
+    callback = evaluate(tmp_path, budgets=[2, 8], num_seeds=3)
+    first = evaluate(tmp_path, budgets=[2, 8])
+    assert "seed_variance" not in first.values[2]
+    assert callback.values[2].pop("seed_variance") == pytest.approx(0.15**2 * 6 / 8, rel=0.05)
+    assert callback.values[8].pop("seed_variance") == 0
+    assert callback.values == first.values, "all else is measured on the first seed"
+
+
 class Killed(Exception):
     pass
 

@@ -1,0 +1,114 @@
+"""`flextok probe`: how well the class can be read off the first k tokens by a linear classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from flextok_pl.callbacks.evaluation import versions
+from flextok_pl.cli.tools import default_device, picture_size, run_tool
+from flextok_pl.contracts import default_budgets, weights_hash
+from flextok_pl.data import ShardDataModule
+from flextok_pl.data.index import load_indices
+from flextok_pl.metrics.classifier import LinearProbe
+from flextok_pl.metrics.report import format_columns, format_value, write_json
+from flextok_pl.models.tokenizer import FlexTok
+
+
+def probe(command: str, arguments: Sequence[str]) -> None:
+    """Run `flextok probe`."""
+    run_tool(probe_tokens, command, arguments)
+
+
+def probe_tokens(
+    train: str,
+    val: str,
+    tokenizer: str,
+    budgets: list[int] | None = None,
+    l2: float = 0.1,
+    batch_size: int = 64,
+    num_workers: int = 2,
+    json: str | None = None,
+    device: str | None = None,
+) -> None:
+    """Fit a linear classifier to the codes of the first k tokens, and measure its accuracy on other pictures.
+
+    The tokenizer is frozen; the codes of k tokens are concatenated, standardised, and classified by the minimum of
+    cross-entropy, in which classes weigh the same, and a quadratic penalty.
+
+    Args:
+        train: shard set with classes to fit on, of images or of this tokenizer's tokens.
+        val: shard set to measure on, likewise.
+        tokenizer: a `.safetensors` file, a folder or a Hub id.
+        budgets: numbers of tokens; default 1, 2, 4, ... up to all.
+        l2: strength of the penalty.
+        batch_size: pictures at a time.
+        num_workers: processes that decode pictures.
+        json: file for the records.
+        device: default a GPU where there is one.
+    """
+    place = default_device(device)
+    tok = FlexTok.from_pretrained(tokenizer, device=place)
+    wanted = sorted(budgets or default_budgets(tok.num_registers))
+    if not 1 <= wanted[0] <= wanted[-1] <= tok.num_registers:
+        raise ValueError(f"budgets={budgets} must be in 1..{tok.num_registers}, the budgets of this tokenizer")
+    classes = load_indices(train)[0].classes
+    if not classes or load_indices(val)[0].classes != classes:
+        raise ValueError(f"train={train!r} and val={val!r} need the same classes; these have none, or others")
+    fitted, tested = (_codes(tok, source, batch_size, num_workers) for source in (train, val))
+    rows, records = [], []
+    protocol = {
+        "train": train,
+        "val": val,
+        "train_samples": len(fitted[1]),
+        "num_samples": len(tested[1]),
+        "num_classes": len(classes),
+        "largest_class": float(torch.bincount(tested[1]).max()) / len(tested[1]),
+        "l2": l2,
+        "image_size": picture_size(tok),
+        "tokenizer_hash": weights_hash(tok),
+        "versions": versions(),
+    }
+    for budget in wanted:
+        features, labels = fitted[0][:, :budget].flatten(1), fitted[1]
+        classifier = LinearProbe.fit(features, labels, len(classes), "tokens", l2)
+        accuracy = _accuracy(classifier, tested[0][:, :budget].flatten(1), tested[1])
+        for metric, value in accuracy.items():
+            records.append({"metric": metric, "value": value, "num_tokens": budget, **protocol})
+        rows.append([str(budget), *(format_value(value) for value in accuracy.values())])
+    print(format_columns([["tokens", "accuracy", "balanced accuracy"], *rows]))
+    share = protocol["largest_class"]
+    print(f"{len(tested[1])} pictures of {len(classes)} classes, the largest {share:.2f}; fitted to {len(fitted[1])}")
+    if json is not None:
+        write_json(records, Path(json).expanduser())
+
+
+def _accuracy(classifier: LinearProbe, features: Tensor, labels: Tensor) -> dict[str, float]:
+    """Share of the samples that are classified right, and the mean of the classes' shares."""
+    right = classifier.probabilities(features, features).argmax(1) == labels
+    shares = [right[labels == label].double().mean() for label in torch.unique(labels)]
+    return {
+        "probe_accuracy": float(right.double().mean()),
+        "probe_balanced_accuracy": float(torch.stack(shares).mean()),
+    }
+
+
+def _codes(tok: FlexTok, source: str, batch_size: int, num_workers: int) -> tuple[Tensor, Tensor]:
+    """(N, K, L) codes and (N,) classes of the samples that have one."""
+    data = ShardDataModule(
+        test=source, image_size=picture_size(tok), eval_batch_size=batch_size, num_workers=num_workers
+    )
+    made_by = data.tokenizer
+    if made_by is not None and made_by["sha256"] != weights_hash(tok):
+        raise ValueError(f"{source} holds tokens of tokenizer {made_by['sha256']}, not of {weights_hash(tok)}")
+    codes, labels = [], []
+    for batch in tqdm(data.test_dataloader(), desc="tokens", unit="batch", leave=False):
+        tokens = batch["tokens"] if "tokens" in batch else tok.tokenize(batch["image"].to(tok.device))
+        chosen = batch["label"] >= 0
+        codes.append(tok.quantizer.tokens_to_codes(tokens.to(tok.device)).cpu()[chosen])
+        labels.append(batch["label"][chosen])
+    return torch.cat(codes), torch.cat(labels)
