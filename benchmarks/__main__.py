@@ -10,7 +10,15 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent
-BENCHMARKS = ("decoder_budget", "training_step", "prior_training_step", "sampling", "feature_statistics")
+BENCHMARKS = (
+    "decoder_budget",
+    "training_step",
+    "prior_training_step",
+    "sampling",
+    "feature_statistics",
+    "evaluation_cost",
+    "adaptive_budget",
+)
 
 
 def main() -> None:

@@ -176,7 +176,7 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
         names, pairs = [f"{end} {i + 1}" for end in ENDS for i in range(count)], {}
         for budget in done.columns:
             chosen = [row for end in ENDS for row in rows[f"{end} {budget}"][:count]]
-            pairs[budget] = (
+            pairs[f"k={budget}"] = (
                 torch.stack([original for _, original, _ in chosen]),
                 torch.stack([shown[budget] for *_, shown in chosen]),
             )

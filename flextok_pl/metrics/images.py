@@ -114,12 +114,12 @@ def generation_grid(names: Sequence[str], generated: Mapping[int, Tensor], paddi
     return _grid([(f"k={budget}", images) for budget, images in generated.items()], names, padding)
 
 
-def pairs_grid(names: Sequence[str], pairs: Mapping[int, tuple[Tensor, Tensor]], padding: int = 2) -> Tensor:
-    """One row per rank: its name, then at each budget the original and the reconstruction that have it.
+def pairs_grid(names: Sequence[str], pairs: Mapping[str, tuple[Tensor, Tensor]], padding: int = 2) -> Tensor:
+    """One row per name: under each heading an original and its reconstruction.
 
     Args:
-        names: B ranks, such as best and worst.
-        pairs: token budget -> originals and reconstructions, each (B, 3, H, W) uint8.
+        names: B names.
+        pairs: heading of the reconstructions -> originals and reconstructions, each (B, 3, H, W) uint8.
         padding: white pixels between pictures.
 
     Returns:
@@ -127,8 +127,8 @@ def pairs_grid(names: Sequence[str], pairs: Mapping[int, tuple[Tensor, Tensor]],
     """
     columns = [
         (heading, images)
-        for budget, pair in pairs.items()
-        for heading, images in zip(("original", f"k={budget}"), pair, strict=True)
+        for name, pair in pairs.items()
+        for heading, images in zip(("original", name), pair, strict=True)
     ]
     return _grid(columns, names, padding)
 

@@ -1,0 +1,90 @@
+"""How many tokens `tokenize(images, quality=...)` saves against one budget for all pictures at equal mean quality.
+
+The demo tokenizer on its held-out pictures. For several targets: the mean number of tokens that the search, and a
+predictor fitted to training pictures, use; the mean error that they reach; and the fixed budget whose mean error is the
+same, interpolated between whole budgets. Draws the pictures that need fewest and most.
+
+    make data && python benchmarks/adaptive_budget.py --json benchmarks/results/adaptive_budget_cpu.json
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from report import write_results
+
+from flextok_pl import DEMO_TOKENIZER, BudgetPredictor, FlexTok, Quality, ShardDataModule
+from flextok_pl.metrics.images import pairs_grid, save_png, to_uint8
+from flextok_pl.models.adaptive import squared_error
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--data", default="data/openmoji64")
+parser.add_argument("--num-steps", type=int, default=12)
+parser.add_argument(
+    "--fixed", nargs="+", type=int, default=[4, 8, 16, 24, 32], help="budgets whose mean errors are targets"
+)
+parser.add_argument("--learn-from", type=int, default=500, help="training pictures of the predictor")
+parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+parser.add_argument("--picture", default=None, help="PNG to draw for the middle target")
+parser.add_argument("--json", default=None, help="file to write the results to")
+
+
+def pictures(options: argparse.Namespace, part: str, count: int | None) -> torch.Tensor:
+    data = ShardDataModule(
+        val=f"{options.data}/{part}", image_size=64, eval_batch_size=96, val_limit=count, num_workers=0
+    )
+    return torch.cat([batch["image"] for batch in data.val_dataloader()]).to(options.device)
+
+
+def main() -> None:
+    options = parser.parse_args()
+    tok = FlexTok.from_pretrained(DEMO_TOKENIZER, device=options.device)
+    decoding = {"num_steps": options.num_steps, "guidance": "none", "guidance_scale": 1.0}
+    images, known = pictures(options, "val", None), pictures(options, "train", options.learn_from)
+
+    def decode(tokens: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+        return tok.detokenize(tokens, **decoding, generator=[torch.Generator().manual_seed(0) for _ in tokens])
+
+    def error(tokens: torch.Tensor | list[torch.Tensor]) -> float:
+        return squared_error(images, decode(tokens)).mean().item()
+
+    whole = tok.tokenize(images)
+    known_codes = tok.quantizer.tokens_to_codes(tok.tokenize(known))
+    grid = sorted({*range(1, 17), *range(16, tok.num_registers + 1, 4)})
+    fixed = {budget: error(whole[:, :budget]) for budget in grid}
+
+    def equal_budget(reached: float) -> float:
+        errors = np.minimum.accumulate(list(fixed.values()))
+        return float(np.interp(-reached, -errors, grid))
+
+    results = {}
+    for budget in options.fixed:
+        target = fixed[budget]
+        quality = Quality(target, **decoding)
+        searched = tok.tokenize(images, quality=quality)
+        learned = torch.tensor([len(row) for row in tok.tokenize(known, quality=quality)])
+        predictor = BudgetPredictor.fit(known_codes, learned)
+        predicted = tok.tokenize(images, quality=Quality(target, **decoding, predictor=predictor))
+        needed = torch.tensor([len(row) for row in searched])
+        results[f"target of {budget} tokens"] = {"target": target} | {
+            name: {
+                "mean_tokens": (used := sum(len(row) for row in tokens) / len(tokens)),
+                "mean_error": (reached := error(tokens)),
+                "fixed_budget_of_equal_error": (equal := equal_budget(reached)),
+                "saving": 1 - used / equal,
+            }
+            for name, tokens in (("searched", searched), ("predicted", predicted))
+        }
+        print(budget, results[f"target of {budget} tokens"], flush=True)
+        if options.picture and budget == options.fixed[len(options.fixed) // 2]:
+            order = needed.argsort(stable=True)
+            chosen = torch.cat([order[:5], order[-5:]])
+            shown = to_uint8(decode([searched[i] for i in chosen.tolist()])).cpu()
+            names = [f"{needed[i]} tokens" for i in chosen.tolist()]
+            save_png(pairs_grid(names, {0: (to_uint8(images[chosen]).cpu(), shown)}), Path(options.picture))
+    write_results("adaptive_budget", vars(options), {"fixed": fixed, **results}, options.json)
+
+
+if __name__ == "__main__":
+    main()

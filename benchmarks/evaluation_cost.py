@@ -1,0 +1,75 @@
+"""What nine token budgets cost, as a multiple of one: with what an evaluation shares, and as nine evaluations.
+
+The demo tokenizer, and the demo prior, on the demo's held-out pictures, as `flextok test` evaluates them. `one` is the
+mean over nine evaluations at one budget each, which is also what nine evaluations cost that share nothing.
+
+    make data && python benchmarks/evaluation_cost.py --json benchmarks/results/evaluation_cost_cpu.json
+"""
+
+import argparse
+import tempfile
+import time
+import warnings
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from report import write_results
+
+from flextok_pl import DEMO_PRIOR, DEMO_TOKENIZER, GenerationFID, ReconstructionFID, ShardDataModule
+from flextok_pl.modules.saved_prior import SavedPrior
+from flextok_pl.modules.saved_tokenizer import SavedTokenizer
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--data", default="data/openmoji64/val")
+parser.add_argument("--budgets", nargs="+", type=int, default=[1, 2, 4, 8, 16, 24, 32, 48, 64])
+parser.add_argument("--num-steps", type=int, default=12)
+parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+parser.add_argument("--json", default=None, help="file to write the results to")
+
+
+def seconds(options: argparse.Namespace, kind: str, budgets: list[int]) -> float:
+    """One evaluation, without what it keeps for the next."""
+    data = ShardDataModule(test=options.data, image_size=64, eval_batch_size=96, num_workers=0)
+    settings = {"num_steps": options.num_steps, "guidance": "cfg", "guidance_scale": 2.0, "cache_dir": None}
+    with tempfile.TemporaryDirectory() as folder:
+        callback: Callback
+        if kind == "rfid":
+            module = SavedTokenizer(str(DEMO_TOKENIZER))
+            callback = ReconstructionFID(budgets=budgets, output_dir=folder, **settings)
+        else:
+            module = SavedPrior(str(DEMO_PRIOR), str(DEMO_TOKENIZER))
+            callback = GenerationFID(budgets=budgets, cfg_scale=1.5, output_dir=folder, **settings)
+        trainer = Trainer(
+            accelerator="gpu" if options.device.startswith("cuda") else "cpu",
+            devices=1,
+            logger=False,
+            callbacks=[callback],
+            enable_progress_bar=False,
+            use_distributed_sampler=False,
+        )
+        trainer.test(module, data, verbose=False)  # the first one reads weights
+        start = time.perf_counter()
+        trainer.test(module, data, verbose=False)
+        return time.perf_counter() - start
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    options = parser.parse_args()
+    results = {}
+    for kind in ("rfid", "gfid"):
+        alone = {budget: seconds(options, kind, [budget]) for budget in options.budgets}
+        together = seconds(options, kind, options.budgets)
+        one = sum(alone.values()) / len(alone)
+        results[kind] = {
+            "seconds_alone": alone,
+            "seconds_together": together,
+            "together_over_one": together / one,
+            "separately_over_together": sum(alone.values()) / together,
+        }
+        print(kind, results[kind], flush=True)
+    write_results("evaluation_cost", vars(options), results, options.json)
+
+
+if __name__ == "__main__":
+    main()
