@@ -108,7 +108,7 @@ lint: $(READY)  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## measure speed and memory
+bench: $(DEMO_DATA)/val/index.json  ## measure speed and memory
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:  ## remove caches; keeps .venv, data and runs

@@ -82,7 +82,7 @@ def main() -> None:
             chosen = torch.cat([order[:5], order[-5:]])
             shown = to_uint8(decode([searched[i] for i in chosen.tolist()])).cpu()
             names = [f"{needed[i]} tokens" for i in chosen.tolist()]
-            save_png(pairs_grid(names, {0: (to_uint8(images[chosen]).cpu(), shown)}), Path(options.picture))
+            save_png(pairs_grid(names, {"decoded": (to_uint8(images[chosen]).cpu(), shown)}), Path(options.picture))
     write_results("adaptive_budget", vars(options), {"fixed": fixed, **results}, options.json)
 
 
