@@ -318,9 +318,12 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
     ) -> dict[str, Any]:
         network = self._network
         assert network is not None
+        data = trainer.datamodule  # type: ignore[attr-defined]
         return {
             "split": split,
             "samples_in_split": expected,
+            "reference": getattr(data, "sources", {}).get(split),
+            "crop": getattr(data, "crop", None),
             "extractor": network.name,
             "extractor_weights_hash": network.weights_hash,
             "extractor_resize": network.resize,

@@ -19,6 +19,7 @@ from flextok_pl.callbacks.evaluation import versions
 from flextok_pl.cli.tools import default_device, picture_size, run_tool
 from flextok_pl.contracts import default_budgets, weights_hash
 from flextok_pl.data.pictures import open_pictures
+from flextok_pl.data.transforms import CENTER_CROP
 from flextok_pl.flow.guidance import GUIDANCE_KINDS
 from flextok_pl.metrics.features import OFFLINE_EXTRACTOR, build_extractor
 from flextok_pl.metrics.generation import GenerationStatistics
@@ -148,6 +149,7 @@ def sweep_decoding(
         "reference": reference,
         "data_hash": f"{first.data_hash % 2**64:016x}",
         "image_size": first.image_size,
+        "crop": CENTER_CROP,
         "extractor": network.name,
         "extractor_weights_hash": network.weights_hash,
         "extractor_resize": network.resize,

@@ -16,6 +16,7 @@ from flextok_pl.callbacks.evaluation import versions
 from flextok_pl.cli.tools import default_device, run_tool
 from flextok_pl.contracts import Batch
 from flextok_pl.data.pictures import ARRAY, open_pictures, read_arrays
+from flextok_pl.data.transforms import CENTER_CROP
 from flextok_pl.metrics.features import INCEPTION, FeatureExtractor, build_extractor
 from flextok_pl.metrics.frechet import FeatureStatistics
 from flextok_pl.metrics.generation import GenerationStatistics
@@ -98,7 +99,7 @@ def compare_images(
         **facts,
         "full_rank": full_rank,
         "image_size": statistics.image_size,
-        "resize": None if image_size is None else "centre square, antialiased bicubic",
+        "crop": None if image_size is None else CENTER_CROP,
         "extractor": network.name,
         "extractor_weights_hash": network.weights_hash,
         "extractor_resize": network.resize,

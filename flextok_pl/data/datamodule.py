@@ -16,7 +16,7 @@ from flextok_pl.contracts import Batch
 from flextok_pl.data.index import ShardError, ShardIndex, load_indices, require_same_origin
 from flextok_pl.data.samples import Collate
 from flextok_pl.data.stream import CachedBatches, EpochStream, Plan, ShardSet, StreamedBatches
-from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, Augmentation
+from flextok_pl.data.transforms import CENTER_CROP, DEFAULT_AUGMENTATION, Augmentation
 
 Split = Literal["train", "val", "test"]
 
@@ -48,6 +48,9 @@ class ShardDataModule(pl.LightningDataModule):
     Raises:
         ValueError: an option is out of range.
     """
+
+    crop = CENTER_CROP
+    """What is done to evaluation pictures."""
 
     def __init__(
         self,

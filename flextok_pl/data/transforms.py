@@ -95,6 +95,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+CENTER_CROP = "centre square, antialiased bicubic"
+"""What `center_crop` does, as a protocol states it."""
+
+
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The evaluation picture: shorter side resized to `size` by antialiased bicubic, then the centre square.
 

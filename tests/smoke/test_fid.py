@@ -77,7 +77,7 @@ def test_sources_batches_and_workers_change_nothing(tmp_path, emoji_folder, caps
     assert "fd_effnet_lite0" in printed and "(24 images)" in printed and "covariance is singular" in printed
     first = records["fd_effnet_lite0"]
     assert first["num_samples"] == first["reference"]["num_samples"] == 24
-    assert first["image_size"] == [48, 48] and not first["full_rank"] and first["resize"] is None
+    assert first["image_size"] == [48, 48] and not first["full_rank"] and first["crop"] is None
     again = measure(tmp_path, a, b, *EFFNET)
     assert again == records, "bit-equal"
 
@@ -163,7 +163,7 @@ def test_records_are_compared(tmp_path, emoji_folder, capsys):
     main(["compare", str(first), str(tmp_path / "records.json")])
     printed = capsys.readouterr().out
     assert "differs in image_size: [48, 48] and [32, 32]" in printed
-    assert "differs in resize: None and centre square, antialiased bicubic" in printed
+    assert "differs in crop: None and centre square, antialiased bicubic" in printed
     assert "differs in extractor" not in printed
     main(["compare", str(first), str(first)])
     assert "the protocols are the same" in capsys.readouterr().out
