@@ -5,7 +5,8 @@ Shapes in this file: B batch, H x W image, C x h x w latent, K registers, L text
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol, TypedDict, runtime_checkable
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypedDict, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +135,11 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
         raise ValueError(
             f"top_p={top_p} must be a share in (0, 1]; for the most likely token only set temperature=0 or top_k=1"
         )
+
+
+def run_folder(trainer: Any) -> Path:
+    """Where a run's results go. All processes must ask, for the trainer's `log_dir` is a broadcast."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 def weights_hash(network: nn.Module) -> str:

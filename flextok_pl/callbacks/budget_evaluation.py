@@ -29,7 +29,7 @@ from flextok_pl.callbacks.evaluation import (
     weights_in_use,
 )
 from flextok_pl.callbacks.unfinished import Unfinished
-from flextok_pl.contracts import default_budgets, weights_hash
+from flextok_pl.contracts import default_budgets, run_folder, weights_hash
 from flextok_pl.metrics.budget_statistics import BudgetStatistics
 from flextok_pl.metrics.distributed import all_agree
 from flextok_pl.metrics.feature_set import POOL_SIZE, FeatureSet
@@ -367,16 +367,15 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
             charts = {metric: list(by_budget.values()) for metric, by_budget in tags.items()}
             chart_budgets(trainer, f"{done.split}: {self.heading} by token budget", charts)
             self._charted.add(done.split)
+        folder = self.output_dir or run_folder(trainer)
         if trainer.is_global_zero:
             if done.cache is not None and seen == done.expected:
                 done.cache.store_or_check(statistics.real, statistics.data_hash)
-            self._report(trainer, done, seen, pictures)
+            self._report(done, seen, pictures, folder / f"{self.stem}_fit" if done.in_fit else folder)
         if done.unfinished is not None:
             done.unfinished.remove()
 
-    def _report(self, trainer: Trainer, done: Pass[StatisticsT], seen: int, pictures: Mapping[str, Tensor]) -> None:
-        folder = self.output_dir or Path(trainer.log_dir or trainer.default_root_dir)
-        folder = folder / f"{self.stem}_fit" if done.in_fit else folder
+    def _report(self, done: Pass[StatisticsT], seen: int, pictures: Mapping[str, Tensor], folder: Path) -> None:
         statistics, network = done.statistics, self._network
         assert network is not None
         count = statistics.num_images

@@ -20,6 +20,7 @@ from flextok_pl.callbacks.evaluation import (
     module_reconstructor,
     versions,
 )
+from flextok_pl.contracts import run_folder
 from flextok_pl.metrics.codes import class_information, codebook_use, distinct_tokens, perplexity, position_entropy
 from flextok_pl.metrics.distributed import gather_rows
 from flextok_pl.metrics.images import figure_to_image, save_png
@@ -131,8 +132,8 @@ class CodebookReport(Callback):
         picture = plot_positions(entropy, information, len(tokens), vocab_size)
         pictures = {f"{split}/codes/entropy_by_position": picture}
         log_evaluation(trainer, pl_module, self.values, pictures, self._checkpoint)
+        folder = self.output_dir or run_folder(trainer)
         if split == "test" and trainer.is_global_zero:
-            folder = self.output_dir or Path(trainer.log_dir or trainer.default_root_dir)
             protocol = {
                 "num_samples": len(tokens),
                 "vocab_size": vocab_size,

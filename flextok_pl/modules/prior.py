@@ -8,13 +8,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Literal
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
-from flextok_pl.contracts import Batch
+from flextok_pl.contracts import Batch, run_folder
 from flextok_pl.models.config import PriorConfig, config_from_dict, config_to_dict
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.text import TextEncoder
@@ -143,8 +142,8 @@ class PriorModule(PriorBase):
 
     def on_train_end(self) -> None:
         """Export the prior; averaging callbacks have put their weights in place by now."""
+        folder = run_folder(self.trainer)
         if self.trainer.is_global_zero:
-            folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
             print(f"prior exported to {self.prior.save_pretrained(folder / 'prior.safetensors')}")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -16,7 +15,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from flextok_pl.contracts import Batch
+from flextok_pl.contracts import Batch, run_folder
 from flextok_pl.interop import save_pretrained
 from flextok_pl.layers.frozen import Frozen
 from flextok_pl.models.config import FlexTokConfig, config_from_dict, config_to_dict
@@ -202,8 +201,8 @@ class TokenizerModule(pl.LightningModule):
 
     def on_train_end(self) -> None:
         """Export the tokenizer; averaging callbacks have put their weights in place by now."""
+        folder = run_folder(self.trainer)
         if self.trainer.is_global_zero:
-            folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
             path = save_pretrained(export_tokenizer(self.tokenizer), folder / "tokenizer.safetensors")
             print(f"tokenizer exported to {path}")
 

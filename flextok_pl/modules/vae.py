@@ -6,7 +6,6 @@ Shapes in this file: B batch, H x W image, C x h x w latent.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -16,7 +15,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from flextok_pl.contracts import Batch
+from flextok_pl.contracts import Batch, run_folder
 from flextok_pl.layers.frozen import Frozen
 from flextok_pl.models.config import VAEConfig, config_from_dict, config_to_dict
 from flextok_pl.models.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
@@ -219,9 +218,9 @@ class VAEModule(pl.LightningModule):
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self.vae.rescale(1.0 / self.latent_std())
-        log_dir = self.trainer.log_dir  # a broadcast: on all ranks
-        if self.trainer.is_global_zero and log_dir is not None:
-            self.vae.save_pretrained(Path(log_dir) / "vae")
+        folder = run_folder(self.trainer)
+        if self.trainer.is_global_zero:
+            self.vae.save_pretrained(folder / "vae")
 
     @torch.no_grad()
     def latent_std(self) -> float:

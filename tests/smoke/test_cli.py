@@ -1,6 +1,7 @@
 """The `flextok` command, through its front door."""
 
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -202,6 +203,32 @@ def test_wrong_options_of_a_fit(
     arguments: list[str], message: str, image_shards: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in error_of(capsys, *tiny("fit", image_shards, *arguments))
+
+
+def test_an_evaluation_by_two_processes_is_that_of_one(
+    image_shards: Path, tiny_tokenizer: Path, workplace: Path
+) -> None:
+    """18 samples in batches of 4 by two workers each: neither batches nor processes come out even."""
+    values = {}
+    for name, devices in (("one", "1"), ("two", "2")):
+        options = ["--trainer.devices", devices, "--trainer.strategy", "auto" if devices == "1" else "ddp_fork"]
+        options += ["--data.eval_batch_size", "4", "--data.num_workers", "2", "--rfid.output_dir", name]
+        options += ["--tokenizer", str(tiny_tokenizer), "--rfid.num_steps", "1", "--rfid.cache_dir", "null"]
+        main(tiny("test", image_shards, *options))
+        records = json.loads((workplace / name / "rfid.json").read_text())
+        values[name] = {(r["metric"], r["num_tokens"]): r["value"] for r in records}
+        assert {r["num_samples"] for r in records} == {18}
+    assert values["two"] == pytest.approx(values["one"], rel=1e-6)
+    for picture in ("grid.png", "extremes.png"):
+        assert (workplace / "one" / picture).read_bytes() == (workplace / "two" / picture).read_bytes()
+
+
+def test_a_fit_by_two_processes_ends_with_its_export(image_shards: Path, workplace: Path) -> None:
+    options = ["--trainer.devices=2", "--trainer.strategy=ddp_fork", "--trainer.max_steps=1", "--data.batch_size=4"]
+    main(tiny("fit", image_shards, *options, "--data.num_workers=0", "--rfid.num_steps=1", "--rfid.max_samples=8"))
+    run = workplace / "runs" / "tokenizer" / "tiny" / "version_0"
+    assert load_pretrained(run / "tokenizer.safetensors").config.num_registers == 16
+    assert (run / "checkpoints" / "last.ckpt").is_file()
 
 
 def test_wrong_tokenizer(image_shards: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,8 +75,9 @@ def pictures(count):
 
 
 class Pictures(LightningDataModule):
-    def __init__(self, samples, batch_size=5, claimed=None, hash_=None):
+    def __init__(self, samples, batch_size=5, claimed=None, hash_=None, first_rank=3):
         super().__init__()
+        self.first_rank = first_rank  # samples of the first of two processes
         self.samples, self.batch_size, self.claimed = samples, batch_size, claimed
         if hash_ is not None:
             self.data_hash = lambda split: hash_
@@ -87,7 +88,7 @@ class Pictures(LightningDataModule):
     def _mine(self):
         if self.trainer is None or self.trainer.world_size == 1:
             return self.samples
-        return self.samples[:3] if self.trainer.global_rank == 0 else self.samples[3:]
+        return self.samples[: self.first_rank] if self.trainer.global_rank == 0 else self.samples[self.first_rank :]
 
     def train_dataloader(self):
         return DataLoader(self.samples, batch_size=self.batch_size)
@@ -201,17 +202,19 @@ def test_results_do_not_depend_on_batches_or_order(tmp_path):
     assert other.values[1]["mse"] != first.values[1]["mse"]
 
 
-def test_two_processes_are_one(tmp_path):
+@pytest.mark.parametrize("first_rank", [3, 16])
+def test_two_processes_are_one(tmp_path, first_rank):
     alone = evaluate(tmp_path / "one")
     callback = ReconstructionFID(cache_dir=None, output_dir=tmp_path / "two")
     trainer_for(tmp_path, callback, strategy="ddp_fork", devices=2).test(
-        StripModule(), Pictures(pictures(17)), verbose=False
+        StripModule(), Pictures(pictures(17), first_rank=first_rank), verbose=False
     )
     for record in json.loads((tmp_path / "two/rfid.json").read_text()):
         expected = alone.values[record["num_tokens"]][record["metric"]]
         assert record["value"] == pytest.approx(expected, rel=1e-6), record["metric"]
         assert record["num_samples"] == 17
-    assert (tmp_path / "one/grid.png").read_bytes() == (tmp_path / "two/grid.png").read_bytes()
+    for name in ("grid.png", "extremes.png"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
 def test_fit_measures_a_cheap_subset_and_charts_it(tmp_path):
