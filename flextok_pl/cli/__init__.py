@@ -23,7 +23,7 @@ COMMANDS = {
     "data tokens": ("tools:data_tokens", "tokenize the images of a shard set, as shards"),
     "fid": ("fid:fid", "measure images against reference images: FID, KID, precision, recall"),
     "compare": ("fid:compare", "show two files of results side by side, and where their protocols differ"),
-    "sweep decoding": ("decoding:sweep", "measure steps and guidance at every token budget, and recommend the best"),
+    "decoding": ("decoding:decoding", "measure steps and guidance at every token budget, and recommend the best"),
     "probe": ("probe:probe", "measure how well the class can be read off the first tokens"),
     "report": ("report:report", "write what an evaluation left as one HTML page"),
     "generate": ("generate:run", "show generated images at several token budgets, as one picture"),

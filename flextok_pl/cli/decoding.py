@@ -1,4 +1,4 @@
-"""`flextok sweep decoding`: which steps and which guidance decode best at each token budget."""
+"""`flextok decoding`: which steps and which guidance decode best at each token budget."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class Setting:
         return "none" if self.guidance == "none" else f"{self.guidance} {self.guidance_scale:g}"
 
 
-def sweep(command: str, arguments: Sequence[str]) -> None:
-    """Run `flextok sweep decoding`."""
-    run_tool(sweep_decoding, command, arguments)
+def decoding(command: str, arguments: Sequence[str]) -> None:
+    """Run `flextok decoding`."""
+    run_tool(compare_decodings, command, arguments)
 
 
-def sweep_decoding(
+def compare_decodings(
     reference: str,
     tokenizer: str | None = None,
     prior: str | None = None,

@@ -1,4 +1,4 @@
-"""`flextok sweep decoding` through the front door."""
+"""`flextok decoding` through the front door."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def models(tmp_path_factory):
 
 
 def sweep(shards, folder, *options):
-    main(["sweep", "decoding", str(shards / "val"), "--out", str(folder), "--num_workers", "0", *map(str, options)])
+    main(["decoding", str(shards / "val"), "--out", str(folder), "--num_workers", "0", *map(str, options)])
     return [json.loads((folder / name).read_text()) for name in ("decoding.json", "schedule.json")]
 
 
