@@ -1,0 +1,63 @@
+"""Which tokens the decoder's patches look at, and when.
+
+Shapes: B batch, N patches, K registers, L = N + K, H heads, d head width, D width, T flow times, M blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from flextok_pl.flow.rectified import interpolate
+from flextok_pl.models.tokenizer import FlexTok
+
+
+@torch.no_grad()
+def register_attention(
+    tok: FlexTok, images: Tensor, times: Sequence[float] = (0.9, 0.5, 0.1), generator: torch.Generator | None = None
+) -> Tensor:
+    """Share of the patches' attention that each token gets in each block, with all K tokens kept.
+
+    Args:
+        tok: a tokenizer with an autoencoder.
+        images: (B, 3, H, W) in [-1, 1].
+        times: T flow times at which their noised latents are looked at, 1 being pure noise.
+        generator: of the noise.
+
+    Returns:
+        (T, M, K) float32 on the CPU: means over images, heads and patches. A row sums up to the share that does not go
+        to the patches themselves.
+
+    Raises:
+        ValueError: a time is outside [0, 1].
+    """
+    if not all(0 <= t <= 1 for t in times):
+        raise ValueError(f"times={list(times)} must be in [0, 1]")
+    latents = tok.encode_latents(images)
+    codes = tok.quantizer(tok.encode(latents))  # (B, K, number of FSQ levels)
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    shares: list[Tensor] = []
+    num_registers = codes.shape[1]
+
+    def pattern(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        patches = q[:, :, : k.shape[2] - num_registers].float()
+        attention = (patches @ k.float().mT * scale).softmax(-1)  # (B, H, N, L)
+        shares.append(attention[..., -num_registers:].mean((0, 1, 2)))
+        return q
+
+    def look(module: Any, arguments: tuple[Any, ...], output: Tensor) -> None:
+        queries, x, _ = arguments
+        module.forward(queries, x, pattern)
+
+    hooks = [cast(Any, block).attn.register_forward_hook(look) for block in tok.decoder.blocks]
+    try:
+        for t in times:
+            time = torch.full((len(latents),), t, device=latents.device)
+            tok.velocity(interpolate(latents, noise, time), time, codes)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(shares).reshape(len(times), -1, num_registers).cpu()
