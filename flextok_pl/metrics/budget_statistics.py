@@ -123,7 +123,8 @@ class BudgetStatistics(ABC):
         made, distances = self.made[budget], {}
         if min(self.real.statistics.count, made.statistics.count) > 1:
             distances[self._extractor.metric_name] = frechet_distance(self.real.statistics, made.statistics)
-        real_pool, pool = self.real.pool(), made.pool()
+        # Real features of an earlier, whole evaluation may be more than those whose reconstructions were made.
+        real_pool, pool = self.real.pool(of=made if paired else None), made.pool()
         if min(len(real_pool), len(pool)) > 1:
             kernel, _ = kernel_distance(real_pool, pool, seed=kernel_seed, paired=paired)
             distances[self._extractor.kernel_metric_name] = kernel

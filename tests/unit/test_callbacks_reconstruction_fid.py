@@ -309,6 +309,20 @@ def test_real_statistics_are_kept_on_disk(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
+def test_limited_batches_with_real_statistics_of_all(tmp_path):
+    """The kernel distance pairs the ten reconstructions with their own originals, wherever those come from."""
+    options = {"cache_dir": tmp_path / "cache", "output_dir": tmp_path, "budgets": [8]}
+    evaluate(tmp_path, data=Pictures(pictures(17), hash_="a"), **options)
+    values = []
+    for cache in (tmp_path / "cache", None):
+        callback = ReconstructionFID(**{**options, "cache_dir": cache})
+        data = Pictures(pictures(17), hash_="a")
+        trainer_for(tmp_path, callback, limit_test_batches=2).test(StripModule(), data, verbose=False)
+        values.append(callback.values[8])
+    assert values[0]["kd_strips"] == pytest.approx(values[1]["kd_strips"], rel=1e-9)
+    assert values[0]["fd_strips"] != values[1]["fd_strips"], "its reference is all real images where they are known"
+
+
 def test_each_sample_exactly_once(tmp_path):
     samples = pictures(10)
     with pytest.raises(RuntimeError, match=r"test set gave 10 samples, 12 were expected.*no number is reported"):
