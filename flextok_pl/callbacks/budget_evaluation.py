@@ -354,6 +354,8 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
                 f"distance needs two: raise max_samples={self.max_samples} or limit_{done.split}_batches"
             )
             return
+        if trainer.is_global_zero and done.cache is not None and seen == done.expected:
+            done.cache.store_or_check(statistics.real, statistics.data_hash)
         self.values = statistics.values(self.seed)
         pictures = {self.picture: self._grid(done)} | ({} if done.in_fit else self._further_pictures(done))
         tags = {
@@ -369,8 +371,6 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
             self._charted.add(done.split)
         folder = self.output_dir or run_folder(trainer)
         if trainer.is_global_zero:
-            if done.cache is not None and seen == done.expected:
-                done.cache.store_or_check(statistics.real, statistics.data_hash)
             self._report(done, seen, pictures, folder / f"{self.stem}_fit" if done.in_fit else folder)
         if done.unfinished is not None:
             done.unfinished.remove()
