@@ -43,6 +43,9 @@ from flextok_pl.metrics.statistics_cache import StatisticsCache
 GRID_COLUMNS = 12
 """Most columns of the grid picture; beyond, powers of two are shown."""
 
+FREE = ("values", "output_dir", "save_every_minutes")
+"""Public attributes with which a killed evaluation may go on differently."""
+
 GridRow = tuple[Any, Any, dict[int, Tensor]]
 """What orders the row, what stands at its left, and its images by budget, (3, H, W) uint8."""
 
@@ -294,10 +297,11 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
         running.pending = self._planned(trainer, pl_module, running)
         if keeps and not in_fit and self.save_every_minutes is not None:
             assert self.cache_dir is not None
+            options = {name: value for name, value in vars(self).items() if name[0] != "_" and name not in FREE}
             identity = {
                 **facts,
                 "kind": self.stem,
-                "budgets": budgets,
+                "options": options,
                 "data": data.data_hash(split),
                 "real_is_cached": real is not None,
                 "weights": weights_hash(pl_module),

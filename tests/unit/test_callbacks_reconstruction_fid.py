@@ -466,7 +466,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(tmp_path):
             run(name, deadline)
         assert len(list(cache.glob("unfinished_*"))) == 1
     with pytest.raises(Killed):
-        run("another seed", 1, seed=1)  # nothing of the others is taken
+        run("another picture", 1, grid_samples=2)  # nothing of the others is taken
     decoded, after, after_picture = run("third")
     assert decoded == 2, "three of four batches were done"
     assert (after, after_picture) == (records, picture)
