@@ -193,7 +193,7 @@ def _published(encoder_depth: int, decoder_depth: int) -> FlexTokConfig:
 
 
 _DEMO_VAE = VAEConfig(
-    latent_channels=8,
+    latent_channels=16,
     block_out_channels=(16, 24, 64, 96),
     layers_per_block=1,
     norm_num_groups=8,
@@ -207,7 +207,7 @@ _PRESETS = {
     "d18_d28": _published(18, 28),
     "demo": FlexTokConfig(
         vae=_DEMO_VAE,
-        latent_channels=8,
+        latent_channels=16,
         encoder_width=128,
         encoder_depth=3,
         encoder_head_dim=32,
