@@ -148,6 +148,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path, emoji_folder, capsys):
 
 
 def test_inception_weights_are_not_to_be_had_offline(capsys, emoji_folder, monkeypatch):
+    monkeypatch.setattr("urllib.request._opener", None)  # which keeps the proxies of its first use
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     message = refused(capsys, emoji_folder / "a", emoji_folder / "b")
