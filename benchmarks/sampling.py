@@ -6,7 +6,7 @@ same. Both have random weights, and all draw the same number of tokens. With gui
 batch; the peer has `guidance_scale`, which runs two passes. Without a cache each token costs a pass over all that came
 before; that loop is run at three lengths only, and its total is the sum of the quadratic through them.
 
-    python benchmarks/sampling.py --json benchmarks/results/sampling_cpu.json
+    python benchmarks/sampling.py --presets 49m --json benchmarks/results/sampling_49m_cpu.json
 """
 
 import argparse
