@@ -9,14 +9,11 @@ batch. The distances of all are compared.
 
 import argparse
 import json
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 
 import torch
-from report import write_results
+from report import measure_apart, peak_gib, write_results
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--num-samples", nargs="+", type=int, default=[10_000, 50_000])
@@ -97,16 +94,13 @@ LIBRARIES = {
 }
 
 
-def peak_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 def measure(options: argparse.Namespace) -> dict[str, object]:
     name, count = options.measure[0], int(options.measure[1])
     LIBRARIES[name](argparse.Namespace(**{**vars(options), "dim": 16}), 256)  # imports and thread pools
-    baseline = peak_gib()
+    baseline = peak_gib(options.device)
     seconds, distance = LIBRARIES[name](options, count)
-    return {"seconds": seconds, "baseline_gib": baseline, "peak_memory_gib": peak_gib(), "value": distance}
+    peak = peak_gib(options.device)
+    return {"seconds": seconds, "baseline_gib": baseline, "peak_memory_gib": peak, "value": distance}
 
 
 def main() -> None:
@@ -117,9 +111,7 @@ def main() -> None:
     results = {}
     for count in options.num_samples:
         for name in options.libraries:
-            command = [sys.executable, *sys.argv, "--measure", name, str(count)]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            results[f"{name} N={count}"] = json.loads(done.stdout.splitlines()[-1])
+            results[f"{name} N={count}"] = measure_apart(name, str(count))
             print(name, count, results[f"{name} N={count}"], flush=True)
     write_results("feature_statistics", vars(options), results, options.json)
 

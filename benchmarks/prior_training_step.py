@@ -8,13 +8,10 @@ resident set on a CPU and the allocator's maximum on a GPU; `baseline` is that b
 
 import argparse
 import json
-import resource
-import subprocess
-import sys
 import time
 
 import torch
-from report import synchronize, write_results
+from report import measure_apart, peak_gib, synchronize, write_results
 
 from flextok_pl.models.config import PriorConfig
 from flextok_pl.models.prior import Prior
@@ -30,12 +27,6 @@ parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"
 parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
 parser.add_argument("--measure", default=None, help="measure one setting and print it as JSON")
 parser.add_argument("--json", default=None, help="file to write the results to")
-
-
-def peak_gib(device: str) -> float:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
@@ -79,9 +70,7 @@ def main() -> None:
         return
     results = {}
     for chunk in options.chunks:
-        command = [sys.executable, *sys.argv, "--measure", chunk]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        results[f"chunk={chunk}"] = json.loads(done.stdout.splitlines()[-1])
+        results[f"chunk={chunk}"] = measure_apart(chunk)
     write_results("prior_training_step", vars(options), results, options.json)
 
 

@@ -3,7 +3,9 @@
 import datetime
 import json
 import platform
+import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -31,6 +33,20 @@ def synchronize(device: str) -> None:
     """Wait for the device's queue."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
+
+
+def peak_gib(device: str) -> float:
+    """Most memory so far: of the allocator on a GPU, resident on a CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def measure_apart(*setting: str) -> Any:
+    """Run this script with `--measure SETTING` in a process of its own; returns the JSON that it prints last."""
+    command = [sys.executable, *sys.argv, "--measure", *setting]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def write_results(benchmark: str, options: Mapping[str, Any], results: Mapping[str, Any], file: str | None) -> None:

@@ -9,11 +9,10 @@ resident set on a CPU and the allocator's maximum on a GPU.
 
 import argparse
 import dataclasses
-import resource
 import time
 
 import torch
-from report import synchronize, write_results
+from report import peak_gib, synchronize, write_results
 
 from flextok_pl.models.config import FlexTokConfig
 from flextok_pl.models.objective import flow_loss, sample_draws
@@ -62,10 +61,7 @@ def main() -> None:
                 seconds.append(time.perf_counter() - start)
         mean = sum(seconds) / len(seconds)
         results[f"budget_groups={groups}"] = {"seconds_per_step": mean, "images_per_second": options.batch_size / mean}
-    if options.device.startswith("cuda"):
-        results["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    else:
-        results["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    results["peak_memory_gib"] = peak_gib(options.device)
     results["parameters"] = sum(p.numel() for p in tokenizer.parameters())
     write_results("training_step", vars(options), results, options.json)
 

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from flextok_pl.callbacks.budget_pass import Pass, StatisticsT, chosen_rows
 from flextok_pl.callbacks.evaluation import (
     batch_images,
     bits_per_token,
     chart_budgets,
     checkpoint_facts,
     evaluated_step,
+    extractor_facts,
     log_evaluation,
     model_hashes,
     module_reconstructor,
@@ -29,89 +29,18 @@ from flextok_pl.callbacks.evaluation import (
     weights_in_use,
 )
 from flextok_pl.callbacks.unfinished import Unfinished
-from flextok_pl.contracts import default_budgets, run_folder, weights_hash
-from flextok_pl.metrics.budget_statistics import BudgetStatistics
+from flextok_pl.contracts import default_budgets, run_folder
 from flextok_pl.metrics.distributed import all_agree
 from flextok_pl.metrics.feature_set import POOL_SIZE, FeatureSet
 from flextok_pl.metrics.features import FeatureExtractor, build_extractor, check_extractor
 from flextok_pl.metrics.images import save_png
-from flextok_pl.metrics.keys import choose_fraction, key_hash
+from flextok_pl.metrics.keys import choose_fraction
 from flextok_pl.metrics.reconstruction import check_each_sample_once
 from flextok_pl.metrics.report import format_table, make_records, plot_budgets, write_csv, write_json
 from flextok_pl.metrics.statistics_cache import StatisticsCache
 
-GRID_COLUMNS = 12
-"""Most columns of the grid picture; beyond, powers of two are shown."""
-
 FREE = ("values", "output_dir", "save_every_minutes")
 """Public attributes with which a killed evaluation may go on differently."""
-
-GridRow = tuple[Any, Any, dict[int, Tensor]]
-"""What orders the row, what stands at its left, and its images by budget, (3, H, W) uint8."""
-
-StatisticsT = TypeVar("StatisticsT", bound=BudgetStatistics)
-
-
-@dataclass
-class Pass(Generic[StatisticsT]):
-    """One evaluation of the data, from its first batch to the report."""
-
-    split: Literal["val", "test"]
-    in_fit: bool
-    budgets: list[int]
-    expected: int
-    fraction: float
-    cache: StatisticsCache | None
-    statistics: StatisticsT
-    facts: dict[str, Any]
-    """What the records say that was known before the first batch."""
-    unfinished: Unfinished | None = None
-    ids: list[int] = field(default_factory=list)
-    """Of the samples that are done."""
-    resumed: set[int] = field(default_factory=set)
-    """Those of them that an earlier run has done and this one has not come across yet."""
-    pending: list[Any] = field(default_factory=list)
-    """What is still to be made, beside what comes with the batches; tuples of plain types."""
-    grid: list[GridRow] = field(default_factory=list)
-    extremes: dict[str, list[GridRow]] = field(default_factory=dict)
-    """Rows of further pictures, by what they are the first of."""
-
-    def save_if_due(self) -> None:
-        """Let a later run go on from here, now and then."""
-        if self.unfinished is not None:
-            self.unfinished.save_if_due(self.state_dict)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain types and tensors that `load_state_dict` takes."""
-        return {
-            "statistics": self.statistics.state_dict(),
-            "ids": self.ids,
-            "pending": [tuple(entry) for entry in self.pending],
-            "grid": self.grid,
-            "extremes": self.extremes,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where another process was."""
-        self.statistics.load_state_dict(state["statistics"])
-        self.ids, self.pending = state["ids"], state["pending"]
-        self.grid, self.extremes = state["grid"], state["extremes"]
-        self.resumed = set(self.ids)
-
-    def take_new(self, keys: Sequence[str]) -> Tensor:
-        """(B,) bool, which samples no earlier run has done; they count as done."""
-        hashes = [key_hash(key) for key in keys]
-        new = [number not in self.resumed for number in hashes]
-        self.ids += [number for number, is_new in zip(hashes, new, strict=True) if is_new]
-        self.resumed.difference_update(hashes)  # a key that comes twice is then found out
-        return torch.tensor(new, dtype=torch.bool)
-
-    @property
-    def columns(self) -> list[int]:
-        """The budgets that the grid picture shows."""
-        if len(self.budgets) <= GRID_COLUMNS:
-            return self.budgets
-        return [budget for budget in default_budgets(self.budgets[-1]) if budget in self.budgets][-GRID_COLUMNS:]
 
 
 class BudgetEvaluation(Callback, Generic[StatisticsT]):
@@ -259,7 +188,7 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
             return
         _, keys = batch_images(batch, dataloader_idx)
         chosen = running.take_new(keys) & choose_fraction(keys, running.fraction, "subset")
-        self._measure(trainer, pl_module, _rows(batch, chosen), running)
+        self._measure(trainer, pl_module, chosen_rows(batch, chosen), running)
         running.save_if_due()
 
     on_test_batch_end = on_validation_batch_end
@@ -304,7 +233,6 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
                 "options": options,
                 "data": data.data_hash(split),
                 "real_is_cached": real is not None,
-                "weights": weights_hash(pl_module),
                 "process": [trainer.global_rank, trainer.world_size],
             }
             running.unfinished = Unfinished(self.cache_dir, identity, self.save_every_minutes)
@@ -328,9 +256,7 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
             "samples_in_split": expected,
             "reference": getattr(data, "sources", {}).get(split),
             "crop": getattr(data, "crop", None),
-            "extractor": network.name,
-            "extractor_weights_hash": network.weights_hash,
-            "extractor_resize": network.resize,
+            **extractor_facts(network),
             "num_steps": self.num_steps,
             "solver": "euler",
             "guidance": self.guidance,
@@ -422,18 +348,3 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
                 f"{name} holds {grid[-1]}, but the tokenizer has {num_registers} tokens; choose from 1 to that"
             )
         return grid
-
-
-def first_rows(rows: list[GridRow], count: int) -> list[GridRow]:
-    """The rows that come first, which are the same whoever saw which sample."""
-    return sorted(rows, key=lambda row: row[0])[:count]
-
-
-def _rows(batch: Mapping[str, Any], chosen: Tensor) -> dict[str, Any]:
-    """The samples of a batch for which `chosen` (B,) bool holds."""
-    numbers = chosen.nonzero().flatten().tolist()
-    return {
-        name: value[chosen.to(value.device)] if isinstance(value, Tensor) else [value[i] for i in numbers]
-        for name, value in batch.items()
-        if value is not None
-    }

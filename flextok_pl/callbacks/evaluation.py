@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from flextok_pl.contracts import Reconstructor, weights_hash
+from flextok_pl.metrics.features import FeatureExtractor
 
 
 def module_reconstructor(pl_module: LightningModule) -> Reconstructor:
@@ -34,9 +35,19 @@ def module_reconstructor(pl_module: LightningModule) -> Reconstructor:
 
 
 def model_hashes(pl_module: LightningModule) -> dict[str, str]:
-    """`weights_hash` of the tokenizer and, where there is one, of the prior; what token shards name a tokenizer by."""
+    """`weights_hash` of the tokenizer, as token shards name it, and of the prior; of the module if it has neither."""
     parts = {"tokenizer_hash": module_reconstructor(pl_module), "prior_hash": getattr(pl_module, "prior", None)}
-    return {name: weights_hash(part) for name, part in parts.items() if isinstance(part, nn.Module)}
+    known = {name: weights_hash(part) for name, part in parts.items() if isinstance(part, nn.Module)}
+    return known or {"module_hash": weights_hash(pl_module)}
+
+
+def extractor_facts(network: FeatureExtractor) -> dict[str, str]:
+    """What a protocol states of the features."""
+    return {
+        "extractor": network.name,
+        "extractor_weights_hash": network.weights_hash,
+        "extractor_resize": network.resize,
+    }
 
 
 def bits_per_token(reconstructor: Reconstructor) -> float | None:

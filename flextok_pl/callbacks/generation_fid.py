@@ -13,7 +13,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from tqdm import trange
 
-from flextok_pl.callbacks.budget_evaluation import BudgetEvaluation, Pass, first_rows
+from flextok_pl.callbacks.budget_evaluation import BudgetEvaluation
+from flextok_pl.callbacks.budget_pass import Pass, first_rows
 from flextok_pl.callbacks.probe import fitted_probe
 from flextok_pl.contracts import GenerationModule, check_sampling, weights_hash
 from flextok_pl.data.conditions import class_index

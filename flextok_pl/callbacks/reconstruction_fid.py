@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from flextok_pl.callbacks.budget_evaluation import BudgetEvaluation, Pass, first_rows
+from flextok_pl.callbacks.budget_evaluation import BudgetEvaluation
+from flextok_pl.callbacks.budget_pass import Pass, first_rows
 from flextok_pl.callbacks.evaluation import module_reconstructor
 from flextok_pl.metrics.distributed import gather_objects
 from flextok_pl.metrics.feature_set import FeatureSet

@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flextok_pl.assets import DEMO_TOKENIZER
-from flextok_pl.callbacks.evaluation import versions
-from flextok_pl.cli.tools import default_device, picture_size, run_tool
-from flextok_pl.contracts import default_budgets, weights_hash
+from flextok_pl.callbacks.evaluation import extractor_facts, versions
+from flextok_pl.cli.tools import checked_budgets, default_device, picture_size, run_tool
+from flextok_pl.contracts import weights_hash
 from flextok_pl.data.pictures import open_pictures
 from flextok_pl.data.transforms import CENTER_CROP
 from flextok_pl.flow.guidance import GUIDANCE_KINDS
@@ -107,9 +107,7 @@ def compare_decodings(
     if source is not None and source.condition_kind == "text":
         raise ValueError(f"prior={prior!r} is conditioned on text: measure it by `flextok test` and its group gfid")
     tok = FlexTok.from_pretrained(tokenizer or DEMO_TOKENIZER, device=place) if source is None else source.reconstructor
-    wanted = sorted(budgets or default_budgets(tok.num_registers))
-    if not 1 <= wanted[0] <= wanted[-1] <= tok.num_registers:
-        raise ValueError(f"budgets={budgets} must be in 1..{tok.num_registers}, the budgets of this tokenizer")
+    wanted = checked_budgets(budgets, tok.num_registers)
     network = build_extractor(extractor, weights).to(place)
     chosen = metric or network.kernel_metric_name
     known = (network.metric_name, network.kernel_metric_name)
@@ -119,8 +117,10 @@ def compare_decodings(
     kind: type[ReconstructionStatistics | GenerationStatistics]
     kind = ReconstructionStatistics if source is None else GenerationStatistics
     first = kind(wanted, network)
-    statistics = {setting: kind(wanted, network, real=first.real) for setting in settings[1:]}
-    statistics = {settings[0]: first, **statistics}
+    statistics = {settings[0]: first, **{s: kind(wanted, network, real=first.real) for s in settings[1:]}}
+    for each in statistics.values():
+        if isinstance(each, ReconstructionStatistics) and isinstance(first, ReconstructionStatistics):
+            each.images = first.images  # real pictures are counted once
     loader, count = open_pictures(reference, picture_size(tok), batch_size, num_workers)
     done = 0
     with tqdm(total=count * len(settings) * len(wanted), desc="decoding", unit="picture") as bar:
@@ -132,8 +132,8 @@ def compare_decodings(
             else:
                 tokens = _generated(source, keys, done, cfg_scale, temperature, seed)
             done += len(keys)
+            first.update_real(originals, keys)
             for setting, each in statistics.items():
-                each.update_real(originals, keys)
                 for budget in wanted:
                     noise = sample_generators(keys, seed)
                     made = to_uint8(tok.detokenize(tokens, num_tokens=budget, generator=noise, **asdict(setting)))
@@ -150,9 +150,7 @@ def compare_decodings(
         "data_hash": f"{first.data_hash % 2**64:016x}",
         "image_size": first.image_size,
         "crop": CENTER_CROP,
-        "extractor": network.name,
-        "extractor_weights_hash": network.weights_hash,
-        "extractor_resize": network.resize,
+        **extractor_facts(network),
         "solver": "euler",
         "seed": seed,
         "tokenizer_hash": weights_hash(tok),
@@ -205,9 +203,8 @@ def _generated(
 def _heat_maps(table: Mapping[int, Mapping[Setting, float]], metric: str) -> bytes:
     """One map per budget, guidance by steps, with its numbers, as PNG."""
     settings = list(next(iter(table.values())))
-    rows, columns = (
-        list(dict.fromkeys(found)) for found in zip(*((s.guided, s.num_steps) for s in settings), strict=True)
-    )
+    rows = list(dict.fromkeys(setting.guided for setting in settings))
+    columns = list(dict.fromkeys(setting.num_steps for setting in settings))
     across = min(4, len(table))
     down = -(-len(table) // across)
     width, height = 1.2 + 0.6 * len(columns), 0.8 + 0.3 * len(rows)

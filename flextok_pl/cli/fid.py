@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from flextok_pl.callbacks.evaluation import versions
+from flextok_pl.callbacks.evaluation import extractor_facts, versions
 from flextok_pl.cli.tools import default_device, run_tool
 from flextok_pl.contracts import Batch
 from flextok_pl.data.pictures import ARRAY, open_pictures, read_arrays
@@ -23,13 +23,10 @@ from flextok_pl.metrics.generation import GenerationStatistics
 from flextok_pl.metrics.images import to_uint8
 from flextok_pl.metrics.keys import images_hash, key_hash
 from flextok_pl.metrics.reconstruction import check_each_sample_once
-from flextok_pl.metrics.report import (
-    format_columns,
-    format_value,
-    protocol_differences,
-    read_records,
-    write_json,
-)
+from flextok_pl.metrics.report import format_columns, format_value, protocol_differences, read_records, write_json
+
+MOMENTS = ("mu", "sigma")
+"""Names of mean and covariance in a `.npz` file."""
 
 ONLY = 0
 """The one budget, since these images have none."""
@@ -100,9 +97,7 @@ def compare_images(
         "full_rank": full_rank,
         "image_size": statistics.image_size,
         "crop": None if image_size is None else CENTER_CROP,
-        "extractor": network.name,
-        "extractor_weights_hash": network.weights_hash,
-        "extractor_resize": network.resize,
+        **extractor_facts(network),
         "pool_size": pool_size,
         "inception_splits": inception_splits,
         "seed": seed,
@@ -165,9 +160,10 @@ class _Side:
                 pixels, keys = to_uint8(batch["image"]), batch["key"]
                 if side == "reference":
                     statistics.update_real(pixels, keys)
+                    digest = statistics.data_hash
                 else:
                     statistics.update_generated(ONLY, pixels, keys)
-                digest = images_hash(pixels, keys, digest)
+                    digest = images_hash(pixels, keys, digest)
                 ids += [key_hash(key) for key in keys]
             check_each_sample_once(ids, self.num_pictures, False, torch.device("cpu"), self.source)
             if self.num_pictures < 2:
@@ -183,9 +179,9 @@ def _open(source: str, network: FeatureExtractor, image_size: int | None, batch_
     path = Path(source).expanduser()
     given, has_pictures = None, True
     if path.suffix == ".npz":
-        arrays = read_arrays(path)
+        arrays = read_arrays(path, MOMENTS)
         has_pictures = ARRAY in arrays
-        if {"mu", "sigma"} <= set(arrays):
+        if set(MOMENTS) <= set(arrays):
             given = _statistics_of(path, arrays, network)
         elif not has_pictures:
             raise ValueError(f"{source} holds {sorted(arrays)}; needed are pictures ({ARRAY}) or mu and sigma")
@@ -195,7 +191,8 @@ def _open(source: str, network: FeatureExtractor, image_size: int | None, batch_
 
 def _statistics_of(path: Path, arrays: dict[str, Any], network: FeatureExtractor) -> FeatureStatistics:
     try:
-        statistics = FeatureStatistics.from_moments(torch.from_numpy(arrays["mu"]), torch.from_numpy(arrays["sigma"]))
+        mean, covariance = (torch.from_numpy(arrays[name]) for name in MOMENTS)
+        statistics = FeatureStatistics.from_moments(mean, covariance)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
     if statistics.dim != network.dim:

@@ -10,8 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flextok_pl.callbacks.evaluation import versions
-from flextok_pl.cli.tools import default_device, picture_size, run_tool
-from flextok_pl.contracts import default_budgets, weights_hash
+from flextok_pl.cli.tools import checked_budgets, default_device, picture_size, run_tool
+from flextok_pl.contracts import weights_hash
 from flextok_pl.data import ShardDataModule
 from flextok_pl.data.index import load_indices
 from flextok_pl.metrics.classifier import LinearProbe
@@ -53,9 +53,7 @@ def probe_tokens(
     """
     place = default_device(device)
     tok = FlexTok.from_pretrained(tokenizer, device=place)
-    wanted = sorted(budgets or default_budgets(tok.num_registers))
-    if not 1 <= wanted[0] <= wanted[-1] <= tok.num_registers:
-        raise ValueError(f"budgets={budgets} must be in 1..{tok.num_registers}, the budgets of this tokenizer")
+    wanted = checked_budgets(budgets, tok.num_registers)
     classes = load_indices(train)[0].classes
     if not classes or load_indices(val)[0].classes != classes:
         raise ValueError(f"train={train!r} and val={val!r} need the same classes; these have none, or others")

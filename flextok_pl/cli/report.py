@@ -12,11 +12,10 @@ from typing import Any, Literal
 
 from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 
 from flextok_pl.assets import PUBLISHED
 from flextok_pl.cli.tools import run_tool
-from flextok_pl.metrics.report import Record, format_value, read_records, write_atomically
+from flextok_pl.metrics.report import Record, draw_budgets, format_value, read_records, write_atomically
 
 KINDS = {"rfid": "Reconstruction", "gfid": "Generation"}
 """Name of a file of records -> what it measures."""
@@ -106,7 +105,7 @@ def _section(kind: str, records: Sequence[Record], place: Path, dataset: str | N
     parts = [
         f"<h2>{KINDS[kind]} by token budget</h2>",
         f"<p>{escape(_short_protocol(first))}</p>",
-        f"<figure>{_curves(values, metrics, peers)}</figure>",
+        f"<figure>{_curves(values, peers)}</figure>",
         _table(
             ["tokens", *metrics],
             [[str(budget), *(format_value(row[metric]) for metric in metrics)] for budget, row in values.items()],
@@ -133,29 +132,12 @@ def _short_protocol(record: Record) -> str:
     return "; ".join(parts)
 
 
-def _curves(values: Mapping[int, Mapping[str, float]], metrics: Sequence[str], peers: Sequence[Record]) -> str:
-    """One chart per metric over the budgets, as SVG."""
-    columns = min(4, len(metrics))
-    rows = -(-len(metrics) // columns)
-    figure = Figure(figsize=(3.4 * columns, 2.7 * rows), layout="constrained")
-    budgets = sorted(values)
-    for index, metric in enumerate(metrics):
-        axes = figure.add_subplot(rows, columns, index + 1)
-        axes.plot(
-            budgets, [values[budget][metric] for budget in budgets], marker="o", markersize=4, label="measured here"
-        )
-        if metric == FID and peers:
-            for peer in peers:
-                axes.plot(peer["num_tokens"], peer["value"], "x", color="gray")
-                axes.annotate(peer["model"], (peer["num_tokens"], peer["value"]), fontsize=5, color="gray")
-        axes.set_xscale("log", base=2)
-        if len(budgets) <= 10:
-            axes.set_xticks(budgets, [str(budget) for budget in budgets])
-            axes.minorticks_off()
-        axes.set_title(metric, fontsize=9)
-        axes.set_xlabel("tokens", fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3)
+def _curves(values: Mapping[int, Mapping[str, float]], peers: Sequence[Record]) -> str:
+    """The charts by budget, with other models' FIDs on that panel, as SVG."""
+    figure, panels = draw_budgets(values)
+    for peer in peers:
+        panels[FID].plot(peer["num_tokens"], peer["value"], "x", color="gray")
+        panels[FID].annotate(peer["model"], (peer["num_tokens"], peer["value"]), fontsize=5, color="gray")
     text = io.StringIO()
     with rc_context({"svg.hashsalt": "flextok"}):  # names within the drawing are otherwise drawn at random
         FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})  # type: ignore[no-untyped-call]

@@ -247,6 +247,18 @@ def picture_size(tok: FlexTok) -> int:
     return min(tok.latent_size) * tok.require_vae().config.downsampling
 
 
+def checked_budgets(budgets: Sequence[int] | None, num_registers: int) -> list[int]:
+    """Numbers of tokens in ascending order; None -> 1, 2, 4, ... K.
+
+    Raises:
+        ValueError: one is not a budget of this tokenizer.
+    """
+    wanted = sorted(budgets or default_budgets(num_registers))
+    if not 1 <= wanted[0] <= wanted[-1] <= num_registers:
+        raise ValueError(f"budgets={budgets} must be in 1..{num_registers}, the budgets of this tokenizer")
+    return wanted
+
+
 def token_budgets(text: str | None, num_registers: int) -> list[int]:
     """`1,4,16` -> [1, 4, 16]; None -> 1, 2, 4, ... K.
 

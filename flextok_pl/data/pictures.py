@@ -100,7 +100,7 @@ def _read_row(pixels: np.ndarray[Any, Any], name: str) -> Image.Image:
 
 
 def _of_array(path: Path, image_size: int | None) -> _Pictures:
-    pixels = read_arrays(path).get(ARRAY)
+    pixels = read_arrays(path, [ARRAY]).get(ARRAY)
     if pixels is None or pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
         held = "nothing" if pixels is None else f"{pixels.dtype} {pixels.shape}"
         raise ValueError(f"{path}: {ARRAY} is {held}; pictures are uint8 (N, H, W, 3)")
@@ -108,16 +108,16 @@ def _of_array(path: Path, image_size: int | None) -> _Pictures:
     return _Pictures(names, partial(_read_row, pixels), image_size)
 
 
-def read_arrays(path: Path) -> dict[str, Any]:
-    """The arrays of a `.npz` file, without letting it run code.
+def read_arrays(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Those of the named arrays that a `.npz` file has, and None for each other one in it; no code in the file runs.
 
     Raises:
         ValueError: it is missing, damaged, or holds objects.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            return {name: file[name] if name in names else None for name in file.files}
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read as a .npz file of numbers: {error}") from error
 
 

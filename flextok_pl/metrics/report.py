@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -95,16 +96,15 @@ def write_csv(values: Mapping[int, Mapping[str, float]], num_samples: int, path:
     write_atomically(path, text.getvalue().encode())
 
 
-def plot_budgets(values: Mapping[int, Mapping[str, float]], title: str, path: Path) -> None:
-    """Plot each metric against the token budget on a log-2 axis, one panel each, as PNG."""
+def draw_budgets(values: Mapping[int, Mapping[str, float]]) -> tuple[Figure, dict[str, Axes]]:
+    """Draw each metric against the token budget on a log-2 axis, one panel each; returns the panels by metric."""
     metrics = list(next(iter(values.values())))
     budgets = list(values)
     columns = min(4, len(metrics))
     rows = math.ceil(len(metrics) / columns)
     figure = Figure(figsize=(3.2 * columns, 2.6 * rows + 0.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    for index, metric in enumerate(metrics):
-        axes = figure.add_subplot(rows, columns, index + 1)
+    panels = {metric: figure.add_subplot(rows, columns, index + 1) for index, metric in enumerate(metrics)}
+    for metric, axes in panels.items():
         axes.plot(budgets, [values[budget][metric] for budget in budgets], marker="o", markersize=4)
         axes.set_xscale("log", base=2)
         if len(budgets) <= 10:
@@ -114,6 +114,13 @@ def plot_budgets(values: Mapping[int, Mapping[str, float]], title: str, path: Pa
         axes.set_xlabel("tokens", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
+    return figure, panels
+
+
+def plot_budgets(values: Mapping[int, Mapping[str, float]], title: str, path: Path) -> None:
+    """Write what `draw_budgets` draws as PNG."""
+    figure, _ = draw_budgets(values)
+    FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=10)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
