@@ -99,9 +99,12 @@ tensorboard: $(READY)  ## show the runs
 	$(BIN)/tensorboard --logdir runs
 
 ##@ Develop
-.PHONY: test lint bench clean
+.PHONY: test test-agreement lint bench clean
 test: $(READY)  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-agreement: $(READY)  ## measure 10,000 against 10,000 pictures, beside torch-fidelity (Debian: dataset-fashion-mnist)
+	$(BIN)/python -m pytest -m long -s tests/agreement $(ARGS)
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .

@@ -36,7 +36,7 @@ class CodebookReport(Callback):
     `codes.json` and `codes.png`. Only the encoder runs, while batches are evaluated, so averaged weights are seen.
 
     Args:
-        every_n_epochs: during a fit, report in the validations of every n-th epoch.
+        every_n_epochs: during a fit, report in the validations of every n-th epoch; 0 for never.
         max_batches: batches per process to look at; null for all.
         output_dir: where a test's files go; null for the trainer's log directory.
 
@@ -47,9 +47,9 @@ class CodebookReport(Callback):
     def __init__(
         self, every_n_epochs: int = 1, max_batches: int | None = None, output_dir: Path | str | None = None
     ) -> None:
-        for name, value in (("every_n_epochs", every_n_epochs), ("max_batches", max_batches)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        for name, value, least in (("every_n_epochs", every_n_epochs, 0), ("max_batches", max_batches, 1)):
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
         self.every_n_epochs, self.max_batches = every_n_epochs, max_batches
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.values: dict[str, float] = {}
@@ -69,14 +69,15 @@ class CodebookReport(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a module without tokens before time is spent on it."""
-        module_reconstructor(pl_module)
+        if self.every_n_epochs:
+            module_reconstructor(pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the tokens of the pass before."""
         self._tokens, self._labels = [], []
         in_fit = trainer.state.fn == TrainerFn.FITTING
-        due = not in_fit or (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        self._due = due and not trainer.sanity_checking
+        due = not in_fit or (self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0)
+        self._due = bool(due) and not trainer.sanity_checking
 
     on_test_epoch_start = on_validation_epoch_start
 

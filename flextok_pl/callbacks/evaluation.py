@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from flextok_pl.callbacks.ema import EMA
 from flextok_pl.contracts import Reconstructor, weights_hash
 from flextok_pl.metrics.features import FeatureExtractor
 
@@ -91,33 +91,26 @@ def batch_images(batch: Any, dataloader_idx: int = 0) -> tuple[Tensor, list[str]
 
 def checkpoint_facts(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """What a protocol needs of a loaded checkpoint: whether it holds averaged weights, and its step."""
-    return {"averaged": "averaging_state" in checkpoint, "global_step": int(checkpoint.get("global_step", 0))}
+    return {"averaged": "current_model_state" in checkpoint, "global_step": int(checkpoint.get("global_step", 0))}
 
 
 def weights_in_use(trainer: Trainer, loaded: Mapping[str, Any] | None) -> str:
     """Name the weights that the module has while batches are evaluated.
-
-    Lightning's averaging callbacks swap averaged weights in for every validation, store them as a checkpoint's weights,
-    and leave them in the module when a fit ends. But they put RAW weights back where a process that has fitted then
-    tests such a checkpoint.
 
     Args:
         trainer: the running trainer.
         loaded: `checkpoint_facts` of what it has loaded since its setup, if anything.
 
     Returns:
-        `ema`, `raw`, `initial` (averaging that has not been updated yet holds the weights that training started from)
+        `ema`, `raw`, `initial` (an average that has not been updated yet holds the weights that training started from)
         or `loaded` (the module's own, about which the trainer knows nothing more).
     """
-    averages = [c._average_model for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
-    average = next((model for model in averages if model is not None), None)
-    from_average = loaded is not None and loaded["averaged"]
+    average = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
     if trainer.state.fn == TrainerFn.FITTING:
         if average is None:
             return "raw"
-        return "ema" if int(average.n_averaged) > 0 else "initial"
-    if average is not None:
-        return "raw" if from_average and trainer.state.fn == TrainerFn.TESTING else "ema"
+        return "ema" if average.num_updates else "initial"
+    from_average = average is not None and average.in_place if loaded is None else loaded["averaged"]
     return "ema" if from_average else "loaded"
 
 

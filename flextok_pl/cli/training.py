@@ -10,11 +10,11 @@ from typing import Any
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import flextok_pl.modules  # noqa: F401  makes the modules known by their bare class names
-from flextok_pl.callbacks import CodebookReport, GenerationFID, ReconstructionFID, Throughput, TokenReport
+from flextok_pl.callbacks import EMA, CodebookReport, GenerationFID, ReconstructionFID, Throughput, TokenReport
 from flextok_pl.cli import UserError, base_config, config_paths
 from flextok_pl.data import ShardDataModule
 from flextok_pl.modules.saved_prior import SavedPrior
@@ -29,7 +29,7 @@ CALLBACKS: dict[str, type[Callback]] = {
     "lr_monitor": LearningRateMonitor,
     "checkpoint": ModelCheckpoint,
     # Last, so that it swaps the raw weights back after every other callback has evaluated the averaged ones.
-    "ema": EMAWeightAveraging,
+    "ema": EMA,
 }
 """Optional callbacks, each a top-level group of options: `null` leaves it out, `{}` takes its defaults."""
 

@@ -48,18 +48,25 @@ def sample_draws(
     generator: torch.Generator,
     timestep_shift: float = 1.0,
     pure_noise: float = 0.0,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> TrainingDraws:
-    """Draw what a training step needs.
+    """Draw what a training step needs, for the images of all ranks, and take every `world_size`-th from `rank` on.
+
+    So a step does not depend on the number of processes, and stratified times are so over the whole batch.
 
     Args:
         config: names the laws of budget, null condition and time.
-        latents: (B, C, h, w); gives batch size, shape and device.
-        generator: a CPU generator; noise is drawn on the latents' device from a seed that it yields.
+        latents: (B, C, h, w) of this rank; gives batch size, shape and device.
+        generator: a CPU generator, in the same state on all ranks; each image's noise is drawn on the latents' device
+            from a seed that it yields.
         timestep_shift: see `sample_timesteps`.
         pure_noise: probability of t = 1 in place of the law's draw. There only the tokens say what to draw, so that
             these images train the encoder as an autoencoder would be trained.
+        rank: of this process.
+        world_size: number of processes; all have B images.
     """
-    batch = len(latents)
+    batch = len(latents) * world_size
     num_tokens = sample_num_tokens(config.nested_dropout, batch, config.num_registers, generator)
     null = torch.rand(batch, generator=generator) < config.null_dropout
     t = sample_timesteps(
@@ -72,10 +79,13 @@ def sample_draws(
     )
     if pure_noise > 0:
         t = torch.where(torch.rand(batch, generator=generator) < pure_noise, 1.0, t)
-    seed = int(torch.randint(2**62, (), generator=generator))
-    noise_generator = torch.Generator(latents.device).manual_seed(seed)
-    noise = torch.randn(latents.shape, generator=noise_generator, device=latents.device)
-    return TrainingDraws(noise, t.to(latents.device), num_tokens, null)
+    seeds = torch.randint(2**62, (batch,), generator=generator)
+    mine = slice(rank, None, world_size)
+    noise = torch.empty_like(latents)
+    noise_generator = torch.Generator(latents.device)
+    for row, seed in zip(noise, seeds[mine].tolist(), strict=True):
+        row.normal_(generator=noise_generator.manual_seed(seed))
+    return TrainingDraws(noise, t[mine].to(latents.device), num_tokens[mine], null[mine])
 
 
 def flow_loss(

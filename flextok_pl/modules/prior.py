@@ -20,7 +20,7 @@ from flextok_pl.models.text import TextEncoder
 from flextok_pl.models.token_loss import token_loss
 from flextok_pl.modules.optim import parameter_groups, warmup_cosine
 from flextok_pl.modules.prior_base import PriorBase, TokenOutputs
-from flextok_pl.modules.steps import check_averaging, log_gradient_norm, step_generator, stop_if_not_finite
+from flextok_pl.modules.steps import log_gradient_norm, step_generator, stop_if_not_finite
 
 
 class PriorModule(PriorBase):
@@ -117,7 +117,6 @@ class PriorModule(PriorBase):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over parameter groups, warm-up and cosine per step."""
-        check_averaging(self)
         groups = parameter_groups(self, self.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
         total = self.trainer.estimated_stepping_batches
@@ -128,7 +127,9 @@ class PriorModule(PriorBase):
         """Cross-entropy of each token given those before it."""
         tokens, condition = self.tokens(batch), self.condition(batch)
         generator = step_generator(self, self.seed, batch_idx)
-        null = torch.rand(len(tokens), generator=generator, device=tokens.device) < self.condition_dropout
+        world_size = self.trainer.world_size
+        draws = torch.rand(len(tokens) * world_size, generator=generator)  # of all ranks, whatever their number
+        null = draws[self.global_rank :: world_size].to(tokens.device) < self.condition_dropout
         hidden = self.prior.hidden(tokens, condition, null)
         result = token_loss(hidden, self.prior.head.weight, tokens, self.label_smoothing, self.loss_chunk)
         stop_if_not_finite(self, result.loss, batch)

@@ -6,21 +6,23 @@ import hashlib
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
 
 from flextok_pl.contracts import Batch
 
 
-def step_generator(module: pl.LightningModule, seed: int, batch_idx: int) -> torch.Generator:
-    """A generator on the module's device: a pure function of (seed, global step, batch index, rank).
+def step_generator(module: pl.LightningModule, seed: int, *position: int) -> torch.Generator:
+    """A CPU generator that is a pure function of (seed, global step, position).
 
-    The batch index tells apart the batches whose gradients one step accumulates.
+    Args:
+        module: knows the step.
+        seed: of the training.
+        position: tells apart what happens in one step: the index of the batch, for the batches whose gradients are
+            accumulated, and the rank, where ranks are to draw different numbers.
     """
-    position = f"{seed}/{module.global_step}/{batch_idx}/{module.global_rank}"
-    digest = hashlib.blake2b(position.encode(), digest_size=8).digest()
-    return torch.Generator(module.device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    text = "/".join(map(str, (seed, module.global_step, *position)))
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def stop_if_not_finite(module: pl.LightningModule, loss: Tensor, batch: Batch) -> None:
@@ -41,23 +43,6 @@ def stop_if_not_finite(module: pl.LightningModule, loss: Tensor, batch: Batch) -
         f"{checkpoint or 'none was written yet'}. Look at the samples, or resume from the checkpoint with a lower "
         "learning rate or gradient_clip_val"
     )
-
-
-def check_averaging(module: pl.LightningModule) -> None:
-    """Refuse weight averaging that would end with the initial weights.
-
-    `EMAWeightAveraging` copies its average to the module at the end of a fit, also when it was never updated.
-
-    Raises:
-        MisconfigurationException: its first update lies behind the last step.
-    """
-    total = module.trainer.estimated_stepping_batches
-    for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, EMAWeightAveraging) and (callback.update_starting_at_step or 0) >= total >= 0:
-            raise MisconfigurationException(
-                f"update_starting_at_step={callback.update_starting_at_step} of EMAWeightAveraging is not reached in "
-                f"{total} steps, so that the initial weights would be exported; lower it, or remove the callback"
-            )
 
 
 def logging_now(module: pl.LightningModule) -> bool:

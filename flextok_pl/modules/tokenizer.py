@@ -26,7 +26,6 @@ from flextok_pl.models.vae import VAE
 from flextok_pl.modules.loss_buckets import LossBuckets
 from flextok_pl.modules.optim import parameter_groups, warmup_cosine
 from flextok_pl.modules.steps import (
-    check_averaging,
     log_gradient_norm,
     logging_now,
     step_generator,
@@ -125,7 +124,6 @@ class TokenizerModule(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over parameter groups, warm-up and cosine per step."""
-        check_averaging(self)
         groups = parameter_groups(self, self.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
         total = self.trainer.estimated_stepping_batches
@@ -150,7 +148,15 @@ class TokenizerModule(pl.LightningModule):
         """Velocity loss, and the alignment with the teacher where there is one."""
         latents = self.latents(batch)
         generator = step_generator(self, self.seed, batch_idx)
-        draws = sample_draws(self.tokenizer.config, latents, generator, self.timestep_shift, self.pure_noise)
+        draws = sample_draws(
+            self.tokenizer.config,
+            latents,
+            generator,
+            self.timestep_shift,
+            self.pure_noise,
+            self.global_rank,
+            self.trainer.world_size,
+        )
         result = flow_loss(self.tokenizer, latents, draws, budget_groups=self.budget_groups)
         loss = result.loss.mean()
         stop_if_not_finite(self, loss, batch)

@@ -22,7 +22,7 @@ from flextok_pl.models.discriminator import PatchDiscriminator, adaptive_weight,
 from flextok_pl.models.perceptual import PerceptualDistance
 from flextok_pl.models.vae import VAE
 from flextok_pl.modules.optim import parameter_groups, warmup_cosine
-from flextok_pl.modules.steps import check_averaging, step_generator, stop_if_not_finite
+from flextok_pl.modules.steps import step_generator, stop_if_not_finite
 
 
 class VAEModule(pl.LightningModule):
@@ -36,7 +36,7 @@ class VAEModule(pl.LightningModule):
 
     At the end of a fit the latents are measured on training batches and the autoencoder is exported to
     `<log_dir>/vae`, a folder that diffusers reads, with scaling_factor = 1 / (standard deviation of the
-    posterior means). With `EMAWeightAveraging` the averaged weights are measured and exported.
+    posterior means). With `EMA` the averaged weights are measured and exported.
 
     Args:
         net: the autoencoder, of kind `kl`.
@@ -117,7 +117,8 @@ class VAEModule(pl.LightningModule):
         """The loss of one batch with key `image`."""
         images = _images(batch)
         moments = self.vae.moments(images)  # (B, 2C, h, w)
-        latents = self.vae.scale(moments, sample_posterior=True, generator=step_generator(self, self.seed, batch_idx))
+        generator = step_generator(self, self.seed, batch_idx, self.global_rank)
+        latents = self.vae.scale(moments, sample_posterior=True, generator=generator)
         outputs = self.vae.decode(latents)  # (B, 3, H, W)
         losses = {"reconstruction": self.distance(outputs, images), "kl": kl_divergence(moments) / images[0].numel()}
         compared = losses["reconstruction"]
@@ -205,10 +206,6 @@ class VAEModule(pl.LightningModule):
         self.log("val/mse_over_variance", (mse / variance).float(), prog_bar=True)
 
     # Export
-
-    def on_fit_start(self) -> None:
-        """Check the callbacks."""
-        check_averaging(self)
 
     def on_train_end(self) -> None:
         """Measure the latents and export the autoencoder.

@@ -7,13 +7,12 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
-from flextok_pl.callbacks import GenerationFID
+from flextok_pl.callbacks import EMA, GenerationFID
 from flextok_pl.metrics.classifier import LinearProbe
 
 SIDE, LENGTH, CLASSES = 16, 4, 3
@@ -241,7 +240,7 @@ def test_rows_of_the_picture(tmp_path):
 def test_a_fit_measures_the_average_and_shows_it(tmp_path):
     callback = GenerationFID(cache_dir=None, max_samples=6, **WITH_PROBE)
     logger = TensorBoardLogger(tmp_path, name="tb")
-    averaging = EMAWeightAveraging(decay=0.5)
+    averaging = EMA(decay=0.5)
     data = Pictures()
     trainer = trainer_for(tmp_path, callback, logger=logger, callbacks=[averaging], max_epochs=2, log_every_n_steps=1)
     trainer.fit(BandPrior(lr=0.1), data)

@@ -9,13 +9,12 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
-from flextok_pl.callbacks import ReconstructionFID
+from flextok_pl.callbacks import EMA, ReconstructionFID
 from flextok_pl.metrics.images import to_uint8
 
 STRIPS, SIDE, STEPS = 8, 32, 4
@@ -252,7 +251,7 @@ def test_averaged_weights_are_measured_and_named(tmp_path):
     trainer_for(tmp_path / "raw", raw).fit(StripModule(lr=0.1), datamodule=data)
     assert raw.values[8]["mse"] == pytest.approx(measured(-0.4), rel=1e-5)
 
-    averaged, averaging = ReconstructionFID(**options), EMAWeightAveraging(decay=0.5)
+    averaged, averaging = ReconstructionFID(**options), EMA(decay=0.5)
     trainer = trainer_for(tmp_path / "ema", averaged, callbacks=[averaging])
     module = StripModule(lr=0.1)
     trainer.fit(module, datamodule=data)
@@ -262,10 +261,9 @@ def test_averaged_weights_are_measured_and_named(tmp_path):
     (record, *_) = json.loads((tmp_path / "ema/rfid_fit/rfid.json").read_text())
     assert record["model_weights"] == "ema"
 
-    late = ReconstructionFID(**options)
-    trainer_for(tmp_path / "late", late, callbacks=[EMAWeightAveraging(update_starting_at_step=99)]).fit(
-        StripModule(lr=0.1), datamodule=data
-    )
+    late = ReconstructionFID(every_n_epochs=2, **options)
+    average = EMA(update_starting_at_step=9)  # in the third epoch, of which nothing is measured
+    trainer_for(tmp_path / "late", late, callbacks=[average], max_epochs=3).fit(StripModule(lr=0.1), datamodule=data)
     (record, *_) = json.loads((tmp_path / "late/rfid_fit/rfid.json").read_text())
     assert record["model_weights"] == "initial"
     assert late.values[8]["mse"] == pytest.approx(measured(0), rel=1e-5)
@@ -275,7 +273,7 @@ def test_a_checkpoint_with_averaged_weights_is_named_so_where_it_is_tested(tmp_p
     data = Pictures(pictures(20))
     options = {"cache_dir": None, "budgets": [8]}
     fitted = ReconstructionFID(output_dir=tmp_path / "same", **options)
-    trainer = trainer_for(tmp_path, fitted, callbacks=[EMAWeightAveraging(decay=0.5)], limit_val_batches=0)
+    trainer = trainer_for(tmp_path, fitted, callbacks=[EMA(decay=0.5)], limit_val_batches=0)
     module = StripModule(lr=0.1)
     trainer.fit(module, datamodule=data)
     trainer.save_checkpoint(tmp_path / "averaged.ckpt")

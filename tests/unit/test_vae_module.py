@@ -7,11 +7,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
+from flextok_pl.callbacks import EMA
 from flextok_pl.models.config import VAEConfig
 from flextok_pl.models.vae import VAE
 from flextok_pl.modules.vae import VAEModule, kl_divergence, psnr
@@ -174,20 +174,11 @@ def test_averaged_weights_are_exported(tmp_path: Path) -> None:
             seen.append(pl_module.vae.vae.decoder.conv_out.weight.detach().clone())
 
     model = module(perceptual_weight=0.1, lr=1e-2)
-    frozen = model.perceptual
-    run = trainer(tmp_path, max_steps=2, callbacks=[EMAWeightAveraging(decay=0.5), Spy()])
+    run = trainer(tmp_path, max_steps=2, callbacks=[EMA(decay=0.5), Spy()])
     run.fit(model, loader(batches(2, side=32)))
     exported = load_file(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")["decoder.conv_out.weight"]
     torch.testing.assert_close(exported, (seen[0] + seen[1]) / 2)
     assert not torch.equal(seen[0], seen[1])
-    average = run.callbacks[0]._average_model.module  # type: ignore[attr-defined]
-    assert average.perceptual is frozen  # not doubled
-
-
-def test_averaging_that_never_starts_is_refused(tmp_path: Path) -> None:
-    run = trainer(tmp_path, callbacks=[EMAWeightAveraging(update_starting_at_step=4)])
-    with pytest.raises(MisconfigurationException, match="update_starting_at_step=4"):
-        run.fit(module(), loader(batches()))
 
 
 def test_a_loss_that_is_not_finite_stops(tmp_path: Path) -> None:
@@ -206,7 +197,7 @@ def test_resume_repeats_nothing(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=2, filename="{step}", save_top_k=-1)
     for ckpt in (None, str(tmp_path / "step=2.ckpt")):
         model = module(**options)
-        run = trainer(tmp_path, enable_checkpointing=True, callbacks=[checkpoint, EMAWeightAveraging(decay=0.5)])
+        run = trainer(tmp_path, enable_checkpointing=True, callbacks=[checkpoint, EMA(decay=0.5)])
         run.fit(model, loader(data), ckpt_path=ckpt)
         assert run.global_step == 4
         ends.append(model.vae.state_dict())

@@ -1,0 +1,166 @@
+"""An exponential moving average of the weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor
+
+
+class EMA(Callback):
+    """Average the trained weights, evaluate and export the average, and keep it in checkpoints.
+
+    During a validation, and from the end of a fit on, the module holds the average. A checkpoint's `state_dict` is the
+    average, so that whoever loads it gets what was evaluated; the weights in training are its `current_model_state`.
+    Lightning's `EMAWeightAveraging` writes the same, but copies the whole module, which sharded ones do not bear.
+
+    Args:
+        decay: share of the average that stays at an update; the first update copies the weights.
+        update_every_n_steps: optimizer steps between updates.
+        update_starting_at_step: number of the optimizer step after which the first update comes; before it the average
+            holds the weights that training started from.
+
+    Attributes:
+        num_updates: updates so far.
+        in_place: whether the module holds the average now.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    def __init__(self, decay: float = 0.999, update_every_n_steps: int = 1, update_starting_at_step: int = 0) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"decay={decay} must be in [0, 1)")
+        for name, value, least in (
+            ("update_every_n_steps", update_every_n_steps, 1),
+            ("update_starting_at_step", update_starting_at_step, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+        self.decay = decay
+        self.update_every_n_steps, self.update_starting_at_step = update_every_n_steps, update_starting_at_step
+        self.num_updates = 0
+        self.in_place = False
+        self._seen_step = 0
+        self._weights: dict[str, Tensor] | None = None  # the average; the weights in training while that is in place
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier fit."""
+        if stage == "fit":
+            self.num_updates, self.in_place, self._seen_step, self._weights = 0, False, 0, None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start from the module's weights, or go on with a checkpoint's average.
+
+        Raises:
+            MisconfigurationException: the first update lies behind the last step, and the initial weights would be
+                exported.
+        """
+        total = trainer.estimated_stepping_batches
+        if self.update_starting_at_step >= total >= 0:
+            raise MisconfigurationException(
+                f"ema.update_starting_at_step={self.update_starting_at_step} is not reached in {total} steps, so that "
+                "the initial weights would be exported; lower it, or set ema to null"
+            )
+        given = self._weights or {}
+        self._weights = {
+            name: given[name].to(weight.device) if name in given else weight.clone()
+            for name, weight in _trained(pl_module)
+        }
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Update the average after an optimizer step."""
+        if trainer.global_step == self._seen_step:  # gradients are being accumulated
+            return
+        self._seen_step = trainer.global_step
+        step = self._seen_step - 1
+        if step < self.update_starting_at_step or step % self.update_every_n_steps:
+            return
+        average, weights = self._pairs(pl_module)
+        if self.num_updates:
+            torch._foreach_lerp_(average, weights, 1.0 - self.decay)
+        else:
+            torch._foreach_copy_(average, weights)
+        self.num_updates += 1
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the average in place, in a fit."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._swap(pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the weights in training back, in a fit."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._swap(pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the average in the module, which exports it."""
+        self._swap(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts; `on_save_checkpoint` stores the weights."""
+        return {"num_updates": self.num_updates, "seen_step": self._seen_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the counts."""
+        self.num_updates, self._seen_step = state_dict["num_updates"], state_dict["seen_step"]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Make the average the checkpoint's weights."""
+        if self._weights is None:
+            return
+        state = checkpoint["state_dict"]
+        sharded = any(isinstance(value, DTensor) for value in state.values())
+        kept = {name: value if sharded else _whole(value) for name, value in self._weights.items()}
+        other = state | kept if state else {}  # all ranks but the one that writes may have none
+        average, weights = (state, other) if self.in_place else (other, state)
+        checkpoint["state_dict"], checkpoint["current_model_state"] = average, weights
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """In a fit, take the average from the module, which has loaded it, and the weights in training in its place."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._weights = {name: weight.clone() for name, weight in _trained(pl_module)}
+        if "current_model_state" not in checkpoint:
+            warnings.warn("the checkpoint holds no average: averaging starts from its weights", stacklevel=2)
+            return
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(pl_module, checkpoint["current_model_state"], options=options)
+
+    def _pairs(self, pl_module: LightningModule) -> tuple[list[Tensor], list[Tensor]]:
+        """What is kept and what the module holds, as tensors of this process, in the same order."""
+        assert self._weights is not None
+        held = dict(_trained(pl_module))
+        return [_local(value) for value in self._weights.values()], [_local(held[name]) for name in self._weights]
+
+    def _swap(self, pl_module: LightningModule) -> None:
+        for kept, held in zip(*self._pairs(pl_module), strict=True):
+            before = kept.clone()
+            kept.copy_(held)
+            held.copy_(before)
+        self.in_place = not self.in_place
+
+
+def _trained(module: LightningModule) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each trained parameter."""
+    return ((name, parameter.detach()) for name, parameter in module.named_parameters() if parameter.requires_grad)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that this process holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered on the CPU, which all processes must ask for."""
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
