@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
@@ -152,7 +153,10 @@ class EMA(Callback):
 
 
 def _trained(module: LightningModule) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of each trained parameter."""
+    """Name and value of each trained parameter; of a sharded one its sharded self, though it be gathered now."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
     return ((name, parameter.detach()) for name, parameter in module.named_parameters() if parameter.requires_grad)
 
 

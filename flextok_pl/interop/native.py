@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from flextok_pl.interop.tensor_file import build_model, open_tensors, write_tensors
 from flextok_pl.models.config import FlexTokConfig, PriorConfig, config_from_dict, config_to_dict
@@ -24,12 +24,13 @@ _MAX_CONFIG_CHARACTERS = 100_000
 ConfigT = TypeVar("ConfigT", FlexTokConfig, PriorConfig)
 
 
-def save_pretrained(tok: FlexTok, path: str | Path) -> Path:
+def save_pretrained(tok: FlexTok, path: str | Path, weights: Mapping[str, Tensor] | None = None) -> Path:
     """Save weights and configuration in one file, atomically.
 
     Args:
         tok: the tokenizer; its VAE is saved too.
         path: a `.safetensors` file, or a folder that then holds `model.safetensors`.
+        weights: its state dict, where the tokenizer itself holds parts of it only.
 
     Returns:
         The file written.
@@ -37,15 +38,16 @@ def save_pretrained(tok: FlexTok, path: str | Path) -> Path:
     Raises:
         OSError: the folder or the disk does not take it.
     """
-    return _save(tok, config_in_use(tok), FORMAT, _file(path, "model.safetensors"))
+    return _save(weights or tok.state_dict(), config_in_use(tok), FORMAT, _file(path, "model.safetensors"))
 
 
-def save_prior(prior: Prior, path: str | Path) -> Path:
+def save_prior(prior: Prior, path: str | Path, weights: Mapping[str, Tensor] | None = None) -> Path:
     """Save a prior in one file, atomically.
 
     Args:
         prior: the prior.
         path: a `.safetensors` file, or a folder that then holds `prior.safetensors`.
+        weights: its state dict, where the prior itself holds parts of it only.
 
     Returns:
         The file written.
@@ -53,7 +55,7 @@ def save_prior(prior: Prior, path: str | Path) -> Path:
     Raises:
         OSError: the folder or the disk does not take it.
     """
-    return _save(prior, prior.config, PRIOR_FORMAT, _file(path, "prior.safetensors"))
+    return _save(weights or prior.state_dict(), prior.config, PRIOR_FORMAT, _file(path, "prior.safetensors"))
 
 
 def config_in_use(tok: FlexTok) -> FlexTokConfig:
@@ -114,9 +116,9 @@ def _file(path: str | Path, name: str) -> Path:
     return path if path.suffix == ".safetensors" else path / name
 
 
-def _save(model: nn.Module, config: FlexTokConfig | PriorConfig, kind: str, file: Path) -> Path:
+def _save(weights: Mapping[str, Tensor], config: FlexTokConfig | PriorConfig, kind: str, file: Path) -> Path:
     text = json.dumps(config_to_dict(config))
-    write_tensors(model.state_dict(), file, {"format": kind, "version": VERSION, "config": text})
+    write_tensors(weights, file, {"format": kind, "version": VERSION, "config": text})
     return file
 
 

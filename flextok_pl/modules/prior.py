@@ -14,12 +14,14 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
 from flextok_pl.contracts import Batch, run_folder
+from flextok_pl.interop import save_prior
 from flextok_pl.models.config import PriorConfig, config_from_dict, config_to_dict
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.text import TextEncoder
 from flextok_pl.models.token_loss import token_loss
 from flextok_pl.modules.optim import parameter_groups, warmup_cosine
 from flextok_pl.modules.prior_base import PriorBase, TokenOutputs
+from flextok_pl.modules.sharding import gather_for_evaluation, shard, shard_again, whole_weights
 from flextok_pl.modules.steps import log_gradient_norm, step_generator, stop_if_not_finite
 
 
@@ -115,6 +117,10 @@ class PriorModule(PriorBase):
         names = classes if len(classes) == self.num_classes else config.class_names
         self.prior.config = dataclasses.replace(config, tokenizer=made_by["sha256"], class_names=names)
 
+    def configure_model(self) -> None:
+        """Shard the prior where the strategy asks for it."""
+        shard(self, [self.prior], methods=["hidden"])
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over parameter groups, warm-up and cosine per step."""
         groups = parameter_groups(self, self.weight_decay)
@@ -141,11 +147,19 @@ class PriorModule(PriorBase):
         """Log the norm of the whole gradient, before clipping."""
         log_gradient_norm(self)
 
+    def on_validation_epoch_start(self) -> None:
+        """Evaluate with all weights on each process."""
+        gather_for_evaluation(self)
+
+    def on_validation_epoch_end(self) -> None:
+        """Share the weights out again."""
+        shard_again(self)
+
     def on_train_end(self) -> None:
         """Export the prior; averaging callbacks have put their weights in place by now."""
-        folder = run_folder(self.trainer)
+        folder, weights = run_folder(self.trainer), whole_weights(self.prior)
         if self.trainer.is_global_zero:
-            print(f"prior exported to {self.prior.save_pretrained(folder / 'prior.safetensors')}")
+            print(f"prior exported to {save_prior(self.prior, folder / 'prior.safetensors', weights)}")
 
 
 def build_prior(net: PriorConfig, encoder: TextEncoder | None) -> Prior:

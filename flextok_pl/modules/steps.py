@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flextok_pl.contracts import Batch
+from flextok_pl.modules.sharding import gradient_norm
 
 
 def step_generator(module: pl.LightningModule, seed: int, *position: int) -> torch.Generator:
@@ -54,5 +55,4 @@ def logging_now(module: pl.LightningModule) -> bool:
 def log_gradient_norm(module: pl.LightningModule) -> None:
     """Log the norm of the whole gradient, before clipping, where the trainer writes its logs."""
     if logging_now(module):
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        module.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        module.log("train/grad_norm", gradient_norm(module))

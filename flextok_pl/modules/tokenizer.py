@@ -25,6 +25,7 @@ from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
 from flextok_pl.modules.loss_buckets import LossBuckets
 from flextok_pl.modules.optim import parameter_groups, warmup_cosine
+from flextok_pl.modules.sharding import gather_for_evaluation, shard, shard_again, whole_weights
 from flextok_pl.modules.steps import (
     log_gradient_norm,
     logging_now,
@@ -122,6 +123,11 @@ class TokenizerModule(pl.LightningModule):
         """The tokenizer, with the weights now in use."""
         return self.tokenizer
 
+    def configure_model(self) -> None:
+        """Shard encoder, decoder and projection where the strategy asks for it."""
+        projection = [] if self.teacher is None else [self.projection]
+        shard(self, [self.tokenizer.encoder, self.tokenizer.decoder, *projection])
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over parameter groups, warm-up and cosine per step."""
         groups = parameter_groups(self, self.weight_decay)
@@ -181,6 +187,10 @@ class TokenizerModule(pl.LightningModule):
         """Log the norm of the whole gradient, before clipping."""
         log_gradient_norm(self)
 
+    def on_validation_epoch_start(self) -> None:
+        """Evaluate with all weights on each process."""
+        gather_for_evaluation(self)
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss under fixed draws, with the images' own tokens and with another image's."""
         latents = self.latents(batch)
@@ -196,6 +206,7 @@ class TokenizerModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation loss by time and by budget."""
+        shard_again(self)
         self.log_dict(self.val_loss.compute_and_reset("val"))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -207,9 +218,10 @@ class TokenizerModule(pl.LightningModule):
 
     def on_train_end(self) -> None:
         """Export the tokenizer; averaging callbacks have put their weights in place by now."""
-        folder = run_folder(self.trainer)
+        exported, folder = export_tokenizer(self.tokenizer), run_folder(self.trainer)
+        weights = whole_weights(exported)
         if self.trainer.is_global_zero:
-            path = save_pretrained(export_tokenizer(self.tokenizer), folder / "tokenizer.safetensors")
+            path = save_pretrained(exported, folder / "tokenizer.safetensors", weights)
             print(f"tokenizer exported to {path}")
 
 

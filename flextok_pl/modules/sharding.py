@@ -1,0 +1,102 @@
+"""Fully sharded training (FSDP2): each process holds a part of the weights, gradients, averages and optimizer states.
+
+`trainer.strategy: fsdp2`. A module says in `configure_model` which networks to shard; each block of a network is a unit
+of its own, gathered when it runs and let go afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+
+class FullyShardedStrategy(ModelParallelStrategy):
+    """Lightning's `ModelParallelStrategy` with all processes in one data-parallel group.
+
+    Args:
+        save_distributed_checkpoint: write a checkpoint as a folder to which each process adds its part, instead of one
+            file that any strategy can read.
+        process_group_backend: default the device's.
+        timeout: how long a process waits for the others before the job ends with an error.
+    """
+
+    def __init__(
+        self,
+        save_distributed_checkpoint: bool = False,
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> None:
+        super().__init__("auto", 1, save_distributed_checkpoint, process_group_backend, timeout)
+
+    def setup_environment(self) -> None:
+        """Count the processes, and connect them."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+
+StrategyRegistry.register("fsdp2", FullyShardedStrategy, description="Fully sharded data parallel, PyTorch's second")
+
+
+def shard(module: pl.LightningModule, networks: Sequence[nn.Module], methods: Sequence[str] = ()) -> None:
+    """Shard the trained networks of a module, where its strategy asks for it; for `configure_model`.
+
+    All trained parameters must be in them: a gradient norm cannot be taken over sharded and other tensors.
+
+    Args:
+        module: knows the mesh of processes.
+        networks: each one's `blocks`, where it has some, become units of their own.
+        methods: names of methods, other than `forward`, by which training runs the networks.
+    """
+    if module.device_mesh is None or isinstance(networks[0], FSDPModule):
+        return
+    mesh = module.device_mesh["data_parallel"]
+    for network in networks:
+        for block in getattr(network, "blocks", ()):
+            fully_shard(block, mesh=mesh)
+        # What is outside the blocks is needed again at once by the backward pass, and the prior's head by its loss.
+        fully_shard(network, mesh=mesh, reshard_after_forward=False)
+        for method in methods:
+            register_fsdp_forward_method(network, method)
+
+
+def gather_for_evaluation(module: nn.Module) -> None:
+    """Let each process hold all weights, so that processes may run networks at different times and numbers of times."""
+    for network in _sharded(module):
+        network.set_reshard_after_forward(False, recurse=False)
+        network.unshard()
+
+
+def shard_again(module: nn.Module) -> None:
+    """The opposite of `gather_for_evaluation`; the weights in the module are then their sharded selves."""
+    blocks = {id(block) for part in module.modules() for block in getattr(part, "blocks", ())}
+    for network in _sharded(module):
+        network.set_reshard_after_forward(id(network) in blocks, recurse=False)
+        network.reshard()
+
+
+def whole_weights(network: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a network that may be sharded, on the CPU of the first process; empty on the others.
+
+    All processes must ask.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(network, options=options)  # type: ignore[return-value]
+
+
+def gradient_norm(module: nn.Module) -> Tensor:
+    """The norm of the whole gradient. All processes of a sharded module must ask."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _sharded(module: nn.Module) -> list[Any]:
+    return [part for part in module.modules() if isinstance(part, FSDPModule)]
