@@ -1,8 +1,9 @@
-"""How many tokens `tokenize(images, quality=...)` saves against one budget for all pictures at equal mean quality.
+"""How many tokens `tokenize(images, quality=...)` saves against one budget for all pictures.
 
 The demo tokenizer on its held-out pictures. For several targets: the mean number of tokens that the search, and a
-predictor fitted to training pictures, use; the mean error that they reach; and the fixed budget whose mean error is the
-same, interpolated between whole budgets. Draws the pictures that need fewest and most.
+predictor fitted to training pictures, use; the mean error that they reach, and the share of pictures that meet the
+target; and the fixed budgets that have the same mean error, interpolated between whole budgets, and the smallest one
+that lets as many pictures meet the target, K where none does. Draws the pictures that need fewest and most.
 
     make data && python benchmarks/adaptive_budget.py --json benchmarks/results/adaptive_budget_cpu.json
 """
@@ -46,17 +47,31 @@ def main() -> None:
     def decode(tokens: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
         return tok.detokenize(tokens, **decoding, generator=[torch.Generator().manual_seed(0) for _ in tokens])
 
-    def error(tokens: torch.Tensor | list[torch.Tensor]) -> float:
-        return squared_error(images, decode(tokens)).mean().item()
+    def errors(tokens: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+        return squared_error(images, decode(tokens)).cpu()  # (N,)
 
     whole = tok.tokenize(images)
     known_codes = tok.quantizer.tokens_to_codes(tok.tokenize(known))
     grid = sorted({*range(1, 17), *range(16, tok.num_registers + 1, 4)})
-    fixed = {budget: error(whole[:, :budget]) for budget in grid}
+    at = {budget: errors(whole[:, :budget]) for budget in grid}
+    fixed = {budget: each.mean().item() for budget, each in at.items()}
 
-    def equal_budget(reached: float) -> float:
-        errors = np.minimum.accumulate(list(fixed.values()))
-        return float(np.interp(-reached, -errors, grid))
+    def compared(tokens: list[torch.Tensor], target: float) -> dict[str, float]:
+        used, reached = sum(map(len, tokens)) / len(tokens), errors(tokens)
+        error, share = reached.mean().item(), (reached <= target).double().mean().item()
+        falling = np.minimum.accumulate(list(fixed.values()))
+        of_error = float(np.interp(-error, -falling, grid))
+        enough = [budget for budget, each in at.items() if (each <= target).double().mean().item() >= share]
+        of_share = min(enough, default=tok.num_registers)
+        return {
+            "mean_tokens": used,
+            "mean_error": error,
+            "fixed_budget_of_equal_error": of_error,
+            "saving_at_equal_error": 1 - used / of_error,
+            "share_that_meets_the_target": share,
+            "fixed_budget_of_equal_share": of_share,
+            "saving_at_equal_share": 1 - used / of_share,
+        }
 
     results = {}
     for budget in options.fixed:
@@ -67,14 +82,10 @@ def main() -> None:
         predictor = BudgetPredictor.fit(known_codes, learned)
         predicted = tok.tokenize(images, quality=Quality(target, **decoding, predictor=predictor))
         needed = torch.tensor([len(row) for row in searched])
-        results[f"target of {budget} tokens"] = {"target": target} | {
-            name: {
-                "mean_tokens": (used := sum(len(row) for row in tokens) / len(tokens)),
-                "mean_error": (reached := error(tokens)),
-                "fixed_budget_of_equal_error": (equal := equal_budget(reached)),
-                "saving": 1 - used / equal,
-            }
-            for name, tokens in (("searched", searched), ("predicted", predicted))
+        results[f"target of {budget} tokens"] = {
+            "target": target,
+            "searched": compared(searched, target),
+            "predicted": compared(predicted, target),
         }
         print(budget, results[f"target of {budget} tokens"], flush=True)
         if options.picture and budget == options.fixed[len(options.fixed) // 2]:

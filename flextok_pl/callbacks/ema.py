@@ -15,6 +15,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from flextok_pl.runtime.sharding import CURRENT_STATE
+
 
 class EMA(Callback):
     """Average the trained weights, evaluate and export the average, and keep it in checkpoints.
@@ -125,18 +127,19 @@ class EMA(Callback):
         kept = {name: value if sharded else _whole(value) for name, value in self._weights.items()}
         other = state | kept if state else {}  # all ranks but the one that writes may have none
         average, weights = (state, other) if self.in_place else (other, state)
-        checkpoint["state_dict"], checkpoint["current_model_state"] = average, weights
+        checkpoint["state_dict"], checkpoint[CURRENT_STATE] = average, weights
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """In a fit, take the average from the module, which has loaded it, and the weights in training in its place."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self._weights = {name: weight.clone() for name, weight in _trained(pl_module)}
-        if "current_model_state" not in checkpoint:
+        if CURRENT_STATE not in checkpoint:
             warnings.warn("the checkpoint holds no average: averaging starts from its weights", stacklevel=2)
             return
-        options = StateDictOptions(full_state_dict=True)
-        set_model_state_dict(pl_module, checkpoint["current_model_state"], options=options)
+        state = checkpoint[CURRENT_STATE]
+        whole = not any(isinstance(value, DTensor) for value in state.values())
+        set_model_state_dict(pl_module, state, options=StateDictOptions(full_state_dict=whole))
 
     def _pairs(self, pl_module: LightningModule) -> tuple[list[Tensor], list[Tensor]]:
         """What is kept and what the module holds, as tensors of this process, in the same order."""

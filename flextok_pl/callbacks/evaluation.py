@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from flextok_pl.callbacks.ema import EMA
 from flextok_pl.contracts import Reconstructor, weights_hash
 from flextok_pl.metrics.features import FeatureExtractor
+from flextok_pl.runtime.sharding import CURRENT_STATE
 
 
 def module_reconstructor(pl_module: LightningModule) -> Reconstructor:
@@ -91,7 +92,7 @@ def batch_images(batch: Any, dataloader_idx: int = 0) -> tuple[Tensor, list[str]
 
 def checkpoint_facts(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """What a protocol needs of a loaded checkpoint: whether it holds averaged weights, and its step."""
-    return {"averaged": "current_model_state" in checkpoint, "global_step": int(checkpoint.get("global_step", 0))}
+    return {"averaged": CURRENT_STATE in checkpoint, "global_step": int(checkpoint.get("global_step", 0))}
 
 
 def weights_in_use(trainer: Trainer, loaded: Mapping[str, Any] | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from flextok_pl.cli import UserError, base_config, config_paths
 from flextok_pl.data import ShardDataModule
 from flextok_pl.modules.saved_prior import SavedPrior
 from flextok_pl.modules.saved_tokenizer import SavedTokenizer
+from flextok_pl.runtime import Preempted, Preemption, damage_of, newest_intact
 
 CALLBACKS: dict[str, type[Callback]] = {
     "rfid": ReconstructionFID,
@@ -28,12 +30,15 @@ CALLBACKS: dict[str, type[Callback]] = {
     "throughput": Throughput,
     "lr_monitor": LearningRateMonitor,
     "checkpoint": ModelCheckpoint,
+    "best": ModelCheckpoint,
     # Last, so that it swaps the raw weights back after every other callback has evaluated the averaged ones.
     "ema": EMA,
+    # After it, so that a checkpoint holds the step's average.
+    "preemption": Preemption,
 }
 """Optional callbacks, each a top-level group of options: `null` leaves it out, `{}` takes its defaults."""
 
-FIT_ONLY = frozenset({"throughput", "lr_monitor", "checkpoint", "ema"})
+FIT_ONLY = frozenset({"throughput", "lr_monitor", "checkpoint", "best", "ema", "preemption"})
 
 
 class FlexTokCLI(LightningCLI):
@@ -102,10 +107,39 @@ class FlexTokCLI(LightningCLI):
                 class_path=f"{saved.__module__}.{saved.__name__}",
                 init_args=Namespace(**options),  # type: ignore[no-untyped-call]
             )
-        logger = config.trainer.logger
-        for one in logger if isinstance(logger, list) else [logger]:
-            if isinstance(one, Namespace) and one.get("init_args", {}).get("name") == "lightning_logs":
-                one.init_args.name = self._experiment
+        loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
+        for logger in loggers:
+            if isinstance(logger, Namespace) and logger.get("init_args", {}).get("name") == "lightning_logs":
+                logger.init_args.name = self._experiment
+        if config.get("ckpt_path") == "last":
+            config.ckpt_path = self._go_on_with_the_last(loggers)
+        elif config.get("ckpt_path") is not None and Path(config.ckpt_path).exists():
+            damage = damage_of(Path(config.ckpt_path))
+            if damage is not None:
+                raise UserError(
+                    f"ckpt_path={config.ckpt_path} is damaged ({damage}); give another file of its folder, or `last` "
+                    "for the newest whole one"
+                )
+
+    def _go_on_with_the_last(self, loggers: Sequence[Any]) -> str | None:
+        """The newest whole checkpoint of the experiment's newest run that has any; the run's folder is used again."""
+        for logger in loggers:
+            options = logger.get("init_args", {}) if isinstance(logger, Namespace) else {}
+            if "save_dir" not in options or "version" not in options:
+                continue
+            runs = Path(options["save_dir"], options["name"]).glob("version_*/checkpoints")
+            numbered = {int(run.parent.name.removeprefix("version_")): run for run in runs if any(run.glob("*.ckpt"))}
+            if not numbered:
+                print(f"no run of {options['name']} has a checkpoint yet: starting from the beginning")
+                return None
+            version = max(numbered)
+            found = newest_intact(numbered[version])
+            if self._only == "fit":
+                options["version"] = version
+                self.save_config_kwargs["overwrite"] = True
+            print(f"going on with {found}")
+            return str(found)
+        raise UserError("ckpt_path=last needs a logger with save_dir and version, such as base.yaml's; give the file")
 
     def instantiate_classes(self) -> None:
         """Build everything; a wrong option is the user's to put right."""
@@ -141,7 +175,10 @@ def run(subcommand: str, arguments: Sequence[str]) -> None:
         arguments = ["--config", str(base), *arguments]
     try:
         FlexTokCLI(subcommand, arguments, _experiment_name(given[-1], base) if given else "unnamed")
-    except (MisconfigurationException, ValueError, FileNotFoundError) as error:
+    except Preempted as stopped:
+        print(stopped, file=sys.stderr)
+        raise SystemExit(128 + stopped.signal_number) from None
+    except (MisconfigurationException, ValueError, OSError) as error:
         raise UserError(str(error)) from error
 
 

@@ -21,8 +21,8 @@ from flextok_pl.models.text import TextEncoder
 from flextok_pl.models.token_loss import token_loss
 from flextok_pl.modules.optim import parameter_groups, warmup_cosine
 from flextok_pl.modules.prior_base import PriorBase, TokenOutputs
-from flextok_pl.modules.sharding import gather_for_evaluation, shard, shard_again, whole_weights
 from flextok_pl.modules.steps import log_gradient_norm, step_generator, stop_if_not_finite
+from flextok_pl.runtime.sharding import gather_for_evaluation, shard, shard_again, whole_weights
 
 
 class PriorModule(PriorBase):

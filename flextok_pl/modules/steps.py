@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flextok_pl.contracts import Batch
-from flextok_pl.modules.sharding import gradient_norm
+from flextok_pl.runtime.sharding import gradient_norm
 
 
 def step_generator(module: pl.LightningModule, seed: int, *position: int) -> torch.Generator:

@@ -25,13 +25,13 @@ from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
 from flextok_pl.modules.loss_buckets import LossBuckets
 from flextok_pl.modules.optim import parameter_groups, warmup_cosine
-from flextok_pl.modules.sharding import gather_for_evaluation, shard, shard_again, whole_weights
 from flextok_pl.modules.steps import (
     log_gradient_norm,
     logging_now,
     step_generator,
     stop_if_not_finite,
 )
+from flextok_pl.runtime.sharding import gather_for_evaluation, shard, shard_again, whole_weights
 
 
 class TokenizerModule(pl.LightningModule):

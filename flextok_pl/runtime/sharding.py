@@ -6,8 +6,10 @@ of its own, gathered when it runs and let go afterwards.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,8 +17,12 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as distributed_load
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+
+CURRENT_STATE = "current_model_state"
+"""Name, in a checkpoint, of the weights in training where its `state_dict` is their average."""
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
@@ -41,6 +47,34 @@ class FullyShardedStrategy(ModelParallelStrategy):
         """Count the processes, and connect them."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write one file, or a folder of all processes' parts; its name is given when it is complete."""
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        # Lightning stores the parts of `state_dict` and the optimizers; a second state rides along under a prefix.
+        current = checkpoint.pop(CURRENT_STATE, {})
+        state = {f"{CURRENT_STATE}.{name}": value for name, value in current.items()}
+        checkpoint = {**checkpoint, "state_dict": checkpoint["state_dict"] | state, "has_current_state": bool(current)}
+        path = Path(self.broadcast(str(filepath)))
+        temporary = path.with_name(f".{path.name}.partial")
+        super().save_checkpoint(checkpoint, temporary)
+        self.barrier()
+        if self.is_global_zero:
+            if path.exists():
+                _remove(path)
+            temporary.rename(path)
+        self.barrier()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a file, or a folder of parts that any number of processes may have written."""
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        if checkpoint.pop("has_current_state", False):
+            state = {f"{CURRENT_STATE}.{name}": value for name, value in self.lightning_module_state_dict().items()}
+            distributed_load({"state_dict": state}, checkpoint_id=checkpoint_path)
+            checkpoint[CURRENT_STATE] = {name.removeprefix(f"{CURRENT_STATE}."): value for name, value in state.items()}
+        return checkpoint
 
 
 StrategyRegistry.register("fsdp2", FullyShardedStrategy, description="Fully sharded data parallel, PyTorch's second")
@@ -96,6 +130,13 @@ def gradient_norm(module: nn.Module) -> Tensor:
     """The norm of the whole gradient. All processes of a sharded module must ask."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _sharded(module: nn.Module) -> list[Any]:

@@ -1,0 +1,118 @@
+"""Checkpoint files: written whole or not at all, and looked at before they are trusted."""
+
+from __future__ import annotations
+
+import errno
+import os
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+
+SHARDED_FILES = (".metadata", "meta.pt")
+"""What a sharded checkpoint's folder holds besides the parts of the processes, once it is complete."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, brings it to the disk, and then gives it its name.
+
+    Whenever the process or the machine dies, what has the name is a whole checkpoint, the one before or the new one.
+    Lightning's own plugin makes the file in the system's temporary folder, which need not be on the same disk, and
+    holds a second copy of it in memory. Wrapped in Lightning's `AsyncCheckpointIO`, training goes on meanwhile.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            OSError: the disk is full or fails; earlier checkpoints are as they were.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, lambda temporary: _write(checkpoint, temporary))
+
+
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a file or a folder under a temporary name, and then put it in the place of `path`.
+
+    Raises:
+        OSError: writing failed; what was there before still is.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        write(temporary)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(
+                error.errno,
+                f"{os.strerror(error.errno)}: the checkpoint was not written, and those before it are whole. Free some "
+                "space, or lower checkpoint.save_top_k, and go on with --ckpt_path last",
+                str(path),
+            ) from error
+        raise
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    os.replace(temporary, path)
+
+
+def _write(checkpoint: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:
+            # torch hides the disk's own error behind one about its writer.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None: all of a file is read and compared with its checksums."""
+    if path.is_dir():
+        missing = [name for name in SHARDED_FILES if not (path / name).is_file()]
+        return f"it has no {missing[0]}" if missing else None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
+        return f"it is no complete checkpoint: {error}"
+    return None if damaged is None else f"{damaged} in it does not match its checksum"
+
+
+def newest_intact(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a folder of them; warns of newer ones that are damaged.
+
+    Returns:
+        Its path, or None where there is no checkpoint at all.
+
+    Raises:
+        ValueError: there are some, and none is whole.
+    """
+    found = {file.resolve() for file in folder.glob("*.ckpt") if file.exists()}
+    newest_first = sorted(found, key=lambda file: (file.stat().st_mtime_ns, file.name), reverse=True)
+    for number, file in enumerate(newest_first):
+        damage = damage_of(file)
+        if damage is None:
+            return file
+        before = newest_first[number + 1 : number + 2]
+        warnings.warn(
+            f"{file} is damaged ({damage}); " + (f"going back to {before[0].name}" if before else "nothing is left"),
+            stacklevel=2,
+        )
+    if newest_first:
+        raise ValueError(
+            f"none of the {len(newest_first)} checkpoints in {folder} is whole; train anew, or restore one"
+        )
+    return None

@@ -1,0 +1,136 @@
+"""A clean stop when the machine is about to be taken away."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from flextok_pl.contracts import run_folder
+
+
+class Preempted(Exception):
+    """A run was asked to stop, and has saved itself.
+
+    Args:
+        message: for the user.
+        signal_number: what asked it.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+class Preemption(Callback):
+    """After a signal, save a checkpoint at the next optimizer step, and stop; under Slurm queue the job again.
+
+    `--ckpt_path last` then goes on as if nothing had happened. It is enough that one process gets the signal. A second
+    one changes nothing; a validation under way is finished first, so the time between warning and kill must cover it.
+
+    Lightning's own handlers stay away: under Slurm they write a checkpoint into the working folder, whichever run's it
+    is, and elsewhere they stop without one.
+
+    Args:
+        signals: names of the signals that announce it.
+        check_every_n_steps: optimizer steps between the questions of the processes to each other; one process alone
+            looks at every step.
+        requeue: in a Slurm job, `scontrol requeue` it.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    def __init__(
+        self, signals: Sequence[str] = ("SIGTERM", "SIGUSR1"), check_every_n_steps: int = 10, requeue: bool = True
+    ) -> None:
+        known = {each.name for each in signal.Signals}
+        for name in signals:
+            if name not in known or name in ("SIGKILL", "SIGSTOP"):
+                raise ValueError(f"signals: {name!r} cannot be handled; give names such as SIGTERM and SIGUSR1")
+        if check_every_n_steps < 1:
+            raise ValueError(f"check_every_n_steps={check_every_n_steps} must be at least 1")
+        self.signals = [signal.Signals[name] for name in signals]
+        self.check_every_n_steps, self.requeue = check_every_n_steps, requeue
+        self._received = 0
+        self._seen_step = -1
+        self._before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the signals over."""
+        self._received, self._seen_step = 0, trainer.global_step
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._receive) for number in self.signals}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = self._received or number
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look whether a signal has come.
+
+        Raises:
+            Preempted: one has.
+        """
+        step = trainer.global_step
+        if step == self._seen_step:  # gradients are being accumulated, and a checkpoint would lose them
+            return
+        self._seen_step = step
+        if trainer.world_size > 1 and step % self.check_every_n_steps:
+            return
+        if not trainer.strategy.reduce_boolean_decision(bool(self._received), all=False):
+            return
+        path = self._checkpoint(trainer)
+        trainer.save_checkpoint(path)
+        trainer.strategy.checkpoint_io.teardown()  # which waits for what is still being written
+        requeued = self.requeue and trainer.is_global_zero and _requeue()
+        trainer.strategy.barrier()
+        name = signal.Signals(self._received or self.signals[0]).name
+        raise Preempted(
+            f"{name}: stopped at step {step}, with {path} to go on from (--ckpt_path last)"
+            + ("; the job is in the queue again" if requeued else ""),
+            self._received or self.signals[0],
+        )
+
+    def _checkpoint(self, trainer: Trainer) -> Path:
+        folder = getattr(trainer.checkpoint_callback, "dirpath", None) or run_folder(trainer) / "checkpoints"
+        return Path(folder) / "last.ckpt"
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        self._release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the signals back."""
+        self._release()
+
+    def _release(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+def _requeue() -> bool:
+    """Put this Slurm job in the queue again; False where it is none, or Slurm refuses."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if os.environ.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    if job is None:
+        return False
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False, timeout=60)
+    except (FileNotFoundError, subprocess.TimeoutExpired) as error:
+        warnings.warn(f"scontrol requeue {job} failed: {error}; submit the job again", stacklevel=2)
+        return False
+    if done.returncode:
+        warnings.warn(f"scontrol requeue {job} failed: {done.stderr.strip()}; submit the job again", stacklevel=2)
+    return done.returncode == 0

@@ -1,0 +1,283 @@
+"""A training that is killed, preempted or runs out of disk: `--ckpt_path last` goes on as if nothing had happened."""
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flextok_pl.cli import main
+from flextok_pl.modules import TokenizerModule
+from flextok_pl.runtime import AtomicCheckpointIO, Preemption, damage_of, newest_intact
+
+EXPERIMENT = Path(__file__).parents[2] / "experiments" / "tokenizer" / "tiny.yaml"
+STEPS, SAVED_EVERY = 12, 2  # an epoch has seven batches: three steps of two, and one of the seventh
+
+
+def options(shards: Path, num_workers: int = 2) -> list[str]:
+    return [
+        *("--config", str(EXPERIMENT), "--data.train", str(shards / "train"), "--data.val", "null"),
+        *("--data.batch_size", "3", "--data.num_workers", str(num_workers), "--data.image_size", "32"),
+        *("--trainer.max_steps", str(STEPS), "--trainer.accumulate_grad_batches", "2", "--model.warmup_steps", "2"),
+        *("--checkpoint.every_n_train_steps", str(SAVED_EVERY), "--trainer.enable_progress_bar", "false"),
+        *("--rfid", "null", "--codebook", "null", "--ckpt_path", "last", "--trainer.enable_model_summary", "false"),
+    ]
+
+
+def train(folder: Path, arguments: list[str], prepare: Callable[[], Any] | None = None) -> int:
+    """Run `flextok fit` in a process of its own and folder; returns its exit status."""
+
+    def child() -> None:
+        os.chdir(folder)
+        warnings.showwarning = lambda message, *_: print(message, file=sys.stderr)  # pytest keeps them else
+        if prepare is not None:
+            prepare()
+        main(["fit", *arguments])
+
+    folder.mkdir(exist_ok=True)
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def at_step(step: int, batch: int, action: Callable[[], Any]) -> Callable[[], Any]:
+    """Act within the given micro-batch of an optimizer step."""
+
+    def prepare() -> None:
+        real, seen = TokenizerModule.training_step, []
+
+        def training_step(self: TokenizerModule, *args: Any) -> torch.Tensor:
+            seen.append(self.global_step)
+            if self.global_step == step and seen.count(step) == batch:
+                action()
+            return real(self, *args)
+
+        TokenizerModule.training_step = training_step  # type: ignore[method-assign]
+
+    return prepare
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_of(folder: Path) -> Path:
+    """The only run: whoever goes on uses its folder."""
+    (run,) = (folder / "runs/tokenizer/tiny").iterdir()
+    return run
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    """Everything a training ends with: exported and raw weights, and the optimizer's state."""
+    checkpoint = torch.load(run_of(folder) / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == STEPS
+    tensors = {f"exported {name}": value for name, value in load_file(run_of(folder) / "tokenizer.safetensors").items()}
+    tensors |= {f"raw {name}": value for name, value in checkpoint["current_model_state"].items()}
+    for number, values in checkpoint["optimizer_states"][0]["state"].items():
+        tensors |= {f"optimizer {number} {name}": value for name, value in values.items()}
+    return tensors
+
+
+def assert_equal(folder: Path, whole: dict[str, torch.Tensor]) -> None:
+    ended = state(folder)
+    assert ended.keys() == whole.keys()
+    different = [name for name in whole if not torch.equal(ended[name], whole[name])]
+    assert not different, f"{len(different)} of {len(whole)} tensors differ, such as {different[0]}"
+
+
+@pytest.fixture(scope="module")
+def whole(image_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The end of a training that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert train(folder, options(image_shards)) == 0
+    return state(folder)
+
+
+@pytest.mark.parametrize(("step", "batch"), [(0, 1), (2, 2), (4, 1), (10, 2)])
+def test_killed(step: int, batch: int, image_shards: Path, tmp_path: Path, whole: dict[str, torch.Tensor]) -> None:
+    """At the first batch of all, within an accumulation, right after a checkpoint, and within the third epoch."""
+    assert train(tmp_path, options(image_shards), at_step(step, batch, kill)) == -signal.SIGKILL
+    assert train(tmp_path, options(image_shards)) == 0
+    if step >= SAVED_EVERY:
+        assert_equal(tmp_path, whole)
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_killed_and_resumed_with_other_workers(
+    num_workers: int, image_shards: Path, tmp_path: Path, whole: dict[str, torch.Tensor]
+) -> None:
+    assert train(tmp_path, options(image_shards), at_step(7, 1, kill)) == -signal.SIGKILL
+    assert train(tmp_path, options(image_shards, num_workers)) == 0
+    assert_equal(tmp_path, whole)
+
+
+@pytest.mark.long
+def test_killed_at_twenty_random_moments(image_shards: Path, tmp_path: Path, whole: dict[str, torch.Tensor]) -> None:
+    """Twenty times over, each time at some moment between start and end, also while a checkpoint is written."""
+    generator = random.Random(0)
+    for attempt in range(20):
+        folder, killed = tmp_path / str(attempt), 0
+        while True:
+            delay = generator.uniform(0.5, 6.0)
+
+            def later(delay: float = delay) -> None:
+                threading.Thread(target=lambda: (time.sleep(delay), kill()), daemon=True).start()
+
+            if train(folder, options(image_shards), later if killed < 3 else None) == 0:
+                break
+            killed += 1
+        assert_equal(folder, whole)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_preempted(name: str, image_shards: Path, tmp_path: Path, whole: dict[str, torch.Tensor]) -> None:
+    number = signal.Signals[name]
+    announced = at_step(5, 1, lambda: os.kill(os.getpid(), number))
+    assert train(tmp_path, options(image_shards), announced) == 128 + number
+    run = run_of(tmp_path)
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 6, "the accumulated step is finished first"
+    assert not (run / "tokenizer.safetensors").exists(), "nothing half trained is exported"
+    assert train(tmp_path, options(image_shards)) == 0
+    assert_equal(tmp_path, whole)
+
+
+def test_preempted_under_slurm(image_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`scontrol` stands in here; the real one is asked in `tests/slurm`."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    for name, value in {
+        "PATH": f"{scontrol.parent}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "12",
+        "SLURM_ARRAY_JOB_ID": "7",
+        "SLURM_ARRAY_TASK_ID": "3",
+    }.items():
+        monkeypatch.setenv(name, value)
+    announced = at_step(1, 1, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    assert train(tmp_path / "run", options(image_shards), announced) == 128 + signal.SIGUSR1
+    assert (tmp_path / "asked").read_text() == "requeue 7_3\n"
+
+
+def test_a_damaged_checkpoint(
+    image_shards: Path, tmp_path: Path, whole: dict[str, torch.Tensor], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path, options(image_shards), at_step(7, 1, kill)) == -signal.SIGKILL
+    checkpoints = run_of(tmp_path) / "checkpoints"
+    newest = checkpoints / "step0000006.ckpt"
+    assert (checkpoints / "last.ckpt").resolve() == newest and (checkpoints / "step0000004.ckpt").is_file()
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    arguments = [*options(image_shards), "--ckpt_path", str(newest)]
+    assert train(tmp_path, arguments) == 1
+    assert "is damaged" in capfd.readouterr().err
+    assert train(tmp_path, options(image_shards)) == 0
+    printed = capfd.readouterr()
+    assert "step0000006.ckpt is damaged" in printed.err and "going back to step0000004.ckpt" in printed.err
+    assert "going on with" in printed.out and "step0000004.ckpt" in printed.out
+    assert_equal(tmp_path, whole)
+
+
+def checkpoint(path: Path, step: int) -> Path:
+    AtomicCheckpointIO().save_checkpoint({"global_step": step, "weights": torch.randn(5000)}, path)
+    return path
+
+
+def test_the_newest_whole_checkpoint(tmp_path: Path) -> None:
+    assert newest_intact(tmp_path) is None
+    first, second = (checkpoint(tmp_path / f"{step}.ckpt", step) for step in (1, 2))
+    os.utime(first, (1, 1))
+    assert newest_intact(tmp_path) == second and damage_of(second) is None
+    second.write_bytes(second.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match=r"2\.ckpt is damaged .*going back to 1\.ckpt"):
+        assert newest_intact(tmp_path) == first
+    first.write_bytes(b"")
+    with pytest.warns(UserWarning, match="nothing is left"), pytest.raises(ValueError, match="none of the 2 check"):
+        newest_intact(tmp_path)
+    assert "complete" in (damage_of(first) or "")
+    (tmp_path / "parts.ckpt").mkdir()
+    assert damage_of(tmp_path / "parts.ckpt") == "it has no .metadata"
+
+
+def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = checkpoint(tmp_path / "last.ckpt", 1)
+    before = path.read_bytes()
+
+    def dies(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", dies)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint(path, 2)
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+    checkpoint(path, 2)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MiB, in memory."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    if os.geteuid() or shutil.which("mount") is None or subprocess.run(command, check=False).returncode:
+        pytest.skip("mounting a small disk takes root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk(
+    image_shards: Path, small_disk: Path, whole: dict[str, torch.Tensor], capfd: pytest.CaptureFixture[str]
+) -> None:
+    filler = small_disk / "filler"
+
+    def fill() -> None:
+        room = shutil.disk_usage(small_disk).free
+        filler.write_bytes(bytes(room - 500_000))
+
+    assert train(small_disk, options(image_shards), at_step(5, 1, fill)) == 1
+    message = capfd.readouterr().err
+    assert "No space left on device" in message and "go on with --ckpt_path last" in message, message
+    checkpoints = run_of(small_disk) / "checkpoints"
+    assert [damage_of(file) for file in checkpoints.glob("*.ckpt")] == [None, None, None]
+    assert not list(checkpoints.glob(".*")), "nothing half written stays"
+    filler.unlink()
+    assert train(small_disk, options(image_shards)) == 0
+    assert_equal(small_disk, whole)
+
+
+def test_wrong_options() -> None:
+    with pytest.raises(ValueError, match="'SIGKILL' cannot be handled"):
+        Preemption(signals=["SIGKILL"])
+    with pytest.raises(ValueError, match="check_every_n_steps=0"):
+        Preemption(check_every_n_steps=0)
+
+
+def test_signals_are_given_back(tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    callback = Preemption()
+    trainer = pl.Trainer(logger=False)
+    callback.on_train_start(trainer, pl.LightningModule())
+    assert signal.getsignal(signal.SIGUSR1) == callback._receive
+    callback.on_exception(trainer, pl.LightningModule(), RuntimeError())
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
