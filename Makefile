@@ -99,9 +99,16 @@ tensorboard: $(READY)  ## show the runs
 	$(BIN)/tensorboard --logdir runs
 
 ##@ Develop
-.PHONY: test test-agreement lint bench clean
+.PHONY: test test-faults test-slurm test-agreement lint bench clean
 test: $(READY)  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-faults: $(READY)  ## run the fault tests, and those of twenty random kills
+	$(BIN)/python -m pytest -m "long or not long" tests/faults $(ARGS)
+
+test-slurm: $(READY)  ## run a preempted job under a Slurm of its own (Debian, as root)
+	command -v slurmctld || apt-get install -y --no-install-recommends slurm-wlm munge
+	$(BIN)/python -m pytest tests/slurm $(ARGS)
 
 test-agreement: $(READY)  ## measure 10,000 against 10,000 pictures, beside torch-fidelity (Debian: dataset-fashion-mnist)
 	$(BIN)/python -m pytest -m long -s tests/agreement $(ARGS)

@@ -122,20 +122,24 @@ class FlexTokCLI(LightningCLI):
                 )
 
     def _go_on_with_the_last(self, loggers: Sequence[Any]) -> str | None:
-        """The newest whole checkpoint of the experiment's newest run that has any; the run's folder is used again."""
+        """The newest whole checkpoint of the logger's version, or of the experiment's newest run that has any.
+
+        A fit then uses that run's folder again.
+        """
         for logger in loggers:
             options = logger.get("init_args", {}) if isinstance(logger, Namespace) else {}
             if "save_dir" not in options or "version" not in options:
                 continue
-            runs = Path(options["save_dir"], options["name"]).glob("version_*/checkpoints")
+            version = "*" if options["version"] is None else options["version"]
+            runs = Path(options["save_dir"], options["name"]).glob(f"version_{version}/checkpoints")
             numbered = {int(run.parent.name.removeprefix("version_")): run for run in runs if any(run.glob("*.ckpt"))}
             if not numbered:
                 print(f"no run of {options['name']} has a checkpoint yet: starting from the beginning")
                 return None
-            version = max(numbered)
-            found = newest_intact(numbered[version])
+            newest = max(numbered)
+            found = newest_intact(numbered[newest])
             if self._only == "fit":
-                options["version"] = version
+                options["version"] = newest
                 self.save_config_kwargs["overwrite"] = True
             print(f"going on with {found}")
             return str(found)
