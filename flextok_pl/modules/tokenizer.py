@@ -166,7 +166,7 @@ class TokenizerModule(pl.LightningModule):
         result = flow_loss(self.tokenizer, latents, draws, budget_groups=self.budget_groups)
         loss = result.loss.mean()
         stop_if_not_finite(self, loss, batch)
-        self.log("train/loss", loss, batch_size=len(latents))
+        self.log("train/loss", loss, batch_size=len(latents), sync_dist=logging_now(self))
         self.train_loss.update(result.loss, draws)
         if logging_now(self):
             self.log_dict(self.train_loss.compute_and_reset("train"), batch_size=len(latents))
