@@ -9,19 +9,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from flextok_pl.data.index import ShardIndex, load_indices
+from flextok_pl.data.index import ShardIndex
+from flextok_pl.data.order import Reader, eval_positions, train_span
 from flextok_pl.data.samples import Collate
 from flextok_pl.data.shards import Sample, shard_name, write_index, write_shard
-from flextok_pl.data.stream import (
-    CachedBatches,
-    Plan,
-    Reader,
-    ShardSet,
-    StreamedBatches,
-    eval_positions,
-    shuffled,
-    train_span,
-)
+from flextok_pl.data.sources import load_indices
+from flextok_pl.data.stream import CachedBatches, Plan, ShardSet, StreamedBatches
 
 SIZES = (5, 1, 7, 4, 6)
 
@@ -88,16 +81,6 @@ def test_keeping_the_last_batch_covers_all_and_wraps_around():
 def test_worker_shares_follow_the_loader():
     # 5 batches over 2 workers: worker 0 has one more, so that taking turns gives batch i from worker i % 2.
     assert [train_span(20, 4, True, reader) for reader in readers(1, 2)] == [(0, 12), (12, 20)]
-
-
-@pytest.mark.parametrize("size", [0, 1, 5, 100])
-def test_shuffle_buffer_keeps_every_sample(size):
-    result = list(shuffled(iter(range(30)), size, torch.Generator().manual_seed(0)))
-    assert sorted(result) == list(range(30))
-    if size < 2:
-        assert result == list(range(30))
-    else:
-        assert result != list(range(30))
 
 
 def batches(cls, data, plan, epoch=0, num_workers=0, start=0):
