@@ -65,7 +65,7 @@ class Decoder:
             self.skipped.add((shard, key))
             if len(self.skipped) > self.max_skipped:
                 raise ShardError(
-                    f"{problem}. It is the {len(self.skipped)}th broken sample in this process, and max_skipped="
+                    f"{problem}. These are {len(self.skipped)} broken samples in this process, more than max_skipped="
                     f"{self.max_skipped}"
                 ) from error
         return None
