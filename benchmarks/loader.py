@@ -1,12 +1,12 @@
 """Speed, memory and start-up of the data loader: against webdataset and torchvision, and against a bare decoding loop.
 
 Synthetic pictures of 500 x 375 pixels (noise with the 1/f spectrum of photos, and edges) lie as JPEG of quality 90 both
-in class folders and, byte for byte, in tar files. All deliver batches of 256 px pictures, resized with Pillow's
-antialiased bicubic filter, in [-1, 1]. The bare loop decodes, resizes and makes batches in this process, without a
-loader; one runs per worker of the loaders, at the same time. `fast_decode` is our loader at 64 px, where 500 x 375 may be decoded at half size, without and with it.
+in class folders and, byte for byte, in tar files. All deliver batches of 256 px pictures, random crops resized with
+Pillow's antialiased bicubic filter, in [-1, 1]. The bare loop does the same without a loader, in one process per worker
+of the loaders. `fast_decode` is our loader at 64 px, where 500 x 375 may be decoded at half size, without and with it.
 
-`passes` is the same loader over 50,000 samples: memory of the worker as it goes. `size` is a simulated ImageNet: 1,282
-shards of 1,000 small samples, which are one file under many names, against 1/10 and 1/100 of it.
+`memory_mib` is what a loader with one worker holds while it delivers 50,000 samples. The last entries are a simulated
+ImageNet, 1,282 shards of 1,000 small samples, which are one file under many names, and 1/10 and 1/100 of it.
 
     python benchmarks/loader.py --json benchmarks/results/loader_cpu.json
 """

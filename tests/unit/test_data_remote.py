@@ -136,15 +136,15 @@ def test_a_fault_that_passes_is_tried_again(server, tmp_path, caplog, fault, cac
 
 
 @pytest.mark.parametrize(
-    "fault, message",
+    "fault, message, num_workers",
     [
-        (503, "503"),
-        ("short", r"bytes came instead of the [\d,]+ in the index"),
-        ("cut", "not completed"),
-        ("changed", "SHA-256"),
+        (503, "503", 0),
+        (503, "503", 1),
+        ("short", r"bytes came instead of the [\d,]+ in the index", 0),
+        ("cut", "not completed", 0),
+        ("changed", "SHA-256", 0),
     ],
 )
-@pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_fault_that_stays_names_url_and_remedy(server, tmp_path, fault, message, num_workers):
     server.faults = {"shard-000001.tar": [fault] * 99}
     data = module(f"{server.url}/set", cache_dir=str(tmp_path), num_workers=num_workers)
