@@ -13,7 +13,7 @@ from flextok_pl.callbacks.evaluation import versions
 from flextok_pl.cli.tools import checked_budgets, default_device, picture_size, run_tool
 from flextok_pl.contracts import weights_hash
 from flextok_pl.data import ShardDataModule
-from flextok_pl.data.index import load_indices
+from flextok_pl.data.sources import load_indices
 from flextok_pl.metrics.classifier import LinearProbe
 from flextok_pl.metrics.report import format_columns, format_value, write_json
 from flextok_pl.models.tokenizer import FlexTok

@@ -6,6 +6,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Mapping
+from math import ceil
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -13,8 +14,9 @@ import torch.distributed
 from torch.utils.data import DataLoader
 
 from flextok_pl.contracts import Batch
-from flextok_pl.data.index import ShardError, ShardIndex, load_indices, require_same_origin
-from flextok_pl.data.samples import Collate
+from flextok_pl.data.index import ShardError, ShardIndex
+from flextok_pl.data.samples import Collate, Decoder
+from flextok_pl.data.sources import load_indices, require_same_kind, require_same_origin
 from flextok_pl.data.stream import CachedBatches, EpochStream, Plan, ShardSet, StreamedBatches
 from flextok_pl.data.transforms import CENTER_CROP, DEFAULT_AUGMENTATION, Augmentation
 
@@ -25,10 +27,13 @@ class ShardDataModule(pl.LightningDataModule):
     """Batches from shard sets that `flextok data` wrote.
 
     What a batch holds follows from the fields in the sets' indices; see `flextok_pl.contracts.Batch`. A set is given by
-    its folder, a pattern of folders or tar files (`*`, `{a,b}`), or a list of these.
+    its folder, a pattern of folders or tar files (`*`, `{a,b}`), a URL (`https://`, `s3://`, ...), a command
+    (`pipe:COMMAND {name}`), or a list of these.
 
     Args:
         train: shard set(s) to train on.
+        train_weights: shares of the entries of the list `train` in an epoch; null takes all samples once. The length of
+            an epoch does not depend on it; an entry that runs out begins again in a new order.
         val: shard set(s) to validate on.
         test: shard set(s) to test on; default `val`.
         image_size: side in pixels of the images in a batch, and of those that latents were made from.
@@ -38,10 +43,16 @@ class ShardDataModule(pl.LightningDataModule):
         seed: seed of order and augmentation.
         augmentation: random changes of training images; null for the plain centre crop. Latents and tokens are taken
             as they are.
-        shuffle_buffer: samples among which a training stream draws the next one; unused with `cache_in_memory`.
+        shuffle_buffer: samples, of several shards, that a training stream permutes together; more cost no memory.
+            Unused with `cache_in_memory`.
         drop_last: leave out the training samples that do not fill a batch on every process.
         val_limit: validate on this many samples, evenly spread over the set.
         cache_in_memory: decode the sets once and keep them; for sets that fit, such as the demo set and latents.
+        cache_dir: folder that keeps the shards of remote sets; null brings each one anew when it is read.
+        fast_decode: let training decode JPEG pictures at a fraction of their size that is still twice the size needed;
+            evaluation never does.
+        on_error: what training does about a broken sample: raise, or skip it with a warning; evaluation raises.
+        max_skipped: broken samples that a process skips before it stops with an error.
         verify_checksums: read all shards and compare their checksums before the first epoch.
         pin_memory: copy batches to page-locked memory; default where there is a GPU.
 
@@ -69,6 +80,11 @@ class ShardDataModule(pl.LightningDataModule):
         cache_in_memory: bool = False,
         verify_checksums: bool = False,
         pin_memory: bool | None = None,
+        train_weights: list[float] | None = None,
+        cache_dir: str | None = None,
+        fast_decode: bool = False,
+        on_error: Literal["raise", "skip"] = "raise",
+        max_skipped: int = 100,
     ) -> None:
         super().__init__()
         self.sources: dict[str, str | list[str] | None] = {"train": train, "val": val, "test": test or val}
@@ -77,12 +93,20 @@ class ShardDataModule(pl.LightningDataModule):
         self.num_workers, self.seed, self.augmentation = num_workers, seed, augmentation
         self.shuffle_buffer, self.drop_last, self.val_limit = shuffle_buffer, drop_last, val_limit
         self.cache_in_memory, self.verify_checksums, self.pin_memory = cache_in_memory, verify_checksums, pin_memory
+        self.train_weights, self.cache_dir, self.fast_decode = train_weights, cache_dir, fast_decode
+        self.on_error, self.max_skipped = on_error, max_skipped
         minima = {"image_size": 1, "batch_size": 1, "eval_batch_size": 1, "num_workers": 0, "shuffle_buffer": 0}
-        for name, least in minima.items():
+        for name, least in {**minima, "max_skipped": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         if val_limit is not None and val_limit < 1:
             raise ValueError(f"val_limit={val_limit} must be at least 1, or null for all samples")
+        if train_weights is not None:
+            entries = len(train) if isinstance(train, list) else 1
+            if len(train_weights) != entries or min(train_weights) <= 0:
+                raise ValueError(
+                    f"train_weights={train_weights} must be one positive number for each of the {entries} sets in train"
+                )
         if all(source is None for source in self.sources.values()):
             raise ValueError("give at least one of train, val and test: the folder of a shard set")
         self._sets: dict[str, ShardSet] = {}
@@ -99,25 +123,42 @@ class ShardDataModule(pl.LightningDataModule):
         if source is None:
             raise ValueError(f"this data module has no {split} set; give data.{split} the folder of a shard set")
         if split not in self._sets:
-            indices = load_indices(source)
-            for index in indices:
-                made_for = index.image_size
-                if "image" not in index.fields and made_for is not None and made_for != self.image_size:
-                    raise ShardError(
-                        f"{index.folder} was made from images of {made_for} px, but image_size={self.image_size}; set "
-                        f"image_size={made_for} or write it again"
-                    )
-                if "image" in index.fields and made_for is not None and made_for < self.image_size:
-                    warnings.warn(
-                        f"{index.folder} holds images of {made_for} px, which image_size={self.image_size} enlarges",
-                        stacklevel=2,
-                    )
-                if self.verify_checksums:
-                    index.verify()
+            data = self._load(split, source)
+            for index in data.indices:
+                self._check(index)
             for loaded in self._sets.values():
-                require_same_origin(loaded.indices[0], indices[0])
-            self._sets[split] = ShardSet(indices)
+                require_same_origin(loaded.indices[0], data.indices[0])
+            self._sets[split] = data
         return self._sets[split]
+
+    def _load(self, split: Split, source: str | list[str]) -> ShardSet:
+        if split != "train" or self.train_weights is None:
+            return ShardSet(load_indices(source, self.cache_dir))
+        indices: list[ShardIndex] = []
+        weights: list[float] = []
+        for entry, weight in zip(source if isinstance(source, list) else [source], self.train_weights, strict=True):
+            found = load_indices(entry, self.cache_dir)
+            indices += found
+            total = sum(index.num_samples for index in found)
+            weights += [weight * index.num_samples / total for index in found]
+        for other in indices[1:]:
+            require_same_kind(indices[0], other)
+        return ShardSet(indices, weights)
+
+    def _check(self, index: ShardIndex) -> None:
+        made_for = index.image_size
+        if "image" not in index.fields and made_for is not None and made_for != self.image_size:
+            raise ShardError(
+                f"{index.where} was made from images of {made_for} px, but image_size={self.image_size}; set "
+                f"image_size={made_for} or write it again"
+            )
+        if "image" in index.fields and made_for is not None and made_for < self.image_size:
+            warnings.warn(
+                f"{index.where} holds images of {made_for} px, which image_size={self.image_size} enlarges",
+                stacklevel=3,
+            )
+        if self.verify_checksums:
+            index.verify()
 
     def num_samples(self, split: Split) -> int:
         """Samples that one pass over the split sees in all processes together; assert it before reporting a metric."""
@@ -130,7 +171,9 @@ class ShardDataModule(pl.LightningDataModule):
     def data_hash(self, split: Split) -> str:
         """Identifies what a pass over the split sees: contents of the shards, image size, number of samples."""
         shards = [shard.sha256 for index in self.shard_set(split).indices for shard in index.shards]
-        return hashlib.sha256(json.dumps([shards, self.image_size, self.num_samples(split)]).encode()).hexdigest()
+        weights = [self.train_weights] if split == "train" and self.train_weights else []
+        seen = [shards, self.image_size, self.num_samples(split), *weights]
+        return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -209,9 +252,17 @@ class ShardDataModule(pl.LightningDataModule):
                 f"{world_size} processes need; lower batch_size, or set drop_last=false"
             )
         collate = Collate(self.image_size, self.augmentation if train else None, self.seed)
+        decoder = self._decoder() if train else Decoder()
         if self.cache_in_memory:
-            return CachedBatches(data, collate, plan)
-        return StreamedBatches(data, collate, plan, self.shuffle_buffer)
+            return CachedBatches(data, collate, plan, decoder)
+        return StreamedBatches(data, collate, plan, self.shuffle_buffer, decoder)
+
+    def _decoder(self) -> Decoder:
+        window = 1.0 if self.augmentation is None else self.augmentation.smallest_window
+        return Decoder(
+            min_side=ceil(2 * self.image_size / window) if self.fast_decode else None,
+            max_skipped=self.max_skipped if self.on_error == "skip" else None,
+        )
 
     def _position(self) -> tuple[int, int]:
         """(rank, world size)."""

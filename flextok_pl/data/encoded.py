@@ -23,9 +23,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from flextok_pl.contracts import Batch
-from flextok_pl.data.index import ShardError, ShardIndex, load_indices
+from flextok_pl.data.index import ShardError, ShardIndex
 from flextok_pl.data.samples import Collate
 from flextok_pl.data.shards import Sample, complete_shards, shard_name, start_set, write_index, write_shard
+from flextok_pl.data.sources import load_indices
 from flextok_pl.data.stream import Plan, ShardSet, StreamedBatches
 from flextok_pl.data.transforms import Augmentation
 
@@ -131,7 +132,7 @@ def write_encoded(
     indices = load_indices(src)
     for name in needs:
         if name not in indices[0].fields:
-            raise ShardError(f"{indices[0].folder} holds {list(indices[0].fields)}, no {name}s to encode")
+            raise ShardError(f"{indices[0].where} holds {list(indices[0].fields)}, no {name}s to encode")
     source = [hashlib.sha256(index.to_json().encode()).hexdigest() for index in indices]
     arguments = {"writer": writer, "source": source, **made_by, **options, **views.arguments()}
     folder = Path(dst)

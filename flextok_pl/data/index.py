@@ -15,15 +15,13 @@ shard set. Every sample is `<key>.<extension>` files, side by side in one tar:
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field, replace
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
-
-import braceexpand
+from typing import Any, Protocol
 
 INDEX_NAME = "index.json"
 FORMAT = "flextok_pl.shards"
@@ -53,12 +51,26 @@ class ShardInfo:
     sha256: str
 
 
+class Opener(Protocol):
+    """How the files of a set that is not in a folder here are reached; see `remote`."""
+
+    @property
+    def address(self) -> str:
+        """What the set is called in messages."""
+
+    def locate(self, name: str) -> str:
+        """What a file is called in messages."""
+
+    def open(self, shard: ShardInfo, folder: Path) -> BufferedReader:
+        """A shard as an open file on this machine."""
+
+
 @dataclass(frozen=True)
 class ShardIndex:
     """What is in one shard set.
 
     Args:
-        folder: where the tar files lie.
+        folder: where the tar files lie, or are brought to.
         fields: which of `image`, `latent`, `tokens`, `label`, `text`, `text_states` each sample has.
         shards: the tar files, in order.
         classes: class names by label, empty for a set without classes.
@@ -67,6 +79,7 @@ class ShardIndex:
         arguments: what the writer was called with; equal arguments make an equal set.
         provenance: where the content comes from: source, licence, versions, the autoencoder of latents, the tokenizer
             of tokens, the text encoder of text states.
+        remote: how the tar files are reached; None where they are in the folder.
     """
 
     folder: Path
@@ -76,6 +89,12 @@ class ShardIndex:
     image_size: int | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    remote: Opener | None = None
+
+    @property
+    def where(self) -> str:
+        """What the set is called in messages: its folder, URL or command."""
+        return str(self.folder) if self.remote is None else self.remote.address
 
     @property
     def num_samples(self) -> int:
@@ -84,7 +103,13 @@ class ShardIndex:
 
     @property
     def paths(self) -> list[Path]:
-        """The tar files."""
+        """The tar files.
+
+        Raises:
+            ShardError: they are not in a folder on this machine.
+        """
+        if self.remote is not None:
+            raise ShardError(f"{self.where} is no folder on this machine; copy the set and give the copy's folder")
         return [self.folder / shard.name for shard in self.shards]
 
     @property
@@ -136,30 +161,47 @@ class ShardIndex:
                 f"{file.parent} {reason}: a shard set is made by `flextok data demo|folder|latents|tokens`, which "
                 f"writes {INDEX_NAME} last; give the folder of a finished one (often DST/train or DST/val)"
             )
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            index = cls._from_record(file.parent, record)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ShardError(f"{file} is damaged ({error!r}); write the set again with overwrite") from error
+        index = cls.parse(file.read_bytes(), file.parent, str(file))
         index._check_files()
         return index
 
     @classmethod
-    def _from_record(cls, folder: Path, record: Mapping[str, Any]) -> ShardIndex:
+    def parse(cls, content: bytes, folder: Path, where: str, remote: Opener | None = None) -> ShardIndex:
+        """Read the content of an index.
+
+        Args:
+            content: of `index.json`.
+            folder: of the shards.
+            where: what the index is called in messages.
+            remote: how the shards are reached, if not in the folder.
+
+        Raises:
+            ShardError: it is damaged, of another version, or has no samples.
+        """
+        try:
+            index = cls._from_record(folder, json.loads(content.decode("utf-8")), where, remote)
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ShardError(f"{where} is damaged ({error!r}); write the set again with overwrite") from error
+        if index.num_samples == 0:
+            raise ShardError(f"{where} holds no samples; write the set again from a source with pictures")
+        return index
+
+    @classmethod
+    def _from_record(cls, folder: Path, record: Mapping[str, Any], where: str, remote: Opener | None) -> ShardIndex:
         if record["format"] != FORMAT or record["version"] != FORMAT_VERSION:
             raise ShardError(
-                f"{folder / INDEX_NAME} has format {record['format']!r} version {record['version']}, "
+                f"{where} has format {record['format']!r} version {record['version']}, "
                 f"this release reads {FORMAT!r} version {FORMAT_VERSION}; write the set again"
             )
         unknown = sorted(set(record["fields"]) - set(FIELDS))
         if unknown or not record["fields"]:
-            raise ShardError(f"{folder / INDEX_NAME}: fields {record['fields']} must be some of {FIELDS}")
+            raise ShardError(f"{where}: fields {record['fields']} must be some of {FIELDS}")
         shards = tuple(
             ShardInfo(str(s["name"]), int(s["count"]), int(s["bytes"]), str(s["sha256"])) for s in record["shards"]
         )
         for shard in shards:
             if Path(shard.name).name != shard.name:
-                raise ShardError(f"{folder / INDEX_NAME}: shard name {shard.name!r} leaves the set's folder")
+                raise ShardError(f"{where}: shard name {shard.name!r} leaves the set's folder")
         return cls(
             folder=folder,
             fields=tuple(record["fields"]),
@@ -168,11 +210,10 @@ class ShardIndex:
             image_size=record["image_size"],
             arguments=dict(record["arguments"]),
             provenance=dict(record["provenance"]),
+            remote=remote,
         )
 
     def _check_files(self) -> None:
-        if self.num_samples == 0:
-            raise ShardError(f"{self.folder} holds no samples; write the set again from a source with pictures")
         for shard, path in zip(self.shards, self.paths, strict=True):
             if not path.is_file():
                 raise ShardError(f"shard {path} is missing; restore it, or write the set again with overwrite")
@@ -183,79 +224,38 @@ class ShardIndex:
                     "or was changed; copy it again, or write the set again with overwrite"
                 )
 
+    def locate(self, number: int) -> str:
+        """What a shard is called in messages."""
+        name = self.shards[number].name
+        return str(self.folder / name) if self.remote is None else self.remote.locate(name)
+
+    def open(self, number: int) -> BufferedReader:
+        """A shard as an open file; a remote one has been compared with size and checksum."""
+        shard = self.shards[number]
+        return (self.folder / shard.name).open("rb") if self.remote is None else self.remote.open(shard, self.folder)
+
+    def restricted(self, names: Set[str]) -> ShardIndex:
+        """The index of some of the shards.
+
+        Raises:
+            ShardError: one is not in the set.
+        """
+        unknown = sorted(names - {shard.name for shard in self.shards})
+        if unknown:
+            raise ShardError(f"{self.where} has no shard {unknown[0]} in its {INDEX_NAME}")
+        return replace(self, shards=tuple(shard for shard in self.shards if shard.name in names))
+
     def verify(self) -> None:
         """Read every shard and compare its checksum.
 
         Raises:
             ShardError: a shard differs from what was written.
         """
-        for shard, path in zip(self.shards, self.paths, strict=True):
-            with path.open("rb") as file:
+        for number, shard in enumerate(self.shards):
+            with self.open(number) as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             if digest != shard.sha256:
                 raise ShardError(
-                    f"shard {path} does not match its checksum in {INDEX_NAME}; copy it again, or write the set again "
-                    "with overwrite"
+                    f"shard {self.locate(number)} does not match its checksum in {INDEX_NAME}; copy it again, or write "
+                    "the set again with overwrite"
                 )
-
-
-def load_indices(source: str | Path | list[str]) -> list[ShardIndex]:
-    """Load one or several shard sets.
-
-    Args:
-        source: a folder, an `index.json`, a pattern of such with `*` or `{a,b}`, or a list of these. A pattern may also
-            name tar files; then the sets that they lie in are restricted to them.
-
-    Returns:
-        One index per set, in the order given.
-
-    Raises:
-        ShardError: nothing matches, a set is unusable, or the sets do not fit together.
-    """
-    indices: list[ShardIndex] = []
-    for entry in source if isinstance(source, list) else [str(source)]:
-        matches: list[str] = []
-        for pattern in braceexpand.braceexpand(str(entry)):
-            matches += sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
-        if not matches:
-            raise ShardError(f"{entry!r} matches no shard set; give the folder that holds {INDEX_NAME}")
-        tars = [Path(match) for match in matches if match.endswith(".tar")]
-        indices += [ShardIndex.load(match) for match in matches if not match.endswith(".tar")]
-        for folder in dict.fromkeys(path.parent for path in tars):
-            indices.append(_restricted(ShardIndex.load(folder), {p.name for p in tars if p.parent == folder}))
-    first = indices[0]
-    for other in indices[1:]:
-        for name in ("fields", "classes", "image_size"):
-            if getattr(first, name) != getattr(other, name):
-                raise ShardError(
-                    f"{first.folder} and {other.folder} differ in {name} ({getattr(first, name)} and "
-                    f"{getattr(other, name)}); sets read together must be of one kind"
-                )
-        require_same_origin(first, other)
-    return indices
-
-
-def require_same_origin(first: ShardIndex, other: ShardIndex) -> None:
-    """Check that one model can be trained on both sets.
-
-    Raises:
-        ShardError: they hold tokens of different tokenizers, or text states of different encoders.
-    """
-    origins = (
-        ("tokens", "tokenizer", first.tokenizer_hash, other.tokenizer_hash),
-        ("text_states", "text encoder", first.text_encoder, other.text_encoder),
-    )
-    for name, maker, one, another in origins:
-        if name in first.fields and name in other.fields and one != another:
-            raise ShardError(
-                f"{first.folder} and {other.folder} hold {name} of different {maker}s ({one} and {another}), and one "
-                f"model cannot read both; write one of them again by `flextok data tokens` with the other's {maker}"
-            )
-
-
-def _restricted(index: ShardIndex, names: set[str]) -> ShardIndex:
-    unknown = sorted(names - {shard.name for shard in index.shards})
-    if unknown:
-        raise ShardError(f"shard {index.folder / unknown[0]} is not in {index.folder / INDEX_NAME}")
-    chosen = tuple(shard for shard in index.shards if shard.name in names)
-    return ShardIndex(**{**vars(index), "shards": chosen})

@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 from flextok_pl.contracts import Batch
 from flextok_pl.data.datamodule import ShardDataModule
 from flextok_pl.data.folder import list_images
-from flextok_pl.data.index import INDEX_NAME, load_indices
+from flextok_pl.data.index import INDEX_NAME
+from flextok_pl.data.remote import is_remote
+from flextok_pl.data.sources import load_indices
 from flextok_pl.data.transforms import center_crop, decode_image, to_tensor
 
 ARRAY = "arr_0"
@@ -28,8 +30,8 @@ def open_pictures(
     """A loader of the pictures, each once and in a fixed order, and their number.
 
     Args:
-        source: a folder of images, searched recursively; a shard set or a pattern of them; or a `.npz` file with
-            `arr_0`.
+        source: a folder of images, searched recursively; a shard set, also a remote one, or a pattern of them; or a
+            `.npz` file with `arr_0`.
         image_size: side of the centre square to take of each picture; None takes them as they are.
         batch_size: B, pictures in a batch.
         num_workers: processes that decode.
@@ -45,6 +47,8 @@ def open_pictures(
             raise ValueError(f"{name}={value} must be at least {least}")
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size={image_size} must be at least 1 pixel, or null to take pictures as they are")
+    if is_remote(source):
+        return _of_shards(source, image_size, batch_size, num_workers)
     path = Path(source).expanduser()
     pictures: _Pictures
     if path.suffix == ".npz":

@@ -1,4 +1,4 @@
-"""One sample of a shard: read, checked, decoded, and collated into a batch.
+"""One sample of a shard: checked, decoded, and collated into a batch.
 
 Shapes in this file: B batch, S image side, (2C, h, w) moments, K registers, L text positions, E text width.
 """
@@ -6,13 +6,13 @@ Shapes in this file: B batch, S image side, (2C, h, w) moments, K registers, L t
 from __future__ import annotations
 
 import io
-import tarfile
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
-import webdataset as wds
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -34,61 +34,51 @@ class Decoded(TypedDict, total=False):
     key: str
 
 
-def read_shard(index: ShardIndex, number: int) -> Iterator[dict[str, Any]]:
-    """The raw samples of one shard in order, through webdataset's tar pipeline.
+@dataclass
+class Decoder:
+    """Decodes the fields that an index promises.
 
     Args:
-        index: the set.
-        number: position of the shard in it.
-
-    Yields:
-        `__key__`, `__url__`, and bytes by extension.
-
-    Raises:
-        ShardError: the tar is damaged or does not hold the number of samples that the index states.
+        min_side: pixels of the shorter side that a picture must keep, see `decode_image`; None decodes it in full.
+        max_skipped: broken samples that are left out with a warning before one raises; None raises at the first.
     """
-    path, expected = index.folder / index.shards[number].name, index.shards[number].count
-    count = 0
-    try:
-        # The file is opened here: webdataset's own opener would run a name such as `pipe:...` as a command.
-        with path.open("rb") as file:
-            files = wds.tariterators.tar_file_expander([{"url": str(path), "stream": file}])
-            for sample in wds.tariterators.group_by_keys(files):
-                count += 1
-                yield sample
-    except (OSError, tarfile.TarError, ValueError) as error:
-        raise ShardError(
-            f"shard {path} cannot be read after {count} samples ({error.args[0]}); copy it again, or write the set "
-            "again with overwrite"
-        ) from error
-    if count != expected:
-        raise ShardError(
-            f"shard {path} holds {count} samples instead of the {expected} in its index: it is truncated or was "
-            "changed; copy it again, or write the set again with overwrite"
-        )
+
+    min_side: int | None = None
+    max_skipped: int | None = None
+    skipped: set[tuple[str, str]] = field(default_factory=set, init=False)
+
+    def __call__(self, index: ShardIndex, raw: dict[str, Any]) -> Decoded | None:
+        """Decode a raw sample; None for one that is left out.
+
+        Raises:
+            ShardError: a field is missing or broken; names shard and key.
+        """
+        try:
+            return _decode(index, raw, self.min_side)
+        except (ValueError, KeyError, OSError) as error:
+            shard, key = raw["__url__"], raw["__key__"]
+            problem = f"shard {shard}, sample {key!r}: {error}; repair the source and write the set again"
+            if self.max_skipped is None:
+                raise ShardError(problem) from error
+            if shard not in {shard for shard, _ in self.skipped}:
+                warnings.warn(f"{problem}. Broken samples of this shard are skipped in training", stacklevel=2)
+            self.skipped.add((shard, key))
+            if len(self.skipped) > self.max_skipped:
+                raise ShardError(
+                    f"{problem}. These are {len(self.skipped)} broken samples in this process, more than max_skipped="
+                    f"{self.max_skipped}"
+                ) from error
+        return None
 
 
-def decode_sample(index: ShardIndex, raw: dict[str, Any]) -> Decoded:
-    """Decode the fields that the index promises.
-
-    Raises:
-        ShardError: a field is missing or broken; names shard and key.
-    """
-    try:
-        return _decode(index, raw)
-    except (ValueError, KeyError, OSError) as error:
-        where = f"shard {raw.get('__url__')}, sample {raw.get('__key__')!r}"
-        raise ShardError(f"{where}: {error}; repair the source and write the set again") from error
-
-
-def _decode(index: ShardIndex, raw: dict[str, Any]) -> Decoded:
+def _decode(index: ShardIndex, raw: dict[str, Any], min_side: int | None) -> Decoded:
     sample: Decoded = {"key": raw["__key__"]}
     for name in index.fields:
         if name == "image":
             extension = next((e for e in IMAGE_EXTENSIONS if e in raw), None)
             if extension is None:
                 raise ValueError("it has no picture (perhaps the shard is truncated)")
-            sample["image"] = decode_image(raw[extension])
+            sample["image"] = decode_image(raw[extension], min_side)
         elif name == "latent":
             sample["latent"] = torch.from_numpy(_array(raw, "latent.npy", "f", 3))  # (2C, h, w)
         elif name == "tokens":

@@ -1,141 +1,71 @@
-"""Which samples go where, and the datasets that deliver them as batches.
+"""The datasets that deliver batches: read from shards as they go, or held in memory.
 
-The order of a training epoch is a pure function of (seed, epoch, rank, worker): shards are permuted, the resulting row
-of samples is cut into one equal piece per rank and each piece into whole batches per worker, so a set with fewer
-shards than readers is split inside its shards. Evaluation cuts the samples in their stored order. Batch i of a rank
-comes from worker i modulo their number, which is how the loader asks them; so a pass can go on after batch i.
+The order of a training epoch is a pure function of (seed, epoch, rank, worker), and known without reading: shards are
+permuted, the row of their samples is cut as `order` describes, and a reader permutes its piece in groups of about
+`shuffle_buffer` samples. Evaluation cuts the samples in their stored order.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
-from typing import Any, TypeVar
+from itertools import accumulate, chain, islice, pairwise
+from typing import Any
 
 import torch
-import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 
 from flextok_pl.contracts import Batch
-from flextok_pl.data.index import ShardIndex
-from flextok_pl.data.samples import Collate, Decoded, decode_sample, read_shard, stacked
+from flextok_pl.data.index import ShardError, ShardIndex
+from flextok_pl.data.order import Mixture, Reader, Row, eval_positions, groups, rank_share, train_span
+from flextok_pl.data.samples import Collate, Decoded, Decoder, stacked
+from flextok_pl.data.tars import OpenShards
 from flextok_pl.data.transforms import sample_generator
 
-T = TypeVar("T")
+Group = list[tuple[int, int]]
+"""Samples to read, as (shard, number in it)."""
 
-
-@dataclass(frozen=True)
-class Reader:
-    """One of the processes that share a data set.
-
-    Args:
-        rank: of the training process.
-        world_size: number of training processes.
-        worker: of the loader's worker within the rank.
-        num_workers: workers per rank.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    worker: int = 0
-    num_workers: int = 1
-
-
-def train_span(num_samples: int, batch_size: int, drop_last: bool, reader: Reader) -> tuple[int, int]:
-    """The part of the permuted row of samples that a worker reads in training.
-
-    Args:
-        num_samples: N, of the whole set.
-        batch_size: samples per batch and rank.
-        drop_last: leave out what does not fill a batch on every rank; else the last batch is smaller, and where N is no
-            multiple of the ranks some take samples from the beginning of the row again.
-        reader: who asks.
-
-    Returns:
-        Half-open interval; positions from N on mean the row from its beginning.
-    """
-    if drop_last:
-        per_rank = num_samples // (reader.world_size * batch_size) * batch_size
-    else:
-        per_rank = -(-num_samples // reader.world_size)
-    start, stop = _worker_span(per_rank, batch_size, reader)
-    return reader.rank * per_rank + start, reader.rank * per_rank + stop
-
-
-def _worker_span(num_samples: int, batch_size: int, reader: Reader) -> tuple[int, int]:
-    """A worker's whole batches among the samples of its rank; the first workers have those that are left over."""
-    each, more = divmod(-(-num_samples // batch_size), reader.num_workers)
-    start = each * reader.worker + min(reader.worker, more)
-    stop = start + each + (reader.worker < more)
-    return min(start * batch_size, num_samples), min(stop * batch_size, num_samples)
-
-
-def eval_positions(
-    num_samples: int, limit: int | None, batch_size: int, reader: Reader, in_turns: bool = False
-) -> Sequence[int]:
-    """The samples that a worker evaluates: over all readers each one exactly once.
-
-    Args:
-        num_samples: N.
-        limit: take only this many, evenly spread.
-        batch_size: workers of a rank share its samples in whole batches.
-        reader: who asks.
-        in_turns: a rank's workers take every n-th batch each, not batches side by side.
-
-    Returns:
-        Ascending sample numbers.
-    """
-    chosen: Sequence[int] = range(num_samples)
-    if limit is not None and limit < num_samples:
-        chosen = [i * num_samples // limit for i in range(limit)]
-    total = len(chosen)
-    mine = chosen[total * reader.rank // reader.world_size : total * (reader.rank + 1) // reader.world_size]
-    if in_turns:
-        starts = range(0, len(mine), batch_size)[reader.worker :: reader.num_workers]
-        return [position for start in starts for position in mine[start : start + batch_size]]
-    start, stop = _worker_span(len(mine), batch_size, reader)
-    return mine[start:stop]
+MAX_OPEN = 100
+"""Shards of a group that a reader holds open; while it reads them, it opens as many of the next group."""
 
 
 class ShardSet:
     """Several shard sets of one kind, seen as one row of shards.
 
     Args:
-        indices: at least one.
+        indices: at least one set.
+        weights: shares of the sets in a training epoch; None takes all samples once.
     """
 
-    def __init__(self, indices: Sequence[ShardIndex]) -> None:
-        self.indices = list(indices)
+    def __init__(self, indices: Sequence[ShardIndex], weights: Sequence[float] | None = None) -> None:
+        self.indices, self.weights = list(indices), weights
         self.shards = [(index, number) for index in indices for number in range(len(index.shards))]
         self.counts = [index.shards[number].count for index, number in self.shards]
+        edges = [0, *accumulate(len(index.shards) for index in indices)]
+        self.parts = [range(edges[-1])] if weights is None else [range(*ends) for ends in pairwise(edges)]
 
     @property
     def num_samples(self) -> int:
         """N, samples in all sets."""
         return sum(self.counts)
 
-    def spans(self, order: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Cut the row of shards in the given order; yields (shard, first sample, one past the last)."""
-        offset = 0
-        while offset < stop:  # more than once around where ranks share samples again
-            for shard in order:
-                low, high = max(start - offset, 0), min(stop - offset, self.counts[shard])
-                if low < high:
-                    yield shard, low, high
-                offset += self.counts[shard]
-                if offset >= stop:
-                    return
+    def mixture(self, length: int) -> Mixture:
+        """What epochs of `length` samples take of the parts."""
+        if self.weights is None:
+            return Mixture.whole(self.num_samples, length)
+        return Mixture.weighted([index.num_samples for index in self.indices], self.weights, length)
+
+    def first_sample(self, part: int) -> int:
+        """Number of the first sample of a part in the row of all shards."""
+        return sum(self.counts[: self.parts[part].start])
 
     def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[ShardIndex, dict[str, Any]]]:
-        """The raw samples start..stop of a shard; reads no further than it must."""
-        index, number = self.shards[shard]
-        for position, raw in enumerate(read_shard(index, number)):
-            if position >= start:
-                yield index, raw
-            if position + 1 == stop < self.counts[shard]:
-                return
+        """The raw samples start..stop of a shard."""
+        with OpenShards(self.shards) as shards:
+            shards.prepare([shard])
+            for sample in range(start, stop):
+                yield self.shards[shard][0], shards[shard].read(sample)
 
 
 @dataclass(frozen=True)
@@ -148,7 +78,7 @@ class Plan:
         rank: of this process.
         world_size: number of processes.
         seed: seed of the order.
-        drop_last: in training, see `train_span`.
+        drop_last: in training, see `rank_share`.
         limit: in evaluation, see `eval_positions`.
         in_turns: in evaluation, the loader delivers the stored order in the same batches with any number of workers;
             each of them then reads all shards of its rank.
@@ -176,6 +106,8 @@ class EpochStream(IterableDataset[Batch]):
     def __init__(self, data: ShardSet, collate: Collate, plan: Plan) -> None:
         super().__init__()
         self.data, self.collate, self.plan = data, collate, plan
+        share = rank_share(data.num_samples, plan.batch_size, plan.drop_last, plan.world_size)
+        self.mixture = data.mixture(share * plan.world_size)
         self._start = torch.zeros(2, dtype=torch.int64)
         self._start.share_memory_()  # type: ignore[no-untyped-call]
 
@@ -217,47 +149,93 @@ class EpochStream(IterableDataset[Batch]):
 class StreamedBatches(EpochStream):
     """Reads shards as it goes; for sets of any size.
 
+    Memory holds one batch, and where the samples of the current shards lie; the next shards are brought and opened in
+    the background.
+
     Args:
         data: the shards.
         collate: makes batches.
         plan: who reads what.
-        shuffle_buffer: number of undecoded samples among which the next one is drawn in training.
+        shuffle_buffer: samples of a group that is permuted in training; below 2 there is no group.
+        decoder: of the samples.
     """
 
-    def __init__(self, data: ShardSet, collate: Collate, plan: Plan, shuffle_buffer: int = 1000) -> None:
+    def __init__(
+        self,
+        data: ShardSet,
+        collate: Collate,
+        plan: Plan,
+        shuffle_buffer: int = 1000,
+        decoder: Decoder | None = None,
+    ) -> None:
         super().__init__(data, collate, plan)
         self.shuffle_buffer = shuffle_buffer
+        self.decoder = decoder or Decoder()
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, reader, done = self.next_pass()
-        size, collate = self.plan.batch_size, partial(self.collate, epoch=epoch)
-        yield from wds.DataPipeline(
-            partial(self._samples, epoch, reader, done * size),
-            wds.batched(size, collation_fn=collate, partial=True),
-        )
+        first = done * self.plan.batch_size
+        plan = self._train(epoch, reader, first) if self.plan.train else self._evaluate(reader, first)
+        samples = self._samples(plan)
+        while batch := list(islice(samples, self.plan.batch_size)):
+            yield self.collate(batch, epoch)
 
-    def _samples(self, epoch: int, reader: Reader, first: int) -> Iterator[Decoded]:
-        raw = islice(self._train(epoch, reader), first, None) if self.plan.train else self._evaluate(reader, first)
-        for index, sample in raw:
-            yield decode_sample(index, sample)
+    def _samples(self, plan: Iterator[tuple[Group, int]]) -> Iterator[Decoded]:
+        nothing: tuple[Group, int] = ([], 0)
+        with OpenShards(self.data.shards) as shards:
+            for (group, first), (upcoming, _) in pairwise(chain(plan, [nothing])):
+                needed = dict.fromkeys(shard for shard, _ in upcoming)
+                shards.prepare(dict.fromkeys(shard for shard, _ in group))
+                shards.prepare(needed)
+                for number in range(first, len(group)):
+                    yield self._sample(shards, group, number)
+                shards.keep(needed)
 
-    def _train(self, epoch: int, reader: Reader) -> Iterator[tuple[ShardIndex, dict[str, Any]]]:
-        plan = self.plan
-        order = torch.randperm(len(self.data.shards), generator=sample_generator(plan.seed, epoch, "shards")).tolist()
-        start, stop = train_span(self.data.num_samples, plan.batch_size, plan.drop_last, reader)
-        raw = (sample for span in self.data.spans(order, start, stop) for sample in self.data.read(*span))
-        yield from shuffled(raw, self.shuffle_buffer, sample_generator(plan.seed, epoch, f"buffer {start}"))
+    def _sample(self, shards: OpenShards, group: Group, number: int) -> Decoded:
+        """A sample of a group; in place of one that is skipped the next one."""
+        for place in range(number, number + len(group)):
+            shard, sample = group[place % len(group)]
+            decoded = self.decoder(self.data.shards[shard][0], shards[shard].read(sample))
+            if decoded is not None:
+                return decoded
+        where = self.data.shards[group[number][0]][0].where
+        raise ShardError(f"all of {len(group)} samples read together are broken, in {where}; write the set again")
 
-    def _evaluate(self, reader: Reader, first: int) -> Iterator[tuple[ShardIndex, dict[str, Any]]]:
+    def _train(self, epoch: int, reader: Reader, first: int) -> Iterator[tuple[Group, int]]:
+        """Groups of samples, permuted, and where to begin in each; those before sample `first` are left out."""
+        plan, data, mixture = self.plan, self.data, self.mixture
+        rows: dict[int, tuple[int, Row]] = {}  # of each part the current pass
+        shuffle = self.shuffle_buffer > 1
+        size = min(self.shuffle_buffer if shuffle else 1000, max(1, MAX_OPEN * data.num_samples // len(data.shards)))
+        start, stop = train_span(data.num_samples, plan.batch_size, plan.drop_last, reader)
+        for low, high in groups(start, stop, size):
+            if high <= start + first:
+                continue
+            group: Group = []
+            for part, number, begin, end in mixture.pieces(epoch, low, high):
+                if part not in rows or rows[part][0] != number:
+                    rows[part] = number, Row(self._shard_order(part, number), data.counts)
+                for shard, *span in rows[part][1].spans(begin, end):
+                    group += [(shard, sample) for sample in range(*span)]
+            if shuffle:
+                generator = sample_generator(plan.seed, epoch, f"group {low}")
+                group = [group[i] for i in torch.randperm(len(group), generator=generator).tolist()]
+            yield group, max(0, start + first - low)
+
+    def _shard_order(self, part: int, number: int) -> list[int]:
+        shards = self.data.parts[part]
+        generator = sample_generator(self.plan.seed, number, f"shards {part}")
+        return [shards[i] for i in torch.randperm(len(shards), generator=generator).tolist()]
+
+    def _evaluate(self, reader: Reader, first: int) -> Iterator[tuple[Group, int]]:
+        """The samples of one shard after another."""
         positions = self.eval_share(reader)[first:]
-        if not positions:
-            return
-        wanted, position = set(positions), positions[0]
-        for shard, start, stop in self.data.spans(range(len(self.data.counts)), positions[0], positions[-1] + 1):
-            for sample in self.data.read(shard, start, stop):
-                if position in wanted:
-                    yield sample
-                position += 1
+        row, done = Row(range(len(self.data.counts)), self.data.counts), 0
+        for shard, low in zip(row.order, row.edges, strict=False):
+            stop = bisect_left(positions, low + self.data.counts[shard])
+            if done < stop:
+                yield [(shard, position - low) for position in positions[done:stop]], 0
+            done = stop
 
 
 class CachedBatches(EpochStream):
@@ -269,13 +247,12 @@ class CachedBatches(EpochStream):
         data: the shards.
         collate: makes batches.
         plan: who reads what.
+        decoder: of the samples; in place of one that it skips the one before it is kept.
     """
 
-    def __init__(self, data: ShardSet, collate: Collate, plan: Plan) -> None:
+    def __init__(self, data: ShardSet, collate: Collate, plan: Plan, decoder: Decoder | None = None) -> None:
         super().__init__(data, collate, plan)
-        self.cache = [
-            decode_sample(*sample) for shard, count in enumerate(data.counts) for sample in data.read(shard, 0, count)
-        ]
+        self.cache = self._decoded(decoder or Decoder())
         first = self.cache[0]
         self.latents = stacked(self.cache, "latent") if "latent" in first else None  # (N, 2C, h, w)
         self.tokens = stacked(self.cache, "tokens") if "tokens" in first else None  # (N, K)
@@ -295,28 +272,34 @@ class CachedBatches(EpochStream):
                 batch["tokens"] = self.tokens[chosen]  # (B, K)
             yield batch
 
+    def _decoded(self, decoder: Decoder) -> list[Decoded]:
+        found: list[Decoded] = []
+        missing = 0
+        for shard, count in enumerate(self.data.counts):
+            for sample in self.data.read(shard, 0, count):
+                decoded = decoder(*sample)
+                if decoded is not None:
+                    found += [decoded] * (1 + missing)
+                    missing = 0
+                elif found:
+                    found.append(found[-1])
+                else:
+                    missing += 1  # the first good one stands in for those before it
+        if missing:
+            raise ShardError(f"{self.data.indices[0].where}: all samples are broken")
+        return found
+
     def _order(self, epoch: int, reader: Reader) -> Sequence[int]:
-        plan, total = self.plan, len(self.cache)
+        plan = self.plan
         if not plan.train:
             return list(self.eval_share(reader))
-        permutation = torch.randperm(total, generator=sample_generator(plan.seed, epoch, "samples"))
-        start, stop = train_span(total, plan.batch_size, plan.drop_last, reader)
-        mine: list[int] = permutation[torch.arange(start, stop) % total].tolist()
-        return mine
-
-
-def shuffled(samples: Iterator[T], size: int, generator: torch.Generator) -> Iterator[T]:
-    """Draw each next sample from a buffer of `size` that is refilled from the stream."""
-    buffer: list[T] = []
-    for sample in samples:
-        if len(buffer) < size:
-            buffer.append(sample)
-            continue
-        if not buffer:
-            yield sample
-            continue
-        chosen = int(torch.randint(len(buffer), (), generator=generator))
-        yield buffer[chosen]
-        buffer[chosen] = sample
-    for chosen in torch.randperm(len(buffer), generator=generator).tolist():
-        yield buffer[chosen]
+        start, stop = train_span(len(self.cache), plan.batch_size, plan.drop_last, reader)
+        samples: list[list[int]] = [[] for _ in self.data.parts]  # of each part, in their order
+        for part, number, begin, end in self.mixture.pieces(epoch, start, stop):
+            generator = sample_generator(plan.seed, number, f"samples{part or ''}")
+            permutation = torch.randperm(self.mixture.sizes[part], generator=generator) + self.data.first_sample(part)
+            samples[part] += permutation[begin:end].tolist()
+        before = torch.stack(self.mixture.cut(torch.arange(start, stop + 1)))  # (parts, samples + 1)
+        turns = before.diff(dim=1).argmax(dim=0).tolist()  # whose turn it is at each place of the row
+        parts = [iter(part) for part in samples]
+        return [next(parts[part]) for part in turns]

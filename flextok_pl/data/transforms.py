@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,6 +51,11 @@ class Augmentation:
         if not 0 <= self.fill <= 255:
             raise ValueError(f"fill={self.fill} must be a grey level in 0..255")
 
+    @property
+    def smallest_window(self) -> float:
+        """Side of the smallest window as a share of the picture's shorter side."""
+        return math.sqrt(self.crop_scale[0]) / self.scale[1]
+
 
 DEFAULT_AUGMENTATION = Augmentation()
 
@@ -60,17 +66,24 @@ def sample_generator(seed: int, epoch: int, key: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def decode_image(data: bytes) -> Image.Image:
+def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
     """Decode a picture of any common kind to 8-bit RGB.
 
     Grey, palette, CMYK, Lab and 1-bit pictures are converted, 16-bit ones scaled to 8 bits, transparent ones laid on
     white, and the EXIF orientation is applied.
+
+    Args:
+        data: the file.
+        min_side: a JPEG is decoded to 1/2, 1/4 or 1/8 of its size, by leaving out high frequencies of its transform,
+            where both sides keep this many pixels; None decodes it in full.
 
     Raises:
         ValueError: the bytes are no complete picture, or one of floating-point or 32-bit levels.
     """
     try:
         image = Image.open(io.BytesIO(data))
+        if min_side is not None:
+            image.draft(None, (min_side, min_side))  # does nothing to other kinds
         image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"not a complete picture ({error})") from error

@@ -297,3 +297,33 @@ def test_broken_text_states(tmp_path, cache, array, message):
     data = ShardDataModule(val=str(tmp_path), num_workers=0, cache_in_memory=cache)
     with pytest.raises(ShardError, match=message):
         list(data.val_dataloader())
+
+
+@pytest.mark.parametrize("cache, num_workers", [(False, 0), (False, 1), (True, 0)])
+def test_training_may_skip_broken_samples(tmp_path, cache, num_workers, recwarn):
+    write_set(tmp_path, {"jpg": b"no picture"})
+    options = {"image_size": 16, "batch_size": 4, "num_workers": num_workers, "cache_in_memory": cache}
+    data = ShardDataModule(str(tmp_path), str(tmp_path), on_error="skip", **options)
+    loader = data.train_dataloader()
+    first = [batch["key"] for batch in loader]
+    assert [len(keys) for keys in first] == [4, 4]  # another sample takes the place of the broken one
+    found = {key for keys in first for key in keys}
+    assert len(found) == 7 and "k5" not in found
+    assert [batch["key"] for batch in data.train_dataloader()] == first
+    if not num_workers:  # a worker warns on its own standard error
+        told = [str(w.message) for w in recwarn if "skipped in training" in str(w.message)]
+        assert len(told) == 1 and "shard-000001.tar, sample 'k5'" in told[0]
+    with pytest.raises(ShardError, match="sample 'k5'"):
+        list(data.val_dataloader())
+    strict = ShardDataModule(str(tmp_path), on_error="skip", max_skipped=0, **options)
+    with pytest.raises(ShardError, match=r"sample 'k5': .*1 broken samples in this process, more than max_skipped=0"):
+        list(strict.train_dataloader())
+
+
+def test_a_set_of_broken_samples_only(tmp_path):
+    shard = write_shard(tmp_path / shard_name(0), [Sample(f"k{i}", {"jpg": b"no picture"}) for i in range(3)])
+    write_index(ShardIndex(tmp_path, ("image",), (shard,)))
+    for cache in (False, True):
+        data = ShardDataModule(str(tmp_path), batch_size=1, num_workers=0, on_error="skip", cache_in_memory=cache)
+        with pytest.warns(UserWarning), pytest.raises(ShardError, match="broken"):
+            list(data.train_dataloader())

@@ -83,7 +83,7 @@ def test_a_killed_run_goes_on(pictures, tmp_path, monkeypatch, capsys, kind, num
 
     capsys.readouterr()
     decoded, real = [], samples_module.decode_image
-    monkeypatch.setattr(samples_module, "decode_image", lambda data: decoded.append(1) or real(data))
+    monkeypatch.setattr(samples_module, "decode_image", lambda *given: decoded.append(1) or real(*given))
     model = Model()
     index = write_encoded_set(kind, pictures, folder, model, num_workers=num_workers)
     assert contents(folder) == contents(whole)

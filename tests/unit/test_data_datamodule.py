@@ -175,6 +175,12 @@ def test_augmentation_is_for_training_only(folders):
         ({"num_workers": -1}, "num_workers=-1"),
         ({"val_limit": 0}, "val_limit=0"),
         ({"eval_batch_size": 0}, "eval_batch_size=0"),
+        ({"max_skipped": -1}, "max_skipped=-1"),
+        (
+            {"train_weights": [1.0, 2.0]},
+            r"train_weights=\[1.0, 2.0\] must be one positive number for each of the 1",
+        ),
+        ({"train_weights": [0.0]}, r"train_weights=\[0.0\]"),
     ],
 )
 def test_bad_options_are_named(folders, options, message):
@@ -223,3 +229,50 @@ def test_token_shards(tmp_path):
         (batch,) = data.val_dataloader()
         assert batch["tokens"].dtype == torch.int64
         assert batch["tokens"].tolist() == [[0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_weighted_sets(folders, tmp_path, cache):
+    small = [write_images(tmp_path / name, count) for name, count in (("a", 3), ("b", 6))]
+    sources = [folders[0], str(tmp_path / "{a,b}")]
+    data = module([sources, folders[1]], train_weights=[1, 1], cache_in_memory=cache, augmentation=None)
+    assert data.num_samples("train") == 32 and len(data.train_dataloader()) == 8
+    again = module([[folders[0], *small], folders[1]])
+    assert data.data_hash("train") != again.data_hash("train") and data.data_hash("val") == again.data_hash("val")
+    found = [key for batch in data.train_dataloader() for key in batch["key"]]
+    # i9 and above are of the large set only; of 35 samples epochs take 32, half of each entry
+    assert len(found) == 32 and sum(int(key[1:]) >= 6 for key in found) > 8
+    with pytest.raises(ValueError, match="gets none"):
+        module([sources, folders[1]], train_weights=[1, 1e-9]).train_dataloader()
+
+
+def test_weighted_sets_must_be_of_one_kind(folders, tmp_path):
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros((2, 1, 1), np.float32))
+    shard = write_shard(tmp_path / shard_name(0), [Sample("k", {"latent.npy": buffer.getvalue()})])
+    write_index(ShardIndex(tmp_path, ("latent",), (shard,)))
+    with pytest.raises(ShardError, match="differ in fields"):
+        module([[folders[0], str(tmp_path)], folders[1]], train_weights=[1, 1]).setup("fit")
+
+
+def test_fast_decoding_is_for_training_only_and_near_the_full_one(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(1, 3, 25, 33, generator=generator)
+    smooth = torch.nn.functional.interpolate(noise, (400, 528), mode="bicubic").clamp(0, 1)[0]
+    buffer = io.BytesIO()
+    Image.fromarray((smooth.permute(1, 2, 0) * 255).byte().numpy()).save(buffer, "JPEG", quality=90)
+    shard = write_shard(tmp_path / shard_name(0), [Sample("k", {"jpg": buffer.getvalue()})])
+    write_index(ShardIndex(tmp_path, ("image",), (shard,)))
+
+    def pictures(fast):
+        options = {"image_size": 48, "batch_size": 1, "fast_decode": fast, "num_workers": 0}
+        data = ShardDataModule(str(tmp_path), str(tmp_path), **options)
+        return [next(iter(loader()))["image"] for loader in (data.train_dataloader, data.val_dataloader)]
+
+    (train, val), (fast_train, fast_val) = pictures(False), pictures(True)
+    assert torch.equal(val, fast_val) and not torch.equal(train, fast_train)
+    assert (train - fast_train).abs().mean() < 2 / 127.5  # grey levels
+    crops = Augmentation(crop_scale=(0.25, 1.0), scale=(1.0, 2.0))
+    assert crops.smallest_window == 0.25  # 400 px leave too few for a half-size picture of 48 px
+    data = ShardDataModule(str(tmp_path), image_size=48, augmentation=crops, fast_decode=True)
+    assert data._decoder().min_side == 384

@@ -6,8 +6,9 @@ import tarfile
 
 import pytest
 
-from flextok_pl.data.index import INDEX_NAME, ShardError, ShardIndex, load_indices
+from flextok_pl.data.index import INDEX_NAME, ShardError, ShardIndex
 from flextok_pl.data.shards import PARTIAL_NAME, Sample, start_set, write_index, write_shard, write_shards
+from flextok_pl.data.sources import load_indices
 
 
 def make_sample(number):

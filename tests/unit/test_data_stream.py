@@ -1,7 +1,9 @@
 """Who reads what: exactly once, equal shares, the same order for the same seed."""
 
 import io
+import tracemalloc
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -9,24 +11,17 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from flextok_pl.data.index import ShardIndex, load_indices
+from flextok_pl.data.index import ShardIndex
 from flextok_pl.data.samples import Collate
 from flextok_pl.data.shards import Sample, shard_name, write_index, write_shard
-from flextok_pl.data.stream import (
-    CachedBatches,
-    Plan,
-    Reader,
-    ShardSet,
-    StreamedBatches,
-    eval_positions,
-    shuffled,
-    train_span,
-)
+from flextok_pl.data.sources import load_indices
+from flextok_pl.data.stream import CachedBatches, Plan, ShardSet, StreamedBatches
+from flextok_pl.data.tars import Shard
 
 SIZES = (5, 1, 7, 4, 6)
 
 
-def write_latent_set(folder, sizes=SIZES):
+def write_latent_set(folder, sizes=SIZES, letter="k"):
     """Shards of 2-channel latents; sample i holds the value i."""
     folder.mkdir()
     shards, number = [], 0
@@ -35,7 +30,8 @@ def write_latent_set(folder, sizes=SIZES):
         for _ in range(size):
             buffer = io.BytesIO()
             np.save(buffer, np.full((2, 1, 1), number, dtype=np.float16))
-            samples.append(Sample(f"k{number}", {"latent.npy": buffer.getvalue(), "cls": str(number % 3).encode()}))
+            files = {"latent.npy": buffer.getvalue(), "cls": str(number % 3).encode()}
+            samples.append(Sample(f"{letter}{number}", files))
             number += 1
         shards.append(write_shard(folder / shard_name(shard), samples))
     index = ShardIndex(folder, ("latent", "label"), tuple(shards), ("a", "b", "c"), image_size=8)
@@ -48,56 +44,6 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("latents") / "set"
     write_latent_set(folder)
     return ShardSet(load_indices(str(folder)))
-
-
-def readers(world_size, num_workers):
-    return [
-        Reader(rank, world_size, worker, num_workers) for rank in range(world_size) for worker in range(num_workers)
-    ]
-
-
-@pytest.mark.parametrize("total", [1, 2, 7, 64, 101])
-@pytest.mark.parametrize("world_size, num_workers", [(1, 1), (1, 3), (4, 1), (3, 5)])
-@pytest.mark.parametrize("limit", [None, 1, 5, 1000])
-def test_evaluation_sees_every_sample_once(total, world_size, num_workers, limit):
-    seen = [i for reader in readers(world_size, num_workers) for i in eval_positions(total, limit, 4, reader)]
-    assert seen == sorted(set(seen))
-    assert len(seen) == min(total, limit or total)
-    if limit == 5 and total == 101:
-        assert seen == [0, 20, 40, 60, 80]
-
-
-@pytest.mark.parametrize("total", [24, 25, 64, 101])
-@pytest.mark.parametrize("world_size, num_workers", [(1, 1), (1, 3), (4, 1), (3, 2)])
-def test_training_shares_are_equal_and_disjoint(total, world_size, num_workers):
-    spans = [train_span(total, 4, True, reader) for reader in readers(world_size, num_workers)]
-    assert all((stop - start) % 4 == 0 for start, stop in spans)
-    assert all(a[1] == b[0] for a, b in pairwise(spans))  # side by side
-    assert spans[-1][1] == total // (4 * world_size) * 4 * world_size
-    per_rank = {
-        sum(b - a for a, b in spans[rank * num_workers : (rank + 1) * num_workers]) for rank in range(world_size)
-    }
-    assert len(per_rank) == 1
-
-
-def test_keeping_the_last_batch_covers_all_and_wraps_around():
-    spans = [train_span(10, 4, False, reader) for reader in readers(3, 1)]
-    assert spans == [(0, 4), (4, 8), (8, 12)]  # 10 and 11 are the first two again
-
-
-def test_worker_shares_follow_the_loader():
-    # 5 batches over 2 workers: worker 0 has one more, so that taking turns gives batch i from worker i % 2.
-    assert [train_span(20, 4, True, reader) for reader in readers(1, 2)] == [(0, 12), (12, 20)]
-
-
-@pytest.mark.parametrize("size", [0, 1, 5, 100])
-def test_shuffle_buffer_keeps_every_sample(size):
-    result = list(shuffled(iter(range(30)), size, torch.Generator().manual_seed(0)))
-    assert sorted(result) == list(range(30))
-    if size < 2:
-        assert result == list(range(30))
-    else:
-        assert result != list(range(30))
 
 
 def batches(cls, data, plan, epoch=0, num_workers=0, start=0):
@@ -160,3 +106,78 @@ def test_fewer_samples_than_batches_need_when_the_last_is_kept(data):
         plans = [Plan(64, train=True, rank=rank, world_size=2, drop_last=False) for rank in range(2)]
         keys = Counter(key for plan in plans for batch in batches(cls, data, plan) for key in batch["key"])
         assert keys.total() == 24 and len(keys) == 23  # one of 23 samples twice, so that both ranks have 12
+
+
+@pytest.mark.parametrize("size", [0, 3, 100])
+def test_groups_are_permuted_and_keep_every_sample(data, size):
+    stream = StreamedBatches(data, Collate(8, None, 0), Plan(23, train=True), shuffle_buffer=size)
+    (batch,) = DataLoader(stream, batch_size=None)
+    numbers = [int(key[1:]) for key in batch["key"]]
+    assert sorted(numbers) == list(range(23))
+    # Without shuffling each of the 5 shards comes in one piece and in its order.
+    assert (sum(b != a + 1 for a, b in pairwise(numbers)) < 5) == (size == 0)
+
+
+def linked_set(folder, copies, per_shard=50):
+    """Many shards that are one file."""
+    index = write_latent_set(folder, [per_shard])
+    for number in range(1, copies):
+        (folder / shard_name(number)).hardlink_to(folder / shard_name(0))
+    shards = [replace(index.shards[0], name=shard_name(number)) for number in range(copies)]
+    write_index(replace(index, shards=tuple(shards)))
+    return ShardSet(load_indices(str(folder)))
+
+
+def test_a_resumed_epoch_reads_what_it_delivers_and_opens_no_shard_before_it(tmp_path, monkeypatch):
+    data = linked_set(tmp_path / "set", 200)
+    opened, read, real_read = [], [], Shard.read
+    real_open = Shard.__init__
+    monkeypatch.setattr(Shard, "__init__", lambda self, *given: opened.append(given) or real_open(self, *given))
+    monkeypatch.setattr(Shard, "read", lambda self, sample: read.append(sample) or real_read(self, sample))
+    stream = StreamedBatches(data, Collate(8, None, 0), Plan(10, train=True), shuffle_buffer=200)
+    stream.start_at(0, 755)
+    next(iter(stream))
+    assert len(read) == 10 and 0 < len(opened) <= 2 * 5  # of 200: this group of 4 and the next, not all aligned
+
+
+def only_key(index, raw):
+    return {"key": raw["__key__"]}
+
+
+def test_memory_does_not_grow_with_the_set(tmp_path):
+    def peak(copies):
+        data = linked_set(tmp_path / str(copies), copies)
+        stream = StreamedBatches(data, Collate(8, None, 0), Plan(10, train=True), 200, only_key)
+        tracemalloc.start()
+        assert sum(len(batch["key"]) for batch in stream) == 50 * copies
+        result = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return result
+
+    peak(2)
+    small, large = peak(20), peak(200)
+    assert large < 1.2 * small, (small, large)
+
+
+@pytest.mark.parametrize("cls", [StreamedBatches, CachedBatches])
+@pytest.mark.parametrize("world_size, num_workers", [(1, 0), (2, 2), (3, 0)])
+def test_weights_hold_and_nothing_comes_twice_before_all(tmp_path, cls, world_size, num_workers):
+    sizes = {"a": (5, 1, 7, 4, 6, 19), "b": (3, 3)}  # 42 and 6 samples; epochs of 48 take 36 and 12
+    for name, shards in sizes.items():
+        write_latent_set(tmp_path / name, shards, name)
+    data = ShardSet(load_indices([str(tmp_path / "a"), str(tmp_path / "b")]), (3.0, 1.0))
+    seen = Counter()
+    for epoch in range(5):
+        before = seen.copy()
+        for rank in range(world_size):
+            plan = Plan(4, train=True, rank=rank, world_size=world_size)
+            found = batches(cls, data, plan, epoch, num_workers)
+            assert len(found) == len(cls(data, Collate(8, None, 0), plan)) == 12 // world_size
+            seen.update(key for batch in found for key in batch["key"])
+            rest = [batch["key"] for batch in batches(cls, data, plan, epoch, num_workers, 2)]
+            assert rest == [batch["key"] for batch in found[2:]]
+        taken = Counter(key[0] for key in (seen - before).elements())
+        assert taken == {"a": 36, "b": 12}
+        for name, shards in sizes.items():
+            counts = [count for key, count in seen.items() if key[0] == name]
+            assert len(counts) == min(sum(shards), sum(counts)) and max(counts) - min(counts) <= 1

@@ -1,0 +1,99 @@
+"""From what a user writes to the shard sets that are meant: folders, patterns, URLs and commands."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import tempfile
+from pathlib import Path
+
+import braceexpand
+
+from flextok_pl.data.index import INDEX_NAME, ShardError, ShardIndex
+from flextok_pl.data.remote import PIPE, Remote, is_remote, require_plain_names
+
+
+def load_indices(source: str | Path | list[str], cache_dir: str | Path | None = None) -> list[ShardIndex]:
+    """Load one or several shard sets.
+
+    Args:
+        source: a folder, an `index.json`, a pattern of such with `*` or `{a,b}`, or a list of these. A pattern may also
+            name tar files; then the sets that they lie in are restricted to them. In place of a folder there may be a
+            URL, without `*`, or a command, see `Remote`.
+        cache_dir: where the shards of remote sets stay.
+
+    Returns:
+        One index per set, in the order given.
+
+    Raises:
+        ShardError: nothing matches, a set is unusable, or the sets do not fit together.
+    """
+    entries = source if isinstance(source, list) else [str(source)]
+    indices = [index for entry in entries for index in _of_entry(str(entry), cache_dir)]
+    for other in indices[1:]:
+        require_same_kind(indices[0], other)
+    return indices
+
+
+def _of_entry(entry: str, cache_dir: str | Path | None) -> list[ShardIndex]:
+    matches: list[str] = []
+    for pattern in [entry] if entry.startswith(PIPE) else braceexpand.braceexpand(entry):
+        local_pattern = glob.has_magic(pattern) and not is_remote(pattern)
+        matches += sorted(glob.glob(pattern)) if local_pattern else [pattern]
+    if not matches:
+        raise ShardError(f"{entry!r} matches no shard set; give the folder that holds {INDEX_NAME}")
+    tars: dict[str, set[str]] = {}
+    indices = []
+    for match in matches:
+        if match.endswith(".tar") and not match.startswith(PIPE):
+            folder, _, name = match.rpartition("/")
+            tars.setdefault(folder, set()).add(name)
+        else:
+            indices.append(_load(match, cache_dir))
+    return indices + [_load(folder or ".", cache_dir).restricted(names) for folder, names in tars.items()]
+
+
+def _load(place: str, cache_dir: str | Path | None) -> ShardIndex:
+    if not is_remote(place):
+        return ShardIndex.load(place)
+    cache = None if cache_dir is None else Path(cache_dir).expanduser()
+    remote = Remote(place.removesuffix(f"/{INDEX_NAME}"), cache)
+    content = remote.read(INDEX_NAME)
+    # A set that was written again gets another folder of the cache.
+    folder = Path(tempfile.gettempdir()) if cache is None else cache / hashlib.sha256(content).hexdigest()[:16]
+    index = ShardIndex.parse(content, folder, remote.locate(INDEX_NAME), remote)
+    require_plain_names(index.shards, remote.locate(INDEX_NAME))
+    return index
+
+
+def require_same_kind(first: ShardIndex, other: ShardIndex) -> None:
+    """Check that two sets can be read together.
+
+    Raises:
+        ShardError: they differ in fields, classes, image size, or in whose tokens or text states they hold.
+    """
+    for name in ("fields", "classes", "image_size"):
+        if getattr(first, name) != getattr(other, name):
+            raise ShardError(
+                f"{first.where} and {other.where} differ in {name} ({getattr(first, name)} and "
+                f"{getattr(other, name)}); sets read together must be of one kind"
+            )
+    require_same_origin(first, other)
+
+
+def require_same_origin(first: ShardIndex, other: ShardIndex) -> None:
+    """Check that one model can be trained on both sets.
+
+    Raises:
+        ShardError: they hold tokens of different tokenizers, or text states of different encoders.
+    """
+    origins = (
+        ("tokens", "tokenizer", first.tokenizer_hash, other.tokenizer_hash),
+        ("text_states", "text encoder", first.text_encoder, other.text_encoder),
+    )
+    for name, maker, one, another in origins:
+        if name in first.fields and name in other.fields and one != another:
+            raise ShardError(
+                f"{first.where} and {other.where} hold {name} of different {maker}s ({one} and {another}), and one "
+                f"model cannot read both; write one of them again by `flextok data tokens` with the other's {maker}"
+            )
