@@ -176,7 +176,7 @@ def start_and_resume(folder: Path) -> dict[str, float]:
         data = ShardDataModule(str(folder), image_size=8, batch_size=BATCH, num_workers=0, shuffle_buffer=5000)
         loader = data.train_dataloader()
         start = time.perf_counter()
-        loader.stream.start_at(1, int(position * len(loader)))
+        loader.stream.start_at(1, int(position * len(loader)) * BATCH)
         next(iter(loader.stream))
         return time.perf_counter() - start
 

@@ -55,6 +55,9 @@ class ShardDataModule(pl.LightningDataModule):
         max_skipped: broken samples that a process skips before it stops with an error.
         verify_checksums: read all shards and compare their checksums before the first epoch.
         pin_memory: copy batches to page-locked memory; default where there is a GPU.
+        lanes: parts of the row of shards from which a training batch takes samples in turn. The order depends on it and
+            not on the number of processes: with one lane each of them reads in all shards, with as many lanes as
+            processes, or a multiple, in its own only. Unused with `cache_in_memory`.
 
     Raises:
         ValueError: an option is out of range.
@@ -85,6 +88,7 @@ class ShardDataModule(pl.LightningDataModule):
         fast_decode: bool = False,
         on_error: Literal["raise", "skip"] = "raise",
         max_skipped: int = 100,
+        lanes: int = 1,
     ) -> None:
         super().__init__()
         self.sources: dict[str, str | list[str] | None] = {"train": train, "val": val, "test": test or val}
@@ -94,9 +98,9 @@ class ShardDataModule(pl.LightningDataModule):
         self.shuffle_buffer, self.drop_last, self.val_limit = shuffle_buffer, drop_last, val_limit
         self.cache_in_memory, self.verify_checksums, self.pin_memory = cache_in_memory, verify_checksums, pin_memory
         self.train_weights, self.cache_dir, self.fast_decode = train_weights, cache_dir, fast_decode
-        self.on_error, self.max_skipped = on_error, max_skipped
+        self.on_error, self.max_skipped, self.lanes = on_error, max_skipped, lanes
         minima = {"image_size": 1, "batch_size": 1, "eval_batch_size": 1, "num_workers": 0, "shuffle_buffer": 0}
-        for name, least in {**minima, "max_skipped": 0}.items():
+        for name, least in {**minima, "max_skipped": 0, "lanes": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         if val_limit is not None and val_limit < 1:
@@ -244,6 +248,7 @@ class ShardDataModule(pl.LightningDataModule):
             seed=self.seed,
             drop_last=self.drop_last,
             limit=self.val_limit if split == "val" else None,
+            lanes=self.lanes,
         )
         needed = self.batch_size * world_size
         if train and self.drop_last and data.num_samples < needed:
@@ -276,7 +281,8 @@ class ShardDataModule(pl.LightningDataModule):
 class _EpochLoader(DataLoader[Batch]):
     """A loader that tells its stream, workers included, which epoch begins, and resumes within one.
 
-    Lightning stores `state_dict` in its checkpoints and hands it back.
+    Lightning stores `state_dict` in its checkpoints and hands it back. The position is a number of samples, so that a
+    run may go on with other numbers of processes, workers and samples per batch.
     """
 
     def __init__(self, module: ShardDataModule, stream: EpochStream, num_workers: int, pin_memory: bool) -> None:
@@ -288,22 +294,21 @@ class _EpochLoader(DataLoader[Batch]):
             persistent_workers=num_workers > 0,
         )
         self.module, self.stream = module, stream
-        self.layout = {"batches_per_epoch": len(stream), "num_workers": num_workers}
         self.position: dict[str, int] | None = None
         self.resume_from: dict[str, int] | None = None
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         # A generator, so that the start is decided when the first batch is asked for: a resumed Trainer makes its
         # iterators before it has restored its progress.
-        epoch, done = self._next_start()
-        self.stream.start_at(epoch, done)
-        self.position = {"epoch": epoch, "batches": done}
+        epoch, samples = self._next_start()
+        self.stream.start_at(epoch, samples)
+        self.position = {"epoch": epoch, "samples": samples}
         for batch in super().__iter__():
-            self.position["batches"] += 1
+            self.position["samples"] += self.stream.plan.together
             yield batch
 
     def _next_start(self) -> tuple[int, int]:
-        """Epoch and batch at which the next pass starts.
+        """Epoch at which the next pass starts, and how many of its samples have been seen.
 
         Under a Trainer the passes are counted here: Lightning's own count runs ahead when `max_steps` ended a run
         within an epoch.
@@ -316,21 +321,23 @@ class _EpochLoader(DataLoader[Batch]):
             begun = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
             return begun if self.position is None else self.position["epoch"] + 1, 0
         within_epoch = trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0
-        if not within_epoch or state["batches"] == state["batches_per_epoch"]:
+        if not within_epoch or not self.stream.batches_left(state["samples"]):
             return state["epoch"] + 1, 0
-        before = {name: state[name] for name in self.layout}
-        if before != self.layout:
-            warnings.warn(
-                f"epoch {state['epoch']} was interrupted with {before} and now has {self.layout}: it begins anew",
-                stacklevel=3,
-            )
-            return state["epoch"], 0
-        return state["epoch"], state["batches"]
+        return state["epoch"], state["samples"]
 
     def state_dict(self) -> dict[str, int]:
         """Where the current pass is."""
-        return {**(self.position or {"epoch": 0, "batches": 0}), **self.layout}
+        return {**(self.position or {"epoch": 0, "samples": 0}), "together": self.stream.plan.together}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Let the next pass go on from a position."""
         self.resume_from = dict(state)
+        trainer = self.module.trainer
+        if trainer is None or not self.stream.plan.train or state["together"] == self.stream.plan.together:
+            return
+        # Lightning counts batches, and these are of another size now.
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        if progress.ready:
+            shift = len(self.stream) - self.stream.batches_left(state["samples"]) - progress.ready
+            for count in ("ready", "started", "processed", "completed"):
+                setattr(progress, count, getattr(progress, count) + shift)

@@ -77,12 +77,13 @@ class Views:
         """The new samples from number `start` on; what lies in batches before it is neither decoded nor encoded."""
         first, within = divmod(start, data.num_samples)
         for view in range(first, self.num_views):
-            batch, done = divmod(within if view == first else 0, self.batch_size)
-            yield from islice(self._view(data, encode, view, batch), done, None)
+            skipped = within if view == first else 0
+            done = skipped % self.batch_size
+            yield from islice(self._view(data, encode, view, skipped - done), done, None)
 
     def _view(self, data: ShardSet, encode: Encoder, view: int, first: int) -> Iterator[Sample]:
         collate = Collate(self.image_size, self.augmentation if view else None, self.seed)
-        stream = StreamedBatches(data, collate, Plan(self.batch_size, train=False, in_turns=True))
+        stream = StreamedBatches(data, collate, Plan(self.batch_size, train=False))
         stream.start_at(view, first)
         for batch in DataLoader(stream, batch_size=None, num_workers=self.num_workers):
             with torch.inference_mode():

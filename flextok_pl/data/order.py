@@ -1,9 +1,7 @@
 """Which samples go where: plans that follow from the index alone, so that no sample is read to know them.
 
-The samples of an epoch form one row, which is cut into one equal piece per rank and each piece into whole batches per
-worker. So a set with fewer shards than readers is split inside its shards, and every rank has as many batches as the
-others. Batch i of a rank comes from worker i modulo their number, which is how the loader asks them; so a pass can go
-on after batch i.
+The samples of a training epoch form one sequence, of which a step of all ranks takes the next ones. It does not depend
+on the number of ranks and workers, so a run may go on with others.
 """
 
 from __future__ import annotations
@@ -19,64 +17,14 @@ from torch import Tensor
 IntT = TypeVar("IntT", int, Tensor)
 
 
-@dataclass(frozen=True)
-class Reader:
-    """One of the processes that share a data set.
-
-    Args:
-        rank: of the training process.
-        world_size: number of training processes.
-        worker: of the loader's worker within the rank.
-        num_workers: workers per rank.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    worker: int = 0
-    num_workers: int = 1
-
-
-def rank_share(num_samples: int, batch_size: int, drop_last: bool, world_size: int) -> int:
-    """Samples of one rank in a training epoch.
-
-    Args:
-        num_samples: N, of the whole set.
-        batch_size: samples per batch and rank.
-        drop_last: leave out what does not fill a batch on every rank; else the last batch is smaller, and where N is no
-            multiple of the ranks up to one sample per rank is added.
-        world_size: number of ranks.
-    """
-    if drop_last:
-        return num_samples // (world_size * batch_size) * batch_size
-    return -(-num_samples // world_size)
-
-
-def train_span(num_samples: int, batch_size: int, drop_last: bool, reader: Reader) -> tuple[int, int]:
-    """The part of an epoch's row that a worker reads in training, as a half-open interval; see `rank_share`."""
-    per_rank = rank_share(num_samples, batch_size, drop_last, reader.world_size)
-    start, stop = _worker_span(per_rank, batch_size, reader)
-    return reader.rank * per_rank + start, reader.rank * per_rank + stop
-
-
-def _worker_span(num_samples: int, batch_size: int, reader: Reader) -> tuple[int, int]:
-    """A worker's whole batches among the samples of its rank; the first workers have those that are left over."""
-    each, more = divmod(-(-num_samples // batch_size), reader.num_workers)
-    start = each * reader.worker + min(reader.worker, more)
-    stop = start + each + (reader.worker < more)
-    return min(start * batch_size, num_samples), min(stop * batch_size, num_samples)
-
-
-def eval_positions(
-    num_samples: int, limit: int | None, batch_size: int, reader: Reader, in_turns: bool = False
-) -> Sequence[int]:
-    """The samples that a worker evaluates: over all readers each one exactly once.
+def eval_share(num_samples: int, limit: int | None, rank: int, world_size: int) -> Sequence[int]:
+    """The samples that a rank evaluates: over all ranks each one exactly once.
 
     Args:
         num_samples: N.
         limit: take only this many, evenly spread.
-        batch_size: workers of a rank share its samples in whole batches.
-        reader: who asks.
-        in_turns: a rank's workers take every n-th batch each, not batches side by side.
+        rank: of the process.
+        world_size: number of processes.
 
     Returns:
         Ascending sample numbers.
@@ -85,18 +33,63 @@ def eval_positions(
     if limit is not None and limit < num_samples:
         chosen = [i * num_samples // limit for i in range(limit)]
     total = len(chosen)
-    mine = chosen[total * reader.rank // reader.world_size : total * (reader.rank + 1) // reader.world_size]
-    if in_turns:
-        starts = range(0, len(mine), batch_size)[reader.worker :: reader.num_workers]
-        return [position for start in starts for position in mine[start : start + batch_size]]
-    start, stop = _worker_span(len(mine), batch_size, reader)
-    return mine[start:stop]
+    return chosen[total * rank // world_size : total * (rank + 1) // world_size]
 
 
-def groups(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
-    """Cut an interval into parts of about equal length, none below `size` unless the whole is."""
-    number = max(1, (stop - start) // size)
-    return pairwise(start + (stop - start) * i // number for i in range(number + 1))
+def train_steps(num_samples: int, batch_size: int, world_size: int, drop_last: bool, first: int = 0) -> range:
+    """Where in the sequence each step of an epoch begins; `stop` is where the last one ends.
+
+    Args:
+        num_samples: N.
+        batch_size: samples per batch and rank.
+        world_size: number of ranks.
+        drop_last: leave out what does not fill a batch on every rank; else the last batch is smaller, and where the
+            ranks do not divide what is left some take samples from the beginning of the sequence again.
+        first: samples that the epoch has already given.
+    """
+    together, left = batch_size * world_size, num_samples - first
+    stop = first + (left // together * together if drop_last else -(-left // world_size) * world_size)
+    return range(first, stop, together)
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """How a sequence goes through a row of samples.
+
+    The row is cut into lanes of equal length, and the sequence takes from each in turn: with as many lanes as ranks, or
+    a multiple, a rank stays in lanes of its own. A lane is cut into groups, whose samples come in another order.
+
+    Args:
+        num_samples: N, of the row.
+        number: P, of lanes.
+        group_size: samples of a group, about.
+    """
+
+    num_samples: int
+    number: int
+    group_size: int
+
+    def place(self, position: int) -> tuple[tuple[int, int], int]:
+        """The (lane, group in it) of a position of the sequence, and which of the group's samples it is."""
+        offset, lane = divmod(position, self.number)
+        size, count = self._lane(lane)
+        group = ((offset + 1) * count - 1) // size
+        return (lane, group), offset - size * group // count
+
+    def span(self, lane: int, group: int) -> tuple[int, int]:
+        """The part of the row that is a group, as a half-open interval; empty beyond the last group."""
+        size, count = self._lane(lane)
+        if group >= count:
+            return 0, 0
+        each, more = divmod(self.num_samples, self.number)
+        start = lane * each + min(lane, more)
+        return start + size * group // count, start + size * (group + 1) // count
+
+    def _lane(self, lane: int) -> tuple[int, int]:
+        """Samples and groups of a lane."""
+        each, more = divmod(self.num_samples, self.number)
+        size = each + (lane < more)
+        return size, max(1, size // self.group_size)
 
 
 class Row:
@@ -110,6 +103,11 @@ class Row:
     def __init__(self, order: Sequence[int], counts: Sequence[int]) -> None:
         self.order = order
         self.edges = [0, *accumulate(counts[shard] for shard in order)]
+
+    def find(self, position: int) -> tuple[int, int]:
+        """The shard that a position of the row lies in, and the sample's number there."""
+        place = bisect_right(self.edges, position) - 1
+        return self.order[place], position - self.edges[place]
 
     def spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """The shards of an interval: yields (shard, first sample, one past the last)."""

@@ -1,16 +1,15 @@
 """The datasets that deliver batches: read from shards as they go, or held in memory.
 
-The order of a training epoch is a pure function of (seed, epoch, rank, worker), and known without reading: shards are
-permuted, the row of their samples is cut as `order` describes, and a reader permutes its piece in groups of about
-`shuffle_buffer` samples. Evaluation cuts the samples in their stored order.
+The order of a training epoch is a pure function of (seed, epoch, lanes), and known without reading: shards are
+permuted, the row of their samples is cut into lanes and groups as `order` describes, and groups are permuted.
+Evaluation keeps the stored order. Batch i of a rank comes from worker i modulo their number, as the loader asks them.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, islice, pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -18,16 +17,19 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from flextok_pl.contracts import Batch
 from flextok_pl.data.index import ShardError, ShardIndex
-from flextok_pl.data.order import Mixture, Reader, Row, eval_positions, groups, rank_share, train_span
+from flextok_pl.data.order import Lanes, Mixture, Row, eval_share, train_steps
 from flextok_pl.data.samples import Collate, Decoded, Decoder, stacked
 from flextok_pl.data.tars import OpenShards
 from flextok_pl.data.transforms import sample_generator
 
 Group = list[tuple[int, int]]
-"""Samples to read, as (shard, number in it)."""
+"""Samples read together, as (shard, number in it)."""
+
+Key = tuple[int, int]
+"""A lane, and a group in it."""
 
 MAX_OPEN = 100
-"""Shards of a group that a reader holds open; while it reads them, it opens as many of the next group."""
+"""Shards of the current groups that a reader holds open, about; it opens as many of the next ones ahead."""
 
 
 class ShardSet:
@@ -78,10 +80,9 @@ class Plan:
         rank: of this process.
         world_size: number of processes.
         seed: seed of the order.
-        drop_last: in training, see `rank_share`.
-        limit: in evaluation, see `eval_positions`.
-        in_turns: in evaluation, the loader delivers the stored order in the same batches with any number of workers;
-            each of them then reads all shards of its rank.
+        drop_last: in training, see `train_steps`.
+        limit: in evaluation, see `eval_share`.
+        lanes: in training, see `Lanes`.
     """
 
     batch_size: int
@@ -91,7 +92,12 @@ class Plan:
     seed: int = 0
     drop_last: bool = True
     limit: int | None = None
-    in_turns: bool = False
+    lanes: int = 1
+
+    @property
+    def together(self) -> int:
+        """Samples of a training step, over all ranks."""
+        return self.batch_size * self.world_size
 
 
 class EpochStream(IterableDataset[Batch]):
@@ -106,44 +112,72 @@ class EpochStream(IterableDataset[Batch]):
     def __init__(self, data: ShardSet, collate: Collate, plan: Plan) -> None:
         super().__init__()
         self.data, self.collate, self.plan = data, collate, plan
-        share = rank_share(data.num_samples, plan.batch_size, plan.drop_last, plan.world_size)
-        self.mixture = data.mixture(share * plan.world_size)
+        self.mixture = data.mixture(data.num_samples)
         self._start = torch.zeros(2, dtype=torch.int64)
         self._start.share_memory_()  # type: ignore[no-untyped-call]
 
-    def start_at(self, epoch: int, batch: int = 0) -> None:
+    def start_at(self, epoch: int, sample: int = 0) -> None:
         """Choose where the next pass starts; workers that already run see it, too.
 
         Args:
             epoch: number of the pass over the data.
-            batch: leave out this many of the rank's batches.
+            sample: leave out this many samples: in training of the sequence of all ranks, in evaluation of this rank's.
         """
-        self._start.copy_(torch.tensor([epoch, batch]))
+        self._start.copy_(torch.tensor([epoch, sample]))
+
+    def batches_left(self, sample: int) -> int:
+        """Batches of this rank in an epoch after `sample` samples, as `start_at` counts them."""
+        return len(self._starts(sample))
 
     def __len__(self) -> int:
         """Batches of this rank in one epoch."""
-        return -(-self._share(Reader(self.plan.rank, self.plan.world_size)) // self.plan.batch_size)
+        return self.batches_left(0)
 
-    def _share(self, reader: Reader) -> int:
-        plan = self.plan
+    def _starts(self, sample: int) -> range:
+        plan, total = self.plan, self.data.num_samples
         if plan.train:
-            start, stop = train_span(self.data.num_samples, plan.batch_size, plan.drop_last, reader)
-            return stop - start
-        return len(self.eval_share(reader))
+            return train_steps(total, plan.batch_size, plan.world_size, plan.drop_last, sample)
+        return range(sample, len(eval_share(total, plan.limit, plan.rank, plan.world_size)), plan.batch_size)
 
-    def eval_share(self, reader: Reader) -> Sequence[int]:
-        """The samples that a reader evaluates, see `eval_positions`."""
-        plan = self.plan
-        return eval_positions(self.data.num_samples, plan.limit, plan.batch_size, reader, plan.in_turns)
-
-    def next_pass(self) -> tuple[int, Reader, int]:
-        """Epoch, what this process and worker reads of it, and how many of its batches to leave out."""
-        epoch, batch = self._start.tolist()
+    def next_pass(self) -> tuple[int, Iterator[Sequence[int]]]:
+        """Epoch, and of each batch of this process and worker the samples: places in the sequence, or numbers."""
+        epoch, sample = self._start.tolist()
         info = get_worker_info()
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
-        worker = (worker + batch) % num_workers  # the loader begins with the worker whose turn it is
-        done = batch // num_workers + (worker < batch % num_workers)
-        return epoch, Reader(self.plan.rank, self.plan.world_size, worker, num_workers), done
+        plan, total, starts = self.plan, self.data.num_samples, self._starts(sample)
+        share = range(total) if plan.train else eval_share(total, plan.limit, plan.rank, plan.world_size)
+
+        def batch(start: int) -> Sequence[int]:
+            if not plan.train:
+                return share[start : start + plan.batch_size]
+            stop = min(start + plan.together, starts.stop)
+            return [place % total for place in range(start + plan.rank, stop, plan.world_size)]
+
+        return epoch, map(batch, starts[worker::num_workers])
+
+
+class _Groups:
+    """The group that is read in each lane, with its shards and those of the next one open.
+
+    Args:
+        shards: opens them.
+        make: gives the samples of a group, none beyond the last.
+    """
+
+    def __init__(self, shards: OpenShards, make: Callable[[Key], Group]) -> None:
+        self.shards, self.make = shards, make
+        self._held: dict[int, dict[Key, Group]] = {}  # of each lane the current group and the next
+
+    def __getitem__(self, key: Key) -> Group:
+        lane, number = key
+        held = self._held.get(lane, {})
+        if next(iter(held), None) != key:
+            following = (lane, number + 1)
+            self._held[lane] = {k: held[k] if k in held else self.make(k) for k in (key, following)}
+            needed = {g: None for groups in self._held.values() for group in groups.values() for g, _ in group}
+            self.shards.prepare(dict.fromkeys(shard for k in (key, following) for shard, _ in self._held[lane][k]))
+            self.shards.keep(needed)
+        return self._held[lane][key]
 
 
 class StreamedBatches(EpochStream):
@@ -169,73 +203,72 @@ class StreamedBatches(EpochStream):
         decoder: Decoder | None = None,
     ) -> None:
         super().__init__(data, collate, plan)
-        self.shuffle_buffer = shuffle_buffer
+        self.shuffle = shuffle_buffer > 1
+        most = max(1, MAX_OPEN * data.num_samples // (len(data.shards) * plan.lanes))
+        self.lanes = Lanes(data.num_samples, plan.lanes, min(shuffle_buffer if self.shuffle else 1000, most))
         self.decoder = decoder or Decoder()
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch, reader, done = self.next_pass()
-        first = done * self.plan.batch_size
-        plan = self._train(epoch, reader, first) if self.plan.train else self._evaluate(reader, first)
-        samples = self._samples(plan)
-        while batch := list(islice(samples, self.plan.batch_size)):
-            yield self.collate(batch, epoch)
-
-    def _samples(self, plan: Iterator[tuple[Group, int]]) -> Iterator[Decoded]:
-        nothing: tuple[Group, int] = ([], 0)
+        epoch, batches = self.next_pass()
         with OpenShards(self.data.shards) as shards:
-            for (group, first), (upcoming, _) in pairwise(chain(plan, [nothing])):
-                needed = dict.fromkeys(shard for shard, _ in upcoming)
-                shards.prepare(dict.fromkeys(shard for shard, _ in group))
-                shards.prepare(needed)
-                for number in range(first, len(group)):
-                    yield self._sample(shards, group, number)
-                shards.keep(needed)
+            for samples in self._train(shards, epoch, batches) if self.plan.train else self._evaluate(shards, batches):
+                yield self.collate(samples, epoch)
 
-    def _sample(self, shards: OpenShards, group: Group, number: int) -> Decoded:
+    def _train(self, shards: OpenShards, epoch: int, batches: Iterator[Sequence[int]]) -> Iterator[list[Decoded]]:
+        rows: dict[Key, Row] = {}
+        groups = _Groups(shards, lambda key: self._train_group(epoch, key, rows))
+        for places in batches:
+            yield [self._sample(groups, *self.lanes.place(place)) for place in places]
+
+    def _evaluate(self, shards: OpenShards, batches: Iterator[Sequence[int]]) -> Iterator[list[Decoded]]:
+        counts = self.data.counts
+        row = Row(range(len(counts)), counts)
+        found = [[row.find(number) for number in batch] for batch in batches]
+        needed = sorted({shard for batch in found for shard, _ in batch})
+        turn = {shard: (0, number) for number, shard in enumerate(needed)}
+
+        def whole_shard(key: Key) -> Group:
+            return [(shard, i) for shard in needed[key[1] : key[1] + 1] for i in range(counts[shard])]
+
+        groups = _Groups(shards, whole_shard)
+        for batch in found:
+            yield [self._sample(groups, turn[shard], number) for shard, number in batch]
+
+    def _sample(self, groups: _Groups, key: Key, number: int) -> Decoded:
         """A sample of a group; in place of one that is skipped the next one."""
+        group = groups[key]
         for place in range(number, number + len(group)):
             shard, sample = group[place % len(group)]
-            decoded = self.decoder(self.data.shards[shard][0], shards[shard].read(sample))
+            decoded = self.decoder(self.data.shards[shard][0], groups.shards[shard].read(sample))
             if decoded is not None:
                 return decoded
         where = self.data.shards[group[number][0]][0].where
         raise ShardError(f"all of {len(group)} samples read together are broken, in {where}; write the set again")
 
-    def _train(self, epoch: int, reader: Reader, first: int) -> Iterator[tuple[Group, int]]:
-        """Groups of samples, permuted, and where to begin in each; those before sample `first` are left out."""
-        plan, data, mixture = self.plan, self.data, self.mixture
-        rows: dict[int, tuple[int, Row]] = {}  # of each part the current pass
-        shuffle = self.shuffle_buffer > 1
-        size = min(self.shuffle_buffer if shuffle else 1000, max(1, MAX_OPEN * data.num_samples // len(data.shards)))
-        start, stop = train_span(data.num_samples, plan.batch_size, plan.drop_last, reader)
-        for low, high in groups(start, stop, size):
-            if high <= start + first:
-                continue
-            group: Group = []
-            for part, number, begin, end in mixture.pieces(epoch, low, high):
-                if part not in rows or rows[part][0] != number:
-                    rows[part] = number, Row(self._shard_order(part, number), data.counts)
-                for shard, *span in rows[part][1].spans(begin, end):
-                    group += [(shard, sample) for sample in range(*span)]
-            if shuffle:
-                generator = sample_generator(plan.seed, epoch, f"group {low}")
-                group = [group[i] for i in torch.randperm(len(group), generator=generator).tolist()]
-            yield group, max(0, start + first - low)
+    def _train_group(self, epoch: int, key: Key, rows: dict[Key, Row]) -> Group:
+        """The samples of a group, in the order in which the sequence takes them.
+
+        Args:
+            epoch: number of the pass.
+            key: lane and group.
+            rows: of each part of the data and pass over it, its shards in their order; missing ones are added.
+        """
+        low, high = self.lanes.span(*key)
+        group: Group = []
+        for part, number, begin, end in self.mixture.pieces(epoch, low, high):
+            if (part, number) not in rows:
+                rows[part, number] = Row(self._shard_order(part, number), self.data.counts)
+            for shard, *span in rows[part, number].spans(begin, end):
+                group += [(shard, sample) for sample in range(*span)]
+        if not self.shuffle:
+            return group
+        generator = sample_generator(self.plan.seed, epoch, f"group {low}")
+        return [group[i] for i in torch.randperm(len(group), generator=generator).tolist()]
 
     def _shard_order(self, part: int, number: int) -> list[int]:
         shards = self.data.parts[part]
         generator = sample_generator(self.plan.seed, number, f"shards {part}")
         return [shards[i] for i in torch.randperm(len(shards), generator=generator).tolist()]
-
-    def _evaluate(self, reader: Reader, first: int) -> Iterator[tuple[Group, int]]:
-        """The samples of one shard after another."""
-        positions = self.eval_share(reader)[first:]
-        row, done = Row(range(len(self.data.counts)), self.data.counts), 0
-        for shard, low in zip(row.order, row.edges, strict=False):
-            stop = bisect_left(positions, low + self.data.counts[shard])
-            if done < stop:
-                yield [(shard, position - low) for position in positions[done:stop]], 0
-            done = stop
 
 
 class CachedBatches(EpochStream):
@@ -261,10 +294,10 @@ class CachedBatches(EpochStream):
             sample.pop("tokens", None)
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch, reader, done = self.next_pass()
-        order, size = self._order(epoch, reader), self.plan.batch_size
-        for first in range(done * size, len(order), size):
-            chosen = order[first : first + size]
+        epoch, batches = self.next_pass()
+        order = self._order(epoch) if self.plan.train else range(len(self.cache))
+        for places in batches:
+            chosen = [order[place] for place in places]
             batch = self.collate([self.cache[i] for i in chosen], epoch)
             if self.latents is not None:
                 batch["latent"] = self.latents[chosen].to(torch.float32)  # (B, 2C, h, w)
@@ -289,17 +322,15 @@ class CachedBatches(EpochStream):
             raise ShardError(f"{self.data.indices[0].where}: all samples are broken")
         return found
 
-    def _order(self, epoch: int, reader: Reader) -> Sequence[int]:
-        plan = self.plan
-        if not plan.train:
-            return list(self.eval_share(reader))
-        start, stop = train_span(len(self.cache), plan.batch_size, plan.drop_last, reader)
+    def _order(self, epoch: int) -> list[int]:
+        """The sequence of an epoch."""
+        total = len(self.cache)
         samples: list[list[int]] = [[] for _ in self.data.parts]  # of each part, in their order
-        for part, number, begin, end in self.mixture.pieces(epoch, start, stop):
-            generator = sample_generator(plan.seed, number, f"samples{part or ''}")
+        for part, number, begin, end in self.mixture.pieces(epoch, 0, total):
+            generator = sample_generator(self.plan.seed, number, f"samples{part or ''}")
             permutation = torch.randperm(self.mixture.sizes[part], generator=generator) + self.data.first_sample(part)
             samples[part] += permutation[begin:end].tolist()
-        before = torch.stack(self.mixture.cut(torch.arange(start, stop + 1)))  # (parts, samples + 1)
+        before = torch.stack(self.mixture.cut(torch.arange(total + 1)))  # (parts, samples + 1)
         turns = before.diff(dim=1).argmax(dim=0).tolist()  # whose turn it is at each place of the row
         parts = [iter(part) for part in samples]
         return [next(parts[part]) for part in turns]

@@ -1,6 +1,7 @@
 """The data module by itself and under a Trainer."""
 
 import io
+from itertools import chain
 
 import lightning.pytorch as pl
 import numpy as np
@@ -142,13 +143,27 @@ def test_a_resumed_run_repeats_and_skips_nothing(folders, tmp_path, stop, by, ca
     assert rest == whole[stop:]
 
 
-def test_another_batch_size_begins_the_epoch_anew(folders, tmp_path):
-    run = trainer(tmp_path, max_steps=3, limit_val_batches=0)
-    run.fit(Recorder(), module(folders))
-    run.save_checkpoint(tmp_path / "stop.ckpt")
-    run = trainer(tmp_path, max_steps=4, limit_val_batches=0)
-    with pytest.warns(UserWarning, match="begins anew"):
-        run.fit(Recorder(), module(folders, batch_size=6), ckpt_path=tmp_path / "stop.ckpt")
+@pytest.mark.parametrize("batch_size", [2, 6, 8])
+def test_another_batch_size_goes_on_with_the_samples_that_are_left(folders, tmp_path, batch_size):
+    saver = ModelCheckpoint(tmp_path, "stop", every_n_train_steps=3, save_top_k=1)
+
+    def fit(ckpt=None, **options):
+        recorder = Recorder()
+        callbacks = [] if ckpt else [saver]
+        run = trainer(tmp_path, max_epochs=2, limit_val_batches=0, callbacks=callbacks, enable_checkpointing=not ckpt)
+        run.fit(recorder, module(folders, **options), ckpt_path=ckpt, weights_only=False)
+        return run, [keys for *_, keys in recorder.seen]
+
+    saver.save_checkpoint = saver._save_checkpoint
+    saver._save_checkpoint = lambda run, path: run.global_step == 3 and saver.save_checkpoint(run, path)
+    _, whole = fit()
+    first = whole[:3]
+    run, rest = fit(tmp_path / "stop.ckpt", batch_size=batch_size)
+    total, seen = run.datamodule.shard_set("train").num_samples, [*chain(*first)]
+    left = (total - len(seen)) // batch_size
+    before, after = [*chain(*rest[:left])], [*chain(*rest[left:])]
+    assert not set(before) & set(seen) and len(set(before)) == left * batch_size, "the rest of the first epoch"
+    assert len(after) == len(set(after)) == total // batch_size * batch_size, "and the whole second one"
 
 
 def test_split_over_the_ranks_of_a_trainer(folders):

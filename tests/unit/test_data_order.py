@@ -1,59 +1,46 @@
 """Who reads what, as numbers: exactly once, equal shares, parts in proportion."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 
-from flextok_pl.data.order import Mixture, Reader, Row, eval_positions, groups, train_span
-
-
-def readers(world_size, num_workers):
-    return [
-        Reader(rank, world_size, worker, num_workers) for rank in range(world_size) for worker in range(num_workers)
-    ]
+from flextok_pl.data.order import Lanes, Mixture, Row, eval_share, train_steps
 
 
 @pytest.mark.parametrize("total", [1, 2, 7, 64, 101])
-@pytest.mark.parametrize("world_size, num_workers", [(1, 1), (1, 3), (4, 1), (3, 5)])
+@pytest.mark.parametrize("world_size", [1, 3, 4])
 @pytest.mark.parametrize("limit", [None, 1, 5, 1000])
-def test_evaluation_sees_every_sample_once(total, world_size, num_workers, limit):
-    seen = [i for reader in readers(world_size, num_workers) for i in eval_positions(total, limit, 4, reader)]
+def test_evaluation_sees_every_sample_once(total, world_size, limit):
+    seen = [i for rank in range(world_size) for i in eval_share(total, limit, rank, world_size)]
     assert seen == sorted(set(seen))
     assert len(seen) == min(total, limit or total)
     if limit == 5 and total == 101:
         assert seen == [0, 20, 40, 60, 80]
 
 
-@pytest.mark.parametrize("total", [24, 25, 64, 101])
-@pytest.mark.parametrize("world_size, num_workers", [(1, 1), (1, 3), (4, 1), (3, 2)])
-def test_training_shares_are_equal_and_disjoint(total, world_size, num_workers):
-    spans = [train_span(total, 4, True, reader) for reader in readers(world_size, num_workers)]
-    assert all((stop - start) % 4 == 0 for start, stop in spans)
-    assert all(a[1] == b[0] for a, b in pairwise(spans))  # side by side
-    assert spans[-1][1] == total // (4 * world_size) * 4 * world_size
-    per_rank = {
-        sum(b - a for a, b in spans[rank * num_workers : (rank + 1) * num_workers]) for rank in range(world_size)
-    }
-    assert len(per_rank) == 1
+def test_training_steps():
+    assert list(train_steps(25, 4, 2, drop_last=True)) == [0, 8, 16]
+    assert list(train_steps(25, 4, 2, drop_last=True, first=5)) == [5, 13]
+    kept = train_steps(25, 4, 2, drop_last=False)
+    assert list(kept) == [0, 8, 16, 24] and kept.stop == 26  # sample 25 is the first one again
+    assert not train_steps(25, 4, 2, drop_last=True, first=24)
 
 
-def test_keeping_the_last_batch_covers_all_and_wraps_around():
-    spans = [train_span(10, 4, False, reader) for reader in readers(3, 1)]
-    assert spans == [(0, 4), (4, 8), (8, 12)]  # 10 and 11 are the first two again
-
-
-def test_worker_shares_follow_the_loader():
-    # 5 batches over 2 workers: worker 0 has one more, so that taking turns gives batch i from worker i % 2.
-    assert [train_span(20, 4, True, reader) for reader in readers(1, 2)] == [(0, 12), (12, 20)]
-
-
-@pytest.mark.parametrize("start, stop, size", [(0, 0, 5), (3, 4, 5), (0, 99, 10), (7, 1007, 300)])
-def test_groups_are_of_about_the_size(start, stop, size):
-    found = list(groups(start, stop, size))
-    assert found[0][0] == start and found[-1][1] == stop
-    assert all(a[1] == b[0] for a, b in pairwise(found))
-    assert all(size <= high - low < 2 * size for low, high in found) or len(found) == 1
+@pytest.mark.parametrize("total", [1, 7, 100, 101])
+@pytest.mark.parametrize("number", [1, 2, 5])
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_lanes_and_groups_hold_every_sample_once(total, number, size):
+    lanes = Lanes(total, number, size)
+    seen = []
+    for position in range(total):
+        (lane, group), place = lanes.place(position)
+        assert lane == position % number
+        low, high = lanes.span(lane, group)
+        assert 0 <= place < high - low
+        assert size <= high - low < 2 * size or group == 0  # a lane may be shorter than a group
+        seen.append(low + place)
+    assert sorted(seen) == list(range(total))
+    assert seen[::number] == sorted(seen[::number]), "a lane is gone through from its beginning to its end"
+    assert lanes.span(0, 10**6) == (0, 0)
 
 
 def test_spans_of_a_row():

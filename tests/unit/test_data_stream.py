@@ -93,12 +93,52 @@ def test_evaluation_keeps_the_stored_order(data):
 
 
 @pytest.mark.parametrize("cls", [StreamedBatches, CachedBatches])
-@pytest.mark.parametrize("num_workers", [0, 2, 3])
-def test_a_pass_goes_on_where_it_stopped(cls, data, num_workers):
-    plan = Plan(2, train=True)
-    whole = [batch["key"] for batch in batches(cls, data, plan, 4, num_workers)]
-    for start in (1, 2, 7, len(whole)):
-        assert [batch["key"] for batch in batches(cls, data, plan, 4, num_workers, start)] == whole[start:]
+@pytest.mark.parametrize("lanes", [1, 4])
+@pytest.mark.parametrize("train", [True, False])
+def test_workers_do_not_matter_nor_where_a_pass_goes_on(cls, lanes, train, data):
+    plan = Plan(2, train=train, lanes=lanes)
+    whole = [batch["key"] for batch in batches(cls, data, plan, 4)]
+    assert len(whole) == (11 if train else 12)
+    for num_workers in (0, 1, 3):
+        for start in (0, 2, 14, 22):
+            rest = [batch["key"] for batch in batches(cls, data, plan, 4, num_workers, start)]
+            assert rest == whole[start // 2 :]
+
+
+@pytest.mark.parametrize("cls", [StreamedBatches, CachedBatches])
+@pytest.mark.parametrize("lanes", [1, 4, 3])
+def test_ranks_do_not_matter_to_a_step(cls, lanes, data):
+    """One rank with a batch of 4, two with 2 and four with 1 take the same samples at every step."""
+    steps = {}
+    for world_size in (1, 2, 4):
+        ranks = [
+            batches(cls, data, Plan(4 // world_size, True, rank, world_size, lanes=lanes), 1, num_workers=2)
+            for rank in range(world_size)
+        ]
+        steps[world_size] = [{key for batch in step for key in batch["key"]} for step in zip(*ranks, strict=True)]
+    assert steps[1] == steps[2] == steps[4] and len(steps[1]) == 5
+
+
+@pytest.mark.parametrize("cls", [StreamedBatches, CachedBatches])
+def test_a_pass_goes_on_with_other_ranks_and_batches(cls, data):
+    plans = [Plan(3, train=True, rank=rank, world_size=2, lanes=2) for rank in range(2)]
+    first = [key for plan in plans for batch in batches(cls, data, plan, 1)[:2] for key in batch["key"]]
+    rest = [key for batch in batches(cls, data, Plan(5, train=True, lanes=2), 1, 3, start=12) for key in batch["key"]]
+    assert len(first) == 12 and len(rest) == 10 and not set(first) & set(rest)
+
+
+def test_as_many_lanes_as_ranks_keep_a_rank_in_its_own_shards(tmp_path, monkeypatch):
+    data = linked_set(tmp_path / "set", 40)
+    opened, real = [], Shard.__init__
+    monkeypatch.setattr(Shard, "__init__", lambda self, *given: opened.append(given[1]) or real(self, *given))
+    per_rank = []
+    for rank in range(4):
+        opened.clear()
+        plan = Plan(10, train=True, rank=rank, world_size=4, lanes=4)
+        list(StreamedBatches(data, Collate(8, None, 0), plan, shuffle_buffer=100))
+        per_rank.append(set(opened))
+        assert len(opened) == len(per_rank[-1]) == 10, "each shard is opened once"
+    assert len(set().union(*per_rank)) == 40
 
 
 def test_fewer_samples_than_batches_need_when_the_last_is_kept(data):
@@ -135,7 +175,7 @@ def test_a_resumed_epoch_reads_what_it_delivers_and_opens_no_shard_before_it(tmp
     monkeypatch.setattr(Shard, "__init__", lambda self, *given: opened.append(given) or real_open(self, *given))
     monkeypatch.setattr(Shard, "read", lambda self, sample: read.append(sample) or real_read(self, sample))
     stream = StreamedBatches(data, Collate(8, None, 0), Plan(10, train=True), shuffle_buffer=200)
-    stream.start_at(0, 755)
+    stream.start_at(0, 7550)
     next(iter(stream))
     assert len(read) == 10 and 0 < len(opened) <= 2 * 5  # of 200: this group of 4 and the next, not all aligned
 
@@ -174,7 +214,7 @@ def test_weights_hold_and_nothing_comes_twice_before_all(tmp_path, cls, world_si
             found = batches(cls, data, plan, epoch, num_workers)
             assert len(found) == len(cls(data, Collate(8, None, 0), plan)) == 12 // world_size
             seen.update(key for batch in found for key in batch["key"])
-            rest = [batch["key"] for batch in batches(cls, data, plan, epoch, num_workers, 2)]
+            rest = [batch["key"] for batch in batches(cls, data, plan, epoch, num_workers, 2 * plan.together)]
             assert rest == [batch["key"] for batch in found[2:]]
         taken = Counter(key[0] for key in (seen - before).elements())
         assert taken == {"a": 36, "b": 12}
