@@ -106,7 +106,7 @@ class ShardDataModule(pl.LightningDataModule):
         if val_limit is not None and val_limit < 1:
             raise ValueError(f"val_limit={val_limit} must be at least 1, or null for all samples")
         if train_weights is not None:
-            entries = len(train) if isinstance(train, list) else 1
+            entries = len(train) if isinstance(train, list) else int(train is not None)
             if len(train_weights) != entries or min(train_weights) <= 0:
                 raise ValueError(
                     f"train_weights={train_weights} must be one positive number for each of the {entries} sets in train"

@@ -71,7 +71,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
         """Read a file, or a folder of parts that any number of processes may have written."""
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         if checkpoint.pop("has_current_state", False):
-            state = {f"{CURRENT_STATE}.{name}": value for name, value in self.lightning_module_state_dict().items()}
+            held = self.lightning_module_state_dict()
+            state = {f"{CURRENT_STATE}.{name}": value.clone() for name, value in held.items()}
             distributed_load({"state_dict": state}, checkpoint_id=checkpoint_path)
             checkpoint[CURRENT_STATE] = {name.removeprefix(f"{CURRENT_STATE}."): value for name, value in state.items()}
         return checkpoint

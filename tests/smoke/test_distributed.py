@@ -27,7 +27,13 @@ STEPS = 4
 def tokenizer_fit(shards: Path, folder: Path) -> list[str]:
     return [
         *("fit", "--config", str(ROOT / "experiments" / "tokenizer" / "tiny.yaml"), "--codebook", "null"),
-        *("--data.train", str(shards / "train"), "--data.val", str(shards / "val"), "--data.eval_batch_size", "5"),
+        *("--data.train", str(shards / "train"), "--data.val", str(shards / "val"), "--data.eval_batch_size", "4"),
+        *(
+            "--data.val_limit",
+            "17",
+            "--trainer.limit_val_batches",
+            "1.0",
+        ),  # two batches on one rank, three on the other
         *(
             "--rfid.num_steps",
             "1",
@@ -43,9 +49,9 @@ def tokenizer_fit(shards: Path, folder: Path) -> list[str]:
 
 
 def prior_fit(shards: Path, folder: Path) -> list[str]:
-    net = {"num_classes": 2, "num_tokens": 64, "vocab_size": 4096, "depth": 2, "width": 32, "head_dim": 16}
+    net = {"num_classes": 2, "num_tokens": 64, "vocab_size": 4375, "depth": 2, "width": 32, "head_dim": 16}
     experiment = {
-        "data": {"train": str(shards / "train"), "val": str(shards / "val"), "image_size": 64, "eval_batch_size": 5},
+        "data": {"train": str(shards / "train"), "val": str(shards / "val"), "image_size": 64, "eval_batch_size": 4},
         "model": {"class_path": "PriorModule", "init_args": {"net": net, "tokenizer": str(DEMO_TOKENIZER)}},
         "positions": {},
         "ema": {"decay": 0.5},
@@ -118,9 +124,10 @@ def exported(run: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_training(run: Path, reference: Path) -> None:
-    for tag in ("train/loss", "train/grad_norm"):
+    # Gradients agree to 3e-7, tensor by tensor; torch sums their squares in float32, which costs 5e-6 of the norm.
+    for tag, tolerance in (("train/loss", 1e-6), ("train/grad_norm", 1e-5)):
         values = logged(run, tag)
-        assert len(values) == STEPS and values == pytest.approx(logged(reference, tag), rel=1e-6), tag
+        assert len(values) == STEPS and values == pytest.approx(logged(reference, tag), rel=tolerance), tag
     weights, expected = exported(run), exported(reference)
     assert weights.keys() == expected.keys()
     for name, value in expected.items():  # Adam's first steps magnify the rounding of gradients near zero
@@ -140,7 +147,7 @@ def test_two_processes_train_as_one(make: Any, image_shards: Path, tmp_path: Pat
             records = [json.loads((each / "rfid_fit" / "rfid.json").read_text()) for each in (run, one)]
             values = [{r["metric"]: r["value"] for r in each} for each in records]
             assert values[0] == pytest.approx(values[1], rel=1e-3)
-            assert {r["num_samples"] for each in records for r in each} == {18}
+            assert {r["num_samples"] for each in records for r in each} == {17}
 
     # Sharded training goes on from its own checkpoint, and from its parts, and alone.
     steps = [*arguments, "--ckpt_path", str(runs["fsdp2"] / "checkpoints" / "step0000002.ckpt")]
