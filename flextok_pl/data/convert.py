@@ -18,8 +18,8 @@ from typing import Any, Literal, Protocol, TypeVar
 from PIL import Image
 
 from flextok_pl.data.index import IMAGE_EXTENSIONS, ShardError, ShardIndex
+from flextok_pl.data.listing import Span
 from flextok_pl.data.shards import Sample, start_set, worker_processes, write_index, write_shards
-from flextok_pl.data.tars import Span
 from flextok_pl.data.transforms import decode_image
 
 _LOG = logging.getLogger(__name__)
@@ -230,10 +230,10 @@ class ItemReader:
             if extension in IMAGE_EXTENSIONS:
                 extension, content = self.conversion.stored(content, extension)
             files[extension] = content
-        return Sample(item.key, {**files, **annotations(item.label, item.caption)})
+        return Sample(item.key, {**files, **condition_files(item.label, item.caption)})
 
 
-def annotations(label: int | None, caption: str | None) -> dict[str, bytes]:
+def condition_files(label: int | None, caption: str | None) -> dict[str, bytes]:
     """The files of a sample's label and caption."""
     files = {}
     if label is not None:
@@ -270,15 +270,6 @@ def mixed(items: Iterable[Item]) -> list[Item]:
             files = " and ".join(item.files[0][1].file for item in (one, other))
             raise ValueError(f"two samples have the key {one.key!r}, in {files}; rename one of them")
     return ordered
-
-
-def listing_digest(root: Path, files: Iterable[str]) -> str:
-    """Tells whether files under a folder are those that they were: by name, size and time of change."""
-    digest = hashlib.sha256()
-    for file in files:
-        status = (root / file).stat()
-        digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
 
 
 def classes_of(labels: Iterable[int | str], where: str) -> tuple[str, ...]:

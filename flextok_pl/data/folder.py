@@ -18,11 +18,10 @@ from flextok_pl.data.convert import (
     ItemReader,
     OnError,
     check_choice,
-    listing_digest,
     name_hash,
 )
 from flextok_pl.data.index import IMAGE_EXTENSIONS, ShardIndex
-from flextok_pl.data.tars import Span
+from flextok_pl.data.listing import Span, listing_digest
 
 _LOG = logging.getLogger(__name__)
 

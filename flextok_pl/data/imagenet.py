@@ -29,13 +29,12 @@ from flextok_pl.data.convert import (
     ItemReader,
     OnError,
     check_choice,
-    listing_digest,
     mixed,
 )
 from flextok_pl.data.folder import list_images
 from flextok_pl.data.index import IMAGE_EXTENSIONS, ShardIndex
+from flextok_pl.data.listing import Span, listing_digest, tar_members
 from flextok_pl.data.shards import run_jobs, worker_processes
-from flextok_pl.data.tars import Span, tar_members
 
 TARS = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 DEVKIT = "ILSVRC2012_devkit_t12"

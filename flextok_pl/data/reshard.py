@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import logging
@@ -13,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import braceexpand
 from tqdm import tqdm
 
 from flextok_pl.data.convert import (
@@ -24,12 +22,11 @@ from flextok_pl.data.convert import (
     OnError,
     classes_of,
     label_index,
-    listing_digest,
     mixed,
 )
 from flextok_pl.data.index import IMAGE_EXTENSIONS, INDEX_NAME, ShardIndex, load_indices
+from flextok_pl.data.listing import Span, listing_digest, matching_paths, tar_samples
 from flextok_pl.data.shards import run_jobs, worker_processes
-from flextok_pl.data.tars import Span
 
 _LOG = logging.getLogger(__name__)
 
@@ -86,23 +83,6 @@ def write_resharded(
         names = None if class_names is None else _read_names(Path(class_names))
         items, plan = _foreign(_tars(paths, src), conversion, label_key, caption_key, names)
     return conversion.write(Path(dst), items, ItemReader(Path("/"), conversion), plan, "shards")
-
-
-def matching_paths(pattern: str) -> list[Path]:
-    """What a path with `*` or `{a,b}` stands for, in order.
-
-    Raises:
-        ValueError: something it names is not there.
-    """
-    paths = []
-    for one in braceexpand.braceexpand(str(Path(pattern).expanduser())):
-        found = (
-            [Path(match) for match in sorted(glob.glob(one, recursive=True))] if glob.has_magic(one) else [Path(one)]
-        )
-        if not found or not found[0].exists():
-            raise ValueError(f"src={pattern}: there is no {one}")
-        paths += found
-    return paths
 
 
 def _tars(paths: Sequence[Path], src: str) -> list[Path]:
@@ -239,5 +219,6 @@ def _read_names(path: Path) -> tuple[str, ...]:
         raise ValueError(f"class_names={path} cannot be read: {error}") from error
     twice = [name for name, number in Counter(names).items() if number > 1]
     if twice or not names:
-        raise ValueError(f"class_names={path} must have one name per class; {twice[:1]} stands there twice")
+        held = f"{twice[0]!r} twice" if twice else "none"
+        raise ValueError(f"class_names={path} must have one name per class, each another; it has {held}")
     return names

@@ -1,12 +1,16 @@
-"""Files and members of tar files as spans of bytes: tar files are read in place, from several processes at once."""
+"""What lies in a source: files by pattern, and members of tars as spans of bytes, so that tars are read in place."""
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+
+import braceexpand
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,3 +91,29 @@ def tar_samples(root: Path, file: str) -> Iterator[tuple[str, list[tuple[str, Sp
             named.append((folder + slash + stem, extension.lower(), span))
     for key, files in groupby(named, key=lambda entry: entry[0]):
         yield key, [(extension, span) for _, extension, span in files]
+
+
+def matching_paths(pattern: str) -> list[Path]:
+    """What a path with `*` or `{a,b}` stands for, in order.
+
+    Raises:
+        ValueError: something it names is not there.
+    """
+    paths = []
+    for one in braceexpand.braceexpand(str(Path(pattern).expanduser())):
+        found = (
+            [Path(match) for match in sorted(glob.glob(one, recursive=True))] if glob.has_magic(one) else [Path(one)]
+        )
+        if not found or not found[0].exists():
+            raise ValueError(f"src={pattern}: there is no {one}")
+        paths += found
+    return paths
+
+
+def listing_digest(root: Path, files: Iterable[str]) -> str:
+    """Tells whether files under a folder are those that they were: by name, size and time of change."""
+    digest = hashlib.sha256()
+    for file in files:
+        status = (root / file).stat()
+        digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
