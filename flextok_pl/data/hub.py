@@ -72,7 +72,7 @@ def _list_local(src: str) -> list[tuple[str, Path]]:
     for path in matching_paths(src):
         inside = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
         found += [
-            (file.relative_to(path).as_posix() if path.is_dir() else file.name, file.resolve()) for file in inside
+            (file.relative_to(path).as_posix() if path.is_dir() else file.name, file.absolute()) for file in inside
         ]
     return found
 

@@ -133,16 +133,29 @@ class ShardIndex:
         if not file.is_file():
             reason = "is no folder" if not file.parent.is_dir() else f"has no {INDEX_NAME}"
             raise ShardError(
-                f"{file.parent} {reason}: a shard set is made by `flextok data demo|folder|latents|tokens`, which "
-                f"writes {INDEX_NAME} last; give the folder of a finished one (often DST/train or DST/val)"
+                f"{file.parent} {reason}: a shard set is made by `flextok data`, which writes {INDEX_NAME} last; give "
+                "the folder of a finished one (often DST/train or DST/val)"
             )
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            index = cls._from_record(file.parent, record)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ShardError(f"{file} is damaged ({error!r}); write the set again with overwrite") from error
+        index = cls.parse(file.read_bytes(), file.parent, str(file))
         index._check_files()
         return index
+
+    @classmethod
+    def parse(cls, content: bytes, folder: Path, where: str) -> ShardIndex:
+        """Read the content of an index; the shards are not looked at.
+
+        Args:
+            content: of `index.json`.
+            folder: of the shards.
+            where: what the index is called in messages.
+
+        Raises:
+            ShardError: it is damaged or of another version.
+        """
+        try:
+            return cls._from_record(folder, json.loads(content.decode("utf-8")))
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ShardError(f"{where} is damaged ({error!r}); write the set again with overwrite") from error
 
     @classmethod
     def _from_record(cls, folder: Path, record: Mapping[str, Any]) -> ShardIndex:

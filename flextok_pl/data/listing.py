@@ -83,14 +83,16 @@ def tar_samples(root: Path, file: str) -> Iterator[tuple[str, list[tuple[str, Sp
     Raises:
         ValueError: it is no tar, compressed, or damaged.
     """
-    named = []
-    for name, span in tar_members(root, file):
+    for key, files in groupby(_with_keys(tar_members(root, file)), key=lambda entry: entry[0]):
+        yield key, [(extension, span) for _, extension, span in files]
+
+
+def _with_keys(members: Iterable[tuple[str, Span]]) -> Iterator[tuple[str, str, Span]]:
+    for name, span in members:
         folder, slash, last = name.rpartition("/")
         stem, _, extension = last.partition(".")
         if stem and extension and not stem.startswith("__"):
-            named.append((folder + slash + stem, extension.lower(), span))
-    for key, files in groupby(named, key=lambda entry: entry[0]):
-        yield key, [(extension, span) for _, extension, span in files]
+            yield folder + slash + stem, extension.lower(), span
 
 
 def matching_paths(pattern: str) -> list[Path]:
@@ -105,7 +107,7 @@ def matching_paths(pattern: str) -> list[Path]:
             [Path(match) for match in sorted(glob.glob(one, recursive=True))] if glob.has_magic(one) else [Path(one)]
         )
         if not found or not found[0].exists():
-            raise ValueError(f"src={pattern}: there is no {one}")
+            raise ValueError(f"{pattern}: there is no {one}")
         paths += found
     return paths
 

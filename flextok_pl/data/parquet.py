@@ -95,7 +95,7 @@ def write_parquet(
             "files": listing_digest(Path("/"), map(str, paths[part])),
             "columns": vars(columns),
         }
-        fields = ("image", *(["label"] if columns.label else []), *(["text"] if columns.caption else []))
+        fields = ("image", *(["label"] if classes else []), *(["text"] if columns.caption else []))
         folder = Path(dst) if part == "all" else Path(dst) / part
         plan = ShardIndex(folder, fields, (), classes, None, arguments, {"source": src, "revision": revision})
         reader = _RowReader(chosen, columns, classes, "" if part == "all" else f"{part}-", conversion)
@@ -280,7 +280,7 @@ class _RowReader:
             raise ValueError("it holds no picture (perhaps the path of one)")
         extension, stored = self.conversion.stored(content, _extension(content))
         label = caption = None
-        if self.columns.label is not None:
+        if self.numbers:
             given = row.values[self.columns.label]
             label = label_index(-1 if given is None else given, self.numbers)
         if self.columns.caption is not None:

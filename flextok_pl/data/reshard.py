@@ -137,12 +137,12 @@ def _foreign(
     items = []
     for key, sample in zip(_keys(raw), raw, strict=True):
         try:
-            label = label_index(-1 if sample.label is None else sample.label, numbers) if labels else None
+            label = label_index(-1 if sample.label is None else sample.label, numbers) if classes else None
         except ValueError as error:
             raise ValueError(f"{sample.files[0][1].file}, {sample.key}: {error}") from error
         pictures = [entry for e in IMAGE_EXTENSIONS for entry in sample.files if entry[0] == e]
         items.append(Item(key, tuple(pictures[:1]), label, (sample.caption or "") if texts else None))
-    fields = ("image", *(["label"] if labels else []), *(["text"] if texts else []))
+    fields = ("image", *(["label"] if classes else []), *(["text"] if texts else []))
     arguments = {
         "writer": "reshard",
         "source": [str(tar) for tar in tars],
