@@ -195,8 +195,6 @@ class Item:
     @property
     def name(self) -> str:
         """The file, and the key where it holds more than this sample."""
-        if not self.files:
-            return self.key
         _, span = self.files[0]
         return span.file if span.size is None else f"{span.file}, {self.key}"
 
@@ -207,10 +205,11 @@ class ItemReader:
     Args:
         root: what the items' files are relative to.
         conversion: how they are stored.
+        pictures: whether each item must have one.
     """
 
-    def __init__(self, root: Path, conversion: Conversion) -> None:
-        self.root, self.conversion = root, conversion
+    def __init__(self, root: Path, conversion: Conversion, pictures: bool = True) -> None:
+        self.root, self.conversion, self.pictures = root, conversion, pictures
 
     def __call__(self, items: Sequence[Item]) -> Iterator[Sample]:
         """The samples of these items."""
@@ -220,9 +219,9 @@ class ItemReader:
         """One sample.
 
         Raises:
-            ValueError: its picture is broken.
+            ValueError: its picture is missing or broken.
         """
-        if not item.files:
+        if self.pictures and not any(extension in IMAGE_EXTENSIONS for extension, _ in item.files):
             raise ValueError("it has no picture")
         files = {}
         for extension, span in item.files:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def tar_samples(root: Path, file: str) -> Iterator[tuple[str, list[tuple[str, Sp
         file: an uncompressed tar.
 
     Yields:
-        Key, and extension in lower case and place of each file. Hidden files, and `__` ones, are no samples.
+        Key, and extension in lower case and place of each file. Hidden files and `__meta__` ones are no samples.
 
     Raises:
         ValueError: it is no tar, compressed, or damaged.
@@ -91,7 +92,7 @@ def _with_keys(members: Iterable[tuple[str, Span]]) -> Iterator[tuple[str, str, 
     for name, span in members:
         folder, slash, last = name.rpartition("/")
         stem, _, extension = last.partition(".")
-        if stem and extension and not stem.startswith("__"):
+        if stem and extension and not re.match(r"__[^/]*__($|/)", name):  # webdataset's own metadata
             yield folder + slash + stem, extension.lower(), span
 
 

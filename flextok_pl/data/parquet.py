@@ -290,8 +290,11 @@ class _RowReader:
 
 def _extension(content: bytes) -> str:
     """The file extension of a picture's format."""
-    with Image.open(io.BytesIO(content)) as image:
-        name = str(image.format).lower()
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            name = str(image.format).lower()
+    except OSError as error:
+        raise ValueError(f"not a complete picture ({error})") from error
     extension = {"jpeg": "jpg", "mpo": "jpg"}.get(name, name)
     if extension not in IMAGE_EXTENSIONS:
         raise ValueError(f"its format {name} is none of {', '.join(IMAGE_EXTENSIONS)}")

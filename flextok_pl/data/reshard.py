@@ -82,7 +82,7 @@ def write_resharded(
     else:
         names = None if class_names is None else _read_names(Path(class_names))
         items, plan = _foreign(_tars(paths, src), conversion, label_key, caption_key, names)
-    return conversion.write(Path(dst), items, ItemReader(Path("/"), conversion), plan, "shards")
+    return conversion.write(Path(dst), items, ItemReader(Path("/"), conversion, "image" in plan.fields), plan, "shards")
 
 
 def _tars(paths: Sequence[Path], src: str) -> list[Path]:
@@ -141,7 +141,7 @@ def _foreign(
         except ValueError as error:
             raise ValueError(f"{sample.files[0][1].file}, {sample.key}: {error}") from error
         pictures = [entry for e in IMAGE_EXTENSIONS for entry in sample.files if entry[0] == e]
-        items.append(Item(key, tuple(pictures[:1]), label, (sample.caption or "") if texts else None))
+        items.append(Item(key, (*pictures, *sample.files)[:1], label, (sample.caption or "") if texts else None))
     fields = ("image", *(["label"] if classes else []), *(["text"] if texts else []))
     arguments = {
         "writer": "reshard",
@@ -206,10 +206,10 @@ def _annotations(
 def _keys(raw: Sequence[_Raw]) -> list[str]:
     """The samples' keys, with the name of their tar before them where they occur in several."""
     keys = [sample.key.lstrip("/").replace(".", "_") for sample in raw]
-    if len(set(keys)) == len(keys):
-        return keys
-    tars = [Path(sample.files[0][1].file).stem.replace(".", "_") for sample in raw]
-    return [f"{tar}/{key}" for tar, key in zip(tars, keys, strict=True)]
+    if len(set(keys)) != len(keys):
+        tars = [Path(sample.files[0][1].file).stem.replace(".", "_") for sample in raw]
+        keys = [f"{tar}/{key}" for tar, key in zip(tars, keys, strict=True)]
+    return [f"file-{key}" if key.startswith("__") else key for key in keys]
 
 
 def _read_names(path: Path) -> tuple[str, ...]:

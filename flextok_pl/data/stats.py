@@ -109,20 +109,20 @@ def _count_shard(fields: Sequence[str], _: int, job: tuple[Path, Collection[int]
     for number, (key, found) in enumerate(tar_samples(path.parent, path.name)):
         try:
             _count_sample(counts, fields, dict(found), path.parent, number in decoded)
-        except (ValueError, KeyError, OSError) as error:
+        except (ValueError, OSError) as error:
             raise ValueError(f"{path}, sample {key!r}: {error}; see `flextok data verify`") from error
     return counts
 
 
 def _count_sample(counts: _Counts, fields: Sequence[str], files: Mapping[str, Span], root: Path, decode: bool) -> None:
     if "label" in fields:
-        counts.labels[int(files["cls"].read(root))] += 1
+        counts.labels[int(_place(files, "cls").read(root))] += 1
     if "text" in fields:
-        text = files["txt"].read(root).decode()
+        text = _place(files, "txt").read(root).decode()
         counts.characters[len(text)] += 1
         counts.words[len(text.split())] += 1
     if "image" in fields:
-        content = next(files[extension] for extension in IMAGE_EXTENSIONS if extension in files).read(root)
+        content = _place(files, *IMAGE_EXTENSIONS).read(root)
         with Image.open(io.BytesIO(content)) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             counts.sizes[image.size[::-1] if turned else image.size] += 1
@@ -130,6 +130,13 @@ def _count_sample(counts: _Counts, fields: Sequence[str], files: Mapping[str, Sp
         if decode:
             pixels = np.asarray(decode_image(content)) / 255.0  # (H, W, 3)
             counts.moments.append(np.stack([pixels.mean((0, 1)), (pixels**2).mean((0, 1))]))  # (2, 3)
+
+
+def _place(files: Mapping[str, Span], *extensions: str) -> Span:
+    for extension in extensions:
+        if extension in files:
+            return files[extension]
+    raise ValueError(f"it has no file .{' or .'.join(extensions)}")
 
 
 def _classes(labels: Counter[int], names: Sequence[str]) -> dict[str, Any]:
