@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -295,17 +295,23 @@ def classes_of(labels: Iterable[int | str], where: str) -> tuple[str, ...]:
     return tuple(str(number) for number in range(max(numbers) + 1))
 
 
-def label_index(label: int | str | None, numbers: Mapping[str, int]) -> int:
-    """The class index of a label of the source.
+class Labels:
+    """Class indices of the labels of a source.
 
     Args:
-        label: index, or name.
-        numbers: class index by name.
-
-    Raises:
-        ValueError: there is no such class.
+        classes: names by index; where labels are indices, several classes may have the same name.
     """
-    number = numbers.get(label) if isinstance(label, str) else label
-    if number is None or not -1 <= number < len(numbers):
-        raise ValueError(f"its label {label!r} is none of the {len(numbers)} classes")
-    return number
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self.count, self.numbers = len(classes), {name: i for i, name in enumerate(classes)}
+
+    def index(self, label: int | str | None) -> int:
+        """The class index of a label, which is an index, a name, or None.
+
+        Raises:
+            ValueError: there is no such class.
+        """
+        number = -1 if label is None else self.numbers.get(label) if isinstance(label, str) else label
+        if number is None or not -1 <= number < self.count:
+            raise ValueError(f"its label {label!r} is none of the {self.count} classes")
+        return number

@@ -1,6 +1,7 @@
 """Data sets of the Hugging Face Hub, or any parquet files with pictures, as shards.
 
-Files are read by row groups, in batches of rows, so memory does not depend on their size. pyarrow is an extra.
+Files are read in batches of rows within a row group, through a small buffer, so memory is that of a page or two of the
+file (Arrow puts up to 1,024 pictures into one), however large its row groups are. pyarrow is an extra.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from PIL import Image
 from flextok_pl.data.convert import (
     Conversion,
     ImageFormat,
+    Labels,
     OnError,
     classes_of,
     condition_files,
-    label_index,
     name_hash,
 )
 from flextok_pl.data.hub import find_parts
@@ -242,7 +243,7 @@ class _RowReader:
     ) -> None:
         self.groups, self.columns, self.prefix, self.conversion = groups, columns, prefix, conversion
         self.stops = list(accumulate(group.rows for group in groups))
-        self.numbers = {name: i for i, name in enumerate(classes)}
+        self.labels = Labels(classes)
 
     def __call__(self, rows: Sequence[int]) -> Iterator[Sample]:
         """The samples of rows side by side in the order of the groups."""
@@ -280,9 +281,8 @@ class _RowReader:
             raise ValueError("it holds no picture (perhaps the path of one)")
         extension, stored = self.conversion.stored(content, _extension(content))
         label = caption = None
-        if self.numbers:
-            given = row.values[self.columns.label]
-            label = label_index(-1 if given is None else given, self.numbers)
+        if self.columns.label is not None and self.labels.count:
+            label = self.labels.index(row.values[self.columns.label])
         if self.columns.caption is not None:
             caption = row.values[self.columns.caption] or ""
         return Sample(f"{self.prefix}{row.number:09d}", {extension: stored, **condition_files(label, caption)})

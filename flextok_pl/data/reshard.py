@@ -19,9 +19,9 @@ from flextok_pl.data.convert import (
     ImageFormat,
     Item,
     ItemReader,
+    Labels,
     OnError,
     classes_of,
-    label_index,
     mixed,
 )
 from flextok_pl.data.index import IMAGE_EXTENSIONS, INDEX_NAME, ShardIndex, load_indices
@@ -133,11 +133,11 @@ def _foreign(
         if 0 < number < len(raw):
             _LOG.warning("%d of %d samples have no %s and get %s", len(raw) - number, len(raw), name, meaning)
     classes = (classes_of(labels, where) if names is None else names) if labels else ()
-    numbers = {name: i for i, name in enumerate(classes)}
+    indices = Labels(classes)
     items = []
     for key, sample in zip(_keys(raw), raw, strict=True):
         try:
-            label = label_index(-1 if sample.label is None else sample.label, numbers) if classes else None
+            label = indices.index(sample.label) if classes else None
         except ValueError as error:
             raise ValueError(f"{sample.files[0][1].file}, {sample.key}: {error}") from error
         pictures = [entry for e in IMAGE_EXTENSIONS for entry in sample.files if entry[0] == e]

@@ -97,6 +97,17 @@ def test_labels_without_names(tmp_path, labels, classes):
     assert index.fields == ("image",)
 
 
+def test_classes_of_one_name(tmp_path):
+    two = {**FEATURES, "label": {"names": ["crane", "dog", "crane"], "_type": "ClassLabel"}}
+    write(tmp_path / "a.parquet", 3, features=two)
+    index = write_parquet(str(tmp_path / "a.parquet"), tmp_path / "dst", num_workers=1)["all"]
+    assert index.classes == ("crane", "dog", "crane")
+    assert [sample["cls"] for sample in contents(index).values()] == [b"0", b"1", b"2"]
+    write(tmp_path / "b.parquet", 3, labels=[0, 1, 3])
+    with pytest.raises(ValueError, match=r"b\.parquet, row 2: its label 3 is none of the 3 classes"):
+        write_parquet(str(tmp_path / "b.parquet"), tmp_path / "other", num_workers=1)
+
+
 def test_plain_bytes_and_shrinking(tmp_path):
     write(tmp_path / "a.parquet", 2, features=None, pictures=[picture(0), picture(1)])
     index = write_parquet(str(tmp_path / "a.parquet"), tmp_path / "dst", size=3, image_format="webp", num_workers=1)
