@@ -19,6 +19,7 @@ BENCHMARKS = (
     "evaluation_cost",
     "adaptive_budget",
     "loader",
+    "conversion",
 )
 
 

@@ -12,7 +12,16 @@ from jsonargparse import ArgumentParser
 from flextok_pl.assets import DEMO_TOKENIZER
 from flextok_pl.cli import UserError
 from flextok_pl.contracts import default_budgets, weights_hash
-from flextok_pl.data import Augmentation, write_demo, write_folder, write_latents, write_tokens
+from flextok_pl.data import (
+    Augmentation,
+    write_demo,
+    write_folder,
+    write_imagenet,
+    write_latents,
+    write_parquet,
+    write_resharded,
+    write_tokens,
+)
 from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, center_crop, decode_image, to_rgb, to_tensor
 from flextok_pl.metrics.images import reconstruction_grid, save_png
 from flextok_pl.models.text import TextEncoder
@@ -28,6 +37,21 @@ def data_demo(command: str, arguments: Sequence[str]) -> None:
 def data_folder(command: str, arguments: Sequence[str]) -> None:
     """Run `flextok data folder`."""
     run_tool(write_folder, command, arguments)
+
+
+def data_imagenet(command: str, arguments: Sequence[str]) -> None:
+    """Run `flextok data imagenet`."""
+    run_tool(write_imagenet, command, arguments)
+
+
+def data_parquet(command: str, arguments: Sequence[str]) -> None:
+    """Run `flextok data parquet`."""
+    run_tool(write_parquet, command, arguments)
+
+
+def data_reshard(command: str, arguments: Sequence[str]) -> None:
+    """Run `flextok data reshard`."""
+    run_tool(write_resharded, command, arguments)
 
 
 def data_latents(command: str, arguments: Sequence[str]) -> None:

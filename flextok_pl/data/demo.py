@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import io
-import os
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from flextok_pl.data.index import ShardIndex
 from flextok_pl.data.openmoji import Picture, assign_concepts, group_names, list_pictures
-from flextok_pl.data.shards import Sample, run_jobs, start_set, write_index, write_shards
+from flextok_pl.data.shards import Sample, run_jobs, start_set, worker_processes, write_index, write_shards
 
 LARGE_CONCEPT = (6, 24)
 """A concept with more pictures than this, without and with skin tones, is trained on (person, smiley, clock face,
@@ -72,8 +72,7 @@ def write_demo(
     if all(index is not None for index in ready.values()):
         return {split: index for split, index in ready.items() if index is not None}
     pictures = list_pictures()
-    workers = os.cpu_count() or 1 if num_workers is None else num_workers
-    rendered, thumbnails = render(pictures, size, 0 if workers == 1 else workers)
+    rendered, thumbnails = render(pictures, size, worker_processes(num_workers))
     concepts = assign_concepts(pictures, thumbnails)
     splits = split_by_concept(pictures, concepts, val_fraction)
     result = {}
@@ -82,7 +81,7 @@ def write_demo(
         shards = write_shards(
             folder,
             _spread(chosen),
-            partial(_sample, pictures, rendered, group_names()),
+            partial(_samples, pictures, rendered, group_names()),
             samples_per_shard=samples_per_shard,
             description=f"{split} shards",
         )
@@ -178,8 +177,11 @@ def _spread(numbers: list[int]) -> list[int]:
     return sorted(numbers, key=lambda i: hashlib.blake2b(str(i).encode(), digest_size=8).digest())
 
 
-def _sample(pictures: list[Picture], rendered: list[bytes], groups: list[str], i: int) -> Sample:
-    picture = pictures[i]
-    label = -1 if picture.group is None else groups.index(picture.group)
-    files = {"png": rendered[i], "cls": str(label).encode(), "txt": picture.caption.encode()}
-    return Sample(picture.code.lower(), files)
+def _samples(
+    pictures: list[Picture], rendered: list[bytes], groups: list[str], numbers: Sequence[int]
+) -> Iterator[Sample]:
+    for i in numbers:
+        picture = pictures[i]
+        label = -1 if picture.group is None else groups.index(picture.group)
+        files = {"png": rendered[i], "cls": str(label).encode(), "txt": picture.caption.encode()}
+        yield Sample(picture.code.lower(), files)

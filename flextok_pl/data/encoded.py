@@ -23,9 +23,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from flextok_pl.contracts import Batch
-from flextok_pl.data.index import ShardError, ShardIndex
+from flextok_pl.data.index import ShardError, ShardIndex, ShardInfo
 from flextok_pl.data.samples import Collate
-from flextok_pl.data.shards import Sample, complete_shards, shard_name, start_set, write_index, write_shard
+from flextok_pl.data.shards import Sample, complete_shard, shard_name, shard_sizes, start_set, write_index, write_shard
 from flextok_pl.data.sources import load_indices
 from flextok_pl.data.stream import Plan, ShardSet, StreamedBatches
 from flextok_pl.data.transforms import Augmentation
@@ -137,18 +137,18 @@ def write_encoded(
     source = [hashlib.sha256(index.to_json().encode()).hexdigest() for index in indices]
     arguments = {"writer": writer, "source": source, **made_by, **options, **views.arguments()}
     folder = Path(dst)
-    ready = start_set(folder, arguments, overwrite, resume=True)
+    ready = start_set(folder, arguments, overwrite)
     if ready is not None:
         return ready
     data = ShardSet(indices)
-    total, size = data.num_samples * views.num_views, views.samples_per_shard
-    counts = [min(size, total - first) for first in range(0, total, size)]
-    shards = complete_shards(folder, counts)
+    total = data.num_samples * views.num_views
+    counts = shard_sizes(total, views.samples_per_shard)
+    shards = _complete_shards(folder, counts)
     done = sum(counts[: len(shards)])
     with tqdm(total=total, initial=done, desc=writer, unit="sample") as bar:
         samples = _counted(views.samples(data, encode, done), bar)
         for number in range(len(shards), len(counts)):
-            shards.append(write_shard(folder / shard_name(number), islice(samples, size)))
+            shards.append(write_shard(folder / shard_name(number), islice(samples, counts[number])))
     provenance = {**made_by, "images": [dict(index.provenance) for index in indices]}
     kept = (name for name in indices[0].fields if name in ("label", "text"))
     index = ShardIndex(
@@ -158,6 +158,17 @@ def write_encoded(
         raise ShardError(f"{index.num_samples} {writer} were written instead of {total}")
     write_index(index)
     return index
+
+
+def _complete_shards(folder: Path, counts: Sequence[int]) -> list[ShardInfo]:
+    """The leading shards that an interrupted run has left complete, of those with these numbers of samples."""
+    shards: list[ShardInfo] = []
+    for number, count in enumerate(counts):
+        shard = complete_shard(folder / shard_name(number))
+        if shard is None or shard.count != count:
+            break
+        shards.append(shard)
+    return shards
 
 
 def npy(array: np.ndarray[Any, Any]) -> bytes:

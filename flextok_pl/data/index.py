@@ -158,8 +158,8 @@ class ShardIndex:
         if not file.is_file():
             reason = "is no folder" if not file.parent.is_dir() else f"has no {INDEX_NAME}"
             raise ShardError(
-                f"{file.parent} {reason}: a shard set is made by `flextok data demo|folder|latents|tokens`, which "
-                f"writes {INDEX_NAME} last; give the folder of a finished one (often DST/train or DST/val)"
+                f"{file.parent} {reason}: a shard set is made by `flextok data`, which writes {INDEX_NAME} last; give "
+                "the folder of a finished one (often DST/train or DST/val)"
             )
         index = cls.parse(file.read_bytes(), file.parent, str(file))
         index._check_files()

@@ -2,7 +2,7 @@
 
 A shard appears under its final name only when it is complete and on disk, and `index.json` comes last. While a set is
 being written its folder holds `index.json.partial` with the writer's arguments; what an interrupted run left is then
-known to be ours, and the next one replaces it, or goes on from it where the arguments are the same.
+known to be ours, and the next one goes on from it where the arguments are the same, or else replaces it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import json
 import multiprocessing
 import os
 import tarfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -131,14 +133,15 @@ def write_index(index: ShardIndex) -> None:
         os.close(folder)
 
 
-def start_set(folder: Path, arguments: Mapping[str, Any], overwrite: bool, resume: bool = False) -> ShardIndex | None:
+def start_set(folder: Path, arguments: Mapping[str, Any], overwrite: bool) -> ShardIndex | None:
     """Make a folder ready for a new shard set, or find that the set is there.
+
+    The shards of an interrupted run with equal arguments are kept, for `complete_shard`.
 
     Args:
         folder: where the set goes.
         arguments: what decides its content, as JSON types.
         overwrite: replace a finished set.
-        resume: keep the shards of an interrupted run with equal arguments, for `complete_shards`.
 
     Returns:
         The index of the finished and intact set that equal arguments made before, else None: write now.
@@ -165,7 +168,7 @@ def start_set(folder: Path, arguments: Mapping[str, Any], overwrite: bool, resum
             f"{folder} holds files that are no part of a shard set, such as {foreign[0].name}; choose an empty folder"
         )
     partial, text = folder / PARTIAL_NAME, json.dumps(dict(arguments), sort_keys=True)
-    if resume and not finished and partial.exists() and partial.read_text(encoding="utf-8") == text:
+    if not finished and partial.exists() and partial.read_text(encoding="utf-8") == text:
         return None
     partial.write_text("", encoding="utf-8")  # ours, and of no arguments until nothing of another run is left
     (folder / INDEX_NAME).unlink(missing_ok=True)  # before its shards go
@@ -176,27 +179,27 @@ def start_set(folder: Path, arguments: Mapping[str, Any], overwrite: bool, resum
     return None
 
 
-def complete_shards(folder: Path, counts: Sequence[int]) -> list[ShardInfo]:
-    """The leading shards that an interrupted run has left complete.
+def shard_sizes(total: int, samples_per_shard: int) -> list[int]:
+    """Samples of each shard: as few shards as that allows, alike but for one sample, the larger ones first.
 
-    Args:
-        folder: prepared by `start_set` with `resume`.
-        counts: samples of each shard of the whole set.
-
-    Returns:
-        What `write_shard` returned for them; the next shard to write is the one with their number.
+    Raises:
+        ValueError: `samples_per_shard` is out of range.
     """
-    shards: list[ShardInfo] = []
-    for number, count in enumerate(counts):
-        path = folder / shard_name(number)
-        try:
-            shard = _shard_info(path, path.name)
-        except (FileNotFoundError, tarfile.TarError):
-            break
-        if shard.count != count:
-            break
-        shards.append(shard)
-    return shards
+    if samples_per_shard < 1:
+        raise ValueError(f"samples_per_shard={samples_per_shard} must be at least 1")
+    number = -(-total // samples_per_shard)
+    return [(total + number - 1 - i) // number for i in range(number)]
+
+
+def complete_shard(path: Path) -> ShardInfo | None:
+    """What `write_shard` returned for a shard that an interrupted run has left complete, else None: write it.
+
+    That the shard has its final name says that it was complete; whether it is still a tar file is seen here.
+    """
+    try:
+        return _shard_info(path, path.name)
+    except (FileNotFoundError, tarfile.TarError):
+        return None
 
 
 def _is_ours(name: str) -> bool:
@@ -205,67 +208,101 @@ def _is_ours(name: str) -> bool:
 
 
 class _ShardJob(Generic[ItemT]):
-    """Writes the shard of some items; a plain class so that it can go to a worker process."""
+    """Writes the shard of some items, unless it is there; a plain class so that it can go to a worker process."""
 
-    def __init__(self, folder: Path, make: Callable[[ItemT], Sample | None]) -> None:
+    def __init__(self, folder: Path, make: Callable[[Sequence[ItemT]], Iterable[Sample]]) -> None:
         self.folder, self.make = folder, make
 
     def __call__(self, number: int, items: Sequence[ItemT]) -> ShardInfo:
-        samples = (sample for sample in map(self.make, items) if sample is not None)
-        return write_shard(self.folder / shard_name(number), samples)
+        path = self.folder / shard_name(number)
+        complete = complete_shard(path)
+        if complete is not None and complete.count <= len(items):  # fewer where samples were left out
+            return complete
+        return write_shard(path, self.make(items))
 
 
 def write_shards(
     folder: Path,
     items: Sequence[ItemT],
-    make: Callable[[ItemT], Sample | None],
+    make: Callable[[Sequence[ItemT]], Iterable[Sample]],
     *,
     samples_per_shard: int = 1000,
     num_workers: int = 0,
     description: str = "shards",
 ) -> list[ShardInfo]:
-    """Write items as shards, several shards at a time.
+    """Write items as shards, several shards at a time; shards that an interrupted run left complete are kept.
 
     Args:
         folder: prepared by `start_set`.
         items: what to write, in order.
-        make: item -> sample, or None to leave the item out; picklable where there are workers.
-        samples_per_shard: items per shard.
+        make: items of one shard -> their samples, of which it may leave out some; picklable where there are workers.
+        samples_per_shard: most items of a shard; the shards are alike in size, see `shard_sizes`.
         num_workers: processes; 0 writes in this one.
         description: text of the progress bar.
 
     Returns:
-        The shards in order. The set is finished by `write_index`.
+        The shards in order, without empty ones. The set is finished by `write_index`.
     """
-    if samples_per_shard < 1:
-        raise ValueError(f"samples_per_shard={samples_per_shard} must be at least 1")
-    if num_workers < 0:
-        raise ValueError(f"num_workers={num_workers} must be 0 (this process) or more")
-    chunks = [items[i : i + samples_per_shard] for i in range(0, len(items), samples_per_shard)]
+    stops = [0, *accumulate(shard_sizes(len(items), samples_per_shard))]
+    chunks = [items[start:stop] for start, stop in pairwise(stops)]
     job = _ShardJob(folder, make)
     with tqdm(total=len(items), desc=description, unit="sample") as bar:
         shards: dict[int, ShardInfo] = {}
         for number, shard in run_jobs(job, list(enumerate(chunks)), num_workers):
             shards[number] = shard
             bar.update(len(chunks[number]))
+    for shard in shards.values():
+        if not shard.count:
+            (folder / shard.name).unlink()
     return [shards[number] for number in range(len(chunks)) if shards[number].count]
 
 
 def run_jobs(
     job: Callable[..., Any], arguments: Sequence[tuple[int, Any]], num_workers: int
 ) -> Iterator[tuple[int, Any]]:
-    """Run `job(number, argument)` for each pair, in this process or in several; yields (number, result) as they end."""
+    """Run `job(number, argument)` for each pair, in this process or in several; yields (number, result) as they end.
+
+    Raises:
+        ValueError: `num_workers` is out of range.
+        OSError: a worker was killed.
+    """
+    if num_workers < 0:
+        raise ValueError(f"num_workers={num_workers} must be 0 (this process) or more")
     if num_workers == 0:
         for number, argument in arguments:
             yield number, job(number, argument)
         return
     # Forking is immediate, and safe here: the jobs use neither torch nor an accelerator.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context(method)) as pool:
+    context = multiprocessing.get_context(method)
+    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_end_with_parent) as pool:
         futures: dict[Future[Any], int] = {pool.submit(job, n, argument): n for n, argument in arguments}
         try:
             for future in as_completed(futures):
-                yield futures[future], future.result()
+                yield futures.pop(future), future.result()
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "a worker process was killed, perhaps for want of memory; give a smaller num_workers (what is complete "
+                "is kept)"
+            ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _end_with_parent() -> None:
+    """Let this worker die with its parent: an orphan would write the same files as the run that goes on."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def worker_processes(num_workers: int | None) -> int:
+    """Processes for `run_jobs`: None is one per core, and one is none besides this one."""
+    wanted = os.cpu_count() or 1 if num_workers is None else num_workers
+    return 0 if wanted == 1 else wanted

@@ -106,7 +106,8 @@ def test_priors_are_the_presets(name: str, capsys: pytest.CaptureFixture[str]) -
 def documented_commands() -> list[str]:
     """Lines of shell blocks in the guides, and of the experiments' first comments."""
     lines: list[str] = []
-    for guide in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    guides = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "data/README.md")]
+    for guide in [*guides, *sorted((ROOT / "docs").glob("*.md"))]:
         for block in re.findall(r"```bash\n(.*?)```", guide.read_text(), re.DOTALL):
             lines += block.replace("\\\n", " ").splitlines()
     for name in names("vae", "tokenizer", "prior", "data"):

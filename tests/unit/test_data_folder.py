@@ -84,6 +84,25 @@ def test_captions(classes, tmp_path, suffix):
         write_folder(classes, tmp_path / "other", captions=file, num_workers=0)
 
 
+def test_captions_of_files_anywhere(tmp_path, caplog):
+    """Files at any depth, named also absolutely; more entries than files; a file as Excel writes it."""
+    src, file = tmp_path / "src", tmp_path / "captions.csv"
+    for name in ("top.png", "a/one.png", "a/b/c/two.png"):
+        save(src / name)
+    rows = [("./top.png", "top"), ("a//one.png", "one"), (str(src / "a/b/c/two.png"), "two"), ("a/gone.png", "gone")]
+    file.write_text("\ufefffile,caption,more\n" + "".join(f"{name},{text},x\n" for name, text in rows))
+    options = {"labels": "none", "captions": file, "num_workers": 0}
+    samples = read(write_folder(src, tmp_path / "dst", **options)["all"])
+    assert {key: raw["txt"] for key, raw in samples.items()} == {"top": b"top", "a/one": b"one", "a/b/c/two": b"two"}
+    assert "1 entries name no image" in caplog.text and "a/gone.png" in caplog.text
+    file.write_text("file,caption\ntop.png,top\n")
+    with pytest.raises(ValueError, match=r"no entry for 2 of 3 images, such as a/b/c/two\.png"):
+        write_folder(src, tmp_path / "other", **options)
+    file.write_text("file,caption\ntop.png,one\n./top.png,two\n")
+    with pytest.raises(ValueError, match=r"entry 2 is a second one for top\.png; keep one"):
+        write_folder(src, tmp_path / "other", **options)
+
+
 def test_validation_part_is_disjoint_and_stable(tmp_path):
     for i in range(60):
         save(tmp_path / "src" / f"{i}.png", size=(2, 2))

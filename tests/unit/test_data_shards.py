@@ -2,24 +2,35 @@
 
 import json
 import os
+import shutil
+import signal
 import tarfile
 
 import pytest
 
 from flextok_pl.data.index import INDEX_NAME, ShardError, ShardIndex
-from flextok_pl.data.shards import PARTIAL_NAME, Sample, start_set, write_index, write_shard, write_shards
+from flextok_pl.data.shards import (
+    PARTIAL_NAME,
+    Sample,
+    shard_name,
+    shard_sizes,
+    start_set,
+    write_index,
+    write_shard,
+    write_shards,
+)
 from flextok_pl.data.sources import load_indices
 
 
-def make_sample(number):
-    return None if number == 3 else Sample(f"s{number}", {"cls": b"0", "txt": f"number {number}".encode()})
+def make_samples(numbers):
+    return [Sample(f"s{n}", {"cls": b"0", "txt": f"number {n}".encode()}) for n in numbers if n != 3]
 
 
 def write_set(folder, count=10, workers=0, overwrite=False, per_shard=4):
     arguments = {"count": count, "per_shard": per_shard}
     ready = start_set(folder, arguments, overwrite)
     if ready is None:
-        shards = write_shards(folder, range(count), make_sample, samples_per_shard=per_shard, num_workers=workers)
+        shards = write_shards(folder, range(count), make_samples, samples_per_shard=per_shard, num_workers=workers)
         ready = ShardIndex(folder, ("label", "text"), tuple(shards), ("only",), None, arguments, {"by": "test"})
         write_index(ready)
     return ready
@@ -27,7 +38,7 @@ def write_set(folder, count=10, workers=0, overwrite=False, per_shard=4):
 
 def test_counts_names_and_content(tmp_path):
     index = write_set(tmp_path / "set")
-    assert [s.count for s in index.shards] == [3, 4, 2]  # item 3 is left out
+    assert [s.count for s in index.shards] == [3, 3, 3]  # item 3 is left out
     assert index.num_samples == 9
     with tarfile.open(index.paths[0]) as tar:
         assert tar.getnames() == ["s0.cls", "s0.txt", "s1.cls", "s1.txt", "s2.cls", "s2.txt"]
@@ -42,6 +53,48 @@ def test_counts_names_and_content(tmp_path):
 def test_workers_write_the_same_bytes(tmp_path):
     alone, several = write_set(tmp_path / "a"), write_set(tmp_path / "b", workers=2)
     assert alone.shards == several.shards
+
+
+@pytest.mark.parametrize(
+    "total, most, sizes",
+    [(1001, 1000, [501, 500]), (20, 3, [3, 3, 3, 3, 3, 3, 2]), (4, 4, [4]), (5, 4, [3, 2]), (1, 9, [1]), (0, 4, [])],
+)
+def test_shards_are_alike_in_size(total, most, sizes):
+    assert shard_sizes(total, most) == sizes
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("left", [[], [0], [2, 4], [1, 3], [0, 1, 2, 3, 4]])
+def test_any_complete_shards_of_an_interrupted_run_are_kept(tmp_path, monkeypatch, workers, left):
+    whole = write_set(tmp_path / "whole", count=18)
+    start_set(tmp_path / "part", dict(whole.arguments), overwrite=False)
+    for number in left:
+        shutil.copy2(whole.paths[number], tmp_path / "part")
+    damaged = [number for number in range(5) if number not in left][:1]
+    for number in damaged:
+        content = whole.paths[number].read_bytes()
+        (tmp_path / "part" / shard_name(number)).write_bytes(content[: 512 * 3])
+    before = {shard_name(number): os.stat(tmp_path / "part" / shard_name(number)).st_mtime_ns for number in left}
+    index = write_set(tmp_path / "part", count=18, workers=workers)
+    assert {path.name: path.read_bytes() for path in index.folder.iterdir()} == {
+        path.name: path.read_bytes() for path in whole.folder.iterdir()
+    }
+    assert before == {name: os.stat(tmp_path / "part" / name).st_mtime_ns for name in before}
+
+
+def test_a_shard_of_which_nothing_is_left_is_no_file(tmp_path):
+    index = write_set(tmp_path, per_shard=1)  # item 3 is left out
+    assert len(index.shards) == 9 and shard_name(3) not in os.listdir(tmp_path)
+
+
+def test_a_killed_worker_is_named(tmp_path):
+    start_set(tmp_path, {}, overwrite=False)
+    with pytest.raises(OSError, match="a worker process was killed.*smaller num_workers"):
+        write_shards(tmp_path, range(4), killed, num_workers=1)
+
+
+def killed(numbers):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_rerun_with_equal_arguments_changes_nothing(tmp_path):
@@ -99,7 +152,7 @@ def test_patterns_lists_and_single_shards(tmp_path):
     assert len(load_indices(str(tmp_path / "*"))) == 2
     assert len(load_indices([str(tmp_path / "a"), str(tmp_path / "b" / INDEX_NAME)])) == 2
     (part,) = load_indices(str(tmp_path / "a" / "shard-{000000,000002}.tar"))
-    assert [s.count for s in part.shards] == [3, 2]
+    assert [s.count for s in part.shards] == [3, 3]
 
 
 def test_sets_of_different_kinds_are_not_mixed(tmp_path):

@@ -1,0 +1,99 @@
+"""`flextok data verify` and `flextok data stats`: look at shard sets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from flextok_pl.cli.tools import run_tool
+from flextok_pl.data.convert import check_choice
+from flextok_pl.data.index import INDEX_NAME, ShardError
+from flextok_pl.data.listing import matching_paths
+from flextok_pl.data.sources import load_indices
+from flextok_pl.data.stats import shard_statistics
+from flextok_pl.data.verify import verify_sets
+
+
+def verify(command: str, arguments: Sequence[str]) -> None:
+    """Run `flextok data verify`."""
+    run_tool(verify_shards, command, arguments)
+
+
+def stats(command: str, arguments: Sequence[str]) -> None:
+    """Run `flextok data stats`."""
+    run_tool(show_statistics, command, arguments)
+
+
+def verify_shards(shards: str, duplicates: Literal["note", "fail"] = "note", num_workers: int | None = None) -> None:
+    """Read shard sets in full, and list everything that is wrong, by shard and key.
+
+    Index, sizes, checksums, tars, the samples' fields, labels, pictures and keys are checked, and pictures compared
+    with one another, byte for byte.
+
+    Args:
+        shards: folder of a shard set, or a pattern with `*` or `{train,val}`: pictures are compared among all its sets.
+        duplicates: `note` lists equal pictures, `fail` takes them for errors.
+        num_workers: processes; default one per core.
+
+    Raises:
+        ShardError: something is wrong.
+    """
+    check_choice("duplicates", duplicates, ("note", "fail"))
+    folders = [path.parent if path.name == INDEX_NAME else path for path in matching_paths(shards)]
+    found = verify_sets(folders, num_workers)
+    for finding in found.findings:
+        print(f"wrong: {finding}")
+    for finding in found.duplicates:
+        print(f"duplicate: {finding}")
+    print(
+        f"{found.samples:,} samples in {found.shards:,} shards, {found.bytes / 2**20:,.1f} MiB: "
+        f"{len(found.findings)} things wrong, {len(found.duplicates)} duplicate pictures"
+    )
+    wrong = len(found.findings) + (len(found.duplicates) if duplicates == "fail" else 0)
+    if wrong:
+        raise ShardError(f"{wrong} things are wrong in {shards}; they are listed above")
+
+
+def show_statistics(
+    shards: str, json: str | None = None, pixel_samples: int = 1000, num_workers: int | None = None
+) -> None:
+    """Show what is in shard sets: samples, classes, picture sizes, formats, captions, mean and deviation of pixels.
+
+    Args:
+        shards: shard set, or a pattern of sets that are read together.
+        json: file to write all numbers to.
+        pixel_samples: pictures, spread evenly, that are decoded for the mean and deviation of their pixels in [0, 1];
+            each counts alike, whatever its size.
+        num_workers: processes; default one per core.
+    """
+    record = shard_statistics(load_indices(shards), pixel_samples, num_workers)
+    print("\n".join(_lines(record)))
+    if json is not None:
+        _write_json(Path(json).expanduser(), record)
+
+
+def _write_json(path: Path, record: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _lines(record: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """One line per number, or per spread of numbers."""
+    lines = []
+    for name, value in record.items():
+        label = f"{prefix}{name.replace('_', ' ')}"
+        if isinstance(value, Mapping) and set(value) == {"min", "median", "max"}:
+            lines.append(f"{label:<34} {value['min']:,} .. {value['median']:,} .. {value['max']:,}")
+        elif isinstance(value, Mapping):
+            lines += _lines(value, f"{label}: ")
+        elif name == "counts":
+            most = sorted(value, key=lambda entry: (-entry["samples"], entry["class"]))
+            ends = most if len(most) <= 20 else [*most[:10], *most[-10:]]
+            lines += [f"  {entry['class']:>6} {entry['name'][:40]:<40} {entry['samples']:>10,}" for entry in ends]
+        elif isinstance(value, list):
+            lines.append(f"{label:<34} {', '.join(map(str, value))}")
+        else:
+            lines.append(f"{label:<34} {value:,}" if isinstance(value, int) else f"{label:<34} {value}")
+    return lines

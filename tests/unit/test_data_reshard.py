@@ -1,0 +1,170 @@
+"""WebDataset tars of others, and sets of ours, as new shard sets."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flextok_pl.cli import main
+from flextok_pl.data import ShardDataModule, ShardIndex, write_folder, write_latents, write_resharded
+from flextok_pl.data.listing import tar_samples
+
+
+def picture(number, kind="JPEG", size=(8, 6)):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (number % 256, 0, 0)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_tar(path, files):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def contents(index):
+    """Files by key."""
+    return {
+        key: {extension: span.read(index.folder) for extension, span in files}
+        for path in index.paths
+        for key, files in tar_samples(index.folder, path.name)
+    }
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """Two tars whose keys are the same."""
+    for t in range(2):
+        files = {"./__meta__/x.txt": b"of no sample", "._0.jpg": b"of no sample"}
+        for i in range(5):
+            number = 5 * t + i
+            record = {"label": ["red", "blue"][number % 2], "text": f"text {number}", "width": 8}
+            files[f"dir/{i}.JPG" if i % 2 else f"dir/{i}.png"] = picture(number, "JPEG" if i % 2 else "PNG")
+            files[f"dir/{i}.cls"] = str(number % 4).encode()
+            files[f"dir/{i}.txt"] = f"number {number}".encode()
+            files[f"dir/{i}.json"] = json.dumps(record).encode()
+        write_tar(tmp_path / "src" / f"part.{t:02d}.tar", files)
+    return tmp_path / "src"
+
+
+def test_tars_of_others(foreign, tmp_path):
+    pattern = str(foreign / "part.{00..01}.tar")
+    main(["data", "reshard", pattern, str(tmp_path / "dst"), "--samples-per-shard", "4", "--num-workers", "2"])
+    index = ShardIndex.load(tmp_path / "dst")
+    assert index.fields == ("image", "label", "text") and index.classes == ("0", "1", "2", "3")
+    assert [shard.count for shard in index.shards] == [4, 3, 3]
+    found = contents(index)
+    assert found.keys() == {f"part_{t:02d}/dir/{i}" for t in range(2) for i in range(5)}
+    for key, files in found.items():
+        number = 5 * int(key[6]) + int(key[-1])
+        kind = "jpg" if int(key[-1]) % 2 else "png"
+        assert files.pop(kind) == picture(number, "JPEG" if kind == "jpg" else "PNG")
+        assert files == {"cls": str(number % 4).encode(), "txt": f"number {number}".encode()}
+    data = ShardDataModule(val=str(tmp_path / "dst"), image_size=8, num_workers=0)
+    assert sum(len(batch["key"]) for batch in data.val_dataloader()) == 10
+
+
+def test_labels_and_captions_of_json(foreign, tmp_path):
+    index = write_resharded(str(foreign), tmp_path / "dst", label_key="label", caption_key="text", num_workers=1)
+    assert index.classes == ("blue", "red")
+    assert {int(s["txt"][5:]): int(s["cls"]) for s in contents(index).values()} == {i: 1 - i % 2 for i in range(10)}
+    names = tmp_path / "names.txt"
+    names.write_text("one\ntwo\n")
+    for options, message in (
+        ({"label_key": "width", "caption_key": "width"}, "its width 8 is no text"),
+        ({"label_key": "text", "class_names": names}, r"part\.00\.tar, dir/0: its label 'text 0' is none of the 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_resharded(str(foreign), tmp_path / "other", num_workers=1, **options)
+
+
+def test_names_of_classes(foreign, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("a\nb\nc\nd\ne\n")
+    assert write_resharded(str(foreign), tmp_path / "dst", class_names=names, num_workers=1).classes == tuple("abcde")
+    names.write_text("a\na\n")
+    with pytest.raises(ValueError, match="it has 'a' twice"):
+        write_resharded(str(foreign), tmp_path / "dst", class_names=names, num_workers=1)
+
+
+def test_what_some_samples_lack(tmp_path, caplog):
+    files = {"a.jpg": picture(0), "a.cls": b"1", "b.jpg": picture(1), "b.txt": b"bee", "c.txt": b"no picture"}
+    write_tar(tmp_path / "x.tar", files)
+    with pytest.raises(ValueError, match=r"c: it has no picture.*on_error=skip"):
+        write_resharded(str(tmp_path / "x.tar"), tmp_path / "dst", num_workers=1)
+    index = write_resharded(str(tmp_path / "x.tar"), tmp_path / "dst", on_error="skip", num_workers=1)
+    assert {key: (s["cls"], s["txt"]) for key, s in contents(index).items()} == {"a": (b"1", b""), "b": (b"-1", b"bee")}
+    assert index.provenance["skipped"] == 1 and "2 of 3 samples have no label and get -1" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["other size of shards", "other size of pictures"])
+def test_our_own_sets(image_shards, tmp_path, kind):
+    source = ShardIndex.load(image_shards / "train")
+    options = {"size": 16, "image_format": "png"} if kind == "other size of pictures" else {}
+    index = write_resharded(
+        str(image_shards / "train"), tmp_path / "dst", samples_per_shard=7, num_workers=2, **options
+    )
+    assert index.classes == source.classes and index.fields == source.fields
+    assert len(index.shards) == -(-source.num_samples // 7) and index.num_samples == source.num_samples
+    before, after = contents(source), contents(index)
+    if kind == "other size of shards":
+        assert after == before
+    else:
+        assert after.keys() == before.keys()
+        assert {Image.open(io.BytesIO(sample["png"])).size for sample in after.values()} == {(16, 16)}
+    with pytest.raises(ValueError, match=r"label_key=x is for tars without an index\.json"):
+        write_resharded(str(image_shards / "train"), tmp_path / "other", label_key="x")
+
+
+def test_several_sets_of_ours_become_one(image_shards, tmp_path):
+    index = write_resharded(f"{image_shards}/{{train,val}}", tmp_path / "dst", num_workers=1)
+    assert index.num_samples == 40 and len(index.shards) == 1
+    part = write_resharded(str(image_shards / "val" / "shard-000000.tar"), tmp_path / "part", num_workers=1)
+    assert part.num_samples == ShardIndex.load(image_shards / "val").num_samples
+
+
+def test_latents_are_copied(image_shards, tmp_path):
+    source = write_latents(
+        str(image_shards / "val"),
+        tmp_path / "latents",
+        lambda images: torch.cat([torch.nn.functional.avg_pool2d(images, 8)] * 2, dim=1),
+        source_id={"vae": "pool"},
+        image_size=32,
+        num_workers=0,
+    )
+    index = write_resharded(str(tmp_path / "latents"), tmp_path / "dst", samples_per_shard=5, num_workers=1)
+    assert contents(index) == contents(source) and index.image_size == 32
+    assert {**index.provenance, **source.provenance} == index.provenance
+    with pytest.raises(ValueError, match="size=16 is for pictures"):
+        write_resharded(str(tmp_path / "latents"), tmp_path / "other", size=16)
+
+
+def test_a_square_set_stays_one(tmp_path):
+    (tmp_path / "src").mkdir()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "src" / "a.png")
+    write_folder(tmp_path / "src", tmp_path / "set", num_workers=1)
+    record = json.loads((tmp_path / "set" / "index.json").read_text())
+    (tmp_path / "set" / "index.json").write_text(json.dumps({**record, "image_size": 8}))
+    assert write_resharded(str(tmp_path / "set"), tmp_path / "a", size=4, num_workers=1).image_size == 4
+    assert write_resharded(str(tmp_path / "set"), tmp_path / "b", size=9, num_workers=1).image_size == 8
+
+
+def test_unusable_sources_are_named(foreign, tmp_path):
+    with pytest.raises(ValueError, match=r"there is no .*part\.02\.tar"):
+        write_resharded(str(foreign / "part.{00..02}.tar"), tmp_path / "dst")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"holds no \.tar files"):
+        write_resharded(str(tmp_path / "empty"), tmp_path / "dst")
+    (foreign / "part.01.tar").write_bytes(b"x" * 600)
+    with pytest.raises(ValueError, match=r"part\.01\.tar is no complete, uncompressed tar file"):
+        write_resharded(str(foreign), tmp_path / "dst", num_workers=2)
+    write_tar(tmp_path / "x.tar", {"a.jpg": picture(0), "b.jpg": picture(1), "a.cls": b"1"})
+    with pytest.raises(ValueError, match="two samples have the key 'x/a'"):
+        write_resharded(str(tmp_path / "x.tar"), tmp_path / "dst", num_workers=1)
