@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -262,8 +263,11 @@ def call(function: Callable[..., Any], options: dict[str, Any]) -> None:
 
 
 def default_device(device: str | None) -> torch.device:
-    """The device of this name, or a GPU where there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device of this name, or a GPU where there is one; each process that torchrun or srun starts has its own."""
+    if device is None and torch.cuda.is_available():
+        number = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+        return torch.device("cuda", number % torch.cuda.device_count())
+    return torch.device(device or "cpu")
 
 
 def picture_size(tok: FlexTok) -> int:

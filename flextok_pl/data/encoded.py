@@ -23,11 +23,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from flextok_pl.contracts import Batch
-from flextok_pl.data.index import ShardError, ShardIndex, ShardInfo
+from flextok_pl.data.index import ShardError, ShardIndex
 from flextok_pl.data.samples import Collate
-from flextok_pl.data.shards import Sample, complete_shard, shard_name, shard_sizes, start_set, write_index, write_shard
+from flextok_pl.data.shards import Sample, complete_shard, shard_name, shard_sizes, write_index, write_shard
 from flextok_pl.data.sources import load_indices
 from flextok_pl.data.stream import Plan, ShardSet, StreamedBatches
+from flextok_pl.data.team import Team
 from flextok_pl.data.transforms import Augmentation
 
 Encoder = Callable[[Batch], Iterable[dict[str, bytes]]]
@@ -111,6 +112,8 @@ def write_encoded(
 ) -> ShardIndex:
     """Encode the pictures of a set in views and write the result, with label and text, as a new set.
 
+    Processes that torchrun or srun has started share the work, see `Team`; the set does not depend on their number.
+
     Args:
         src: image shard set(s), as for `ShardDataModule`.
         dst: folder of the new set; a run that was interrupted there with equal arguments is gone on with.
@@ -137,18 +140,23 @@ def write_encoded(
     source = [hashlib.sha256(index.to_json().encode()).hexdigest() for index in indices]
     arguments = {"writer": writer, "source": source, **made_by, **options, **views.arguments()}
     folder = Path(dst)
-    ready = start_set(folder, arguments, overwrite)
+    team = Team.of_environment()
+    ready = team.start_set(folder, arguments, overwrite)
     if ready is not None:
         return ready
     data = ShardSet(indices)
     total = data.num_samples * views.num_views
     counts = shard_sizes(total, views.samples_per_shard)
-    shards = _complete_shards(folder, counts)
-    done = sum(counts[: len(shards)])
-    with tqdm(total=total, initial=done, desc=writer, unit="sample") as bar:
-        samples = _counted(views.samples(data, encode, done), bar)
-        for number in range(len(shards), len(counts)):
-            shards.append(write_shard(folder / shard_name(number), islice(samples, counts[number])))
+    mine = team.share(len(counts))
+    first = next((n for n in mine if not _holds(folder / shard_name(n), counts[n])), mine.stop)
+    done, most = (sum(counts[mine.start : stop]) for stop in (first, mine.stop))
+    with tqdm(total=most, initial=done, desc=writer, unit="sample", disable=team.rank > 0) as bar:
+        samples = _counted(views.samples(data, encode, sum(counts[:first])), bar)
+        for number in range(first, mine.stop):
+            write_shard(folder / shard_name(number), islice(samples, counts[number]))
+    shards = team.gather(folder, counts)
+    if shards is None:
+        return team.finished_set(folder)
     provenance = {**made_by, "images": [dict(index.provenance) for index in indices]}
     kept = (name for name in indices[0].fields if name in ("label", "text"))
     index = ShardIndex(
@@ -160,15 +168,10 @@ def write_encoded(
     return index
 
 
-def _complete_shards(folder: Path, counts: Sequence[int]) -> list[ShardInfo]:
-    """The leading shards that an interrupted run has left complete, of those with these numbers of samples."""
-    shards: list[ShardInfo] = []
-    for number, count in enumerate(counts):
-        shard = complete_shard(folder / shard_name(number))
-        if shard is None or shard.count != count:
-            break
-        shards.append(shard)
-    return shards
+def _holds(path: Path, count: int) -> bool:
+    """Whether an interrupted run has left a shard complete."""
+    shard = complete_shard(path)
+    return shard is not None and shard.count == count
 
 
 def npy(array: np.ndarray[Any, Any]) -> bytes:

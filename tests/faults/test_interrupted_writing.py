@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from flextok_pl.data import ShardDataModule, ShardIndex, write_folder, write_latents, write_tokens
+from flextok_pl.data import ShardDataModule, ShardIndex, team, write_folder, write_latents, write_tokens
 from flextok_pl.data import samples as samples_module
+from flextok_pl.data.index import ShardError
 from flextok_pl.data.shards import PARTIAL_NAME, Sample, shard_name, write_shard
 
 
@@ -93,6 +94,64 @@ def test_a_killed_run_goes_on(pictures, tmp_path, monkeypatch, capsys, kind, num
     index.verify()
     data = ShardDataModule(val=str(folder), image_size=16, num_workers=0)
     assert len({key for batch in data.val_dataloader() for key in batch["key"]}) == index.num_samples == 20
+
+
+def together(pictures, folder, world_size, variables, kill_rank=None):
+    """Run several processes at once, as torchrun or srun start them; returns their exit codes."""
+
+    def child(rank):
+        team.LOOK_EVERY = 0.02
+        os.environ |= {variables[0]: str(rank), variables[1]: str(world_size)}
+        write_encoded_set("tokens", pictures, folder, Model(kill_at=2 if rank == kill_rank else None))
+
+    processes = [multiprocessing.get_context("fork").Process(target=child, args=(r,)) for r in range(world_size)]
+    for process in reversed(processes):  # the first one, which makes the folder ready, comes last
+        process.start()
+    for rank, process in enumerate(processes):
+        process.join(5 if kill_rank is not None and rank != kill_rank else 60)
+    codes = [process.exitcode for process in processes]
+    for process in processes:  # as torchrun and srun do when one dies
+        process.kill()
+        process.join()
+    return codes
+
+
+@pytest.mark.parametrize(
+    "world_size, variables", [(2, team.VARIABLES[0]), (3, team.VARIABLES[1]), (9, team.VARIABLES[0])]
+)
+def test_several_processes_write_what_one_does(pictures, tmp_path, world_size, variables):
+    write_encoded_set("tokens", pictures, tmp_path / "whole", Model())
+    assert together(pictures, tmp_path / "parts", world_size, variables) == [0] * world_size
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    assert together(pictures, tmp_path / "parts", world_size, variables) == [0] * world_size, "there is nothing to do"
+
+
+def test_one_of_several_processes_is_killed(pictures, tmp_path):
+    write_encoded_set("tokens", pictures, tmp_path / "whole", Model())
+    assert together(pictures, tmp_path / "parts", 3, team.VARIABLES[0], kill_rank=1)[1] == -signal.SIGKILL
+    assert not (tmp_path / "parts" / "index.json").exists()
+    assert together(pictures, tmp_path / "parts", 2, team.VARIABLES[0]) == [0, 0]
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_several_processes_do_not_overwrite(pictures, tmp_path, monkeypatch):
+    write_encoded_set("tokens", pictures, tmp_path, Model())
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ShardError, match="overwrite=true and 2 processes: remove"):
+        write_encoded_set("tokens", pictures, tmp_path, Model(), overwrite=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["latents", "tokens"])
+def test_killed_at_twenty_random_moments(pictures, tmp_path, kind):
+    write_encoded_set(kind, pictures, tmp_path / "whole", Model())
+    moments = torch.randint(1, 7, (20,), generator=torch.Generator().manual_seed(0)).tolist()
+    for number, kill_at in enumerate(moments):
+        folder = tmp_path / str(number)
+        killed(kind, pictures, folder, kill_at)
+        write_encoded_set(kind, pictures, folder, Model())
+        assert contents(folder) == contents(tmp_path / "whole")
 
 
 def test_a_run_killed_more_than_once(pictures, tmp_path):
