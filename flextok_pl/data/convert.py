@@ -77,12 +77,14 @@ class Conversion:
         check_choice("on_error", self.on_error, ("raise", "skip"))
 
     def arguments(self) -> dict[str, Any]:
-        """What of these decides the content of the set, as JSON types."""
+        """What of these decides the content of the set, as JSON types.
+
+        `on_error` is not among them, so that a run that stopped at a broken picture can go on without it.
+        """
         return {
             "size": self.size,
             "image_format": self.image_format if self.size is not None else None,
             "quality": self.quality if self.size is not None else None,
-            "on_error": self.on_error,
             "samples_per_shard": self.samples_per_shard,
         }
 
@@ -151,16 +153,21 @@ class Conversion:
             The index of the finished set.
 
         Raises:
-            ShardError: the folder holds something else, or no item could be read.
+            ShardError: the folder holds something else, such as a set that pictures were left out of where `on_error`
+                forbids it; or no item could be read.
         """
         arguments = {**plan.arguments, **self.arguments()}
         ready = start_set(folder, arguments, self.overwrite)
         if ready is not None:
+            left_out = ready.provenance["skipped"]
+            if left_out and self.on_error == "raise":
+                raise ShardError(f"{folder} is finished, but {left_out} pictures were left out; pass on_error=skip")
             return ready
         shards = write_shards(
             folder,
             items,
             make,
+            leaves_out=self.on_error == "skip",
             samples_per_shard=self.samples_per_shard,
             num_workers=worker_processes(self.num_workers),
             description=description,

@@ -210,13 +210,13 @@ def _is_ours(name: str) -> bool:
 class _ShardJob(Generic[ItemT]):
     """Writes the shard of some items, unless it is there; a plain class so that it can go to a worker process."""
 
-    def __init__(self, folder: Path, make: Callable[[Sequence[ItemT]], Iterable[Sample]]) -> None:
-        self.folder, self.make = folder, make
+    def __init__(self, folder: Path, make: Callable[[Sequence[ItemT]], Iterable[Sample]], leaves_out: bool) -> None:
+        self.folder, self.make, self.leaves_out = folder, make, leaves_out
 
     def __call__(self, number: int, items: Sequence[ItemT]) -> ShardInfo:
         path = self.folder / shard_name(number)
         complete = complete_shard(path)
-        if complete is not None and complete.count <= len(items):  # fewer where samples were left out
+        if complete is not None and (self.leaves_out or complete.count == len(items)):
             return complete
         return write_shard(path, self.make(items))
 
@@ -226,6 +226,7 @@ def write_shards(
     items: Sequence[ItemT],
     make: Callable[[Sequence[ItemT]], Iterable[Sample]],
     *,
+    leaves_out: bool = False,
     samples_per_shard: int = 1000,
     num_workers: int = 0,
     description: str = "shards",
@@ -235,7 +236,8 @@ def write_shards(
     Args:
         folder: prepared by `start_set`.
         items: what to write, in order.
-        make: items of one shard -> their samples, of which it may leave out some; picklable where there are workers.
+        make: items of one shard -> their samples; picklable where there are workers.
+        leaves_out: whether it may leave out some, so that a complete shard can hold fewer samples than items.
         samples_per_shard: most items of a shard; the shards are alike in size, see `shard_sizes`.
         num_workers: processes; 0 writes in this one.
         description: text of the progress bar.
@@ -245,7 +247,7 @@ def write_shards(
     """
     stops = [0, *accumulate(shard_sizes(len(items), samples_per_shard))]
     chunks = [items[start:stop] for start, stop in pairwise(stops)]
-    job = _ShardJob(folder, make)
+    job = _ShardJob(folder, make, leaves_out)
     with tqdm(total=len(items), desc=description, unit="sample") as bar:
         shards: dict[int, ShardInfo] = {}
         for number, shard in run_jobs(job, list(enumerate(chunks)), num_workers):

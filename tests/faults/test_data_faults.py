@@ -11,7 +11,7 @@ from PIL import Image
 
 from flextok_pl.data import ShardDataModule, ShardError, ShardIndex, write_folder
 from flextok_pl.data.index import INDEX_NAME
-from flextok_pl.data.shards import Sample, shard_name, write_index, write_shard
+from flextok_pl.data.shards import PARTIAL_NAME, Sample, shard_name, write_index, write_shard
 
 
 def picture(kind="JPEG", size=16):
@@ -269,10 +269,36 @@ def test_broken_source_picture_stops_or_is_left_out(tmp_path, caplog, num_worker
     assert not list((tmp_path / "dst").glob("*.tmp")) and not (tmp_path / "dst" / INDEX_NAME).exists()
     index = write_folder(source, tmp_path / "dst", on_error="skip", **options)["all"]
     assert index.num_samples == 3 and index.provenance["skipped"] == 1
+    with pytest.raises(ShardError, match="is finished, but 1 pictures were left out; pass on_error=skip"):
+        write_folder(source, tmp_path / "dst", **options)
     if num_workers == 0:
         assert "2.jpg" in caplog.text
     data = ShardDataModule(val=str(tmp_path / "dst"), image_size=16, num_workers=0)
     assert sum(len(batch["key"]) for batch in data.val_dataloader()) == 3
+
+
+def test_what_a_broken_picture_stopped_goes_on_without_it(tmp_path):
+    source, options = tmp_path / "src", {"num_workers": 0, "samples_per_shard": 3}
+    source.mkdir()
+    for i in range(12):
+        (source / f"{i}.jpg").write_bytes(picture())
+    (source / "2.jpg").write_bytes(picture()[:150])
+    whole = write_folder(source, tmp_path / "whole", on_error="skip", **options)["all"]
+    (damaged,) = (number for number, shard in enumerate(whole.shards) if shard.count == 2)
+    with pytest.raises(ValueError, match=r"2\.jpg: not a complete picture"):
+        write_folder(source, tmp_path / "dst", **options)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "dst").glob("shard-*.tar")}
+    assert len(before) == damaged
+    assert write_folder(source, tmp_path / "dst", on_error="skip", **options)["all"].shards == whole.shards
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "dst").glob("shard-*.tar")}
+    assert before.items() <= after.items()
+
+    # The other way round nothing that was left out is taken for complete.
+    (tmp_path / "dst" / INDEX_NAME).rename(tmp_path / "dst" / PARTIAL_NAME)
+    arguments = json.dumps(dict(whole.arguments), sort_keys=True)
+    (tmp_path / "dst" / PARTIAL_NAME).write_text(arguments)
+    with pytest.raises(ValueError, match=r"2\.jpg: not a complete picture"):
+        write_folder(source, tmp_path / "dst", **options)
 
 
 @pytest.mark.parametrize("cache", [False, True])

@@ -4,12 +4,14 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
 from flextok_pl.data import convert, write_folder, write_resharded
 from flextok_pl.data.index import INDEX_NAME, ShardIndex
@@ -53,9 +55,15 @@ def run(kind, source, dst, log):
         os.close(file)
 
 
+def run_apart(*arguments):
+    """As `run`, in a forked process, which must not be killed while it holds a lock that it shares with this one."""
+    tqdm.set_lock(threading.RLock())
+    run(*arguments)
+
+
 def killed(kind, source, dst, log, complete, delay):
     """Run in a process of its own, killed some seconds after so many shards are complete."""
-    process = multiprocessing.get_context("fork").Process(target=run, args=(kind, source, dst, log))
+    process = multiprocessing.get_context("fork").Process(target=run_apart, args=(kind, source, dst, log))
     process.start()
     while process.is_alive() and len(shards(dst)) < complete:
         time.sleep(0.001)

@@ -30,7 +30,9 @@ def write_set(folder, count=10, workers=0, overwrite=False, per_shard=4):
     arguments = {"count": count, "per_shard": per_shard}
     ready = start_set(folder, arguments, overwrite)
     if ready is None:
-        shards = write_shards(folder, range(count), make_samples, samples_per_shard=per_shard, num_workers=workers)
+        shards = write_shards(
+            folder, range(count), make_samples, leaves_out=True, samples_per_shard=per_shard, num_workers=workers
+        )
         ready = ShardIndex(folder, ("label", "text"), tuple(shards), ("only",), None, arguments, {"by": "test"})
         write_index(ready)
     return ready
