@@ -18,9 +18,10 @@ ALLOWED: dict[str, set[str]] = {
     "data": set(),
     "models": {"layers", "flow"},
     "interop": {"models"},
-    "modules": {"models", "flow", "layers", "interop"},
+    "cost": {"models", "flow", "layers"},
+    "modules": {"models", "flow", "layers", "interop", "cost"},
     "callbacks": {"metrics", "data"},
-    "cli": {"assets", "layers", "flow", "metrics", "data", "models", "interop", "modules", "callbacks", "sweeps"},
+    "cli": {"assets", "layers", "flow", "metrics", "data", "models", "interop", "modules", "callbacks", "cost", "sweeps"},
     "sweeps": {"assets", "layers", "flow", "metrics", "data", "models", "interop", "modules", "callbacks", "cli"},
     "__main__": {"cli"},
 }
