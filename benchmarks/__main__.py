@@ -18,6 +18,7 @@ BENCHMARKS = (
     "feature_statistics",
     "evaluation_cost",
     "adaptive_budget",
+    "plan",
 )
 
 

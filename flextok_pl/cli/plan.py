@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import Namespace, strip_meta
+from jsonargparse import ArgumentError, Namespace, strip_meta
 from lightning.pytorch.cli import LightningArgumentParser
 
+from flextok_pl.cli import UserError
 from flextok_pl.cli.plan_report import describe, record
 from flextok_pl.cli.training import FlexTokCLI, run_cli
 from flextok_pl.cost.activations import Numerics
@@ -27,6 +28,7 @@ KINDS: dict[str, tuple[type[Any], Callable[..., Workload], Inputs]] = {
     "PriorModule": (PriorConfig, prior_workload, "tokens"),
     "VAEModule": (VAEConfig, vae_workload, "images"),
 }
+EXAMPLE = "experiments/tokenizer/d18_d28_imagenet.yaml"
 FIELDS: dict[str, Inputs] = {"tokens": "tokens", "latent": "latents", "image": "images"}
 
 
@@ -49,11 +51,20 @@ class PlanCLI(FlexTokCLI):
             "--inputs",
             type=Literal["images", "latents", "tokens"] | None,
             default=None,
-            help="What the training shards hold; default what those at data.train hold, or else images, for a prior tokens.",
+            help="What the training shards hold; default: see data.train, or else images, for a prior tokens.",
         )
         parser.add_argument("--peak_tflops", type=float | None, default=None, help="In place of the machine's.")
         parser.add_argument("--memory_gib", type=float | None, default=None, help="In place of the machine's.")
         parser.add_argument("--json", type=str | None, default=None, help="File to write the plan to.")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and say what is missing in the words of this command."""
+        parser.exit_on_error = False
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            message = str(error).replace(f"{self._only}.", "")
+            raise UserError(f"{message}; give an experiment by --config, such as {EXAMPLE}") from error
 
     def _set_seed(self) -> None:
         """Nothing is drawn."""
@@ -102,7 +113,9 @@ def make_plan(options: Namespace, experiment: str) -> Plan:
     arguments = strip_meta(options.model.init_args).as_dict()
     config, workload_of, usual = KINDS[name]
     net = config_from_dict(config, arguments.pop("net"))
-    inputs = options.inputs or next((kind for field, kind in FIELDS.items() if indices and field in indices[0].fields), usual)
+    inputs = options.inputs or next(
+        (kind for field, kind in FIELDS.items() if indices and field in indices[0].fields), usual
+    )
     workload = workload_of(arguments, net, options.data.image_size, inputs, numerics)
     setup = Setup(
         machine=device,

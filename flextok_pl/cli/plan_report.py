@@ -19,13 +19,14 @@ LABELS = {
     "cast_weights": "weights in half precision",
     "gathered": "blocks that fsdp has gathered",
     "activations": "activations",
+    "recomputed": "a block that is computed again",
     "loss": "loss and logits",
 }
 
 
 def describe(plan: Plan) -> str:
     """The plan for a terminal."""
-    setup, recipe = plan.setup, plan.recipe
+    setup = plan.setup
     peak = "an unknown peak" if plan.peak_tflops is None else f"{plan.peak_tflops:g} TFLOP/s"
     lines = [
         f"{plan.experiment} on {setup.devices} x {plan.machine_name} "
@@ -47,14 +48,14 @@ def _row(label: str, value: str, remark: str = "") -> str:
 
 
 def _parameters(plan: Plan) -> Iterator[str]:
-    load = plan.workload
+    size = plan.workload.parameters
     yield "parameters"
-    yield _row("trained", f"{load.trained:,}")
-    if load.fixed:
-        yield _row("fixed (positions)", f"{load.fixed:,}")
+    yield _row("trained", f"{size.trained:,}")
+    if size.fixed:
+        yield _row("fixed (positions)", f"{size.fixed:,}")
     if plan.setup.averaged:
-        yield _row("averaged copy (ema)", f"{load.trained + load.fixed:,}")
-    for name, network in load.frozen.items():
+        yield _row("averaged copy (ema)", f"{size.total:,}")
+    for name, network in plan.workload.frozen.items():
         yield _row(f"frozen {name}", f"{network.parameters:,}")
 
 
@@ -77,7 +78,8 @@ def _activation_remark(plan: Plan) -> str:
     this, other = ("with", "without") if plan.setup.checkpointing else ("without", "with")
     if plan.switched.activations == plan.own.activations:
         return ""
-    return f"{this} activation checkpointing; {_gib(plan.switched.activations).strip()} {other} it"
+    switched = plan.switched.activations + plan.switched.recomputed
+    return f"{this} activation checkpointing; {_gib(switched)} {other} it"
 
 
 def _split(plan: Plan) -> Iterator[str]:
@@ -85,11 +87,11 @@ def _split(plan: Plan) -> Iterator[str]:
     yield f"global batch {recipe.global_batch}: {recipe.batch_size} x {recipe.devices} devices x {recipe.accumulate}"
     split = plan.split
     if split is None:
-        lasting = f"{_gib(plan.needed.lasting).strip()} GiB are there at all times"
+        lasting = f"{_gib(plan.needed.lasting)} GiB are there at all times"
         yield f"  not even one sample fits a device: {lasting}; {_remedies(plan)}"
         return
     flags = f"--data.batch_size {split.batch_size} --trainer.accumulate_grad_batches {split.accumulate}"
-    total = f"{_gib(plan.needed.total).strip()} GiB"
+    total = f"{_gib(plan.needed.total)} GiB"
     yield f"  on {devices} devices: {split.batch_size} x {devices} x {split.accumulate} ({total}), {flags}"
 
 
@@ -152,9 +154,9 @@ def record(plan: Plan) -> dict[str, Any]:
         "inputs": plan.inputs,
         "activation_checkpointing": plan.setup.checkpointing,
         "parameters": {
-            "trained": workload.trained,
-            "fixed": workload.fixed,
-            "averaged": (workload.trained + workload.fixed) * plan.setup.averaged,
+            "trained": workload.parameters.trained,
+            "fixed": workload.parameters.fixed,
+            "averaged": workload.parameters.total * plan.setup.averaged,
             "frozen": {name: network.parameters for name, network in workload.frozen.items()},
         },
         "recipe": {**asdict(plan.recipe), "global_batch": total, "memory": _bytes(plan, plan.own)},

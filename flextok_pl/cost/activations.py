@@ -14,9 +14,9 @@ from math import prod
 
 import torch
 
+from flextok_pl.cost.flops import budget_groups
 from flextok_pl.layers.blocks import swiglu_width
 from flextok_pl.models.config import FlexTokConfig, PriorConfig
-from flextok_pl.cost.flops import budget_groups
 
 FULL = 4  # bytes of a float32
 RARE = 1e-3  # budgets larger than those planned for happen in this share of the steps
@@ -65,10 +65,6 @@ class Activations:
     def repeated(self, blocks: int) -> Activations:
         """For `blocks` blocks like this one, of which one at a time is computed again."""
         return Activations(self.kept * blocks, self.inputs * blocks, self.largest_block)
-
-    def bytes(self, checkpointing: bool) -> float:
-        """The most at one time, in the backward pass through the last block."""
-        return self.inputs + self.largest_block if checkpointing else self.kept
 
 
 def tokenizer_activations(
@@ -141,7 +137,9 @@ def prior_activations(config: PriorConfig, numerics: Numerics, text_length: int 
     width, length, c = config.width, config.num_tokens, numerics.compute
     hidden, norm = swiglu_width(width, config.mlp_ratio), 0 if numerics.fused_norms else FULL
     stream = FULL + norm  # of each norm: its input, and the normalised values
-    products = 7 if numerics.autocast else 6  # queries, keys, values, output, input of attention, input or two of the MLP
+    products = (
+        7 if numerics.autocast else 6
+    )  # queries, keys, values, output, input of attention, input or two of the MLP
     kept = length * width * (2 * stream + c * products) + c * 4 * length * hidden
     outside = float(length * width * stream)
     if config.qk_norm:
@@ -159,10 +157,11 @@ def token_loss_bytes(config: PriorConfig, batch_size: int, chunk: int | None, nu
     positions = batch_size * config.num_tokens
     if chunk is None:  # logits, their log-softmax, and that of the unsmoothed loss or the gradient
         return 3.0 * FULL * positions * config.vocab_size
-    gradients = FULL * config.width * (positions + config.vocab_size)
-    cast = numerics.compute * config.width * config.vocab_size if numerics.autocast else 0
-    logits = min(chunk, positions) * config.vocab_size * (FULL + numerics.compute)
-    return float(gradients + cast + logits)
+    matrix, logits = config.width * config.vocab_size, min(chunk, positions) * config.vocab_size
+    gradients = FULL * (config.width * positions + matrix)
+    product = numerics.compute * matrix  # one chunk's part of the weight's gradient
+    halves = numerics.compute * (matrix + logits) if numerics.autocast else 0  # copies of weight and logits
+    return float(gradients + product + halves + FULL * logits)
 
 
 def _block(width: int, head_dim: int, mlp_ratio: float, length: int, rows: int, numerics: Numerics) -> Activations:
@@ -173,5 +172,7 @@ def _block(width: int, head_dim: int, mlp_ratio: float, length: int, rows: int, 
     shared = length + (0 if rows == length else rows) + rows  # the inputs of the products, in float32
     cast = 2 * length + rows + 2 * rows  # and under autocast, one for each product
     attention = 3 * rows + 2 * length  # queries, output and its copy; keys, values
-    kept = norms + statistics + c * width * (attention + (cast if numerics.autocast else shared)) + c * 4 * rows * hidden
+    kept = (
+        norms + statistics + c * width * (attention + (cast if numerics.autocast else shared)) + c * 4 * rows * hidden
+    )
     return Activations(kept, FULL * width * length, kept)

@@ -38,9 +38,7 @@ class Flops:
     recomputed: float = 0.0
 
     def __add__(self, other: Flops) -> Flops:
-        return Flops(
-            self.forward + other.forward, self.backward + other.backward, self.recomputed + other.recomputed
-        )
+        return Flops(self.forward + other.forward, self.backward + other.backward, self.recomputed + other.recomputed)
 
     def __mul__(self, factor: float) -> Flops:
         return Flops(self.forward * factor, self.backward * factor, self.recomputed * factor)
@@ -154,9 +152,7 @@ def decoder_flops(config: FlexTokConfig, kept: int, patches: int) -> Flops:
 
 def projection_flops(width: int, hidden: int, features: int, patches: int) -> Flops:
     """REPA's projection of one image's patches: decoder width, hidden width, width of the teacher's features."""
-    return (
-        _matmul(patches, width, hidden) + _matmul(patches, hidden, hidden) + _matmul(patches, hidden, features)
-    )
+    return _matmul(patches, width, hidden) + _matmul(patches, hidden, hidden) + _matmul(patches, hidden, features)
 
 
 @lru_cache(maxsize=64)

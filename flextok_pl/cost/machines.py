@@ -56,6 +56,6 @@ def machine(name: str) -> Machine:
     """
     if name not in MACHINES:
         raise ValueError(
-            f"machine={name!r} is unknown; use one of {', '.join(MACHINES)}, and set peak_tflops and memory_gib for another"
+            f"machine={name!r} is unknown; use one of {', '.join(MACHINES)}, or peak_tflops and memory_gib with one"
         )
     return MACHINES[name]

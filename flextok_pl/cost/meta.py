@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,7 +21,7 @@ from flextok_pl.models.discriminator import PatchDiscriminator, hinge_loss
 from flextok_pl.models.vae import VAE
 
 
-class PeakMemory(TorchDispatchMode):
+class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The most bytes that tensors made under this mode hold at one time.
 
     Works on any device; memory that was there before, and what kernels use inside, is not seen.
@@ -31,7 +31,7 @@ class PeakMemory(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = self.alive = 0
         self._known: set[int] = set()
 
@@ -91,7 +91,7 @@ def vae_step(vae: VAE, discriminator: PatchDiscriminator | None, image_size: int
             real, fake = discriminator(torch.cat([images, outputs.detach()])).chunk(2)
             loss = loss + hinge_loss(real, fake)
         forward, peak = counter.get_total_flops(), memory.peak
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         total = counter.get_total_flops()
     for module in (vae, discriminator):
         if module is not None:

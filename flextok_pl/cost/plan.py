@@ -1,8 +1,8 @@
 """Will a training fit, and how long will it take: the arithmetic over a workload and a machine.
 
 Memory is that of the moment with most of it. Parameters, gradients, optimizer states and averages are there at all
-times: Lightning clears the gradients of a step only after the next forward pass. With them are either the activations, at
-the end of the forward pass, or what a frozen network holds while it works, or the optimizer's own working memory.
+times: Lightning clears the gradients of a step only after the next forward pass. With them are either the activations,
+at the end of the forward pass, or what a frozen network holds while it works, or the optimizer's own working memory.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ class Memory:
         cast_weights: half-precision copies that autocast makes.
         gathered: what fsdp holds of its blocks while it computes with them.
         activations: kept for the backward pass.
+        recomputed: one block's activations, computed again in the backward pass.
         loss: logits and other buffers of the loss.
         frozen_work: the most that a frozen network holds at work, before the activations are there.
         optimizer_work: working memory of the update, after the activations are gone.
@@ -91,6 +92,7 @@ class Memory:
     cast_weights: float
     gathered: float
     activations: float
+    recomputed: float
     loss: float
     frozen_work: float
     optimizer_work: float
@@ -98,14 +100,12 @@ class Memory:
     @property
     def lasting(self) -> float:
         """What is there at all times."""
-        return (
-            self.weights + self.gradients + self.gradient_buckets + self.optimizer + self.averaged + self.frozen
-        )
+        return self.weights + self.gradients + self.gradient_buckets + self.optimizer + self.averaged + self.frozen
 
     @property
     def total(self) -> float:
         """The most at one time."""
-        computing = self.cast_weights + self.gathered + self.activations + self.loss
+        computing = self.cast_weights + self.gathered + self.activations + max(self.loss, self.recomputed)
         return self.lasting + max(computing, self.frozen_work, self.optimizer_work)
 
 
@@ -113,11 +113,13 @@ def memory(workload: Workload, setup: Setup, batch_size: int) -> Memory:
     """What a training step needs on one device with B samples."""
     numerics, alone = setup.numerics, setup.devices == 1
     shares = setup.devices if setup.strategy == "fsdp" else 1
-    trained, model = FULL * workload.trained / shares, FULL * (workload.trained + workload.fixed) / shares
-    outside = workload.trained - workload.in_blocks
+    size = workload.parameters
+    trained, model = FULL * size.trained / shares, FULL * size.total / shares
+    outside = size.total - size.in_blocks
     # Two blocks, as the next one is fetched meanwhile; what is in no block is never given back within a step.
-    whole = numerics.compute * (outside + 2 * workload.largest_block)
+    whole = numerics.compute * (outside + 2 * size.largest_block)
     sharded = shares > 1
+    activations = workload.activations(batch_size)
     return Memory(
         weights=model,
         gradients=trained,
@@ -125,9 +127,10 @@ def memory(workload: Workload, setup: Setup, batch_size: int) -> Memory:
         optimizer=ADAM_STATES * trained,
         averaged=model if setup.averaged else 0.0,
         frozen=float(FULL * sum(network.parameters for network in workload.frozen.values())),
-        cast_weights=float(numerics.compute * workload.linear) if numerics.autocast and not sharded else 0.0,
-        gathered=whole + numerics.compute * workload.largest_block if sharded else 0.0,
-        activations=workload.activations(batch_size).bytes(setup.checkpointing),
+        cast_weights=float(numerics.compute * size.cast) if numerics.autocast and not sharded else 0.0,
+        gathered=whole + numerics.compute * size.largest_block if sharded else 0.0,
+        activations=activations.inputs if setup.checkpointing else activations.kept,
+        recomputed=activations.largest_block if setup.checkpointing else 0.0,
         loss=workload.loss_bytes(batch_size),
         frozen_work=batch_size * max((network.working_bytes for network in workload.frozen.values()), default=0.0),
         optimizer_work=trained if setup.machine.foreach else 0.0,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -32,9 +32,9 @@ from flextok_pl.cost.meta import image_work, vae_step
 from flextok_pl.models.config import FlexTokConfig, PriorConfig, VAEConfig
 from flextok_pl.models.discriminator import PatchDiscriminator
 from flextok_pl.models.prior import Prior
-from flextok_pl.models.teacher import ProjectionHead, Teacher
+from flextok_pl.models.teacher import PROJECTION_WIDTH, ProjectionHead, Teacher
 from flextok_pl.models.tokenizer import FlexTok
-from flextok_pl.models.vae import VAE
+from flextok_pl.models.vae import VAE, read_vae_config
 
 Inputs = Literal["images", "latents", "tokens"]
 TEXT_LENGTH = 128  # positions of a padded text, the most that `TextEncoder` makes
@@ -56,15 +56,35 @@ class Frozen:
 
 
 @dataclass(frozen=True)
+class Parameters:
+    """How many numbers a model has.
+
+    Attributes:
+        trained: parameters with gradients.
+        fixed: other parameters and buffers, which averaging copies, too.
+        cast: weights that autocast copies in half precision.
+        in_blocks: parameters of all blocks.
+        largest_block: those of the largest.
+    """
+
+    trained: int
+    fixed: int
+    cast: int
+    in_blocks: int
+    largest_block: int
+
+    @property
+    def total(self) -> int:
+        """All that training stores of the model."""
+        return self.trained + self.fixed
+
+
+@dataclass(frozen=True)
 class Workload:
     """A training step.
 
     Attributes:
-        trained: parameters with gradients.
-        fixed: other parameters and buffers of the model, which averaging copies, too.
-        linear: weights that autocast copies in half precision.
-        largest_block: parameters of the largest block.
-        in_blocks: parameters of all blocks.
+        parameters: of what is trained.
         flops: per sample, for a batch of B on one device.
         activations: for a batch of B.
         loss_bytes: further memory of the loss, for a batch of B.
@@ -72,11 +92,7 @@ class Workload:
         notes: what is not counted.
     """
 
-    trained: int
-    fixed: int
-    linear: int
-    largest_block: int
-    in_blocks: int
+    parameters: Parameters
     flops: Callable[[int], Flops]
     activations: Callable[[int], Activations]
     loss_bytes: Callable[[int], float] = lambda batch_size: 0.0
@@ -84,7 +100,9 @@ class Workload:
     notes: tuple[str, ...] = ()
 
 
-def tokenizer_workload(options: Mapping[str, Any], net: FlexTokConfig, size: int, inputs: Inputs, numerics: Numerics) -> Workload:
+def tokenizer_workload(
+    options: Mapping[str, Any], net: FlexTokConfig, size: int, inputs: Inputs, numerics: Numerics
+) -> Workload:
     """The training of a `TokenizerModule`.
 
     Args:
@@ -100,35 +118,38 @@ def tokenizer_workload(options: Mapping[str, Any], net: FlexTokConfig, size: int
     if inputs == "tokens":
         raise ValueError("inputs='tokens': a tokenizer trains on images or latents")
     groups = options["budget_groups"]
-    frozen, notes = {}, []
+    frozen = {}
     with torch.device("meta"):
         vae = _vae(options["vae"], net)
         model = FlexTok(dataclasses.replace(net, vae=None))
         parts: list[nn.Module] = [model]
-        grid = size // vae.config.downsampling // net.patch_size
-        patches = min(grid**2, prod(net.grid_size))
+        patches = (size // vae.config.downsampling // net.patch_size) ** 2
+        if patches > prod(net.grid_size):
+            raise ValueError(f"data.image_size={size} gives more patches than net.grid_size={net.grid_size} has")
         works = inputs == "images"
         frozen["VAE"] = Frozen(_count(vae), *(image_work(vae.moments, size) if works else ()))
         extra, more = Flops(), Activations()
         if options["teacher"] is not None:
             if not works:
-                raise ValueError(f"inputs={inputs!r}: the teacher {options['teacher']!r} needs images; set teacher to null")
+                raise ValueError(
+                    f"inputs={inputs!r}: the teacher {options['teacher']!r} needs images; set teacher to null"
+                )
             teacher = Teacher(options["teacher"], pretrained=False)
             frozen["teacher"] = Frozen(_count(teacher), *image_work(teacher.network, teacher.image_size))
-            projection = ProjectionHead(net.decoder_width, teacher.dim)
-            parts.append(projection)
-            shape = (net.decoder_width, projection[0].out_features, teacher.dim, patches)
+            parts.append(ProjectionHead(net.decoder_width, teacher.dim))
+            shape = (net.decoder_width, PROJECTION_WIDTH, teacher.dim, patches)
             extra, more = projection_flops(*shape), projection_activations(*shape, numerics)
     return Workload(
-        **_sizes(parts, [*model.encoder.blocks, *model.decoder.blocks]),
+        _parameters(parts, [*model.encoder.blocks, *model.decoder.blocks]),
         flops=lambda batch: tokenizer_flops(net, batch, groups, patches) + extra,
         activations=lambda batch: tokenizer_activations(net, numerics, batch, groups, patches) + more * batch,
         frozen=frozen,
-        notes=tuple(notes),
     )
 
 
-def prior_workload(options: Mapping[str, Any], net: PriorConfig, size: int, inputs: Inputs, numerics: Numerics) -> Workload:
+def prior_workload(
+    options: Mapping[str, Any], net: PriorConfig, size: int, inputs: Inputs, numerics: Numerics
+) -> Workload:
     """The training of a `PriorModule`; arguments as for `tokenizer_workload`, `inputs` being `tokens` or `images`."""
     if inputs == "latents":
         raise ValueError("inputs='latents': a prior trains on tokens or images")
@@ -143,14 +164,15 @@ def prior_workload(options: Mapping[str, Any], net: PriorConfig, size: int, inpu
             if inputs == "images":
                 vae = tokenizer.require_vae()
                 flops, working = image_work(vae.moments, size)
-                work = (flops + encoder_flops(tokenizer.config, net.num_tokens, prod(tokenizer.config.grid_size)).forward, working)
+                patches = (size // vae.config.downsampling // tokenizer.config.patch_size) ** 2
+                work = (flops + encoder_flops(tokenizer.config, net.num_tokens, patches).forward, working)
             frozen["tokenizer"] = Frozen(_count(tokenizer), *work)
         elif name is not None:
             notes.append(f"the tokenizer {name} is not on this machine and its name tells no architecture: not counted")
     if options["text_encoder"] is not None:
         notes.append(f"the text encoder {options['text_encoder']} is not counted: neither its weights nor its work")
     return Workload(
-        **_sizes([model], list(model.blocks)),
+        _parameters([model], list(model.blocks)),
         flops=lambda batch: prior_flops(net, text),
         activations=lambda batch: prior_activations(net, numerics, text) * batch,
         loss_bytes=lambda batch: token_loss_bytes(net, batch, options["loss_chunk"], numerics),
@@ -174,25 +196,24 @@ def vae_workload(options: Mapping[str, Any], net: VAEConfig, size: int, inputs: 
     if options["perceptual_weight"]:
         notes.append(f"the perceptual network {options['perceptual_network']} is not counted")
     return Workload(
-        **_sizes(parts, []),
+        _parameters(parts, []),
         flops=lambda batch: flops,
         activations=lambda batch: Activations(peak, peak) * batch,
         notes=tuple(notes),
     )
 
 
-def _sizes(parts: list[nn.Module], blocks: list[nn.Module]) -> dict[str, int]:
-    parameters = [parameter for part in parts for parameter in part.parameters()]
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    linears = [module for part in parts for module in part.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+def _parameters(parts: Sequence[nn.Module], blocks: Sequence[nn.Module]) -> Parameters:
+    trained = sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad)
+    products = [m for part in parts for m in part.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     in_blocks = [_count(block) for block in blocks]
-    return {
-        "trained": trained,
-        "fixed": sum(map(_count, parts)) - trained,
-        "linear": sum(module.weight.numel() for module in linears),
-        "largest_block": max(in_blocks, default=0),
-        "in_blocks": sum(in_blocks),
-    }
+    return Parameters(
+        trained=trained,
+        fixed=sum(map(_count, parts)) - trained,
+        cast=sum(product.weight.numel() for product in products),
+        in_blocks=sum(in_blocks),
+        largest_block=max(in_blocks, default=0),
+    )
 
 
 def _count(module: nn.Module) -> int:
@@ -201,9 +222,11 @@ def _count(module: nn.Module) -> int:
 
 def _vae(name: str | None, net: FlexTokConfig) -> VAE:
     """The autoencoder that a tokenizer is trained with: the named one if it is on this machine, else the network's."""
-    if name is not None and Path(name).expanduser().exists():
-        loaded = FlexTok.from_pretrained(name).require_vae() if name.endswith(".safetensors") else VAE.from_pretrained(name)
-        return VAE(loaded.config)
+    place = None if name is None else Path(name).expanduser()
+    if place is not None and place.is_dir():
+        return VAE(read_vae_config(place))
+    if place is not None and place.is_file():
+        return FlexTok.from_pretrained(place, device="meta").require_vae()
     if net.vae is None:
         raise ValueError(f"vae={name!r} is not on this machine, and net.vae=null does not describe it; set net.vae")
     return VAE(net.vae)

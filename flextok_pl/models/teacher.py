@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+PROJECTION_WIDTH = 2048
+"""Hidden width of REPA's projection."""
+
 
 class Teacher(nn.Module):
     """Patch features of a pretrained network, on a grid of any size.
@@ -69,7 +72,7 @@ class Teacher(nn.Module):
 class ProjectionHead(nn.Sequential):
     """REPA's three-layer MLP from decoder width D to teacher width F; used in training only, never exported."""
 
-    def __init__(self, width: int, teacher_dim: int, hidden: int = 2048) -> None:
+    def __init__(self, width: int, teacher_dim: int, hidden: int = PROJECTION_WIDTH) -> None:
         super().__init__(
             nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, teacher_dim)
         )

@@ -21,7 +21,9 @@ ALLOWED: dict[str, set[str]] = {
     "cost": {"models", "flow", "layers"},
     "modules": {"models", "flow", "layers", "interop", "cost"},
     "callbacks": {"metrics", "data"},
-    "cli": {"assets", "layers", "flow", "metrics", "data", "models", "interop", "modules", "callbacks", "cost", "sweeps"},
+    "cli": {
+        *("assets", "layers", "flow", "metrics", "data", "models", "interop", "modules", "callbacks", "cost", "sweeps")
+    },
     "sweeps": {"assets", "layers", "flow", "metrics", "data", "models", "interop", "modules", "callbacks", "cli"},
     "__main__": {"cli"},
 }
