@@ -1,10 +1,11 @@
 """What `flextok plan` expects of a training step, against measured steps.
 
 Each setting takes steps in Lightning's order (a step's gradients go after the next forward pass) in a process of its
-own. `live` is the peak of what tensors hold, `resident` that of the process's resident set less that before the model
-is built (on a GPU the allocator's maximum), which adds what allocator and libraries keep for themselves. Operations
-per second are planned operations, recomputation included, over the time of two steps: where they agree between
-settings, one utilisation predicts the time of all.
+own. `kept` is what autograd keeps for the backward pass, `live` the peak of what tensors hold, `resident` that of the
+process's resident set less that before the model is built (on a GPU the allocator's maximum), which adds what
+allocator and libraries, and a compiler if there is one, keep for themselves. Operations per second are planned
+operations, recomputation included, over the time of two steps: where they agree between settings, one utilisation
+predicts the time of all.
 
     python benchmarks/plan.py --json benchmarks/results/plan_cpu.json
 """
@@ -20,7 +21,7 @@ from report import measure_apart, peak_gib, synchronize, write_results
 
 from flextok_pl.cost.activations import Numerics
 from flextok_pl.cost.machines import machine
-from flextok_pl.cost.meta import PeakMemory
+from flextok_pl.cost.meta import PeakMemory, SavedMemory
 from flextok_pl.cost.plan import Setup, memory
 from flextok_pl.cost.workload import Workload, prior_workload, tokenizer_workload
 from flextok_pl.models.config import FlexTokConfig, PriorConfig
@@ -29,17 +30,22 @@ from flextok_pl.models.prior import Prior
 from flextok_pl.models.token_loss import token_loss
 from flextok_pl.models.tokenizer import FlexTok
 
-# Model, samples, type of the products, activation checkpointing, and parts of a batch or positions of a chunked loss.
+# Model, samples, type of the products; whether activations are kept or blocks checkpointed or compiled; parts of a
+# batch, or positions of a chunked loss.
 SETTINGS = [
     "49m 4 float32 kept 512",
     "49m 4 float32 kept none",
     "49m 4 float32 checkpointed 512",
     "49m 4 bfloat16 kept 512",
     "85m 8 float32 kept 512",
+    "49m 4 float32 compiled 512",
+    "49m 4 bfloat16 compiled 512",
     "d12_d12 1 float32 kept 1",
     "d12_d12 2 float32 kept 2",
     "d12_d12 2 float32 checkpointed 1",
     "d12_d12 2 bfloat16 kept 1",
+    "d12_d12 2 float32 compiled 1",
+    "d12_d12 2 bfloat16 compiled 1",
 ]
 STEPS = 3
 
@@ -95,25 +101,37 @@ def measure(setting: str, device: str) -> dict[str, float]:
     made: tuple[Workload, torch.nn.Module, Callable[[], torch.Tensor]]
     made = make(preset, batch, checkpointing, part, numerics, device)
     workload, model, loss_of = made
+    if kept == "compiled":
+        for block in (module for name, module in model.named_modules() if name.split(".")[-2:-1] == ["blocks"]):
+            block.compile(dynamic=make is tokenizer)  # as the modules do
     starts, optimizer = take_steps(model, loss_of, STEPS, half, device)
     resident = peak_gib(device) - before
     optimizer.zero_grad()
     states = [value for state in optimizer.state.values() for value in state.values()]
     lasting = sum(t.nbytes for t in [*model.parameters(), *model.buffers(), *states])
-    with PeakMemory() as seen:
-        take_steps(model, loss_of, 2, half, device, optimizer)
-    live = (lasting + seen.peak) / 2**30
+    seen = PeakMemory()
+    if kept != "compiled":  # a compiled block takes its memory past the dispatcher
+        with seen:
+            take_steps(model, loss_of, 2, half, device, optimizer)
+    with SavedMemory(model) as saved, torch.autocast(device, torch.bfloat16, enabled=half):
+        loss_of()
     seconds = (starts[-1] - starts[1]) / (STEPS - 1)
-    setup = Setup(machine("cpu"), 1, numerics, checkpointing=checkpointing, averaged=False)
+    setup = Setup(machine("cpu"), 1, numerics, checkpointing=checkpointing, compiled=kept == "compiled", averaged=False)
     needed, flops = memory(workload, setup, batch), workload.flops(batch)
     computed = batch * (flops.training + (flops.recomputed if checkpointing else 0.0))
-    planned = (needed.total - needed.frozen) / 2**30
+    planned = {
+        "kept": needed.activations + needed.cast_weights,
+        "live": needed.total - needed.frozen,
+        "resident": needed.total - needed.frozen,
+    }
+    measured = {"kept": saved.total, "live": lasting + seen.peak, "resident": resident * 2**30}
+    if kept == "compiled":
+        del measured["live"]
+    if checkpointing:
+        del measured["kept"]  # a checkpoint hides from our hooks what it keeps
     return {
-        "planned_gib": planned,
-        "live_gib": live,
-        "resident_gib": resident,
-        "planned_over_live": planned / live,
-        "planned_over_resident": planned / resident,
+        **{f"{name}_gib": value / 2**30 for name, value in measured.items()},
+        **{f"planned_over_{name}": planned[name] / value for name, value in measured.items()},
         "seconds_per_step": seconds,
         "computed_gflop_per_s": computed / seconds / 1e9,
     }

@@ -79,7 +79,8 @@ def _activation_remark(plan: Plan) -> str:
     if plan.switched.activations == plan.own.activations:
         return ""
     switched = plan.switched.activations + plan.switched.recomputed
-    return f"{this} activation checkpointing; {_gib(switched)} {other} it"
+    compiled = ", compiled" if plan.setup.compiled else ""
+    return f"{this} activation checkpointing{compiled}; {_gib(switched)} {other} it"
 
 
 def _split(plan: Plan) -> Iterator[str]:
@@ -153,6 +154,7 @@ def record(plan: Plan) -> dict[str, Any]:
         "strategy": plan.setup.strategy,
         "inputs": plan.inputs,
         "activation_checkpointing": plan.setup.checkpointing,
+        "compile_blocks": plan.setup.compiled,
         "parameters": {
             "trained": workload.parameters.trained,
             "fixed": workload.parameters.fixed,

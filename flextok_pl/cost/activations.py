@@ -2,7 +2,7 @@
 
 The lists below follow the modules line by line: what a norm, a product or an activation stores of its inputs and
 outputs. Under autocast the residual stream and the inputs of norms stay in float32, and each linear map keeps its own
-copy of its input in the compute type. Blocks that are compiled keep less.
+copy of its input in the compute type.
 
 Shapes: B batch, N patches, K registers, k <= K computed registers, L positions, Q query rows, D width, H hidden width.
 """

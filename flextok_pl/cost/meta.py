@@ -1,4 +1,4 @@
-"""Networks that are counted as they run, on the meta device: operations by torch, memory by the storages alive.
+"""Steps that are counted as they run, on the meta device or any other: operations by torch, memory by the storages.
 
 Shapes: B batch, S image side.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -56,6 +56,32 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _remove(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.alive -= size
+
+
+class SavedMemory(torch.autograd.graph.saved_tensors_hooks):
+    """What autograd keeps of the forward passes under this context, each storage once, and parameters aside.
+
+    Args:
+        *modules: whose parameters.
+
+    Attributes:
+        total: bytes.
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        known = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
+        self.total = 0
+        self._kept: list[Tensor] = []  # so that no address is given to another storage
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                known.add(storage.data_ptr())
+                self.total += storage.nbytes()
+                self._kept.append(tensor)
+            return tensor
+
+        super().__init__(pack, lambda tensor: tensor)
 
 
 def _storages(values: Any) -> list[torch.UntypedStorage]:

@@ -17,6 +17,9 @@ from flextok_pl.cost.workload import Workload
 
 USABLE = 0.9  # of a device's memory; the rest is for the driver, libraries, communication and fragmentation
 ADAM_STATES = 2
+# What compiled blocks keep of what eager ones do, in float32 and under autocast: the compiler computes cheap parts
+# again in the backward pass. Measured by benchmarks/plan.py.
+COMPILED, COMPILED_AUTOCAST = 0.82, 0.70
 SECONDS_PER_DAY = 86400
 
 
@@ -30,6 +33,7 @@ class Setup:
         numerics: how numbers are stored.
         strategy: `ddp` copies the model to each device, `fsdp` spreads it over them.
         checkpointing: whether blocks are computed again in the backward pass.
+        compiled: whether blocks are compiled.
         averaged: whether an averaged copy is on the device.
     """
 
@@ -38,6 +42,7 @@ class Setup:
     numerics: Numerics
     strategy: Literal["ddp", "fsdp"] = "ddp"
     checkpointing: bool = False
+    compiled: bool = False
     averaged: bool = True
 
 
@@ -119,7 +124,9 @@ def memory(workload: Workload, setup: Setup, batch_size: int) -> Memory:
     # Two blocks, as the next one is fetched meanwhile; what is in no block is never given back within a step.
     whole = numerics.compute * (outside + 2 * size.largest_block)
     sharded = shares > 1
-    activations = workload.activations(batch_size)
+    activations, kept = workload.activations(batch_size), 1.0
+    if setup.compiled:
+        kept = COMPILED_AUTOCAST if numerics.autocast else COMPILED
     return Memory(
         weights=model,
         gradients=trained,
@@ -129,8 +136,8 @@ def memory(workload: Workload, setup: Setup, batch_size: int) -> Memory:
         frozen=float(FULL * sum(network.parameters for network in workload.frozen.values())),
         cast_weights=float(numerics.compute * size.cast) if numerics.autocast and not sharded else 0.0,
         gathered=whole + numerics.compute * size.largest_block if sharded else 0.0,
-        activations=activations.inputs if setup.checkpointing else activations.kept,
-        recomputed=activations.largest_block if setup.checkpointing else 0.0,
+        activations=activations.inputs if setup.checkpointing else activations.kept * kept,
+        recomputed=activations.largest_block * kept if setup.checkpointing else 0.0,
         loss=workload.loss_bytes(batch_size),
         frozen_work=batch_size * max((network.working_bytes for network in workload.frozen.values()), default=0.0),
         optimizer_work=trained if setup.machine.foreach else 0.0,

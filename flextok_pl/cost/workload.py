@@ -171,8 +171,11 @@ def prior_workload(
             notes.append(f"the tokenizer {name} is not on this machine and its name tells no architecture: not counted")
     if options["text_encoder"] is not None:
         notes.append(f"the text encoder {options['text_encoder']} is not counted: neither its weights nor its work")
+    parameters = _parameters([model], list(model.blocks))
+    if options["loss_chunk"] is not None:  # the chunked loss has a copy of its own
+        parameters = dataclasses.replace(parameters, cast=parameters.cast - model.head.weight.numel())
     return Workload(
-        _parameters([model], list(model.blocks)),
+        parameters,
         flops=lambda batch: prior_flops(net, text),
         activations=lambda batch: prior_activations(net, numerics, text) * batch,
         loss_bytes=lambda batch: token_loss_bytes(net, batch, options["loss_chunk"], numerics),

@@ -1,6 +1,7 @@
 """`flextok plan`, through its front door."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,19 @@ def test_the_largest_tokenizer(plan) -> None:
     assert found["seconds_per_step"] == pytest.approx((step + recomputed) / (8 * 989.4e12 * 0.4))
     assert found["days"] == pytest.approx(500_000 * found["seconds_per_step"] / 86400)
     assert 0 < found["train_mfu"] < 0.4, "frozen networks and recomputation do not count"
+
+
+STATED = sorted(
+    file for file in (ROOT / "experiments").glob("[tp]*/*.yaml") if re.search(r"lobal batch (of )?\d", file.read_text())
+)
+
+
+@pytest.mark.parametrize("file", STATED, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_experiments_have_the_global_batch_that_they_state(file: Path, plan) -> None:
+    stated = re.search(r"lobal batch (?:of )?(\d+)", file.read_text())
+    found, _ = plan(f"{file.parent.name}/{file.name}")
+    assert stated is not None and found["recipe"]["global_batch"] == int(stated[1])
+    assert found["recipe"]["memory"]["fits"], "on GPUs of 80 GB, as its first comment says"
 
 
 def test_fsdp_spreads_what_lasts(plan) -> None:

@@ -15,7 +15,7 @@ from flextok_pl.cost.activations import (
     tokenizer_activations,
 )
 from flextok_pl.cost.machines import machine
-from flextok_pl.cost.meta import PeakMemory, vae_step
+from flextok_pl.cost.meta import PeakMemory, SavedMemory, vae_step
 from flextok_pl.cost.plan import Setup, memory
 from flextok_pl.cost.workload import prior_workload, tokenizer_workload
 from flextok_pl.models.config import FlexTokConfig, PriorConfig, VAEConfig
@@ -45,29 +45,6 @@ PRIORS = {
 }
 
 
-class Saved:
-    """Bytes of the storages that autograd keeps, parameters aside."""
-
-    def __init__(self, *modules: nn.Module) -> None:
-        self.own = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
-        self.sizes: dict[int, int] = {}
-        self.kept: list[torch.Tensor] = []  # so that no address is given to another storage
-
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.own:
-            self.sizes[storage.data_ptr()] = storage.nbytes()
-            self.kept.append(tensor)
-        return tensor
-
-    def watch(self):
-        return torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
-
-    @property
-    def total(self) -> int:
-        return sum(self.sizes.values())
-
-
 def autocast(half: bool):
     return torch.autocast("cpu", torch.bfloat16) if half else nullcontext()
 
@@ -89,11 +66,11 @@ def test_tokenizer(half: bool, checkpointing: bool, law: str) -> None:
     config = dataclasses.replace(TOKENIZER, nested_dropout=law, null_dropout=0.0)
     model = FlexTok(config)
     model.encoder.activation_checkpointing = model.decoder.activation_checkpointing = checkpointing
-    latents, saved = latents_of(config), Saved(model)
+    latents, saved = latents_of(config), SavedMemory(model)
     draws = sample_draws(config, latents, torch.Generator().manual_seed(0))
     if law == "uniform":  # the largest that are planned for
         draws = draws._replace(num_tokens=torch.tensor([57, 58, 64, 64]))
-    with saved.watch(), autocast(half):
+    with saved, autocast(half):
         flow_loss(model, latents, draws, budget_groups=groups)
     planned = tokenizer_activations(config, Numerics(2 if half else 4, fused_norms=False), BATCH, groups)
     if checkpointing:  # the hooks of a checkpoint keep its inputs out of sight of ours: no more than planned
@@ -107,11 +84,11 @@ def test_tokenizer(half: bool, checkpointing: bool, law: str) -> None:
 def test_prior(name: str, half: bool) -> None:
     config, length = PRIORS[name], 20
     model = Prior(config)
-    tokens, saved = torch.randint(config.vocab_size, (BATCH, config.num_tokens)), Saved(model)
+    tokens, saved = torch.randint(config.vocab_size, (BATCH, config.num_tokens)), SavedMemory(model)
     condition = torch.zeros(BATCH, dtype=torch.int64)
     if name == "text":
         condition = TextStates(torch.randn(BATCH, length, 24), torch.ones(BATCH, length, dtype=torch.bool))
-    with saved.watch(), autocast(half):
+    with saved, autocast(half):
         model.hidden(tokens, condition)
     planned = prior_activations(config, Numerics(2 if half else 4, fused_norms=False), length) * BATCH
     copies = linear_bytes(model, half) - linear_bytes(model.head, half)
@@ -122,8 +99,8 @@ def test_prior(name: str, half: bool) -> None:
 def test_projection_to_the_teacher(half: bool) -> None:
     width, features, patches = 96, 120, 64
     head = ProjectionHead(width, features)
-    inputs, saved = torch.randn(BATCH, patches, width, requires_grad=True), Saved(head)
-    with saved.watch(), autocast(half):
+    inputs, saved = torch.randn(BATCH, patches, width, requires_grad=True), SavedMemory(head)
+    with saved, autocast(half):
         alignment_loss(head(inputs), torch.randn(BATCH, patches, features))
     planned = projection_activations(width, 2048, features, patches, Numerics(2 if half else 4)) * BATCH
     assert planned.kept + linear_bytes(head, half) == pytest.approx(saved.total, rel=0.05)
@@ -145,7 +122,7 @@ def peak_of_steps(model: nn.Module, loss_of, half: bool) -> int:
 
 def setup(half: bool, checkpointing: bool) -> Setup:
     numerics = Numerics(2 if half else 4, fused_norms=False)
-    return Setup(machine("cpu"), 1, numerics, "ddp", checkpointing, averaged=False)
+    return Setup(machine("cpu"), 1, numerics, checkpointing=checkpointing, averaged=False)
 
 
 @pytest.mark.parametrize("half", [False, True])
