@@ -52,7 +52,7 @@ def _parameters(plan: Plan) -> Iterator[str]:
     yield "parameters"
     yield _row("trained", f"{size.trained:,}")
     if size.fixed:
-        yield _row("fixed (positions)", f"{size.fixed:,}")
+        yield _row("fixed", f"{size.fixed:,}")
     if plan.setup.averaged:
         yield _row("averaged copy (ema)", f"{size.total:,}")
     for name, network in plan.workload.frozen.items():

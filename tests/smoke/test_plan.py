@@ -10,6 +10,7 @@ import torch
 
 from flextok_pl.cli import main
 from flextok_pl.cost.machines import MACHINES
+from flextok_pl.data import ShardIndex
 from flextok_pl.models.config import FlexTokConfig, PriorConfig
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.tokenizer import FlexTok
@@ -122,7 +123,7 @@ def test_shards_on_this_machine_say_what_they_hold_and_how_many(plan, image_shar
     source = ("--data.train", str(image_shards / "train"), "--data.batch_size", "4", "--trainer.max_epochs", "3")
     found, text = plan("tokenizer/demo.yaml", *source, "--trainer.max_steps", "-1", "--machine", "cpu")
     assert found["inputs"] == "images" and "VAE" in found["flops_per_sample"]["frozen"]
-    assert found["recipe"]["max_steps"] == 3 * (24 // 4)
+    assert found["recipe"]["max_steps"] == 3 * (ShardIndex.load(image_shards / "train").num_samples // 4)
     assert found["seconds_per_step"] is None and "give --peak_tflops" in text
 
 
