@@ -86,7 +86,8 @@ def tokenizer(preset: str, batch: int, checkpointing: bool, groups: str, numeric
             model, latents, sample_draws(config, latents, generator), budget_groups=int(groups)
         ).loss.mean()
 
-    return tokenizer_workload(options, config, 256, "latents", numerics), model, loss
+    size = model.latent_size[0] * config.vae.downsampling
+    return tokenizer_workload(options, config, size, "latents", numerics), model, loss
 
 
 def measure(setting: str, device: str) -> dict[str, float]:
