@@ -3,9 +3,8 @@
 Each setting takes steps in Lightning's order (a step's gradients go after the next forward pass) in a process of its
 own. `kept` is what autograd keeps for the backward pass, `live` the peak of what tensors hold, `resident` that of the
 process's resident set less that before the model is built (on a GPU the allocator's maximum), which adds what
-allocator and libraries, and a compiler if there is one, keep for themselves. Operations per second are planned
-operations, recomputation included, over the time of two steps: where they agree between settings, one utilisation
-predicts the time of all.
+allocator and libraries keep for themselves. Operations per second are planned operations, recomputation included, over
+the time of two steps: where they agree between settings, one utilisation predicts the time of all.
 
     python benchmarks/plan.py --json benchmarks/results/plan_cpu.json
 """
@@ -114,7 +113,8 @@ def measure(setting: str, device: str) -> dict[str, float]:
     if kept != "compiled":  # a compiled block takes its memory past the dispatcher
         with seen:
             take_steps(model, loss_of, 2, half, device, optimizer)
-    with SavedMemory(model) as saved, torch.autocast(device, torch.bfloat16, enabled=half):
+    saved = SavedMemory(model)
+    with saved, torch.autocast(device, torch.bfloat16, enabled=half):
         loss_of()
     seconds = (starts[-1] - starts[1]) / (STEPS - 1)
     setup = Setup(machine("cpu"), 1, numerics, checkpointing=checkpointing, compiled=kept == "compiled", averaged=False)
@@ -126,8 +126,8 @@ def measure(setting: str, device: str) -> dict[str, float]:
         "resident": needed.total - needed.frozen,
     }
     measured = {"kept": saved.total, "live": lasting + seen.peak, "resident": resident * 2**30}
-    if kept == "compiled":
-        del measured["live"]
+    if kept == "compiled":  # the process holds the compiler, too
+        del measured["live"], measured["resident"]
     if checkpointing:
         del measured["kept"]  # a checkpoint hides from our hooks what it keeps
     return {
