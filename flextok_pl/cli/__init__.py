@@ -17,6 +17,7 @@ COMMANDS = {
     "validate": ("training:run", "evaluate on the validation set, cheaply"),
     "test": ("training:run", "evaluate in full: every metric at every token budget"),
     "predict": ("training:run", "write predictions"),
+    "plan": ("plan:run", "say whether a training fits a machine, and how long it takes"),
     "data demo": ("tools:data_demo", "write the embedded OpenMoji demo set as shards"),
     "data folder": ("tools:data_folder", "write a folder of images as shards"),
     "data imagenet": ("tools:data_imagenet", "write ImageNet-1k as shards, from its tars or its folders"),

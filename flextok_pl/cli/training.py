@@ -48,17 +48,23 @@ class FlexTokCLI(LightningCLI):
         subcommand: the one to run; only its parser is built.
         arguments: its arguments.
         experiment: name of the experiment: the folder below the logger's `save_dir` that receives its runs.
+
+    Attributes:
+        command: name of a command that takes the options of `subcommand` and does something else with them.
     """
+
+    command: str | None = None
 
     def __init__(self, subcommand: str, arguments: Sequence[str], experiment: str) -> None:
         self._only, self._experiment = subcommand, experiment
+        command = self.command or subcommand
         super().__init__(
             LightningModule,
             ShardDataModule,
             subclass_mode_model=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            parser_kwargs={subcommand: {"usage": f"flextok {subcommand} --config FILE [--OPTION VALUE ...]"}},
+            parser_kwargs={subcommand: {"usage": f"flextok {command} --config FILE [--OPTION VALUE ...]"}},
             args=[subcommand, *arguments],
         )
 
@@ -170,6 +176,11 @@ def run(subcommand: str, arguments: Sequence[str]) -> None:
     Raises:
         UserError: an option, a shard or a file is wrong.
     """
+    run_cli(FlexTokCLI, subcommand, arguments)
+
+
+def run_cli(cli: type[FlexTokCLI], subcommand: str, arguments: Sequence[str]) -> None:
+    """`run` with a CLI of one's own."""
     # Options of a callback can then be given directly: `rfid: {num_steps: 10}`, without class_path and init_args.
     warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning's own, at every batch
     set_parsing_settings(subclasses_disabled=list(CALLBACKS.values()))
@@ -178,7 +189,7 @@ def run(subcommand: str, arguments: Sequence[str]) -> None:
     if base is not None and base not in given:
         arguments = ["--config", str(base), *arguments]
     try:
-        FlexTokCLI(subcommand, arguments, _experiment_name(given[-1], base) if given else "unnamed")
+        cli(subcommand, arguments, _experiment_name(given[-1], base) if given else "unnamed")
     except Preempted as stopped:
         print(stopped, file=sys.stderr)
         raise SystemExit(128 + stopped.signal_number) from None

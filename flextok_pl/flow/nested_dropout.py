@@ -32,14 +32,50 @@ def sample_num_tokens(law: str, batch_size: int, num_registers: int, generator: 
     if law == "none":
         return torch.full((batch_size,), num_registers, device=device)
     if law == "exponential":
-        k = torch.arange(1, num_registers + 1, device=device)
-        weights = torch.exp2(-8.0 * k / num_registers)
+        weights = _exponential_weights(num_registers).to(device)
         return 1 + torch.multinomial(weights, batch_size, replacement=True, generator=generator)
-    powers = [2**i for i in range(num_registers.bit_length()) if 2**i < num_registers] + [num_registers]
-    choices = torch.tensor(powers, device=device)
+    choices = _powers_of_two(num_registers).to(device)
     if law == "pow2":
-        return choices[torch.randint(len(powers), (batch_size,), generator=generator, device=device)]
+        return choices[torch.randint(len(choices), (batch_size,), generator=generator, device=device)]
     k = torch.randint(1, num_registers + 1, (batch_size,), generator=generator, device=device)
     if law == "uniform_pow2":
         return choices[torch.searchsorted(choices, k)]
     return k
+
+
+def budget_probabilities(law: str, num_registers: int) -> Tensor:
+    """Probability of each budget under a law of `sample_num_tokens`.
+
+    Args:
+        law: as in `sample_num_tokens`.
+        num_registers: K.
+
+    Returns:
+        (K+1,) float64; entry k is the probability of k tokens, that of none being 0.
+
+    Raises:
+        ValueError: the law is unknown.
+    """
+    if law not in BUDGET_LAWS:
+        raise ValueError(f"nested_dropout={law!r} is unknown; use one of {BUDGET_LAWS}")
+    probabilities = torch.zeros(num_registers + 1, dtype=torch.float64)
+    if law == "none":
+        probabilities[-1] = 1
+    elif law == "exponential":
+        probabilities[1:] = _exponential_weights(num_registers)
+    elif law == "uniform":
+        probabilities[1:] = 1
+    else:
+        choices = _powers_of_two(num_registers)
+        before = torch.cat([choices.new_zeros(1), choices[:-1]])
+        probabilities[choices] = (choices - before if law == "uniform_pow2" else torch.ones_like(choices)).double()
+    return probabilities / probabilities.sum()
+
+
+def _exponential_weights(num_registers: int) -> Tensor:
+    return torch.exp2(-8.0 * torch.arange(1, num_registers + 1) / num_registers)
+
+
+def _powers_of_two(num_registers: int) -> Tensor:
+    """1, 2, 4, ... and K, which need not be one."""
+    return torch.tensor([2**i for i in range(num_registers.bit_length()) if 2**i < num_registers] + [num_registers])

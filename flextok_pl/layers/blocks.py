@@ -20,7 +20,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, mlp_ratio: float) -> None:
         super().__init__()
-        hidden = int(2 * int(mlp_ratio * width) / 3)
+        hidden = swiglu_width(width, mlp_ratio)
         self.fc1 = nn.Linear(width, hidden, bias=False)
         self.fc2 = nn.Linear(hidden, width, bias=False)
         self.fc3 = nn.Linear(width, hidden, bias=False)
@@ -28,6 +28,11 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         return self.fc2(F.silu(self.fc1(x)) * self.fc3(x))  # type: ignore[no-any-return]
+
+
+def swiglu_width(width: int, mlp_ratio: float) -> int:
+    """Hidden width of `SwiGLU`: its three matrices hold about as much as the two of a plain MLP of `mlp_ratio`."""
+    return int(2 * int(mlp_ratio * width) / 3)
 
 
 class Block(nn.Module):

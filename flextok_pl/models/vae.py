@@ -82,6 +82,21 @@ def vae_config_from_diffusers(values: Mapping[str, Any]) -> VAEConfig:
     return config_from_dict(VAEConfig, full)
 
 
+def read_vae_config(folder: Path) -> VAEConfig:
+    """The configuration of an autoencoder that this package or diffusers wrote to a folder.
+
+    Raises:
+        ValueError: the folder has none, or it is not supported.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} is no autoencoder: it has no config.json")
+    values = json.loads(file.read_text())
+    if values.get("_class_name") == _PIXEL_CLASS:
+        return config_from_dict(VAEConfig, {k: v for k, v in values.items() if k[0] != "_"})
+    return vae_config_from_diffusers(values)
+
+
 def _autoencoder_kl(config: VAEConfig) -> AutoencoderKL:
     levels = len(config.block_out_channels)
     for name in ("down_block_types", "up_block_types"):
@@ -129,13 +144,9 @@ class VAE(nn.Module):
         name = str(path_or_hub_id)
         folder = Path(path_or_hub_id).expanduser()
         if folder.is_dir():
-            file = folder / "config.json"
-            if not file.is_file():
-                raise ValueError(f"{folder} is no autoencoder: it has no config.json")
-            values = json.loads(file.read_text())
-            if values.get("_class_name") == _PIXEL_CLASS:
-                return cls(config_from_dict(VAEConfig, {k: v for k, v in values.items() if k[0] != "_"}))
-            vae_config_from_diffusers(values)  # say what is not supported before reading the weights
+            config = read_vae_config(folder)  # says what is not supported before the weights are read
+            if config.kind == "pixel":
+                return cls(config)
         elif isinstance(path_or_hub_id, Path) or name[:1] in "./~" or name.count("/") != 1:
             raise ValueError(
                 f"there is no autoencoder folder {name!r}; give a folder, or a Hub id such as 'owner/name'"

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
 from flextok_pl.contracts import Batch, run_folder
+from flextok_pl.cost.flops import prior_flops
 from flextok_pl.interop import save_prior
 from flextok_pl.models.config import PriorConfig, config_from_dict, config_to_dict
 from flextok_pl.models.prior import Prior
@@ -92,14 +93,11 @@ class PriorModule(PriorBase):
 
     @property
     def flops_per_sample(self) -> float:
-        """Floating-point operations of a training step per sample, as MFU counts them.
+        """Floating-point operations of a training step per sample, as MFU counts them; see `flextok_pl.cost.flops`.
 
-        6 per weight and token, and 12 K D per layer and token for attention (PaLM, https://arxiv.org/abs/2204.02311,
-        appendix B); embeddings, text and recomputation count for nothing.
+        Embeddings, the text encoder and its states, and recomputation count for nothing.
         """
-        config = self.prior.config
-        weights = sum(p.numel() for part in (self.prior.blocks, self.prior.head) for p in part.parameters())
-        return config.num_tokens * (6.0 * weights + 12.0 * config.depth * config.width * config.num_tokens)
+        return prior_flops(self.prior.config).training
 
     def setup(self, stage: str) -> None:
         """Check the data, and note in the prior what it is trained on."""

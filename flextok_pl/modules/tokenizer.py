@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from flextok_pl.contracts import Batch, run_folder
+from flextok_pl.cost.flops import tokenizer_flops
 from flextok_pl.interop import save_pretrained
 from flextok_pl.layers.frozen import Frozen
 from flextok_pl.models.config import FlexTokConfig, config_from_dict, config_to_dict
@@ -122,6 +123,16 @@ class TokenizerModule(pl.LightningModule):
     def reconstructor(self) -> FlexTok:
         """The tokenizer, with the weights now in use."""
         return self.tokenizer
+
+    @property
+    def flops_per_sample(self) -> float:
+        """Floating-point operations of a training step per image, as MFU counts them; see `flextok_pl.cost.flops`.
+
+        Expected over the budgets of the training, at the model's own image size. Frozen networks, the projection to
+        the teacher and recomputation count for nothing.
+        """
+        batch_size = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
+        return tokenizer_flops(self.tokenizer.config, batch_size, self.budget_groups).training
 
     def configure_model(self) -> None:
         """Shard encoder, decoder and projection where the strategy asks for it."""

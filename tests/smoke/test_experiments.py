@@ -125,7 +125,7 @@ def test_documented_commands_are_taken(command: str, capsys: pytest.CaptureFixtu
         subprocess.run(["make", "-n", *arguments], cwd=ROOT, check=True, capture_output=True)
         return
     capsys.readouterr()
-    if arguments[0] in ("fit", "validate", "test", "predict"):
+    if arguments[0] in ("fit", "validate", "test", "predict", "plan"):
         parsed(capsys, arguments)
     else:  # a tool's parser has no dry run; its help says that the command exists, its options that it takes them
         words = 2 if arguments[0] == "data" else 1

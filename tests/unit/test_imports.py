@@ -8,7 +8,19 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "flextok_pl"
 
-BELOW_CLI = {"assets", "layers", "flow", "metrics", "data", "models", "interop", "runtime", "modules", "callbacks"}
+BELOW_CLI = {
+    "assets",
+    "layers",
+    "flow",
+    "metrics",
+    "data",
+    "models",
+    "interop",
+    "cost",
+    "runtime",
+    "modules",
+    "callbacks",
+}
 # What each part may import of the package, besides itself and `contracts`.
 ALLOWED: dict[str, set[str]] = {
     "assets": set(),
@@ -19,8 +31,9 @@ ALLOWED: dict[str, set[str]] = {
     "data": set(),
     "models": {"layers", "flow"},
     "interop": {"models"},
+    "cost": {"models", "flow", "layers"},
     "runtime": set(),
-    "modules": {"models", "flow", "layers", "interop", "runtime"},
+    "modules": {"models", "flow", "layers", "interop", "runtime", "cost"},
     "callbacks": {"metrics", "data", "runtime"},
     "cli": {*BELOW_CLI, "sweeps"},
     "sweeps": {*BELOW_CLI, "cli"},

@@ -1,0 +1,61 @@
+"""Peak arithmetic and memory of devices, as their makers state them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One device.
+
+    Attributes:
+        memory_gib: its memory.
+        half_tflops: peak of dense products in bfloat16 or float16 with sums in float32; None where nobody states it.
+        full_tflops: peak in float32, without TF32, which PyTorch leaves off.
+        foreach: AdamW updates all parameters at once there and needs room for as many numbers.
+    """
+
+    memory_gib: float
+    half_tflops: float | None
+    full_tflops: float | None
+    foreach: bool = True
+
+    def peak_tflops(self, half: bool) -> float | None:
+        """Peak in the precision of the products."""
+        return self.half_tflops if half else self.full_tflops
+
+
+# Half of what the data sheets give "with sparsity". Their GB of memory are about as many GiB.
+MACHINES = {
+    # https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet (H100: SXM and PCIe)
+    "h100": Machine(80, 989.4, 66.9),
+    "h100-pcie": Machine(80, 756.5, 51.2),
+    # https://nvdam.widen.net/s/nb5zzzsjdf/hpc-datasheet-sc23-h200-datasheet-3002446 (H200 SXM)
+    "h200": Machine(141, 989.4, 66.9),
+    # https://resources.nvidia.com/en-us-blackwell-architecture/datasheet (one GPU of HGX B200)
+    "b200": Machine(180, 2250, 75),
+    # https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf
+    "a100-80g": Machine(80, 312, 19.5),
+    "a100-40g": Machine(40, 312, 19.5),
+    # https://resources.nvidia.com/en-us-l40s/l40s-datasheet-28413
+    "l40s": Machine(48, 362, 91.6),
+    # https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf (appendix A)
+    "rtx4090": Machine(24, 165.2, 82.6),
+    # No maker states what two cores of some server do: the memory is this machine's.
+    "cpu": Machine(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, None, None, foreach=False),
+}
+
+
+def machine(name: str) -> Machine:
+    """The machine of this name.
+
+    Raises:
+        ValueError: it is unknown.
+    """
+    if name not in MACHINES:
+        raise ValueError(
+            f"machine={name!r} is unknown; use one of {', '.join(MACHINES)}, or peak_tflops and memory_gib with one"
+        )
+    return MACHINES[name]

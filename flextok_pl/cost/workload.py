@@ -1,0 +1,243 @@
+"""What one of our trainings consists of, counted on the meta device: parameters, operations, activations.
+
+Nothing is downloaded and no data are read. Frozen networks that are not on this machine are taken from their names
+where these tell the architecture, and else left out with a note.
+
+Shapes: B batch, S image side, N patches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from flextok_pl.cost.activations import (
+    Activations,
+    Numerics,
+    prior_activations,
+    projection_activations,
+    token_loss_bytes,
+    tokenizer_activations,
+)
+from flextok_pl.cost.flops import Flops, encoder_flops, prior_flops, projection_flops, tokenizer_flops
+from flextok_pl.cost.meta import image_work, vae_step
+from flextok_pl.models.config import FlexTokConfig, PriorConfig, VAEConfig
+from flextok_pl.models.discriminator import PatchDiscriminator
+from flextok_pl.models.prior import Prior
+from flextok_pl.models.teacher import PROJECTION_WIDTH, ProjectionHead, Teacher
+from flextok_pl.models.tokenizer import FlexTok
+from flextok_pl.models.vae import VAE, read_vae_config
+
+Inputs = Literal["images", "latents", "tokens"]
+TEXT_LENGTH = 128  # positions of a padded text, the most that `TextEncoder` makes
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A network that is used and not trained.
+
+    Attributes:
+        parameters: its number of them, in float32.
+        flops: of its work on one sample of a training batch; 0 where it only takes part in evaluation.
+        working_bytes: what it holds at its peak while it works on one sample.
+    """
+
+    parameters: int
+    flops: float = 0.0
+    working_bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many numbers a model has.
+
+    Attributes:
+        trained: parameters with gradients.
+        fixed: other parameters and buffers, which averaging copies, too.
+        cast: weights that autocast copies in half precision.
+        in_blocks: parameters of all blocks.
+        largest_block: those of the largest.
+    """
+
+    trained: int
+    fixed: int
+    cast: int
+    in_blocks: int
+    largest_block: int
+
+    @property
+    def total(self) -> int:
+        """All that training stores of the model."""
+        return self.trained + self.fixed
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A training step.
+
+    Attributes:
+        parameters: of what is trained.
+        flops: per sample, for a batch of B on one device.
+        activations: for a batch of B.
+        loss_bytes: further memory of the loss, for a batch of B.
+        frozen: networks in use beside the model.
+        notes: what is not counted.
+    """
+
+    parameters: Parameters
+    flops: Callable[[int], Flops]
+    activations: Callable[[int], Activations]
+    loss_bytes: Callable[[int], float] = lambda batch_size: 0.0
+    frozen: Mapping[str, Frozen] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def tokenizer_workload(
+    options: Mapping[str, Any], net: FlexTokConfig, size: int, inputs: Inputs, numerics: Numerics
+) -> Workload:
+    """The training of a `TokenizerModule`.
+
+    Args:
+        options: the module's.
+        net: its network.
+        size: S, side of the images.
+        inputs: what batches hold, `images` or `latents`.
+        numerics: how numbers are stored.
+
+    Raises:
+        ValueError: an option contradicts another, or the teacher is unknown.
+    """
+    if inputs == "tokens":
+        raise ValueError("inputs='tokens': a tokenizer trains on images or latents")
+    groups = options["budget_groups"]
+    frozen = {}
+    with torch.device("meta"):
+        vae = _vae(options["vae"], net)
+        model = FlexTok(dataclasses.replace(net, vae=None))
+        parts: list[nn.Module] = [model]
+        patches = (size // vae.config.downsampling // net.patch_size) ** 2
+        if patches > prod(net.grid_size):
+            raise ValueError(f"data.image_size={size} gives more patches than net.grid_size={net.grid_size} has")
+        works = inputs == "images"
+        frozen["VAE"] = Frozen(_count(vae), *(image_work(vae.moments, size) if works else ()))
+        extra, more = Flops(), Activations()
+        if options["teacher"] is not None:
+            if not works:
+                raise ValueError(
+                    f"inputs={inputs!r}: the teacher {options['teacher']!r} needs images; set teacher to null"
+                )
+            teacher = Teacher(options["teacher"], pretrained=False)
+            frozen["teacher"] = Frozen(_count(teacher), *image_work(teacher.network, teacher.image_size))
+            parts.append(ProjectionHead(net.decoder_width, teacher.dim))
+            shape = (net.decoder_width, PROJECTION_WIDTH, teacher.dim, patches)
+            extra, more = projection_flops(*shape), projection_activations(*shape, numerics)
+    return Workload(
+        _parameters(parts, [*model.encoder.blocks, *model.decoder.blocks]),
+        flops=lambda batch: tokenizer_flops(net, batch, groups, patches) + extra,
+        activations=lambda batch: tokenizer_activations(net, numerics, batch, groups, patches) + more * batch,
+        frozen=frozen,
+    )
+
+
+def prior_workload(
+    options: Mapping[str, Any], net: PriorConfig, size: int, inputs: Inputs, numerics: Numerics
+) -> Workload:
+    """The training of a `PriorModule`; arguments as for `tokenizer_workload`, `inputs` being `tokens` or `images`."""
+    if inputs == "latents":
+        raise ValueError("inputs='latents': a prior trains on tokens or images")
+    text = 0 if net.text_width is None else TEXT_LENGTH
+    frozen, notes = {}, []
+    with torch.device("meta"):
+        model = Prior(net)
+        name = options["tokenizer"]
+        tokenizer = None if name is None else _tokenizer(name)
+        if tokenizer is not None:
+            work: tuple[float, ...] = ()
+            if inputs == "images":
+                vae = tokenizer.require_vae()
+                flops, working = image_work(vae.moments, size)
+                patches = (size // vae.config.downsampling // tokenizer.config.patch_size) ** 2
+                work = (flops + encoder_flops(tokenizer.config, net.num_tokens, patches).forward, working)
+            frozen["tokenizer"] = Frozen(_count(tokenizer), *work)
+        elif name is not None:
+            notes.append(f"the tokenizer {name} is not on this machine and its name tells no architecture: not counted")
+    if options["text_encoder"] is not None:
+        notes.append(f"the text encoder {options['text_encoder']} is not counted: neither its weights nor its work")
+    parameters = _parameters([model], list(model.blocks))
+    if options["loss_chunk"] is not None:  # the chunked loss has a copy of its own
+        parameters = dataclasses.replace(parameters, cast=parameters.cast - model.head.weight.numel())
+    return Workload(
+        parameters,
+        flops=lambda batch: prior_flops(net, text),
+        activations=lambda batch: prior_activations(net, numerics, text) * batch,
+        loss_bytes=lambda batch: token_loss_bytes(net, batch, options["loss_chunk"], numerics),
+        frozen=frozen,
+        notes=tuple(notes),
+    )
+
+
+def vae_workload(options: Mapping[str, Any], net: VAEConfig, size: int, inputs: Inputs, numerics: Numerics) -> Workload:
+    """The training of a `VAEModule`, from `images`; arguments as for `tokenizer_workload`."""
+    if inputs != "images":
+        raise ValueError(f"inputs={inputs!r}: an autoencoder trains on images")
+    with torch.device("meta"):
+        model = VAE(net)
+        parts: list[nn.Module] = [model]
+        discriminator = PatchDiscriminator(options["discriminator_width"]) if options["gan_weight"] else None
+        if discriminator is not None:
+            parts.append(discriminator)
+        flops, peak = vae_step(model, discriminator, size)
+    notes = ["the activations are those of float32"] if numerics.autocast else []
+    if options["perceptual_weight"]:
+        notes.append(f"the perceptual network {options['perceptual_network']} is not counted")
+    return Workload(
+        _parameters(parts, []),
+        flops=lambda batch: flops,
+        activations=lambda batch: Activations(peak, peak) * batch,
+        notes=tuple(notes),
+    )
+
+
+def _parameters(parts: Sequence[nn.Module], blocks: Sequence[nn.Module]) -> Parameters:
+    trained = sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad)
+    products = [m for part in parts for m in part.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    in_blocks = [_count(block) for block in blocks]
+    return Parameters(
+        trained=trained,
+        fixed=sum(map(_count, parts)) - trained,
+        cast=sum(product.weight.numel() for product in products),
+        in_blocks=sum(in_blocks),
+        largest_block=max(in_blocks, default=0),
+    )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(tensor.numel() for tensor in [*module.parameters(), *module.buffers()])
+
+
+def _vae(name: str | None, net: FlexTokConfig) -> VAE:
+    """The autoencoder that a tokenizer is trained with: the named one if it is on this machine, else the network's."""
+    place = None if name is None else Path(name).expanduser()
+    if place is not None and place.is_dir():
+        return VAE(read_vae_config(place))
+    if place is not None and place.is_file():
+        return FlexTok.from_pretrained(place, device="meta").require_vae()
+    if net.vae is None:
+        raise ValueError(f"vae={name!r} is not on this machine, and net.vae=null does not describe it; set net.vae")
+    return VAE(net.vae)
+
+
+def _tokenizer(name: str) -> FlexTok | None:
+    """A tokenizer on this machine, or one whose name tells that it is of a published architecture."""
+    if Path(name).expanduser().exists():
+        return FlexTok.from_pretrained(name, device="meta")
+    published = re.search(r"d\d+_d\d+", name)
+    return None if published is None else FlexTok(FlexTokConfig.preset(published[0]))
