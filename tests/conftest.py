@@ -1,6 +1,10 @@
 """Fixtures shared by the tests. Nothing here or in any test reaches the network."""
 
+import multiprocessing
 import os
+import socket
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
@@ -10,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from flextok_pl.cli import main
 from flextok_pl.data import write_folder
 from flextok_pl.data.demo import render
 from flextok_pl.data.openmoji import list_pictures
@@ -81,3 +86,40 @@ def emoji_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(data)
     return folder
+
+
+Ranks = Callable[..., list[BaseProcess]]
+
+
+@pytest.fixture
+def start_ranks() -> Iterator[Ranks]:
+    """Starts the processes of a `flextok` command, in a folder, as torchrun would; the test's end kills what lives."""
+    started: list[BaseProcess] = []
+
+    def start(
+        folder: Path, world_size: int, arguments: list[str], prepare: Callable[[int], object] | None = None
+    ) -> list[BaseProcess]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+
+        def child(rank: int) -> None:
+            os.chdir(folder)
+            if world_size > 1:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
+                os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+            if prepare is not None:
+                prepare(rank)
+            main(arguments)
+
+        ranks = [multiprocessing.get_context("fork").Process(target=child, args=(r,)) for r in range(world_size)]
+        for process in ranks:
+            process.start()
+        started.extend(ranks)
+        return ranks
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()

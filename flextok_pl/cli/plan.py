@@ -125,7 +125,7 @@ def make_plan(options: Namespace, experiment: str) -> Plan:
         strategy=options.strategy or _strategy(options.trainer.strategy),
         checkpointing=bool(arguments.get("activation_checkpointing")),
         compiled=bool(arguments.get("compile_blocks")),
-        averaged=options.ema is not None and str(options.ema.device) != "cpu",
+        averaged=options.ema is not None,
     )
     split = largest_split(workload, setup, recipe.global_batch, recipe.batch_size)
     batch_size = 1 if split is None else split.batch_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from torch.distributed import DistError
 
 import flextok_pl.modules  # noqa: F401  makes the modules known by their bare class names
 from flextok_pl.callbacks import EMA, CodebookReport, GenerationFID, ReconstructionFID, Throughput, TokenReport
@@ -37,6 +39,9 @@ CALLBACKS: dict[str, type[Callback]] = {
     "preemption": Preemption,
 }
 """Optional callbacks, each a top-level group of options: `null` leaves it out, `{}` takes its defaults."""
+
+LOST_CONTACT = "Connection closed by peer|Connection reset by peer|Timed out waiting|Broken pipe"
+"""What Gloo says of a process that is gone; NCCL's errors are of a class of their own."""
 
 FIT_ONLY = frozenset({"throughput", "lr_monitor", "checkpoint", "best", "ema", "preemption"})
 
@@ -195,6 +200,13 @@ def run_cli(cli: type[FlexTokCLI], subcommand: str, arguments: Sequence[str]) ->
         raise SystemExit(128 + stopped.signal_number) from None
     except (MisconfigurationException, ValueError, OSError) as error:
         raise UserError(str(error)) from error
+    except RuntimeError as error:
+        if not (isinstance(error, DistError) or re.search(LOST_CONTACT, str(error))):
+            raise
+        raise UserError(
+            f"another process of this training died or hangs, and its own output says why ({error}); go on with "
+            "--ckpt_path last. A process that is only slow needs a larger timeout of trainer.strategy"
+        ) from error
 
 
 def _experiment_name(file: Path, base: Path | None) -> str:

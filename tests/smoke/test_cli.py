@@ -154,7 +154,7 @@ def test_experiments_differ_from_the_base(tmp_path: Path, capsys: pytest.Capture
         capsys, "fit", "--config", str(experiment), "--checkpoint.save-top-k=3", "--ema.update_every_n_steps", "2"
     )
     assert found["trainer"]["gradient_clip_val"] == base["trainer"]["gradient_clip_val"]
-    assert found["checkpoint"]["save_top_k"] == 3 and found["checkpoint"]["save_last"] is True
+    assert found["checkpoint"]["save_top_k"] == 3 and found["checkpoint"]["save_last"] == "link"
     assert (found["ema"]["decay"], found["ema"]["update_every_n_steps"]) == (0.5, 2)
     assert found["rfid"] is None and found["codebook"] is None, "an autoencoder has no tokens to evaluate"
 

@@ -5,9 +5,6 @@ step, the exported averages, and what is evaluated during the fit.
 """
 
 import json
-import multiprocessing
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,6 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flextok_pl.assets import DEMO_TOKENIZER
-from flextok_pl.cli import main
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4
@@ -61,56 +57,20 @@ def prior_fit(shards: Path, folder: Path) -> list[str]:
     return ["fit", "--config", base, "--config", str(folder / "prior.yaml"), "--model.activation_checkpointing", "true"]
 
 
-def fit(folder: Path, strategy: str, world_size: int, arguments: list[str]) -> Path:
+def fit(start_ranks: Any, folder: Path, strategy: str, world_size: int, arguments: list[str]) -> Path:
     """Train in one or more processes; returns the run's folder."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     more = [
         *("--trainer.accelerator", "cpu", "--trainer.strategy", strategy, "--trainer.devices", str(world_size)),
         *("--trainer.max_steps", str(STEPS), "--trainer.log_every_n_steps", "1", "--model.warmup_steps", "1"),
-        *(
-            "--data.batch_size",
-            str(4 // world_size),
-            "--data.num_workers",
-            "0",
-            "--trainer.enable_progress_bar",
-            "false",
-        ),
-        *(
-            "--data.fast_decode",
-            "false",
-            "--checkpoint.every_n_train_steps",
-            "2",
-            "--trainer.enable_model_summary",
-            "false",
-        ),
+        *("--data.batch_size", str(4 // world_size), "--data.num_workers", "0"),
+        *("--checkpoint.every_n_train_steps", "2", "--trainer.enable_progress_bar", "false"),
+        *("--trainer.enable_model_summary", "false"),
     ]
-
-    def child(rank: int) -> None:
-        os.chdir(folder)
-        if world_size > 1:
-            os.environ |= {
-                **{"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"},
-                **{"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)},
-                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-            }
-        main([*arguments, *more])
-
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=child, args=(rank,)) for rank in range(world_size)]
-    for process in processes:
-        process.start()
-    for process in processes:
+    ranks = start_ranks(folder, world_size, [*arguments, *more])
+    for process in ranks:
         process.join(180)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert codes == [0] * world_size
-    runs = sorted((folder / "runs").glob("*/*/version_*"), key=lambda run: run.stat().st_mtime) or sorted(
-        (folder / "runs").glob("*/version_*"), key=lambda run: run.stat().st_mtime
-    )
-    return runs[-1]
+    assert [process.exitcode for process in ranks] == [0] * world_size
+    return max((folder / "runs").glob("**/version_*"), key=lambda run: run.stat().st_mtime)
 
 
 def logged(run: Path, tag: str) -> list[float]:
@@ -135,12 +95,12 @@ def assert_same_training(run: Path, reference: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [tokenizer_fit, prior_fit], ids=["tokenizer", "prior"])
-def test_two_processes_train_as_one(make: Any, image_shards: Path, tmp_path: Path) -> None:
+def test_two_processes_train_as_one(make: Any, image_shards: Path, tmp_path: Path, start_ranks: Any) -> None:
     for name in ("auto", "ddp", "fsdp2", "sharded"):
         (tmp_path / name).mkdir()
     arguments = make(image_shards, tmp_path)
-    one = fit(tmp_path / "auto", "auto", 1, arguments)
-    runs = {name: fit(tmp_path / name, name, 2, arguments) for name in ("ddp", "fsdp2")}
+    one = fit(start_ranks, tmp_path / "auto", "auto", 1, arguments)
+    runs = {name: fit(start_ranks, tmp_path / name, name, 2, arguments) for name in ("ddp", "fsdp2")}
     for run in runs.values():
         assert_same_training(run, one)
         if make is tokenizer_fit:
@@ -151,16 +111,16 @@ def test_two_processes_train_as_one(make: Any, image_shards: Path, tmp_path: Pat
 
     # Sharded training goes on from its own checkpoint, and from its parts, and alone.
     steps = [*arguments, "--ckpt_path", str(runs["fsdp2"] / "checkpoints" / "step0000002.ckpt")]
-    resumed = fit(tmp_path / "fsdp2", "fsdp2", 2, steps)
+    resumed = fit(start_ranks, tmp_path / "fsdp2", "fsdp2", 2, steps)
     assert all(torch.equal(value, exported(resumed)[name]) for name, value in exported(runs["fsdp2"]).items())
-    alone = fit(tmp_path / "auto", "auto", 1, steps)
+    alone = fit(start_ranks, tmp_path / "auto", "auto", 1, steps)
     for name, value in exported(one).items():
         torch.testing.assert_close(exported(alone)[name], value, rtol=1e-4, atol=1e-6)
 
     strategy = "{class_path: flextok_pl.runtime.FullyShardedStrategy, init_args: {save_distributed_checkpoint: true}}"
-    parts = fit(tmp_path / "sharded", strategy, 2, arguments)
+    parts = fit(start_ranks, tmp_path / "sharded", strategy, 2, arguments)
     checkpoint = parts / "checkpoints" / "step0000002.ckpt"
     assert checkpoint.is_dir() and len(list(checkpoint.glob("*.distcp"))) == 2
     assert not list(checkpoint.parent.glob(".*")), "nothing unfinished stays"
-    resumed = fit(tmp_path / "sharded", strategy, 2, [*arguments, "--ckpt_path", str(checkpoint)])
+    resumed = fit(start_ranks, tmp_path / "sharded", strategy, 2, [*arguments, "--ckpt_path", str(checkpoint)])
     assert all(torch.equal(value, exported(resumed)[name]) for name, value in exported(parts).items())
