@@ -14,9 +14,10 @@ from flextok_pl.runtime import damage_of
 EXPERIMENT = Path(__file__).parents[2] / "experiments" / "tokenizer" / "tiny.yaml"
 
 
-@pytest.mark.parametrize(
-    "strategy", ["lightning.pytorch.strategies.DDPStrategy", "flextok_pl.runtime.FullyShardedStrategy"]
-)
+STRATEGIES = {"ddp": "lightning.pytorch.strategies.DDPStrategy", "fsdp2": "flextok_pl.runtime.FullyShardedStrategy"}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
 def test_a_lost_process(
     strategy: str,
@@ -36,19 +37,11 @@ def test_a_lost_process(
 
         TokenizerModule.training_step = training_step  # type: ignore[method-assign]
 
-    short = f"{{class_path: {strategy}, init_args: {{timeout: '0:00:08'}}}}"
+    short = f"{{class_path: {STRATEGIES[strategy]}, init_args: {{timeout: '0:00:08'}}}}"
     arguments = [
         *("fit", "--config", str(EXPERIMENT), "--data.train", str(image_shards / "train"), "--data.val", "null"),
-        *(
-            "--data.batch_size",
-            "2",
-            "--trainer.accelerator",
-            "cpu",
-            "--trainer.devices",
-            "2",
-            "--trainer.strategy",
-            timeout,
-        ),
+        *("--data.batch_size", "2", "--trainer.accelerator", "cpu", "--trainer.devices", "2"),
+        *("--trainer.strategy", short),
         *("--checkpoint.every_n_train_steps", "1", "--trainer.enable_progress_bar", "false", "--rfid", "null"),
         *("--codebook", "null", "--model.warmup_steps", "0", "--trainer.enable_model_summary", "false"),
     ]
