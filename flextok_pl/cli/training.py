@@ -201,12 +201,22 @@ def run_cli(cli: type[FlexTokCLI], subcommand: str, arguments: Sequence[str]) ->
     except (MisconfigurationException, ValueError, OSError) as error:
         raise UserError(str(error)) from error
     except RuntimeError as error:
-        if not (isinstance(error, DistError) or re.search(LOST_CONTACT, str(error))):
+        remedy = _remedy(error)
+        if remedy is None:
             raise
-        raise UserError(
-            f"another process of this training died or hangs, and its own output says why ({error}); go on with "
-            "--ckpt_path last. A process that is only slow needs a larger timeout of trainer.strategy"
-        ) from error
+        raise UserError(f"{remedy}; go on with --ckpt_path last ({error})") from error
+
+
+def _remedy(error: RuntimeError) -> str | None:
+    """What to do about a process that is gone, or None for any other error."""
+    if "DataLoader worker" in str(error):
+        return "a process that loads data died, mostly for want of memory; lower data.num_workers or data.batch_size"
+    if isinstance(error, DistError) or re.search(LOST_CONTACT, str(error)):
+        return (
+            "another process of this training died or hangs, and its own output says why; one that is only slow needs "
+            "a larger timeout of trainer.strategy"
+        )
+    return None
 
 
 def _experiment_name(file: Path, base: Path | None) -> str:

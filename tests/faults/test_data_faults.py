@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,6 +85,21 @@ def test_missing_empty_truncated_and_changed_shards(tmp_path, damage, message):
     index = write_set(tmp_path)
     damage(index.paths[1])
     assert_every_loader_raises(tmp_path, rf"shard-000001\.tar {message}|shard-000001\.tar.*{message}")
+
+
+def test_a_shard_that_may_not_be_read(tmp_path, monkeypatch):
+    write_set(tmp_path)
+    real = Path.open
+
+    def refuse(self, *given, **options):
+        if self.suffix == ".tar":
+            raise PermissionError(errno.EACCES, "Permission denied")  # which root does not meet
+        return real(self, *given, **options)
+
+    data = ShardDataModule(val=str(tmp_path), image_size=16, num_workers=0)
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ShardError, match=r"shard .*shard-000000.tar cannot be read \(Permission denied\)"):
+        list(data.val_dataloader())
 
 
 @pytest.mark.parametrize("keep", [0, 700, 3000, 5120])

@@ -196,6 +196,21 @@ def test_a_damaged_checkpoint(
     assert_equal(tmp_path, whole)
 
 
+def test_a_loader_process_dies(
+    image_shards: Path, tmp_path: Path, whole: dict[str, torch.Tensor], capfd: pytest.CaptureFixture[str]
+) -> None:
+    def kill_worker() -> None:
+        worker = multiprocessing.active_children()[0]
+        worker.kill()
+        worker.join()
+
+    assert train(tmp_path, options(image_shards), at_step(5, 1, kill_worker)) == 1
+    message = capfd.readouterr().err
+    assert "a process that loads data died" in message and "lower data.num_workers" in message
+    assert train(tmp_path, options(image_shards)) == 0
+    assert_equal(tmp_path, whole)
+
+
 def checkpoint(path: Path, step: int) -> Path:
     AtomicCheckpointIO().save_checkpoint({"global_step": step, "weights": torch.randn(5000)}, path)
     return path
