@@ -137,9 +137,8 @@ def prior_activations(config: PriorConfig, numerics: Numerics, text_length: int 
     width, length, c = config.width, config.num_tokens, numerics.compute
     hidden, norm = swiglu_width(width, config.mlp_ratio), 0 if numerics.fused_norms else FULL
     stream = FULL + norm  # of each norm: its input, and the normalised values
-    products = (
-        7 if numerics.autocast else 6
-    )  # queries, keys, values, output, input of attention, input or two of the MLP
+    # Queries, keys, values, output, the input of attention, and that of the MLP: under autocast two copies of it.
+    products = 7 if numerics.autocast else 6
     kept = length * width * (2 * stream + c * products) + c * 4 * length * hidden
     outside = float(length * width * stream)
     if config.qk_norm:
