@@ -40,7 +40,7 @@ CALLBACKS: dict[str, type[Callback]] = {
 }
 """Optional callbacks, each a top-level group of options: `null` leaves it out, `{}` takes its defaults."""
 
-LOST_CONTACT = "Connection closed by peer|Connection reset by peer|Timed out waiting|Broken pipe"
+LOST_CONTACT = "Connection closed by peer|Connection reset by peer|Timed out waiting|caused pair closure|Broken pipe"
 """What Gloo says of a process that is gone; NCCL's errors are of a class of their own."""
 
 FIT_ONLY = frozenset({"throughput", "lr_monitor", "checkpoint", "best", "ema", "preemption"})

@@ -85,7 +85,7 @@ def sample_draws(
     noise_generator = torch.Generator(latents.device)
     for row, seed in zip(noise, seeds[mine].tolist(), strict=True):
         row.normal_(generator=noise_generator.manual_seed(seed))
-    return TrainingDraws(noise, t[mine].to(latents.device), num_tokens[mine], null[mine])
+    return TrainingDraws(noise, t[mine].to(latents.device), num_tokens[mine].contiguous(), null[mine].contiguous())
 
 
 def flow_loss(

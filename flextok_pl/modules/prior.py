@@ -22,7 +22,7 @@ from flextok_pl.models.text import TextEncoder
 from flextok_pl.models.token_loss import token_loss
 from flextok_pl.modules.optim import parameter_groups, warmup_cosine
 from flextok_pl.modules.prior_base import PriorBase, TokenOutputs
-from flextok_pl.modules.steps import log_gradient_norm, logging_now, step_generator, stop_if_not_finite
+from flextok_pl.modules.steps import log_gradient_norm, log_means, step_generator, stop_if_not_finite
 from flextok_pl.runtime.sharding import gather_for_evaluation, shard, shard_again, whole_weights
 
 
@@ -138,7 +138,7 @@ class PriorModule(PriorBase):
         result = token_loss(hidden, self.prior.head.weight, tokens, self.label_smoothing, self.loss_chunk)
         stop_if_not_finite(self, result.loss, batch)
         values = {"train/loss": result.loss, "train/bits_per_token": result.nll.mean() / math.log(2)}
-        self.log_dict(values, batch_size=len(tokens), sync_dist=logging_now(self))
+        log_means(self, values, len(tokens))
         return {"loss": result.loss, "nll": result.nll, "correct": result.correct}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

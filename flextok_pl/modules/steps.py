@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import lightning.pytorch as pl
 import torch
@@ -50,6 +51,14 @@ def logging_now(module: pl.LightningModule) -> bool:
     """Whether the trainer writes its logs after the current step."""
     every: int = module.trainer.log_every_n_steps  # type: ignore[attr-defined]
     return (module.global_step + 1) % every == 0
+
+
+def log_means(module: pl.LightningModule, values: Mapping[str, Tensor], batch_size: int) -> None:
+    """Log values of a training step, where the trainer writes its logs as their means over all ranks."""
+    if logging_now(module):
+        reduce = module.trainer.strategy.reduce
+        values = {name: reduce(value.detach().clone(), reduce_op="mean") for name, value in values.items()}
+    module.log_dict(dict(values), batch_size=batch_size)
 
 
 def log_gradient_norm(module: pl.LightningModule) -> None:

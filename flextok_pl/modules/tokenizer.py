@@ -28,6 +28,7 @@ from flextok_pl.modules.loss_buckets import LossBuckets
 from flextok_pl.modules.optim import parameter_groups, warmup_cosine
 from flextok_pl.modules.steps import (
     log_gradient_norm,
+    log_means,
     logging_now,
     step_generator,
     stop_if_not_finite,
@@ -177,7 +178,7 @@ class TokenizerModule(pl.LightningModule):
         result = flow_loss(self.tokenizer, latents, draws, budget_groups=self.budget_groups)
         loss = result.loss.mean()
         stop_if_not_finite(self, loss, batch)
-        self.log("train/loss", loss, batch_size=len(latents), sync_dist=logging_now(self))
+        log_means(self, {"train/loss": loss}, len(latents))
         self.train_loss.update(result.loss, draws)
         if logging_now(self):
             self.log_dict(self.train_loss.compute_and_reset("train"), batch_size=len(latents))
@@ -191,7 +192,7 @@ class TokenizerModule(pl.LightningModule):
         patch = self.tokenizer.config.patch_size
         grid = (latents.shape[2] // patch, latents.shape[3] // patch)
         loss = alignment_loss(self.projection(result.patch_features), self.teacher(batch["image"], grid))
-        self.log("train/repa", loss, batch_size=len(latents))
+        log_means(self, {"train/repa": loss}, len(latents))
         return self.repa_weight * loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from flextok_pl.contracts import run_folder
@@ -87,19 +88,21 @@ class Preemption(Callback):
         self._seen_step = step
         if trainer.world_size > 1 and step % self.check_every_n_steps:
             return
-        if not trainer.strategy.reduce_boolean_decision(bool(self._received), all=False):
+        received = torch.tensor(self._received, device=trainer.strategy.root_device)
+        number = int(trainer.strategy.reduce(received, reduce_op="max"))  # any process may have been told
+        if not number:
             return
         path = self._checkpoint(trainer)
         trainer.save_checkpoint(path)
         trainer.strategy.checkpoint_io.teardown()  # which waits for what is still being written
-        requeued = self.requeue and trainer.is_global_zero and _requeue()
-        trainer.strategy.barrier()
-        name = signal.Signals(self._received or self.signals[0]).name
-        raise Preempted(
-            f"{name}: stopped at step {step}, with {path} to go on from (--ckpt_path last)"
-            + ("; the job is in the queue again" if requeued else ""),
-            self._received or self.signals[0],
+        stopped = Preempted(
+            f"{signal.Signals(number).name}: stopped at step {step}, with {path} to go on from (--ckpt_path last)",
+            number,
         )
+        if self.requeue and trainer.is_global_zero:
+            _requeue(stopped)
+        trainer.strategy.barrier()
+        raise stopped
 
     def _checkpoint(self, trainer: Trainer) -> Path:
         folder = getattr(trainer.checkpoint_callback, "dirpath", None) or run_folder(trainer) / "checkpoints"
@@ -119,18 +122,18 @@ class Preemption(Callback):
         self._before = {}
 
 
-def _requeue() -> bool:
-    """Put this Slurm job in the queue again; False where it is none, or Slurm refuses."""
+def _requeue(stopped: Preempted) -> None:
+    """Put this job in the queue again, if it is one of Slurm's."""
     job = os.environ.get("SLURM_JOB_ID")
     if os.environ.get("SLURM_ARRAY_JOB_ID"):
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     if job is None:
-        return False
+        return
+    print(f"{stopped}; putting job {job} in the queue again", flush=True)  # now, for then Slurm ends this process
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False, timeout=60)
+        problem = done.stderr.strip() if done.returncode else None
     except (FileNotFoundError, subprocess.TimeoutExpired) as error:
-        warnings.warn(f"scontrol requeue {job} failed: {error}; submit the job again", stacklevel=2)
-        return False
-    if done.returncode:
-        warnings.warn(f"scontrol requeue {job} failed: {done.stderr.strip()}; submit the job again", stacklevel=2)
-    return done.returncode == 0
+        problem = str(error)
+    if problem is not None:
+        warnings.warn(f"scontrol requeue {job} failed: {problem}; submit the job again", stacklevel=2)

@@ -108,5 +108,7 @@ def test_agrees_with_torch_fidelity(extractor, fashion, inception_file, tmp_path
     for their, our in names.items():
         print(f"{extractor} {our}: {values[our]:.9g}, torch-fidelity {theirs[their]:.9g}")
     assert {our: values[our] for our in names.values()} == pytest.approx(
-        {our: theirs[their] for their, our in names.items()}, rel=1e-5
+        {our: theirs[their] for their, our in names.items()},
+        rel=1e-5,
+        abs=1e-6,  # the kernel distance of these halves of one distribution is nearly zero
     )

@@ -97,7 +97,7 @@ def test_a_preempted_job_ends_as_another(image_shards: Path, tmp_path: Path, clu
     preempted.wait("PENDING")
     saved = torch.load(preempted.run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     assert 20 <= saved < 200 and not (preempted.run / "tokenizer.safetensors").exists()
-    assert f"SIGUSR1: stopped at step {saved}" in preempted.log() and "in the queue again" in preempted.log()
+    assert f"SIGUSR1: stopped at step {saved}, " in preempted.log() and "in the queue again" in preempted.log()
     preempted.ask("scontrol", "update", f"JobId={preempted.id}", "StartTime=now")  # Slurm waits two minutes by itself
     preempted.wait("COMPLETED")
     assert preempted.fact("Restarts") == "1" and f"{preempted.run}/checkpoints/last.ckpt" in preempted.log()
