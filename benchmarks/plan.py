@@ -3,8 +3,7 @@
 Each setting takes steps in Lightning's order (a step's gradients go after the next forward pass) in a process of its
 own. `kept` is what autograd keeps for the backward pass, `live` the peak of what tensors hold, `resident` that of the
 process's resident set less that before the model is built (on a GPU the allocator's maximum), which adds what
-allocator and libraries keep for themselves. Operations per second are planned operations, recomputation included, over
-the time of two steps: where they agree between settings, one utilisation predicts the time of all.
+allocator and libraries keep for themselves.
 
     python benchmarks/plan.py --json benchmarks/results/plan_cpu.json
 """
@@ -12,7 +11,6 @@ the time of two steps: where they agree between settings, one utilisation predic
 import argparse
 import dataclasses
 import json
-import time
 from collections.abc import Callable
 
 import torch
@@ -90,7 +88,7 @@ def tokenizer(preset: str, batch: int, checkpointing: bool, groups: str, numeric
 
 
 def measure(setting: str, device: str) -> dict[str, float]:
-    """Planned and measured memory and speed of one setting."""
+    """Planned and measured memory of one setting."""
     preset, size, dtype, kept, part = setting.split()
     batch, half, checkpointing = int(size), dtype == "bfloat16", kept == "checkpointed"
     numerics = Numerics(2 if half else 4, fused_norms=device != "cpu")
@@ -104,7 +102,7 @@ def measure(setting: str, device: str) -> dict[str, float]:
     if kept == "compiled":
         for block in (module for name, module in model.named_modules() if name.split(".")[-2:-1] == ["blocks"]):
             block.compile(dynamic=make is tokenizer)  # as the modules do
-    starts, optimizer = take_steps(model, loss_of, STEPS, half, device)
+    optimizer = take_steps(model, loss_of, STEPS, half, device)
     resident = peak_gib(device) - before
     optimizer.zero_grad()
     states = [value for state in optimizer.state.values() for value in state.values()]
@@ -116,10 +114,8 @@ def measure(setting: str, device: str) -> dict[str, float]:
     saved = SavedMemory(model)
     with saved, torch.autocast(device, torch.bfloat16, enabled=half):
         loss_of()
-    seconds = (starts[-1] - starts[1]) / (STEPS - 1)
     setup = Setup(machine("cpu"), 1, numerics, checkpointing=checkpointing, compiled=kept == "compiled", averaged=False)
-    needed, flops = memory(workload, setup, batch), workload.flops(batch)
-    computed = batch * (flops.training + (flops.recomputed if checkpointing else 0.0))
+    needed = memory(workload, setup, batch)
     planned = {
         "kept": needed.activations + needed.cast_weights,
         "live": needed.total - needed.frozen,
@@ -128,13 +124,11 @@ def measure(setting: str, device: str) -> dict[str, float]:
     measured = {"kept": saved.total, "live": lasting + seen.peak, "resident": resident * 2**30}
     if kept == "compiled":  # the process holds the compiler, too
         del measured["live"], measured["resident"]
-    if checkpointing:
-        del measured["kept"]  # a checkpoint hides from our hooks what it keeps
+    if checkpointing or part == "none":  # a checkpoint hides from our hooks what it keeps; logits are planned apart
+        del measured["kept"]
     return {
         **{f"{name}_gib": value / 2**30 for name, value in measured.items()},
         **{f"planned_over_{name}": planned[name] / value for name, value in measured.items()},
-        "seconds_per_step": seconds,
-        "computed_gflop_per_s": computed / seconds / 1e9,
     }
 
 
@@ -145,10 +139,9 @@ def take_steps(
     half: bool,
     device: str,
     optimizer: torch.optim.Optimizer | None = None,
-) -> tuple[list[float], torch.optim.Optimizer]:
-    """Times before, between and after steps, and the optimizer."""
+) -> torch.optim.Optimizer:
+    """Train; returns the optimizer."""
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-4)
-    times = [time.perf_counter()]
     for _ in range(count):
         with torch.autocast(device, torch.bfloat16, enabled=half):
             loss = loss_of()
@@ -156,9 +149,8 @@ def take_steps(
         loss.backward()
         del loss
         optimizer.step()
-        synchronize(device)
-        times.append(time.perf_counter())
-    return times, optimizer
+    synchronize(device)
+    return optimizer
 
 
 def main() -> None:
