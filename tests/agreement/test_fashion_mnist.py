@@ -110,5 +110,7 @@ def test_agrees_with_torch_fidelity(extractor, fashion, inception_file, tmp_path
     assert {our: values[our] for our in names.values()} == pytest.approx(
         {our: theirs[their] for their, our in names.items()},
         rel=1e-5,
-        abs=1e-6,  # the kernel distance of these halves of one distribution is nearly zero
+        # These are halves of one distribution, and their kernel distance is nearly zero. With no more pictures than
+        # features a covariance is singular, which costs torch-fidelity's root 1e-5.
+        abs=1e-6 if COUNT > 2048 else 2e-5,
     )
