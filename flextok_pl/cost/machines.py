@@ -1,4 +1,8 @@
-"""Peak arithmetic and memory of devices, as their makers state them."""
+"""Peak arithmetic and memory of devices.
+
+The figures are from memory, secondary pages and Lightning's own table, and have not been compared with the makers'
+data sheets, whose addresses are given for that. `--peak_tflops` and `--memory_gib` replace them.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,7 @@ class Machine:
         return self.half_tflops if half else self.full_tflops
 
 
-# Half of what the data sheets give "with sparsity". Their GB of memory are about as many GiB.
+# Dense, which is half of what is stated "with sparsity". GB of memory are taken for as many GiB.
 MACHINES = {
     # https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet (H100: SXM and PCIe)
     "h100": Machine(80, 989.4, 66.9),
