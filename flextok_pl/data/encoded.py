@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from flextok_pl.contracts import Batch
-from flextok_pl.data.index import ShardError, ShardIndex
+from flextok_pl.data.index import ShardError, ShardIndex, ShardInfo
 from flextok_pl.data.samples import Collate
 from flextok_pl.data.shards import Sample, complete_shard, shard_name, shard_sizes, write_index, write_shard
 from flextok_pl.data.sources import load_indices
@@ -148,13 +148,14 @@ def write_encoded(
     total = data.num_samples * views.num_views
     counts = shard_sizes(total, views.samples_per_shard)
     mine = team.share(len(counts))
-    first = next((n for n in mine if not _holds(folder / shard_name(n), counts[n])), mine.stop)
+    own = list(_leading(folder, mine, counts))
+    first = mine.start + len(own)
     done, most = (sum(counts[mine.start : stop]) for stop in (first, mine.stop))
     with tqdm(total=most, initial=done, desc=writer, unit="sample", disable=team.rank > 0) as bar:
         samples = _counted(views.samples(data, encode, sum(counts[:first])), bar)
         for number in range(first, mine.stop):
-            write_shard(folder / shard_name(number), islice(samples, counts[number]))
-    shards = team.gather(folder, counts)
+            own.append(write_shard(folder / shard_name(number), islice(samples, counts[number])))
+    shards = team.gather(folder, counts, own)
     if shards is None:
         return team.finished_set(folder)
     provenance = {**made_by, "images": [dict(index.provenance) for index in indices]}
@@ -168,10 +169,13 @@ def write_encoded(
     return index
 
 
-def _holds(path: Path, count: int) -> bool:
-    """Whether an interrupted run has left a shard complete."""
-    shard = complete_shard(path)
-    return shard is not None and shard.count == count
+def _leading(folder: Path, numbers: range, counts: Sequence[int]) -> Iterator[ShardInfo]:
+    """The first of the shards with these numbers, as far as an interrupted run has left them complete."""
+    for number in numbers:
+        shard = complete_shard(folder / shard_name(number))
+        if shard is None or shard.count != counts[number]:
+            return
+        yield shard
 
 
 def npy(array: np.ndarray[Any, Any]) -> bytes:

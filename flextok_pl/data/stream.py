@@ -166,18 +166,23 @@ class _Groups:
 
     def __init__(self, shards: OpenShards, make: Callable[[Key], Group]) -> None:
         self.shards, self.make = shards, make
-        self._held: dict[int, dict[Key, Group]] = {}  # of each lane the current group and the next
+        self._held: dict[int, dict[Key, tuple[Group, dict[int, None]]]] = {}  # of each lane this group and the next
 
     def __getitem__(self, key: Key) -> Group:
         lane, number = key
         held = self._held.get(lane, {})
         if next(iter(held), None) != key:
             following = (lane, number + 1)
-            self._held[lane] = {k: held[k] if k in held else self.make(k) for k in (key, following)}
-            needed = {g: None for groups in self._held.values() for group in groups.values() for g, _ in group}
-            self.shards.prepare(dict.fromkeys(shard for k in (key, following) for shard, _ in self._held[lane][k]))
-            self.shards.keep(needed)
-        return self._held[lane][key]
+            self._held[lane] = {k: held[k] if k in held else self._made(k) for k in (key, following)}
+            for _, shards in self._held[lane].values():
+                self.shards.prepare(shards)
+            self.shards.keep(s for groups in self._held.values() for _, shards in groups.values() for s in shards)
+        return self._held[lane][key][0]
+
+    def _made(self, key: Key) -> tuple[Group, dict[int, None]]:
+        """A group, and its shards in the order in which it needs them."""
+        group = self.make(key)
+        return group, dict.fromkeys(shard for shard, _ in group)
 
 
 class StreamedBatches(EpochStream):

@@ -70,12 +70,18 @@ class Team:
                 return None
         return start_set(folder, arguments, overwrite)
 
-    def gather(self, folder: Path, counts: Sequence[int]) -> list[ShardInfo] | None:
-        """All shards, of the numbers of samples that `counts` says, for the first process; None for the others."""
+    def gather(self, folder: Path, counts: Sequence[int], own: Sequence[ShardInfo]) -> list[ShardInfo] | None:
+        """All shards, for the first process; None for the others.
+
+        Args:
+            folder: of the set.
+            counts: samples of each shard.
+            own: the shards of this process.
+        """
         if self.rank > 0:
             return None
-        shards: dict[int, ShardInfo] = {}
-        for number, count in enumerate(counts):
+        shards = dict(enumerate(own))
+        for number, count in enumerate(counts[len(own) :], len(own)):
             path = folder / shard_name(number)
 
             def is_there(number: int = number, path: Path = path, count: int = count) -> bool:

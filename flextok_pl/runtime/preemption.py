@@ -86,10 +86,12 @@ class Preemption(Callback):
         if step == self._seen_step:  # gradients are being accumulated, and a checkpoint would lose them
             return
         self._seen_step = step
-        if trainer.world_size > 1 and step % self.check_every_n_steps:
-            return
-        received = torch.tensor(self._received, device=trainer.strategy.root_device)
-        number = int(trainer.strategy.reduce(received, reduce_op="max"))  # any process may have been told
+        number = self._received
+        if trainer.world_size > 1:
+            if step % self.check_every_n_steps:
+                return
+            received = torch.tensor(number, device=trainer.strategy.root_device)
+            number = int(trainer.strategy.reduce(received, reduce_op="max"))  # any process may have been told
         if not number:
             return
         path = self._checkpoint(trainer)

@@ -14,7 +14,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as distributed_load
@@ -43,6 +45,20 @@ class FullyShardedStrategy(ModelParallelStrategy):
     ) -> None:
         super().__init__("auto", 1, save_distributed_checkpoint, process_group_backend, timeout)
 
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Shard the module.
+
+        Raises:
+            MisconfigurationException: it is none that trains a tokenizer or a prior.
+        """
+        module = self.lightning_module
+        if not is_overridden("configure_model", module):
+            raise MisconfigurationException(
+                f"trainer.strategy=fsdp2 shards trainings of tokenizers and priors, and {type(module).__name__} is "
+                "neither; use --trainer.strategy ddp"
+            )
+        super().setup(trainer)
+
     def setup_environment(self) -> None:
         """Count the processes, and connect them."""
         self._data_parallel_size = self.num_nodes * self.num_processes
@@ -68,7 +84,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a file, or a folder of parts that any number of processes may have written."""
+        """Read a file, or a folder of parts."""
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         if checkpoint.pop("has_current_state", False):
             held = self.lightning_module_state_dict()

@@ -1,5 +1,6 @@
 """A training that is killed, preempted or runs out of disk: `--ckpt_path last` goes on as if nothing had happened."""
 
+import itertools
 import multiprocessing
 import os
 import random
@@ -78,9 +79,9 @@ def kill() -> None:
 
 
 def run_of(folder: Path) -> Path:
-    """The only run: whoever goes on uses its folder."""
-    (run,) = (folder / "runs/tokenizer/tiny").iterdir()
-    return run
+    """The run that has checkpoints, of which there is one: whoever goes on uses its folder."""
+    (checkpoints,) = (folder / "runs/tokenizer/tiny").glob("version_*/checkpoints/last.ckpt")
+    return checkpoints.parents[1]
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
@@ -114,8 +115,7 @@ def test_killed(step: int, batch: int, image_shards: Path, tmp_path: Path, whole
     """At the first batch of all, within an accumulation, right after a checkpoint, and within the third epoch."""
     assert train(tmp_path, options(image_shards), at_step(step, batch, kill)) == -signal.SIGKILL
     assert train(tmp_path, options(image_shards)) == 0
-    if step >= SAVED_EVERY:
-        assert_equal(tmp_path, whole)
+    assert_equal(tmp_path, whole)
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])
@@ -129,20 +129,30 @@ def test_killed_and_resumed_with_other_workers(
 
 @pytest.mark.long
 def test_killed_at_twenty_random_moments(image_shards: Path, tmp_path: Path, whole: dict[str, torch.Tensor]) -> None:
-    """Twenty times over, each time at some moment between start and end, also while a checkpoint is written."""
-    generator = random.Random(0)
-    for attempt in range(20):
-        folder, killed = tmp_path / str(attempt), 0
+    """Up to three kills to a training, at any moment, loading and saving included; twenty in all."""
+    started = time.monotonic()
+    assert train(tmp_path / "timed", options(image_shards)) == 0
+    duration, generator = time.monotonic() - started, random.Random(0)
+    kills = after_a_checkpoint = 0
+    for attempt in itertools.count():
+        if kills >= 20:
+            break
+        folder, of_this = tmp_path / str(attempt), 0
         while True:
-            delay = generator.uniform(0.5, 6.0)
+            delay = generator.uniform(0.05, duration)
 
             def later(delay: float = delay) -> None:
                 threading.Thread(target=lambda: (time.sleep(delay), kill()), daemon=True).start()
 
-            if train(folder, options(image_shards), later if killed < 3 else None) == 0:
+            code = train(folder, options(image_shards), later if of_this < 3 else None)
+            if code == 0:
                 break
-            killed += 1
+            assert code == -signal.SIGKILL
+            of_this += 1
+            after_a_checkpoint += bool(list(folder.glob("runs/*/*/*/checkpoints/*.ckpt")))
+        kills += of_this
         assert_equal(folder, whole)
+    assert after_a_checkpoint >= 5, "some kills came after a checkpoint"
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])

@@ -124,3 +124,15 @@ def test_two_processes_train_as_one(make: Any, image_shards: Path, tmp_path: Pat
     assert not list(checkpoint.parent.glob(".*")), "nothing unfinished stays"
     resumed = fit(start_ranks, tmp_path / "sharded", strategy, 2, [*arguments, "--ckpt_path", str(checkpoint)])
     assert all(torch.equal(value, exported(resumed)[name]) for name, value in exported(parts).items())
+
+
+def test_what_cannot_be_sharded_says_so(
+    image_shards: Path, tmp_path: Path, start_ranks: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["test", *tokenizer_fit(image_shards, tmp_path)[1:3], "--data.val", str(image_shards / "val")]
+    arguments += ["--data.train", "null", "--tokenizer", str(DEMO_TOKENIZER), "--trainer.strategy", "fsdp2"]
+    (process,) = start_ranks(tmp_path, 1, [*arguments, "--trainer.accelerator", "cpu", "--trainer.devices", "1"])
+    process.join(120)
+    assert process.exitcode == 1
+    message = capfd.readouterr().err
+    assert "SavedTokenizer is neither" in message and "--trainer.strategy ddp" in message, message
