@@ -194,8 +194,10 @@ def test_memory_does_not_grow_with_the_set(tmp_path):
         tracemalloc.stop()
         return result
 
-    small, large = (min(peak(copies), peak(copies)) for copies in (20, 200))  # what is imported on the way counts once
-    assert large < 1.2 * small, (small, large)
+    # The less of two, as what is imported on the way counts once. How many shards are open at the peak depends on the
+    # background thread, a quarter more or less; 20 bytes kept of each sample would double it.
+    small, large = (min(peak(copies), peak(copies)) for copies in (20, 200))
+    assert large < 2 * small, (small, large)
 
 
 @pytest.mark.parametrize("cls", [StreamedBatches, CachedBatches])
