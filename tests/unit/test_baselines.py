@@ -18,7 +18,7 @@ from flextok_pl.callbacks.evaluation import decoding_facts
 from flextok_pl.cli.decoding import compare_decodings
 from flextok_pl.cost.activations import Numerics
 from flextok_pl.cost.workload import tokenizer_workload
-from flextok_pl.data import write_tokens
+from flextok_pl.data import ShardDataModule, write_tokens
 from flextok_pl.interop import load_pretrained, save_official, save_pretrained
 from flextok_pl.layers.attention import full_attention
 from flextok_pl.layers.embeddings import patchify, unpatchify
@@ -404,7 +404,7 @@ def test_from_pictures_to_a_prior(name: str, tmp_path: Path, monkeypatch: pytest
     before = error_of(module.tokenizer, data.images)
     rfid = ReconstructionFID(guidance="cfg", guidance_scale=2.0, num_steps=2, every_n_epochs=0, cache_dir=None)
     trainer(tmp_path, 120).fit(module, data)
-    assert error_of(module.tokenizer, data.images) < 0.7 * before
+    assert error_of(module.tokenizer, data.images) < 0.8 * before  # what ignores the tokens stays where it was
 
     trainer(tmp_path, 1, rfid).validate(module, data)
     assert list(rfid.values) == [1, 2, 4, 8, 16]
@@ -433,4 +433,11 @@ def test_token_shards(name: str, image_shards: Path, tmp_path: Path) -> None:
     write_tokens(
         str(image_shards / "val"), tmp_path, tok.tokenize, tokenizer_id=tok.identity(), image_size=32, num_workers=0
     )
-    assert (tmp_path / "index.json").is_file()
+    images, shards = (
+        ShardDataModule(val=str(folder), image_size=32, num_workers=0, eval_batch_size=64, val_limit=None)
+        for folder in (image_shards / "val", tmp_path)
+    )
+    (pictures,), (written,) = list(images.val_dataloader()), list(shards.val_dataloader())
+    order = [written["key"].index(f"{key}_v0") for key in pictures["key"]]
+    assert torch.equal(written["tokens"][order], tok.tokenize(pictures["image"]))
+    assert written["tokens"].shape == (len(order), 64)
