@@ -21,6 +21,7 @@ BENCHMARKS = (
     "loader",
     "conversion",
     "plan",
+    "width_transfer",
 )
 
 
