@@ -21,7 +21,6 @@ BENCHMARKS = (
     "loader",
     "conversion",
     "plan",
-    "width_transfer",
 )
 
 

@@ -55,8 +55,8 @@ parser.add_argument("--check-widths", type=int, nargs="+", default=[64, 128, 256
 parser.add_argument("--check-steps", type=int, default=5)
 parser.add_argument("--check-lr", type=float, default=3e-3)
 parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
-parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3 * 2**n for n in range(7)])
-parser.add_argument("--steps", type=int, default=120)
+parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3 * 2**n for n in range(6)])
+parser.add_argument("--steps", type=int, default=80)
 parser.add_argument("--seeds", type=int, default=2)
 parser.add_argument("--batch-size", type=int, default=16)
 parser.add_argument("--workers", type=int, default=2, help="trainings at a time, each of one thread")
@@ -203,8 +203,8 @@ def called(function: Callable[..., Any], call: tuple[Any, ...]) -> tuple[tuple[A
 
 
 def run(pool: Any, function: Callable[..., Any], jobs: dict[Any, list[tuple[Any, ...]]]) -> dict[Any, list[Any]]:
-    """The results of each list of calls; equal calls are made once, the widest models first."""
-    calls = sorted({call for row in jobs.values() for call in row}, key=lambda call: -call[1])
+    """The results of each list of calls; equal calls are made once, by seed, the widest models first."""
+    calls = sorted({call for row in jobs.values() for call in row}, key=lambda call: (call[-1], -call[1]))
     done = {}
     for call, result in pool.imap_unordered(partial(called, function), calls):
         print(call, result, flush=True)

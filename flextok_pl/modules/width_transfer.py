@@ -11,7 +11,6 @@ Shapes: D width, D0 base width.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +20,9 @@ from torch import Tensor, nn
 from flextok_pl.modules.optim import is_matrix, parameter_groups
 
 Role = Literal["hidden", "output", "input", "vector", "fixed"]
+
+ADAM_EPS = 1e-8
+"""Epsilon at the base width, torch's default."""
 
 
 class WidthPart(NamedTuple):
@@ -133,11 +135,15 @@ def rescale_initial_weights(part: WidthPart) -> None:
 
 
 def width_groups(module: nn.Module, weight_decay: float, lr: float, parts: Sequence[WidthPart]) -> list[dict[str, Any]]:
-    """`parameter_groups`, where hidden and output matrices have lr * D0 / D.
+    """`parameter_groups` with learning rate, weight decay and epsilon of their own, for AdamW.
 
-    AdamW multiplies its weight decay by the learning rate. That of those matrices is divided by the same ratio, so
-    that a step takes the same share off the weights at all widths, as in the authors' package
-    (https://github.com/microsoft/mup/blob/0518b39e91caa5d81ad0529225046cbdfdef69c4/mup/optim.py).
+    Hidden and output matrices have lr * D0 / D. AdamW multiplies its weight decay by the learning rate; theirs is
+    divided by the same ratio, so that a step takes the same share off the weights at all widths, as in the authors'
+    package (https://github.com/microsoft/mup/blob/0518b39e91caa5d81ad0529225046cbdfdef69c4/mup/optim.py).
+
+    Where D0 / D multiplies a parameter's gradients, which is everywhere but in output matrices and what is fixed, it
+    multiplies epsilon, too. The first gradients of the encoder, behind gates that start at zero, are near the usual
+    1e-8, and that would slow down wide models more than narrow ones.
 
     Args:
         module: whose parameters to split.
@@ -147,26 +153,21 @@ def width_groups(module: nn.Module, weight_decay: float, lr: float, parts: Seque
 
     Returns:
         Groups for AdamW. Without parts those of `parameter_groups`, which leave the learning rate to the optimizer;
-        with parts each has its own, and a name for its curve.
+        with parts each group has a name, of role and D0 / D, for its curve.
     """
     groups = parameter_groups(module, weight_decay)
     if not parts:
         return groups
-    ratios = {
-        weight.parameter: part.ratio if weight.role in ("hidden", "output") else 1.0
-        for part in parts
-        for weight in part_weights(part)
-    }
-    split: defaultdict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    known = {weight.parameter: (weight.role, part.ratio) for part in parts for weight in part_weights(part)}
+    split: dict[str, dict[str, Any]] = {}
     for group in groups:
         for parameter in group["params"]:
-            split[group["weight_decay"], ratios[parameter]].append(parameter)
-    return [
-        {
-            "params": parameters,
-            "lr": lr * ratio,
-            "weight_decay": decay / ratio,
-            "name": ("decay" if decay else "no_decay") + ("" if ratio == 1 else f"_lr_x{ratio:g}"),
-        }
-        for (decay, ratio), parameters in split.items()
-    ]
+            role, ratio = known[parameter]
+            lr_ratio = ratio if role in ("hidden", "output") else 1.0
+            eps_ratio = ratio if role in ("hidden", "input", "vector") else 1.0
+            decay = group["weight_decay"] / lr_ratio
+            name = role if role == "fixed" else f"{role}_x{ratio:g}"
+            name += "" if decay else "_no_decay"
+            options = {"name": name, "lr": lr * lr_ratio, "weight_decay": decay, "eps": ADAM_EPS * eps_ratio}
+            split.setdefault(name, {"params": [], **options})["params"].append(parameter)
+    return list(split.values())
