@@ -1,4 +1,4 @@
-r"""Width transfer of tokenizer and prior: activations against width, and the best learning rate at three widths.
+"""Width transfer of tokenizer and prior: activations against width, and the best learning rate at three widths.
 
 Small models on the demo's latents and tokens, in the standard parametrisation and with `mup_base_width` set to the
 smallest width of the sweep, where the two are the same.
@@ -11,9 +11,7 @@ Sweep: for every learning rate the training loss at the end, a mean over the las
 trainings with warm-up and cosine. `best` has the learning rate of the least mean over seeds (`grid`), and where a
 parabola through it and its neighbours, over the logarithm of the learning rate, is least (`parabola`).
 
-    make data data/openmoji64_tokens/index.json
-    python benchmarks/width_transfer.py --json benchmarks/results/width_transfer_cpu.json \
-        --picture docs/width_transfer.png
+    make bench-width
 """
 
 import argparse
