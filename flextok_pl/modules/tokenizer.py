@@ -64,11 +64,10 @@ class TokenizerModule(pl.LightningModule):
         weight_decay: of matrices; biases, tokens and positions have none.
         warmup_steps: optimizer steps of linear warm-up, followed by a cosine over the rest of the training.
         min_lr_ratio: final share of the learning rate.
-        timestep_shift: above 1 more training on noisy inputs, where tokens matter most. Like `pure_noise` it has no
-            effect on a net with `objective="mse"`, which always trains at t = 1.
         mup_base_width: width, of encoder and decoder alike, at which `lr`, `weight_decay` and initialisation are tuned;
             they are carried over to this model's widths by muP. None for the standard parametrisation.
-        timestep_shift: above 1 more training on noisy inputs, where tokens matter most.
+        timestep_shift: above 1 more training on noisy inputs, where tokens matter most. Like `pure_noise` it has no
+            effect on a net with `objective="mse"`, which always trains at t = 1.
         pure_noise: share of the images that are trained at t = 1, where only the tokens say what to draw. A small model
             on a small machine finds out much sooner that its tokens are of use.
         budget_groups: parts a batch is sorted into by budget; more parts cost less, with the same gradients.
