@@ -51,7 +51,7 @@ $(READY): pyproject.toml
 	index=$${PIP_INDEX_URL:-$$($(BIN)/pip config get global.index-url 2>/dev/null)}; \
 	cert=$${PIP_CERT:-$$($(BIN)/pip config get global.cert 2>/dev/null)}; \
 	install() { \
-	    { test -x $(BIN)/uv && env $${cert:+SSL_CERT_FILE="$$cert"} $(BIN)/uv --cache-dir $(VENV)/.uv pip install \
+	    { test -x $(BIN)/uv && env $${cert:+SSL_CERT_FILE="$$cert"} $(BIN)/uv --cache-dir $(VENV)/.uv pip install --compile-bytecode \
 	        --python $(BIN)/python $${index:+--default-index "$$index"} "$$@"; } \
 	    || $(BIN)/python -m pip install --disable-pip-version-check "$$@"; \
 	}; \
@@ -110,9 +110,9 @@ test: $(READY)  ## run the tests
 test-faults: $(READY)  ## run the fault tests, and those of twenty random kills
 	$(BIN)/python -m pytest -m "long or not long" tests/faults $(ARGS)
 
-test-slurm: $(READY)  ## run a preempted job under a Slurm of its own (Debian, as root)
+test-slurm: $(READY)  ## run a preempted job, and sweeps, under a Slurm of its own (Debian, as root)
 	command -v slurmctld || apt-get install -y --no-install-recommends slurm-wlm munge
-	$(BIN)/python -m pytest tests/slurm $(ARGS)
+	$(BIN)/python -m pytest -m "long or not long" tests/slurm $(ARGS)
 
 test-agreement: $(READY)  ## measure 10,000 against 10,000 pictures, beside torch-fidelity (Debian: dataset-fashion-mnist)
 	$(BIN)/python -m pytest -m long -s tests/agreement $(ARGS)

@@ -1,6 +1,6 @@
 """A sweep of real trainings, here and under a real Slurm: whatever ends when, every trial is accounted for, once.
 
-Ten trials, two at a time. One learning rate is so large that the loss becomes NaN, which fails; two are so small that
+Eight trials, two at a time. One learning rate is so large that the loss becomes NaN, which fails; two are so small that
 they are pruned. The process that runs the sweep is killed and started again, and one training is preempted.
 """
 
@@ -21,7 +21,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 ROOT = Path(__file__).parents[2]
-GOOD, SLOW, BROKEN = [5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 7e-3, 1e-2], [1e-7, 2e-7], 1e20
+GOOD, SLOW, BROKEN = [1e-3, 2e-3, 3e-3, 5e-3, 1e-2], [1e-7, 2e-7], 1e20
 RATES = [*GOOD[:4], BROKEN, *SLOW, *GOOD[4:]]
 
 
@@ -39,19 +39,19 @@ class Running:
                 "rfid": None,
                 "codebook": None,
                 "trainer.accelerator": "cpu",
-                "trainer.max_steps": 120,
+                "trainer.max_steps": 300,
                 "trainer.limit_val_batches": 1,
                 "trainer.check_val_every_n_epoch": None,
-                "trainer.val_check_interval": 20,
+                "trainer.val_check_interval": 50,
                 "trainer.enable_progress_bar": False,
-                "checkpoint.every_n_train_steps": 20,
+                "checkpoint.every_n_train_steps": 50,
             },
             "metric": "val/loss",
             "space": {"model.lr": RATES},
             "search": "grid",
             "pruner": {
                 "class_path": "optuna.pruners.ThresholdPruner",
-                "init_args": {"upper": 1.5, "n_warmup_steps": 30},
+                "init_args": {"upper": 1.5, "n_warmup_steps": 60},
             },
             "workers": 2,
             "launcher": launcher,
@@ -95,7 +95,7 @@ class Running:
         return (self.trial(number) / "version_0" / "metrics.jsonl").exists()
 
 
-@pytest.fixture(params=["local", "slurm"])
+@pytest.fixture(params=[pytest.param("local", marks=pytest.mark.long), "slurm"])
 def sweep(request: pytest.FixtureRequest, tmp_path: Path, image_shards: Path) -> Iterator[Running]:
     environment = dict(os.environ)
     if request.param == "slurm":
@@ -121,9 +121,9 @@ def test_every_trial_is_accounted_for(sweep: Running, request: pytest.FixtureReq
     else:  # as Slurm does before a time limit; it would let a requeued job wait for two minutes
         job = sweep.content(3, "job")["job"]
         subprocess.run(["scancel", "--signal=USR2", job], env=sweep.environment, check=True)
-        sweep.until(lambda: "stopped at step" in sweep.log(3))
-        time.sleep(2)
-        subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], env=sweep.environment, check=False)
+        asked = ["squeue", "--noheader", "--format=%T", "--jobs", job]
+        sweep.until(lambda: "PENDING" in subprocess.check_output(asked, env=sweep.environment, text=True))
+        subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], env=sweep.environment, check=True)
     assert driver.wait(timeout=600) == 0, sweep.said()
 
     storage = JournalStorage(JournalFileBackend(str(sweep.root / "journal.log")))
@@ -159,5 +159,5 @@ def test_every_trial_is_accounted_for(sweep: Running, request: pytest.FixtureReq
         capture_output=True,
         text=True,
     ).stdout
-    assert table.count("complete") == 7 and table.count("pruned") == 2 and "the loss is" in table
-    assert (sweep.root / "results.csv").read_text().count("\n") == 11
+    assert table.count("complete") == 5 and table.count("pruned") == 2 and "the loss is" in table
+    assert (sweep.root / "results.csv").read_text().count("\n") == 9
