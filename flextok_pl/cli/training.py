@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch.distributed import DistError
 
 import flextok_pl.modules  # noqa: F401  makes the modules known by their bare class names
-from flextok_pl.callbacks import EMA, CodebookReport, GenerationFID, ReconstructionFID, Throughput, TokenReport
+from flextok_pl.callbacks import EMA, CodebookReport, GenerationFID, HParams, ReconstructionFID, Throughput, TokenReport
 from flextok_pl.cli import UserError, base_config, config_paths
 from flextok_pl.data import ShardDataModule
 from flextok_pl.modules.saved_prior import SavedPrior
@@ -31,6 +31,7 @@ CALLBACKS: dict[str, type[Callback]] = {
     "positions": TokenReport,
     "throughput": Throughput,
     "lr_monitor": LearningRateMonitor,
+    "hparams": HParams,
     "checkpoint": ModelCheckpoint,
     "best": ModelCheckpoint,
     # Last, so that it swaps the raw weights back after every other callback has evaluated the averaged ones.
@@ -43,7 +44,7 @@ CALLBACKS: dict[str, type[Callback]] = {
 LOST_CONTACT = "Connection closed by peer|Connection reset by peer|Timed out waiting|caused pair closure|Broken pipe"
 """What Gloo says of a process that is gone; NCCL's errors are of a class of their own."""
 
-FIT_ONLY = frozenset({"throughput", "lr_monitor", "checkpoint", "best", "ema", "preemption"})
+FIT_ONLY = frozenset({"throughput", "lr_monitor", "hparams", "checkpoint", "best", "ema", "preemption"})
 
 
 class FlexTokCLI(LightningCLI):
