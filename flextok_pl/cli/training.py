@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import ArgumentError, Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
@@ -17,7 +17,16 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch.distributed import DistError
 
 import flextok_pl.modules  # noqa: F401  makes the modules known by their bare class names
-from flextok_pl.callbacks import EMA, CodebookReport, GenerationFID, HParams, ReconstructionFID, Throughput, TokenReport
+from flextok_pl.callbacks import (
+    EMA,
+    CodebookReport,
+    GenerationFID,
+    HParams,
+    MetricsLog,
+    ReconstructionFID,
+    Throughput,
+    TokenReport,
+)
 from flextok_pl.cli import UserError, base_config, config_paths
 from flextok_pl.data import ShardDataModule
 from flextok_pl.modules.saved_prior import SavedPrior
@@ -29,6 +38,7 @@ CALLBACKS: dict[str, type[Callback]] = {
     "gfid": GenerationFID,
     "codebook": CodebookReport,
     "positions": TokenReport,
+    "metrics_log": MetricsLog,
     "throughput": Throughput,
     "lr_monitor": LearningRateMonitor,
     "hparams": HParams,
@@ -147,6 +157,7 @@ class FlexTokCLI(LightningCLI):
             numbered = {int(run.parent.name.removeprefix("version_")): run for run in runs if any(run.glob("*.ckpt"))}
             if not numbered:
                 print(f"no run of {options['name']} has a checkpoint yet: starting from the beginning")
+                self.save_config_kwargs["overwrite"] = options["version"] is not None  # which may have begun before
                 return None
             newest = max(numbered)
             found = newest_intact(numbered[newest])
@@ -174,6 +185,27 @@ class FlexTokCLI(LightningCLI):
             if callback is not None and (self._only == "fit" or name not in FIT_ONLY)
         ]
         return super()._instantiate_trainer(config, wanted)
+
+
+class ParsingCLI(FlexTokCLI):
+    """Parses what `flextok fit` takes, and builds nothing of it; a subclass's `_run_subcommand` uses the outcome."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and say what is wrong in the words of this command."""
+        parser.exit_on_error = False
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            raise UserError(str(error).replace(f"{self._only}.", "")) from error
+
+    def _set_seed(self) -> None:
+        """Nothing is drawn."""
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing is instantiated."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing is instantiated."""
 
 
 def run(subcommand: str, arguments: Sequence[str]) -> None:

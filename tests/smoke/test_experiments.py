@@ -40,7 +40,7 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_there_is_no_file_that_the_tests_below_miss() -> None:
-    known = {"base.yaml", *names("vae", "tokenizer", "prior", "nets", "data")}
+    known = {"base.yaml", *names("vae", "tokenizer", "prior", "nets", "data", "sweeps")}
     assert known == {str(file.relative_to(EXPERIMENTS)) for file in EXPERIMENTS.rglob("*.yaml")}
 
 

@@ -1,0 +1,46 @@
+"""What a run has measured, as lines that any program can read while it goes on."""
+
+from __future__ import annotations
+
+import json
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from flextok_pl.contracts import run_folder
+
+
+class MetricsLog(Callback):
+    """Append the latest values of all logged metrics to `metrics.jsonl` in the run's folder.
+
+    A line is written after each validation, at the end of a fit and after a test: `stage` (`fit`, `validate` or
+    `test`), `epoch`, `step`, and `metrics`, name -> value. A run that is resumed from a checkpoint writes again what it
+    measures again; the later line holds.
+    """
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write a line."""
+        if not trainer.sanity_checking:
+            self._write(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write a line."""
+        self._write(trainer)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write a line."""
+        self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
+        file = run_folder(trainer) / "metrics.jsonl"
+        if not trainer.is_global_zero:
+            return
+        stage = trainer.state.fn.value if trainer.state.fn is not None else "fit"
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+        entry = {"stage": stage, "epoch": trainer.current_epoch, "step": trainer.global_step, "metrics": metrics}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("ab+") as lines:
+            if lines.tell():  # a process that was killed may have left half a line
+                lines.seek(-1, 2)
+                if lines.read(1) != b"\n":
+                    lines.write(b"\n")
+            lines.write(json.dumps(entry).encode() + b"\n")

@@ -1,0 +1,220 @@
+"""`flextok sweep` and `flextok sweep status`: searches over the options of an experiment."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from jsonargparse import ArgumentParser, Namespace, strip_meta
+from rich.console import Console
+from rich.live import Live
+
+from flextok_pl.cli import UserError
+from flextok_pl.cli.plan import KINDS, training_sets
+from flextok_pl.cli.training import ParsingCLI, run_cli
+from flextok_pl.models.config import config_from_dict
+from flextok_pl.sweeps.driver import Driver, open_study
+from flextok_pl.sweeps.results import status_table, write_results
+from flextok_pl.sweeps.runner import METRICS, read_metrics
+from flextok_pl.sweeps.space import Params
+from flextok_pl.sweeps.sweep import Sweep, as_arguments
+
+# What makes an experiment as short as can be: one step, one batch of each set, and all that is logged after it.
+ONE_STEP = {
+    "trainer.max_steps": 1,
+    "trainer.limit_train_batches": 1,
+    "trainer.limit_val_batches": 1,
+    "trainer.limit_test_batches": 1,
+    "trainer.check_val_every_n_epoch": 1,
+    "trainer.val_check_interval": 1.0,
+    "trainer.accumulate_grad_batches": 1,
+    "model.warmup_steps": 0,
+}
+
+
+class CheckCLI(ParsingCLI):
+    """Parses what `flextok fit` takes, and checks the network that it describes and that it comes to a validation."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        options = self.config[subcommand]
+        kind = KINDS.get(options.model.class_path.rsplit(".", 1)[-1])
+        if kind is not None:
+            config_from_dict(kind[0], strip_meta(options.model.init_args).as_dict()["net"])
+        first = _steps_to_validation(options)
+        if 0 < options.trainer.max_steps < first:
+            raise ValueError(
+                f"trainer.max_steps={options.trainer.max_steps} ends before the first validation, which comes after "
+                f"{first} steps; set trainer.check_val_every_n_epoch to null and trainer.val_check_interval to a "
+                "number of steps"
+            )
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Run `flextok sweep`."""
+    parser = _parser(command, "Search over the options of an experiment; each trial is a `flextok fit`.")
+    parser.add_argument("--dry_run", type=bool, default=False, help="Print the commands of the trials, and stop.")
+    parser.add_argument("--check", type=bool, default=True, help="First check all values, and train one step.")
+    sweep, rest = _parse(parser, arguments)
+    if rest["dry_run"]:
+        for number, point in enumerate(_some_points(sweep)):
+            name = sweep.trial_folder(number, point).path.name
+            for arguments in sweep.arguments(point, name, sweep.seeds[0], sweep.root):
+                print(shlex.join(["flextok", *arguments]))
+        return
+    try:
+        driver = Driver(sweep, lambda line: print(line, flush=True))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if rest["check"] and "checked" not in driver.study.user_attrs:
+        check(sweep)
+        driver.study.set_user_attr("checked", True)
+    with _interruptible():
+        try:
+            driver.run()
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        finally:
+            write_results(sweep, driver.study)
+    print(f"results: {sweep.root / 'results.csv'}, and pictures beside it; `make tensorboard` shows the runs")
+
+
+def status(command: str, arguments: Sequence[str]) -> None:
+    """Run `flextok sweep status`."""
+    parser = _parser(command, "Show the trials of a sweep.")
+    parser.add_argument("--watch", type=bool, default=False, help="Show them until all have ended.")
+    sweep, rest = _parse(parser, arguments)
+    try:
+        study = open_study(sweep, create=False)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    console = Console()
+    if not rest["watch"]:
+        console.print(status_table(sweep, study))
+        return
+    with Live(status_table(sweep, study), console=console, refresh_per_second=1) as live:
+        while sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False)) < sweep.num_trials:
+            time.sleep(2)
+            live.update(status_table(sweep, study))
+
+
+def check(sweep: Sweep) -> None:
+    """Find out before the first trial what would stop all of them.
+
+    Every value of every option is parsed together with the others' first, and the networks' options are checked. Then
+    the first point trains one step and evaluates one batch, which shows whether the metric is logged.
+
+    Raises:
+        UserError: an option does not exist, a value does not fit, or the metric is not logged.
+    """
+    points = list(sweep.points.corners())
+    for point in points:
+        try:
+            run_cli(CheckCLI, "fit", sweep.arguments(point, "check", sweep.seeds[0], sweep.root)[0][1:])
+        except UserError as error:
+            raise UserError(f"space: {point} cannot be trained: {error}") from error
+    print(f"{len(points)} points of the space can be parsed; training the first one for a step", flush=True)
+    with tempfile.TemporaryDirectory(prefix="flextok-check-") as place:
+        for arguments in sweep.arguments(points[0], "check", sweep.seeds[0], Path(place)):
+            command = [sys.executable, "-m", "flextok_pl", *arguments, *as_arguments(ONE_STEP)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise UserError(
+                    f"the first point cannot be trained for a step:\n{(done.stdout + done.stderr)[-3000:]}\n"
+                    f"this was: {shlex.join(command)}"
+                )
+        logged: dict[str, Any] = {}
+        for entry in read_metrics(Path(place) / "check" / f"version_{sweep.seeds[0]}" / METRICS):
+            logged |= entry["metrics"]
+        if sweep.metric not in logged:
+            raise UserError(
+                f"metric={sweep.metric} is not logged; there are {', '.join(sorted(logged))}. If it only comes later "
+                "in a training, give --check false"
+            )
+
+
+def _steps_to_validation(options: Namespace) -> int:
+    """Optimizer steps of one device before its first validation; 0 where that does not follow from the options."""
+    trainer, interval = options.trainer, options.trainer.val_check_interval
+    indices = training_sets(options.data.train)
+    if isinstance(interval, int) and trainer.check_val_every_n_epoch is None:
+        batches = interval
+    elif not indices:
+        return 0
+    else:
+        batches = sum(index.num_samples for index in indices) // options.data.batch_size
+        limit = trainer.limit_train_batches
+        if limit is not None:
+            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        whole = batches * (trainer.check_val_every_n_epoch or 1)
+        if isinstance(interval, int):
+            batches = whole - batches + interval
+        else:
+            batches = whole - batches + int(batches * (1.0 if interval is None else interval))
+    return int(batches) // (trainer.accumulate_grad_batches or 1)
+
+
+def _parser(command: str, description: str) -> ArgumentParser:
+    parser = ArgumentParser(prog=f"flextok {command}", description=description, usage=f"flextok {command} FILE [...]")
+    parser.add_argument("--config", action="config", help="The sweep's file; FILE is short for it.")
+    parser.add_class_arguments(Sweep, None)
+    return parser
+
+
+def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Sweep, dict[str, Any]]:
+    """The sweep of a file, and what else was given.
+
+    Raises:
+        UserError: there is no such file, or it says what cannot be.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        if {"-h", "--help"} & set(arguments):
+            parser.parse_args(["--help"])
+        raise UserError("give the file of a sweep, such as experiments/sweeps/budget_law.yaml")
+    file = Path(arguments[0])
+    if not file.is_file():
+        raise UserError(f"{file} is no file; give that of a sweep, such as experiments/sweeps/budget_law.yaml")
+    given = parser.instantiate_classes(parser.parse_args([f"--config={file}", *arguments[1:]])).as_dict()
+    names = {option.name for option in dataclasses.fields(Sweep)}
+    options = {name: value for name, value in given.items() if name in names}
+    experiments = options["experiment"] if isinstance(options["experiment"], list) else [options["experiment"]]
+    options["experiment"] = [str(_beside(file, each)) for each in experiments]
+    options["name"] = options["name"] or file.stem
+    try:
+        return Sweep(**options), given
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def _beside(file: Path, experiment: str) -> Path:
+    """An experiment named relative to the sweep's file, or to the working folder."""
+    near = file.parent / experiment
+    return Path(os.path.normpath(near)) if near.is_file() else Path(experiment)
+
+
+def _some_points(sweep: Sweep) -> list[Params]:
+    """The points of a grid, or as many as trials that the search would draw knowing nothing."""
+    if sweep.search == "grid":
+        return sweep.points.grid()[: sweep.num_trials]
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=sweep.seed))
+    return [sweep.points.suggest(study.ask()) for _ in range(sweep.num_trials)]
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

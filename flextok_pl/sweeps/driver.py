@@ -1,0 +1,232 @@
+"""Asks Optuna for trials, lets a launcher run them, and tells Optuna how they end."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import Trial, TrialState
+
+from flextok_pl.sweeps.launch import Launcher, LocalLauncher, SlurmLauncher
+from flextok_pl.sweeps.runner import TrialFolder
+from flextok_pl.sweeps.space import Params
+from flextok_pl.sweeps.sweep import Sweep
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)  # what it would say of each trial, the driver says
+
+MOST_LAUNCHES = 10
+"""Starts of a trial whose process is lost without a word each time, after which it counts as failed."""
+
+
+def open_study(sweep: Sweep, create: bool = True) -> optuna.Study:
+    """The trials of a sweep.
+
+    Args:
+        sweep: whose.
+        create: start a new one where there is none.
+
+    Raises:
+        ValueError: there is none, or it was started with other options.
+    """
+    journal = sweep.root / "journal.log"
+    if not create and sweep.storage is None and not journal.exists():
+        raise ValueError(f"{sweep.root} holds no sweep yet; start it by `flextok sweep FILE`")
+    sweep.root.mkdir(parents=True, exist_ok=True)
+    storage: BaseStorage | str = sweep.storage or JournalStorage(JournalFileBackend(str(journal)))
+    study = optuna.create_study(
+        storage=storage,
+        study_name=sweep.name,
+        direction=sweep.direction,
+        pruner=sweep.pruner or optuna.pruners.NopPruner(),
+        load_if_exists=True,
+    )
+    study.sampler = _sampler(sweep, len(study.trials))
+    before = study.user_attrs.get("fixed")
+    if before is None:
+        study.set_user_attr("fixed", sweep.fixed())
+    elif before != sweep.fixed():
+        changed = next(option for option, value in sweep.fixed().items() if before.get(option) != value)
+        raise ValueError(
+            f"{changed}={json.dumps(sweep.fixed()[changed])} differs from that with which {sweep.root} was started, "
+            f"{json.dumps(before.get(changed))}; give the new sweep another name by --name"
+        )
+    return study
+
+
+def _sampler(sweep: Sweep, existing: int) -> BaseSampler:
+    """What draws points; after a restart it does not draw those of before again."""
+    if isinstance(sweep.search, BaseSampler):
+        return sweep.search
+    seed = sweep.seed + existing
+    if sweep.search == "tpe":
+        conditional = sweep.points.conditional
+        return TPESampler(seed=seed, constant_liar=True, group=conditional, multivariate=conditional)
+    return RandomSampler(seed=seed)
+
+
+class Driver:
+    """Runs a sweep to its end.
+
+    It is the only process that writes to the study, and may be killed and started again at any time: the trials
+    themselves are in their folders.
+
+    Args:
+        sweep: to run.
+        say: prints a line.
+    """
+
+    poll_seconds = 0.5
+
+    def __init__(self, sweep: Sweep, say: Callable[[str], None]) -> None:
+        self.sweep, self.say = sweep, say
+        self.study = open_study(sweep)
+        self.launcher: Launcher = (
+            LocalLauncher(sweep.workers, sweep.gpus_per_trial)
+            if sweep.launcher == "local"
+            else SlurmLauncher(sweep.root / "slurm", sweep.slurm, sweep.workers)
+        )
+        self._under_way: dict[int, tuple[Trial, TrialFolder]] = {}
+        if sweep.search == "grid":
+            for point in sweep.points.grid()[: sweep.num_trials]:
+                self.study.enqueue_trial(point, skip_if_exists=True)
+
+    def run(self) -> None:
+        """Start and watch trials until all have ended.
+
+        Raises:
+            ValueError: another process runs this sweep.
+        """
+        with _only_one(self.sweep.root / "driver.lock"):
+            try:
+                self._take_over()
+                while self._fill() or self._under_way:
+                    time.sleep(self.poll_seconds)
+                    self._watch()
+            except KeyboardInterrupt:
+                left = self.launcher.leave([folder for _, folder in self._under_way.values()])
+                raise ValueError(f"interrupted: {left}; the same command goes on") from None
+
+    def _take_over(self) -> None:
+        """Go on with the trials that an earlier process has left."""
+        for frozen in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+            trial = Trial(self.study, frozen._trial_id)
+            point = self.sweep.points.suggest(trial)
+            folder = self._prepare(trial, point)
+            self._under_way[trial.number] = (trial, folder)
+            self.say(f"trial {trial.number} goes on: {folder.path.name}")
+
+    def _fill(self) -> bool:
+        """Start as many trials as there is room for; whether some are still to come."""
+        counted = [t for t in self.study.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
+        left = self.sweep.num_trials - len(counted)
+        room = self.sweep.workers - len(self._under_way)
+        new = []
+        for _ in range(min(left, room)):
+            trial = self.study.ask()
+            point = self.sweep.points.suggest(trial)
+            folder = self._prepare(trial, point)
+            self._under_way[trial.number] = (trial, folder)
+            new.append(folder)
+            self.say(f"trial {trial.number} starts: {folder.path.name}")
+        if new:
+            self._launch(new)
+        return left > 0
+
+    def _prepare(self, trial: Trial, point: Params) -> TrialFolder:
+        """Write the folder of a trial, unless it is there."""
+        folder = self.sweep.trial_folder(trial.number, point)
+        if folder.read("trial") is None:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            (folder.path / "command.sh").write_text(self.sweep.script(point, folder.path.name))
+            folder.write("trial", self.sweep.trial_plan(trial.number, point, folder.path.name))
+        return folder
+
+    def _launch(self, folders: list[TrialFolder]) -> None:
+        for folder in folders:
+            launches = folder.read("launches") or {"times": []}
+            folder.write("launches", {"times": [*launches["times"], datetime.now().isoformat(timespec="seconds")]})
+        self.launcher.launch(folders)
+
+    def _watch(self) -> None:
+        """Take in what trials have measured and how they ended, and start lost ones again."""
+        for number, (trial, folder) in list(self._under_way.items()):
+            self._report(trial, folder)
+            result = folder.read("result")
+            if result is not None:
+                self._tell(trial, result)
+                del self._under_way[number]
+        lost = []
+        for folder in self.launcher.gone([folder for _, folder in self._under_way.values()]):
+            if folder.read("result") is not None:  # it ended since
+                continue
+            times = (folder.read("launches") or {"times": []})["times"]
+            if len(times) >= MOST_LAUNCHES:
+                reason = f"its process was lost {len(times)} times, without a word; see {folder.path / 'log.txt'}"
+                folder.write("result", {"state": "failed", "reason": reason})
+            else:
+                self.say(f"{folder.path.name} is not running any more; starting it again from its last checkpoint")
+                lost.append(folder)
+        if lost:
+            self._launch(lost)
+
+    def _report(self, trial: Trial, folder: TrialFolder) -> None:
+        """Tell Optuna what the first seed has measured so far, and stop the trial if that is too little."""
+        if self.sweep.pruner is None or folder.asked_to_stop:
+            return
+        known = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
+        for entry in folder.measured(f"version_{self.sweep.seeds[0]}"):
+            value = entry["metrics"].get(self.sweep.metric)
+            if value is None or entry["stage"] != "fit" or entry["step"] in known:
+                continue
+            trial.report(value, entry["step"])
+            if trial.should_prune():
+                self.say(f"trial {trial.number} is stopped: {self.sweep.metric}={value:.6g} at step {entry['step']}")
+                folder.ask_to_stop()
+                return
+
+    def _tell(self, trial: Trial, result: dict[str, Any]) -> None:
+        """How a trial has ended."""
+        if result["state"] == "complete":
+            for run, metrics in result["metrics"].items():
+                trial.set_user_attr(run, metrics)
+            self.study.tell(trial, result["value"])
+            best = self.study.best_trial
+            self.say(
+                f"trial {trial.number}: {self.sweep.metric}={result['value']:.6g} after {result['seconds']:.0f} s; "
+                f"best so far trial {best.number}, {best.value:.6g}"
+            )
+        elif result["state"] == "pruned":
+            self.study.tell(trial, state=TrialState.PRUNED)
+        else:
+            trial.set_user_attr("reason", result["reason"])
+            self.study.tell(trial, state=TrialState.FAIL)
+            self.say(f"trial {trial.number} failed: {result['reason']}")
+
+
+@contextlib.contextmanager
+def _only_one(lock: Path) -> Iterator[None]:
+    """Keep other processes from running the same sweep.
+
+    Raises:
+        ValueError: one does.
+    """
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process runs this sweep: it holds {lock}; wait for it, or end it") from None
+        yield
+    finally:
+        os.close(handle)

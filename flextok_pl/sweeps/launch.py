@@ -1,0 +1,168 @@
+"""Where trials run: processes of this machine, or jobs of a Slurm cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from flextok_pl.sweeps.runner import Runner, TrialFolder
+
+
+class Launcher(Protocol):
+    """Starts trials, and knows which of them are still there, whichever process started them."""
+
+    def launch(self, folders: Sequence[TrialFolder]) -> None:
+        """Start these trials, or let them wait in a queue."""
+
+    def gone(self, folders: Collection[TrialFolder]) -> list[TrialFolder]:
+        """Those of these trials that neither run nor wait any more."""
+
+    def leave(self, folders: Collection[TrialFolder]) -> str:
+        """What becomes of trials under way when the sweep is interrupted; says it in a sentence."""
+
+
+class LocalLauncher:
+    """Each trial is a process of its own, which goes on should the sweep's end.
+
+    Args:
+        workers: trials at a time; they share the processor's cores unless OMP_NUM_THREADS says how.
+        gpus_per_trial: see `Sweep`.
+
+    Raises:
+        ValueError: there are not as many GPUs.
+    """
+
+    def __init__(self, workers: int, gpus_per_trial: int = 0) -> None:
+        self.threads = max(1, (os.cpu_count() or 1) // workers)
+        self.gpus: list[str] = []
+        if gpus_per_trial:
+            visible = _gpus()
+            if len(visible) < workers * gpus_per_trial:
+                raise ValueError(
+                    f"workers={workers} x gpus_per_trial={gpus_per_trial} needs more than the {len(visible)} GPUs here"
+                )
+            groups = [visible[i * gpus_per_trial : (i + 1) * gpus_per_trial] for i in range(workers)]
+            self.gpus = [",".join(group) for group in groups]
+        self._started: dict[Path, subprocess.Popen[bytes]] = {}
+
+    def launch(self, folders: Sequence[TrialFolder]) -> None:
+        """Start these trials."""
+        for folder in folders:
+            environment = {"OMP_NUM_THREADS": str(self.threads), **os.environ}
+            job: dict[str, Any] = {}
+            if self.gpus:
+                taken = [(other.read("job") or {}).get("gpus") for other in self._others(folder)]
+                job["gpus"] = environment["CUDA_VISIBLE_DEVICES"] = next(g for g in self.gpus if g not in taken)
+            with (folder.path / "runner.txt").open("ab") as output:
+                self._started[folder.path] = process = subprocess.Popen(
+                    [sys.executable, "-m", "flextok_pl.sweeps.runner", str(folder.path.absolute())],
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    env=environment,
+                    start_new_session=True,  # Ctrl-C in the terminal is the sweep's to handle
+                )
+            folder.write("job", {**job, "pid": process.pid})
+
+    def _others(self, folder: TrialFolder) -> list[TrialFolder]:
+        """The sweep's trials that run here now, also those that an earlier process of the sweep started."""
+        siblings = [TrialFolder(file.parent) for file in folder.path.parent.glob("*/job.json")]
+        return [other for other in siblings if other.path != folder.path and not self.gone([other])]
+
+    def gone(self, folders: Collection[TrialFolder]) -> list[TrialFolder]:
+        """Those of these trials that do not run any more."""
+        return [folder for folder in folders if not self._lives(folder)]
+
+    def _lives(self, folder: TrialFolder) -> bool:
+        started = self._started.get(folder.path)
+        return (started is not None and started.poll() is None) or folder.running
+
+    def leave(self, folders: Collection[TrialFolder]) -> str:
+        """Let the trials save themselves and stop."""
+        for folder in folders:
+            for name in ("job", "command"):  # the runner, or what a runner that was killed has left behind
+                process = folder.read(name)
+                if process is not None and self._lives(folder):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(process["pid"], signal.SIGTERM)
+                        break
+        while len(self.gone(folders)) < len(folders):
+            time.sleep(0.2)
+        return "the trials under way have saved themselves"
+
+
+class SlurmLauncher:
+    """Each trial is a job, and trials that start together are an array; submitit writes and submits the scripts.
+
+    A job that reaches its time limit or is preempted saves a checkpoint and goes back into the queue.
+
+    Args:
+        folder: for scripts and logs of jobs; on a file system that all nodes see.
+        parameters: what submitit's executor takes.
+        workers: jobs of an array at a time.
+
+    Raises:
+        ValueError: there is no Slurm, or submitit does not know a parameter.
+    """
+
+    grace = 15.0
+    """Seconds for which a job may be missing in `squeue` before it counts as gone."""
+
+    def __init__(self, folder: Path, parameters: Mapping[str, Any], workers: int) -> None:
+        import submitit
+
+        if shutil.which("sbatch") is None:
+            raise ValueError("launcher=slurm: there is no `sbatch` here; start the sweep where jobs are submitted")
+        self._executor = submitit.SlurmExecutor(folder)
+        # Names as submitit.AutoExecutor has them, which call some options alike on all clusters.
+        known: Mapping[str, Any] = dict(submitit.SlurmExecutor._equivalence_dict())
+        given = {str(known.get(name, name.removeprefix("slurm_"))): value for name, value in parameters.items()}
+        try:
+            self._executor.update_parameters(array_parallelism=workers, **given)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"slurm={dict(parameters)}: {error}") from error
+        self._missing: dict[str, float] = {}
+
+    def launch(self, folders: Sequence[TrialFolder]) -> None:
+        """Submit these trials."""
+        jobs = self._executor.submit_array([Runner(folder.path.absolute()) for folder in folders])
+        for folder, job in zip(folders, jobs, strict=True):
+            folder.write("job", {"job": job.job_id})
+
+    def gone(self, folders: Collection[TrialFolder]) -> list[TrialFolder]:
+        """Those of these trials that are in no queue any more."""
+        jobs = {folder.path: str((folder.read("job") or {"job": ""})["job"]) for folder in folders}
+        if not jobs:
+            return []
+        listed = subprocess.run(["squeue", "--noheader", "--array", "--format=%i"], capture_output=True, text=True)
+        if listed.returncode:  # the controller is busy or restarts: ask again later
+            return []
+        now, queued = time.monotonic(), set(listed.stdout.split())
+        for job in jobs.values():
+            if job in queued:
+                self._missing.pop(job, None)
+            else:
+                self._missing.setdefault(job, now)
+        return [f for f in folders if now - self._missing.get(jobs[f.path], now) > self.grace or not jobs[f.path]]
+
+    def leave(self, folders: Collection[TrialFolder]) -> str:
+        """Leave jobs as they are."""
+        jobs = " ".join(str((folder.read("job") or {}).get("job")) for folder in folders)
+        return f"jobs go on by themselves; `scancel {jobs}` would end them" if jobs else "no job is under way"
+
+
+def _gpus() -> list[str]:
+    """The GPUs that this process may use."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]

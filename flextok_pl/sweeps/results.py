@@ -1,0 +1,123 @@
+"""What a sweep has found: a table on the terminal, a CSV file, and pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from typing import Any
+
+import optuna
+from matplotlib import pyplot
+from optuna.trial import FrozenTrial, TrialState
+from optuna.visualization import matplotlib as drawings
+from rich.table import Table
+
+from flextok_pl.metrics.report import write_atomically
+from flextok_pl.sweeps.runner import TrialFolder
+from flextok_pl.sweeps.sweep import Sweep
+
+PICTURES: dict[str, Callable[..., Any]] = {
+    "best_so_far": drawings.plot_optimization_history,
+    "parallel_coordinates": drawings.plot_parallel_coordinate,
+    "importance": drawings.plot_param_importances,
+    "slices": drawings.plot_slice,
+}
+
+
+def status_table(sweep: Sweep, study: optuna.Study) -> Table:
+    """All trials: state, value, how far they are, parameters, and why they failed."""
+    best = {trial.number for trial in _best(study)}
+    table = Table(title=f"{sweep.name}: {sweep.direction} {sweep.metric}, {sweep.num_trials} trials")
+    for column in ("trial", "state", sweep.metric, "step", "took", "parameters", ""):
+        table.add_column(column, justify="left" if column in ("state", "parameters", "") else "right")
+    for trial in study.get_trials(deepcopy=False):
+        if trial.state == TrialState.WAITING:
+            continue
+        folder = sweep.trial_folder(trial.number, trial.params)
+        state = folder.read("state") or {"failures": []}
+        measured = [entry for seed in sweep.seeds for entry in folder.measured(f"version_{seed}")]
+        seen = [entry for entry in measured if entry["stage"] == "fit"]
+        value = trial.value if trial.value is not None else (seen[-1]["metrics"].get(sweep.metric) if seen else None)
+        note = trial.user_attrs.get("reason") or "; ".join(state["failures"][-1:])
+        table.add_row(
+            str(trial.number),
+            _word(trial, folder),
+            "" if value is None else f"{value:.6g}",
+            str(seen[-1]["step"]) if seen else "",
+            _duration(trial),
+            ", ".join(f"{name}={shown(value)}" for name, value in trial.params.items()),
+            note,
+            style="bold green" if trial.number in best else None,
+        )
+    return table
+
+
+def rows(sweep: Sweep, study: optuna.Study) -> Iterator[dict[str, Any]]:
+    """One row for each trial and seed: parameters, all last metrics, and where the run is."""
+    for trial in study.get_trials(deepcopy=False):
+        if trial.state == TrialState.WAITING:
+            continue
+        folder = sweep.trial_folder(trial.number, trial.params)
+        for seed in sweep.seeds:
+            yield {
+                "trial": trial.number,
+                "seed": seed,
+                "state": trial.state.name.lower(),
+                **trial.params,
+                **trial.user_attrs.get(f"version_{seed}", {}),
+                "seconds": (folder.read("state") or {}).get("seconds"),
+                "run": str(folder.path / f"version_{seed}"),
+                "reason": trial.user_attrs.get("reason"),
+            }
+
+
+def write_results(sweep: Sweep, study: optuna.Study) -> None:
+    """Write `results.csv`, and the pictures that there are enough trials for."""
+    found = list(rows(sweep, study))
+    columns = list(dict.fromkeys(column for row in found for column in row))
+    content = io.StringIO()
+    writer = csv.DictWriter(content, columns)
+    writer.writeheader()
+    writer.writerows(found)
+    write_atomically(sweep.root / "results.csv", content.getvalue().encode())
+    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    if len({tuple(trial.params.items()) for trial in complete}) < 2:
+        return
+    for name, draw in PICTURES.items():
+        with warnings.catch_warnings(), pyplot.rc_context({"figure.figsize": (9, 5)}):
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            try:
+                draw(study, target_name=sweep.metric)
+            except (ValueError, RuntimeError) as error:  # all values alike, or no parameter that all trials have
+                print(f"{name}.png is not drawn: {error}")
+                continue
+            buffer = io.BytesIO()
+            pyplot.savefig(buffer, dpi=110, bbox_inches="tight")
+            pyplot.close("all")
+        write_atomically(sweep.root / f"{name}.png", buffer.getvalue())
+
+
+def shown(value: Any) -> str:
+    """A parameter's value, short."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _best(study: optuna.Study) -> list[FrozenTrial]:
+    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    return [study.best_trial] if complete else []
+
+
+def _word(trial: FrozenTrial, folder: TrialFolder) -> str:
+    if trial.state == TrialState.RUNNING and folder.read("state") is None and not (folder.path / "log.txt").exists():
+        return "queued"
+    return trial.state.name.lower()
+
+
+def _duration(trial: FrozenTrial) -> str:
+    if trial.datetime_start is None:
+        return ""
+    seconds = int(((trial.datetime_complete or datetime.now()) - trial.datetime_start).total_seconds())
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

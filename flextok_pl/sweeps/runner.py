@@ -1,0 +1,258 @@
+"""Runs one trial of a sweep: its commands one after another, until it is done, stopped, or has failed too often.
+
+    python -m flextok_pl.sweeps.runner FOLDER
+
+A trial is what its folder holds, and whoever runs it needs nothing else: `trial.json` says what to do, `log.txt` has
+what the commands print, `state.json` how far it is, and `result.json` is there once it has ended. Run again after an
+interruption it goes on from the last checkpoint. Nothing heavy is imported here, as each trial pays for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+METRICS = "metrics.jsonl"
+"""What the callback `MetricsLog` writes in the folder of a run."""
+
+ASKED_TO_STOP = {
+    sign * (base + number) for number in (signal.SIGTERM, signal.SIGUSR1) for base, sign in ((128, 1), (0, -1))
+}
+"""Exit codes of a training that a signal has stopped."""
+
+
+class TrialError(Exception):
+    """A command of a trial has failed; the message says why."""
+
+
+class TrialFolder:
+    """The files of a trial.
+
+    Args:
+        path: its folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """The content of one of its JSON files, or None where there is none."""
+        try:
+            content: dict[str, Any] = json.loads((self.path / f"{name}.json").read_text())
+        except FileNotFoundError:
+            return None
+        return content
+
+    def write(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file, whole or not at all."""
+        temporary = self.path / f".{name}.{os.getpid()}"
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        temporary.replace(self.path / f"{name}.json")
+
+    def ask_to_stop(self) -> None:
+        """Let its runner stop it, as one that is not worth going on with."""
+        (self.path / "stop").touch()
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether it is to be stopped."""
+        return (self.path / "stop").exists()
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[int | None]:
+        """Hold the trial, as long as the yielded file is open anywhere; None where another process holds it."""
+        handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield None
+            else:
+                yield handle
+        finally:
+            os.close(handle)
+
+    @property
+    def running(self) -> bool:
+        """Whether a runner on this machine, or a command that it left behind, holds the trial."""
+        with self.lock() as handle:
+            return handle is None
+
+    def measured(self, run: str) -> list[dict[str, Any]]:
+        """What a run of this trial has logged, in order; what was logged again after a resumption comes once."""
+        return read_metrics(self.path / run / METRICS)
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of a `MetricsLog`: `stage`, `step`, `metrics`; of one step the later values hold."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in file.read_text().splitlines() if file.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):  # a line that a killed process has not finished
+            entry = json.loads(line)
+            found.setdefault((entry["stage"], entry["step"]), entry)["metrics"] |= entry["metrics"]
+    return sorted(found.values(), key=lambda entry: (entry["stage"] == "test", entry["step"]))
+
+
+class Runner:
+    """Runs the trial of a folder; a callable that submitit can queue again.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._child: subprocess.Popen[bytes] | None = None
+        self._interrupted = False
+
+    def __call__(self) -> None:
+        """Run what is left to do."""
+        folder = TrialFolder(self.path)
+        with folder.lock() as handle:
+            if handle is None:
+                print(f"{self.path} is already being run")
+                return
+            if folder.read("result") is not None:
+                return
+            result = self._attempts(folder, handle)
+            if result is not None:
+                folder.write("result", result)
+
+    def checkpoint(self) -> Any:
+        """What submitit calls when the job is about to lose its machine: stop with a checkpoint, and queue it again."""
+        from submitit.helpers import DelayedSubmission
+
+        self.interrupt()
+        if self._child is not None:
+            self._child.terminate()
+            # Not `wait`, whose lock the code below this signal handler may hold.
+            os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOWAIT)
+        return DelayedSubmission(Runner(self.path))
+
+    def interrupt(self, number: int = signal.SIGTERM, frame: FrameType | None = None) -> None:
+        """Let the command that runs save itself and stop, and end without a result."""
+        self._interrupted = True
+
+    def _attempts(self, folder: TrialFolder, handle: int) -> dict[str, Any] | None:
+        """Run all commands, again after a failure; None if interrupted."""
+        plan = folder.read("trial")
+        assert plan is not None, f"{folder.path} is no trial"
+        state = folder.read("state") or {"finished": 0, "failures": [], "seconds": 0.0}
+        while True:
+            try:
+                while state["finished"] < len(plan["commands"]):
+                    began = time.monotonic()
+                    try:
+                        ended = self._command(folder, plan, plan["commands"][state["finished"]], handle)
+                    finally:
+                        state["seconds"] += time.monotonic() - began
+                    state["finished"] += ended == "done"
+                    folder.write("state", state)
+                    if ended == "interrupted":
+                        return None
+                    if ended == "stopped":
+                        return {"state": "pruned", "seconds": state["seconds"]}
+                return {"state": "complete", "seconds": state["seconds"], **outcome(folder, plan)}
+            except TrialError as error:
+                state["failures"].append(str(error))
+                folder.write("state", state)
+                if len(state["failures"]) > plan["retries"]:
+                    return {"state": "failed", "seconds": state["seconds"], "reason": str(error)}
+
+    def _command(self, folder: TrialFolder, plan: Mapping[str, Any], command: Sequence[str], handle: int) -> str:
+        """Run a command: `done`, `stopped` as asked for by the sweep, or `interrupted` by a signal.
+
+        Raises:
+            TrialError: it failed.
+        """
+        with (folder.path / "log.txt").open("ab") as log:
+            start = log.tell()
+            # The command holds the lock, too: should this process be killed, nobody starts the trial a second time
+            # before the command has ended.
+            self._child = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                cwd=plan["cwd"],
+                env=_environment(),
+                pass_fds=[handle],
+            )
+        folder.write("command", {"pid": self._child.pid})
+        told = False
+        while self._child.poll() is None:
+            if not told and (self._interrupted or folder.asked_to_stop):
+                told = True
+                self._child.terminate()
+            time.sleep(0.2)
+        code, self._child = self._child.returncode, None
+        if code == 0:
+            return "done"
+        if self._interrupted:
+            return "interrupted"
+        if folder.asked_to_stop:
+            return "stopped"
+        if code in ASKED_TO_STOP:
+            return "interrupted"
+        raise TrialError(_reason(code, (folder.path / "log.txt").read_bytes()[start:].decode(errors="replace")))
+
+
+def outcome(folder: TrialFolder, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """What a finished trial has measured: the mean `value` of the sweep's metric, and all last `metrics` of each run.
+
+    Raises:
+        TrialError: the metric was never logged, or is no finite number.
+    """
+    last: dict[str, dict[str, float]] = {}
+    for run in plan["runs"]:
+        last[run] = {}
+        for entry in folder.measured(run):
+            last[run] |= entry["metrics"]
+        value = last[run].get(plan["metric"])
+        if value is None:
+            raise TrialError(f"metric={plan['metric']} was never logged; there are {', '.join(sorted(last[run]))}")
+        if not math.isfinite(value):
+            raise TrialError(f"metric={plan['metric']} is {value}")
+    values = [metrics[plan["metric"]] for metrics in last.values()]
+    return {"value": math.fsum(values) / len(values), "metrics": last}
+
+
+def _environment() -> dict[str, str]:
+    """That of this process, without what would make a training take itself for one of several tasks of Slurm's."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PMI_", "PMIX_", "SUBMITIT_"))}
+    if "SLURM_CPUS_PER_TASK" in os.environ:
+        environment.setdefault("OMP_NUM_THREADS", os.environ["SLURM_CPUS_PER_TASK"])
+    return environment
+
+
+def _reason(code: int, log: str) -> str:
+    """Why a command failed, in one line."""
+    if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
+        return "killed (SIGKILL), mostly for want of memory"
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"flextok .*error: |\w*(Error|Exception|Interrupt)\b", line)]
+    return (errors or lines or [f"exit code {code}, and nothing printed"])[-1]
+
+
+def main() -> None:
+    """Run the trial of the folder that is given."""
+    runner = Runner(Path(sys.argv[1]))
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, runner.interrupt)
+    runner()
+
+
+if __name__ == "__main__":
+    main()

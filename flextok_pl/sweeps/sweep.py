@@ -1,0 +1,190 @@
+"""What a sweep's file says, checked; and the commands of its trials."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
+
+from flextok_pl.sweeps.runner import TrialFolder
+from flextok_pl.sweeps.space import Params, Space
+
+FIXED = ("experiment", "space", "overrides", "metric", "direction", "seeds", "test")
+"""What cannot change while a sweep goes on: its trials would no longer be comparable."""
+
+
+@dataclass
+class Sweep:
+    """A search over the options of an experiment.
+
+    Args:
+        experiment: experiment file, or several that are read one after another as by `flextok fit --config`.
+        metric: logged name of what is compared: its last value, averaged over the seeds.
+        space: option -> its values; see `flextok_pl.sweeps.space.Space`.
+        direction: `minimize` or `maximize` the metric.
+        search: `grid` takes all points in their order, `random` and `tpe` (a tree-structured Parzen estimator) draw
+            them; or any sampler of Optuna's.
+        trials: how many; null with `grid` for all points.
+        seeds: each trial trains once with each of them, for model, data order and initialisation.
+        overrides: option -> value for all trials.
+        test: run `flextok test` after each fit; its metrics then count, too.
+        pruner: of Optuna's; stops trials whose first seed does badly at a validation.
+        retries: how many times a trial that fails is run again, from its last checkpoint.
+        launcher: `local` starts processes here; `slurm` submits job arrays.
+        workers: trials at a time.
+        gpus_per_trial: with `local`, GPUs that a trial sees; 0 leaves them as they are.
+        slurm: with `slurm`, what submitit takes: `slurm_partition`, `timeout_min`, `cpus_per_task`, `gpus_per_node`,
+            `mem_gb`, ...
+        storage: URL of a database that Optuna keeps the trials in; null for a journal in the sweep's folder.
+        folder: where sweeps go.
+        name: of this one; null for the file's.
+        seed: of the search.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    experiment: str | list[str]
+    metric: str
+    space: dict[str, Any]
+    direction: Literal["minimize", "maximize"] = "minimize"
+    search: Literal["grid", "random", "tpe"] | BaseSampler = "tpe"
+    trials: int | None = None
+    seeds: list[int] = field(default_factory=lambda: [0])
+    overrides: dict[str, Any] = field(default_factory=dict)
+    test: bool = False
+    pruner: BasePruner | None = None
+    retries: int = 1
+    launcher: Literal["local", "slurm"] = "local"
+    workers: int = 1
+    gpus_per_trial: int = 0
+    slurm: dict[str, Any] = field(default_factory=dict)
+    storage: str | None = None
+    folder: str = "runs/sweeps"
+    name: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"trials": 1, "retries": 0, "workers": 1, "gpus_per_trial": 0}
+        for option, minimum in least.items():
+            value = getattr(self, option)
+            if value is not None and value < minimum:
+                raise ValueError(f"{option}={value} must be at least {minimum}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={self.seeds} must be different numbers, at least one")
+        if self.trials is None and self.search != "grid":
+            raise ValueError(f"trials=null: search={self.search} draws points without end; say how many trials")
+        if self.slurm and self.launcher != "slurm":
+            raise ValueError("slurm=... has no effect with launcher=local; choose --launcher slurm")
+        searched = {option for point in self.points.corners() for option in self.points.options(point)}
+        both = searched & set(self.overrides)
+        if both:
+            raise ValueError(f"{min(both)!r} is in space and in overrides; leave it in one of them")
+        if self.search == "grid":
+            self.points.grid()
+
+    @cached_property
+    def points(self) -> Space:
+        """The search space."""
+        return Space(self.space)
+
+    @property
+    def num_trials(self) -> int:
+        """How many trials there are to be."""
+        if self.search != "grid":
+            assert self.trials is not None
+            return self.trials
+        points = len(self.points.grid())
+        return points if self.trials is None else min(self.trials, points)
+
+    @property
+    def root(self) -> Path:
+        """Folder of the sweep."""
+        assert self.name is not None
+        return Path(self.folder).expanduser() / self.name
+
+    def fixed(self) -> dict[str, Any]:
+        """What cannot change while the sweep goes on."""
+        found: dict[str, Any] = json.loads(json.dumps({option: getattr(self, option) for option in FIXED}))
+        return found
+
+    def trial_folder(self, number: int, point: Mapping[str, Any]) -> TrialFolder:
+        """Where a trial lives; its name says what it is."""
+        return TrialFolder(self.root / f"{number:04d}_{self._title(point)}")
+
+    def trial_plan(self, number: int, point: Params, name: str) -> dict[str, Any]:
+        """What a runner needs to know of a trial, whose folder has that name."""
+        return {
+            "number": number,
+            "params": point,
+            "metric": self.metric,
+            "retries": self.retries,
+            "cwd": str(Path.cwd()),
+            "runs": [f"version_{seed}" for seed in self.seeds],
+            "commands": [
+                [sys.executable, "-m", "flextok_pl", *arguments]
+                for seed in self.seeds
+                for arguments in self.arguments(point, name, seed, self.root)
+            ],
+        }
+
+    def script(self, point: Params, name: str) -> str:
+        """A shell script that trains a trial anew."""
+        lines = [
+            "#!/bin/bash",
+            "# Trains this trial anew, into the folder that is given, or `again` in this one.",
+            "set -e",
+            'out=$(realpath -m "${1:-$(dirname "$0")/again}")',
+            f"cd {shlex.quote(str(Path.cwd()))}",
+        ]
+        for seed in self.seeds:
+            for arguments in self.arguments(point, name, seed, Path("OUT")):
+                command = shlex.join([sys.executable, "-m", "flextok_pl", *arguments])
+                lines.append(command.replace("save_dir=OUT", 'save_dir="$out"'))
+        return "\n".join(lines) + "\n"
+
+    def arguments(self, point: Params, name: str, seed: int, root: Path) -> list[list[str]]:
+        """Those of `flextok` for one seed: a fit, and a test where the sweep asks for one.
+
+        Args:
+            point: of the space.
+            name: of the trial.
+            seed: of the training, and number of the run's version.
+            root: folder for the trial's.
+        """
+        options = {
+            **self.overrides,
+            **self.points.options(point),
+            **dict.fromkeys(("seed_everything", "model.seed", "data.seed"), seed),
+            "metrics_log": {},
+            "trainer.logger.init_args.save_dir": str(root),
+            "trainer.logger.init_args.name": name,
+            "trainer.logger.init_args.version": seed,
+            "ckpt_path": "last",
+        }
+        files = [self.experiment] if isinstance(self.experiment, str) else self.experiment
+        shared = [f"--config={file}" for file in files] + as_arguments(options)
+        return [["fit", *shared]] + ([["test", *shared]] if self.test else [])
+
+    def _title(self, point: Mapping[str, Any]) -> str:
+        """`lr=0.003,width=64`, fit for a folder's name."""
+        last = [name.rsplit(".", 1)[-1] for name in self.space]
+        short = {name: part if last.count(part) == 1 else name for name, part in zip(self.space, last, strict=True)}
+        parts = [
+            f"{short[name]}={f'{value:.4g}' if isinstance(value, float) else value}" for name, value in point.items()
+        ]
+        return re.sub(r"[^\w.,=+-]+", "-", ",".join(parts))[:120].strip("-,")
+
+
+def as_arguments(options: Mapping[str, Any]) -> list[str]:
+    """`--option=value` of each, the value as JSON unless it is a text."""
+    return [f"--{option}={value if isinstance(value, str) else json.dumps(value)}" for option, value in options.items()]

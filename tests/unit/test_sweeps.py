@@ -1,0 +1,307 @@
+"""A sweep's trials, with short commands in place of trainings: each is accounted for, whatever ends when."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+import optuna
+import pytest
+import yaml
+
+from flextok_pl.cli import main
+from flextok_pl.sweeps.driver import Driver, _only_one, open_study
+from flextok_pl.sweeps.launch import LocalLauncher
+from flextok_pl.sweeps.results import rows, status_table, write_results
+from flextok_pl.sweeps.runner import TrialFolder, read_metrics
+from flextok_pl.sweeps.sweep import Sweep
+
+# A training: logs the value of x at each step, saves how far it is, and goes on from there.
+TRAINING = """
+import json, os, signal, sys, time
+folder, x, steps, seed = sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+run = f"{folder}/version_{seed}"
+os.makedirs(run, exist_ok=True)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+at = int(open(f"{run}/at").read()) if os.path.exists(f"{run}/at") else 0
+print("starts at", at, flush=True)
+for step in range(at + 1, steps + 1):
+    if x < 0 and step == 2:
+        print("ValueError: x is negative", flush=True)
+        sys.exit(1)
+    value = float("nan") if x == 99 else x + 1 / step + seed
+    with open(f"{run}/metrics.jsonl", "a") as file:
+        file.write(json.dumps({"stage": "fit", "epoch": 0, "step": step, "metrics": {"loss": value}}) + "\\n")
+    open(f"{run}/at", "w").write(str(step))
+    time.sleep(float(os.environ.get("STEP_SECONDS", "0.01")))
+print("done", flush=True)
+"""
+
+
+@dataclass
+class Quick(Sweep):
+    """A sweep of such trainings."""
+
+    steps: int = 3
+
+    def trial_plan(self, number, point, name):
+        plan = super().trial_plan(number, point, name)
+        x = self.points.options(point)["x"]
+        folder = str(self.root / name)
+        plan["commands"] = [
+            [sys.executable, "-c", TRAINING, folder, str(x), str(self.steps), str(seed)] for seed in self.seeds
+        ]
+        return plan
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch):
+    monkeypatch.setattr(Driver, "poll_seconds", 0.05)
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    def make(**options):
+        given = {"experiment": "unused.yaml", "metric": "loss", "space": {"x": [3.0, 1.0, 2.0]}, "search": "grid"}
+        return Quick(**{**given, "folder": str(tmp_path), "name": "quick", **options})
+
+    return make
+
+
+def run(sweep):
+    said = []
+    driver = Driver(sweep, said.append)
+    driver.run()
+    return driver.study, said
+
+
+def log(sweep, trial):
+    return (sweep.trial_folder(trial.number, trial.params).path / "log.txt").read_text()
+
+
+def test_a_grid_is_run_in_order_and_written_down(sweep):
+    here = sweep(seeds=[0, 10], workers=2)
+    study, said = run(here)
+    assert [trial.params["x"] for trial in study.trials] == [3.0, 1.0, 2.0]
+    assert [trial.value for trial in study.trials] == pytest.approx([3 + 1 / 3 + 5, 1 + 1 / 3 + 5, 2 + 1 / 3 + 5])
+    assert study.best_params == {"x": 1.0} and any("best so far trial 1" in line for line in said)
+    found = list(rows(here, study))
+    assert [(row["trial"], row["seed"], row["state"]) for row in found] == [
+        (number, seed, "complete") for number in range(3) for seed in (0, 10)
+    ]
+    assert found[3]["loss"] == pytest.approx(11 + 1 / 3) and found[3]["run"].endswith("0001_x=1/version_10")
+    write_results(here, study)
+    with (here.root / "results.csv").open() as file:
+        assert [float(row["loss"]) for row in csv.DictReader(file)] == [row["loss"] for row in found]
+    for name in ("best_so_far", "parallel_coordinates", "importance", "slices"):
+        assert (here.root / f"{name}.png").stat().st_size > 5000
+    assert status_table(here, study).row_count == 3
+    again, said = run(here)
+    assert len(again.trials) == 3 and not said, "nothing is left to do"
+
+
+def test_more_trials_may_be_asked_for_later_and_nothing_else_changed(sweep):
+    space = {"x": {"low": 0.0, "high": 9.0}}
+    first = run(sweep(space=space, search="random", trials=2))[0].trials
+    more, _ = run(sweep(space=space, search="random", trials=5))
+    assert len(more.trials) == 5 and len({trial.params["x"] for trial in more.trials}) == 5, "no point is drawn again"
+    assert [trial.params for trial in more.trials[:2]] == [trial.params for trial in first]
+    with pytest.raises(ValueError, match=r"metric=\"other\" differs .* \"loss\"; give the new sweep another name"):
+        run(sweep(space=space, search="random", trials=5, metric="other"))
+
+
+def test_a_failed_trial_keeps_its_reason_and_its_log_and_is_run_again(sweep):
+    here = sweep(space={"x": [1.0, -1.0, 99.0]}, retries=2)
+    study, said = run(here)
+    _, failed, nan = study.trials
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "FAIL"]
+    assert failed.user_attrs["reason"] == "ValueError: x is negative" and log(here, failed).count("negative") == 3
+    assert log(here, failed).split("\n")[:3] == ["starts at 0", "ValueError: x is negative", "starts at 1"]
+    assert nan.user_attrs["reason"] == "metric=loss is nan" and log(here, nan).count("done") == 1
+    assert any("trial 1 failed: ValueError: x is negative" in line for line in said)
+
+
+def test_a_metric_that_is_never_logged(sweep):
+    study, _ = run(sweep(metric="other"))
+    trial = study.trials[0]
+    assert trial.user_attrs["reason"] == "metric=other was never logged; there are loss"
+
+
+def test_a_bad_trial_is_pruned(sweep, monkeypatch):
+    monkeypatch.setenv("STEP_SECONDS", "0.3")
+    pruner = optuna.pruners.ThresholdPruner(upper=3.4)  # 3 + 1/2 is above it, 3 + 1/3 would not be
+    here = sweep(space={"x": [1.0, 3.0]}, pruner=pruner, steps=8, workers=2)
+    study, said = run(here)
+    good, bad = study.trials
+    assert (good.state.name, bad.state.name) == ("COMPLETE", "PRUNED")
+    assert any("trial 1 is stopped: loss=4 at step 1" in line for line in said)
+    assert "done" not in log(here, bad) and bad.intermediate_values[1] == 4.0
+    assert len(good.intermediate_values) >= 3
+
+
+def test_a_killed_driver_leaves_trials_that_the_next_one_takes_in(sweep, tmp_path, monkeypatch):
+    monkeypatch.setenv("STEP_SECONDS", "0.2")
+    here = sweep(space={"x": [float(i) for i in range(6)]}, workers=2, steps=6)
+    pid = os.fork()
+    if pid == 0:
+        Driver(here, lambda line: None).run()
+        os._exit(0)
+    folders = [here.trial_folder(number, {"x": float(number)}) for number in range(6)]
+    until(lambda: folders[1].read("result") is not None and folders[2].measured("version_0"))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    study, said = run(here)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 6
+    assert [trial.value for trial in study.trials] == pytest.approx([i + 1 / 6 for i in range(6)])
+    assert all(log(here, trial).count("done") == 1 for trial in study.trials), "none runs twice"
+    assert any("goes on" in line for line in said)
+
+
+@pytest.mark.parametrize("whom", ["runner", "runner, asked", "command", "command, asked"])
+def test_a_trial_that_is_ended_from_outside_goes_on(sweep, whom, monkeypatch):
+    monkeypatch.setenv("STEP_SECONDS", "0.2")
+    here = sweep(space={"x": [1.0]}, steps=10)
+    folder = here.trial_folder(0, {"x": 1.0})
+
+    def end():
+        until(lambda: len(folder.measured("version_0")) >= 2)
+        process = folder.read("command" if "command" in whom else "job")["pid"]
+        os.kill(process, signal.SIGTERM if "asked" in whom else signal.SIGKILL)
+
+    ending = threading.Thread(target=end)
+    ending.start()
+    study, said = run(here)
+    ending.join()
+    (trial,) = study.trials
+    text = log(here, trial)
+    assert trial.value == pytest.approx(1.1)
+    assert [entry["step"] for entry in folder.measured("version_0")] == list(range(1, 11))
+    if whom == "runner":  # what it has left behind ends by itself, and only then comes the next one
+        assert text == "starts at 0\ndone\nstarts at 10\ndone\n" and len(folder.read("launches")["times"]) == 2
+    elif whom == "command":
+        assert folder.read("state")["failures"] == ["killed (SIGKILL), mostly for want of memory"]
+    else:
+        assert not folder.read("state")["failures"] and any("not running any more" in line for line in said)
+    if whom != "runner":
+        assert text.count("starts at") == 2 and text.count("done") == 1
+
+
+def test_an_interrupted_sweep_lets_its_trials_save_themselves(sweep, monkeypatch):
+    monkeypatch.setenv("STEP_SECONDS", "0.2")
+    here = sweep(space={"x": [1.0, 2.0]}, steps=10, workers=2)
+    folders = [here.trial_folder(number, {"x": number + 1.0}) for number in range(2)]
+
+    def interrupt():
+        until(lambda: all(folder.measured("version_0") for folder in folders))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(ValueError, match="interrupted: the trials under way have saved themselves; the same command"):
+        run(here)
+    thread.join()
+    assert not any(folder.running or folder.read("result") for folder in folders)
+    study, _ = run(here)
+    assert all(trial.state.name == "COMPLETE" and log(here, trial).count("starts") == 2 for trial in study.trials)
+
+
+def test_a_sweep_runs_once_at_a_time(sweep):
+    here = sweep()
+    first = Driver(here, lambda line: None)
+    with _only_one(here.root / "driver.lock"), pytest.raises(ValueError, match="another process runs this sweep"):
+        first.run()
+
+
+def test_gpus_are_shared_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    with pytest.raises(ValueError, match="workers=2 x gpus_per_trial=2 needs more than the 3 GPUs here"):
+        LocalLauncher(2, 2)
+    launcher = LocalLauncher(3, 1)
+    folders = []
+    for number in range(3):
+        folder = TrialFolder(tmp_path / str(number))
+        folder.path.mkdir()
+        show = [
+            sys.executable,
+            "-c",
+            "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); time.sleep(2)",
+        ]
+        folder.write("trial", {"commands": [show], "cwd": ".", "runs": [], "metric": "x", "retries": 0})
+        folders.append(folder)
+    launcher.launch(folders)
+    until(lambda: all((f.path / "log.txt").exists() and (f.path / "log.txt").read_text() for f in folders))
+    assert {(f.path / "log.txt").read_text().strip() for f in folders} == {"4", "5", "6"}
+    until(lambda: len(launcher.gone(folders)) == 3)
+
+
+def test_lines_of_a_killed_process(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    entries = [
+        {"stage": "fit", "step": 1, "metrics": {"a": 1.0}},
+        {"stage": "fit", "step": 1, "metrics": {"a": 2.0, "b": 3.0}},
+    ]
+    file.write_text(json.dumps(entries[0]) + '\n{"stage": "fi\n' + json.dumps(entries[1]) + "\n")
+    assert read_metrics(file) == [{"stage": "fit", "step": 1, "metrics": {"a": 2.0, "b": 3.0}}]
+    assert read_metrics(tmp_path / "none") == []
+
+
+def test_the_script_of_a_trial(sweep, tmp_path):
+    here = sweep(seeds=[3], test=True, overrides={"trainer.max_steps": 5, "rfid": None})
+    text = here.script({"x": 1.0}, "0000_x=1")
+    fit, test = [line for line in text.splitlines() if " -m flextok_pl " in line]
+    assert " fit " in fit and " test " in test
+    for part in ("--trainer.max_steps=5", "--rfid=null", "--x=1.0", "--model.seed=3", 'save_dir="$out"', "version=3"):
+        assert part in fit and part in test
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"workers": 0}, "workers=0 must be at least 1"),
+        ({"seeds": [1, 1]}, r"seeds=\[1, 1\] must be different"),
+        ({"search": "tpe"}, "trials=null: search=tpe draws points without end"),
+        ({"overrides": {"x": 1}}, "'x' is in space and in overrides"),
+        ({"slurm": {"timeout_min": 3}}, "launcher=local"),
+        ({"space": {"x": {"low": 0.0, "high": 1.0}}}, "x needs a step"),
+    ],
+)
+def test_what_a_sweep_cannot_be(sweep, options, message):
+    with pytest.raises(ValueError, match=message):
+        sweep(**options)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ([], "give the file of a sweep"),
+        (["none.yaml"], "none.yaml is no file"),
+        (["sweep.yaml", "--trials", "0"], "sweep.yaml: trials=0 must be at least 1"),
+        (["sweep.yaml", "--launcher", "slurm"], "there is no `sbatch` here"),
+    ],
+)
+def test_errors_of_the_command(given, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nowhere")
+    content = {"experiment": "e.yaml", "metric": "loss", "space": {"x": [1, 2]}, "search": "grid"}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", *given])
+    assert message in str(stop.value)
+
+
+def test_a_sweep_that_was_never_started_has_no_status(sweep):
+    with pytest.raises(ValueError, match="holds no sweep yet"):
+        open_study(sweep(), create=False)
+
+
+def until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
