@@ -19,6 +19,7 @@ from flextok_pl.callbacks.evaluation import (
     bits_per_token,
     chart_budgets,
     checkpoint_facts,
+    decoding_facts,
     evaluated_step,
     extractor_facts,
     log_evaluation,
@@ -257,10 +258,7 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
             "reference": getattr(data, "sources", {}).get(split),
             "crop": getattr(data, "crop", None),
             **extractor_facts(network),
-            "num_steps": self.num_steps,
-            "solver": "euler",
-            "guidance": self.guidance,
-            "guidance_scale": self.guidance_scale,
+            **decoding_facts(module_reconstructor(pl_module), self.num_steps, self.guidance, self.guidance_scale),
             "seed": self.seed,
             **self._protocol(),
             "precision": str(trainer.precision),
@@ -321,7 +319,8 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
         measured, extra = self._notes(done)
         extra = {network.metric_name: {"full_rank": full_rank}, **extra}
         write_json(make_records(self.values, protocol, extra), folder / f"{self.stem}.json")
-        title = f"{measured}, {self.num_steps} steps, guidance {self.guidance}, weights {done.facts['model_weights']}"
+        steps, guidance, weights = (done.facts[name] for name in ("num_steps", "guidance", "model_weights"))
+        title = f"{measured}, {steps} steps, guidance {guidance}, weights {weights}"
         for name, picture in pictures.items():
             save_png(picture, folder / name)
         if not done.in_fit:

@@ -57,6 +57,15 @@ def bits_per_token(reconstructor: Reconstructor) -> float | None:
     return None if vocab_size is None else math.log2(vocab_size)
 
 
+def decoding_facts(
+    reconstructor: Reconstructor, num_steps: int, guidance: str, guidance_scale: float
+) -> dict[str, Any]:
+    """What a protocol states of the decoding, given what was asked for: a tokenizer that regresses takes one step."""
+    if getattr(getattr(reconstructor, "config", None), "objective", "flow") == "mse":
+        num_steps, guidance, guidance_scale = 1, "none", 1.0
+    return {"num_steps": num_steps, "solver": "euler", "guidance": guidance, "guidance_scale": guidance_scale}
+
+
 def split_size(trainer: Trainer, split: str) -> int:
     """Samples in a split, over all processes.
 

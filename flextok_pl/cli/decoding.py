@@ -108,6 +108,11 @@ def compare_decodings(
     if source is not None and source.condition_kind == "text":
         raise ValueError(f"prior={prior!r} is conditioned on text: measure it by `flextok test` and its group gfid")
     tok = FlexTok.from_pretrained(tokenizer or DEMO_TOKENIZER, device=place) if source is None else source.reconstructor
+    if tok.config.objective == "mse":
+        raise ValueError(
+            f"tokenizer={tokenizer!r} has objective='mse' and decodes in one step without guidance: nothing is to be "
+            "chosen; measure it by `flextok test`"
+        )
     wanted = checked_budgets(budgets, tok.num_registers)
     network = build_extractor(extractor, weights).to(place)
     chosen = metric or network.kernel_metric_name

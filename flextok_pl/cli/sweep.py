@@ -62,10 +62,10 @@ class CheckCLI(ParsingCLI):
 
 def run(command: str, arguments: Sequence[str]) -> None:
     """Run `flextok sweep`."""
-    parser = _parser(command, "Search over the options of an experiment; each trial is a `flextok fit`.")
+    parser = sweep_parser(command, "Search over the options of an experiment; each trial is a `flextok fit`.")
     parser.add_argument("--dry_run", type=bool, default=False, help="Print the commands of the trials, and stop.")
     parser.add_argument("--check", type=bool, default=True, help="First check all values, and train one step.")
-    sweep, rest = _parse(parser, arguments)
+    sweep, rest = parse_sweep(parser, arguments)
     if rest["dry_run"]:
         for number, point in enumerate(_some_points(sweep)):
             name = sweep.trial_folder(number, point).path.name
@@ -91,9 +91,9 @@ def run(command: str, arguments: Sequence[str]) -> None:
 
 def status(command: str, arguments: Sequence[str]) -> None:
     """Run `flextok sweep status`."""
-    parser = _parser(command, "Show the trials of a sweep.")
+    parser = sweep_parser(command, "Show the trials of a sweep.")
     parser.add_argument("--watch", type=bool, default=False, help="Show them until all have ended.")
-    sweep, rest = _parse(parser, arguments)
+    sweep, rest = parse_sweep(parser, arguments)
     try:
         study = open_study(sweep, create=False)
     except ValueError as error:
@@ -117,12 +117,7 @@ def check(sweep: Sweep) -> None:
     Raises:
         UserError: an option does not exist, a value does not fit, or the metric is not logged.
     """
-    points = list(sweep.points.corners())
-    for point in points:
-        try:
-            run_cli(CheckCLI, "fit", sweep.arguments(point, "check", sweep.seeds[0], sweep.root)[0][1:])
-        except UserError as error:
-            raise UserError(f"space: {point} cannot be trained: {error}") from error
+    points = check_points(sweep)
     print(f"{len(points)} points of the space can be parsed; training the first one for a step", flush=True)
     with tempfile.TemporaryDirectory(prefix="flextok-check-") as place:
         for arguments in sweep.arguments(points[0], "check", sweep.seeds[0], Path(place)):
@@ -141,6 +136,24 @@ def check(sweep: Sweep) -> None:
                 f"metric={sweep.metric} is not logged; there are {', '.join(sorted(logged))}. If it only comes later "
                 "in a training, give --check false"
             )
+
+
+def check_points(sweep: Sweep) -> list[Params]:
+    """Parse every value of every option.
+
+    Returns:
+        The points that were parsed.
+
+    Raises:
+        UserError: an option does not exist, or a value does not fit.
+    """
+    points = list(sweep.points.corners())
+    for point in points:
+        try:
+            run_cli(CheckCLI, "fit", sweep.arguments(point, "check", sweep.seeds[0], sweep.root)[0][1:])
+        except UserError as error:
+            raise UserError(f"space: {point} cannot be trained: {error}") from error
+    return points
 
 
 def _steps_to_validation(options: Namespace) -> int:
@@ -164,14 +177,15 @@ def _steps_to_validation(options: Namespace) -> int:
     return int(batches) // (trainer.accumulate_grad_batches or 1)
 
 
-def _parser(command: str, description: str) -> ArgumentParser:
+def sweep_parser(command: str, description: str) -> ArgumentParser:
+    """The options of a sweep, to which a command may add its own."""
     parser = ArgumentParser(prog=f"flextok {command}", description=description, usage=f"flextok {command} FILE [...]")
     parser.add_argument("--config", action="config", help="The sweep's file; FILE is short for it.")
     parser.add_class_arguments(Sweep, None)
     return parser
 
 
-def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Sweep, dict[str, Any]]:
+def parse_sweep(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Sweep, dict[str, Any]]:
     """The sweep of a file, and what else was given.
 
     Raises:

@@ -14,7 +14,7 @@ from math import prod
 
 import torch
 
-from flextok_pl.cost.flops import budget_groups
+from flextok_pl.cost.flops import budget_groups, decoder_registers, encoder_registers, modulated_kinds
 from flextok_pl.layers.blocks import swiglu_width
 from flextok_pl.models.config import FlexTokConfig, PriorConfig
 
@@ -89,8 +89,8 @@ def tokenizer_activations(
 
 
 def encoder_activations(config: FlexTokConfig, numerics: Numerics, kept: int, patches: int) -> Activations:
-    """The register encoder on one image; see `encoder_flops`."""
-    width, length = config.encoder_width, patches + kept
+    """The encoder on one image; see `encoder_flops`."""
+    width, length = config.encoder_width, patches + encoder_registers(config, kept)
 
     def block(rows: int) -> Activations:
         return _block(width, config.encoder_head_dim, config.mlp_ratio, length, rows, numerics)
@@ -105,13 +105,14 @@ def encoder_activations(config: FlexTokConfig, numerics: Numerics, kept: int, pa
 
 def decoder_activations(config: FlexTokConfig, numerics: Numerics, kept: int, patches: int) -> Activations:
     """The flow decoder on one image; see `decoder_flops`."""
-    width, length, c = config.decoder_width, patches + kept + 1, numerics.compute
+    width, length, c = config.decoder_width, patches + decoder_registers(config, kept), numerics.compute
+    kinds = modulated_kinds(config)
 
     def block(rows: int) -> Activations:
         plain = _block(width, config.decoder_head_dim, config.mlp_ratio, length, rows, numerics)
         modulated = FULL * width * (length + rows)  # normalised values, which the scales multiply
         gated = c * width * 2 * rows  # outputs of attention and MLP
-        time = c * width * 13 + FULL * width * 4  # activation, twelve parts, and 1 + scale
+        time = c * width * (6 * kinds + 1) + FULL * width * 2 * kinds  # activation, six parts of a kind, and 1 + scale
         more = modulated + gated + time
         return Activations(plain.kept + more, plain.inputs, plain.largest_block + more)
 

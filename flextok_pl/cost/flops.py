@@ -107,9 +107,27 @@ def tokenizer_flops(config: FlexTokConfig, batch_size: int = 1, groups: int = 1,
     return total
 
 
+def encoder_registers(config: FlexTokConfig, kept: int) -> int:
+    """Positions beside the patches that the encoder computes for `kept` codes."""
+    if config.layout == "grid":
+        return 0
+    return kept if config.causal_registers else config.num_registers
+
+
+def decoder_registers(config: FlexTokConfig, kept: int) -> int:
+    """Positions beside the patches that the decoder computes for `kept` tokens: one more for all that are dropped."""
+    return 0 if config.layout == "grid" else kept + 1
+
+
+def modulated_kinds(config: FlexTokConfig) -> int:
+    """Kinds of positions that the decoder modulates apart."""
+    return 1 if config.layout == "grid" else 2
+
+
 def encoder_flops(config: FlexTokConfig, kept: int, patches: int) -> Flops:
-    """The register encoder on one image, of which it computes `kept` registers."""
-    width, length = config.encoder_width, patches + kept
+    """The encoder on one image, for `kept` codes."""
+    registers = encoder_registers(config, kept)
+    width, length = config.encoder_width, patches + registers
     hidden = swiglu_width(width, config.mlp_ratio)
     patch_values = config.latent_channels * config.patch_size**2
 
@@ -118,23 +136,22 @@ def encoder_flops(config: FlexTokConfig, kept: int, patches: int) -> Flops:
         # Checkpointing stops where all that the backward pass needs is there again: before the last product.
         return inner + Flops(recomputed=inner.forward - _matmul(rows, hidden, width).forward)
 
-    registers = kept * length
     return (
         _matmul(patches, patch_values, width, input_gradient=False)
-        + block(length, patches**2 + registers) * (config.encoder_depth - 1)
-        + block(kept, registers)
+        + block(length, patches**2 + registers * length) * (config.encoder_depth - 1)
+        + block(kept, kept * length)
         + _matmul(kept, width, len(config.fsq_levels))
     )
 
 
 def decoder_flops(config: FlexTokConfig, kept: int, patches: int) -> Flops:
-    """The flow decoder on one image, with `kept` registers and one for all that are dropped."""
-    width, length = config.decoder_width, patches + kept + 1
+    """The flow decoder on one image, for `kept` tokens."""
+    width, length = config.decoder_width, patches + decoder_registers(config, kept)
     hidden = swiglu_width(width, config.mlp_ratio)
     patch_values = config.latent_channels * config.patch_size**2
 
     def block(rows: int) -> Flops:
-        inner = _matmul(1, width, 12 * width) + _attention(rows, length, rows * length, width)
+        inner = _matmul(1, width, modulated_kinds(config) * 6 * width) + _attention(rows, length, rows * length, width)
         inner += _mlp(rows, width, hidden)
         return inner + Flops(recomputed=inner.forward)
 

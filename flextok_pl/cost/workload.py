@@ -126,6 +126,11 @@ def tokenizer_workload(
         patches = (size // vae.config.downsampling // net.patch_size) ** 2
         if patches > prod(net.grid_size):
             raise ValueError(f"data.image_size={size} gives more patches than net.grid_size={net.grid_size} has")
+        if net.layout == "grid" and patches < prod(net.grid_size):
+            raise ValueError(
+                f"data.image_size={size} gives fewer patches than net.grid_size={net.grid_size} has, and net.layout="
+                "'grid' needs them all"
+            )
         works = inputs == "images"
         frozen["VAE"] = Frozen(_count(vae), *(image_work(vae.moments, size) if works else ()))
         extra, more = Flops(), Activations()

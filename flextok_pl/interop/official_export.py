@@ -21,6 +21,12 @@ def config_to_official(config: FlexTokConfig) -> dict[str, Any]:
     Raises:
         ValueError: the official code cannot express the model.
     """
+    for name, theirs in (("layout", "registers"), ("causal_registers", True), ("objective", "flow")):
+        if getattr(config, name) != theirs:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} does not exist in the official format; it must be {theirs!r}, or "
+                "save the model with save_pretrained"
+            )
     vae = _expressible_vae(config)
     return {
         "_target_": "flextok.flextok_wrapper.FlexTok",

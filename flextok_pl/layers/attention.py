@@ -1,9 +1,9 @@
-"""Multi-head attention, and the two attention patterns that FlexTok uses.
+"""Multi-head attention, and the attention patterns that FlexTok and its baselines use.
 
 The patterns are functions of (q, k, v), so that a block is the same in the encoder and in the decoder and
 no pattern needs a materialised L x L mask.
 
-Shapes: B batch, L sequence, Q queries, H heads, D width, d head width, N patches, K registers.
+Shapes: B batch, L sequence, Q queries, H heads, D width, d head width, N patches, K registers, k <= K of them.
 """
 
 from collections.abc import Callable
@@ -34,23 +34,28 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_bias: Tens
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 
-def causal_last_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, num_patches: int) -> Tensor:
-    """Patches attend to patches; register i attends to all patches and to registers 0..i.
+def registers_last_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, num_patches: int, causal: bool = True
+) -> Tensor:
+    """Patches attend to patches; register i attends to all patches and to registers 0..i, or to all registers.
 
     Args:
-        q: (B, H, N+K, d), or (B, H, K, d) when only the registers' outputs are wanted.
+        q: (B, H, N+K, d), or (B, H, k, d) when only the outputs of the first k registers are wanted.
         k: (B, H, N+K, d), patches first.
         v: (B, H, N+K, d).
         scale: factor on q . k.
         num_patches: N.
+        causal: whether registers see no later ones.
     """
-    num_registers = k.shape[2] - num_patches
-    # Only the registers' rows need a mask, and it has K x (N+K) entries: row i sees N+i+1 keys.
-    visible = torch.ones(num_registers, k.shape[2], dtype=torch.bool, device=q.device).tril(num_patches)
-    registers = F.scaled_dot_product_attention(q[:, :, -num_registers:], k, v, attn_mask=visible, scale=scale)
-    if q.shape[2] == num_registers:
+    n, whole = num_patches, q.shape[2] == k.shape[2]
+    queries = q[:, :, n:] if whole else q
+    visible = None
+    if causal:
+        # Only the registers' rows need a mask, and it has K x (N+K) entries: row i sees N+i+1 keys.
+        visible = torch.ones(queries.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(n)
+    registers = F.scaled_dot_product_attention(queries, k, v, attn_mask=visible, scale=scale)
+    if not whole:
         return registers
-    n = num_patches
     patches = F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], scale=scale)
     return torch.cat([patches, registers], dim=2)
 

@@ -55,7 +55,7 @@ class Block(nn.Module):
 
 
 class Modulation(NamedTuple):
-    """What a time embedding contributes to one block, for patches and registers apart; each (B, 2, D)."""
+    """What a time embedding contributes to one block, for patches and registers apart; each (B, 2, D) or (B, 1, D)."""
 
     gate_attn: Tensor
     gate_mlp: Tensor
@@ -69,13 +69,20 @@ class AdaLNBlock(nn.Module):
     """`Block` with adaLN-zero (https://arxiv.org/abs/2212.09748), separate for patches and registers.
 
     Differs from DiT in the order of the six parts: gates first, then shift and scale of either branch.
+
+    Args:
+        width: D.
+        head_dim: width of an attention head.
+        mlp_ratio: see `SwiGLU`.
+        registers: whether there are registers; without them all positions are patches.
     """
 
-    def __init__(self, width: int, head_dim: int, mlp_ratio: float) -> None:
+    def __init__(self, width: int, head_dim: int, mlp_ratio: float, registers: bool = True) -> None:
         super().__init__()
+        self.kinds = 2 if registers else 1
         self.attn = Attention(width, head_dim)
         self.mlp = SwiGLU(width, mlp_ratio)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 12 * width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.kinds * 6 * width))
 
     def forward(
         self, x: Tensor, time: Tensor, num_patches: int, pattern: AttentionPattern, rows: slice = ALL_ROWS
@@ -92,7 +99,7 @@ class AdaLNBlock(nn.Module):
         Returns:
             (B, Q, D).
         """
-        m = Modulation(*self.adaLN_modulation(time).unflatten(-1, (2, 6, -1)).unbind(2))  # 6 x (B, 2, D)
+        m = Modulation(*self.adaLN_modulation(time).unflatten(-1, (self.kinds, 6, -1)).unbind(2))  # 6 x (B, 2, D)
         h = modulate(layer_norm(x), m.shift_attn, m.scale_attn, num_patches)
         x = x[:, rows]
         x = x + gate(self.attn(h[:, rows], h, pattern), m.gate_attn, num_patches)
@@ -105,8 +112,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, num_patches: int) -> Tenso
 
     Args:
         x: (B, L, D).
-        shift: (B, 2, D), index 0 for the first `num_patches` positions and 1 for the others.
-        scale: (B, 2, D).
+        shift: (B, 2, D), index 0 for the first `num_patches` positions and 1 for the others; (B, 1, D) without others.
+        scale: like `shift`.
         num_patches: N.
     """
     patches = torch.addcmul(shift[:, :1], x[:, :num_patches], 1 + scale[:, :1])

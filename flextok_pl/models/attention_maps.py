@@ -32,13 +32,21 @@ def register_attention(
         to the patches themselves.
 
     Raises:
-        ValueError: a time is outside [0, 1].
+        ValueError: a time is outside [0, 1], or not the one that a tokenizer with `objective="mse"` knows; or the
+            tokens have no positions of their own.
     """
+    if tok.config.layout == "grid":
+        raise ValueError(
+            "layout='grid' adds tokens to patches: there is no attention to a token; use a tokenizer of registers"
+        )
+    regression = tok.config.objective == "mse"
+    if regression and any(t != 1 for t in times):
+        raise ValueError(f"times={list(times)}: with objective='mse' the decoder only knows t = 1; give times=[1.0]")
     if not all(0 <= t <= 1 for t in times):
         raise ValueError(f"times={list(times)} must be in [0, 1]")
     latents = tok.encode_latents(images)
     codes = tok.quantizer(tok.encode(latents))  # (B, K, number of FSQ levels)
-    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    noise = torch.zeros_like(latents) if regression else torch.randn(latents.shape, generator=generator).to(latents)
     shares: list[Tensor] = []
     num_registers = codes.shape[1]
 

@@ -15,6 +15,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 NestedDropoutLaw = Literal["uniform", "pow2", "uniform_pow2", "exponential", "none"]
 TimestepLaw = Literal["logit_normal", "uniform", "mode"]
+Layout = Literal["registers", "grid"]
+Objective = Literal["flow", "mse"]
 
 ConfigT = TypeVar("ConfigT", "VAEConfig", "FlexTokConfig", "PriorConfig")
 
@@ -107,6 +109,14 @@ class FlexTokConfig:
         timestep_law: law of t in training (see `flextok_pl.flow.rectified`; unconfirmed).
         mode_scale: the `mode` law's scale s (unconfirmed).
         stratified: draw t in equal strata over the batch.
+        layout: `registers` reads tokens from registers. `grid` is a baseline of 2-D tokens: they are read at the
+            encoder's patches in raster order and added to the decoder's, `num_registers` being the number of patches.
+            Its images have the size that `grid_size` holds, and no smaller one.
+        causal_registers: registers of the encoder see no later ones. False is a baseline: they all see each other, and
+            the first k codes cost as much as all.
+        objective: `flow` is rectified flow. `mse` is a baseline whose decoder regresses the latents: flow at t = 1 from
+            zeros in place of noise. It decodes in one step, whatever steps, guidance and noise are asked for, and the
+            options of t have no effect.
     """
 
     vae: VAEConfig | None = VAEConfig()
@@ -131,6 +141,9 @@ class FlexTokConfig:
     timestep_law: TimestepLaw = "mode"
     mode_scale: float = 0.25
     stratified: bool = False
+    layout: Layout = "registers"
+    causal_registers: bool = True
+    objective: Objective = "flow"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fsq_levels", tuple(self.fsq_levels))
@@ -162,6 +175,24 @@ class FlexTokConfig:
             raise ValueError(f"position_base={self.position_base} must be above 1; published models have 10000")
         if not 0.0 <= self.null_dropout <= 1.0:
             raise ValueError(f"null_dropout={self.null_dropout} must be a probability in [0, 1]")
+        for name, known in (("layout", Layout), ("objective", Objective)):
+            if getattr(self, name) not in get_args(known):
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {get_args(known)}")
+        if self.layout == "grid":
+            self._check_grid()
+
+    def _check_grid(self) -> None:
+        """Refuse what a model without registers cannot be."""
+        rows, columns = self.grid_size
+        if self.num_registers != rows * columns:
+            raise ValueError(
+                f"num_registers={self.num_registers} with layout='grid' must be the number of patches; grid_size="
+                f"{self.grid_size} has {rows * columns} of them: set num_registers={rows * columns}"
+            )
+        if not self.causal_registers:
+            raise ValueError(
+                "causal_registers=False has no effect with layout='grid', which has no registers; leave it out"
+            )
 
     @property
     def vocab_size(self) -> int:

@@ -7,10 +7,11 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flextok_pl.layers.attention import full_attention
+from flextok_pl.layers.attention import AttentionPattern, full_attention
 from flextok_pl.layers.blocks import AdaLNBlock
 from flextok_pl.layers.embeddings import TimeEmbedding, grid_positions, patchify, sincos_position_table, unpatchify
 from flextok_pl.layers.norm import layer_norm
@@ -51,17 +52,23 @@ class FlowDecoder(nn.Module):
     attention logit as a key is raised by log(K-k): softmax over n equal keys is exp(s + log n). The function
     and its gradients are those of the full sequence, at N+k+1 positions instead of N+K. A dropped condition
     replaces all K tokens by another vector, and is the same trick with k = 0.
+
+    In the baseline `layout="grid"` there are no positions for tokens: each is added to its patch, and so is what
+    replaces it.
     """
 
     def __init__(self, config: FlexTokConfig) -> None:
         super().__init__()
         width = config.decoder_width
+        registers = config.layout == "registers"
+        self.layout = config.layout
         self.patch_size = config.patch_size
         self.num_registers = config.num_registers
         self.repa_layer = config.repa_layer
         self.activation_checkpointing = False
         self.code_embed = nn.Linear(len(config.fsq_levels), width)
-        self.register_posemb = nn.Parameter(torch.empty(1, 1, width, config.num_registers))
+        if registers:
+            self.register_posemb = nn.Parameter(torch.empty(1, 1, width, config.num_registers))
         self.mask_token = nn.Parameter(torch.empty(width))
         self.null_token = nn.Parameter(torch.empty(width))
         self.patch_embed = nn.Linear(config.latent_channels * config.patch_size**2, width)
@@ -70,7 +77,7 @@ class FlowDecoder(nn.Module):
         )
         self.time_embed = TimeEmbedding(width, config.time_frequencies, config.max_timestep)
         self.blocks = nn.ModuleList(
-            AdaLNBlock(width, config.decoder_head_dim, config.mlp_ratio) for _ in range(config.decoder_depth)
+            AdaLNBlock(width, config.decoder_head_dim, config.mlp_ratio, registers) for _ in range(config.decoder_depth)
         )
         self.head = AdaLNHead(width, config.latent_channels * config.patch_size**2)
 
@@ -96,12 +103,7 @@ class FlowDecoder(nn.Module):
         grid = patches.shape[1:3]
         patches = (patches + grid_positions(self.patch_posemb, *grid)).flatten(1, 2)  # (B, N, D)
         n = patches.shape[1]
-        registers, register_bias = self.condition(codes, num_tokens, null)
-        x = torch.cat([patches, registers.to(patches.dtype)], dim=1)  # (B, N+m, D) or (B, N+m+1, D)
-        key_bias = None
-        if register_bias is not None:
-            key_bias = torch.cat([register_bias.new_zeros(len(x), n), register_bias], dim=1)
-        pattern = partial(full_attention, key_bias=key_bias)
+        x, pattern = self._sequence(patches, codes, num_tokens, null)
         time = self.time_embed(t)
 
         features = None
@@ -116,6 +118,19 @@ class FlowDecoder(nn.Module):
         patches = self.head(x, time).unflatten(1, grid)  # (B, H, W, p*p*C)
         return Velocity(unpatchify(patches, self.patch_size), features)
 
+    def _sequence(
+        self, patches: Tensor, codes: Tensor, num_tokens: Tensor | None, null: Tensor | None
+    ) -> tuple[Tensor, AttentionPattern]:
+        """What the blocks compute for (B, N, D) patches, and who sees whom; the rest as in `forward`."""
+        if self.layout == "grid":
+            return patches + self.condition_patches(codes, num_tokens, null).to(patches.dtype), full_attention
+        registers, register_bias = self.condition(codes, num_tokens, null)
+        x = torch.cat([patches, registers.to(patches.dtype)], dim=1)  # (B, N+m, D) or (B, N+m+1, D)
+        key_bias = None
+        if register_bias is not None:
+            key_bias = torch.cat([register_bias.new_zeros(len(x), patches.shape[1]), register_bias], dim=1)
+        return x, partial(full_attention, key_bias=key_bias)
+
     def condition(self, codes: Tensor, num_tokens: Tensor | None, null: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The register positions of a batch with mixed budgets, the identical ones merged.
 
@@ -128,18 +143,38 @@ class FlowDecoder(nn.Module):
             Register inputs (B, m+1, D), the last one standing for all replaced tokens, and the bias (B, m+1)
             of their keys; or (B, K, D) and None where all K tokens are kept.
         """
-        batch, m = codes.shape[:2]
+        m = codes.shape[1]
         positions = self.register_posemb[0, 0, :, :m].T  # (m, D)
         tokens = self.code_embed(codes.to(self.code_embed.weight.dtype)) + positions  # (B, m, D)
         if num_tokens is None and null is None and m == self.num_registers:
             return tokens, None
-        kept = torch.full((batch,), m, device=codes.device) if num_tokens is None else num_tokens
-        merged = self.mask_token.expand(batch, -1)  # (B, D)
-        if null is not None:
-            kept = torch.where(null, 0, kept)
-            merged = torch.where(null[:, None], self.null_token, merged)
+        kept, merged = self._replacement(codes, num_tokens, null)
         visible = torch.arange(m, device=codes.device) < kept[:, None]  # (B, m)
         bias = torch.where(visible, 0.0, float("-inf"))
         merged_bias = (self.num_registers - kept).float().log()  # (B,), -inf where all are kept
         registers = torch.cat([tokens, merged[:, None].to(tokens.dtype)], dim=1)  # (B, m+1, D)
         return registers, torch.cat([bias, merged_bias[:, None]], dim=1)
+
+    def condition_patches(self, codes: Tensor, num_tokens: Tensor | None, null: Tensor | None) -> Tensor:
+        """What the patches of a grid are given, (B, N, D): token i for patch i, or what replaces it; N is K.
+
+        Args:
+            codes: as in `forward`.
+            num_tokens: as in `forward`.
+            null: as in `forward`.
+        """
+        kept, replacement = self._replacement(codes, num_tokens, null)
+        tokens = self.code_embed(codes.to(self.code_embed.weight.dtype))  # (B, m, D)
+        tokens = F.pad(tokens, (0, 0, 0, self.num_registers - codes.shape[1]))  # (B, N, D)
+        visible = torch.arange(self.num_registers, device=codes.device) < kept[:, None]  # (B, N)
+        return torch.where(visible[..., None], tokens, replacement[:, None])
+
+    def _replacement(self, codes: Tensor, num_tokens: Tensor | None, null: Tensor | None) -> tuple[Tensor, Tensor]:
+        """How many tokens of each image are kept, (B,), and the vector (B, D) in place of the others."""
+        batch, m = codes.shape[:2]
+        kept = torch.full((batch,), m, device=codes.device) if num_tokens is None else num_tokens
+        replacement = self.mask_token.expand(batch, -1)
+        if null is not None:
+            kept = torch.where(null, 0, kept)
+            replacement = torch.where(null[:, None], self.null_token, replacement)
+        return kept, replacement

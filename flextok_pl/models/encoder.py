@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flextok_pl.layers.attention import causal_last_attention
+from flextok_pl.layers.attention import AttentionPattern, full_attention, registers_last_attention
 from flextok_pl.layers.blocks import Block
 from flextok_pl.layers.embeddings import grid_positions, patchify, sincos_position_table
 from flextok_pl.layers.norm import layer_norm
@@ -20,45 +20,55 @@ class RegisterEncoder(nn.Module):
     """ViT whose learned registers read the patches, causally among themselves (FlexTok, section 3.1).
 
     Register i sees all patches and registers 0..i, and no patch sees a register, so the first k codes do
-    not depend on the later registers and can be computed alone.
+    not depend on the later registers and can be computed alone. In the baselines `causal_registers=False` and
+    `layout="grid"` they do depend on all positions, and the last block only is computed for them alone.
     """
 
     def __init__(self, config: FlexTokConfig) -> None:
         super().__init__()
         width = config.encoder_width
         self.patch_size = config.patch_size
+        self.num_registers = config.num_registers
+        self.layout = config.layout
+        self.causal = config.causal_registers
         self.activation_checkpointing = False
         self.patch_embed = nn.Linear(config.latent_channels * config.patch_size**2, width)
         self.patch_posemb = nn.Parameter(
             sincos_position_table(width, config.grid_size, config.position_base), requires_grad=False
         )
-        self.registers = nn.Parameter(torch.empty(config.num_registers, width))
+        if config.layout == "registers":
+            self.registers = nn.Parameter(torch.empty(config.num_registers, width))
         self.blocks = nn.ModuleList(
             Block(width, config.encoder_head_dim, config.mlp_ratio) for _ in range(config.encoder_depth)
         )
         self.head = nn.Linear(width, len(config.fsq_levels))
 
     def forward(self, latents: Tensor, num_tokens: int | None = None) -> Tensor:
-        """Codes of the first `num_tokens` registers, before quantisation.
+        """The first `num_tokens` codes, before quantisation.
 
         Args:
             latents: (B, C, h, w), scaled.
-            num_tokens: k, default K; the later registers are not computed.
+            num_tokens: k, default K; causal registers after them are not computed.
 
         Returns:
             (B, k, number of FSQ levels).
         """
         patches = self.patch_embed(patchify(latents, self.patch_size))  # (B, H, W, D)
         patches = patches + grid_positions(self.patch_posemb, patches.shape[1], patches.shape[2])
-        patches = patches.flatten(1, 2)  # (B, N, D)
-        n = patches.shape[1]
-        registers = self.registers[:num_tokens].to(patches.dtype).expand(len(patches), -1, -1)  # (B, k, D)
-        x = torch.cat([patches, registers], dim=1)  # (B, N+k, D)
-        pattern = partial(causal_last_attention, num_patches=n)
+        x, pattern, coded = self._sequence(patches.flatten(1, 2), num_tokens or self.num_registers)
         for i, block in enumerate(self.blocks):
-            rows = slice(n, None) if i == len(self.blocks) - 1 else slice(None)
+            rows = coded if i == len(self.blocks) - 1 else slice(None)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, pattern, rows, use_reentrant=False)
             else:
                 x = block(x, pattern, rows)
         return self.head(layer_norm(x))  # type: ignore[no-any-return]
+
+    def _sequence(self, patches: Tensor, k: int) -> tuple[Tensor, AttentionPattern, slice]:
+        """What the blocks compute for (B, N, D) patches, who sees whom, and the rows of the first k codes."""
+        if self.layout == "grid":
+            return patches, full_attention, slice(0, k)
+        n = patches.shape[1]
+        registers = self.registers[: k if self.causal else None]  # (K', D)
+        x = torch.cat([patches, registers.to(patches.dtype).expand(len(patches), -1, -1)], dim=1)  # (B, N+K', D)
+        return x, partial(registers_last_attention, num_patches=n, causal=self.causal), slice(n, n + k)

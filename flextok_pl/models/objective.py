@@ -1,5 +1,8 @@
 """The tokenizer's training objective: rectified flow on latents, with nested dropout over the tokens.
 
+The baseline `objective="mse"` is its special case of zero noise at t = 1: the velocity is minus the latents then, and
+its error that of the decoded latents.
+
 Shapes: B batch, C channels, h x w latent, K registers, N patches, D decoder width.
 """
 
@@ -18,8 +21,8 @@ class TrainingDraws(NamedTuple):
     """Everything random in one training step.
 
     Attributes:
-        noise: (B, C, h, w) standard normal, on the latents' device.
-        t: (B,) float32 flow times, on the latents' device.
+        noise: (B, C, h, w) standard normal, or zeros for the objective `mse`, on the latents' device.
+        t: (B,) float32 flow times, on the latents' device; 1 for `mse`.
         num_tokens: (B,) int64 budgets, on the CPU, where they decide how many registers are computed.
         null: (B,) bool, images whose condition is dropped, on the CPU.
     """
@@ -56,7 +59,7 @@ def sample_draws(
     So a step does not depend on the number of processes, and stratified times are so over the whole batch.
 
     Args:
-        config: names the laws of budget, null condition and time.
+        config: names the objective and the laws of budget, null condition and time.
         latents: (B, C, h, w) of this rank; gives batch size, shape and device.
         generator: a CPU generator, in the same state on all ranks; each image's noise is drawn on the latents' device
             from a seed that it yields.
@@ -69,6 +72,12 @@ def sample_draws(
     batch = len(latents) * world_size
     num_tokens = sample_num_tokens(config.nested_dropout, batch, config.num_registers, generator)
     null = torch.rand(batch, generator=generator) < config.null_dropout
+    mine = slice(rank, None, world_size)
+    num_tokens, null = num_tokens[mine].contiguous(), null[mine].contiguous()
+    if config.objective == "mse":
+        return TrainingDraws(
+            torch.zeros_like(latents), torch.ones(len(latents), device=latents.device), num_tokens, null
+        )
     t = sample_timesteps(
         config.timestep_law,
         batch,
@@ -80,12 +89,11 @@ def sample_draws(
     if pure_noise > 0:
         t = torch.where(torch.rand(batch, generator=generator) < pure_noise, 1.0, t)
     seeds = torch.randint(2**62, (batch,), generator=generator)
-    mine = slice(rank, None, world_size)
     noise = torch.empty_like(latents)
     noise_generator = torch.Generator(latents.device)
     for row, seed in zip(noise, seeds[mine].tolist(), strict=True):
         row.normal_(generator=noise_generator.manual_seed(seed))
-    return TrainingDraws(noise, t[mine].to(latents.device), num_tokens[mine].contiguous(), null[mine].contiguous())
+    return TrainingDraws(noise, t[mine].to(latents.device), num_tokens, null)
 
 
 def flow_loss(

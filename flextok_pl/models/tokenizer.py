@@ -57,8 +57,9 @@ class FlexTok(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         decoder = self.decoder
-        for token in (self.encoder.registers, decoder.register_posemb, decoder.mask_token, decoder.null_token):
-            nn.init.normal_(token)
+        for token in [*self.encoder.parameters(recurse=False), *decoder.parameters(recurse=False)]:
+            if token.requires_grad:  # registers, their positions, mask and null token; patch positions are fixed
+                nn.init.normal_(token)
         zeros = [module for name, module in decoder.named_modules() if name.endswith("adaLN_modulation.1")]
         for module in [*zeros, decoder.head.proj]:
             nn.init.zeros_(module.weight)
@@ -109,7 +110,7 @@ class FlexTok(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.encoder.registers.device
+        return self.encoder.patch_posemb.device
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -158,7 +159,7 @@ class FlexTok(nn.Module):
 
         Args:
             latents: (B, C, h, w), scaled.
-            num_tokens: k, default K; only the first k registers are computed.
+            num_tokens: k, default K; only the first k registers are computed, if they are causal.
 
         Returns:
             (B, k, L).
@@ -226,6 +227,8 @@ class FlexTok(nn.Module):
     ) -> Tensor:
         """The decoder's velocity, with gradients.
 
+        With `objective="mse"` it is minus the decoded latents, and known for x_t = 0 and t = 1 only.
+
         Args:
             x_t: (B, C, h, w) noised latents.
             t: flow time, one for all or (B,); 1 is pure noise.
@@ -283,6 +286,8 @@ class FlexTok(nn.Module):
             raise ValueError(f"guidance={guidance!r} is unknown; use one of {GUIDANCE_KINDS}")
         codes, kept = self._codes_and_budgets(tokens, num_tokens)
         x = self._noise(len(codes), generator, noise, latent_size)
+        if self.config.objective == "mse":
+            x, num_steps, guidance = torch.zeros_like(x), 1, "none"
         scale = guidance_scale if callable(guidance_scale) else (lambda _: guidance_scale)
         guided = guidance != "none" and (callable(guidance_scale) or guidance_scale != 1.0)
         combine = AdaptiveProjectedGuidance() if guidance == "apg" else classifier_free_guidance
@@ -312,6 +317,9 @@ class FlexTok(nn.Module):
         solver: str = "euler",
     ) -> Tensor:
         """Images from tokens.
+
+        A tokenizer with `objective="mse"` decodes in one step and always to the same images: steps, solver, guidance,
+        generator and the values of `noise` have no effect.
 
         Args:
             tokens: (B, k') int64, or B 1-D tensors of different lengths.
@@ -400,4 +408,9 @@ class FlexTok(nn.Module):
             raise ValueError(
                 f"{name} of {latents.shape[2]} x {latents.shape[3]} positions cannot be cut into patches of "
                 f"{patch} x {patch}; resize or crop the images"
+            )
+        if self.config.layout == "grid" and tuple(latents.shape[2:]) != self.latent_size:
+            raise ValueError(
+                f"{name} of {latents.shape[2]} x {latents.shape[3]} positions: with layout='grid' each patch has a "
+                f"token, and they must be {self.latent_size[0]} x {self.latent_size[1]}; resize or crop the images"
             )

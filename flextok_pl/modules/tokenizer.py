@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -52,7 +53,8 @@ class TokenizerModule(pl.LightningModule):
         weight_decay: of matrices; biases, tokens and positions have none.
         warmup_steps: optimizer steps of linear warm-up, followed by a cosine over the rest of the training.
         min_lr_ratio: final share of the learning rate.
-        timestep_shift: above 1 more training on noisy inputs, where tokens matter most.
+        timestep_shift: above 1 more training on noisy inputs, where tokens matter most. Like `pure_noise` it has no
+            effect on a net with `objective="mse"`, which always trains at t = 1.
         pure_noise: share of the images that are trained at t = 1, where only the tokens say what to draw. A small model
             on a small machine finds out much sooner that its tokens are of use.
         budget_groups: parts a batch is sorted into by budget; more parts cost less, with the same gradients.
@@ -94,6 +96,11 @@ class TokenizerModule(pl.LightningModule):
             raise ValueError(f"budget_groups={budget_groups} must be at least 1")
         if not 0.0 <= pure_noise <= 1.0:
             raise ValueError(f"pure_noise={pure_noise} must be a share in [0, 1]")
+        if net.objective == "mse" and (timestep_shift != 1.0 or pure_noise > 0):
+            rank_zero_warn(
+                f"timestep_shift={timestep_shift} and pure_noise={pure_noise} have no effect with net.objective='mse', "
+                "which always trains at t = 1: leave them at 1.0 and 0.0"
+            )
         self.tokenizer = build_tokenizer(net, vae)
         self.lr = lr
         self.betas = betas

@@ -139,6 +139,21 @@ def test_fit_resume_validate_test(image_shards: Path, workplace: Path, capsys: p
     assert results, "no report of the test"
 
 
+@pytest.mark.parametrize("name", ["fixed_length", "grid_2d", "mse_decoder", "full_attention_registers"])
+def test_a_fit_of_a_baseline(name: str, image_shards: Path, workplace: Path) -> None:
+    over = ["--config", str(EXPERIMENTS / "baselines" / f"{name}.yaml"), "--rfid.max_samples=4"]
+    registers = 64 if name == "grid_2d" else 16  # the network of `tiny` has 8 x 8 patches
+    main(tiny("fit", image_shards, *over, f"--model.net.num_registers={registers}", "--trainer.max_steps=2"))
+    run = workplace / "runs" / "baselines" / name / "version_0"
+    made = load_pretrained(run / "tokenizer.safetensors").config
+    published = dataclasses.replace(FlexTokConfig.preset("tiny"), num_registers=registers)
+    net = yaml.safe_load((EXPERIMENTS / "baselines" / f"{name}.yaml").read_text())["model"]["init_args"]["net"]
+    assert made == dataclasses.replace(published, **net | {"num_registers": registers})
+    records = json.loads((run / "rfid_fit" / "rfid.json").read_text())
+    assert {record["num_tokens"] for record in records} == ({1, 8, 64} if registers == 64 else {1, 4, 16})
+    assert {record["num_steps"] for record in records} == {1 if name == "mse_decoder" else 2}
+
+
 def test_experiments_differ_from_the_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine").mkdir()
     shutil.copy(EXPERIMENTS / "base.yaml", tmp_path)

@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 
-from flextok_pl.cli import main
+from flextok_pl.cli import COMMANDS, main
+from flextok_pl.cli.sweep import check_points, parse_sweep, sweep_parser
 from flextok_pl.models.config import FlexTokConfig, PriorConfig, VAEConfig, config_from_dict
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.tokenizer import FlexTok
@@ -40,7 +41,7 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_there_is_no_file_that_the_tests_below_miss() -> None:
-    known = {"base.yaml", *names("vae", "tokenizer", "prior", "nets", "data", "sweeps")}
+    known = {"base.yaml", *names("vae", "tokenizer", "baselines", "prior", "nets", "data", "sweeps")}
     assert known == {str(file.relative_to(EXPERIMENTS)) for file in EXPERIMENTS.rglob("*.yaml")}
 
 
@@ -54,9 +55,32 @@ def test_experiments_parse(name: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert found["trainer"]["logger"]["init_args"]["save_dir"] == "runs", "the base is under the experiment"
     assert (found["rfid"] is not None) >= name.startswith("tokenizer/")
     assert (found["gfid"] is not None) == name.startswith("prior/")
-    first = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    check_first_comment(name)
+
+
+def check_first_comment(name: str) -> None:
+    first = [line for line in (EXPERIMENTS / name).read_text().splitlines() if line.startswith("#")]
     assert "?" in first[0] + first[1], "the first comment asks the question that the experiment answers"
     assert any(f"experiments/{name}" in line for line in first), "and gives the command"
+
+
+def leaves(values: Any, path: str = "") -> dict[str, Any]:
+    """Dotted name -> value."""
+    if not isinstance(values, dict):
+        return {path: values}
+    return {name: value for key in values for name, value in leaves(values[key], f"{path}.{key}").items()}
+
+
+@pytest.mark.parametrize("name", names("baselines"))
+def test_baselines_are_the_demo_but_for_what_they_say(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file, demo = EXPERIMENTS / name, str(EXPERIMENTS / "tokenizer" / "demo.yaml")
+    found = parsed(capsys, ["fit", "--config", demo, "--config", str(file)])
+    plain, own = leaves(parsed(capsys, ["fit", "--config", demo])), leaves(yaml.safe_load(file.read_text()))
+    assert leaves(found) == {**plain, **own}
+    assert all(plain[option] != value for option, value in own.items()), "it repeats nothing"
+    with torch.device("meta"):
+        FlexTok(config_from_dict(FlexTokConfig, found["model"]["init_args"]["net"]))
+    check_first_comment(name)
 
 
 @pytest.mark.parametrize("name", names("data"))
@@ -103,6 +127,16 @@ def test_priors_are_the_presets(name: str, capsys: pytest.CaptureFixture[str]) -
     assert found["model"]["init_args"]["net"]["depth"] == preset.depth
 
 
+@pytest.mark.parametrize("name", names("sweeps"))
+def test_every_point_of_a_sweep_parses(name: str) -> None:
+    file = EXPERIMENTS / name
+    sweep, _ = parse_sweep(sweep_parser("sweep", ""), [str(file)])
+    check_points(sweep)
+    first = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    assert "?" in first[0] + first[1], "the first comment asks the question that the sweep answers"
+    assert any(f"experiments/{name}" in line for line in first), "and gives the command"
+
+
 def documented_commands() -> list[str]:
     """Lines of shell blocks in the guides, and of the experiments' first comments."""
     lines: list[str] = []
@@ -110,7 +144,7 @@ def documented_commands() -> list[str]:
     for guide in [*guides, *sorted((ROOT / "docs").glob("*.md"))]:
         for block in re.findall(r"```bash\n(.*?)```", guide.read_text(), re.DOTALL):
             lines += block.replace("\\\n", " ").splitlines()
-    for name in names("vae", "tokenizer", "prior", "data"):
+    for name in names("vae", "tokenizer", "baselines", "prior", "data", "sweeps"):
         lines += [
             line.lstrip("# ") for line in (EXPERIMENTS / name).read_text().splitlines() if line.startswith("#   ")
         ]
@@ -128,7 +162,7 @@ def test_documented_commands_are_taken(command: str, capsys: pytest.CaptureFixtu
     if arguments[0] in ("fit", "validate", "test", "predict", "plan"):
         parsed(capsys, arguments)
     else:  # a tool's parser has no dry run; its help says that the command exists, its options that it takes them
-        words = 2 if arguments[0] == "data" else 1
+        words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
         with pytest.raises(SystemExit) as stop:
             main([*arguments[:words], "--help"])
         assert stop.value.code == 0

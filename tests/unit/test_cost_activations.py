@@ -61,9 +61,10 @@ def latents_of(config: FlexTokConfig, batch: int = BATCH) -> torch.Tensor:
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("law", ["none", "uniform"])
-def test_tokenizer(half: bool, checkpointing: bool, law: str) -> None:
+@pytest.mark.parametrize("options", [{}, {"causal_registers": False}, {"layout": "grid"}, {"objective": "mse"}])
+def test_tokenizer(options: dict[str, object], half: bool, checkpointing: bool, law: str) -> None:
     groups = 2
-    config = dataclasses.replace(TOKENIZER, nested_dropout=law, null_dropout=0.0)
+    config = dataclasses.replace(TOKENIZER, nested_dropout=law, null_dropout=0.0, **options)
     model = FlexTok(config)
     model.encoder.activation_checkpointing = model.decoder.activation_checkpointing = checkpointing
     latents, saved = latents_of(config), SavedMemory(model)

@@ -46,14 +46,16 @@ def tokenizer_step(model: FlexTok, draws: TrainingDraws, groups: int = 1) -> tup
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kept", [1, 5, 16])
-def test_tokenizer_is_exact(kept: int, checkpointing: bool) -> None:
+@pytest.mark.parametrize("options", [{}, {"causal_registers": False}, {"layout": "grid"}])
+def test_tokenizer_is_exact(options: dict[str, object], kept: int, checkpointing: bool) -> None:
     batch = 3
-    model = FlexTok(CONFIG)
+    config = dataclasses.replace(CONFIG, **options)
+    model = FlexTok(config)
     model.encoder.activation_checkpointing = model.decoder.activation_checkpointing = checkpointing
     budgets = torch.tensor([1, 1, kept])
     nowhere = torch.zeros(batch, dtype=torch.bool)
     draws = TrainingDraws(torch.randn(batch, *LATENTS), torch.rand(batch), budgets, nowhere)
-    planned = (encoder_flops(CONFIG, kept, PATCHES) + decoder_flops(CONFIG, kept, PATCHES)) * batch
+    planned = (encoder_flops(config, kept, PATCHES) + decoder_flops(config, kept, PATCHES)) * batch
     repeated = planned.recomputed if checkpointing else 0
     assert tokenizer_step(model, draws) == (planned.forward, planned.backward + repeated)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from flextok_pl.layers.attention import causal_last_attention, full_attention
+from flextok_pl.layers.attention import full_attention, registers_last_attention
 from flextok_pl.layers.blocks import AdaLNBlock, Block, SwiGLU
 from flextok_pl.layers.embeddings import TimeEmbedding, grid_positions, patchify, sincos_position_table, unpatchify
 from flextok_pl.layers.norm import layer_norm
@@ -29,9 +29,20 @@ def test_causal_last_mask(patches: int, registers: int) -> None:
     for i in range(registers):
         visible[patches + i, patches : patches + i + 1] = True
     reference = dense(q, k, v, 0.3, visible)
-    torch.testing.assert_close(causal_last_attention(q, k, v, 0.3, patches), reference)
-    only_registers = causal_last_attention(q[:, :, patches:], k, v, 0.3, patches)
+    torch.testing.assert_close(registers_last_attention(q, k, v, 0.3, patches), reference)
+    only_registers = registers_last_attention(q[:, :, patches:], k, v, 0.3, patches)
     torch.testing.assert_close(only_registers, reference[:, :, patches:])
+
+
+def test_registers_that_see_each_other() -> None:
+    patches, registers = 5, 4
+    q, k, v = qkv(patches + registers)
+    visible = torch.ones(patches + registers, patches + registers, dtype=torch.bool)
+    visible[:patches, patches:] = False
+    reference = dense(q, k, v, 0.3, visible)
+    torch.testing.assert_close(registers_last_attention(q, k, v, 0.3, patches, causal=False), reference)
+    first_two = registers_last_attention(q[:, :, patches : patches + 2], k, v, 0.3, patches, causal=False)
+    torch.testing.assert_close(first_two, reference[:, :, patches : patches + 2])
 
 
 def test_key_bias_of_log_n_counts_n_times() -> None:
