@@ -207,7 +207,7 @@ def _generated(
 
 
 def _heat_maps(table: Mapping[int, Mapping[Setting, float]], metric: str) -> bytes:
-    """One map per budget, guidance by steps, with its numbers and a frame around the best, as PNG of at most 960 px."""
+    """One map per budget, guidance by steps, with its numbers and a frame around the best, as PNG."""
     settings = list(next(iter(table.values())))
     rows = list(dict.fromkeys(setting.guided for setting in settings))
     columns = list(dict.fromkeys(setting.num_steps for setting in settings))
