@@ -103,7 +103,7 @@ tensorboard: $(READY)  ## show the runs
 	$(BIN)/tensorboard --logdir runs
 
 ##@ Develop
-.PHONY: test test-faults test-slurm test-agreement lint bench clean
+.PHONY: test test-faults test-slurm test-agreement lint bench bench-width clean
 test: $(READY)  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
@@ -124,6 +124,10 @@ lint: $(READY)  ## style and types
 
 bench: $(DEMO_DATA)/val/index.json  ## measure speed and memory
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-width: $(DEMO_LATENTS)/index.json $(DEMO_TOKENS)/index.json  ## measure width transfer
+	$(BIN)/python benchmarks/width_transfer.py --json benchmarks/results/width_transfer_cpu.json \
+	    --picture docs/width_transfer.png $(ARGS)
 
 clean:  ## remove caches; keeps .venv, data and runs
 	rm -rf .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -17,6 +17,7 @@ from typing import Any
 
 import optuna
 from jsonargparse import ArgumentParser, Namespace, strip_meta
+from optuna.trial import TrialState
 from rich.console import Console
 from rich.live import Live
 
@@ -44,17 +45,20 @@ ONE_STEP = {
 
 
 class CheckCLI(ParsingCLI):
-    """Parses what `flextok fit` takes, and checks the network that it describes and that it comes to a validation."""
+    """Parses what `flextok fit` takes, and checks the network and that the training comes to a validation."""
 
     def _run_subcommand(self, subcommand: str) -> None:
         options = self.config[subcommand]
         kind = KINDS.get(options.model.class_path.rsplit(".", 1)[-1])
         if kind is not None:
             config_from_dict(kind[0], strip_meta(options.model.init_args).as_dict()["net"])
+        steps, warmup = options.trainer.max_steps, options.model.init_args.get("warmup_steps", 0)
+        if 0 < steps <= warmup:
+            raise ValueError(f"model.warmup_steps={warmup} must be below trainer.max_steps={steps}")
         first = _steps_to_validation(options)
-        if 0 < options.trainer.max_steps < first:
+        if 0 < steps < first:
             raise ValueError(
-                f"trainer.max_steps={options.trainer.max_steps} ends before the first validation, which comes after "
+                f"trainer.max_steps={steps} ends before the first validation, which comes after "
                 f"{first} steps; set trainer.check_val_every_n_epoch to null and trainer.val_check_interval to a "
                 "number of steps"
             )
@@ -86,6 +90,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
             raise UserError(str(error)) from error
         finally:
             write_results(sweep, driver.study)
+    if not driver.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
+        raise UserError(f"no trial has come to its end; `flextok sweep status` says why, and {sweep.root}/*/log.txt")
     print(f"results: {sweep.root / 'results.csv'}, and pictures beside it; `make tensorboard` shows the runs")
 
 

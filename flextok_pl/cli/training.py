@@ -192,7 +192,8 @@ class ParsingCLI(FlexTokCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and say what is wrong in the words of this command."""
-        parser.exit_on_error = False
+        for each in (parser, self._parser(self._only)):
+            each.exit_on_error = False
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:

@@ -11,6 +11,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
+def is_matrix(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Whether a module's own parameter is the matrix or kernel of a product: (output, input, ...)."""
+    return name == "weight" and parameter.ndim > 1 and not isinstance(owner, nn.Embedding)
+
+
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split trainable parameters into those with weight decay and those without.
 
@@ -33,8 +38,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
             if not parameter.requires_grad or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            matrix = name == "weight" and parameter.ndim > 1 and not isinstance(owner, nn.Embedding)
-            (decay if matrix else no_decay).append(parameter)
+            (decay if is_matrix(owner, name, parameter) else no_decay).append(parameter)
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

@@ -20,9 +20,10 @@ from flextok_pl.models.config import PriorConfig, config_from_dict, config_to_di
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.text import TextEncoder
 from flextok_pl.models.token_loss import token_loss
-from flextok_pl.modules.optim import parameter_groups, warmup_cosine
+from flextok_pl.modules.optim import warmup_cosine
 from flextok_pl.modules.prior_base import PriorBase, TokenOutputs
 from flextok_pl.modules.steps import log_gradient_norm, log_means, step_generator, stop_if_not_finite
+from flextok_pl.modules.width_transfer import WidthPart, check_base_width, rescale_initial_weights, width_groups
 from flextok_pl.runtime.sharding import gather_for_evaluation, shard, shard_again, whole_weights
 
 
@@ -43,6 +44,8 @@ class PriorModule(PriorBase):
         weight_decay: of matrices; embeddings, positions and norms have none.
         warmup_steps: optimizer steps of linear warm-up, followed by a cosine over the rest of the training.
         min_lr_ratio: final share of the learning rate.
+        mup_base_width: width at which `lr`, `weight_decay` and initialisation are tuned; they are carried over to this
+            model's width by muP. None for the standard parametrisation.
         label_smoothing: share of a token's probability that is spread over the vocabulary.
         condition_dropout: probability that a sample is trained without its condition, for guidance.
         loss_chunk: positions whose logits exist at a time; None for all.
@@ -65,6 +68,7 @@ class PriorModule(PriorBase):
         weight_decay: float = 0.05,
         warmup_steps: int = 100,
         min_lr_ratio: float = 0.01,
+        mup_base_width: int | None = None,
         label_smoothing: float = 0.0,
         condition_dropout: float = 0.1,
         loss_chunk: int | None = 512,
@@ -78,6 +82,8 @@ class PriorModule(PriorBase):
                 raise ValueError(f"{name}={value} must be in [0, 1)")
         if loss_chunk is not None and loss_chunk < 1:
             raise ValueError(f"loss_chunk={loss_chunk} must be at least 1, or null for all positions at once")
+        if mup_base_width is not None:
+            check_base_width(mup_base_width, net.head_dim)
         encoder = None if text_encoder is None else TextEncoder(text_encoder, dtype=text_encoder_dtype)
         super().__init__(build_prior(net, encoder), tokenizer, encoder)
         self.save_hyperparameters(ignore="net")
@@ -85,7 +91,9 @@ class PriorModule(PriorBase):
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup_steps, self.min_lr_ratio = warmup_steps, min_lr_ratio
         self.label_smoothing, self.condition_dropout, self.loss_chunk = label_smoothing, condition_dropout, loss_chunk
-        self.seed = seed
+        self.mup_base_width, self.seed = mup_base_width, seed
+        for part in self.width_parts():
+            rescale_initial_weights(part)
         self.prior.activation_checkpointing = activation_checkpointing
         if compile_blocks:
             for block in self.prior.blocks:
@@ -115,13 +123,22 @@ class PriorModule(PriorBase):
         names = classes if len(classes) == self.num_classes else config.class_names
         self.prior.config = dataclasses.replace(config, tokenizer=made_by["sha256"], class_names=names)
 
+    def width_parts(self) -> list[WidthPart]:
+        """The prior beside its counterpart of the base width; empty without width transfer."""
+        if self.mup_base_width is None:
+            return []
+        config = self.prior.config
+        with torch.device("meta"):
+            base = Prior(dataclasses.replace(config, width=self.mup_base_width))
+        return [WidthPart(self.prior, base, self.mup_base_width / config.width, lambda fan_in, fan_out: 1.0)]
+
     def configure_model(self) -> None:
         """Shard the prior where the strategy asks for it."""
         shard(self, [self.prior], methods=["hidden"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over parameter groups, warm-up and cosine per step."""
-        groups = parameter_groups(self, self.weight_decay)
+        groups = width_groups(self, self.weight_decay, self.lr, self.width_parts())
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
         total = self.trainer.estimated_stepping_batches
         schedule = warmup_cosine(optimizer, self.warmup_steps, total, self.min_lr_ratio)

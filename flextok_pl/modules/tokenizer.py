@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -21,18 +22,28 @@ from flextok_pl.cost.flops import tokenizer_flops
 from flextok_pl.interop import save_pretrained
 from flextok_pl.layers.frozen import Frozen
 from flextok_pl.models.config import FlexTokConfig, config_from_dict, config_to_dict
+from flextok_pl.models.decoder import FlowDecoder
+from flextok_pl.models.encoder import RegisterEncoder
 from flextok_pl.models.objective import FlowLoss, flow_loss, sample_draws
 from flextok_pl.models.teacher import ProjectionHead, Teacher, alignment_loss
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
 from flextok_pl.modules.loss_buckets import LossBuckets
-from flextok_pl.modules.optim import parameter_groups, warmup_cosine
+from flextok_pl.modules.optim import warmup_cosine
 from flextok_pl.modules.steps import (
     log_gradient_norm,
     log_means,
     logging_now,
     step_generator,
     stop_if_not_finite,
+)
+from flextok_pl.modules.width_transfer import (
+    WidthPart,
+    check_base_width,
+    default_std,
+    rescale_initial_weights,
+    width_groups,
+    xavier_std,
 )
 from flextok_pl.runtime.sharding import gather_for_evaluation, shard, shard_again, whole_weights
 
@@ -53,6 +64,8 @@ class TokenizerModule(pl.LightningModule):
         weight_decay: of matrices; biases, tokens and positions have none.
         warmup_steps: optimizer steps of linear warm-up, followed by a cosine over the rest of the training.
         min_lr_ratio: final share of the learning rate.
+        mup_base_width: width, of encoder and decoder alike, at which `lr`, `weight_decay` and initialisation are tuned;
+            they are carried over to this model's widths by muP. None for the standard parametrisation.
         timestep_shift: above 1 more training on noisy inputs, where tokens matter most. Like `pure_noise` it has no
             effect on a net with `objective="mse"`, which always trains at t = 1.
         pure_noise: share of the images that are trained at t = 1, where only the tokens say what to draw. A small model
@@ -78,6 +91,7 @@ class TokenizerModule(pl.LightningModule):
         weight_decay: float = 0.05,
         warmup_steps: int = 100,
         min_lr_ratio: float = 0.01,
+        mup_base_width: int | None = None,
         timestep_shift: float = 1.0,
         pure_noise: float = 0.0,
         budget_groups: int = 1,
@@ -101,12 +115,15 @@ class TokenizerModule(pl.LightningModule):
                 f"timestep_shift={timestep_shift} and pure_noise={pure_noise} have no effect with net.objective='mse', "
                 "which always trains at t = 1: leave them at 1.0 and 0.0"
             )
+        if mup_base_width is not None:
+            check_base_width(mup_base_width, math.lcm(4, net.encoder_head_dim, net.decoder_head_dim))
         self.tokenizer = build_tokenizer(net, vae)
         self.lr = lr
         self.betas = betas
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         self.min_lr_ratio = min_lr_ratio
+        self.mup_base_width = mup_base_width
         self.timestep_shift = timestep_shift
         self.pure_noise = pure_noise
         self.budget_groups = budget_groups
@@ -119,6 +136,8 @@ class TokenizerModule(pl.LightningModule):
             network = Teacher(teacher, teacher_weights)
             self.teacher = Frozen(network)
             self.projection = ProjectionHead(net.decoder_width, network.dim)
+        for width_part in self.width_parts():
+            rescale_initial_weights(width_part)
         for part in (self.tokenizer.encoder, self.tokenizer.decoder):
             part.activation_checkpointing = activation_checkpointing
             if compile_blocks:
@@ -142,6 +161,23 @@ class TokenizerModule(pl.LightningModule):
         batch_size = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
         return tokenizer_flops(self.tokenizer.config, batch_size, self.budget_groups).training
 
+    def width_parts(self) -> list[WidthPart]:
+        """What is trained, beside its counterpart of the base width; empty without width transfer."""
+        if self.mup_base_width is None:
+            return []
+        config, base_width = self.tokenizer.config, self.mup_base_width
+        base_config = dataclasses.replace(config, encoder_width=base_width, decoder_width=base_width)
+        encoder, decoder = self.tokenizer.encoder, self.tokenizer.decoder
+        with torch.device("meta"):
+            parts = [
+                WidthPart(encoder, RegisterEncoder(base_config), base_width / config.encoder_width, xavier_std),
+                WidthPart(decoder, FlowDecoder(base_config), base_width / config.decoder_width, xavier_std),
+            ]
+            if self.teacher is not None:
+                projection = ProjectionHead(base_width, self.teacher.dim)
+                parts.append(WidthPart(self.projection, projection, parts[1].ratio, default_std))
+        return parts
+
     def configure_model(self) -> None:
         """Shard encoder, decoder and projection where the strategy asks for it."""
         projection = [] if self.teacher is None else [self.projection]
@@ -149,7 +185,7 @@ class TokenizerModule(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over parameter groups, warm-up and cosine per step."""
-        groups = parameter_groups(self, self.weight_decay)
+        groups = width_groups(self, self.weight_decay, self.lr, self.width_parts())
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
         total = self.trainer.estimated_stepping_batches
         schedule = warmup_cosine(optimizer, self.warmup_steps, total, self.min_lr_ratio)

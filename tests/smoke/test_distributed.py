@@ -40,7 +40,7 @@ def tokenizer_fit(shards: Path, folder: Path) -> list[str]:
             "--rfid.fit_budgets",
             "[4]",
         ),
-        *("--model.budget_groups", "2", "--trainer.accumulate_grad_batches", "2"),
+        *("--model.budget_groups", "2", "--trainer.accumulate_grad_batches", "2", "--model.mup_base_width", "32"),
     ]
 
 

@@ -1,0 +1,173 @@
+"""Width transfer: learning rate and initialisation tuned at one width, used at another.
+
+The maximal update parametrisation for Adam (muP; Yang et al., https://arxiv.org/abs/2203.03466, table 3), without
+multipliers in the forward pass: only a new model's weights and the optimizer's groups differ. As in its authors'
+package, what grows with the width is found by comparing shapes with those of the same network at the base width. At
+that width, initialisation and learning rates are the standard ones.
+
+Shapes: D width, D0 base width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flextok_pl.modules.optim import is_matrix, parameter_groups
+
+Role = Literal["hidden", "output", "input", "vector", "fixed"]
+
+ADAM_EPS = 1e-8
+"""Epsilon at the base width, torch's default."""
+
+
+class WidthPart(NamedTuple):
+    """A network that was tuned at another width.
+
+    Attributes:
+        network: the network, of width D.
+        base: the same of width D0; only its shapes count, so it may lie on the meta device.
+        ratio: D0 / D.
+        initial_std: (fan in, fan out) -> standard deviation that its matrices start with, up to a factor that does not
+            depend on the width.
+    """
+
+    network: nn.Module
+    base: nn.Module
+    ratio: float
+    initial_std: Callable[[int, int], float]
+
+
+class PartWeight(NamedTuple):
+    """A trainable parameter of a part.
+
+    Attributes:
+        name: its name in the part.
+        parameter: itself.
+        base: its counterpart in the base network.
+        role: what of it grows with D. Of a matrix both sides (`hidden`), that of its input (`output`), or that of its
+            output (`input`); of anything else one dimension (`vector`: biases, gains, tokens, positions, embeddings).
+            `fixed` is what does not grow, or has nothing to grow where D is D0.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    base: Tensor
+    role: Role
+
+
+def xavier_std(fan_in: int, fan_out: int) -> float:
+    """Of `xavier_uniform_`."""
+    return math.sqrt(2.0 / (fan_in + fan_out))
+
+
+def default_std(fan_in: int, fan_out: int) -> float:
+    """Of `nn.Linear`, up to a factor."""
+    return 1.0 / math.sqrt(fan_in)
+
+
+def check_base_width(base_width: int, multiple: int) -> None:
+    """Refuse a base width that no model has.
+
+    Args:
+        base_width: D0.
+        multiple: what widths must be multiples of.
+
+    Raises:
+        ValueError: it is not a positive multiple.
+    """
+    if base_width < 1 or base_width % multiple:
+        raise ValueError(
+            f"mup_base_width={base_width} must be a positive multiple of {multiple}: the model that was tuned has the "
+            "head_dim of this one; give the width of such a model, or null for no width transfer"
+        )
+
+
+def part_weights(part: WidthPart) -> Iterator[PartWeight]:
+    """The trainable parameters of a part with their roles.
+
+    Raises:
+        ValueError: a parameter grows in a way that there is no rule for.
+    """
+    for path, owner in part.network.named_modules():
+        for local_name, parameter in owner.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
+            name = f"{path}.{local_name}".removeprefix(".")
+            base = part.base.get_parameter(name)
+            grows = [here != there for here, there in zip(parameter.shape, base.shape, strict=True)]
+            role = _role(grows, is_matrix(owner, local_name, parameter))
+            if role is None:
+                raise ValueError(
+                    f"{name} has shape {tuple(parameter.shape)}, and {tuple(base.shape)} at the base width: there is "
+                    "no rule for what grows like this; set mup_base_width to null"
+                )
+            yield PartWeight(name, parameter, base, role)
+
+
+def _role(grows: Sequence[bool], matrix: bool) -> Role | None:
+    """See `PartWeight`. The dimensions of a matrix are those of output, input and kernel."""
+    if not any(grows):
+        return "fixed"
+    if not matrix:
+        return "vector" if sum(grows) == 1 else None
+    if any(grows[2:]):
+        return None
+    return "input" if not grows[1] else "hidden" if grows[0] else "output"
+
+
+@torch.no_grad()
+def rescale_initial_weights(part: WidthPart) -> None:
+    """Bring matrices drawn by the standard initialisation to the standard deviation that muP wants.
+
+    It is the standard one at D0, times (D0 / D)^(1/2) for hidden and D0 / D for output matrices. What starts at zero
+    stays there. Biases stay as they are, as do tokens, positions and embeddings, which start alike at all widths.
+    """
+    powers: dict[Role, float] = {"hidden": 0.5, "output": 1.0, "input": 0.0}
+    for _, parameter, base, role in part_weights(part):
+        if role in powers:
+            std, base_std = (part.initial_std(weight[0].numel(), weight[:, 0].numel()) for weight in (parameter, base))
+            parameter.mul_(base_std / std * part.ratio ** powers[role])
+
+
+def width_groups(module: nn.Module, weight_decay: float, lr: float, parts: Sequence[WidthPart]) -> list[dict[str, Any]]:
+    """`parameter_groups` with learning rate, weight decay and epsilon of their own, for AdamW.
+
+    Hidden and output matrices have lr * D0 / D. AdamW multiplies its weight decay by the learning rate; theirs is
+    divided by the same ratio, so that a step takes the same share off the weights at all widths, as in the authors'
+    package (https://github.com/microsoft/mup/blob/0518b39e91caa5d81ad0529225046cbdfdef69c4/mup/optim.py).
+
+    Where D0 / D multiplies a parameter's gradients, which is everywhere but in output matrices and what is fixed, it
+    multiplies epsilon, too. The first gradients of the encoder, behind gates that start at zero, are near the usual
+    1e-8, and that would slow down wide models more than narrow ones.
+
+    Args:
+        module: whose parameters to split.
+        weight_decay: of matrices, at D0.
+        lr: at D0.
+        parts: everything in the module that is trained, or nothing for the standard parametrisation.
+
+    Returns:
+        Groups for AdamW. Without parts those of `parameter_groups`, which leave the learning rate to the optimizer;
+        with parts each group has a name, of role and D0 / D, for its curve.
+    """
+    groups = parameter_groups(module, weight_decay)
+    if not parts:
+        return groups
+    known = {weight.parameter: (weight.role, part.ratio) for part in parts for weight in part_weights(part)}
+    split: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        for parameter in group["params"]:
+            role, ratio = known[parameter]
+            lr_ratio = ratio if role in ("hidden", "output") else 1.0
+            eps_ratio = ratio if role in ("hidden", "input", "vector") else 1.0
+            decay = group["weight_decay"] / lr_ratio
+            name = role if role == "fixed" else f"{role}_x{ratio:g}"
+            name += "" if decay else "_no_decay"
+            options = {"name": name, "lr": lr * lr_ratio, "weight_decay": decay, "eps": ADAM_EPS * eps_ratio}
+            split.setdefault(name, {"params": [], **options})["params"].append(parameter)
+    return list(split.values())

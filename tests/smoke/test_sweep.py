@@ -1,0 +1,65 @@
+"""What `flextok sweep` finds out before its first trial. What it runs is tested in tests/slurm and tests/unit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flextok_pl.cli import main
+
+TINY = Path(__file__).parents[2] / "experiments" / "tokenizer" / "tiny.yaml"
+
+
+@pytest.fixture
+def start(image_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs a sweep of the tiny experiment in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(**options: Any) -> None:
+        overrides = {
+            "data.train": str(image_shards / "train"),
+            "data.val": str(image_shards / "val"),
+            "rfid": None,
+            "codebook": None,
+            "trainer.enable_progress_bar": False,
+            **options.pop("overrides", {}),
+        }
+        given = {"metric": "val/loss", "space": {"model.lr": [1e-3, 1e-2]}, "search": "grid", **options}
+        Path("sweep.yaml").write_text(yaml.safe_dump({"experiment": str(TINY), "overrides": overrides, **given}))
+        main(["sweep", "sweep.yaml"])
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"space": {"model.lrr": [1e-3]}}, "model.lrr"),
+        ({"space": {"model.lr": [1e-3, "high"]}}, "'model.lr': 'high'} cannot be trained"),
+        ({"space": {"model.net.encoder_width": [64, 100]}}, "encoder_width=100 must be a multiple of encoder_head_dim"),
+        ({"overrides": {"trainer.max_stepz": 3}}, "trainer.max_stepz"),
+        ({"overrides": {"trainer.max_steps": 5}}, "model.warmup_steps=5 must be below trainer.max_steps=5"),
+        (
+            {"overrides": {"data.batch_size": 2, "trainer.max_steps": 9}},
+            "ends before the first validation, which comes",
+        ),
+        ({"metric": "val/los"}, "metric=val/los is not logged; there are"),
+        ({"overrides": {"data.train": "nowhere"}}, "nowhere"),
+    ],
+)
+def test_what_would_stop_every_trial(start: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        start(**options)
+    assert message in str(stop.value)
+    assert not list(Path("runs/sweeps/sweep").glob("0*")), "no trial has started"
+
+
+def test_the_commands_are_printed(start: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        start(metric="val/los")
+    capsys.readouterr()
+    main(["sweep", "sweep.yaml", "--dry-run", "true", "--test", "true"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["fit", "test", "fit", "test"]
+    assert all(f"--model.lr={value}" in line for value, line in zip([0.001, 0.001, 0.01, 0.01], lines, strict=True))
