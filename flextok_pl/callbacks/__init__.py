@@ -3,9 +3,19 @@
 from flextok_pl.callbacks.codebook import CodebookReport
 from flextok_pl.callbacks.ema import EMA
 from flextok_pl.callbacks.generation_fid import GenerationFID
+from flextok_pl.callbacks.hparams import HParams
 from flextok_pl.callbacks.metrics_log import MetricsLog
 from flextok_pl.callbacks.reconstruction_fid import ReconstructionFID
 from flextok_pl.callbacks.throughput import Throughput
 from flextok_pl.callbacks.token_report import TokenReport
 
-__all__ = ["EMA", "CodebookReport", "GenerationFID", "MetricsLog", "ReconstructionFID", "Throughput", "TokenReport"]
+__all__ = [
+    "EMA",
+    "CodebookReport",
+    "GenerationFID",
+    "HParams",
+    "MetricsLog",
+    "ReconstructionFID",
+    "Throughput",
+    "TokenReport",
+]

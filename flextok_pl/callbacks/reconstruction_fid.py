@@ -14,12 +14,13 @@ from flextok_pl.callbacks.budget_evaluation import BudgetEvaluation
 from flextok_pl.callbacks.budget_pass import Pass, first_rows
 from flextok_pl.callbacks.evaluation import module_reconstructor
 from flextok_pl.metrics.distributed import gather_objects
+from flextok_pl.metrics.dreamsim import DreamSim, check_dreamsim
 from flextok_pl.metrics.feature_set import FeatureSet
 from flextok_pl.metrics.features import OFFLINE_EXTRACTOR, FeatureExtractor
 from flextok_pl.metrics.images import pairs_grid, reconstruction_grid, to_uint8
 from flextok_pl.metrics.keys import key_hash
 from flextok_pl.metrics.lpips import LPIPS
-from flextok_pl.metrics.reconstruction import ReconstructionStatistics, reconstruct_at_budgets
+from flextok_pl.metrics.reconstruction import PairDistance, ReconstructionStatistics, reconstruct_at_budgets
 
 EXTREMES = 3
 """Images shown from either end."""
@@ -29,7 +30,9 @@ ENDS = {"best": 1, "worst": -1}
 
 
 class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
-    """Measure reconstructions at several token budgets: feature distances, MAE, MSE, PSNR, SSIM, and LPIPS on request.
+    """Measure reconstructions at several token budgets: feature distances, and errors of pixels and perception.
+
+    Errors are MAE, MSE, PSNR and SSIM, and LPIPS and DreamSim where they are asked for.
 
     Works on any module with a `reconstructor` that can tokenize and detokenize. Each image is tokenized once and
     decoded at every budget from noise that depends on `seed` and its key only, so results do not depend on batch size,
@@ -49,6 +52,8 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
         guidance: `none`, `cfg` or `apg`.
         guidance_scale: its scale; 1 is no guidance.
         lpips: true for LPIPS with downloaded AlexNet weights, or a path to them; needs images of 32 px or more.
+        dreamsim: `ensemble` for DreamSim as in its paper, or another network of the package `dreamsim`; null for none.
+        dreamsim_weights: the folder with its unpacked weights; null for the downloaded ones.
         num_seeds: outside a fit, decode from this many seeds; above 1 the pixels' mean variance over them is measured,
             all else on the first.
         every_n_epochs: during a fit, measure in the validations of every n-th epoch; 0 for never.
@@ -79,6 +84,8 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
         guidance: Literal["none", "cfg", "apg"] = "none",
         guidance_scale: float = 1.0,
         lpips: bool | Path | str = False,
+        dreamsim: str | None = None,
+        dreamsim_weights: Path | str | None = None,
         num_seeds: int = 1,
         every_n_epochs: int = 1,
         max_samples: int | None = 256,
@@ -106,14 +113,21 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
         )
         if num_seeds < 1:
             raise ValueError(f"num_seeds={num_seeds} must be at least 1")
+        check_dreamsim(dreamsim, dreamsim_weights)
         self.lpips, self.num_seeds = lpips, num_seeds
-        self._perceptual: LPIPS | None = None
+        self.dreamsim, self.dreamsim_weights = dreamsim, dreamsim_weights
+        self._lpips: LPIPS | None = None
+        self._dreamsim: DreamSim | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Load the networks that measure, so that missing weights stop a run before it starts."""
         super().setup(trainer, pl_module, stage)
-        if self._network is not None and self.lpips is not False and self._perceptual is None:
-            self._perceptual = LPIPS(None if self.lpips is True else self.lpips)
+        if self._network is None:
+            return
+        if self.lpips is not False and self._lpips is None:
+            self._lpips = LPIPS(None if self.lpips is True else self.lpips)
+        if self.dreamsim is not None and self._dreamsim is None:
+            self._dreamsim = DreamSim(self.dreamsim, self.dreamsim_weights, trainer.strategy.root_device)
 
     def _check_module(self, pl_module: LightningModule) -> None:
         module_reconstructor(pl_module)
@@ -121,7 +135,9 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
     def _statistics(
         self, budgets: list[int], network: FeatureExtractor, pool_fraction: float, real: FeatureSet | None
     ) -> ReconstructionStatistics:
-        return ReconstructionStatistics(budgets, network, pool_fraction, self._perceptual, real)
+        asked: dict[str, PairDistance | None] = {"lpips": self._lpips, "dreamsim": self._dreamsim}
+        perceptual = {name: distance for name, distance in asked.items() if distance is not None}
+        return ReconstructionStatistics(budgets, network, pool_fraction, perceptual, real)
 
     def _measure(
         self,
@@ -133,8 +149,8 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
         images, keys = batch["image"], batch["key"]
         if not keys:
             return
-        if self._perceptual is not None:
-            self._perceptual.to(images.device)
+        if self._lpips is not None:
+            self._lpips.to(images.device)
         originals = to_uint8(images)
         running.statistics.update_real(originals, keys)
         shown: dict[int, Tensor] = {}
@@ -188,8 +204,12 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
 
     def _notes(self, done: Pass[ReconstructionStatistics]) -> tuple[str, dict[str, dict[str, Any]]]:
         assert self._network is not None
-        extra = {"kernel": "cubic polynomial, originals and reconstructions paired"}
-        return f"{done.statistics.num_images} images of {done.split}", {self._network.kernel_metric_name: extra}
+        paired = {"kernel": "cubic polynomial, originals and reconstructions paired"}
+        extra: dict[str, dict[str, Any]] = {self._network.kernel_metric_name: paired}
+        if self._dreamsim is not None:
+            hash_ = self._dreamsim.weights_hash
+            extra["dreamsim"] = {"dreamsim_network": self._dreamsim.name, "dreamsim_weights_hash": hash_}
+        return f"{done.statistics.num_images} images of {done.split}", extra
 
 
 def _keep_extremes(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 from tqdm import tqdm
 
@@ -206,30 +207,32 @@ def _generated(
 
 
 def _heat_maps(table: Mapping[int, Mapping[Setting, float]], metric: str) -> bytes:
-    """One map per budget, guidance by steps, with its numbers, as PNG."""
+    """One map per budget, guidance by steps, with its numbers and a frame around the best, as PNG."""
     settings = list(next(iter(table.values())))
     rows = list(dict.fromkeys(setting.guided for setting in settings))
     columns = list(dict.fromkeys(setting.num_steps for setting in settings))
-    across = min(4, len(table))
+    width, height = 1.0 + 0.6 * len(columns), 0.8 + 0.25 * len(rows)
+    across = max(1, min(len(table), int(8 / width)))
     down = -(-len(table) // across)
-    width, height = 1.2 + 0.6 * len(columns), 0.8 + 0.3 * len(rows)
-    figure = Figure(figsize=(width * across, height * down + 0.4), layout="constrained")
+    figure = Figure(figsize=(max(4.0, width * across), height * down + 0.4), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     for index, (budget, found) in enumerate(table.items()):
         values = {(setting.guided, setting.num_steps): value for setting, value in found.items()}
         cells = np.array([[values[row, steps] for steps in columns] for row in rows])
         axes = figure.add_subplot(down, across, index + 1)
         axes.imshow(cells, cmap="viridis_r", aspect="auto")
-        axes.set_xticks(range(len(columns)), [str(steps) for steps in columns], fontsize=7)
-        axes.set_yticks(range(len(rows)), rows, fontsize=7)
-        axes.set_title(f"{budget} tokens", fontsize=8)
-        axes.set_xlabel("steps", fontsize=7)
+        axes.set_xticks(range(len(columns)), [str(steps) for steps in columns], fontsize=8)
+        axes.set_yticks(range(len(rows)), rows, fontsize=8)
+        axes.set_title(f"{budget} tokens" if budget > 1 else "1 token", fontsize=9)
+        axes.set_xlabel("steps", fontsize=8)
         middle = (cells.min() + cells.max()) / 2
         for i, row in enumerate(cells.tolist()):
             for j, value in enumerate(row):
-                colour = "black" if value > middle else "white"
-                axes.text(j, i, format_value(value), ha="center", va="center", fontsize=6, color=colour)
-    figure.suptitle(f"{metric}; smaller is better", fontsize=9)
+                colour = "black" if value < middle else "white"
+                axes.text(j, i, format_value(value), ha="center", va="center", fontsize=7, color=colour)
+        i, j = divmod(int(cells.argmin()), len(columns))
+        axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2, clip_on=False))
+    figure.suptitle(f"{metric}; smaller is better, the smallest framed", fontsize=9)
     buffer = io.BytesIO()
     canvas.print_png(buffer)  # type: ignore[no-untyped-call]
     return buffer.getvalue()

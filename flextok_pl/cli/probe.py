@@ -80,7 +80,10 @@ def probe_tokens(
         rows.append([str(budget), *(format_value(value) for value in accuracy.values())])
     print(format_columns([["tokens", "accuracy", "balanced accuracy"], *rows]))
     share = protocol["largest_class"]
-    print(f"{len(tested[1])} pictures of {len(classes)} classes, the largest {share:.2f}; fitted to {len(fitted[1])}")
+    print(
+        f"{len(tested[1])} pictures of {len(classes)} classes, fitted to {len(fitted[1])}; naming the largest class "
+        f"always would reach {share:.2f} and {1 / len(classes):.2f}"
+    )
     if json is not None:
         write_json(records, Path(json).expanduser())
 

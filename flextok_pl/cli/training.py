@@ -21,6 +21,7 @@ from flextok_pl.callbacks import (
     EMA,
     CodebookReport,
     GenerationFID,
+    HParams,
     MetricsLog,
     ReconstructionFID,
     Throughput,
@@ -40,6 +41,7 @@ CALLBACKS: dict[str, type[Callback]] = {
     "metrics_log": MetricsLog,
     "throughput": Throughput,
     "lr_monitor": LearningRateMonitor,
+    "hparams": HParams,
     "checkpoint": ModelCheckpoint,
     "best": ModelCheckpoint,
     # Last, so that it swaps the raw weights back after every other callback has evaluated the averaged ones.
@@ -52,7 +54,7 @@ CALLBACKS: dict[str, type[Callback]] = {
 LOST_CONTACT = "Connection closed by peer|Connection reset by peer|Timed out waiting|caused pair closure|Broken pipe"
 """What Gloo says of a process that is gone; NCCL's errors are of a class of their own."""
 
-FIT_ONLY = frozenset({"throughput", "lr_monitor", "checkpoint", "best", "ema", "preemption"})
+FIT_ONLY = frozenset({"throughput", "lr_monitor", "hparams", "checkpoint", "best", "ema", "preemption"})
 
 
 class FlexTokCLI(LightningCLI):

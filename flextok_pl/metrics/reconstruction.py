@@ -5,8 +5,8 @@ B images, N of all batches and processes, H x W pixels, D features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,13 @@ from flextok_pl.metrics.feature_set import FeatureSet
 from flextok_pl.metrics.features import FeatureExtractor
 from flextok_pl.metrics.images import image_errors
 from flextok_pl.metrics.keys import sample_generators
-from flextok_pl.metrics.lpips import LPIPS
+
+
+class PairDistance(Protocol):
+    """A distance of each image from another."""
+
+    def __call__(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 twice -> (B,) float64 on the CPU."""
 
 
 def reconstruct_at_budgets(
@@ -129,7 +135,7 @@ class ReconstructionStatistics(BudgetStatistics):
         budgets: numbers of tokens.
         extractor: of the features whose distances are taken.
         pool_fraction: share of the samples whose features are kept for the kernel distance.
-        lpips: the perceptual distance, or None to leave it out.
+        perceptual: metric -> distance whose mean over images is taken.
         real: features of all originals from an earlier run, or None to take them now.
     """
 
@@ -138,13 +144,13 @@ class ReconstructionStatistics(BudgetStatistics):
         budgets: Sequence[int],
         extractor: FeatureExtractor,
         pool_fraction: float = 1.0,
-        lpips: LPIPS | None = None,
+        perceptual: Mapping[str, PairDistance] | None = None,
         real: FeatureSet | None = None,
     ) -> None:
-        names = ("mae", "mse", "psnr", "ssim", *(["lpips"] if lpips else []), "seed_variance")
+        self._perceptual = dict(perceptual or {})
+        names = ("mae", "mse", "psnr", "ssim", *self._perceptual, "seed_variance")
         super().__init__(budgets, extractor, pool_fraction, real, names)
         self.images = ImageMoments()
-        self._lpips = lpips
 
     @property
     def image_size(self) -> list[int]:
@@ -177,8 +183,8 @@ class ReconstructionStatistics(BudgetStatistics):
             (B,) values by name.
         """
         errors = image_errors(originals, reconstructions)
-        if self._lpips:
-            errors["lpips"] = self._lpips(originals, reconstructions)
+        for name, distance in self._perceptual.items():
+            errors[name] = distance(originals, reconstructions)
         if from_other_noise:
             levels = torch.stack([reconstructions, *from_other_noise]).cpu().double() / 255
             errors["seed_variance"] = levels.var(0).flatten(1).mean(1)

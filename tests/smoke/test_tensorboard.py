@@ -1,4 +1,4 @@
-"""TensorBoard shows an evaluation: layout, curves and pictures, asked of its server and seen in a browser."""
+"""TensorBoard shows evaluations and compares trainings, asked of its server and seen in a browser."""
 
 import json
 import re
@@ -7,11 +7,13 @@ import subprocess
 import time
 from pathlib import Path
 from urllib.parse import urlencode
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
 from tensorboard import program
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from flextok_pl.callbacks.hparams import write_hparams
 from flextok_pl.cli import main
 from flextok_pl.interop import save_pretrained
 from flextok_pl.models.config import FlexTokConfig
@@ -36,8 +38,12 @@ def server(image_shards, tmp_path_factory):
                 *("1.0", "--codebook", "{}"),
             ]
         )
+    return served(folder / "runs")
+
+
+def served(runs):
     board = program.TensorBoard()
-    board.configure(argv=["", "--logdir", str(folder / "runs"), "--port", "0", "--load_fast", "false"])
+    board.configure(argv=["", "--logdir", str(runs), "--port", "0", "--load_fast", "false"])
     return board.launch()
 
 
@@ -80,3 +86,68 @@ def test_a_browser_shows_them(server, tmp_path):
     page = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     assert re.search(r'<img[^>]+src="data/plugin/timeseries/imageData', page), "no picture"
     assert page.count("<line-chart") + page.count("<canvas") >= 3, "no charts"
+
+
+def posted(server, path, **request):
+    headers = {"Content-Type": "application/json"}
+    question = Request(f"{server}data/plugin/hparams/{path}", json.dumps(request).encode(), headers)
+    with urlopen(question, timeout=60) as answer:
+        return json.loads(answer.read())
+
+
+def rows(server, count):
+    """The HParams tab: names of its columns, and each run's options and results."""
+    when_loaded(server)
+    for _ in range(100):
+        experiment = posted(server, "experiment", experimentName="")
+        groups = posted(server, "session_groups", allowedStatuses=["STATUS_UNKNOWN"], startIndex=0, sliceSize=count + 1)
+        if len(groups.get("sessionGroups", [])) == count:
+            break
+        time.sleep(0.2)
+    columns = (
+        {each["name"] for each in experiment["hparamInfos"]},
+        {m["name"]["tag"] for m in experiment["metricInfos"]},
+    )
+    found = {
+        group["name"]: (group["hparams"], {each["name"]["tag"]: each["value"] for each in group["metricValues"]})
+        for group in groups["sessionGroups"]
+    }
+    return columns, found
+
+
+def test_the_hparams_tab_compares_trainings(image_shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def fit(lr, steps, *options):
+        main(
+            [
+                *("fit", "--config", str(EXPERIMENT), "--data.train", str(image_shards / "train")),
+                *("--data.val", str(image_shards / "val"), "--trainer.max_steps", str(steps)),
+                *("--model.lr", str(lr), "--model.warmup_steps", "0", "--rfid.num_steps", "1"),
+                *("--rfid.budgets", "[1,2,4,16]", "--rfid.fit_budgets", "[1,2,4,16]", "--rfid.cache_dir", "null"),
+                *("--trainer.enable_progress_bar", "false", "--codebook", "null", *options),
+            ]
+        )
+
+    fit(1e-3, 2)
+    fit(2e-3, 2)
+    fit(2e-3, 4, "--ckpt_path", "last")
+    write_hparams(tmp_path / "runs/other", {"depth": 3, "nested": {"list": [1, 2]}}, {"val/loss": 0.5, "x": 1.0})
+
+    first, second = (f"runs/tokenizer/tiny/version_{number}" for number in range(2))
+    (options, metrics), found = rows(served(tmp_path / "runs"), 3)
+    assert set(found) == {first, second, str(tmp_path / "runs/other")}, "one row a run, also of one that went on"
+    assert {"lr", "net.num_registers", "batch_size", "max_steps", "depth", "nested.list"} <= options
+    assert not [name for name in options if name.startswith(("net.vae", "_"))]
+    assert metrics == {"train/loss", "val/loss", "x", *(f"val/kd_effnet_lite0/k={k:03d}" for k in (1, 4, 16))}
+    assert [found[run][0]["lr"] for run in (first, second)] == [1e-3, 2e-3]
+    assert found[second][0]["max_steps"] == 4
+
+    events = EventAccumulator(str(tmp_path / second)).Reload()
+    logged = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
+    assert "hp_metric" not in logged
+    shown = found[second][1]
+    assert set(shown) == metrics - {"x"}
+    for tag in shown.keys() & logged.keys():
+        assert shown[tag] == pytest.approx(logged[tag]), "the last value"
+    assert "val/loss" in logged

@@ -1,0 +1,117 @@
+"""What TensorBoard's HParams tab shows of a run: its main options beside the numbers that it ended with.
+
+The tab takes its columns from all runs together as long as none of them declares an experiment, which the loggers of
+Lightning and torch do: then only the columns of the first run are shown. It takes every scalar of a run for a result.
+Options and results therefore lie in a folder of their own in the run's folder, with nothing else in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb  # of `api`, which wants TensorFlow
+from torch.utils.tensorboard import FileWriter
+from torch.utils.tensorboard.summary import scalar
+
+FOLDER = "hparams"
+
+METRICS = ("*/loss", "*/mse", "*/psnr", "*/kd_*/k=*", "*/frechet_inception_distance/k=*", "*/class_agreement/k=*")
+
+TRAINER_OPTIONS = ("max_steps", "max_epochs", "precision", "accumulate_grad_batches", "gradient_clip_val", "world_size")
+
+
+def write_hparams(folder: Path, params: Mapping[str, Any], metrics: Mapping[str, float], step: int = 0) -> None:
+    """Write a row of TensorBoard's HParams tab, in place of the one that this folder had.
+
+    Args:
+        folder: of the run; its path is the row's name.
+        params: options; mappings in it are flattened with dots, lists become text, what is None is left out.
+        metrics: results; what is not finite is left out.
+        step: at which they were measured.
+    """
+    place = folder / FOLDER
+    earlier = list(place.glob("events.out.tfevents.*"))
+    writer = FileWriter(str(place))
+    writer.add_summary(hparams_pb(_flat(params), trial_id=str(folder)))
+    for name, value in metrics.items():
+        if math.isfinite(value):
+            writer.add_summary(scalar(name, value), step)  # type: ignore[no-untyped-call]
+    writer.close()
+    for file in earlier:
+        file.unlink()
+
+
+class HParams(Callback):
+    """Show a training in TensorBoard's HParams tab, after each validation and at its end.
+
+    Args:
+        metrics: patterns of the logged values to show. Of one that is known at more than three token budgets the
+            smallest, the middle and the largest are shown.
+    """
+
+    def __init__(self, metrics: Sequence[str] = METRICS) -> None:
+        self.metrics = list(metrics)
+        self._values: dict[str, float] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write what this validation found."""
+        if not trainer.sanity_checking:
+            self._write(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the last values, also of a training without validation."""
+        self._write(trainer, pl_module)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        found = [name for name in logged if any(fnmatchcase(name, pattern) for pattern in self.metrics)]
+        self._values |= {name: logged[name] for name in _few_budgets(found)}
+        if not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                params = main_options(trainer, pl_module)
+                write_hparams(Path(logger.log_dir), params, self._values, trainer.global_step)
+
+
+def main_options(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    """The module's hyper-parameters, and what else decides about a training."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    params = dict(pl_module.hparams)
+    # A tokenizer's autoencoder is frozen, and `vae` says where it is from.
+    net = {name: value for name, value in params.pop("net", {}).items() if name != "vae"}
+    return {
+        "module": type(pl_module).__name__,
+        **params,
+        "net": net,
+        **{name: getattr(trainer, name) for name in TRAINER_OPTIONS},
+        "batch_size": getattr(data, "batch_size", None),
+        "train": getattr(data, "sources", {}).get("train"),
+    }
+
+
+def _few_budgets(names: Sequence[str]) -> list[str]:
+    """Of names that end in `/k=<budget>` those of the smallest, the middle and the largest budget of each metric."""
+    metrics: dict[str, list[str]] = {}
+    for name in sorted(names):
+        metrics.setdefault(name.split("/k=")[0], []).append(name)
+    return [each[index] for each in metrics.values() for index in sorted({0, len(each) // 2, len(each) - 1})]
+
+
+def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    flat: dict[str, bool | int | float | str] = {}
+    for name, value in params.items():
+        if name.startswith("_") or value is None:  # Lightning's own notes
+            continue
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat

@@ -1,0 +1,98 @@
+"""DreamSim (https://arxiv.org/abs/2306.09344), as the package of its authors computes it.
+
+A cosine distance of embeddings that were tuned to human judgements of similarity: 0 for equal images, larger for images
+that people find less alike.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+from flextok_pl.contracts import weights_hash
+
+NETWORKS = ("ensemble", "dino_vitb16", "dinov2_vitb14", "clip_vitb32", "open_clip_vitb32", "synclr_vitb16")
+"""What the package calls `dreamsim_type`; `ensemble` is the paper's."""
+
+
+def check_dreamsim(network: str | None, weights: Path | str | None) -> None:
+    """Check options without loading anything.
+
+    Raises:
+        ValueError: the network is unknown, or the weights are for none or are no folder that holds them.
+    """
+    if network is None:
+        if weights is not None:
+            raise ValueError(f"dreamsim_weights={str(weights)!r} are for no network: set dreamsim to one of {NETWORKS}")
+        return
+    if network not in NETWORKS:
+        raise ValueError(f"dreamsim={network!r} is unknown; use one of {NETWORKS}, or null")
+    tuned = "ensemble_lora" if network == "ensemble" else f"{network}_single_lora"
+    if weights is not None and not (Path(weights) / tuned).is_dir():
+        raise ValueError(
+            f"dreamsim_weights={str(weights)!r} holds no folder {tuned}: give the folder into which the archive of "
+            f"{network} from https://github.com/ssundaram21/dreamsim/releases was unpacked"
+        )
+
+
+class DreamSim:
+    """Perceptual distance of image pairs.
+
+    The package loads its networks for one device, and parts of them stay there.
+
+    Args:
+        network: one of `NETWORKS`. All but the two CLIP ones and `synclr_vitb16` also fetch DINO's code by torch.hub.
+        weights: a folder with the unpacked weights; None takes `dreamsim` in torch.hub's folder, or downloads there.
+        device: where to compute.
+
+    Raises:
+        ValueError: the package is missing, or the weights are.
+    """
+
+    def __init__(
+        self, network: str = "ensemble", weights: Path | str | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        check_dreamsim(network, weights)
+        try:
+            from dreamsim import dreamsim
+        except ImportError as error:
+            raise ValueError(
+                f"dreamsim={network!r} needs the package {error.name}; install the extra: "
+                "pip install 'flextok_pl[dreamsim]'"
+            ) from error
+        hub = Path(torch.hub.get_dir())
+        folder = hub / "dreamsim" if weights is None else Path(weights)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Processes would otherwise unpack over each other.
+        lock = FileLock(folder.with_name("dreamsim.lock")) if weights is None else nullcontext()
+        try:
+            with lock:
+                model, prepare = dreamsim(dreamsim_type=network, cache_dir=str(folder), device=str(device))
+        except Exception as error:  # torch.hub, zipfile, peft and the network each have their own kinds
+            raise ValueError(
+                f"dreamsim={network!r}: its weights cannot be read or downloaded ({str(error)[:200]}); run it once "
+                f"where there is a network, and give its folder {folder} as dreamsim_weights"
+            ) from error
+        finally:
+            torch.hub.set_dir(str(hub))  # the package moves it
+        self.name, self.device = network, torch.device(device)
+        self.network: Any = model
+        self._prepare: Any = prepare
+        self.weights_hash = weights_hash(model)
+
+    def __call__(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
+        """Distance of each pair: (B, 3, H, W) uint8 twice -> (B,) float64 on the CPU."""
+        pairs = [self._prepared(images) for images in (originals, reconstructions)]
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            distance: Tensor = self.network(*pairs)
+        return distance.reshape(-1).cpu().double()
+
+    def _prepared(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 -> (B, 3, 224, 224) in [0, 1], by the package's own resize, which takes PIL's pictures."""
+        return torch.cat([self._prepare(to_pil_image(image)) for image in images.cpu()]).to(self.device)
