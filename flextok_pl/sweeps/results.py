@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
+import numpy as np
 import optuna
 from matplotlib import pyplot
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as drawings
 from rich.table import Table
@@ -84,6 +88,9 @@ def write_results(sweep: Sweep, study: optuna.Study) -> None:
     writer.writerows(found)
     write_atomically(sweep.root / "results.csv", content.getvalue().encode())
     complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    write_atomically(sweep.root / "results.md", markdown_table(sweep, complete).encode())
+    if complete and sweep.curves:
+        write_atomically(sweep.root / "curves.png", draw_curves(sweep, complete))
     if len({tuple(trial.params.items()) for trial in complete}) < 2:
         return
     for name, draw in PICTURES.items():
@@ -98,6 +105,57 @@ def write_results(sweep: Sweep, study: optuna.Study) -> None:
             pyplot.savefig(buffer, dpi=110, bbox_inches="tight")
             pyplot.close("all")
         write_atomically(sweep.root / f"{name}.png", buffer.getvalue())
+
+
+def over_seeds(sweep: Sweep, trial: FrozenTrial, metric: str) -> tuple[float, float]:
+    """Mean and standard deviation over the seeds of a trial's last value; NaN where it was not logged."""
+    values = [trial.user_attrs[f"version_{seed}"].get(metric, math.nan) for seed in sweep.seeds]
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def budgets(trial: FrozenTrial, curve: str) -> dict[int, str]:
+    """Token budget -> metric of a curve."""
+    names = {name for metrics in trial.user_attrs.values() if isinstance(metrics, dict) for name in metrics}
+    found = {int(name.removeprefix(f"{curve}/k=")): name for name in names if name.startswith(f"{curve}/k=")}
+    return dict(sorted(found.items()))
+
+
+def markdown_table(sweep: Sweep, trials: Sequence[FrozenTrial]) -> str:
+    """The finished trials with the metric and the curves' values, as mean ± standard deviation over the seeds."""
+    metrics = [sweep.metric]
+    for curve in sweep.curves:
+        metrics += dict.fromkeys(name for trial in trials for name in budgets(trial, curve).values())
+    lines = ["| " + " | ".join(["trial", *metrics]) + " |", "|---|" + "---:|" * len(metrics)]
+    for trial in trials:
+        cells = []
+        for metric in metrics:
+            mean, deviation = over_seeds(sweep, trial, metric)
+            spread = f" ± {deviation:.2g}" if len(sweep.seeds) > 1 else ""
+            cells.append("" if math.isnan(mean) else f"{mean:.4g}{spread}")
+        lines.append("| " + " | ".join([sweep.title(trial.params), *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw_curves(sweep: Sweep, trials: Sequence[FrozenTrial]) -> bytes:
+    """Each curve against the token budget, a line for each trial with the spread over its seeds, as PNG."""
+    figure = Figure(figsize=(4.5 * len(sweep.curves), 3.8), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    for index, curve in enumerate(sweep.curves):
+        axes = figure.add_subplot(1, len(sweep.curves), index + 1)
+        for trial in trials:
+            names = budgets(trial, curve)
+            spread = [over_seeds(sweep, trial, name) for name in names.values()]
+            means, deviations = [mean for mean, _ in spread], [deviation for _, deviation in spread]
+            axes.errorbar(list(names), means, deviations, marker="o", capsize=3, label=sweep.title(trial.params))
+        axes.set(xscale="log", xlabel="tokens", title=curve)
+        ticks = sorted({budget for trial in trials for budget in budgets(trial, curve)})
+        axes.set_xticks(ticks, [str(budget) for budget in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=7)
+    buffer = io.BytesIO()
+    canvas.print_png(buffer)  # type: ignore[no-untyped-call]
+    return buffer.getvalue()
 
 
 def shown(value: Any) -> str:

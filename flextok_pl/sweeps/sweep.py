@@ -37,6 +37,7 @@ class Sweep:
         seeds: each trial trains once with each of them, for model, data order and initialisation.
         overrides: option -> value for all trials.
         test: run `flextok test` after each fit; its metrics then count, too.
+        curves: logged names up to `/k=`, such as `val/psnr`: they are drawn against the token budget.
         pruner: of Optuna's; stops trials whose first seed does badly at a validation.
         retries: how many times a trial that fails is run again, from its last checkpoint.
         launcher: `local` starts processes here; `slurm` submits job arrays.
@@ -62,6 +63,7 @@ class Sweep:
     seeds: list[int] = field(default_factory=lambda: [0])
     overrides: dict[str, Any] = field(default_factory=dict)
     test: bool = False
+    curves: list[str] = field(default_factory=list)
     pruner: BasePruner | None = None
     retries: int = 1
     launcher: Literal["local", "slurm"] = "local"
@@ -119,7 +121,8 @@ class Sweep:
 
     def trial_folder(self, number: int, point: Mapping[str, Any]) -> TrialFolder:
         """Where a trial lives; its name says what it is."""
-        return TrialFolder(self.root / f"{number:04d}_{self._title(point)}")
+        title = re.sub(r"[^\w.,=+-]+", "-", self.title(point))[:120].strip("-,")
+        return TrialFolder(self.root / f"{number:04d}_{title}")
 
     def trial_plan(self, number: int, point: Params, name: str) -> dict[str, Any]:
         """What a runner needs to know of a trial, whose folder has that name."""
@@ -175,14 +178,14 @@ class Sweep:
         shared = [f"--config={file}" for file in files] + as_arguments(options)
         return [["fit", *shared]] + ([["test", *shared]] if self.test else [])
 
-    def _title(self, point: Mapping[str, Any]) -> str:
-        """`lr=0.003,width=64`, fit for a folder's name."""
+    def title(self, point: Mapping[str, Any]) -> str:
+        """What tells a point from others: `lr=0.003,width=64`."""
         last = [name.rsplit(".", 1)[-1] for name in self.space]
         short = {name: part if last.count(part) == 1 else name for name, part in zip(self.space, last, strict=True)}
         parts = [
             f"{short[name]}={f'{value:.4g}' if isinstance(value, float) else value}" for name, value in point.items()
         ]
-        return re.sub(r"[^\w.,=+-]+", "-", ",".join(parts))[:120].strip("-,")
+        return ",".join(parts)
 
 
 def as_arguments(options: Mapping[str, Any]) -> list[str]:
