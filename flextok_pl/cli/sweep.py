@@ -209,11 +209,18 @@ def parse_sweep(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Sweep
     options = {name: value for name, value in given.items() if name in names}
     experiments = options["experiment"] if isinstance(options["experiment"], list) else [options["experiment"]]
     options["experiment"] = [str(_beside(file, each)) for each in experiments]
-    options["name"] = options["name"] or file.stem
+    options["name"] = options["name"] or _name(file)
     try:
         return Sweep(**options), given
     except ValueError as error:
         raise UserError(f"{file}: {error}") from error
+
+
+def _name(file: Path) -> str:
+    """`full/budget_law` for a file below a folder `sweeps`, else its bare name."""
+    above = [part.name for part in file.absolute().parents]
+    below = above[: above.index("sweeps")] if "sweeps" in above else []
+    return "/".join([*reversed(below), file.stem])
 
 
 def _beside(file: Path, experiment: str) -> Path:

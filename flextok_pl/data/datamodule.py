@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import warnings
 from collections.abc import Iterator, Mapping
 from math import ceil
@@ -278,6 +279,17 @@ class ShardDataModule(pl.LightningDataModule):
         return 0, 1
 
 
+def _outlive_warnings(worker: int) -> None:
+    """Let a worker go on where a signal tells all processes that their machine is about to be taken away.
+
+    The training then wants its batches for the rest of a step. A second SIGTERM ends the worker, as does the training's
+    end.
+    """
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+
+
 class _EpochLoader(DataLoader[Batch]):
     """A loader that tells its stream, workers included, which epoch begins, and resumes within one.
 
@@ -292,6 +304,7 @@ class _EpochLoader(DataLoader[Batch]):
             num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
+            worker_init_fn=_outlive_warnings,
         )
         self.module, self.stream = module, stream
         self.position: dict[str, int] | None = None

@@ -189,6 +189,7 @@ class Runner:
                 cwd=plan["cwd"],
                 env=_environment(),
                 pass_fds=[handle],
+                preexec_fn=_leave_usr2_to_submitit,
             )
         folder.write("command", {"pid": self._child.pid})
         told = False
@@ -227,6 +228,11 @@ def outcome(folder: TrialFolder, plan: Mapping[str, Any]) -> dict[str, Any]:
             raise TrialError(f"metric={plan['metric']} is {value}")
     values = [metrics[plan["metric"]] for metrics in last.values()]
     return {"value": math.fsum(values) / len(values), "metrics": last}
+
+
+def _leave_usr2_to_submitit() -> None:
+    """Slurm sends the signal to all processes of a job; the job's own one then stops the command by SIGTERM."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
 def _environment() -> dict[str, str]:

@@ -156,9 +156,20 @@ def test_killed_at_twenty_random_moments(image_shards: Path, tmp_path: Path, who
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_preempted(name: str, image_shards: Path, tmp_path: Path, whole: dict[str, torch.Tensor]) -> None:
+@pytest.mark.parametrize("whom", ["the training", "its loader processes, too"])
+def test_preempted(name: str, whom: str, image_shards: Path, tmp_path: Path, whole: dict[str, torch.Tensor]) -> None:
     number = signal.Signals[name]
-    announced = at_step(5, 1, lambda: os.kill(os.getpid(), number))
+
+    def announce() -> None:
+        if whom == "the training":
+            os.kill(os.getpid(), number)
+        else:  # as Slurm does
+            os.killpg(os.getpgrp(), number)
+
+    def announced() -> None:
+        os.setpgrp()
+        at_step(5, 1, announce)()
+
     assert train(tmp_path, options(image_shards), announced) == 128 + number
     run = run_of(tmp_path)
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)

@@ -41,7 +41,7 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_there_is_no_file_that_the_tests_below_miss() -> None:
-    known = {"base.yaml", *names("vae", "tokenizer", "baselines", "prior", "nets", "data", "sweeps")}
+    known = {"base.yaml", *names("vae", "tokenizer", "baselines", "prior", "nets", "data", "sweeps", "sweeps/full")}
     assert known == {str(file.relative_to(EXPERIMENTS)) for file in EXPERIMENTS.rglob("*.yaml")}
 
 
@@ -127,7 +127,7 @@ def test_priors_are_the_presets(name: str, capsys: pytest.CaptureFixture[str]) -
     assert found["model"]["init_args"]["net"]["depth"] == preset.depth
 
 
-@pytest.mark.parametrize("name", names("sweeps"))
+@pytest.mark.parametrize("name", names("sweeps", "sweeps/full"))
 def test_every_point_of_a_sweep_parses(name: str) -> None:
     file = EXPERIMENTS / name
     sweep, _ = parse_sweep(sweep_parser("sweep", ""), [str(file)])
@@ -144,7 +144,7 @@ def documented_commands() -> list[str]:
     for guide in [*guides, *sorted((ROOT / "docs").glob("*.md"))]:
         for block in re.findall(r"```bash\n(.*?)```", guide.read_text(), re.DOTALL):
             lines += block.replace("\\\n", " ").splitlines()
-    for name in names("vae", "tokenizer", "baselines", "prior", "data", "sweeps"):
+    for name in names("vae", "tokenizer", "baselines", "prior", "data", "sweeps", "sweeps/full"):
         lines += [
             line.lstrip("# ") for line in (EXPERIMENTS / name).read_text().splitlines() if line.startswith("#   ")
         ]
