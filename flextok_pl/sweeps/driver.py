@@ -39,17 +39,15 @@ def open_study(sweep: Sweep, create: bool = True) -> optuna.Study:
     Raises:
         ValueError: there is none, or it was started with other options.
     """
-    journal = sweep.root / "journal.log"
-    if not create and sweep.storage is None and not journal.exists():
+    if create:
+        sweep.root.mkdir(parents=True, exist_ok=True)
+    elif not sweep.root.exists():
         raise ValueError(f"{sweep.root} holds no sweep yet; start it by `flextok sweep FILE`")
-    sweep.root.mkdir(parents=True, exist_ok=True)
-    storage: BaseStorage | str = sweep.storage or JournalStorage(JournalFileBackend(str(journal)))
+    journal = str(sweep.root / "journal.log")
+    storage: BaseStorage | str = sweep.storage or JournalStorage(JournalFileBackend(journal))
+    pruner = sweep.pruner or optuna.pruners.NopPruner()
     study = optuna.create_study(
-        storage=storage,
-        study_name=sweep.name,
-        direction=sweep.direction,
-        pruner=sweep.pruner or optuna.pruners.NopPruner(),
-        load_if_exists=True,
+        storage=storage, study_name=sweep.name, direction=sweep.direction, pruner=pruner, load_if_exists=True
     )
     study.sampler = _sampler(sweep, len(study.trials))
     before = study.user_attrs.get("fixed")
@@ -71,7 +69,10 @@ def _sampler(sweep: Sweep, existing: int) -> BaseSampler:
     seed = sweep.seed + existing
     if sweep.search == "tpe":
         conditional = sweep.points.conditional
-        return TPESampler(seed=seed, constant_liar=True, group=conditional, multivariate=conditional)
+        startup = min(10, max(1, sweep.num_trials // 4))  # Optuna's own 10 would leave short searches to chance
+        return TPESampler(
+            seed=seed, n_startup_trials=startup, constant_liar=True, group=conditional, multivariate=conditional
+        )
     return RandomSampler(seed=seed)
 
 
@@ -86,8 +87,6 @@ class Driver:
         say: prints a line.
     """
 
-    poll_seconds = 0.5
-
     def __init__(self, sweep: Sweep, say: Callable[[str], None]) -> None:
         self.sweep, self.say = sweep, say
         self.study = open_study(sweep)
@@ -97,9 +96,6 @@ class Driver:
             else SlurmLauncher(sweep.root / "slurm", sweep.slurm, sweep.workers)
         )
         self._under_way: dict[int, tuple[Trial, TrialFolder]] = {}
-        if sweep.search == "grid":
-            for point in sweep.points.grid()[: sweep.num_trials]:
-                self.study.enqueue_trial(point, skip_if_exists=True)
 
     def run(self) -> None:
         """Start and watch trials until all have ended.
@@ -109,9 +105,12 @@ class Driver:
         """
         with _only_one(self.sweep.root / "driver.lock"):
             try:
+                if self.sweep.search == "grid":
+                    for point in self.sweep.points.grid()[: self.sweep.num_trials]:
+                        self.study.enqueue_trial(point, skip_if_exists=True)
                 self._take_over()
                 while self._fill() or self._under_way:
-                    time.sleep(self.poll_seconds)
+                    time.sleep(self.launcher.poll_seconds)
                     self._watch()
             except KeyboardInterrupt:
                 left = self.launcher.leave([folder for _, folder in self._under_way.values()])

@@ -19,6 +19,9 @@ from flextok_pl.sweeps.runner import Runner, TrialFolder
 class Launcher(Protocol):
     """Starts trials, and knows which of them are still there, whichever process started them."""
 
+    poll_seconds: float
+    """How often to look after them."""
+
     def launch(self, folders: Sequence[TrialFolder]) -> None:
         """Start these trials, or let them wait in a queue."""
 
@@ -39,6 +42,8 @@ class LocalLauncher:
     Raises:
         ValueError: there are not as many GPUs.
     """
+
+    poll_seconds = 0.5
 
     def __init__(self, workers: int, gpus_per_trial: int = 0) -> None:
         self.threads = max(1, (os.cpu_count() or 1) // workers)
@@ -113,6 +118,7 @@ class SlurmLauncher:
         ValueError: there is no Slurm, or submitit does not know a parameter.
     """
 
+    poll_seconds = 5.0  # the controller serves all users
     grace = 15.0
     """Seconds for which a job may be missing in `squeue` before it counts as gone."""
 
@@ -142,7 +148,9 @@ class SlurmLauncher:
         jobs = {folder.path: str((folder.read("job") or {"job": ""})["job"]) for folder in folders}
         if not jobs:
             return []
-        listed = subprocess.run(["squeue", "--noheader", "--array", "--format=%i"], capture_output=True, text=True)
+        listed = subprocess.run(
+            ["squeue", "--me", "--noheader", "--array", "--format=%i"], capture_output=True, text=True
+        )
         if listed.returncode:  # the controller is busy or restarts: ask again later
             return []
         now, queued = time.monotonic(), set(listed.stdout.split())

@@ -52,7 +52,7 @@ def status_table(sweep: Sweep, study: optuna.Study) -> Table:
             "" if value is None else f"{value:.6g}",
             str(seen[-1]["step"]) if seen else "",
             _duration(trial),
-            ", ".join(f"{name}={shown(value)}" for name, value in trial.params.items()),
+            sweep.title(trial.params).replace(",", ", "),
             note,
             style="bold green" if trial.number in best else None,
         )
@@ -156,11 +156,6 @@ def draw_curves(sweep: Sweep, trials: Sequence[FrozenTrial]) -> bytes:
     buffer = io.BytesIO()
     canvas.print_png(buffer)  # type: ignore[no-untyped-call]
     return buffer.getvalue()
-
-
-def shown(value: Any) -> str:
-    """A parameter's value, short."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _best(study: optuna.Study) -> list[FrozenTrial]:

@@ -61,7 +61,7 @@ class Quick(Sweep):
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch):
-    monkeypatch.setattr(Driver, "poll_seconds", 0.05)
+    monkeypatch.setattr(LocalLauncher, "poll_seconds", 0.05)
 
 
 @pytest.fixture
