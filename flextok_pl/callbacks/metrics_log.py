@@ -15,27 +15,33 @@ class MetricsLog(Callback):
     A line is written after each validation, at the end of a fit and after a test: `stage` (`fit`, `validate` or
     `test`), `epoch`, `step`, and `metrics`, name -> value. A run that is resumed from a checkpoint writes again what it
     measures again; the later line holds.
+
+    In a fit `train/flops` is added for modules that state `flops_per_sample`: the operations of the training so far.
     """
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a line."""
         if not trainer.sanity_checking:
-            self._write(trainer)
+            self._write(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a line."""
-        self._write(trainer)
+        self._write(trainer, pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a line."""
-        self._write(trainer)
+        self._write(trainer, pl_module)
 
-    def _write(self, trainer: Trainer) -> None:
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         file = run_folder(trainer) / "metrics.jsonl"
         if not trainer.is_global_zero:
             return
         stage = trainer.state.fn.value if trainer.state.fn is not None else "fit"
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+        flops = getattr(pl_module, "flops_per_sample", None)
+        if stage == "fit" and flops is not None:
+            batch = trainer.datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+            metrics["train/flops"] = flops * batch * trainer.global_step
         entry = {"stage": stage, "epoch": trainer.current_epoch, "step": trainer.global_step, "metrics": metrics}
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("ab+") as lines:

@@ -1,7 +1,8 @@
 """Peak arithmetic and memory of devices.
 
-The figures are from memory, secondary pages and Lightning's own table, and have not been compared with the makers'
-data sheets, whose addresses are given for that. `--peak_tflops` and `--memory_gib` replace them.
+The figures agree with pages that quote the makers' data sheets (2026-11-26; such as
+https://glennklockwood.com/garden/processors/h100, and A100 and B200 beside it); the data sheets themselves, whose
+addresses are given, were not opened. `--peak_tflops` and `--memory_gib` replace them.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from flextok_pl.metrics.report import write_atomically
 from flextok_pl.sweeps.runner import TrialFolder
+from flextok_pl.sweeps.scaling import draw_scaling, fit_power_law
 from flextok_pl.sweeps.sweep import Sweep
 
 PICTURES: dict[str, Callable[..., Any]] = {
@@ -91,6 +92,8 @@ def write_results(sweep: Sweep, study: optuna.Study) -> None:
     write_atomically(sweep.root / "results.md", markdown_table(sweep, complete).encode())
     if complete and sweep.curves:
         write_atomically(sweep.root / "curves.png", draw_curves(sweep, complete))
+    if complete and sweep.scaling is not None:
+        write_atomically(sweep.root / "scaling.png", scaling_picture(sweep, complete, sweep.scaling))
     if len({tuple(trial.params.items()) for trial in complete}) < 2:
         return
     for name, draw in PICTURES.items():
@@ -134,6 +137,28 @@ def markdown_table(sweep: Sweep, trials: Sequence[FrozenTrial]) -> str:
             cells.append("" if math.isnan(mean) else f"{mean:.4g}{spread}")
         lines.append("| " + " | ".join([sweep.title(trial.params), *cells]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def scaling_picture(sweep: Sweep, trials: Sequence[FrozenTrial], parameter: str) -> bytes:
+    """Metric against operations, a line for each value of a parameter, with a fitted power law if there is one."""
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for trial in trials:
+        point = (over_seeds(sweep, trial, "train/flops")[0], over_seeds(sweep, trial, sweep.metric)[0])
+        groups.setdefault(str(trial.params[parameter]), []).append(point)
+    series = {name: (np.array(points)[:, 0], np.array(points)[:, 1]) for name, points in groups.items()}
+    flops, values = (np.concatenate([points[i] for points in series.values()]) for i in range(2))
+    law = None
+    try:
+        law = fit_power_law(flops, values)
+    except ValueError as error:
+        print(f"no power law is fitted: {error}")
+    else:
+        spread = 100 * np.sqrt((law.residuals**2).mean())
+        print(
+            f"{sweep.metric} = {law.floor:.4g} + {law.scale:.4g} (C / {law.unit:.4g})^-{law.exponent:.3f}, with C "
+            f"operations of a training; residuals {spread:.2g} % over {len(law.used)} of {len(values)} trials"
+        )
+    return draw_scaling(series, sweep.metric, law)
 
 
 def draw_curves(sweep: Sweep, trials: Sequence[FrozenTrial]) -> bytes:

@@ -39,6 +39,8 @@ class Sweep:
         test: run `flextok test` after each fit; its metrics then count, too.
         curves: logged names up to `/k=`, such as `val/psnr`: they are drawn against the token budget.
         pruner: of Optuna's; stops trials whose first seed does badly at a validation.
+        scaling: name of a parameter: the metric is drawn against the operations of the training, a line for each of its
+            values, with a power law that is fitted to the best; each run must log `train/flops`, as a fit does.
         retries: how many times a trial that fails is run again, from its last checkpoint.
         launcher: `local` starts processes here; `slurm` submits job arrays.
         workers: trials at a time.
@@ -64,6 +66,7 @@ class Sweep:
     overrides: dict[str, Any] = field(default_factory=dict)
     test: bool = False
     curves: list[str] = field(default_factory=list)
+    scaling: str | None = None
     pruner: BasePruner | None = None
     retries: int = 1
     launcher: Literal["local", "slurm"] = "local"
@@ -87,6 +90,8 @@ class Sweep:
             raise ValueError(f"trials=null: search={self.search} draws points without end; say how many trials")
         if self.slurm and self.launcher != "slurm":
             raise ValueError("slurm=... has no effect with launcher=local; choose --launcher slurm")
+        if self.scaling is not None and self.scaling not in self.space:
+            raise ValueError(f"scaling={self.scaling} is no parameter of space; use one of {sorted(self.space)}")
         searched = {option for point in self.points.corners() for option in self.points.options(point)}
         both = searched & set(self.overrides)
         if both:

@@ -1,0 +1,111 @@
+"""How a metric falls with the operations of a training: a power law, fitted to the best trials at each expense."""
+
+from __future__ import annotations
+
+import io
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+
+FEWEST = 4
+"""Points of a fit, which has three parameters."""
+
+
+class PowerLaw(NamedTuple):
+    """value = floor + scale * (flops / unit) ** -exponent.
+
+    Attributes:
+        floor: what no training gets below.
+        scale: height above the floor at one `unit`.
+        exponent: how fast it falls.
+        unit: operations, the geometric mean of those of the fit.
+        residuals: value over fit, less one, of each point of the fit.
+        used: numbers of those points.
+    """
+
+    floor: float
+    scale: float
+    exponent: float
+    unit: float
+    residuals: NDArray[np.float64]
+    used: NDArray[np.int64]
+
+    def __call__(self, flops: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Values at these numbers of operations."""
+        return np.asarray(self.floor + self.scale * (flops / self.unit) ** -self.exponent)
+
+
+def frontier(flops: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Numbers of the points that no point of as few operations is below, by operations."""
+    order = np.lexsort((values, flops))
+    best = np.minimum.accumulate(values[order])
+    first = np.concatenate([[True], best[1:] < best[:-1]])
+    return np.asarray(order[first])
+
+
+def fit_power_law(flops: NDArray[np.float64], values: NDArray[np.float64]) -> PowerLaw:
+    """Fit the frontier of trainings, by least squares of the logarithms.
+
+    Each point is a training to its end: the learning-rate schedule makes what lies before an end worse than a
+    training of that length would be (https://arxiv.org/abs/2203.15556, section 3).
+
+    Args:
+        flops: (n,) operations of each training.
+        values: (n,) what it ended with, positive.
+
+    Raises:
+        ValueError: too few points lie on the frontier.
+    """
+    used = frontier(flops, values)
+    if len(used) < FEWEST:
+        raise ValueError(f"{len(used)} of {len(flops)} trainings are the best for their expense; a fit takes {FEWEST}")
+    x, y = flops[used], values[used]
+    unit = float(np.exp(np.log(x).mean()))
+
+    def law(parameters: NDArray[np.float64]) -> NDArray[np.float64]:
+        floor, scale, exponent = parameters
+        return np.asarray(floor + scale * (x / unit) ** -exponent)
+
+    # From several starts, as the floor and the exponent can stand in for each other.
+    fits = [
+        least_squares(
+            lambda parameters: np.log(y) - np.log(law(parameters)),
+            [share * y.min(), (1 - share) * y.min() + np.ptp(y) / 2 + 1e-9, 0.3],
+            bounds=([0, 1e-12, 1e-3], [y.min(), np.inf, 3]),
+            x_scale=[y.min(), y.min(), 1],
+        )
+        for share in (0.1, 0.5, 0.9)
+    ]
+    floor, scale, exponent = min(fits, key=lambda fit: fit.cost).x
+    return PowerLaw(floor, scale, exponent, unit, y / law(np.array([floor, scale, exponent])) - 1, used)
+
+
+def draw_scaling(
+    series: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]], metric: str, law: PowerLaw | None
+) -> bytes:
+    """Value against operations, a line for each series, with the fit and its residuals below, as PNG."""
+    figure = Figure(figsize=(6, 5.5), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    for name, (flops, values) in series.items():
+        order = np.argsort(flops)
+        above.plot(flops[order], values[order], marker="o", label=name)
+    everything = np.concatenate([flops for flops, _ in series.values()])
+    if law is not None:
+        x = np.geomspace(everything.min(), everything.max(), 100)
+        formula = f"{law.floor:.3g} + {law.scale:.3g} (C / {law.unit:.2g})$^{{-{law.exponent:.2f}}}$"
+        above.plot(x, law(x), color="black", linestyle="--", label=formula)
+        below.plot(everything[law.used], 100 * law.residuals, "ko")
+    above.set(ylabel=metric, xscale="log")
+    above.legend(fontsize=7)
+    above.grid(alpha=0.3)
+    below.axhline(0, color="black", linewidth=0.5)
+    below.set(xlabel="operations of the training (C)", ylabel="residual, %")
+    below.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    canvas.print_png(buffer)  # type: ignore[no-untyped-call]
+    return buffer.getvalue()
