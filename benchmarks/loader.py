@@ -30,7 +30,7 @@ from report import measure_apart, write_results
 from flextok_pl.data import Augmentation, ShardDataModule, write_folder
 from flextok_pl.data.index import ShardIndex
 from flextok_pl.data.shards import Sample, shard_name, write_index, write_shard
-from flextok_pl.data.transforms import augment, decode_image, sample_generator, to_tensor
+from flextok_pl.data.transforms import augment, decode_image, picture_tensor, sample_generator, to_tensor
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--pictures", type=int, default=2000)
@@ -82,7 +82,7 @@ class Webdataset:
     """What a training script of webdataset does with the same files."""
 
     def __call__(self, sample):
-        return to_tensor([resized(sample["jpg"], sample["__key__"])])[0], int(sample["cls"])
+        return picture_tensor(resized(sample["jpg"], sample["__key__"])), int(sample["cls"])
 
 
 class Folder:
@@ -91,7 +91,7 @@ class Folder:
 
 
 def single(image: Image.Image) -> torch.Tensor:
-    return to_tensor([image])[0]
+    return picture_tensor(image)
 
 
 def loader_of(name: str, folder: Path, workers: int):

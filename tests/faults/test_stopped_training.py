@@ -1,6 +1,7 @@
 """A training that is killed, preempted or runs out of disk: `--ckpt_path last` goes on as if nothing had happened."""
 
 import itertools
+import json
 import multiprocessing
 import os
 import random
@@ -176,6 +177,18 @@ def test_preempted(name: str, whom: str, image_shards: Path, tmp_path: Path, who
     assert saved["global_step"] == 6, "the accumulated step is finished first"
     assert not (run / "tokenizer.safetensors").exists(), "nothing half trained is exported"
     assert train(tmp_path, options(image_shards)) == 0
+    assert_equal(tmp_path, whole)
+
+
+def test_asynchronous_saving(image_shards: Path, tmp_path: Path, whole: dict[str, torch.Tensor]) -> None:
+    """What is still being written when the signal comes is waited for."""
+    inner = {"class_path": "flextok_pl.runtime.AtomicCheckpointIO"}
+    plugin = {"class_path": "lightning.pytorch.plugins.io.AsyncCheckpointIO", "init_args": {"checkpoint_io": inner}}
+    arguments = [*options(image_shards), "--trainer.plugins", json.dumps([plugin])]
+    announced = at_step(5, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert train(tmp_path, arguments, announced) == 128 + signal.SIGTERM
+    assert damage_of(run_of(tmp_path) / "checkpoints" / "last.ckpt") is None
+    assert train(tmp_path, arguments) == 0
     assert_equal(tmp_path, whole)
 
 
