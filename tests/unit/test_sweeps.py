@@ -105,6 +105,13 @@ def test_a_grid_is_run_in_order_and_written_down(sweep):
     assert len(again.trials) == 3 and not said, "nothing is left to do"
 
 
+def test_trials_may_be_kept_in_a_database(sweep, tmp_path):
+    here = sweep(storage=f"sqlite:///{tmp_path}/trials.db")
+    study, _ = run(here)
+    assert (tmp_path / "trials.db").exists() and not (here.root / "journal.log").exists()
+    assert study.best_params == {"x": 1.0} and len(open_study(here, create=False).trials) == 3
+
+
 def test_more_trials_may_be_asked_for_later_and_nothing_else_changed(sweep):
     space = {"x": {"low": 0.0, "high": 9.0}}
     first = run(sweep(space=space, search="random", trials=2))[0].trials
