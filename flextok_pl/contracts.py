@@ -1,6 +1,7 @@
 """What the parts of the suite agree on: batches, protocols, defaults and ranges of options, the identity of a model.
 
-Shapes in this file: B batch, H x W image, C x h x w latent, K registers, L text positions, E text width.
+Shapes in this file: B batch, H x W image, C x h x w latent, K registers, L text positions, E text width, F teacher
+width.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ class Batch(TypedDict, total=False):
     Attributes:
         image: (B, 3, H, W) float32 in [-1, 1].
         latent: (B, 2C, h, w) float32, the VAE posterior's mean and log-variance, unscaled.
+        teacher_features: (B, F, h', w') float32, a map of REPA's teacher's patch features, precomputed.
         tokens: (B, K) int64.
         label: (B,) int64 class index.
         text: B captions.
@@ -35,6 +37,7 @@ class Batch(TypedDict, total=False):
 
     image: Tensor
     latent: Tensor
+    teacher_features: Tensor
     tokens: Tensor
     label: Tensor
     text: list[str]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentParser
+from torch import Tensor
 
 from flextok_pl.assets import DEMO_TOKENIZER
 from flextok_pl.cli import UserError
@@ -25,6 +26,7 @@ from flextok_pl.data import (
 )
 from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, center_crop, decode_image, to_rgb, to_tensor
 from flextok_pl.metrics.images import reconstruction_grid, save_png
+from flextok_pl.models.teacher import Teacher, resized_map
 from flextok_pl.models.text import TextEncoder
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
@@ -81,12 +83,18 @@ def encode_shards(
     seed: int = 0,
     batch_size: int = 64,
     num_workers: int = 2,
+    teacher: str | None = None,
+    teacher_weights: str | None = None,
+    teacher_grid: int | None = None,
     dtype: Literal["float16", "float32"] = "float16",
     samples_per_shard: int = 4000,
     overwrite: bool = False,
     device: str | None = None,
 ) -> None:
     """Encode the images of a shard set by a VAE, once, and write the posteriors' moments as a shard set.
+
+    With a teacher its features are stored beside them, for trainings with REPA that need neither images nor the
+    teacher.
 
     Args:
         src: shard set of images.
@@ -98,6 +106,10 @@ def encode_shards(
         seed: of the changes.
         batch_size: pictures at a time.
         num_workers: processes that decode pictures.
+        teacher: `effnet-lite2`, or a timm vision transformer such as `vit_large_patch14_dinov2.lvd142m`.
+        teacher_weights: local weights file of the teacher.
+        teacher_grid: side of the stored map of features; default the teacher's own. The side of the decoder's grid of
+            patches stores the least without changing the training.
         dtype: of the stored numbers.
         samples_per_shard: latents per tar file.
         overwrite: replace a set that was made with other arguments.
@@ -107,6 +119,21 @@ def encode_shards(
     encoder = FlexTok.from_pretrained(vae).require_vae() if vae.endswith(".safetensors") else VAE.from_pretrained(vae)
     source_id = {"vae": vae, "sha256": weights_hash(encoder)}
     encoder = encoder.to(place).eval().requires_grad_(False)
+    extract: Callable[[Tensor], Tensor] | None = None
+    teacher_id = None
+    if teacher is not None:
+        if teacher_grid is not None and teacher_grid < 1:
+            raise ValueError(f"teacher_grid={teacher_grid} must be at least 1")
+        network = Teacher(teacher, teacher_weights)
+        teacher_id = {"name": teacher, "sha256": weights_hash(network), "grid": teacher_grid}
+        network = network.to(place).eval().requires_grad_(False)
+
+        def extract(images: Tensor) -> Tensor:
+            features = network(images.to(place))
+            return features if teacher_grid is None else resized_map(features, (teacher_grid, teacher_grid))
+
+    elif teacher_weights is not None or teacher_grid is not None:
+        raise ValueError(f"teacher_weights={teacher_weights!r} and teacher_grid={teacher_grid} need a teacher")
     write_latents(
         src,
         dst,
@@ -118,6 +145,8 @@ def encode_shards(
         seed=seed,
         batch_size=batch_size,
         num_workers=num_workers,
+        extract=extract,
+        teacher_id=teacher_id,
         dtype=dtype,
         samples_per_shard=samples_per_shard,
         overwrite=overwrite,

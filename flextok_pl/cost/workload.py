@@ -118,7 +118,7 @@ def tokenizer_workload(
     if inputs == "tokens":
         raise ValueError("inputs='tokens': a tokenizer trains on images or latents")
     groups = options["budget_groups"]
-    frozen = {}
+    frozen, notes = {}, []
     with torch.device("meta"):
         vae = _vae(options["vae"], net)
         model = FlexTok(dataclasses.replace(net, vae=None))
@@ -135,12 +135,11 @@ def tokenizer_workload(
         frozen["VAE"] = Frozen(_count(vae), *(image_work(vae.moments, size) if works else ()))
         extra, more = Flops(), Activations()
         if options["teacher"] is not None:
-            if not works:
-                raise ValueError(
-                    f"inputs={inputs!r}: the teacher {options['teacher']!r} needs images; set teacher to null"
-                )
             teacher = Teacher(options["teacher"], pretrained=False)
-            frozen["teacher"] = Frozen(_count(teacher), *image_work(teacher.network, teacher.image_size))
+            if works:
+                frozen["teacher"] = Frozen(_count(teacher), *image_work(teacher.network, teacher.image_size))
+            else:
+                notes.append("the teacher's features are read with the latents, which must hold them")
             parts.append(ProjectionHead(net.decoder_width, teacher.dim))
             shape = (net.decoder_width, PROJECTION_WIDTH, teacher.dim, patches)
             extra, more = projection_flops(*shape), projection_activations(*shape, numerics)
@@ -149,6 +148,7 @@ def tokenizer_workload(
         flops=lambda batch: tokenizer_flops(net, batch, groups, patches) + extra,
         activations=lambda batch: tokenizer_activations(net, numerics, batch, groups, patches) + more * batch,
         frozen=frozen,
+        notes=tuple(notes),
     )
 
 

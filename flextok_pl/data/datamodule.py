@@ -186,14 +186,27 @@ class ShardDataModule(pl.LightningDataModule):
         return next(self._first_indices()).classes
 
     @property
+    def autoencoder(self) -> Mapping[str, Any] | None:
+        """What made the latents, see `ShardIndex.maker`; None for sets without latents."""
+        return self._maker("latent")
+
+    @property
+    def teacher(self) -> Mapping[str, Any] | None:
+        """What made the teacher's features, see `ShardIndex.maker`; None for sets without them."""
+        return self._maker("teacher_features")
+
+    @property
     def tokenizer(self) -> Mapping[str, Any] | None:
-        """What made the tokens, see `ShardIndex.tokenizer`; None for sets without tokens."""
-        return next((index.tokenizer for index in self._first_indices() if "tokens" in index.fields), None)
+        """What made the tokens, see `ShardIndex.maker`; None for sets without tokens."""
+        return self._maker("tokens")
 
     @property
     def text_encoder(self) -> Mapping[str, Any] | None:
-        """What made the text states, see `ShardIndex.text_encoder`; None for sets without them."""
-        return next((index.text_encoder for index in self._first_indices() if "text_states" in index.fields), None)
+        """What made the text states, see `ShardIndex.maker`; None for sets without them."""
+        return self._maker("text_states")
+
+    def _maker(self, field: str) -> Mapping[str, Any] | None:
+        return next((index.maker(field) for index in self._first_indices() if field in index.fields), None)
 
     def _first_indices(self) -> Iterator[ShardIndex]:
         splits: tuple[Split, ...] = ("train", "val", "test")

@@ -178,6 +178,19 @@ def _leading(folder: Path, numbers: range, counts: Sequence[int]) -> Iterator[Sh
         yield shard
 
 
+def require_identity(option: str, identity: Mapping[str, Any], types: Mapping[str, type]) -> None:
+    """Check that a model's identity has what it must, non-empty texts or positive whole numbers.
+
+    Raises:
+        ValueError: it has not; names the option.
+    """
+    for name, kind in types.items():
+        value = identity.get(name)
+        if not isinstance(value, kind) or not value > kind():
+            expected = "a text" if kind is str else "a positive whole number"
+            raise ValueError(f"{option}={dict(identity)} must have {name!r}, {expected}")
+
+
 def npy(array: np.ndarray[Any, Any]) -> bytes:
     """An array as the content of a `.npy` file."""
     buffer = io.BytesIO()

@@ -3,14 +3,15 @@
 A shard set is a folder with WebDataset tar files and one `index.json`, which is written last: a folder without it is no
 shard set. Every sample is `<key>.<extension>` files, side by side in one tar:
 
-| field         | extension             | content                                                       |
-|---------------|-----------------------|---------------------------------------------------------------|
-| `image`       | `png`, `jpg`, `webp`… | an encoded picture                                            |
-| `latent`      | `latent.npy`          | (2C, h, w) float16/float32, posterior mean and log-variance   |
-| `tokens`      | `tokens.npy`          | (K,) integers                                                 |
-| `label`       | `cls`                 | class index as decimal text, -1 for a picture without a class |
-| `text`        | `txt`                 | caption, UTF-8                                                |
-| `text_states` | `states.npy`          | (L, E) floats, the caption under a text encoder, not padded   |
+| field              | extension             | content                                                       |
+|--------------------|-----------------------|---------------------------------------------------------------|
+| `image`            | `png`, `jpg`, `webp`… | an encoded picture                                            |
+| `latent`           | `latent.npy`          | (2C, h, w) float16/float32, posterior mean and log-variance   |
+| `teacher_features` | `features.npy`        | (F, h', w') float16/float32, a teacher's features of patches  |
+| `tokens`           | `tokens.npy`          | (K,) integers                                                 |
+| `label`            | `cls`                 | class index as decimal text, -1 for a picture without a class |
+| `text`             | `txt`                 | caption, UTF-8                                                |
+| `text_states`      | `states.npy`          | (L, E) floats, the caption under a text encoder, not padded   |
 """
 
 from __future__ import annotations
@@ -26,7 +27,14 @@ from typing import Any, Protocol
 INDEX_NAME = "index.json"
 FORMAT = "flextok_pl.shards"
 FORMAT_VERSION = 1
-FIELDS = ("image", "latent", "tokens", "label", "text", "text_states")
+FIELDS = ("image", "latent", "teacher_features", "tokens", "label", "text", "text_states")
+MAKERS = {
+    "latent": "autoencoder",
+    "teacher_features": "teacher",
+    "tokens": "tokenizer",
+    "text_states": "text_encoder",
+}
+"""What the models that make fields are called in the provenance."""
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm")
 
 
@@ -71,14 +79,14 @@ class ShardIndex:
 
     Args:
         folder: where the tar files lie, or are brought to.
-        fields: which of `image`, `latent`, `tokens`, `label`, `text`, `text_states` each sample has.
+        fields: which of `FIELDS` each sample has.
         shards: the tar files, in order.
         classes: class names by label, empty for a set without classes.
         image_size: side in pixels of the (square) pictures that the samples hold or were made from; None for pictures
             of any size.
         arguments: what the writer was called with; equal arguments make an equal set.
-        provenance: where the content comes from: source, licence, versions, the autoencoder of latents, the tokenizer
-            of tokens, the text encoder of text states.
+        provenance: where the content comes from: source, licence, versions, the autoencoder of latents, the teacher of
+            its features, the tokenizer of tokens, the text encoder of text states.
         remote: how the tar files are reached; None where they are in the folder.
     """
 
@@ -112,20 +120,13 @@ class ShardIndex:
             raise ShardError(f"{self.where} is no folder on this machine; copy the set and give the copy's folder")
         return [self.folder / shard.name for shard in self.shards]
 
-    @property
-    def tokenizer(self) -> Mapping[str, Any] | None:
-        """What made the tokens: at least `sha256`, `vocab_size` and `num_tokens` (K); None where that is unknown."""
-        return self.provenance.get("tokenizer")
+    def maker(self, field: str) -> Mapping[str, Any] | None:
+        """Identity of the model that made a field; None where the set does not hold it or its maker is unknown.
 
-    @property
-    def tokenizer_hash(self) -> str | None:
-        """Tells whose tokens these are."""
-        return (self.tokenizer or {}).get("sha256")
-
-    @property
-    def text_encoder(self) -> Mapping[str, Any] | None:
-        """What made the text states: at least `name`; None where that is unknown."""
-        return self.provenance.get("text_encoder")
+        Of an autoencoder, a teacher and a tokenizer it has at least `sha256`, of the latter also `vocab_size` and
+        `num_tokens` (K); of a teacher and a text encoder it has `name`.
+        """
+        return self.provenance.get(MAKERS[field]) if field in self.fields else None
 
     def to_json(self) -> str:
         """The text of `index.json`."""

@@ -1,6 +1,7 @@
 """One sample of a shard: checked, decoded, and collated into a batch.
 
-Shapes in this file: B batch, S image side, (2C, h, w) moments, K registers, L text positions, E text width.
+Shapes in this file: B batch, S image side, (2C, h, w) moments, K registers, L text positions, E text width, F teacher
+width.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 import numpy as np
 import torch
@@ -27,11 +28,22 @@ class Decoded(TypedDict, total=False):
 
     image: Image.Image
     latent: Tensor
+    teacher_features: Tensor
     tokens: Tensor
     label: int
     text: str
     text_states: Tensor
     key: str
+
+
+Stacked = Literal["latent", "teacher_features", "tokens"]
+STACKED: tuple[Stacked, ...] = get_args(Stacked)
+"""Fields whose tensors have one shape in a set."""
+
+
+def in_batch(tensor: Tensor) -> Tensor:
+    """Stored numbers as batches hold them: float32 or integers."""
+    return tensor.to(torch.float32) if tensor.is_floating_point() else tensor
 
 
 @dataclass
@@ -81,6 +93,8 @@ def _decode(index: ShardIndex, raw: dict[str, Any], min_side: int | None) -> Dec
             sample["image"] = decode_image(raw[extension], min_side)
         elif name == "latent":
             sample["latent"] = torch.from_numpy(_array(raw, "latent.npy", "f", 3))  # (2C, h, w)
+        elif name == "teacher_features":
+            sample["teacher_features"] = torch.from_numpy(_array(raw, "features.npy", "f", 3))  # (F, h', w')
         elif name == "tokens":
             tokens = _array(raw, "tokens.npy", "iu", 1)
             sample["tokens"] = torch.from_numpy(tokens.astype(np.int64))  # (K,)
@@ -120,7 +134,7 @@ def _label(raw: dict[str, Any], num_classes: int) -> int:
     return label
 
 
-def stacked(samples: Sequence[Decoded], name: Literal["latent", "tokens"]) -> Tensor:
+def stacked(samples: Sequence[Decoded], name: Stacked) -> Tensor:
     """The tensors of N samples as one, (N, ...).
 
     Raises:
@@ -144,7 +158,7 @@ def padded(samples: Sequence[Decoded]) -> tuple[Tensor, Tensor]:
 
 
 def _require_equal_shapes(
-    samples: Sequence[Decoded], name: Literal["latent", "tokens", "text_states"], first_axis: int = 0
+    samples: Sequence[Decoded], name: Literal[Stacked, "text_states"], first_axis: int = 0
 ) -> None:
     for sample in samples:
         if sample[name].shape[first_axis:] != samples[0][name].shape[first_axis:]:
@@ -170,10 +184,9 @@ class Collate:
         first = samples[0]
         if "image" in first:
             batch["image"] = to_tensor([self.picture(s["image"], s["key"], epoch) for s in samples])  # (B, 3, S, S)
-        if "latent" in first:
-            batch["latent"] = stacked(samples, "latent").to(torch.float32)  # (B, 2C, h, w)
-        if "tokens" in first:
-            batch["tokens"] = stacked(samples, "tokens")  # (B, K)
+        for name in STACKED:
+            if name in first:
+                batch[name] = in_batch(stacked(samples, name))  # (B, 2C, h, w), (B, F, h', w'), (B, K)
         if "label" in first:
             batch["label"] = torch.tensor([s["label"] for s in samples], dtype=torch.int64)  # (B,)
         if "text" in first:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import glob
 import hashlib
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import braceexpand
 
-from flextok_pl.data.index import INDEX_NAME, ShardError, ShardIndex
+from flextok_pl.data.index import INDEX_NAME, MAKERS, ShardError, ShardIndex
 from flextok_pl.data.remote import PIPE, Remote, is_remote, require_plain_names
 
 
@@ -70,7 +72,8 @@ def require_same_kind(first: ShardIndex, other: ShardIndex) -> None:
     """Check that two sets can be read together.
 
     Raises:
-        ShardError: they differ in fields, classes, image size, or in whose tokens or text states they hold.
+        ShardError: they differ in fields, classes, image size, or in whose latents, features, tokens or text states
+            they hold.
     """
     for name in ("fields", "classes", "image_size"):
         if getattr(first, name) != getattr(other, name):
@@ -81,19 +84,21 @@ def require_same_kind(first: ShardIndex, other: ShardIndex) -> None:
     require_same_origin(first, other)
 
 
+def _identity(maker: Mapping[str, Any] | None) -> Any:
+    """What tells a model from others: the checksum of its weights where there is one, and not where they lay."""
+    return None if maker is None else maker.get("sha256", maker)
+
+
 def require_same_origin(first: ShardIndex, other: ShardIndex) -> None:
     """Check that one model can be trained on both sets.
 
     Raises:
-        ShardError: they hold tokens of different tokenizers, or text states of different encoders.
+        ShardError: they hold latents of different autoencoders, tokens of different tokenizers, and so on.
     """
-    origins = (
-        ("tokens", "tokenizer", first.tokenizer_hash, other.tokenizer_hash),
-        ("text_states", "text encoder", first.text_encoder, other.text_encoder),
-    )
-    for name, maker, one, another in origins:
-        if name in first.fields and name in other.fields and one != another:
+    for field, role in MAKERS.items():
+        one, another = _identity(first.maker(field)), _identity(other.maker(field))
+        if field in first.fields and field in other.fields and one != another:
             raise ShardError(
-                f"{first.where} and {other.where} hold {name} of different {maker}s ({one} and {another}), and one "
-                f"model cannot read both; write one of them again by `flextok data tokens` with the other's {maker}"
+                f"{first.where} and {other.where} hold {field} of different {role.replace('_', ' ')}s ({one} and "
+                f"{another}), and one model cannot read both; write one of them again (flextok data latents or tokens)"
             )

@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from flextok_pl.contracts import Batch
 from flextok_pl.data.index import ShardError, ShardIndex
 from flextok_pl.data.order import Lanes, Mixture, Row, eval_share, train_steps
-from flextok_pl.data.samples import Collate, Decoded, Decoder, stacked
+from flextok_pl.data.samples import STACKED, Collate, Decoded, Decoder, in_batch, stacked
 from flextok_pl.data.tars import OpenShards
 from flextok_pl.data.transforms import sample_generator
 
@@ -291,12 +291,11 @@ class CachedBatches(EpochStream):
     def __init__(self, data: ShardSet, collate: Collate, plan: Plan, decoder: Decoder | None = None) -> None:
         super().__init__(data, collate, plan)
         self.cache = self._decoded(decoder or Decoder())
-        first = self.cache[0]
-        self.latents = stacked(self.cache, "latent") if "latent" in first else None  # (N, 2C, h, w)
-        self.tokens = stacked(self.cache, "tokens") if "tokens" in first else None  # (N, K)
+        # (N, 2C, h, w), (N, F, h', w'), (N, K)
+        self.tensors = {name: stacked(self.cache, name) for name in STACKED if name in self.cache[0]}
         for sample in self.cache:
-            sample.pop("latent", None)
-            sample.pop("tokens", None)
+            for name in self.tensors:
+                sample.pop(name, None)  # one object may stand in for others, too
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, batches = self.next_pass()
@@ -304,10 +303,8 @@ class CachedBatches(EpochStream):
         for places in batches:
             chosen = [order[place] for place in places]
             batch = self.collate([self.cache[i] for i in chosen], epoch)
-            if self.latents is not None:
-                batch["latent"] = self.latents[chosen].to(torch.float32)  # (B, 2C, h, w)
-            if self.tokens is not None:
-                batch["tokens"] = self.tokens[chosen]  # (B, K)
+            for name, tensor in self.tensors.items():
+                batch[name] = in_batch(tensor[chosen])
             yield batch
 
     def _decoded(self, decoder: Decoder) -> list[Decoded]:

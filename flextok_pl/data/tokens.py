@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flextok_pl.contracts import Batch
-from flextok_pl.data.encoded import Views, npy, write_encoded
+from flextok_pl.data.encoded import Views, npy, require_identity, write_encoded
 from flextok_pl.data.index import ShardIndex
 from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, Augmentation
 
@@ -72,14 +72,14 @@ def write_tokens(
         ValueError: an option is out of range, the source lacks images or captions, or what a model gave is unusable.
     """
     views = Views(image_size, num_views, augmentation, seed, batch_size, num_workers, samples_per_shard)
-    _require("tokenizer_id", tokenizer_id, {"sha256": str, "vocab_size": int, "num_tokens": int})
+    require_identity("tokenizer_id", tokenizer_id, {"sha256": str, "vocab_size": int, "num_tokens": int})
     vocab_size, num_tokens = tokenizer_id["vocab_size"], tokenizer_id["num_tokens"]
     made_by = {"tokenizer": dict(tokenizer_id)}
     fields, needs = ["tokens"], ["image"]
     if (encode_text is None) != (text_encoder_id is None):
         raise ValueError("encode_text and text_encoder_id belong together: give both or none")
     if text_encoder_id is not None:
-        _require("text_encoder_id", text_encoder_id, {"name": str})
+        require_identity("text_encoder_id", text_encoder_id, {"name": str})
         made_by["text_encoder"] = dict(text_encoder_id)
         fields.append("text_states")
         needs.append("text")
@@ -104,14 +104,6 @@ def write_tokens(
         needs=needs,
         overwrite=overwrite,
     )
-
-
-def _require(option: str, identity: Mapping[str, Any], types: Mapping[str, type]) -> None:
-    for name, kind in types.items():
-        value = identity.get(name)
-        if not isinstance(value, kind) or not value > kind():
-            expected = "a text" if kind is str else "a positive whole number"
-            raise ValueError(f"{option}={dict(identity)} must have {name!r}, {expected}")
 
 
 def _tokens(tokens: Tensor, keys: Sequence[str], vocab_size: int, num_tokens: int) -> np.ndarray[Any, Any]:

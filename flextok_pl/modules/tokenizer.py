@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from flextok_pl.contracts import Batch, run_folder
+from flextok_pl.contracts import Batch, run_folder, weights_hash
 from flextok_pl.cost.flops import tokenizer_flops
 from flextok_pl.interop import save_pretrained
 from flextok_pl.layers.frozen import Frozen
@@ -25,7 +25,7 @@ from flextok_pl.models.config import FlexTokConfig, config_from_dict, config_to_
 from flextok_pl.models.decoder import FlowDecoder
 from flextok_pl.models.encoder import RegisterEncoder
 from flextok_pl.models.objective import FlowLoss, flow_loss, sample_draws
-from flextok_pl.models.teacher import ProjectionHead, Teacher, alignment_loss
+from flextok_pl.models.teacher import ProjectionHead, Teacher, alignment_loss, resized_map
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
 from flextok_pl.modules.loss_buckets import LossBuckets
@@ -51,9 +51,10 @@ from flextok_pl.runtime.sharding import gather_for_evaluation, shard, shard_agai
 class TokenizerModule(pl.LightningModule):
     """Trains the register encoder, the quantiser's codes and the flow decoder on VAE latents.
 
-    Batches carry images, or latents precomputed by the same VAE. The VAE and the teacher are frozen: neither
-    averaged nor stored in checkpoints. At the end of a fit the weights in use, averaged where an averaging
-    callback runs, are exported with the VAE as `<log dir>/tokenizer.safetensors`.
+    Batches carry images, or latents that the same VAE made, with features of the same teacher. VAE and teacher are
+    frozen: neither averaged nor stored in checkpoints; the teacher is loaded only to train on images. At the end of a
+    fit the weights in use, averaged where an averaging callback runs, are exported with the VAE as
+    `<log dir>/tokenizer.safetensors`.
 
     Args:
         net: the model. Its `vae` describes the autoencoder and is replaced by that of `vae` where given.
@@ -127,15 +128,15 @@ class TokenizerModule(pl.LightningModule):
         self.timestep_shift = timestep_shift
         self.pure_noise = pure_noise
         self.budget_groups = budget_groups
-        self.repa_weight = repa_weight
+        self.teacher_name, self.teacher_weights, self.repa_weight = teacher, teacher_weights, repa_weight
         self.seed = seed
         self.teacher: Frozen | None = None
         if teacher is not None:
             if net.repa_layer is None:
                 raise ValueError(f"teacher={teacher!r} needs a decoder block to align: set net.repa_layer")
-            network = Teacher(teacher, teacher_weights)
-            self.teacher = Frozen(network)
-            self.projection = ProjectionHead(net.decoder_width, network.dim)
+            with torch.device("meta"):
+                self.teacher_width = Teacher(teacher, teacher_weights, pretrained=False).dim
+            self.projection = ProjectionHead(net.decoder_width, self.teacher_width)
         for width_part in self.width_parts():
             rescale_initial_weights(width_part)
         for part in (self.tokenizer.encoder, self.tokenizer.decoder):
@@ -173,14 +174,42 @@ class TokenizerModule(pl.LightningModule):
                 WidthPart(encoder, RegisterEncoder(base_config), base_width / config.encoder_width, xavier_std),
                 WidthPart(decoder, FlowDecoder(base_config), base_width / config.decoder_width, xavier_std),
             ]
-            if self.teacher is not None:
-                projection = ProjectionHead(base_width, self.teacher.dim)
+            if self.teacher_name is not None:
+                projection = ProjectionHead(base_width, self.teacher_width)
                 parts.append(WidthPart(self.projection, projection, parts[1].ratio, default_std))
         return parts
 
+    def setup(self, stage: str) -> None:
+        """Check that precomputed latents and features fit the model, and load the teacher where there are none.
+
+        Raises:
+            ValueError: another autoencoder or teacher made the shards, or the teacher's weights are not to be had.
+        """
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        latents, features = getattr(data, "autoencoder", None), getattr(data, "teacher", None)
+        vae = weights_hash(cast(Frozen, self.tokenizer.vae).module)
+        if latents is not None and latents.get("sha256", vae) != vae:
+            raise ValueError(
+                f"the shards hold latents of autoencoder {latents}, but model.vae={self.hparams['vae']!r} is {vae}: "
+                "set it to the former, or write the latents again (flextok data latents)"
+            )
+        if self.teacher_name is None or stage != "fit":
+            return
+        teacher = None
+        if features is None or self.teacher_weights is not None:  # else the name tells which weights they are
+            teacher = Teacher(self.teacher_name, self.teacher_weights)
+        if features is None:
+            self.teacher = Frozen(cast(Teacher, teacher))
+        elif features["name"] != self.teacher_name or (teacher and features["sha256"] != weights_hash(teacher)):
+            raise ValueError(
+                f"the shards hold features of the teacher {features}, but model.teacher={self.teacher_name!r} with "
+                f"model.teacher_weights={self.teacher_weights!r} is another; set them to the former, or write the "
+                "features again (flextok data latents)"
+            )
+
     def configure_model(self) -> None:
         """Shard encoder, decoder and projection where the strategy asks for it."""
-        projection = [] if self.teacher is None else [self.projection]
+        projection = [] if self.teacher_name is None else [self.projection]
         shard(self, [self.tokenizer.encoder, self.tokenizer.decoder, *projection])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -228,15 +257,32 @@ class TokenizerModule(pl.LightningModule):
         return loss + self._alignment(batch, latents, result)
 
     def _alignment(self, batch: Batch, latents: Tensor, result: FlowLoss) -> Tensor | float:
-        if self.teacher is None or result.patch_features is None:
+        if self.teacher_name is None or result.patch_features is None:
             return 0.0
-        if "image" not in batch:
-            raise ValueError("REPA needs images: set teacher to null, or train from image shards instead of latents")
         patch = self.tokenizer.config.patch_size
         grid = (latents.shape[2] // patch, latents.shape[3] // patch)
-        loss = alignment_loss(self.projection(result.patch_features), self.teacher(batch["image"], grid))
+        features = resized_map(self._teacher_features(batch, grid), grid)
+        loss = alignment_loss(self.projection(result.patch_features), features)
         log_means(self, {"train/repa": loss}, len(latents))
         return self.repa_weight * loss
+
+    def _teacher_features(self, batch: Batch, grid: tuple[int, int]) -> Tensor:
+        """A map of the teacher's features (B, F, h', w') that is no coarser than the decoder's grid, if precomputed."""
+        if "teacher_features" not in batch:
+            if self.teacher is None or "image" not in batch:
+                raise ValueError(
+                    f"model.teacher={self.teacher_name!r} needs images or its features, and these shards give "
+                    f"{sorted(batch)}: set model.teacher to null, train on images, or write latents with features "
+                    f"(flextok data latents ... --teacher {self.teacher_name})"
+                )
+            return self.teacher(batch["image"])  # type: ignore[no-any-return]
+        features = batch["teacher_features"]
+        if features.shape[-2] < grid[0] or features.shape[-1] < grid[1]:
+            raise ValueError(
+                f"the stored features of the teacher lie on a grid of {tuple(features.shape[-2:])}, coarser than the "
+                f"decoder's of {grid}; write them again (flextok data latents) with --teacher_grid {max(grid)}"
+            )
+        return features
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the norm of the whole gradient, before clipping."""

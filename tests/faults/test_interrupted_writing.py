@@ -43,7 +43,8 @@ def write_encoded_set(kind, source, folder, model, **options):
     """20 samples in 7 shards, from batches of 4, 4, 2 pictures in each of two views."""
     options = {"image_size": 16, "num_views": 2, "batch_size": 4, "samples_per_shard": 3, "num_workers": 0, **options}
     if kind == "latents":
-        return write_latents(str(source), folder, model, source_id={"vae": "pool"}, **options)
+        teacher = {"extract": lambda images: images[:, :, ::4, ::4], "teacher_id": {"name": "stride", "sha256": "a"}}
+        return write_latents(str(source), folder, model, source_id={"vae": "pool"}, **teacher, **options)
     identity = {"sha256": "a", "vocab_size": 1000, "num_tokens": 24}
     return write_tokens(str(source), folder, model.tokenize, tokenizer_id=identity, **options)
 

@@ -396,3 +396,23 @@ def test_data_tools(
     data.setup("validate")
     assert next(iter(data.val_dataloader()))["latent"].shape == (4, 24, 16, 16)
     assert "/nowhere" in error_of(capsys, "data", "latents", str(image_shards / "val"), "x", "--vae", "/nowhere")
+
+
+def test_latents_and_features_replace_pictures_and_teacher(
+    tiny_tokenizer: Path, image_shards: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = [str(image_shards / "train"), "latents", "--vae", str(tiny_tokenizer), "--image-size", "32"]
+    write = ["data", "latents", *source, "--num-workers", "0", "--teacher-grid", "8"]
+    assert "teacher_grid=8 need a teacher" in error_of(capsys, *write)
+    assert "teacher='nosuch' cannot be loaded" in error_of(capsys, *write, "--teacher", "nosuch")
+    assert "teacher_grid=0 must be" in error_of(capsys, *write, "--teacher", "effnet-lite2", "--teacher-grid", "0")
+    main([*write, "--teacher", "effnet-lite2"])
+
+    sets = ["--data.train=latents", "--data.val=latents", "--trainer.max_steps=2", "--trainer.log_every_n_steps=1"]
+    model = ["--model.net.repa_layer=0", "--model.teacher=effnet-lite2", f"--model.vae={tiny_tokenizer}", "--rfid=null"]
+    fit = tiny("fit", image_shards, *sets, *model)
+    main([*fit, "--codebook=null", "--metrics_log={}"])
+    log = next((workplace / "runs").rglob("metrics.jsonl")).read_text()
+    assert "train/repa" in log
+
+    assert "features of the teacher" in error_of(capsys, *fit, "--model.teacher=vit_tiny_patch16_224")

@@ -115,6 +115,11 @@ def test_options_change_what_they_should(plan) -> None:
     assert "500 GiB, 100 TFLOP/s" in text and few["recipe"]["memory"]["fits"]
     latents, _ = plan(TOKENIZER, "--inputs", "latents", "--model.teacher", "null", "--ema", "null")
     assert latents["flops_per_sample"]["frozen"] == {} and latents["recipe"]["memory"]["averaged"] == 0.0
+    stored, text = plan(TOKENIZER, "--inputs", "latents", "--ema", "null")
+    assert stored["flops_per_sample"]["frozen"] == {} and "note: the teacher's features are read with" in text
+    assert stored["parameters"]["trained"] > latents["parameters"]["trained"], (
+        "the projection to the teacher is trained"
+    )
     full, _ = plan(TOKENIZER, "--trainer.precision", "32-true")
     assert full["machine"]["peak_tflops"] == 66.9 and full["recipe"]["memory"]["cast_weights"] == 0.0
 
@@ -144,7 +149,6 @@ def test_autoencoder(plan) -> None:
         (("--mfu", "1.5"), "mfu=1.5 must be in (0, 1]"),
         (("--memory_gib", "0"), "memory_gib=0.0 must be positive"),
         (("--inputs", "tokens"), "inputs='tokens': a tokenizer trains on images or latents"),
-        (("--inputs", "latents"), "needs images; set teacher to null"),
         (("--trainer.precision", "64-true"), "trainer.precision='64-true' cannot be planned"),
     ],
 )

@@ -102,7 +102,7 @@ def test_projection_to_the_teacher(half: bool) -> None:
     head = ProjectionHead(width, features)
     inputs, saved = torch.randn(BATCH, patches, width, requires_grad=True), SavedMemory(head)
     with saved, autocast(half):
-        alignment_loss(head(inputs), torch.randn(BATCH, patches, features))
+        alignment_loss(head(inputs), torch.randn(BATCH, features, 8, 8))
     planned = projection_activations(width, 2048, features, patches, Numerics(2 if half else 4)) * BATCH
     assert planned.kept + linear_bytes(head, half) == pytest.approx(saved.total, rel=0.05)
 

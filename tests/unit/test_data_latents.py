@@ -64,6 +64,48 @@ def test_views_are_training_augmentations(images, tmp_path):
     assert all(torch.equal(latent, latents[key]) for key, latent in zip(batch["key"], batch["latent"], strict=True))
 
 
+def extract(images):
+    return torch.nn.functional.avg_pool2d(images, 2)[:, :2]  # (B, 2, 4, 4)
+
+
+TEACHER = {"name": "pool", "sha256": "aaaa"}
+
+
+@pytest.mark.parametrize("cache_in_memory", [False, True])
+def test_features_of_a_teacher_are_of_the_same_views(images, tmp_path, cache_in_memory):
+    options = {"num_views": 2, "dtype": "float32", "augmentation": Augmentation(translate=0.3)}
+    index = write(images, tmp_path, extract=extract, teacher_id=TEACHER, **options)
+    assert index.fields == ("latent", "teacher_features", "label") and index.maker("teacher_features") == TEACHER
+    batch = load(tmp_path, cache_in_memory=cache_in_memory)
+    features = batch["teacher_features"]
+    assert features.shape == (22, 2, 4, 4) and features.dtype == torch.float32
+    pooled = torch.nn.functional.avg_pool2d(features, 2)
+    torch.testing.assert_close(pooled, batch["latent"][:, :2])  # as `encode` pools
+
+
+def test_sets_of_different_makers_are_not_read_together(images, tmp_path):
+    """Whose weights they are counts, and not where the weights lay."""
+    teacher = {"extract": extract, "teacher_id": TEACHER}
+    write(images, tmp_path / "a", source_id={"vae": "here", "sha256": "1"}, **teacher)
+    write(images, tmp_path / "b", source_id={"vae": "there", "sha256": "1"}, **teacher)
+    write(images, tmp_path / "c", source_id={"vae": "here", "sha256": "2"}, **teacher)
+    write(
+        images,
+        tmp_path / "d",
+        source_id={"vae": "here", "sha256": "1"},
+        extract=extract,
+        teacher_id={**TEACHER, "sha256": "b"},
+    )
+    data = ShardDataModule(train=str(tmp_path / "{a,b}"), image_size=8)
+    assert data.num_samples("train") == 0 and data.autoencoder["vae"] == "here" and data.teacher == TEACHER
+    for other, message in (("c", "latent of different autoencoders"), ("d", "features of different teachers")):
+        with pytest.raises(ShardError, match=message):
+            ShardDataModule(train=str(tmp_path / f"{{a,{other}}}"), image_size=8).num_samples("train")
+        with pytest.raises(ShardError, match=message):
+            data = ShardDataModule(train=str(tmp_path / "a"), val=str(tmp_path / other), image_size=8)
+            data.setup("fit")
+
+
 def test_rerun_and_another_autoencoder(images, tmp_path):
     calls = []
     write(images, tmp_path)
@@ -85,12 +127,35 @@ def test_rerun_and_another_autoencoder(images, tmp_path):
         (lambda x: encode(x) * torch.inf, "not finite"),
         (lambda x: encode(x) + 70000, "not finite in float16"),
     ],
+    ids=["flat", "one too few", "odd channels", "infinite", "beyond float16"],
 )
 def test_unusable_moments_leave_nothing_half_written(images, tmp_path, broken, message):
     with pytest.raises(ValueError, match=message):
         write_latents(images, tmp_path, broken, source_id={}, image_size=8, num_workers=0)
     assert not list(tmp_path.glob("*.tar")) and not (tmp_path / "index.json").exists()
     assert write(images, tmp_path).num_samples == 11  # the same folder can be used at once
+
+
+@pytest.mark.parametrize(
+    "broken, message",
+    [
+        (lambda x: extract(x).flatten(1), "extract gave"),
+        (lambda x: extract(x)[:-1], "extract gave"),
+        (lambda x: extract(x) * torch.inf, "teacher's features of .* are not finite in float16"),
+    ],
+    ids=["flat", "one too few", "infinite"],
+)
+def test_unusable_features(images, tmp_path, broken, message):
+    with pytest.raises(ValueError, match=message):
+        write(images, tmp_path, extract=broken, teacher_id=TEACHER)
+    assert not list(tmp_path.glob("*.tar"))
+
+
+def test_features_of_an_unknown_teacher(images, tmp_path):
+    with pytest.raises(ValueError, match="belong together"):
+        write(images, tmp_path, extract=extract)
+    with pytest.raises(ValueError, match="must have 'sha256'"):
+        write(images, tmp_path, extract=extract, teacher_id={"name": "pool"})
 
 
 def test_latents_of_latents_are_refused(images, tmp_path):

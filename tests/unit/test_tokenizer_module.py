@@ -12,8 +12,10 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from flextok_pl.callbacks import EMA
+from flextok_pl.contracts import weights_hash
 from flextok_pl.models.config import FlexTokConfig, VAEConfig
 from flextok_pl.models.objective import sample_draws
+from flextok_pl.models.teacher import Teacher, resized_map
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
 from flextok_pl.modules import TokenizerModule
@@ -200,20 +202,69 @@ def test_alignment_with_a_teacher(tmp_path: Path) -> None:
     header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
     assert "train/repa" in header
     assert not torch.equal(before, network.projection[0].weight)
-    features = network.teacher(Pictures(1)[0]["image"], (4, 4))
-    assert features.shape == (8, 16, 192)
+    assert network.teacher(Pictures(1)[0]["image"]).shape == (8, 192, 16, 16)
     exported = FlexTok.from_pretrained(tmp_path / "run" / "tokenizer.safetensors")
     assert exported.config == dataclasses.replace(NET, vae=network.tokenizer.config.vae)
 
 
-def test_the_offline_teacher_sees_where_things_are(tmp_path: Path) -> None:
-    from flextok_pl.models.teacher import Teacher
+class PrecomputedPictures(pl.LightningDataModule):
+    """The pictures of `Pictures` as float32 latents and features, with what made them."""
 
+    def __init__(self, vae: VAE, teacher: Teacher | None, grid: int, name: str = "vit_tiny_patch16_224") -> None:
+        super().__init__()
+        self.vae, self.network, self.grid = vae, teacher, (grid, grid)
+        self.autoencoder = {"sha256": weights_hash(vae)}
+        self.teacher = None if teacher is None else {"name": name, "sha256": weights_hash(teacher)}
+
+    def train_dataloader(self) -> DataLoader:
+        batches = []
+        for batch in Pictures(3):
+            precomputed = {"latent": self.vae.moments(batch["image"]).detach(), "key": batch["key"]}
+            if self.network is not None:
+                precomputed["teacher_features"] = resized_map(self.network(batch["image"]), self.grid)
+            batches.append(precomputed)
+        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("grid", [16, 4])
+def test_precomputed_features_train_like_the_teacher(tmp_path: Path, grid: int) -> None:
+    """On the teacher's own grid and on the decoder's; the teacher is not loaded."""
+    weights, losses = str(random_vit(tmp_path)), Losses()
+    teacher = Teacher("vit_tiny_patch16_224", weights).eval()
+    live = module(tmp_path, teacher="vit_tiny_patch16_224", teacher_weights=weights)
+    data = PrecomputedPictures(live.tokenizer.vae.module, teacher, grid)
+    network = module(tmp_path, teacher="vit_tiny_patch16_224", teacher_weights=weights)
+    trainer(tmp_path / "stored", 5, [losses]).fit(network, datamodule=data)
+    assert network.teacher is None
+    expected = Losses()
+    trainer(tmp_path / "live", 5, [expected]).fit(live, loader(3))
+    assert losses.values == pytest.approx(expected.values, rel=1e-5)
+
+
+def test_what_another_model_made_is_refused(tmp_path: Path) -> None:
+    weights = str(random_vit(tmp_path))
+    teacher = Teacher("vit_tiny_patch16_224", weights).eval()
+    options = {"teacher": "vit_tiny_patch16_224", "teacher_weights": weights}
+    vae = module(tmp_path).tokenizer.vae.module
+    torch.manual_seed(8)
+    other, retrained = VAE(NET.vae), Teacher("vit_tiny_patch16_224", weights).eval()
+    retrained.network.network.norm.bias.data += 1
+    for data, message in (
+        (PrecomputedPictures(other, teacher, 4), r"latents of autoencoder.*flextok data latents"),
+        (PrecomputedPictures(vae, retrained, 4), "features of the teacher.*model.teacher_weights"),
+        (PrecomputedPictures(vae, teacher, 4, name="effnet-lite2"), "features of the teacher.*'vit_tiny"),
+        (PrecomputedPictures(vae, teacher, 2), r"\(2, 2\), coarser than the decoder's.*--teacher_grid 4"),
+        (PrecomputedPictures(vae, None, 4), r"needs images or its features.*\['key', 'latent'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, 5).fit(module(tmp_path, **options), datamodule=data)
+
+
+def test_the_offline_teacher_sees_where_things_are(tmp_path: Path) -> None:
     images = -torch.ones(1, 3, 64, 64)
     marked = images.clone()
     marked[:, :, 40:60, 4:24] = 1.0
-    difference = (Teacher("effnet-lite2")(marked, (16, 16)) - Teacher("effnet-lite2")(images, (16, 16))).norm(dim=-1)
-    grid = difference.view(16, 16)
+    (grid,) = (Teacher("effnet-lite2")(marked) - Teacher("effnet-lite2")(images)).norm(dim=1)  # (16, 16)
     assert grid[10:15, 1:6].mean() > 2 * grid[:8, 8:].mean()
 
 
