@@ -1,4 +1,4 @@
-"""Images per second, operations per second, and the share of time that training waits for data."""
+"""Images per second, operations per second, the share of time that training waits for data, and what it leaves out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ class Throughput(Callback):
     """Log `train/images_per_s` (all ranks) and `train/data_share` over every window of training steps.
 
     Of a module that states `flops_per_sample` also `train/tflops_per_s` and, where Lightning knows the device's peak,
-    their ratio `train/mfu`.
+    their ratio `train/mfu`. Of a data module that skips broken samples also `train/skipped_samples`, their number since
+    the training began, in all ranks.
 
     Data loading is the time between the end of a batch and the start of the next, so hooks that run there, such as
     saving a checkpoint, count too; validation does not. The clock is the CPU's: what it waits for a GPU counts as
@@ -67,6 +68,10 @@ class Throughput(Callback):
                 peak = _peak_flops(trainer)
                 if peak is not None:
                     metrics["train/mfu"] = metrics["train/tflops_per_s"] * 1e12 / (peak * trainer.world_size)
+            skipped = getattr(trainer.datamodule, "skipped_samples", None)  # type: ignore[attr-defined]
+            if skipped is not None:
+                number = torch.tensor(float(skipped), device=trainer.strategy.root_device)
+                metrics["train/skipped_samples"] = float(trainer.strategy.reduce(number, reduce_op="sum"))
             # Not through the module's log(), which drops what does not fall on the trainer's own logging step.
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)

@@ -52,7 +52,8 @@ class ShardDataModule(pl.LightningDataModule):
         cache_dir: folder that keeps the shards of remote sets; null brings each one anew when it is read.
         fast_decode: let training decode JPEG pictures at a fraction of their size that is still twice the size needed;
             evaluation never does.
-        on_error: what training does about a broken sample: raise, or skip it with a warning; evaluation raises.
+        on_error: what training does about a broken sample: raise, or skip it with a warning and count it; evaluation
+            raises.
         max_skipped: broken samples that a process skips before it stops with an error.
         verify_checksums: read all shards and compare their checksums before the first epoch.
         pin_memory: copy batches to page-locked memory; default where there is a GPU.
@@ -116,6 +117,7 @@ class ShardDataModule(pl.LightningDataModule):
             raise ValueError("give at least one of train, val and test: the folder of a shard set")
         self._sets: dict[str, ShardSet] = {}
         self._streams: dict[str, EpochStream] = {}
+        self._skipped = torch.zeros(max(1, num_workers), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self.epoch = 0
 
     def shard_set(self, split: Split) -> ShardSet:
@@ -205,6 +207,11 @@ class ShardDataModule(pl.LightningDataModule):
         """What made the text states, see `ShardIndex.maker`; None for sets without them."""
         return self._maker("text_states")
 
+    @property
+    def skipped_samples(self) -> int | None:
+        """Broken training samples that this process and its workers have left out so far; None where they raise."""
+        return int(self._skipped.sum()) if self.on_error == "skip" else None
+
     def _maker(self, field: str) -> Mapping[str, Any] | None:
         return next((index.maker(field) for index in self._first_indices() if field in index.fields), None)
 
@@ -281,6 +288,7 @@ class ShardDataModule(pl.LightningDataModule):
         return Decoder(
             min_side=ceil(2 * self.image_size / window) if self.fast_decode else None,
             max_skipped=self.max_skipped if self.on_error == "skip" else None,
+            counts=self._skipped,
         )
 
     def _position(self) -> tuple[int, int]:

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import get_worker_info
 
 from flextok_pl.contracts import Batch
 from flextok_pl.data.index import IMAGE_EXTENSIONS, ShardError, ShardIndex
@@ -53,10 +54,12 @@ class Decoder:
     Args:
         min_side: pixels of the shorter side that a picture must keep, see `decode_image`; None decodes it in full.
         max_skipped: broken samples that are left out with a warning before one raises; None raises at the first.
+        counts: (W,) int64 in shared memory, in which worker w notes how many it has left out; None for no note.
     """
 
     min_side: int | None = None
     max_skipped: int | None = None
+    counts: Tensor | None = None
     skipped: set[tuple[str, str]] = field(default_factory=set, init=False)
 
     def __call__(self, index: ShardIndex, raw: dict[str, Any]) -> Decoded | None:
@@ -75,6 +78,9 @@ class Decoder:
             if shard not in {shard for shard, _ in self.skipped}:
                 warnings.warn(f"{problem}. Broken samples of this shard are skipped in training", stacklevel=2)
             self.skipped.add((shard, key))
+            if self.counts is not None:
+                worker = get_worker_info()
+                self.counts[0 if worker is None else worker.id] = len(self.skipped)
             if len(self.skipped) > self.max_skipped:
                 raise ShardError(
                     f"{problem}. These are {len(self.skipped)} broken samples in this process, more than max_skipped="

@@ -1,5 +1,6 @@
 """Bad data: a clear error that names shard and sample, and nothing lost."""
 
+import csv
 import errno
 import io
 import json
@@ -8,8 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
+from flextok_pl.callbacks import Throughput
 from flextok_pl.data import ShardDataModule, ShardError, ShardIndex, write_folder
 from flextok_pl.data.index import INDEX_NAME
 from flextok_pl.data.shards import PARTIAL_NAME, Sample, shard_name, write_index, write_shard
@@ -352,6 +357,7 @@ def test_training_may_skip_broken_samples(tmp_path, cache, num_workers, recwarn)
     found = {key for keys in first for key in keys}
     assert len(found) == 7 and "k5" not in found
     assert [batch["key"] for batch in data.train_dataloader()] == first
+    assert data.skipped_samples == 1
     if not num_workers:  # a worker warns on its own standard error
         told = [str(w.message) for w in recwarn if "skipped in training" in str(w.message)]
         assert len(told) == 1 and "shard-000001.tar, sample 'k5'" in told[0]
@@ -360,6 +366,37 @@ def test_training_may_skip_broken_samples(tmp_path, cache, num_workers, recwarn)
     strict = ShardDataModule(str(tmp_path), on_error="skip", max_skipped=0, **options)
     with pytest.raises(ShardError, match=r"sample 'k5': .*1 broken samples in this process, more than max_skipped=0"):
         list(strict.train_dataloader())
+
+
+def test_skipped_samples_are_logged(tmp_path):
+    write_set(tmp_path / "set", {"jpg": b"no picture"})
+    data = ShardDataModule(str(tmp_path / "set"), image_size=16, batch_size=2, num_workers=2, on_error="skip")
+    assert ShardDataModule(str(tmp_path / "set")).skipped_samples is None
+    logger = CSVLogger(tmp_path)
+    trainer = Trainer(
+        accelerator="cpu",
+        callbacks=[Throughput(every_n_steps=4)],
+        logger=logger,
+        max_epochs=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(MeanColour(), datamodule=data)
+    (row,) = csv.DictReader((Path(logger.log_dir) / "metrics.csv").open())
+    assert float(row["train/skipped_samples"]) == 1
+
+
+class MeanColour(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.mean = torch.nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch, batch_idx):
+        return ((batch["image"] - self.mean) ** 2).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 def test_a_set_of_broken_samples_only(tmp_path):
