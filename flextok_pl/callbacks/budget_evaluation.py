@@ -14,10 +14,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from flextok_pl.callbacks.budget_pass import Pass, StatisticsT, chosen_rows
+from flextok_pl.callbacks.charts import write_charts
 from flextok_pl.callbacks.evaluation import (
     batch_images,
     bits_per_token,
-    chart_budgets,
     checkpoint_facts,
     decoding_facts,
     evaluated_step,
@@ -110,7 +110,6 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
         self._network: FeatureExtractor | None = None
         self._checkpoint: dict[str, Any] | None = None
         self._pass: Pass[StatisticsT] | None = None
-        self._charted: set[str] = set()
 
     @abstractmethod
     def _check_module(self, pl_module: LightningModule) -> None:
@@ -293,10 +292,9 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
         log_evaluation(
             trainer, pl_module, scalars, {f"{done.split}/{self.heading}": pictures[self.picture]}, self._checkpoint
         )
-        if done.split not in self._charted:
-            charts = {metric: list(by_budget.values()) for metric, by_budget in tags.items()}
-            chart_budgets(trainer, f"{done.split}: {self.heading} by token budget", charts)
-            self._charted.add(done.split)
+        history = {metric: list(by_budget.values()) for metric, by_budget in tags.items()}
+        curves = {metric: {k: self.values[k][metric] for k in done.budgets} for metric in tags}
+        write_charts(trainer, self.stem, f"{done.split}: {self.heading}", "token budget", history, curves)
         folder = self.output_dir or run_folder(trainer)
         if trainer.is_global_zero:
             self._report(done, seen, pictures, folder / f"{self.stem}_fit" if done.in_fit else folder)

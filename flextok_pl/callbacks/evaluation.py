@@ -157,20 +157,6 @@ def log_evaluation(
                 logger.experiment.add_image(tag, picture, step)
 
 
-def chart_budgets(trainer: Trainer, category: str, charts: Mapping[str, list[str]]) -> None:
-    """Show several TensorBoard scalars on one chart.
-
-    Args:
-        trainer: whose loggers.
-        category: heading of the group of charts.
-        charts: title -> tags.
-    """
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-            layout = {category: {title: ["Multiline", tags] for title, tags in charts.items()}}
-            logger.experiment.add_custom_scalars(layout)
-
-
 def versions() -> dict[str, str]:
     """Versions of the packages that a number depends on."""
     found = {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}

@@ -7,7 +7,6 @@ Options and results therefore lie in a folder of their own in the run's folder, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,8 +16,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb  # of `api`, which wants TensorFlow
-from torch.utils.tensorboard import FileWriter
-from torch.utils.tensorboard.summary import scalar
+
+from flextok_pl.callbacks.charts import add_scalar, rewritten_events
 
 FOLDER = "hparams"
 
@@ -36,16 +35,10 @@ def write_hparams(folder: Path, params: Mapping[str, Any], metrics: Mapping[str,
         metrics: results; what is not finite is left out.
         step: at which they were measured.
     """
-    place = folder / FOLDER
-    earlier = list(place.glob("events.out.tfevents.*"))
-    writer = FileWriter(str(place))
-    writer.add_summary(hparams_pb(_flat(params), trial_id=str(folder)))
-    for name, value in metrics.items():
-        if math.isfinite(value):
-            writer.add_summary(scalar(name, value), step)  # type: ignore[no-untyped-call]
-    writer.close()
-    for file in earlier:
-        file.unlink()
+    with rewritten_events(folder / FOLDER) as writer:
+        writer.add_summary(hparams_pb(_flat(params), trial_id=str(folder)))
+        for name, value in metrics.items():
+            add_scalar(writer, name, value, step)
 
 
 class HParams(Callback):

@@ -12,7 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from flextok_pl.callbacks.evaluation import chart_budgets, log_evaluation
+from flextok_pl.callbacks.charts import write_charts
+from flextok_pl.callbacks.evaluation import log_evaluation
 from flextok_pl.contracts import default_budgets
 from flextok_pl.metrics.distributed import all_reduce_sum
 from flextok_pl.metrics.images import figure_to_image
@@ -58,6 +59,9 @@ class PositionSums:
         return torch.stack([means[0] / math.log(2), means[1]]), int(total[-1])
 
 
+NAMES = ("bits", "accuracy")
+
+
 class TokenReport(Callback):
     """Log bits and accuracy by token position, as numbers at positions 1, 2, 4, ... K and as a curve over all.
 
@@ -68,7 +72,6 @@ class TokenReport(Callback):
 
     def __init__(self) -> None:
         self._train, self._val = PositionSums(), PositionSums()
-        self._charted = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -105,16 +108,15 @@ class TokenReport(Callback):
         values = _at_positions("val", means)
         picture = plot_positions(means, f"{sequences} sequences")
         log_evaluation(trainer, pl_module, values, {"val/tokens_by_position": picture}, None)
-        if not self._charted:
-            charts = {name: [tag for tag in values if name in tag] for name in ("bits", "accuracy")}
-            chart_budgets(trainer, "val: tokens by position", charts)
-            self._charted = True
+        history = {name: [tag for tag in values if name in tag] for name in NAMES}
+        curves = {name: dict(enumerate(row.tolist(), 1)) for name, row in zip(NAMES, means, strict=True)}
+        write_charts(trainer, "positions", "val: tokens", "position", history, curves)
 
 
 def _at_positions(split: str, means: Tensor) -> dict[str, float]:
     return {
         f"{split}/{name}/{position:03d}": float(row[position - 1])
-        for name, row in zip(("bits", "accuracy"), means, strict=True)
+        for name, row in zip(NAMES, means, strict=True)
         for position in default_budgets(means.shape[1])
     }
 

@@ -25,19 +25,20 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.fixture(scope="module")
 def server(image_shards, tmp_path_factory):
-    """Address of a TensorBoard that shows the runs of one evaluation."""
+    """Address of a TensorBoard that shows the runs of two evaluations."""
     folder = tmp_path_factory.mktemp("place")
     tokenizer = save_pretrained(FlexTok(FlexTokConfig.preset("tiny")), folder / "tiny.safetensors")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        main(
-            [
-                *("test", "--config", str(EXPERIMENT), "--tokenizer", str(tokenizer)),
-                *("--data.val", str(image_shards / "val"), "--rfid.num_steps", "1", "--rfid.budgets", "[1,4,16]"),
-                *("--rfid.cache_dir", "null", "--trainer.enable_progress_bar", "false", "--trainer.limit_test_batches"),
-                *("1.0", "--codebook", "{}"),
-            ]
-        )
+        for steps, budgets in (("1", "[1,4,16]"), ("2", "[1,2,16]")):
+            main(
+                [
+                    *("test", "--config", str(EXPERIMENT), "--tokenizer", str(tokenizer), "--rfid.cache_dir", "null"),
+                    *("--data.val", str(image_shards / "val"), "--rfid.num_steps", steps, "--rfid.budgets", budgets),
+                    *("--trainer.enable_progress_bar", "false", "--trainer.limit_test_batches", "1.0"),
+                    *("--codebook", "{}"),
+                ]
+            )
     return served(folder / "runs")
 
 
@@ -62,20 +63,42 @@ def when_loaded(server):
     raise AssertionError("TensorBoard has read nothing")
 
 
+def layout(server):
+    """Title of each group of charts -> its charts."""
+    return {each["title"]: each["chart"] for each in json.loads(asked(server, "custom_scalars/layout"))["category"]}
+
+
 def test_the_server_has_layout_curves_and_pictures(server):
-    ((run, pictures),) = when_loaded(server).items()
+    run, pictures = min(when_loaded(server).items())
     assert set(pictures) == {"test/reconstructions", "test/codes/entropy_by_position"}
     for tag in pictures:
         (picture,) = json.loads(asked(server, "images/images", run=run, tag=tag, sample=0))
         with urlopen(f"{server}data/plugin/images/individualImage?{picture['query']}", timeout=60) as answer:
             content = answer.read()
         assert content.startswith(b"\x89PNG") and len(content) > 2000
-    (category,) = json.loads(asked(server, "custom_scalars/layout"))["category"]
-    assert category["title"] == "test: reconstructions by token budget"
-    charts = {chart["title"]: chart["multiline"]["tag"] for chart in category["chart"]}
-    assert charts["psnr"] == [f"test/psnr/k={budget:03d}" for budget in (1, 4, 16)]
-    scalars = json.loads(asked(server, "scalars/tags"))[run]
-    assert {tag for tags in charts.values() for tag in tags} <= set(scalars), "each curve of the layout has values"
+    assert set(layout(server)) == {f"test: reconstructions {by} token budget" for by in ("by", "against")}
+    tags = [chart["multiline"]["tag"] for chart in layout(server)["test: reconstructions by token budget"]]
+    assert [f"test/psnr/k={budget:03d}" for budget in (1, 4, 16)] in tags
+    scalars = json.loads(asked(server, "scalars/tags"))
+    assert {tag for each in tags for tag in each} <= {tag for each in scalars.values() for tag in each}
+
+
+def test_one_chart_overlays_the_budget_curves_of_several_runs(server):
+    when_loaded(server)
+    (title,) = (each for each in layout(server) if "against" in each)
+    charts = {chart["title"]: chart["multiline"]["tag"] for chart in layout(server)[title]}
+    assert len(charts) == len(layout(server)[title]), "the runs share their charts"
+    curves = {}
+    for run, tags in json.loads(asked(server, "scalars/tags")).items():
+        for tag in set(charts["psnr"]) & set(tags):
+            points = json.loads(asked(server, "scalars/scalars", run=run, tag=tag))
+            curves[run] = {int(step): value for _, step, value in points}
+    assert {run: list(curve) for run, curve in curves.items()} == {
+        "tokenizer/tiny/version_0/charts/rfid": [1, 4, 16],
+        "tokenizer/tiny/version_1/charts/rfid": [1, 2, 16],
+    }
+    points = json.loads(asked(server, "scalars/scalars", run="tokenizer/tiny/version_1", tag="test/psnr/k=002"))
+    assert curves["tokenizer/tiny/version_1/charts/rfid"][2] == pytest.approx(points[-1][2])
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to open TensorBoard in")
