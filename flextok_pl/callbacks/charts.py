@@ -59,8 +59,8 @@ def write_charts(
     over_training, over_axis = f"{title} by {axis}", f"{title} against {axis}"
     tags = {metric: f"{over_axis}/{metric}" for metric in curves}
     layout = {
-        over_training: {metric: ["Multiline", list(each)] for metric, each in history.items()},
         over_axis: {metric: ["Multiline", [tag]] for metric, tag in tags.items()},
+        over_training: {metric: ["Multiline", list(each)] for metric, each in history.items()},
     }
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
