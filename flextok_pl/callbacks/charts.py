@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -23,9 +23,8 @@ FOLDER = "charts"
 def rewritten_events(folder: Path) -> Iterator[FileWriter]:
     """Write TensorBoard events in place of those that a folder has."""
     earlier = list(folder.glob("events.out.tfevents.*"))
-    writer = FileWriter(str(folder))
-    yield writer
-    writer.close()
+    with closing(FileWriter(str(folder))) as writer:
+        yield writer
     for file in earlier:
         file.unlink()
 
