@@ -125,9 +125,9 @@ def budgets(trial: FrozenTrial, curve: str) -> dict[int, str]:
 
 def markdown_table(sweep: Sweep, trials: Sequence[FrozenTrial]) -> str:
     """The finished trials with the metric and the curves' values, as mean ± standard deviation over the seeds."""
-    metrics = [sweep.metric]
+    metrics = {sweep.metric: None}  # ordered
     for curve in sweep.curves:
-        metrics += dict.fromkeys(name for trial in trials for name in budgets(trial, curve).values())
+        metrics |= dict.fromkeys(name for trial in trials for name in budgets(trial, curve).values())
     lines = ["| " + " | ".join(["trial", *metrics]) + " |", "|---|" + "---:|" * len(metrics)]
     for trial in trials:
         cells = []
