@@ -21,6 +21,7 @@ BENCHMARKS = (
     "loader",
     "conversion",
     "plan",
+    "sweep_overhead",
 )
 
 
