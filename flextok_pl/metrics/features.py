@@ -69,6 +69,7 @@ class _NetworkExtractor(ABC):
         self.network = network.eval().requires_grad_(False)
         self.resize = resize
         self.weights_hash = weights_hash(network)
+        self.network.to(memory_format=torch.channels_last)  # 1.4x as fast on a CPU
         self.device = torch.device("cpu")
         self.dim = self(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1]
 
