@@ -49,8 +49,8 @@ def overrides(steps: int) -> dict[str, object]:
 
 
 def fit_arguments(folder: str, steps: int) -> list[str]:
-    options = {**overrides(steps), "trainer.logger.init_args.save_dir": folder}
-    return ["fit", f"--config={EXPERIMENT}", *(f"--{name}={json.dumps(value)}" for name, value in options.items())]
+    options = [f"--{name}={json.dumps(value)}" for name, value in overrides(steps).items()]
+    return ["fit", f"--config={EXPERIMENT}", f"--trainer.logger.init_args.save_dir={folder}", *options]
 
 
 def train_here(folder: str, steps: int) -> None:
