@@ -1,7 +1,15 @@
 """How a run is shared out, saved, interrupted and gone on with."""
 
-from flextok_pl.runtime.checkpoint_files import AtomicCheckpointIO, damage_of, newest_intact
+from flextok_pl.runtime.checkpoint_files import AsyncAtomicCheckpointIO, AtomicCheckpointIO, damage_of, newest_intact
 from flextok_pl.runtime.preemption import Preempted, Preemption
 from flextok_pl.runtime.sharding import FullyShardedStrategy
 
-__all__ = ["AtomicCheckpointIO", "FullyShardedStrategy", "Preempted", "Preemption", "damage_of", "newest_intact"]
+__all__ = [
+    "AsyncAtomicCheckpointIO",
+    "AtomicCheckpointIO",
+    "FullyShardedStrategy",
+    "Preempted",
+    "Preemption",
+    "damage_of",
+    "newest_intact",
+]

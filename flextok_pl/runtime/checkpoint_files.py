@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 SHARDED_FILES = (".metadata", "meta.pt")
 """What a sharded checkpoint's folder holds besides the parts of the processes, once it is complete."""
@@ -23,7 +24,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Whenever the process or the machine dies, what has the name is a whole checkpoint, the one before or the new one.
     Lightning's own plugin makes the file in the system's temporary folder, which need not be on the same disk, and
-    holds a second copy of it in memory. Wrapped in Lightning's `AsyncCheckpointIO`, training goes on meanwhile.
+    holds a second copy of it in memory.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -38,6 +39,28 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, lambda temporary: _write(checkpoint, temporary))
+
+
+class AsyncAtomicCheckpointIO(AsyncCheckpointIO):
+    """`AtomicCheckpointIO` in the background: training goes on meanwhile, with a second copy of its state in memory."""
+
+    def __init__(self) -> None:
+        super().__init__(AtomicCheckpointIO())
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Copy a checkpoint and let it be written.
+
+        Raises:
+            OSError: an earlier one could not be written.
+        """
+        if "://" not in str(path):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)  # where `ModelCheckpoint` makes a link to it at once
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint once everything before this has been written, itself included."""
+        self._ensure_setup()
+        self._executor.submit(super().remove_checkpoint, path)  # type: ignore[union-attr]
 
 
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:

@@ -181,13 +181,24 @@ def test_preempted(name: str, whom: str, image_shards: Path, tmp_path: Path, who
 
 
 def test_asynchronous_saving(image_shards: Path, tmp_path: Path, whole: dict[str, torch.Tensor]) -> None:
-    """What is still being written when the signal comes is waited for."""
-    inner = {"class_path": "flextok_pl.runtime.AtomicCheckpointIO"}
-    plugin = {"class_path": "lightning.pytorch.plugins.io.AsyncCheckpointIO", "init_args": {"checkpoint_io": inner}}
-    arguments = [*options(image_shards), "--trainer.plugins", json.dumps([plugin])]
-    announced = at_step(5, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert train(tmp_path, arguments, announced) == 128 + signal.SIGTERM
-    assert damage_of(run_of(tmp_path) / "checkpoints" / "last.ckpt") is None
+    """What is still being written, on a slow disk, when the signal comes is waited for."""
+    plugin = [{"class_path": "flextok_pl.runtime.AsyncAtomicCheckpointIO"}]
+    arguments = [*options(image_shards), "--trainer.plugins", json.dumps(plugin)]
+
+    def announced_with_a_slow_disk() -> None:
+        at_step(7, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))()
+        write = AtomicCheckpointIO.save_checkpoint
+
+        def slowly(self: AtomicCheckpointIO, *args: Any, **kwargs: Any) -> None:
+            time.sleep(1)
+            write(self, *args, **kwargs)
+
+        AtomicCheckpointIO.save_checkpoint = slowly  # type: ignore[method-assign]
+
+    assert train(tmp_path, arguments, announced_with_a_slow_disk) == 128 + signal.SIGTERM
+    checkpoints = run_of(tmp_path) / "checkpoints"
+    assert damage_of(checkpoints / "last.ckpt") is None
+    assert {file.name for file in checkpoints.iterdir()} == {"last.ckpt", "step0000004.ckpt", "step0000006.ckpt"}
     assert train(tmp_path, arguments) == 0
     assert_equal(tmp_path, whole)
 

@@ -234,7 +234,10 @@ def test_fit_measures_a_cheap_subset_and_charts_it(tmp_path):
         (event,) = events.Scalars(f"val/mse/k={budget:03d}")
         assert event.value == pytest.approx(callback.values[budget]["mse"], rel=1e-5)
     assert events.Images("val/reconstructions")[0].width == 4 * 34 + 2
-    layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0].decode("utf-8", "replace")
+    charts = EventAccumulator(f"{logger.log_dir}/charts/rfid").Reload()
+    curve = {each.step: each.value for each in charts.Scalars("val: reconstructions against token budget/mse")}
+    assert curve == pytest.approx({k: values["mse"] for k, values in callback.values.items()}, rel=1e-5)
+    layout = charts.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0].decode("utf-8", "replace")
     assert all(f"val/mse/k={budget:03d}" in layout for budget in (1, 4, 8))
 
 

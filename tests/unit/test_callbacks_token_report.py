@@ -58,7 +58,10 @@ def test_bits_and_accuracy_by_position(tmp_path):
     (train,) = events.Scalars("train/bits/001")
     assert (train.step, train.value) == (2, pytest.approx(2.5)), "the first two batches"
     assert events.Tags()["images"] == ["val/tokens_by_position"]
-    assert "custom_scalars__config__" in events.Tags()["tensors"]
+    charts = EventAccumulator(f"{events.path}/charts/positions").Reload()
+    assert "custom_scalars__config__" in charts.Tags()["tensors"]
+    curve = {each.step: each.value for each in charts.Scalars("val: tokens against position/bits")}
+    assert curve == pytest.approx({position: 2 + position for position in range(1, 6)}), "at every position"
 
 
 def test_other_modules_are_refused(tmp_path):
