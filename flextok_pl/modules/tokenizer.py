@@ -187,12 +187,13 @@ class TokenizerModule(pl.LightningModule):
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         latents, features = getattr(data, "autoencoder", None), getattr(data, "teacher", None)
-        vae = weights_hash(cast(Frozen, self.tokenizer.vae).module)
-        if latents is not None and latents.get("sha256", vae) != vae:
-            raise ValueError(
-                f"the shards hold latents of autoencoder {latents}, but model.vae={self.hparams['vae']!r} is {vae}: "
-                "set it to the former, or write the latents again (flextok data latents)"
-            )
+        if latents is not None and "sha256" in latents:
+            vae = weights_hash(cast(Frozen, self.tokenizer.vae).module)
+            if latents["sha256"] != vae:
+                raise ValueError(
+                    f"the shards hold latents of autoencoder {latents}, but model.vae={self.hparams['vae']!r} is {vae}: "
+                    "set it to the former, or write the latents again (flextok data latents)"
+                )
         if self.teacher_name is None or stage != "fit":
             return
         teacher = None
