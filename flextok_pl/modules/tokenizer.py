@@ -191,7 +191,7 @@ class TokenizerModule(pl.LightningModule):
             vae = weights_hash(cast(Frozen, self.tokenizer.vae).module)
             if latents["sha256"] != vae:
                 raise ValueError(
-                    f"the shards hold latents of autoencoder {latents}, but model.vae={self.hparams['vae']!r} is {vae}: "
+                    f"these are latents of autoencoder {latents}, but model.vae={self.hparams['vae']!r} is {vae}: "
                     "set it to the former, or write the latents again (flextok data latents)"
                 )
         if self.teacher_name is None or stage != "fit":
