@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -118,7 +119,9 @@ class SlurmLauncher:
         ValueError: there is no Slurm, or submitit does not know a parameter.
     """
 
-    poll_seconds = 5.0  # the controller serves all users
+    poll_seconds = 1.0
+    controller_seconds = 5.0
+    """How often to ask the controller at most; it serves all users."""
     grace = 15.0
     """Seconds for which a job may be missing in `squeue` before it counts as gone."""
 
@@ -136,6 +139,7 @@ class SlurmLauncher:
         except (ValueError, TypeError) as error:
             raise ValueError(f"slurm={dict(parameters)}: {error}") from error
         self._missing: dict[str, float] = {}
+        self._asked = -math.inf
 
     def launch(self, folders: Sequence[TrialFolder]) -> None:
         """Submit these trials."""
@@ -146,8 +150,9 @@ class SlurmLauncher:
     def gone(self, folders: Collection[TrialFolder]) -> list[TrialFolder]:
         """Those of these trials that are in no queue any more."""
         jobs = {folder.path: str((folder.read("job") or {"job": ""})["job"]) for folder in folders}
-        if not jobs:
+        if not jobs or time.monotonic() - self._asked < self.controller_seconds:
             return []
+        self._asked = time.monotonic()
         listed = subprocess.run(
             ["squeue", "--me", "--noheader", "--array", "--format=%i"], capture_output=True, text=True
         )

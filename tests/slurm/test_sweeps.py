@@ -1,7 +1,7 @@
 """A sweep of real trainings, here and under a real Slurm: whatever ends when, every trial is accounted for, once.
 
 Eight trials, two at a time. One learning rate is so large that the loss becomes NaN, which fails; two are so small that
-they are pruned. The process that runs the sweep is killed and started again, and one training is preempted.
+they are pruned. The process that runs the sweep is interrupted, killed and started again, and one training is preempted.
 """
 
 import json
@@ -108,6 +108,14 @@ def sweep(request: pytest.FixtureRequest, tmp_path: Path, image_shards: Path) ->
 
 
 def test_every_trial_is_accounted_for(sweep: Running, request: pytest.FixtureRequest) -> None:
+    local = request.node.callspec.params["sweep"] == "local"
+    driver = sweep.start()
+    sweep.until(lambda: sweep.measured(0) and sweep.measured(1))
+    driver.send_signal(signal.SIGINT)
+    assert driver.wait(timeout=120) == 1
+    left = "the trials under way have saved themselves" if local else "jobs go on by themselves; `scancel "
+    assert left in sweep.said() and "the same command goes on" in sweep.said()
+
     driver = sweep.start()
     sweep.until(lambda: (sweep.trial(1) / "result.json").exists())
     driver.kill()
@@ -116,7 +124,7 @@ def test_every_trial_is_accounted_for(sweep: Running, request: pytest.FixtureReq
     driver = sweep.start()
     sweep.until(lambda: sweep.measured(3))
     assert not (sweep.trial(3) / "result.json").exists(), "preempted while it trains"
-    if request.node.callspec.params["sweep"] == "local":
+    if local:
         os.kill(sweep.content(3, "job")["pid"], signal.SIGTERM)
     else:  # as Slurm does before a time limit; it would let a requeued job wait for two minutes
         job = sweep.content(3, "job")["job"]
