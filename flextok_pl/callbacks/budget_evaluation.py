@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -31,7 +32,7 @@ from flextok_pl.callbacks.evaluation import (
 )
 from flextok_pl.callbacks.unfinished import Unfinished
 from flextok_pl.contracts import default_budgets, run_folder
-from flextok_pl.metrics.distributed import all_agree
+from flextok_pl.metrics.distributed import all_agree, gather_rows
 from flextok_pl.metrics.feature_set import POOL_SIZE, FeatureSet
 from flextok_pl.metrics.features import FeatureExtractor, build_extractor, check_extractor
 from flextok_pl.metrics.images import save_png
@@ -117,9 +118,22 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
 
     @abstractmethod
     def _statistics(
-        self, budgets: list[int], network: FeatureExtractor, pool_fraction: float, real: FeatureSet | None
+        self,
+        budgets: list[int],
+        network: FeatureExtractor,
+        num_made: float,
+        real_pool_fraction: float,
+        real: FeatureSet | None,
     ) -> StatisticsT:
-        """Empty statistics; the networks that measure are loaded, and moved here."""
+        """Empty statistics of about so many made images; the networks that measure are loaded, and moved here."""
+
+    def _num_made(self, pl_module: LightningModule, chosen: float, in_fit: bool) -> int | None:
+        """How many images are to be made; None for one of each of the `chosen` real ones."""
+        return None
+
+    def _given_reference(self, network: FeatureExtractor) -> FeatureSet | None:
+        """Features of real images that are not those of the data."""
+        return None
 
     def _planned(self, trainer: Trainer, pl_module: LightningModule, running: Pass[StatisticsT]) -> list[Any]:
         """What a pass makes beside what comes with the batches."""
@@ -210,19 +224,20 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
         pool_fraction = min(1.0, POOL_SIZE / (expected * fraction))
         assert self._network is not None
         network = self._network.to(pl_module.device)
-        cache, real = None, None
         data = trainer.datamodule  # type: ignore[attr-defined]
         keeps = self.cache_dir is not None and hasattr(data, "data_hash")
-        if keeps:
+        cache, real = None, self._given_reference(network)
+        if keeps and real is None and not _limited(trainer, split):
             assert self.cache_dir is not None
             cache = StatisticsCache(
                 self.cache_dir, data.data_hash(split), network, samples=expected, share=fraction, pool=pool_fraction
             )
             if all_agree(cache.exists(), trainer.strategy.root_device):
                 real = cache.load()
-        statistics = self._statistics(budgets, network, pool_fraction, real)
+        num_made = self._num_made(pl_module, expected * fraction, in_fit)
+        statistics = self._statistics(budgets, network, num_made or expected * fraction, pool_fraction, real)
         facts = self._facts(trainer, pl_module, split, expected, in_fit)
-        running = Pass(split, in_fit, budgets, expected, fraction, cache, statistics, facts)
+        running = Pass(split, in_fit, budgets, expected, fraction, num_made, cache, statistics, facts)
         running.pending = self._planned(trainer, pl_module, running)
         if keeps and not in_fit and self.save_every_minutes is not None:
             assert self.cache_dir is not None
@@ -232,12 +247,11 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
                 "kind": self.stem,
                 "options": options,
                 "data": data.data_hash(split),
-                "real_is_cached": real is not None,
                 "process": [trainer.global_rank, trainer.world_size],
             }
             running.unfinished = Unfinished(self.cache_dir, identity, self.save_every_minutes)
             state = running.unfinished.load()
-            if state is not None:
+            if state is not None and running.can_go_on_from(state):
                 running.load_state_dict(state)
                 rank_zero_info(
                     f"{type(self).__name__} goes on after {len(running.ids)} samples of an evaluation that did not "
@@ -271,9 +285,9 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule, done: Pass[StatisticsT]) -> None:
         device, statistics = trainer.strategy.root_device, done.statistics
-        limit = trainer.limit_val_batches if done.split == "val" else trainer.limit_test_batches
-        limited = limit != 1.0 or isinstance(limit, int)  # 1 is one batch, 1.0 is all of them
-        seen = check_each_sample_once(done.ids, done.expected, limited, device, f"the {done.split} set")
+        ids = gather_rows(torch.tensor(done.ids, dtype=torch.int64), device)
+        limited = _limited(trainer, done.split)
+        seen = check_each_sample_once(ids, done.expected, limited, f"the {done.split} set")
         statistics.all_reduce(device)
         if statistics.num_images < 2:
             rank_zero_warn(
@@ -281,6 +295,12 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
                 f"distance needs two: raise max_samples={self.max_samples} or limit_{done.split}_batches"
             )
             return
+        if done.num_made not in (None, statistics.num_images):
+            raise RuntimeError(
+                f"{statistics.num_images} images were generated, {done.num_made} were to be: a process of "
+                f"{trainer.world_size} had no sample of the {done.split} set, with which it starts; no number is "
+                "reported: use fewer devices"
+            )
         if trainer.is_global_zero and done.cache is not None and seen == done.expected:
             done.cache.store_or_check(statistics.real, statistics.data_hash)
         self.values = statistics.values(self.seed)
@@ -309,14 +329,17 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
         protocol = {
             "num_samples": count,
             "samples_read": seen,
-            "complete": statistics.real.statistics.count == done.expected,
+            "complete": done.fraction == 1 and seen == done.expected,
             "data_hash": f"{statistics.data_hash % 2**64:016x}",
             "image_size": statistics.image_size,
             **done.facts,
         }
         measured, extra = self._notes(done)
         extra = {network.metric_name: {"full_rank": full_rank}, **extra}
-        write_json(make_records(self.values, protocol, extra), folder / f"{self.stem}.json")
+        records = make_records(self.values, protocol, extra)
+        if (bits := done.facts["bits_per_token"]) is not None:
+            records = [{**record, "bits_per_image": record["num_tokens"] * bits} for record in records]
+        write_json(records, folder / f"{self.stem}.json")
         steps, guidance, weights = (done.facts[name] for name in ("num_steps", "guidance", "model_weights"))
         title = f"{measured}, {steps} steps, guidance {guidance}, weights {weights}"
         for name, picture in pictures.items():
@@ -345,3 +368,9 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
                 f"{name} holds {grid[-1]}, but the tokenizer has {num_registers} tokens; choose from 1 to that"
             )
         return grid
+
+
+def _limited(trainer: Trainer, split: str) -> bool:
+    """Whether the user has only some of the batches evaluated."""
+    limit = trainer.limit_val_batches if split == "val" else trainer.limit_test_batches
+    return limit != 1.0 or isinstance(limit, int)  # 1 is one batch, 1.0 is all of them

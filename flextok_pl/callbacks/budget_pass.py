@@ -33,6 +33,8 @@ class Pass(Generic[StatisticsT]):
     budgets: list[int]
     expected: int
     fraction: float
+    num_made: int | None
+    """Images to make where that is not one of each chosen sample."""
     cache: StatisticsCache | None
     statistics: StatisticsT
     facts: dict[str, Any]
@@ -62,6 +64,10 @@ class Pass(Generic[StatisticsT]):
             "grid": self.grid,
             "extremes": self.extremes,
         }
+
+    def can_go_on_from(self, state: Mapping[str, Any]) -> bool:
+        """Whether a state lacks nothing; features of real images that were known then may not be now."""
+        return self.statistics.has_all_of(state["statistics"])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where another process was."""

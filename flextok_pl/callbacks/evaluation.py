@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import shutil
+import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -158,11 +161,15 @@ def log_evaluation(
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that a number depends on."""
+    """Versions of the packages that a number depends on, and the commit where they run from a checkout."""
     found = {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
     for package in ("flextok_pl", "lightning", "torchmetrics", "torch-fidelity"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "unknown"
+    checkout = Path(__file__).parents[2]
+    if (checkout / ".git").exists() and shutil.which("git"):
+        asked = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude=*"]
+        found["commit"] = subprocess.run(asked, capture_output=True, text=True).stdout.strip() or "unknown"
     return found

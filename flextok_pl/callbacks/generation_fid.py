@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
+from urllib.parse import quote
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -15,16 +16,17 @@ from tqdm import trange
 
 from flextok_pl.callbacks.budget_evaluation import BudgetEvaluation
 from flextok_pl.callbacks.budget_pass import Pass, first_rows
+from flextok_pl.callbacks.image_set import open_image_set
 from flextok_pl.callbacks.probe import fitted_probe
 from flextok_pl.contracts import GenerationModule, check_sampling, weights_hash
 from flextok_pl.data.conditions import class_index
 from flextok_pl.metrics.classifier import Classifier, TimmClassifier
 from flextok_pl.metrics.clip_score import CLIPScore
 from flextok_pl.metrics.distributed import gather_objects
-from flextok_pl.metrics.feature_set import FeatureSet
+from flextok_pl.metrics.feature_set import POOL_SIZE, FeatureSet
 from flextok_pl.metrics.features import OFFLINE_EXTRACTOR, FeatureExtractor
 from flextok_pl.metrics.generation import GenerationStatistics
-from flextok_pl.metrics.images import generation_grid, to_uint8
+from flextok_pl.metrics.images import generation_grid, save_png, to_uint8
 from flextok_pl.metrics.keys import sample_generators
 
 PROBE = "probe"
@@ -60,6 +62,9 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
         fit_budgets: those measured during a fit; null for the smallest, the middle and the largest of `budgets`.
         extractor: feature network: `effnet-lite0` (offline), `inception-v3-compat` (gFID), `dinov2-*` or `clip-*`.
         weights: a local file with the extractor's weights; null for the packaged or downloaded ones.
+        reference: a `.npz` file with `mu` and `sigma` of real images, or with pictures as `arr_0`, or both, as guided
+            diffusion publishes for ImageNet; null for the real images of the split. Statistics serve the Frechet
+            distance, pictures all else.
         conditions: `balanced`: class i, i + 1, ... in turn; `data`: for each real image one with its class or caption.
             Captions are always those of the data.
         num_samples: images to generate for balanced classes or without conditions; null for as many as are real.
@@ -84,6 +89,8 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
         seed: of tokens, noise and the kernel distance's subsets.
         grid_samples: rows of the picture where `shown` does not say.
         output_dir: where files go; null for the trainer's log directory.
+        images_dir: outside a fit, write each generated image there, into a folder for each budget: PNG files named
+            after their keys, which `flextok fid` and other evaluators read; null for nowhere.
         cache_dir: where statistics of real images and probes are kept between runs; null for nowhere.
         save_every_minutes: how often a test, or a validation outside a fit, stores its state in `cache_dir`, where it
             goes on when it was killed and is started again; null for never.
@@ -103,6 +110,7 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
         fit_budgets: list[int] | None = None,
         extractor: str = OFFLINE_EXTRACTOR,
         weights: Path | str | None = None,
+        reference: Path | str | None = None,
         conditions: Literal["balanced", "data"] = "balanced",
         num_samples: int | None = None,
         batch_size: int = 64,
@@ -123,6 +131,7 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
         seed: int = 0,
         grid_samples: int = 8,
         output_dir: Path | str | None = None,
+        images_dir: Path | str | None = None,
         cache_dir: Path | str | None = "~/.cache/flextok_pl/statistics",
         save_every_minutes: float | None = 5.0,
     ) -> None:
@@ -153,12 +162,20 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
                 f"classifier={classifier!r} and classifier_data={classifier_data!r}: a probe needs real images with "
                 "classes, another classifier none"
             )
+        if reference is not None and Path(reference).suffix != ".npz":
+            raise ValueError(
+                f"reference={str(reference)!r} must be a .npz file; evaluate a split of other images to measure "
+                "against those, and leave it out"
+            )
+        self.reference = reference
+        self.images_dir = None if images_dir is None else Path(images_dir).expanduser()
         self.conditions, self.num_samples, self.batch_size = conditions, num_samples, batch_size
         self.cfg_scale, self.temperature, self.top_k, self.top_p = cfg_scale, temperature, top_k, top_p
         self.classifier, self.classifier_data = classifier, classifier_data
         self.classifier_weights, self.clip, self.shown = classifier_weights, clip, shown
         self._classifier: Classifier | None = None
         self._clip: CLIPScore | None = None
+        self._reference: tuple[FeatureSet, dict[str, Any]] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Load the networks that measure, so that missing weights stop a run before it starts."""
@@ -187,29 +204,53 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
             )
         return super()._start(trainer, pl_module, split)
 
+    def _num_made(self, pl_module: LightningModule, chosen: float, in_fit: bool) -> int | None:
+        if self._of_data(_generator(pl_module)):
+            if self.num_samples is not None:
+                raise MisconfigurationException(
+                    f"num_samples={self.num_samples} is for balanced classes; with conditions of the data one image is "
+                    "generated for each real one: leave it out"
+                )
+            return None
+        total = self.num_samples or round(chosen)
+        return min(total, self.max_samples) if in_fit and self.max_samples else total
+
+    def _of_data(self, module: GenerationModule) -> bool:
+        """Whether conditions are those of the real images."""
+        return module.condition_kind == "text" or (module.condition_kind == "class" and self.conditions == "data")
+
+    def _given_reference(self, network: FeatureExtractor) -> FeatureSet | None:
+        if self.reference is None:
+            return None
+        if self._reference is None:
+            images = open_image_set(str(self.reference), network)
+            share = min(1.0, POOL_SIZE / max(1, images.num_pictures))
+            statistics = GenerationStatistics([], network, real_pool_fraction=share)
+            facts = images.add_to(statistics, "reference")
+            self._reference = statistics.real, facts
+        return self._reference[0]
+
     def _planned(self, trainer: Trainer, pl_module: LightningModule, running: Pass[GenerationStatistics]) -> list[Wish]:
-        module = _generator(pl_module)
-        if module.condition_kind == "none" or (module.condition_kind == "class" and self.conditions == "balanced"):
-            total = self.num_samples or running.expected
-            if running.in_fit and self.max_samples:
-                total = min(total, self.max_samples)
-            classes = max(1, module.num_classes)
-            mine = range(trainer.global_rank, total, trainer.world_size)
-            return [
-                Wish(f"class {i % classes} sample {i // classes}", i % classes if module.num_classes else -1)
-                for i in mine
-            ]
-        if self.num_samples is not None:
-            raise MisconfigurationException(
-                f"num_samples={self.num_samples} is for balanced classes; with conditions of the data one image is "
-                "generated for each real one: leave it out"
-            )
-        return []
+        mine = range(trainer.global_rank, running.num_made or 0, trainer.world_size)
+        return [balanced_wish(i, _generator(pl_module).num_classes) for i in mine]
 
     def _statistics(
-        self, budgets: list[int], network: FeatureExtractor, pool_fraction: float, real: FeatureSet | None
+        self,
+        budgets: list[int],
+        network: FeatureExtractor,
+        num_made: float,
+        real_pool_fraction: float,
+        real: FeatureSet | None,
     ) -> GenerationStatistics:
-        return GenerationStatistics(budgets, network, pool_fraction, self._classifier, real, self._clip)
+        return GenerationStatistics(
+            budgets,
+            network,
+            min(1.0, POOL_SIZE / num_made),
+            self._classifier,
+            real,
+            self._clip,
+            real_pool_fraction=real_pool_fraction,
+        )
 
     def _reconstruct(self, module: GenerationModule, device: torch.device, images: Tensor, keys: list[str]) -> Tensor:
         """The images after all tokens, decoded as generated ones are."""
@@ -242,8 +283,7 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
         module, keys = _generator(pl_module), batch["key"]
         if keys:
             running.statistics.update_real(to_uint8(batch["image"]), keys)
-        of_data = module.condition_kind == "text" or (module.condition_kind == "class" and self.conditions == "data")
-        if of_data:
+        if self._of_data(module):
             running.pending += _wishes_of(batch, module.condition_kind)
         with trainer.precision_plugin.forward_context():
             if trainer.is_global_zero and not running.grid:
@@ -256,6 +296,8 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
                 texts = [wish.text for wish in part] if module.condition_kind == "text" else None
                 for budget, images in self._images(module, part, running.budgets).items():
                     running.statistics.update_generated(budget, images, [w.key for w in part], labels, texts)
+                    if self.images_dir is not None and not running.in_fit:
+                        _save(images, part, self.images_dir / f"k={budget:03d}")
                 running.pending = running.pending[self.batch_size :]
                 running.save_if_due()
 
@@ -318,12 +360,32 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
             "top_k": self.top_k,
             "top_p": self.top_p,
             "classifier": None if self._classifier is None else self._classifier.name,
+            "classifier_data": self.classifier_data,
+            "classifier_weights_hash": getattr(self._classifier, "weights_hash", None),
+            "clip": None if self._clip is None else str(self.clip),
+            "clip_weights_hash": None if self._clip is None else self._clip.weights_hash,
+            **({} if self._reference is None else {"reference": self._reference[1]}),
         }
 
     def _notes(self, done: Pass[GenerationStatistics]) -> tuple[str, dict[str, dict[str, Any]]]:
-        real = done.statistics.real.statistics.count
-        measured = f"{done.statistics.num_images} generated images, {real} real ones of {done.split}"
+        real = f"{done.statistics.real.statistics.count} real ones of {done.split}"
+        reference = real if self.reference is None else f"reference {self.reference}"
+        measured = f"{done.statistics.num_images} generated images, {reference}"
         return f"{measured}, cfg {self.cfg_scale}", {}
+
+
+def _save(images: Tensor, wishes: Sequence[Wish], folder: Path) -> None:
+    """Write (B, 3, H, W) uint8 images, each under its key."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for wish, pixels in zip(wishes, images, strict=True):
+        save_png(pixels, folder / f"{quote(wish.key, safe=' ')}.png")
+
+
+def balanced_wish(number: int, num_classes: int) -> Wish:
+    """The image of this number when each class has its turn; without a class where there are none."""
+    classes = max(1, num_classes)
+    key = f"class {number % classes} sample {number // classes}"
+    return Wish(key, number % classes if num_classes else -1)
 
 
 def _generator(pl_module: LightningModule) -> GenerationModule:

@@ -17,9 +17,13 @@ from tqdm import tqdm
 
 from flextok_pl.data import ShardDataModule
 from flextok_pl.metrics.classifier import LinearProbe
+from flextok_pl.metrics.distributed import all_agree, gather_rows, rank
 from flextok_pl.metrics.features import FeatureExtractor
 from flextok_pl.metrics.images import to_uint8
+from flextok_pl.metrics.keys import key_hash
 from flextok_pl.metrics.statistics_cache import keep, load_kept
+
+NONE = torch.zeros(0, dtype=torch.int64)
 
 
 def fitted_probe(
@@ -30,7 +34,7 @@ def fitted_probe(
     made_by: Sequence[object],
     cache_dir: Path | None,
 ) -> LinearProbe:
-    """Fit a probe, or take the one that was fitted to the same images before.
+    """Fit a probe, or take the one that was fitted to the same images before. All processes must call it.
 
     Args:
         source: image shard set with classes.
@@ -53,14 +57,18 @@ def fitted_probe(
     key = [data.data_hash("test"), extractor.name, extractor.weights_hash, extractor.resize, *made_by]
     name = f"probe_{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.pt"
     file = None if cache_dir is None else cache_dir / name
-    if file is not None and file.is_file():
+    device = extractor.device
+    if file is not None and all_agree(file.is_file(), device):
         return load_kept(file, LinearProbe.from_state_dict)
-    features, labels = [], []
+    features, labels, ids = [torch.zeros(0, extractor.dim)], [NONE], [NONE]
     for batch in tqdm(data.test_dataloader(), desc="features for the classifier", unit="batch", leave=False):
         for images in (batch["image"], reconstruct(batch["image"], batch["key"])):
             features.append(extractor(to_uint8(images)).cpu())
             labels.append(batch["label"])
-    probe = LinearProbe.fit(torch.cat(features), torch.cat(labels), len(index.classes), extractor.name)
-    if file is not None:
+            ids.append(torch.tensor([key_hash(key) for key in batch["key"]]))
+    of_all = [gather_rows(torch.cat(parts), device) for parts in (features, labels, ids)]  # each process has a share
+    order = of_all[2].argsort(stable=True)  # an image, then its reconstruction
+    probe = LinearProbe.fit(of_all[0][order], of_all[1][order], len(index.classes), extractor.name)
+    if file is not None and rank() == 0:
         keep(file, probe.state_dict())
     return probe

@@ -133,11 +133,16 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
         module_reconstructor(pl_module)
 
     def _statistics(
-        self, budgets: list[int], network: FeatureExtractor, pool_fraction: float, real: FeatureSet | None
+        self,
+        budgets: list[int],
+        network: FeatureExtractor,
+        num_made: float,
+        real_pool_fraction: float,
+        real: FeatureSet | None,
     ) -> ReconstructionStatistics:
         asked: dict[str, PairDistance | None] = {"lpips": self._lpips, "dreamsim": self._dreamsim}
         perceptual = {name: distance for name, distance in asked.items() if distance is not None}
-        return ReconstructionStatistics(budgets, network, pool_fraction, perceptual, real)
+        return ReconstructionStatistics(budgets, network, real_pool_fraction, perceptual, real)
 
     def _measure(
         self,
@@ -206,6 +211,8 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
         assert self._network is not None
         paired = {"kernel": "cubic polynomial, originals and reconstructions paired"}
         extra: dict[str, dict[str, Any]] = {self._network.kernel_metric_name: paired}
+        if self._lpips is not None:
+            extra["lpips"] = {"lpips_network": "alex", "lpips_weights_hash": self._lpips.weights_hash}
         if self._dreamsim is not None:
             hash_ = self._dreamsim.weights_hash
             extra["dreamsim"] = {"dreamsim_network": self._dreamsim.name, "dreamsim_weights_hash": hash_}

@@ -17,11 +17,13 @@ from tqdm import tqdm
 
 from flextok_pl.assets import DEMO_TOKENIZER
 from flextok_pl.callbacks.evaluation import extractor_facts, versions
+from flextok_pl.callbacks.generation_fid import Wish, balanced_wish
 from flextok_pl.cli.tools import checked_budgets, default_device, picture_size, run_tool
 from flextok_pl.contracts import weights_hash
 from flextok_pl.data.pictures import open_pictures
 from flextok_pl.data.transforms import CENTER_CROP
 from flextok_pl.flow.guidance import GUIDANCE_KINDS
+from flextok_pl.metrics.feature_set import POOL_SIZE
 from flextok_pl.metrics.features import OFFLINE_EXTRACTOR, build_extractor
 from flextok_pl.metrics.generation import GenerationStatistics
 from flextok_pl.metrics.images import to_uint8
@@ -120,25 +122,28 @@ def compare_decodings(
     if chosen not in known:
         raise ValueError(f"metric={metric!r} must be one of {known}, which are smallest where they are best")
 
+    loader, count = open_pictures(reference, picture_size(tok), batch_size, num_workers)
+    share = min(1.0, POOL_SIZE / max(1, count))
     kind: type[ReconstructionStatistics | GenerationStatistics]
     kind = ReconstructionStatistics if source is None else GenerationStatistics
-    first = kind(wanted, network)
-    statistics = {settings[0]: first, **{s: kind(wanted, network, real=first.real) for s in settings[1:]}}
+    first = kind(wanted, network, share)
+    statistics = {settings[0]: first, **{s: kind(wanted, network, share, real=first.real) for s in settings[1:]}}
     for each in statistics.values():
         if isinstance(each, ReconstructionStatistics) and isinstance(first, ReconstructionStatistics):
             each.images = first.images  # real pictures are counted once
-    loader, count = open_pictures(reference, picture_size(tok), batch_size, num_workers)
     done = 0
     with tqdm(total=count * len(settings) * len(wanted), desc="decoding", unit="picture") as bar:
         for batch in loader:
             images, keys = batch["image"].to(place), batch["key"]
             originals = to_uint8(images)
+            first.update_real(originals, keys)
             if source is None:
                 tokens = tok.tokenize(images, num_tokens=wanted[-1])
             else:
-                tokens = _generated(source, keys, done, cfg_scale, temperature, seed)
+                wishes = [balanced_wish(done + i, source.num_classes) for i in range(len(keys))]
+                keys = [wish.key for wish in wishes]
+                tokens = _generated(source, wishes, cfg_scale, temperature, seed)
             done += len(keys)
-            first.update_real(originals, keys)
             for setting, each in statistics.items():
                 for budget in wanted:
                     noise = sample_generators(keys, seed)
@@ -195,15 +200,11 @@ def _settings(num_steps: Sequence[int], guidance: Sequence[str], scales: Sequenc
     ]
 
 
-def _generated(
-    source: SavedPrior, keys: Sequence[str], start: int, cfg_scale: float, temperature: float, seed: int
-) -> Tensor:
-    """(B, K) tokens, of the classes in turn."""
-    classes = torch.arange(start, start + len(keys)) % max(1, source.num_classes)
-    generators = sample_generators(keys, seed, "tokens")
-    return source.generate_tokens(
-        classes if source.num_classes else None, cfg_scale, temperature=temperature, generator=generators
-    )
+def _generated(source: SavedPrior, wishes: Sequence[Wish], cfg_scale: float, temperature: float, seed: int) -> Tensor:
+    """(B, K) tokens."""
+    classes = torch.tensor([wish.label for wish in wishes]) if source.num_classes else None
+    generators = sample_generators([wish.key for wish in wishes], seed, "tokens")
+    return source.generate_tokens(classes, cfg_scale, temperature=temperature, generator=generators)
 
 
 def _heat_maps(table: Mapping[int, Mapping[Setting, float]], metric: str) -> bytes:

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader
-from tqdm import tqdm
-
 from flextok_pl.callbacks.evaluation import extractor_facts, versions
+from flextok_pl.callbacks.image_set import ONLY, open_image_set
 from flextok_pl.cli.tools import default_device, run_tool
-from flextok_pl.contracts import Batch
-from flextok_pl.data.pictures import ARRAY, open_pictures, read_arrays
 from flextok_pl.data.transforms import CENTER_CROP
-from flextok_pl.metrics.features import INCEPTION, FeatureExtractor, build_extractor
-from flextok_pl.metrics.frechet import FeatureStatistics
+from flextok_pl.metrics.features import INCEPTION, build_extractor
 from flextok_pl.metrics.generation import GenerationStatistics
-from flextok_pl.metrics.images import to_uint8
-from flextok_pl.metrics.keys import images_hash, key_hash
-from flextok_pl.metrics.reconstruction import check_each_sample_once
-from flextok_pl.metrics.report import format_columns, format_value, protocol_differences, read_records, write_json
-
-MOMENTS = ("mu", "sigma")
-"""Names of mean and covariance in a `.npz` file."""
-
-ONLY = 0
-"""The one budget, since these images have none."""
+from flextok_pl.metrics.report import (
+    Record,
+    format_columns,
+    format_value,
+    protocol_differences,
+    read_records,
+    write_json,
+)
 
 
 def fid(command: str, arguments: Sequence[str]) -> None:
@@ -71,8 +61,7 @@ def compare_images(
         image_size: side in pixels of the centre square to take of each picture; default as they are.
         batch_size: pictures at a time.
         num_workers: processes that decode.
-        pool_size: about this many samples of the larger side, chosen by key, serve the kernel distance and the
-            manifolds, and the same share of the smaller one.
+        pool_size: about this many samples of either side, chosen by key, serve the kernel distance and the manifolds.
         inception_splits: parts of the images over which the inception score is averaged.
         seed: of the kernel distance's subsets.
         json: file for the records, which state every number with its protocol.
@@ -82,13 +71,21 @@ def compare_images(
         raise ValueError(f"pool_size={pool_size} must be at least 2")
     network = build_extractor(extractor, weights).to(default_device(device))
     sides = {
-        "images": _open(images, network, image_size, batch_size, num_workers),
-        "reference": _open(reference, network, image_size, batch_size, num_workers),
+        "images": open_image_set(images, network, image_size, batch_size, num_workers),
+        "reference": open_image_set(reference, network, image_size, batch_size, num_workers),
     }
-    most = max(side.num_pictures for side in sides.values())
-    share = min(1.0, pool_size / max(1, most))
-    statistics = GenerationStatistics([ONLY], network, share, inception_splits=inception_splits)
-    facts = {name: side.add_to(statistics, name) for name, side in sides.items()}
+    shares = {name: min(1.0, pool_size / max(1, side.num_pictures)) for name, side in sides.items()}
+    statistics = GenerationStatistics(
+        [ONLY],
+        network,
+        shares["images"],
+        real_pool_fraction=shares["reference"],
+        inception_splits=inception_splits,
+    )
+    facts = {
+        "images": sides["images"].add_to(statistics, "images"),
+        "reference": sides["reference"].add_to(statistics, "reference"),
+    }
     values = statistics.values(seed)[ONLY]
     full_rank = all(features.statistics.full_rank for features in (statistics.real, statistics.made[ONLY]))
     protocol = {
@@ -122,14 +119,14 @@ def compare_records(first: str, second: str) -> None:
         first: JSON file that `flextok fid` or an evaluation wrote.
         second: another one.
     """
-    one, two = ({(r["metric"], r.get("num_tokens")): r for r in read_records(Path(file))} for file in (first, second))
+    files = [read_records(Path(file)) for file in (first, second)]
+    axes = sorted({axis for records in files for axis in _axes(records)})
+    one, two = ({(r["metric"], *(_text(r.get(axis)) for axis in axes)): r for r in records} for records in files)
     common = [key for key in one if key in two]
     if not common:
-        raise ValueError(f"{first} and {second} have no metric at a token budget in common")
-    rows = [["metric", "tokens", "first", "second"]]
-    for name, budget in common:
-        values = [format_value(side[name, budget]["value"]) for side in (one, two)]
-        rows.append([name, "" if budget is None else str(budget), *values])
+        raise ValueError(f"{first} and {second} have no metric at the same {', '.join(axes) or 'settings'} in common")
+    rows = [["metric", *("tokens" if axis == "num_tokens" else axis for axis in axes), "first", "second"]]
+    rows += [[*key, *(format_value(side[key]["value"]) for side in (one, two))] for key in common]
     print(format_columns(rows))
     differences: dict[str, tuple[Any, Any]] = {}
     for key in common:
@@ -140,67 +137,19 @@ def compare_records(first: str, second: str) -> None:
         print(f"differs in {name}: {left} and {right}")
 
 
-@dataclass
-class _Side:
-    """A set of images: statistics that someone took, or pictures to take them from, or both."""
-
-    source: str
-    given: FeatureStatistics | None
-    loader: DataLoader[Batch] | None
-    num_pictures: int
-
-    def add_to(self, statistics: GenerationStatistics, side: str) -> dict[str, Any]:
-        """Measure the pictures, as `images` or `reference`; returns what a record says about them."""
-        features = statistics.real if side == "reference" else statistics.made[ONLY]
-        facts: dict[str, Any] = {"source": self.source, "num_samples": None}
-        if self.loader is not None:
-            ids: list[int] = []
-            digest = 0
-            for batch in tqdm(self.loader, desc=f"features of the {side}", unit="batch", leave=False):
-                pixels, keys = to_uint8(batch["image"]), batch["key"]
-                if side == "reference":
-                    statistics.update_real(pixels, keys)
-                    digest = statistics.data_hash
-                else:
-                    statistics.update_generated(ONLY, pixels, keys)
-                    digest = images_hash(pixels, keys, digest)
-                ids += [key_hash(key) for key in keys]
-            check_each_sample_once(ids, self.num_pictures, False, torch.device("cpu"), self.source)
-            if self.num_pictures < 2:
-                raise ValueError(f"{self.source} has {self.num_pictures} image; a distance needs two on either side")
-            facts |= {"num_samples": self.num_pictures, "pixels_hash": f"{digest % 2**64:016x}"}
-        if self.given is not None:
-            features.statistics = self.given
-            facts["statistics_sha256"] = hashlib.sha256(Path(self.source).expanduser().read_bytes()).hexdigest()
-        return facts
+def _axes(records: Sequence[Record]) -> set[str]:
+    """What tells the records of one metric apart, such as the number of tokens, the position or the steps."""
+    first: dict[str, Mapping[str, Any]] = {}
+    return {
+        name
+        for record in records
+        for name, value in record.items()
+        if name != "value" and first.setdefault(record["metric"], record).get(name) != value
+    }
 
 
-def _open(source: str, network: FeatureExtractor, image_size: int | None, batch_size: int, num_workers: int) -> _Side:
-    path = Path(source).expanduser()
-    given, has_pictures = None, True
-    if path.suffix == ".npz":
-        arrays = read_arrays(path, MOMENTS)
-        has_pictures = ARRAY in arrays
-        if set(MOMENTS) <= set(arrays):
-            given = _statistics_of(path, arrays, network)
-        elif not has_pictures:
-            raise ValueError(f"{source} holds {sorted(arrays)}; needed are pictures ({ARRAY}) or mu and sigma")
-    loader, count = open_pictures(source, image_size, batch_size, num_workers) if has_pictures else (None, 0)
-    return _Side(source, given, loader, count)
-
-
-def _statistics_of(path: Path, arrays: dict[str, Any], network: FeatureExtractor) -> FeatureStatistics:
-    try:
-        mean, covariance = (torch.from_numpy(arrays[name]) for name in MOMENTS)
-        statistics = FeatureStatistics.from_moments(mean, covariance)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    if statistics.dim != network.dim:
-        raise ValueError(
-            f"{path} holds statistics of {statistics.dim} features, but extractor={network.name!r} has {network.dim}; "
-            "choose the extractor that they were taken with"
-        )
-    return statistics
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
 
 
 def _counted(source: str, facts: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ B images, D features.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ class BudgetStatistics(ABC):
     Args:
         budgets: numbers of tokens.
         extractor: of the features whose distances are taken.
-        pool_fraction: share of the samples whose features are kept.
+        pool_fraction: share of the made images whose features are kept.
+        real_pool_fraction: share of the real ones, likewise; None for the same.
         real: features of all real images from an earlier run, or None to take them now.
         names: of the values whose means over images are taken.
 
@@ -41,6 +42,7 @@ class BudgetStatistics(ABC):
         budgets: Sequence[int],
         extractor: FeatureExtractor,
         pool_fraction: float,
+        real_pool_fraction: float | None,
         real: FeatureSet | None,
         names: Sequence[str],
     ) -> None:
@@ -49,6 +51,7 @@ class BudgetStatistics(ABC):
         self.data_hash = 0
         self._extractor = extractor
         self._pool_fraction = pool_fraction
+        self._real_pool_fraction = pool_fraction if real_pool_fraction is None else real_pool_fraction
         self._real_is_complete = real is not None
         self.made = {budget: FeatureSet(extractor.dim) for budget in budgets}
         self._sums = {budget: {name: torch.zeros(2, dtype=torch.float64) for name in names} for budget in budgets}
@@ -94,6 +97,10 @@ class BudgetStatistics(ABC):
             "sums": self._sums,
         }
 
+    def has_all_of(self, state: Mapping[str, Any]) -> bool:
+        """Whether the features of real images that a state leaves out are known here."""
+        return self._real_is_complete or state["real"] is not None
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what statistics made with the same arguments had measured."""
         self.data_hash = state["data_hash"]
@@ -106,13 +113,11 @@ class BudgetStatistics(ABC):
         """Add (B, 3, H, W) uint8 with their keys."""
         self.data_hash = images_hash(images, keys, self.data_hash)
         if not self._real_is_complete:
-            self._add_features(self.real, self._extractor(images), keys)
+            _add_features(self.real, self._extractor(images), keys, self._real_pool_fraction)
 
-    def _add_features(self, features: FeatureSet, rows: Tensor, keys: Sequence[str]) -> Tensor:
-        """Add (B, D) to one of the sets, and return the (B,) int64 ids that the keys stand for."""
-        ids = torch.tensor([key_hash(key) for key in keys], dtype=torch.int64)
-        features.update(rows, ids, choose_fraction(keys, self._pool_fraction, "pool"))
-        return ids
+    def _add_made(self, budget: int, rows: Tensor, keys: Sequence[str]) -> Tensor:
+        """Add (B, D) features of made images, and return the (B,) int64 ids that the keys stand for."""
+        return _add_features(self.made[budget], rows, keys, self._pool_fraction)
 
     def _add_values(self, budget: int, name: str, values: Tensor) -> None:
         """Add the values of (B,) images to their sum and count."""
@@ -123,8 +128,7 @@ class BudgetStatistics(ABC):
         made, distances = self.made[budget], {}
         if min(self.real.statistics.count, made.statistics.count) > 1:
             distances[self._extractor.metric_name] = frechet_distance(self.real.statistics, made.statistics)
-        # Real features of an earlier, whole evaluation may be more than those whose reconstructions were made.
-        real_pool, pool = self.real.pool(of=made if paired else None), made.pool()
+        real_pool, pool = self.real.pool(), made.pool()
         if min(len(real_pool), len(pool)) > 1:
             kernel, _ = kernel_distance(real_pool, pool, seed=kernel_seed, paired=paired)
             distances[self._extractor.kernel_metric_name] = kernel
@@ -134,3 +138,10 @@ class BudgetStatistics(ABC):
         """Mean of each value that any image has."""
         totals = {name: total.tolist() for name, total in self._sums[budget].items()}
         return {name: total / count for name, (total, count) in totals.items() if count}
+
+
+def _add_features(features: FeatureSet, rows: Tensor, keys: Sequence[str], pool_fraction: float) -> Tensor:
+    """Add (B, D) to one of the sets, and return the (B,) int64 ids that the keys stand for."""
+    ids = torch.tensor([key_hash(key) for key in keys], dtype=torch.int64)
+    features.update(rows, ids, choose_fraction(keys, pool_fraction, "pool"))
+    return ids

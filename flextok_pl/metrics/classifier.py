@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flextok_pl.contracts import weights_hash
+
 
 class Classifier(Protocol):
     """What class scores need.
@@ -176,6 +178,7 @@ class TimmClassifier:
             ) from error
         self.name = name.replace(".", "_")
         self.network = network.eval().requires_grad_(False)
+        self.weights_hash = weights_hash(network)
         self.num_classes: int = network.num_classes
         config = timm.data.resolve_model_data_config(network)
         self._preprocess = timm.data.create_transform(**config, is_training=False)

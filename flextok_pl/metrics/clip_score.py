@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flextok_pl.contracts import weights_hash
+
 
 class CLIPScore:
     """A CLIP model of `transformers`, which moves to where the images are.
@@ -34,6 +36,7 @@ class CLIPScore:
                 "model where there is a network and give its folder"
             ) from error
         self.network = network.eval().requires_grad_(False)
+        self.weights_hash = weights_hash(network)
 
     def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         """Score of each pair: (B, 3, H, W) uint8 and B captions -> (B,) float64 on the CPU, not clamped at 0."""

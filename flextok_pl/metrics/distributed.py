@@ -16,6 +16,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Number of this process, 0 outside torch.distributed."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def all_reduce_sum(tensor: Tensor, device: torch.device) -> Tensor:
     """The sum over processes, of the same shape, on the CPU.
 

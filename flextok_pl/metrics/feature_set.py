@@ -40,15 +40,10 @@ class FeatureSet:
         self._rows.append(rows[pooled])
         self._ids.append(ids[pooled])
 
-    def pool(self, of: FeatureSet | None = None) -> Tensor:
-        """(M, D), ordered by id, so that it does not depend on who saw a sample when.
-
-        Args:
-            of: take only samples that its pool has, too.
-        """
+    def pool(self) -> Tensor:
+        """(M, D), ordered by id, so that it does not depend on who saw a sample when."""
         rows, ids = self._joined()
-        order = ids.argsort()
-        return rows[order if of is None else order[torch.isin(ids[order], of._joined()[1])]]
+        return rows[ids.argsort()]
 
     def all_reduce(self, device: torch.device) -> None:
         """Replace this set by that of all processes.

@@ -27,12 +27,12 @@ class GenerationStatistics(BudgetStatistics):
     Args:
         budgets: numbers of tokens.
         extractor: of the features whose distances are taken.
-        pool_fraction: share of the samples, real and generated, whose features are kept for the kernel distance
-            and the manifolds.
+        pool_fraction: share of the generated images whose features are kept for the kernel distance and the manifolds.
         classifier: says what class an image shows, or None to leave agreement with the asked class out.
         real: features of all real images from an earlier run, or None to take them now.
         clip: the score of images and captions, or None to leave it out.
         inception_splits: parts over which an inception score is averaged.
+        real_pool_fraction: share of the real images whose features are kept; None for the same as of the generated.
     """
 
     def __init__(
@@ -44,12 +44,12 @@ class GenerationStatistics(BudgetStatistics):
         real: FeatureSet | None = None,
         clip: CLIPScore | None = None,
         inception_splits: int = 10,
+        real_pool_fraction: float | None = None,
     ) -> None:
         self._probe = classifier if isinstance(classifier, LinearProbe) else None
         names = {"class_agreement": classifier, "class_mean_agreement": self._probe, "clip_score": clip}
-        super().__init__(
-            budgets, extractor, pool_fraction, real, [name for name, source in names.items() if source is not None]
-        )
+        measured = [name for name, source in names.items() if source is not None]
+        super().__init__(budgets, extractor, pool_fraction, real_pool_fraction, real, measured)
         self._size: list[int] = []
         self._classifier = classifier
         self._clip = clip
@@ -97,7 +97,7 @@ class GenerationStatistics(BudgetStatistics):
         """
         self._check_size(list(images.shape[2:]))
         features = self._extractor(images)
-        ids = self._add_features(self.made[budget], features, keys)
+        ids = self._add_made(budget, features, keys)
         logits = self._extractor.class_logits(features)
         if logits is not None:
             self._scores[budget].update(logits.cpu().double().softmax(1), ids)

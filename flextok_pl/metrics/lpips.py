@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image.lpips import _NoTrainLpips
 
+from flextok_pl.contracts import weights_hash
+
 ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 
 
@@ -44,6 +46,7 @@ class LPIPS:
         if missing:
             raise ValueError(f"lpips={str(weights)!r} lacks {missing[0]}, so it is no torchvision AlexNet; {remedy}")
         self.network.net.load_state_dict({name: state[theirs] for name, theirs in renamed.items()})
+        self.weights_hash = weights_hash(self.network)
 
     def to(self, device: torch.device) -> LPIPS:
         """Move the network."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flextok_pl.contracts import GuidanceScale, Reconstructor
 from flextok_pl.metrics.budget_statistics import BudgetStatistics
-from flextok_pl.metrics.distributed import all_reduce_sum, gather_objects, gather_rows
+from flextok_pl.metrics.distributed import all_reduce_sum, gather_objects
 from flextok_pl.metrics.feature_set import FeatureSet
 from flextok_pl.metrics.features import FeatureExtractor
 from flextok_pl.metrics.images import image_errors
@@ -149,7 +149,7 @@ class ReconstructionStatistics(BudgetStatistics):
     ) -> None:
         self._perceptual = dict(perceptual or {})
         names = ("mae", "mse", "psnr", "ssim", *self._perceptual, "seed_variance")
-        super().__init__(budgets, extractor, pool_fraction, real, names)
+        super().__init__(budgets, extractor, pool_fraction, None, real, names)
         self.images = ImageMoments()
 
     @property
@@ -190,7 +190,7 @@ class ReconstructionStatistics(BudgetStatistics):
             errors["seed_variance"] = levels.var(0).flatten(1).mean(1)
         for name, values in errors.items():
             self._add_values(budget, name, values)
-        self._add_features(self.made[budget], self._extractor(reconstructions), keys)
+        self._add_made(budget, self._extractor(reconstructions), keys)
         return errors
 
     def all_reduce(self, device: torch.device) -> None:
@@ -222,16 +222,13 @@ class ReconstructionStatistics(BudgetStatistics):
         return results
 
 
-def check_each_sample_once(
-    ids: Sequence[int], expected: int, may_stop_early: bool, device: torch.device, source: str
-) -> int:
-    """Count the samples of all processes.
+def check_each_sample_once(seen: Tensor, expected: int, may_stop_early: bool, source: str) -> int:
+    """Count samples.
 
     Args:
-        ids: hashes of the keys that this process saw.
+        seen: (N,) int64, hashes of the keys of all that were seen, by whichever process.
         expected: samples in the data set.
         may_stop_early: whether fewer are in order, because the user limits the number of batches.
-        device: where the process group communicates.
         source: what to call the data in an error.
 
     Returns:
@@ -240,7 +237,6 @@ def check_each_sample_once(
     Raises:
         RuntimeError: a sample came twice, or some did not come.
     """
-    seen = gather_rows(torch.tensor(ids, dtype=torch.int64), device)
     repeated = len(seen) - len(torch.unique(seen))
     if repeated:
         raise RuntimeError(

@@ -1,7 +1,7 @@
 """A sweep of real trainings, here and under a real Slurm: whatever ends when, every trial is accounted for, once.
 
 Eight trials, two at a time. One learning rate is so large that the loss becomes NaN, which fails; two are so small that
-they are pruned. The process that runs the sweep is interrupted, killed and started again, and one training is preempted.
+they are pruned. The process that runs the sweep is interrupted, killed, and started again, and one training preempted.
 """
 
 import json

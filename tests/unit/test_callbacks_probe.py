@@ -14,6 +14,7 @@ class Thumbnail:
     """The picture at 4 x 4 pixels."""
 
     name, weights_hash, resize, dim = "thumbnail", "0" * 16, "none", 48
+    device = torch.device("cpu")
     seen = 0
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
