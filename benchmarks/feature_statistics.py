@@ -2,7 +2,7 @@
 
 Two sets of N random features of a nearly constant spectrum, fed in batches as an evaluation feeds them, then one
 distance. No network runs. Each library runs in a process of its own; `baseline_gib` is its memory before the first
-batch. The distances of all are compared.
+batch. The distances of all are compared, and with numpy's in float64.
 
     python benchmarks/feature_statistics.py --json benchmarks/results/feature_statistics_cpu.json
 """
@@ -19,7 +19,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--num-samples", nargs="+", type=int, default=[10_000, 50_000])
 parser.add_argument("--dim", type=int, default=2048)
 parser.add_argument("--batch-size", type=int, default=128)
-parser.add_argument("--libraries", nargs="+", default=["flextok_pl", "torchmetrics", "torch-fidelity"])
+parser.add_argument("--libraries", nargs="+", default=["flextok_pl", "torchmetrics", "torch-fidelity", "numpy"])
 parser.add_argument("--measure", nargs=2, default=None, help="measure one library at one N and print it as JSON")
 parser.add_argument("--device", default="cpu", help="where it runs; the CPU, as statistics do")
 parser.add_argument("--json", default=None, help="file to write the results to")
@@ -87,10 +87,31 @@ def torch_fidelity_distance(options: argparse.Namespace, count: int) -> tuple[di
     return {"statistics": seconds, "distance": time.perf_counter() - start}, distance
 
 
+def numpy_distance(options: argparse.Namespace, count: int) -> tuple[dict[str, float], float]:
+    """In float64 from all features at once: what the others should give."""
+    import numpy as np
+
+    sides, seconds = [], 0.0
+    for side in (0, 1):
+        kept = np.concatenate([batch.double().numpy() for batch in batches(options, count, side)])
+        start = time.perf_counter()
+        sides.append((kept.mean(0), np.cov(kept, rowvar=False)))
+        seconds += time.perf_counter() - start
+        del kept
+    start = time.perf_counter()
+    (mean_a, a), (mean_b, b) = sides
+    values, vectors = np.linalg.eigh(a)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ b @ root).clip(0)).sum()
+    distance = float(np.square(mean_a - mean_b).sum() + np.trace(a) + np.trace(b) - 2 * cross)
+    return {"statistics": seconds, "distance": time.perf_counter() - start}, distance
+
+
 LIBRARIES = {
     "flextok_pl": flextok_pl_distance,
     "torchmetrics": torchmetrics_distance,
     "torch-fidelity": torch_fidelity_distance,
+    "numpy": numpy_distance,
 }
 
 

@@ -15,10 +15,12 @@ from torch import Tensor
 from flextok_pl.callbacks.evaluation import (
     batch_images,
     checkpoint_facts,
+    evaluated_step,
     log_evaluation,
     model_hashes,
     module_reconstructor,
     versions,
+    weights_in_use,
 )
 from flextok_pl.contracts import run_folder
 from flextok_pl.metrics.codes import class_information, codebook_use, distinct_tokens, perplexity, position_entropy
@@ -138,7 +140,12 @@ class CodebookReport(Callback):
         if split == "test" and trainer.is_global_zero:
             protocol = {
                 "num_samples": len(tokens),
+                "split": split,
+                "reference": getattr(trainer.datamodule, "sources", {}).get(split),  # type: ignore[attr-defined]
                 "vocab_size": vocab_size,
+                "precision": str(trainer.precision),
+                "model_weights": weights_in_use(trainer, self._checkpoint),
+                "step": evaluated_step(trainer, self._checkpoint),
                 **model_hashes(pl_module),
                 "versions": versions(),
             }

@@ -80,14 +80,15 @@ def write_report(folder: str, out: str | None = None, dataset: Literal["imagenet
 
 
 def _check_comparable(results: Mapping[str, Sequence[Record]], dataset: str) -> None:
-    """Published FIDs are of Inception features and pictures of 256 px."""
+    """Published FIDs are of Inception features and 50,000 pictures of 256 px."""
     for kind, records in results.items():
         first = records[0]
-        size, metrics = first.get("image_size"), {record["metric"] for record in records}
-        if size != [256, 256] or FID not in metrics:
+        size, count = first.get("image_size"), first.get("num_samples")
+        metrics = {record["metric"] for record in records}
+        if size != [256, 256] or count != 50_000 or FID not in metrics:
             raise ValueError(
-                f"dataset={dataset!r}: {kind}.json has images of {size} and {sorted(metrics)}; published numbers are "
-                f"{FID} at [256, 256]: leave dataset out"
+                f"dataset={dataset!r}: {kind}.json has {count} images of {size} and {sorted(metrics)}; published are "
+                f"{FID} of 50000 at [256, 256]: leave dataset out"
             )
 
 

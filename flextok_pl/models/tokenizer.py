@@ -193,12 +193,15 @@ class FlexTok(nn.Module):
             (B, k) int64; with `quality` B tensors of (k_i,), which `detokenize` takes, too.
         """
         latents = self.encode_latents(images)
-        codes = self.quantizer(self.encode(latents, num_tokens))
+        if num_tokens is not None:
+            self._check_budget(num_tokens)
+        predictor = None if quality is None else quality.predictor
+        codes = self.quantizer(self.encode(latents, num_tokens if predictor is None else None))
         tokens = self.quantizer.codes_to_tokens(codes)
         if quality is None:
             return tokens
-        if quality.predictor is not None:
-            budgets = quality.predictor(codes)
+        if predictor is not None:  # which looks at all codes
+            budgets = predictor(codes).clamp(max=num_tokens or self.num_registers)
         else:
 
             def distance_at(which: Tensor, budgets: Tensor) -> Tensor:

@@ -355,6 +355,22 @@ def test_a_prior_from_pictures_to_gfid(
     assert "8 generated images, 18 real ones of test" in capsys.readouterr().out
     tested = workplace / "runs" / "prior" / "version_2"
     assert {"gfid.json", "gfid_grid.png", "rfid.json", "grid.png"} <= {path.name for path in tested.iterdir()}
+
+    # Two processes, each with a share of the probe's pictures and of the generated ones, find what one does.
+    values, written = {}, {}
+    judged = ["--gfid.classifier=probe", f"--gfid.classifier_data={image_shards / 'train'}", "--gfid.num_samples=9"]
+    for name, devices, strategy in (("one", 1, "auto"), ("two", 2, "ddp_fork")):
+        places = [f"--gfid.output_dir={name}", f"--gfid.images_dir={name}/images", f"--gfid.cache_dir={name}/cache"]
+        parallel = [f"--trainer.devices={devices}", f"--trainer.strategy={strategy}", "--rfid=null"]
+        main(["test", *base, *finished, *judged, *places, *parallel])
+        records = json.loads((workplace / name / "gfid.json").read_text())
+        values[name] = {(r["metric"], r["num_tokens"]): r["value"] for r in records}
+        images = workplace / name / "images"
+        written[name] = {file.relative_to(images): file.read_bytes() for file in images.rglob("*.png")}
+        assert len(list((workplace / name / "cache").glob("probe_*.pt"))) == 1
+    assert ("class_agreement", 16) in values["one"]
+    assert values["two"] == pytest.approx(values["one"], rel=1e-6, abs=1e-9)
+    assert written["two"] == written["one"] and len(written["one"]) == 2 * 9
     main(["generate", *finished, "--num-tokens", "16", "--num-steps", "1", "--class", "left"])
 
     assert "needs --tokenizer" in error_of(capsys, "test", *base, *finished[:2])

@@ -70,6 +70,25 @@ def test_generated_pictures(image_shards, models, tmp_path):
     again, _ = sweep(image_shards, tmp_path / "b", *options, 5)
     assert [r["value"] for r in again] == pytest.approx([r["value"] for r in records], rel=1e-5, abs=1e-7)
 
+    # They are the pictures, and the numbers, of `flextok test`.
+    experiment = tmp_path / "prior.yaml"
+    net = {"num_classes": 2, "vocab_size": 64000, "num_tokens": 16, "depth": 1, "width": 64}
+    model = {"class_path": "flextok_pl.modules.PriorModule", "init_args": {"net": net}}
+    gfid = {"num_steps": 1, "budgets": [2, 16]}
+    experiment.write_text(json.dumps({"data": {"image_size": 32}, "model": model, "gfid": gfid}))
+    main(
+        [
+            *("test", "--config", str(EXPERIMENT.parents[1] / "base.yaml"), "--config", str(experiment)),
+            *("--tokenizer", str(models[0]), "--prior", str(models[1]), "--data.val", str(image_shards / "val")),
+            *("--gfid.output_dir", str(tmp_path), "--gfid.cache_dir", "null", "--gfid.batch_size", "7"),
+            *("--trainer.logger", "false", "--trainer.enable_progress_bar", "false", "--data.num_workers", "0"),
+            *("--trainer.default_root_dir", str(tmp_path), "--trainer.accelerator", "cpu"),
+        ]
+    )
+    tested = {(r["metric"], r["num_tokens"]): r["value"] for r in json.loads((tmp_path / "gfid.json").read_text())}
+    mine = {(r["metric"], r["num_tokens"]): r["value"] for r in records if r["num_steps"] == 1}
+    assert mine and {key: tested[key] for key in mine} == pytest.approx(mine, rel=1e-5, abs=1e-7)
+
 
 def test_what_cannot_be_swept(image_shards, models, tmp_path):
     def message(*options):

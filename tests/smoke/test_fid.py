@@ -172,3 +172,31 @@ def test_records_are_compared(tmp_path, emoji_folder, capsys):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(SystemExit, match=complaint):
             main(["compare", str(first), str(tmp_path / "bad.json")])
+
+
+def test_records_of_many_settings_are_compared_one_by_one(tmp_path, capsys):
+    """Positions of tokens, or steps of the decoder, are no differences of protocol within a file."""
+    records = [
+        {"metric": "kd", "value": float(steps + k), "num_tokens": k, "num_steps": steps, "seed": 0}
+        for k in (1, 4)
+        for steps in (5, 25)
+    ]
+    (tmp_path / "sweep.json").write_text(json.dumps(records))
+    (tmp_path / "one.json").write_text(json.dumps([{**records[3], "value": 7.0, "seed": 1}]))
+    main(["compare", str(tmp_path / "sweep.json"), str(tmp_path / "sweep.json")])
+    printed = capsys.readouterr().out
+    assert printed.count("kd") == 4 and "the protocols are the same" in printed
+    main(["compare", str(tmp_path / "sweep.json"), str(tmp_path / "one.json")])
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["metric", "num_steps", "tokens", "first", "second"]
+    assert rows[0].split() == ["kd", "25", "4", "29.0000", "7.0000"]
+    assert rows[1:] == ["differs in seed: 0 and 1"]
+
+
+def test_either_side_has_a_pool_of_its_own(tmp_path, emoji_folder):
+    """Of a large set only some features are kept, and of a small one all, which a manifold needs at least six of."""
+    few = tmp_path / "few"
+    few.mkdir()
+    for file in sorted((emoji_folder / "b").iterdir())[:8]:
+        (few / file.name).write_bytes(file.read_bytes())
+    assert "recall" in measure(tmp_path, emoji_folder / "a", few, *EFFNET, "--pool-size", 8)

@@ -59,7 +59,11 @@ def test_published_numbers_only_where_they_compare(folder, capsys):
     with pytest.raises(SystemExit, match=r"images of \[64, 64\] and \['fd_x', 'psnr'\]"):
         main(["report", str(folder), "--dataset", "imagenet256"])
     (folder / "gfid.json").unlink()
-    comparable = records(["frechet_inception_distance"], image_size=[256, 256])
+    few = records(["frechet_inception_distance"], image_size=[256, 256], num_samples=10_000)
+    (folder / "rfid.json").write_text(json.dumps(few))
+    with pytest.raises(SystemExit, match=r"10000 images of \[256, 256\].*of 50000"):
+        main(["report", str(folder), "--dataset", "imagenet256"])
+    comparable = records(["frechet_inception_distance"], image_size=[256, 256], num_samples=50_000)
     (folder / "rfid.json").write_text(json.dumps(comparable))
     page = page_of(folder, "--dataset", "imagenet256")
     assert page.count("TiTok L-32") >= 2, "in the chart and in the table"

@@ -105,3 +105,7 @@ def test_a_prediction_decodes_nothing(tok, monkeypatch):
     monkeypatch.setattr(tok, "detokenize", None)
     tokens = tok.tokenize(batch, quality=Quality(0.1, predictor=predictor))
     assert [len(row) for row in tokens] == predictor(codes).tolist()
+    fewer = tok.tokenize(batch, 3, quality=Quality(0.1, predictor=predictor))
+    assert [len(row) for row in fewer] == predictor(codes).clamp(max=3).tolist()
+    with pytest.raises(ValueError, match="num_tokens=0"):
+        tok.tokenize(batch, 0, quality=Quality(0.1, predictor=predictor))

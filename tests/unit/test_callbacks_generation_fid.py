@@ -3,6 +3,7 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -13,7 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from flextok_pl.callbacks import EMA, GenerationFID
+from flextok_pl.callbacks.generation_fid import Wish
 from flextok_pl.metrics.classifier import LinearProbe
+from flextok_pl.metrics.images import to_uint8
 
 SIDE, LENGTH, CLASSES = 16, 4, 3
 
@@ -335,3 +338,49 @@ def test_a_killed_evaluation_goes_on_where_it_was(tmp_path, conditions):
     assert resumed_files == files
     assert rest == parts[3:], f"of {parts} after a picture of {rows} rows"
     assert not list((tmp_path / "cache").glob("unfinished_*"))
+
+
+def pixels_of(data):
+    return torch.stack([to_uint8(sample["image"]) for sample in data.samples]).permute(0, 2, 3, 1).numpy()
+
+
+def test_reference_of_a_file(tmp_path):
+    """The split's own pictures as a file give the split's numbers; statistics alone only the Frechet distance."""
+    data = Pictures()
+    of_split = evaluate(tmp_path, data=data).values
+    np.savez(tmp_path / "pictures.npz", arr_0=pixels_of(data))
+    of_file = evaluate(tmp_path, data=data, reference=tmp_path / "pictures.npz")
+    assert of_file.values == {k: pytest.approx(found, rel=1e-6) for k, found in of_split.items()}
+    record = json.loads((tmp_path / "gfid.json").read_text())[0]
+    assert record["reference"]["num_samples"] == 12 and record["reference"]["source"].endswith("pictures.npz")
+
+    features = MeanColour()(torch.from_numpy(pixels_of(data)).permute(0, 3, 1, 2)).double()
+    statistics = {"mu": features.mean(0).numpy(), "sigma": features.T.cov().numpy()}
+    np.savez(tmp_path / "statistics.npz", **statistics)
+    evaluate(tmp_path, data=data, reference=tmp_path / "statistics.npz")
+    (record, *_) = json.loads((tmp_path / "gfid.json").read_text())
+    assert record["metric"] == "fd_bands" and "kd_bands" not in (tmp_path / "gfid.csv").read_text()
+    assert record["value"] == pytest.approx(of_split[1]["fd_bands"], rel=1e-6)
+    assert len(record["reference"]["statistics_sha256"]) == 64
+
+    with pytest.raises(ValueError, match=r"reference='folder' must be a \.npz file"):
+        GenerationFID(reference="folder")
+    with pytest.raises(ValueError, match="statistics of 5 features"):
+        np.savez(tmp_path / "five.npz", mu=np.zeros(5), sigma=np.eye(5))
+        evaluate(tmp_path, data=data, reference=tmp_path / "five.npz")
+
+
+def test_images_are_written_under_their_keys(tmp_path):
+    evaluate(tmp_path, num_samples=7, images_dir=tmp_path / "images", budgets=[1, 4])
+    written = sorted(file.relative_to(tmp_path / "images").as_posix() for file in tmp_path.rglob("images/*/*.png"))
+    names = [f"class {i % 3} sample {i // 3}.png" for i in range(7)]
+    assert written == sorted(f"k={k:03d}/{name}" for k in (1, 4) for name in names)
+    image = Image.open(tmp_path / "images" / "k=001" / "class 1 sample 0.png")
+    assert image.size == (SIDE, SIDE) and np.array(image)[0, 0].argmax() == 1, "green"
+
+
+def test_images_that_no_process_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(GenerationFID, "_planned", lambda *_: [Wish("one", 0), Wish("two", 1)])
+    with pytest.raises(RuntimeError, match="2 images were generated, 12 were to be.*use fewer devices"):
+        evaluate(tmp_path)
+    assert not (tmp_path / "gfid.json").exists()
