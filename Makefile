@@ -26,7 +26,7 @@ EXP ?=
 SWEEP ?= experiments/sweeps/tiny.yaml
 ARGS ?=
 # The newest tokenizer trained here, or the one that ships with the package.
-CKPT ?= $(firstword $(shell ls -t runs/tokenizer/*/version_*/tokenizer.safetensors 2>/dev/null) $(DEMO_TOKENIZER))
+CKPT ?= $(firstword $(shell ls -t runs/{tokenizer,baselines}/*/version_*/tokenizer.safetensors 2>/dev/null) $(DEMO_TOKENIZER))
 # The newest prior trained here, unless CKPT is newer, whose tokens it would not know; or the shipped one.
 PRIOR ?= $(or $(shell prior=$$(ls -t runs/prior/*/version_*/prior.safetensors 2>/dev/null | head -1); \
     test -n "$$prior" -a "$$prior" -nt "$(CKPT)" && echo "$$prior"),$(if $(filter $(DEMO_TOKENIZER),$(CKPT)),$(DEMO_PRIOR)))

@@ -153,6 +153,15 @@ def test_a_fit_of_a_baseline(name: str, image_shards: Path, workplace: Path) -> 
     assert {record["num_tokens"] for record in records} == ({1, 8, 64} if registers == 64 else {1, 4, 16})
     assert {record["num_steps"] for record in records} == {1 if name == "mse_decoder" else 2}
 
+    tokens, config = workplace / "tokens", workplace / "prior.yaml"
+    source = ["--ckpt", str(run / "tokenizer.safetensors"), "--src", str(image_shards / "train")]
+    main(["data", "tokens", *source, "--dst", str(tokens), "--num-workers", "0"])
+    config.write_text(yaml.safe_dump(PRIOR_EXPERIMENT | {"trainer": {"max_steps": 1, "val_check_interval": 1}}))
+    options = [f"--model.tokenizer={run / 'tokenizer.safetensors'}", f"--model.net.num_tokens={registers}"]
+    shards = [f"--data.train={tokens}", f"--data.val={image_shards / 'val'}"]
+    main(["fit", "--config", str(EXPERIMENTS / "base.yaml"), "--config", str(config), *options, *shards])
+    assert (workplace / "runs" / "prior" / "version_0" / "prior.safetensors").is_file()
+
 
 def test_experiments_differ_from_the_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine").mkdir()
