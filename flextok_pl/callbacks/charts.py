@@ -7,6 +7,7 @@ is added to. What each callback charts therefore lies in a folder of its own in 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -35,6 +36,11 @@ def add_scalar(writer: FileWriter, tag: str, value: float, step: int) -> None:
         writer.add_summary(scalar(tag, value), step)  # type: ignore[no-untyped-call]
 
 
+def _exactly(tag: str) -> str:
+    """The pattern of this tag and no longer one: TensorBoard shows whatever a pattern is found in."""
+    return f"^{re.escape(tag)}$"
+
+
 def write_charts(
     trainer: Trainer,
     name: str,
@@ -58,8 +64,8 @@ def write_charts(
     over_training, over_axis = f"{title} by {axis}", f"{title} against {axis}"
     tags = {metric: f"{over_axis}/{metric}" for metric in curves}
     layout = {
-        over_axis: {metric: ["Multiline", [tag]] for metric, tag in tags.items()},
-        over_training: {metric: ["Multiline", list(each)] for metric, each in history.items()},
+        over_axis: {metric: ["Multiline", [_exactly(tag)]] for metric, tag in tags.items()},
+        over_training: {metric: ["Multiline", [_exactly(tag) for tag in each]] for metric, each in history.items()},
     }
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:

@@ -34,8 +34,9 @@ class CodebookReport(Callback):
 
     Scalars, under the split: `codes/distinct`, `codes/use` (fraction of the vocabulary, where the tokenizer's config
     states it), `codes/perplexity`, `codes/entropy` (bits per token, mean over positions); to TensorBoard also a picture
-    of the entropy by position. A test adds what each position tells about the class, where samples have one, and leaves
-    `codes.json` and `codes.png`. Only the encoder runs, while batches are evaluated, so averaged weights are seen.
+    of the entropy by position and a histogram of the tokens. A test adds what each position tells about the class,
+    where samples have one, and leaves `codes.json` and `codes.png`. Only the encoder runs, while batches are evaluated,
+    so averaged weights are seen.
 
     Args:
         every_n_epochs: during a fit, report in the validations of every n-th epoch; 0 for never.
@@ -135,7 +136,8 @@ class CodebookReport(Callback):
         self.values = {f"{split}/codes/{name}": value for name, value in totals.items()}
         picture = plot_positions(entropy, information, len(tokens), vocab_size)
         pictures = {f"{split}/codes/entropy_by_position": picture}
-        log_evaluation(trainer, pl_module, self.values, pictures, self._checkpoint)
+        histograms = {f"{split}/codes/tokens": tokens}
+        log_evaluation(trainer, pl_module, self.values, pictures, self._checkpoint, histograms)
         folder = self.output_dir or run_folder(trainer)
         if split == "test" and trainer.is_global_zero:
             protocol = {

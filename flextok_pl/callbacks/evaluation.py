@@ -138,6 +138,7 @@ def log_evaluation(
     scalars: Mapping[str, float],
     pictures: Mapping[str, Tensor],
     loaded: Mapping[str, Any] | None,
+    histograms: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Give results to the loggers, and during a fit to the trainer, so that a checkpoint can be chosen by them.
 
@@ -147,6 +148,7 @@ def log_evaluation(
         scalars: tag -> value, equal on all ranks.
         pictures: tag -> (3, H, W) uint8.
         loaded: `checkpoint_facts`, or None.
+        histograms: tag -> values, of any shape.
     """
     in_fit = trainer.state.fn == TrainerFn.FITTING
     if in_fit:
@@ -158,6 +160,8 @@ def log_evaluation(
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
             for tag, picture in pictures.items():
                 logger.experiment.add_image(tag, picture, step)
+            for tag, values in (histograms or {}).items():
+                logger.experiment.add_histogram(tag, values, step)
 
 
 def versions() -> dict[str, str]:

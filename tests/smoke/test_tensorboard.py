@@ -9,7 +9,9 @@ from pathlib import Path
 from urllib.parse import urlencode
 from urllib.request import Request, urlopen
 
+import numpy as np
 import pytest
+from PIL import Image
 from tensorboard import program
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -68,6 +70,11 @@ def layout(server):
     return {each["title"]: each["chart"] for each in json.loads(asked(server, "custom_scalars/layout"))["category"]}
 
 
+def matching(chart, scalars):
+    """The scalars that a chart shows: those in which one of its patterns is found."""
+    return sorted(tag for tag in scalars if any(re.search(pattern, tag) for pattern in chart["multiline"]["tag"]))
+
+
 def test_the_server_has_layout_curves_and_pictures(server):
     run, pictures = min(when_loaded(server).items())
     assert set(pictures) == {"test/reconstructions", "test/codes/entropy_by_position"}
@@ -76,21 +83,23 @@ def test_the_server_has_layout_curves_and_pictures(server):
         with urlopen(f"{server}data/plugin/images/individualImage?{picture['query']}", timeout=60) as answer:
             content = answer.read()
         assert content.startswith(b"\x89PNG") and len(content) > 2000
+    assert json.loads(asked(server, "histograms/tags"))[run].keys() == {"test/codes/tokens"}
     assert set(layout(server)) == {f"test: reconstructions {by} token budget" for by in ("by", "against")}
-    tags = [chart["multiline"]["tag"] for chart in layout(server)["test: reconstructions by token budget"]]
-    assert [f"test/psnr/k={budget:03d}" for budget in (1, 4, 16)] in tags
-    scalars = json.loads(asked(server, "scalars/tags"))
-    assert {tag for each in tags for tag in each} <= {tag for each in scalars.values() for tag in each}
+    scalars = {tag for each in json.loads(asked(server, "scalars/tags")).values() for tag in each}
+    charts = layout(server)["test: reconstructions by token budget"]
+    shown = [(chart["title"], matching(chart, scalars)) for chart in charts]
+    assert ("mse", [f"test/mse/k={budget:03d}" for budget in (1, 4, 16)]) in shown, "and no mse_over_variance"
+    assert all(tags for _, tags in shown)
 
 
 def test_one_chart_overlays_the_budget_curves_of_several_runs(server):
     when_loaded(server)
     (title,) = (each for each in layout(server) if "against" in each)
-    charts = {chart["title"]: chart["multiline"]["tag"] for chart in layout(server)[title]}
+    charts = {chart["title"]: chart for chart in layout(server)[title]}
     assert len(charts) == len(layout(server)[title]), "the runs share their charts"
     curves = {}
     for run, tags in json.loads(asked(server, "scalars/tags")).items():
-        for tag in set(charts["psnr"]) & set(tags):
+        for tag in matching(charts["psnr"], tags):
             points = json.loads(asked(server, "scalars/scalars", run=run, tag=tag))
             curves[run] = {int(step): value for _, step, value in points}
     assert {run: list(curve) for run, curve in curves.items()} == {
@@ -101,12 +110,27 @@ def test_one_chart_overlays_the_budget_curves_of_several_runs(server):
     assert curves["tokenizer/tiny/version_1/charts/rfid"][2] == pytest.approx(points[-1][2])
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to open TensorBoard in")
-def test_a_browser_shows_them(server, tmp_path):
+def browsed(address, folder, *options):
+    """What Chromium prints of a page."""
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium to open TensorBoard in")
+    options = [*options, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/profile"]
+    command = [CHROMIUM, *options, "--window-size=1400,3000", "--virtual-time-budget=20000", address]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def test_a_browser_draws_a_line_for_each_run(server, tmp_path):
     when_loaded(server)
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--window-size=1400,3000"]
-    command = [CHROMIUM, *options, "--virtual-time-budget=20000", "--dump-dom", f"{server}#timeseries"]
-    page = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    browsed(f"{server}#custom_scalars", tmp_path, f"--screenshot={tmp_path}/page.png")
+    pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).astype(int)
+    charts = pixels[100:, 400:].reshape(-1, 3)  # beside the options, below the bar
+    colours, counts = np.unique(charts[np.ptp(charts, axis=1) > 80], axis=0, return_counts=True)
+    assert (counts > 200).sum() >= 3, f"icons, and lines of two colours: {colours[counts > 200]}"
+
+
+def test_a_browser_shows_pictures(server, tmp_path):
+    when_loaded(server)
+    page = browsed(f"{server}#timeseries", tmp_path, "--dump-dom")
     assert re.search(r'<img[^>]+src="data/plugin/timeseries/imageData', page), "no picture"
     assert page.count("<line-chart") + page.count("<canvas") >= 3, "no charts"
 
