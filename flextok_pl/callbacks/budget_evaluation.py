@@ -335,7 +335,7 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
             **done.facts,
         }
         measured, extra = self._notes(done)
-        extra = {network.metric_name: {"full_rank": full_rank}, **extra}
+        extra = {network.metric_name: {"full_rank": full_rank}, **statistics.how, **extra}
         records = make_records(self.values, protocol, extra)
         if (bits := done.facts["bits_per_token"]) is not None:
             records = [{**record, "bits_per_image": record["num_tokens"] * bits} for record in records]

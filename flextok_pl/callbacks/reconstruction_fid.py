@@ -208,9 +208,7 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
         return {"num_seeds": self.num_seeds}
 
     def _notes(self, done: Pass[ReconstructionStatistics]) -> tuple[str, dict[str, dict[str, Any]]]:
-        assert self._network is not None
-        paired = {"kernel": "cubic polynomial, originals and reconstructions paired"}
-        extra: dict[str, dict[str, Any]] = {self._network.kernel_metric_name: paired}
+        extra: dict[str, dict[str, Any]] = {}
         if self._lpips is not None:
             extra["lpips"] = {"lpips_network": "alex", "lpips_weights_hash": self._lpips.weights_hash}
         if self._dreamsim is not None:

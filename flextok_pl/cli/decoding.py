@@ -171,7 +171,9 @@ def compare_decodings(
     if source is not None:
         protocol |= {"prior_hash": weights_hash(source.prior), "cfg_scale": cfg_scale, "temperature": temperature}
     folder = Path(out).expanduser()
-    records = [record for s, found in values.items() for record in make_records(found, {**asdict(s), **protocol}, {})]
+    records = [
+        record for s, found in values.items() for record in make_records(found, {**asdict(s), **protocol}, first.how)
+    ]
     write_json(records, folder / "decoding.json")
     table = {budget: {setting: found[budget][chosen] for setting, found in values.items()} for budget in wanted}
     best = {budget: min(found, key=lambda setting: found[setting]) for budget, found in table.items()}

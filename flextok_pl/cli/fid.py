@@ -109,7 +109,10 @@ def compare_images(
             f"{network.metric_name} compares at equal numbers only; prefer {network.kernel_metric_name}"
         )
     if json is not None:
-        write_json([{"metric": name, "value": value, **protocol} for name, value in values.items()], Path(json))
+        records = [
+            {"metric": m, "value": value, **protocol, **statistics.how.get(m, {})} for m, value in values.items()
+        ]
+        write_json(records, Path(json))
 
 
 def compare_records(first: str, second: str) -> None:

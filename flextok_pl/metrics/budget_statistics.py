@@ -66,6 +66,11 @@ class BudgetStatistics(ABC):
     def image_size(self) -> list[int]:
         """[H, W] of the images; empty before the first."""
 
+    @property
+    @abstractmethod
+    def how(self) -> dict[str, dict[str, Any]]:
+        """Metric -> what its records say of how it was computed."""
+
     @abstractmethod
     def update_real(self, images: Tensor, keys: Sequence[str]) -> None:
         """Add (B, 3, H, W) uint8 real images with their keys."""

@@ -18,7 +18,8 @@ from flextok_pl.metrics.distributed import gather_objects
 from flextok_pl.metrics.feature_set import FeatureSet
 from flextok_pl.metrics.features import FeatureExtractor
 from flextok_pl.metrics.inception_score import InceptionScore
-from flextok_pl.metrics.manifold import DENSITY_NEIGHBOURS, manifold_scores
+from flextok_pl.metrics.kernel import KERNEL
+from flextok_pl.metrics.manifold import DENSITY_NEIGHBOURS, NEIGHBOURS, manifold_scores
 
 
 class GenerationStatistics(BudgetStatistics):
@@ -65,6 +66,13 @@ class GenerationStatistics(BudgetStatistics):
     def image_size(self) -> list[int]:
         """[H, W] of the images; empty before the first."""
         return self._size
+
+    @property
+    def how(self) -> dict[str, dict[str, Any]]:
+        """Metric -> what its records say of how it was computed."""
+        near = {name: {"neighbours": NEIGHBOURS} for name in ("precision", "recall")}
+        near |= {name: {"neighbours": DENSITY_NEIGHBOURS} for name in ("density", "coverage")}
+        return {self._extractor.kernel_metric_name: {"kernel": KERNEL}, **near}
 
     def update_real(self, images: Tensor, keys: Sequence[str]) -> None:
         """Add (B, 3, H, W) uint8 real images with their keys.

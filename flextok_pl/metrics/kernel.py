@@ -57,8 +57,13 @@ def draw_subsets(num_a: int, num_b: int, subsets: int, size: int, seed: int) -> 
     ]
 
 
+SUBSETS, SUBSET_SIZE = 100, 1000
+KERNEL = f"cubic polynomial, {SUBSETS} subsets of {SUBSET_SIZE}"
+"""What a record says of the distance."""
+
+
 def kernel_distance(
-    a: Tensor, b: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0, paired: bool = False
+    a: Tensor, b: Tensor, subsets: int = SUBSETS, subset_size: int = SUBSET_SIZE, seed: int = 0, paired: bool = False
 ) -> tuple[float, float]:
     """Mean and standard deviation of the squared discrepancy over random subsets.
 
