@@ -20,6 +20,7 @@ BENCHMARKS = (
     "adaptive_budget",
     "loader",
     "conversion",
+    "precomputation",
     "plan",
     "sweep_overhead",
 )
