@@ -227,7 +227,7 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
             share = min(1.0, POOL_SIZE / max(1, images.num_pictures))
             statistics = GenerationStatistics([], network, real_pool_fraction=share)
             facts = images.add_to(statistics, "reference")
-            self._reference = statistics.real, facts
+            self._reference = statistics.real, {**facts, "image_size": statistics.image_size}
         return self._reference[0]
 
     def _planned(self, trainer: Trainer, pl_module: LightningModule, running: Pass[GenerationStatistics]) -> list[Wish]:
@@ -242,7 +242,7 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
         real_pool_fraction: float,
         real: FeatureSet | None,
     ) -> GenerationStatistics:
-        return GenerationStatistics(
+        statistics = GenerationStatistics(
             budgets,
             network,
             min(1.0, POOL_SIZE / num_made),
@@ -251,6 +251,9 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
             self._clip,
             real_pool_fraction=real_pool_fraction,
         )
+        if self._reference is not None:
+            statistics.check_size(self._reference[1]["image_size"])
+        return statistics
 
     def _reconstruct(self, module: GenerationModule, device: torch.device, images: Tensor, keys: list[str]) -> Tensor:
         """The images after all tokens, decoded as generated ones are."""

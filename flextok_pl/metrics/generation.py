@@ -80,7 +80,7 @@ class GenerationStatistics(BudgetStatistics):
         Raises:
             ValueError: the images have another size than those before.
         """
-        self._check_size(list(images.shape[2:]))
+        self.check_size(list(images.shape[2:]))
         self._add_real(images, keys)
 
     def update_generated(
@@ -103,7 +103,7 @@ class GenerationStatistics(BudgetStatistics):
         Raises:
             ValueError: the images have another size than those before, or the classifier lacks a label's class.
         """
-        self._check_size(list(images.shape[2:]))
+        self.check_size(list(images.shape[2:]))
         features = self._extractor(images)
         ids = self._add_made(budget, features, keys)
         logits = self._extractor.class_logits(features)
@@ -128,7 +128,7 @@ class GenerationStatistics(BudgetStatistics):
             ValueError: the processes have images of different sizes.
         """
         for size in gather_objects(self._size):
-            self._check_size(size)
+            self.check_size(size)
         super().all_reduce(device)
         for score in self._scores.values():
             score.all_reduce(device)
@@ -176,7 +176,12 @@ class GenerationStatistics(BudgetStatistics):
         if self._probe is not None:
             self._add_values(budget, "class_mean_agreement", (self._probe.nearest_class(features) == labels)[asked])
 
-    def _check_size(self, size: list[int]) -> None:
+    def check_size(self, size: list[int]) -> None:
+        """Take only images of this [H, W], where it is not empty.
+
+        Raises:
+            ValueError: others came before.
+        """
         if self._size and size and self._size != size:
             raise ValueError(f"images of {self._size} and {size} pixels are mixed; resize them to one size")
         self._size = self._size or size

@@ -363,6 +363,9 @@ def test_reference_of_a_file(tmp_path):
     assert record["value"] == pytest.approx(of_split[1]["fd_bands"], rel=1e-6)
     assert len(record["reference"]["statistics_sha256"]) == 64
 
+    np.savez(tmp_path / "larger.npz", arr_0=np.zeros((3, 20, 20, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"images of \[20, 20\] and \[16, 16\] pixels are mixed"):
+        evaluate(tmp_path, data=data, reference=tmp_path / "larger.npz")
     with pytest.raises(ValueError, match=r"reference='folder' must be a \.npz file"):
         GenerationFID(reference="folder")
     with pytest.raises(ValueError, match="statistics of 5 features"):
