@@ -62,6 +62,14 @@ class HParams(Callback):
         """Write the last values, also of a training without validation."""
         self._write(trainer, pl_module)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The values shown: a training that goes on after its last validation still shows them."""
+        return {"values": self._values}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Show them again."""
+        self._values = dict(state_dict["values"])
+
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         found = [name for name in logged if any(fnmatchcase(name, pattern) for pattern in self.metrics)]

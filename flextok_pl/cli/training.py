@@ -31,7 +31,7 @@ from flextok_pl.cli import UserError, base_config, config_paths
 from flextok_pl.data import ShardDataModule
 from flextok_pl.modules.saved_prior import SavedPrior
 from flextok_pl.modules.saved_tokenizer import SavedTokenizer
-from flextok_pl.runtime import Preempted, Preemption, damage_of, newest_intact
+from flextok_pl.runtime import FitLoop, Preempted, Preemption, damage_of, newest_intact
 
 CALLBACKS: dict[str, type[Callback]] = {
     "rfid": ReconstructionFID,
@@ -184,7 +184,9 @@ class FlexTokCLI(LightningCLI):
             for name, callback in zip(names, callbacks, strict=True)
             if callback is not None and (self._only == "fit" or name not in FIT_ONLY)
         ]
-        return super()._instantiate_trainer(config, wanted)
+        trainer = super()._instantiate_trainer(config, wanted)
+        trainer.fit_loop = FitLoop(trainer)
+        return trainer
 
 
 class ParsingCLI(FlexTokCLI):

@@ -1,12 +1,14 @@
 """How a run is shared out, saved, interrupted and gone on with."""
 
 from flextok_pl.runtime.checkpoint_files import AsyncAtomicCheckpointIO, AtomicCheckpointIO, damage_of, newest_intact
+from flextok_pl.runtime.fit_loop import FitLoop
 from flextok_pl.runtime.preemption import Preempted, Preemption
 from flextok_pl.runtime.sharding import FullyShardedStrategy
 
 __all__ = [
     "AsyncAtomicCheckpointIO",
     "AtomicCheckpointIO",
+    "FitLoop",
     "FullyShardedStrategy",
     "Preempted",
     "Preemption",

@@ -21,6 +21,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flextok_pl.cli import main
 from flextok_pl.modules import TokenizerModule
@@ -85,10 +86,10 @@ def run_of(folder: Path) -> Path:
     return checkpoints.parents[1]
 
 
-def state(folder: Path) -> dict[str, torch.Tensor]:
+def state(folder: Path, steps: int = STEPS) -> dict[str, torch.Tensor]:
     """Everything a training ends with: exported and raw weights, and the optimizer's state."""
     checkpoint = torch.load(run_of(folder) / "checkpoints" / "last.ckpt", weights_only=True)
-    assert checkpoint["global_step"] == STEPS
+    assert checkpoint["global_step"] == steps
     tensors = {f"exported {name}": value for name, value in load_file(run_of(folder) / "tokenizer.safetensors").items()}
     tensors |= {f"raw {name}": value for name, value in checkpoint["current_model_state"].items()}
     for number, values in checkpoint["optimizer_states"][0]["state"].items():
@@ -96,8 +97,8 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def assert_equal(folder: Path, whole: dict[str, torch.Tensor]) -> None:
-    ended = state(folder)
+def assert_equal(folder: Path, whole: dict[str, torch.Tensor], steps: int = STEPS) -> None:
+    ended = state(folder, steps)
     assert ended.keys() == whole.keys()
     different = [name for name in whole if not torch.equal(ended[name], whole[name])]
     assert not different, f"{len(different)} of {len(whole)} tensors differ, such as {different[0]}"
@@ -117,6 +118,76 @@ def test_killed(step: int, batch: int, image_shards: Path, tmp_path: Path, whole
     assert train(tmp_path, options(image_shards), at_step(step, batch, kill)) == -signal.SIGKILL
     assert train(tmp_path, options(image_shards)) == 0
     assert_equal(tmp_path, whole)
+
+
+def validating_options(shards: Path) -> list[str]:
+    """Ten steps, with a validation after the second of an epoch's four: a checkpoint precedes it."""
+    return [
+        *(*options(shards, 0), "--data.val", str(shards / "val"), "--trainer.max_steps", "10"),
+        *("--trainer.val_check_interval", "4", "--metrics_log", "{}", "--best.monitor", "val/loss"),
+        *("--best.filename", "best"),
+    ]
+
+
+def in_hook(name: str, step: int, action: Callable[[], Any]) -> Callable[[], Any]:
+    """Act at the start of a hook of the module that comes at the given step."""
+
+    def prepare() -> None:
+        real = getattr(TokenizerModule, name)
+
+        def hook(self: TokenizerModule, *args: Any) -> Any:
+            if self.global_step == step:
+                action()
+            return real(self, *args)
+
+        setattr(TokenizerModule, name, hook)
+
+    return prepare
+
+
+def validated(folder: Path) -> dict[int, dict[str, float]]:
+    """The metrics of each validation, by step; also what the HParams tab shows of the last one."""
+    found: dict[int, dict[str, float]] = {}
+    for line in (run_of(folder) / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        found.setdefault(entry["step"], {}).update(entry["metrics"])
+    shown = EventAccumulator(str(run_of(folder) / "hparams")).Reload()
+    values = {name: event.value for name in shown.Tags()["scalars"] for event in shown.Scalars(name)}
+    return {
+        step: {name: value for name, value in metrics.items() if name.startswith("val/")}
+        for step, metrics in {**found, -1: values}.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def validated_whole(image_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a training with validations that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("validated")
+    assert train(folder, validating_options(image_shards)) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("hook", "step"),
+    [("validation_step", 6), ("validation_step", 10), ("on_validation_end", 10), ("on_train_end", 10)],
+)
+def test_killed_after_a_checkpoint(
+    hook: str, step: int, image_shards: Path, tmp_path: Path, validated_whole: Path
+) -> None:
+    """What was to come after it still does: the validation of its step and, at the last one, the export."""
+    arguments = validating_options(image_shards)
+    assert train(tmp_path, arguments, in_hook(hook, step, kill)) == -signal.SIGKILL
+    saved = torch.load(run_of(tmp_path) / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == step and not (run_of(tmp_path) / "tokenizer.safetensors").exists()
+    assert train(tmp_path, arguments) == 0
+    assert_equal(tmp_path, state(validated_whole, 10), 10)
+    assert validated(tmp_path) == validated(validated_whole)
+    assert all("val/loss" in metrics for metrics in validated(tmp_path).values())
+    best, expected = (
+        torch.load(run_of(folder) / "checkpoints" / "best.ckpt", weights_only=True)
+        for folder in (tmp_path, validated_whole)
+    )
+    assert best["global_step"] == expected["global_step"]
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])
