@@ -104,9 +104,3 @@ def _download(src: str, revision: str | None, names: Sequence[str]) -> Path:
             "the same command goes on"
         ) from error
     return Path(folder)
-
-
-def _part(name: str) -> str:
-    """The part that a path speaks of, its last word first; `all` where it speaks of none."""
-    words = re.findall(r"[a-z]+", name.lower())
-    return next((SPLITS[word] for word in reversed(words) if word in SPLITS), "all")
