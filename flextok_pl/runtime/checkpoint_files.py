@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import warnings
 import zipfile
 import zlib
@@ -86,6 +87,30 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
         raise
     os.replace(temporary, path)
+
+
+def replace_folder(path: Path, folder: Path) -> None:
+    """Put a complete folder in the place of `path`, whatever is there.
+
+    A folder cannot be replaced at once. Whenever the process dies, a whole checkpoint has a name that `newest_intact`
+    looks at: the new one its own, or the one before `NAME.before.ckpt`. None has while its files are being deleted.
+    """
+    before = path.with_stem(f"{path.stem}.before")
+    if os.path.lexists(path):
+        remove(before)
+        path.rename(before)
+    folder.rename(path)
+    if os.path.lexists(before):
+        before.rename(folder)
+        remove(folder)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _write(checkpoint: dict[str, Any], path: Path) -> None:

@@ -6,7 +6,6 @@ of its own, gathered when it runs and let go afterwards.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +21,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.checkpoint.state_dict_loader import load as distributed_load
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+
+from flextok_pl.runtime.checkpoint_files import remove, replace_folder
 
 CURRENT_STATE = "current_model_state"
 """Name, in a checkpoint, of the weights in training where its `state_dict` is their average."""
@@ -75,12 +76,13 @@ class FullyShardedStrategy(ModelParallelStrategy):
         checkpoint = {**checkpoint, "state_dict": checkpoint["state_dict"] | state, "has_current_state": bool(current)}
         path = Path(self.broadcast(str(filepath)))
         temporary = path.with_name(f".{path.name}.partial")
+        if self.is_global_zero:
+            remove(temporary)  # of a process that was killed
+        self.barrier()
         super().save_checkpoint(checkpoint, temporary)
         self.barrier()
         if self.is_global_zero:
-            if path.exists():
-                _remove(path)
-            temporary.rename(path)
+            replace_folder(path, temporary)
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -147,13 +149,6 @@ def gradient_norm(module: nn.Module) -> Tensor:
     """The norm of the whole gradient. All processes of a sharded module must ask."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def _sharded(module: nn.Module) -> list[Any]:

@@ -26,6 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from flextok_pl.cli import main
 from flextok_pl.modules import TokenizerModule
 from flextok_pl.runtime import AtomicCheckpointIO, Preemption, damage_of, newest_intact
+from flextok_pl.runtime.checkpoint_files import remove, replace_folder
 
 EXPERIMENT = Path(__file__).parents[2] / "experiments" / "tokenizer" / "tiny.yaml"
 STEPS, SAVED_EVERY = 12, 2  # an epoch has seven batches: three steps of two, and one of the seventh
@@ -363,6 +364,51 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch
     checkpoint(path, 2)
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
+
+
+@pytest.mark.parametrize("dies_at", ["rename 1", "rename 2", "rename 3", "rmtree"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_folder_of_parts_is_replaced(
+    dies_at: str, linked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the process dies, a whole checkpoint is found, and the next one is put in its place."""
+
+    def parts(name: str, content: str) -> Path:
+        (tmp_path / name).mkdir()
+        for file in (".metadata", "meta.pt", "part"):
+            (tmp_path / name / file).write_text(content)
+        return tmp_path / name
+
+    def dying(real: Callable[..., Any], number: int) -> Callable[..., Any]:
+        calls = itertools.count(1)
+
+        def call(*args: Any) -> Any:
+            if next(calls) == number:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        return call
+
+    path = tmp_path / "last.ckpt"
+    if linked:
+        path.symlink_to(parts("step1.ckpt", "old").name)
+    else:
+        parts("last.ckpt", "old")
+    with monkeypatch.context() as patch:
+        what, _, number = dies_at.partition(" ")
+        place = Path if what == "rename" else shutil
+        patch.setattr(place, what, dying(getattr(place, what), int(number or 1)))
+        if linked and what == "rmtree":
+            replace_folder(path, parts(".last.ckpt.partial", "new"))  # there is only a link to delete
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                replace_folder(path, parts(".last.ckpt.partial", "new"))
+    found = newest_intact(tmp_path)
+    assert found is not None and (found / "part").read_text() == ("new" if what == "rmtree" or number == "3" else "old")
+    remove(tmp_path / ".last.ckpt.partial")
+    replace_folder(path, parts(".last.ckpt.partial", "newer"))
+    assert (path / "part").read_text() == "newer" and not path.is_symlink()
+    assert {file.name for file in tmp_path.iterdir()} == {"last.ckpt"} | ({"step1.ckpt"} if linked else set())
 
 
 @pytest.fixture
