@@ -12,7 +12,7 @@ from typing import Any
 from jsonargparse import ArgumentError, Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch.distributed import DistError
 
@@ -31,7 +31,7 @@ from flextok_pl.cli import UserError, base_config, config_paths
 from flextok_pl.data import ShardDataModule
 from flextok_pl.modules.saved_prior import SavedPrior
 from flextok_pl.modules.saved_tokenizer import SavedTokenizer
-from flextok_pl.runtime import FitLoop, Preempted, Preemption, damage_of, newest_intact
+from flextok_pl.runtime import FitLoop, Preempted, Preemption, StepCheckpoint, damage_of, newest_intact
 
 CALLBACKS: dict[str, type[Callback]] = {
     "rfid": ReconstructionFID,
@@ -42,8 +42,8 @@ CALLBACKS: dict[str, type[Callback]] = {
     "throughput": Throughput,
     "lr_monitor": LearningRateMonitor,
     "hparams": HParams,
-    "checkpoint": ModelCheckpoint,
-    "best": ModelCheckpoint,
+    "checkpoint": StepCheckpoint,
+    "best": StepCheckpoint,
     # Last, so that it swaps the raw weights back after every other callback has evaluated the averaged ones.
     "ema": EMA,
     # After it, so that a checkpoint holds the step's average.

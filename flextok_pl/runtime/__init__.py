@@ -4,6 +4,7 @@ from flextok_pl.runtime.checkpoint_files import AsyncAtomicCheckpointIO, AtomicC
 from flextok_pl.runtime.fit_loop import FitLoop
 from flextok_pl.runtime.preemption import Preempted, Preemption
 from flextok_pl.runtime.sharding import FullyShardedStrategy
+from flextok_pl.runtime.step_checkpoint import StepCheckpoint
 
 __all__ = [
     "AsyncAtomicCheckpointIO",
@@ -12,6 +13,7 @@ __all__ = [
     "FullyShardedStrategy",
     "Preempted",
     "Preemption",
+    "StepCheckpoint",
     "damage_of",
     "newest_intact",
 ]
