@@ -53,6 +53,11 @@ def logging_now(module: pl.LightningModule) -> bool:
     return (module.global_step + 1) % every == 0
 
 
+def step_ends(module: pl.LightningModule) -> bool:
+    """Whether an optimizer step follows the current batch, which is no other part of an accumulation."""
+    return not module.trainer.fit_loop._should_accumulate()
+
+
 def log_means(module: pl.LightningModule, values: Mapping[str, Tensor], batch_size: int) -> None:
     """Log values of a training step, where the trainer writes its logs as their means over all ranks."""
     if logging_now(module):

@@ -34,6 +34,7 @@ from flextok_pl.modules.steps import (
     log_gradient_norm,
     log_means,
     logging_now,
+    step_ends,
     step_generator,
     stop_if_not_finite,
 )
@@ -253,7 +254,7 @@ class TokenizerModule(pl.LightningModule):
         stop_if_not_finite(self, loss, batch)
         log_means(self, {"train/loss": loss}, len(latents))
         self.train_loss.update(result.loss, draws)
-        if logging_now(self):
+        if logging_now(self) and step_ends(self):
             self.log_dict(self.train_loss.compute_and_reset("train"), batch_size=len(latents))
         return loss + self._alignment(batch, latents, result)
 
@@ -317,6 +318,18 @@ class TokenizerModule(pl.LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Tokens of a batch, (B, K) int64, with the samples' keys."""
         return {"key": batch.get("key"), "tokens": self.tokenizer.tokenize(batch["image"])}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the losses, of all processes, that wait for the next log."""
+        reduce = self.trainer.strategy.reduce
+        waiting = cast(dict[str, Tensor], self.train_loss.metric_state)
+        checkpoint["train_loss"] = {n: reduce(value.clone(), reduce_op="sum").cpu() for n, value in waiting.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let the first process go on with them; the log sums over all."""
+        if self.global_rank == 0:
+            for name, value in checkpoint.get("train_loss", {}).items():
+                getattr(self.train_loss, name).copy_(value)
 
     def on_train_end(self) -> None:
         """Export the tokenizer; averaging callbacks have put their weights in place by now."""

@@ -160,6 +160,13 @@ def validated(folder: Path) -> dict[int, dict[str, float]]:
     }
 
 
+def losses_by_part(folder: Path) -> dict[str, list[float]]:
+    """The logged training losses by flow time and by budget."""
+    events = EventAccumulator(str(run_of(folder))).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("train/loss_")]
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in tags}
+
+
 @pytest.fixture(scope="module")
 def validated_whole(image_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a training with validations that nobody disturbed."""
@@ -189,6 +196,18 @@ def test_killed_after_a_checkpoint(
         for folder in (tmp_path, validated_whole)
     )
     assert best["global_step"] == expected["global_step"]
+
+
+def test_killed_between_two_logs(image_shards: Path, tmp_path: Path, validated_whole: Path) -> None:
+    """The losses of all ten steps are in the mean that the last logs.
+
+    The step before the kill was an epoch's last, with no validation, and is not saved within the next accumulation.
+    """
+    arguments = validating_options(image_shards)
+    assert train(tmp_path, arguments, at_step(5, 1, kill)) == -signal.SIGKILL
+    assert train(tmp_path, arguments) == 0
+    assert_equal(tmp_path, state(validated_whole, 10), 10)
+    assert losses_by_part(tmp_path) == losses_by_part(validated_whole) != {}
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])
