@@ -112,7 +112,7 @@ class SlurmLauncher:
 
     Args:
         folder: for scripts and logs of jobs; on a file system that all nodes see.
-        parameters: what submitit's executor takes.
+        parameters: what submitit's AutoExecutor takes.
         workers: jobs of an array at a time.
 
     Raises:
@@ -130,13 +130,10 @@ class SlurmLauncher:
 
         if shutil.which("sbatch") is None:
             raise ValueError("launcher=slurm: there is no `sbatch` here; start the sweep where jobs are submitted")
-        self._executor = submitit.SlurmExecutor(folder)
-        # Names as submitit.AutoExecutor has them, which call some options alike on all clusters.
-        known: Mapping[str, Any] = dict(submitit.SlurmExecutor._equivalence_dict())
-        given = {str(known.get(name, name.removeprefix("slurm_"))): value for name, value in parameters.items()}
+        self._executor = submitit.AutoExecutor(folder, cluster="slurm")
         try:
-            self._executor.update_parameters(array_parallelism=workers, **given)
-        except (ValueError, TypeError) as error:
+            self._executor.update_parameters(slurm_array_parallelism=workers, **parameters)
+        except (ValueError, TypeError, NameError, AssertionError) as error:  # submitit raises all of them
             raise ValueError(f"slurm={dict(parameters)}: {error}") from error
         self._missing: dict[str, float] = {}
         self._asked = -math.inf

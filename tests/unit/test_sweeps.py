@@ -16,7 +16,7 @@ import yaml
 
 from flextok_pl.cli import main
 from flextok_pl.sweeps.driver import Driver, _only_one, open_study
-from flextok_pl.sweeps.launch import LocalLauncher
+from flextok_pl.sweeps.launch import LocalLauncher, SlurmLauncher
 from flextok_pl.sweeps.results import rows, status_table, write_results
 from flextok_pl.sweeps.runner import TrialFolder, read_metrics
 from flextok_pl.sweeps.sweep import Sweep
@@ -244,6 +244,55 @@ def test_gpus_are_shared_out(tmp_path, monkeypatch):
     until(lambda: all((f.path / "log.txt").exists() and (f.path / "log.txt").read_text() for f in folders))
     assert {(f.path / "log.txt").read_text().strip() for f in folders} == {"4", "5", "6"}
     until(lambda: len(launcher.gone(folders)) == 3)
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A Slurm that only keeps what is submitted, in `script`, and lists the jobs that are in `queue`."""
+    place = tmp_path / "slurm"
+    place.mkdir()
+    (place / "queue").touch()
+    commands = {
+        "sbatch": f"cp $1 {place}/script; echo Submitted batch job 7",
+        "squeue": f"cat {place}/queue",
+        "srun": "exit 1",
+    }
+    for name, command in commands.items():
+        (place / name).write_text(f"#!/bin/sh\n{command}\n")
+        (place / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")
+    return place
+
+
+def some_folders(tmp_path, count):
+    folders = [TrialFolder(tmp_path / str(number)) for number in range(count)]
+    for folder in folders:
+        folder.path.mkdir()
+    return folders
+
+
+def test_jobs_are_submitted_as_an_array_with_what_they_need(slurm, tmp_path):
+    parameters = {"mem_gb": 500, "timeout_min": 60, "gpus_per_node": 8, "slurm_partition": "main"}
+    launcher = SlurmLauncher(tmp_path / "jobs", parameters, 2)
+    folders = some_folders(tmp_path, 3)
+    launcher.launch(folders)
+    script = (slurm / "script").read_text()
+    for option in ("mem=500GB", "time=60", "gpus-per-node=8", "partition=main", "array=0-2%2"):
+        assert f"#SBATCH --{option}\n" in script
+    assert [folder.read("job") for folder in folders] == [{"job": f"7_{number}"} for number in range(3)]
+
+
+@pytest.mark.parametrize(
+    "parameters, message",
+    [
+        ({"slurm_partitoin": "main"}, "slurm={'slurm_partitoin': 'main'}: Unknown argument 'partitoin'"),
+        ({"memory": 3}, "slurm={'memory': 3}: .*'memory'"),
+        ({"mem_gb": "500G"}, "slurm={'mem_gb': '500G'}: Parameter \"mem_gb\" expected"),
+    ],
+)
+def test_what_submitit_does_not_know(slurm, tmp_path, parameters, message):
+    with pytest.raises(ValueError, match=message):
+        SlurmLauncher(tmp_path / "jobs", parameters, 2)
 
 
 def test_lines_of_a_killed_process(tmp_path):
