@@ -47,7 +47,7 @@ class Range:
     """A number between two others, both of which it can be.
 
     Args:
-        low: the least; whole numbers only if both ends are.
+        low: the least; whole numbers only if both ends are, and the step.
         high: the greatest.
         log: search its logarithm.
         step: only low, low + step, ...
@@ -62,8 +62,9 @@ class Range:
 
     def suggest(self, trial: BaseTrial, name: str) -> Value:
         """Let the search choose."""
-        if isinstance(self.low, int) and isinstance(self.high, int):
-            return trial.suggest_int(name, self.low, self.high, step=int(self.step or 1), log=self.log)
+        step = 1 if self.step is None else self.step
+        if isinstance(self.low, int) and isinstance(self.high, int) and isinstance(step, int):
+            return trial.suggest_int(name, self.low, self.high, step=step, log=self.log)
         return trial.suggest_float(name, self.low, self.high, step=self.step, log=self.log)
 
     def values(self) -> list[Value]:
@@ -215,6 +216,8 @@ def _range(name: str, entry: Mapping[str, Any], when: dict[str, tuple[Value, ...
         raise ValueError(f"space: {name}.log needs low={low} above 0 and no step={step}")
     if step is not None and (step <= 0 or not isclose((high - low) / step, round((high - low) / step), abs_tol=1e-9)):
         raise ValueError(f"space: {name}.step={step} must be above 0 and divide high - low = {high - low:g}")
+    if isinstance(step, float) and step.is_integer():
+        step = int(step)
     return Range(low, high, bool(log), step, when)
 
 

@@ -50,7 +50,10 @@ def test_corners_have_each_value_and_the_conditions_that_it_needs():
     "entry, values",
     [
         ({"low": 2, "high": 8, "step": 3}, [2, 5, 8]),
+        ({"low": 2, "high": 8, "step": 3.0}, [2, 5, 8]),
         ({"low": 0.1, "high": 0.3, "step": 0.1}, pytest.approx([0.1, 0.2, 0.3])),
+        ({"low": 0, "high": 1, "step": 0.25}, [0, 0.25, 0.5, 0.75, 1]),
+        ({"low": 0, "high": 3, "step": 1.5}, [0, 1.5, 3]),
         ({"low": 1e-4, "high": 1e-2, "log": True}, [1e-4, 1e-2]),
     ],
 )
@@ -60,7 +63,7 @@ def test_ranges(entry, values):
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     drawn = [Space({"x": entry}).suggest(study.ask())["x"] for _ in range(50)]
     assert all(entry["low"] <= value <= entry["high"] + 1e-12 for value in drawn) and len(set(drawn)) >= 3
-    assert all(isinstance(value, type(entry["low"])) for value in drawn)
+    assert all(type(value) is type(parameter.values()[0]) for value in drawn)
     if "step" in entry:
         assert all(min(abs(value - each) for each in parameter.values()) < 1e-9 for value in drawn)
     if entry.get("log"):
