@@ -39,8 +39,9 @@ class Sweep:
         test: run `flextok test` after each fit; its metrics then count, too.
         curves: logged names up to `/k=`, such as `val/psnr`: they are drawn against the token budget.
         pruner: of Optuna's; stops trials whose first seed does badly at a validation.
-        scaling: name of a parameter: the metric is drawn against the operations of the training, a line for each of its
-            values, with a power law that is fitted to the best; each run must log `train/flops`, as a fit does.
+        scaling: name of a parameter without `when`: the metric, which must be one to minimize, is drawn against the
+            operations of the training, a line for each of its values, with a power law that is fitted to the best; each
+            run must log `train/flops`, as a fit does.
         retries: how many times a trial that fails is run again, from its last checkpoint.
         launcher: `local` starts processes here; `slurm` submits job arrays.
         workers: trials at a time.
@@ -90,8 +91,16 @@ class Sweep:
             raise ValueError(f"trials=null: search={self.search} draws points without end; say how many trials")
         if self.slurm and self.launcher != "slurm":
             raise ValueError("slurm=... has no effect with launcher=local; choose --launcher slurm")
-        if self.scaling is not None and self.scaling not in self.space:
-            raise ValueError(f"scaling={self.scaling} is no parameter of space; use one of {sorted(self.space)}")
+        if self.scaling is not None:
+            if self.scaling not in self.space:
+                raise ValueError(f"scaling={self.scaling} is no parameter of space; use one of {sorted(self.space)}")
+            if self.points.parameters[self.scaling].when:
+                raise ValueError(f"scaling={self.scaling} has a `when`; name a parameter of space that each trial has")
+            if self.direction == "maximize":
+                raise ValueError(
+                    f"scaling={self.scaling} fits how a metric falls, and direction=maximize; leave scaling out, or "
+                    "choose a metric to minimize"
+                )
         searched = {option for point in self.points.corners() for option in self.points.options(point)}
         both = searched & set(self.overrides)
         if both:

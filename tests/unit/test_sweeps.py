@@ -325,6 +325,12 @@ def test_the_script_of_a_trial(sweep, tmp_path):
         ({"overrides": {"x": 1}}, "'x' is in space and in overrides"),
         ({"slurm": {"timeout_min": 3}}, "launcher=local"),
         ({"space": {"x": {"low": 0.0, "high": 1.0}}}, "x needs a step"),
+        ({"scaling": "y"}, r"scaling=y is no parameter of space; use one of \['x'\]"),
+        ({"scaling": "x", "direction": "maximize"}, "direction=maximize; leave scaling out, or choose a metric"),
+        (
+            {"scaling": "y", "space": {"x": [1, 2], "y": {"choices": [3, 4], "when": {"x": 1}}}},
+            "scaling=y has a `when`; name a parameter of space that each trial has",
+        ),
     ],
 )
 def test_what_a_sweep_cannot_be(sweep, options, message):
