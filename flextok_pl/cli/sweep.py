@@ -25,7 +25,7 @@ from flextok_pl.cli import UserError
 from flextok_pl.cli.plan import KINDS, training_sets
 from flextok_pl.cli.training import ParsingCLI, run_cli
 from flextok_pl.models.config import config_from_dict
-from flextok_pl.sweeps.driver import Driver, open_study
+from flextok_pl.sweeps.driver import Driver, find_study
 from flextok_pl.sweeps.results import status_table, write_results
 from flextok_pl.sweeps.runner import METRICS, read_metrics
 from flextok_pl.sweeps.space import Params
@@ -77,12 +77,9 @@ def run(command: str, arguments: Sequence[str]) -> None:
                 print(shlex.join(["flextok", *arguments]))
         return
     try:
-        driver = Driver(sweep, lambda line: print(line, flush=True))
+        driver = Driver(sweep, lambda line: print(line, flush=True), check if rest["check"] else lambda sweep: None)
     except ValueError as error:
         raise UserError(str(error)) from error
-    if rest["check"] and "checked" not in driver.study.user_attrs:
-        check(sweep)
-        driver.study.set_user_attr("checked", True)
     with _interruptible():
         try:
             driver.run()
@@ -101,9 +98,11 @@ def status(command: str, arguments: Sequence[str]) -> None:
     parser.add_argument("--watch", type=bool, default=False, help="Show them until all have ended.")
     sweep, rest = parse_sweep(parser, arguments)
     try:
-        study = open_study(sweep, create=False)
+        study = find_study(sweep)
     except ValueError as error:
         raise UserError(str(error)) from error
+    if study is None:
+        raise UserError(f"{sweep.root} holds no sweep yet; start it by `flextok sweep FILE`")
     console = Console()
     if not rest["watch"]:
         console.print(status_table(sweep, study))

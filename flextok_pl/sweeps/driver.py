@@ -29,37 +29,43 @@ MOST_LAUNCHES = 10
 """Starts of a trial whose process is lost without a word each time, after which it counts as failed."""
 
 
-def open_study(sweep: Sweep, create: bool = True) -> optuna.Study:
-    """The trials of a sweep.
-
-    Args:
-        sweep: whose.
-        create: start a new one where there is none.
+def find_study(sweep: Sweep) -> optuna.Study | None:
+    """The trials of a sweep; None before its start.
 
     Raises:
-        ValueError: there is none, or it was started with other options.
+        ValueError: it was started with other options.
     """
-    if create:
-        sweep.root.mkdir(parents=True, exist_ok=True)
-    elif not sweep.root.exists():
-        raise ValueError(f"{sweep.root} holds no sweep yet; start it by `flextok sweep FILE`")
-    journal = str(sweep.root / "journal.log")
-    storage: BaseStorage | str = sweep.storage or JournalStorage(JournalFileBackend(journal))
-    pruner = sweep.pruner or optuna.pruners.NopPruner()
-    study = optuna.create_study(
-        storage=storage, study_name=sweep.name, direction=sweep.direction, pruner=pruner, load_if_exists=True
-    )
-    study.sampler = _sampler(sweep, len(study.trials))
-    before = study.user_attrs.get("fixed")
-    if before is None:
-        study.set_user_attr("fixed", sweep.fixed())
-    elif before != sweep.fixed():
-        changed = next(option for option, value in sweep.fixed().items() if before.get(option) != value)
-        raise ValueError(
-            f"{changed}={json.dumps(sweep.fixed()[changed])} differs from that with which {sweep.root} was started, "
-            f"{json.dumps(before.get(changed))}; give the new sweep another name by --name"
-        )
+    if sweep.storage is None and not _journal(sweep).exists():
+        return None
+    try:
+        study = optuna.load_study(study_name=sweep.name, storage=_storage(sweep))
+    except KeyError:
+        return None
+    before = study.user_attrs.get("fixed", {})
+    for option, value in sweep.fixed().items():
+        if before.get(option, value) != value:
+            raise ValueError(
+                f"{option}={json.dumps(value)} differs from that with which {sweep.root} was started, "
+                f"{json.dumps(before[option])}; give the new sweep another name by --name"
+            )
     return study
+
+
+def start_study(sweep: Sweep) -> optuna.Study:
+    """Start a sweep, with no trials yet."""
+    study = optuna.create_study(storage=_storage(sweep), study_name=sweep.name, direction=sweep.direction)
+    study.set_user_attr("fixed", sweep.fixed())
+    return study
+
+
+def _storage(sweep: Sweep) -> BaseStorage | str:
+    """Where Optuna keeps the trials."""
+    sweep.root.mkdir(parents=True, exist_ok=True)  # a database may be a file in it, too
+    return sweep.storage or JournalStorage(JournalFileBackend(str(_journal(sweep))))
+
+
+def _journal(sweep: Sweep) -> Path:
+    return sweep.root / "journal.log"
 
 
 def _sampler(sweep: Sweep, existing: int) -> BaseSampler:
@@ -85,16 +91,26 @@ class Driver:
     Args:
         sweep: to run.
         say: prints a line.
+        check: called before the sweep's start; what it raises leaves nothing behind.
+
+    Raises:
+        ValueError: the sweep was started with other options, or its launcher cannot be had here.
     """
 
-    def __init__(self, sweep: Sweep, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, sweep: Sweep, say: Callable[[str], None], check: Callable[[Sweep], None] = lambda sweep: None
+    ) -> None:
         self.sweep, self.say = sweep, say
-        self.study = open_study(sweep)
         self.launcher: Launcher = (
             LocalLauncher(sweep.workers, sweep.gpus_per_trial)
             if sweep.launcher == "local"
             else SlurmLauncher(sweep.root / "slurm", sweep.slurm, sweep.workers)
         )
+        if find_study(sweep) is None:
+            check(sweep)
+        self.study = find_study(sweep) or start_study(sweep)
+        self.study.sampler = _sampler(sweep, len(self.study.trials))
+        self.study.pruner = sweep.pruner or optuna.pruners.NopPruner()
         self._under_way: dict[int, tuple[Trial, TrialFolder]] = {}
 
     def run(self) -> None:

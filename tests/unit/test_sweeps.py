@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from flextok_pl.cli import main
-from flextok_pl.sweeps.driver import Driver, _only_one, open_study
+from flextok_pl.sweeps.driver import Driver, _only_one, find_study
 from flextok_pl.sweeps.launch import LocalLauncher, SlurmLauncher
 from flextok_pl.sweeps.results import rows, status_table, write_results
 from flextok_pl.sweeps.runner import TrialFolder, read_metrics
@@ -109,7 +109,7 @@ def test_trials_may_be_kept_in_a_database(sweep, tmp_path):
     here = sweep(storage=f"sqlite:///{tmp_path}/trials.db")
     study, _ = run(here)
     assert (tmp_path / "trials.db").exists() and not (here.root / "journal.log").exists()
-    assert study.best_params == {"x": 1.0} and len(open_study(here, create=False).trials) == 3
+    assert study.best_params == {"x": 1.0} and len(find_study(here).trials) == 3
 
 
 def test_more_trials_may_be_asked_for_later_and_nothing_else_changed(sweep):
@@ -343,6 +343,7 @@ def test_what_a_sweep_cannot_be(sweep, options, message):
     [
         ([], "give the file of a sweep"),
         (["none.yaml"], "none.yaml is no file"),
+        (["status", "sweep.yaml"], "sweep holds no sweep yet; start it by `flextok sweep FILE`"),
         (["sweep.yaml", "--trials", "0"], "sweep.yaml: trials=0 must be at least 1"),
         (["sweep.yaml", "--launcher", "slurm"], "there is no `sbatch` here"),
     ],
@@ -357,9 +358,17 @@ def test_errors_of_the_command(given, message, tmp_path, monkeypatch):
     assert message in str(stop.value)
 
 
-def test_a_sweep_that_was_never_started_has_no_status(sweep):
-    with pytest.raises(ValueError, match="holds no sweep yet"):
-        open_study(sweep(), create=False)
+def test_a_check_that_fails_leaves_nothing_behind(sweep):
+    def check(sweep):
+        raise ValueError("the metric is not logged")
+
+    wrong = sweep(metric="los", direction="maximize")
+    with pytest.raises(ValueError, match="not logged"):
+        Driver(wrong, print, check)
+    assert find_study(wrong) is None and not wrong.root.exists()
+    study, _ = run(sweep())
+    assert study.best_params == {"x": 1.0} and len(study.trials) == 3
+    Driver(sweep(), print, check)  # what was started is not checked again
 
 
 def until(condition, seconds=60):
