@@ -68,7 +68,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     """Run `flextok sweep`."""
     parser = sweep_parser(command, "Search over the options of an experiment; each trial is a `flextok fit`.")
     parser.add_argument("--dry_run", type=bool, default=False, help="Print the commands of the trials, and stop.")
-    parser.add_argument("--check", type=bool, default=True, help="First check all values, and train one step.")
+    parser.add_argument("--check", type=bool, default=True, help="First check all values, and train a step if local.")
     sweep, rest = parse_sweep(parser, arguments)
     if rest["dry_run"]:
         for number, point in enumerate(_some_points(sweep)):
@@ -116,14 +116,19 @@ def status(command: str, arguments: Sequence[str]) -> None:
 def check(sweep: Sweep) -> None:
     """Find out before the first trial what would stop all of them.
 
-    Every value of every option is parsed together with the others' first, and the networks' options are checked. Then
-    the first point trains one step and evaluates one batch, which shows whether the metric is logged.
+    Every value of every option is parsed together with the others' first, and the networks' options are checked. Then,
+    with launcher=local, the first point trains one step and evaluates one batch, which shows whether the metric is
+    logged. Where jobs are submitted there may be neither the devices nor the memory for that.
 
     Raises:
         UserError: an option does not exist, a value does not fit, or the metric is not logged.
     """
     points = check_points(sweep)
-    print(f"{len(points)} points of the space can be parsed; training the first one for a step", flush=True)
+    found = f"{len(points)} points of the space can be parsed"
+    if sweep.launcher == "slurm":
+        print(f"{found}; none is trained here for a step, as launcher=slurm", flush=True)
+        return
+    print(f"{found}; training the first one for a step", flush=True)
     with tempfile.TemporaryDirectory(prefix="flextok-check-") as place:
         for arguments in sweep.arguments(points[0], "check", sweep.seeds[0], Path(place)):
             command = [sys.executable, "-m", "flextok_pl", *arguments, *as_arguments(ONE_STEP)]

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from flextok_pl.cli import main
+from flextok_pl.cli.sweep import check, parse_sweep, sweep_parser
 
 TINY = Path(__file__).parents[2] / "experiments" / "tokenizer" / "tiny.yaml"
 
@@ -53,6 +54,16 @@ def test_what_would_stop_every_trial(start: Any, options: dict[str, Any], messag
         start(**options)
     assert message in str(stop.value)
     assert not Path("runs").exists(), "nothing is left behind"
+
+
+def test_what_slurm_is_to_train_is_only_parsed_here(
+    start: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(SystemExit):
+        start(launcher="slurm", metric="val/los")
+    check(parse_sweep(sweep_parser("sweep", ""), ["sweep.yaml"])[0])
+    assert "2 points of the space can be parsed; none is trained here" in capsys.readouterr().out
 
 
 def test_the_commands_are_printed(start: Any, capsys: pytest.CaptureFixture[str]) -> None:
