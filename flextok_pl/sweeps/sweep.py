@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shlex
@@ -12,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 
@@ -107,6 +109,14 @@ class Sweep:
             raise ValueError(f"{min(both)!r} is in space and in overrides; leave it in one of them")
         if self.search == "grid":
             self.points.grid()
+        for file in self.experiments:
+            if not Path(file).is_file():
+                raise ValueError(f"experiment={file} is no file; name one relative to the sweep's, or to {Path.cwd()}")
+
+    @property
+    def experiments(self) -> list[str]:
+        """The experiment files, in the order in which they are read."""
+        return [self.experiment] if isinstance(self.experiment, str) else self.experiment
 
     @cached_property
     def points(self) -> Space:
@@ -129,9 +139,11 @@ class Sweep:
         return Path(self.folder).expanduser() / self.name
 
     def fixed(self) -> dict[str, Any]:
-        """What cannot change while the sweep goes on."""
-        found: dict[str, Any] = json.loads(json.dumps({option: getattr(self, option) for option in FIXED}))
-        return found
+        """What cannot change while the sweep goes on; of experiments a checksum of what they say, comments left out."""
+        said = json.dumps([yaml.safe_load(Path(file).read_text()) for file in self.experiments], default=str)
+        options = {option: getattr(self, option) for option in FIXED}
+        found: dict[str, Any] = json.loads(json.dumps(options))
+        return {**found, "content of experiment": hashlib.sha256(said.encode()).hexdigest()[:12]}
 
     def trial_folder(self, number: int, point: Mapping[str, Any]) -> TrialFolder:
         """Where a trial lives; its name says what it is."""
@@ -188,8 +200,7 @@ class Sweep:
             "trainer.logger.init_args.version": seed,
             "ckpt_path": "last",
         }
-        files = [self.experiment] if isinstance(self.experiment, str) else self.experiment
-        shared = [f"--config={file}" for file in files] + as_arguments(options)
+        shared = [f"--config={file}" for file in self.experiments] + as_arguments(options)
         return [["fit", *shared]] + ([["test", *shared]] if self.test else [])
 
     def title(self, point: Mapping[str, Any]) -> str:

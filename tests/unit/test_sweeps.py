@@ -66,8 +66,11 @@ def _fast(monkeypatch):
 
 @pytest.fixture
 def sweep(tmp_path):
+    experiment = tmp_path / "unused.yaml"
+    experiment.write_text("model: {lr: 0.1}\n")
+
     def make(**options):
-        given = {"experiment": "unused.yaml", "metric": "loss", "space": {"x": [3.0, 1.0, 2.0]}, "search": "grid"}
+        given = {"experiment": str(experiment), "metric": "loss", "space": {"x": [3.0, 1.0, 2.0]}, "search": "grid"}
         return Quick(**{**given, "folder": str(tmp_path), "name": "quick", **options})
 
     return make
@@ -120,6 +123,15 @@ def test_more_trials_may_be_asked_for_later_and_nothing_else_changed(sweep):
     assert [trial.params for trial in more.trials[:2]] == [trial.params for trial in first]
     with pytest.raises(ValueError, match=r"metric=\"other\" differs .* \"loss\"; give the new sweep another name"):
         run(sweep(space=space, search="random", trials=5, metric="other"))
+
+
+def test_an_experiment_may_not_say_something_else_later(sweep, tmp_path):
+    run(sweep(trials=1))
+    (tmp_path / "unused.yaml").write_text("# What is a comment?\nmodel:\n  lr: 0.1\n")
+    assert len(run(sweep(trials=2))[0].trials) == 2
+    (tmp_path / "unused.yaml").write_text("model: {lr: 0.2}\n")
+    with pytest.raises(ValueError, match="content of experiment=.* differs .*; give the new sweep another name"):
+        run(sweep(trials=3))
 
 
 def test_a_failed_trial_keeps_its_reason_and_its_log_and_is_run_again(sweep):
@@ -320,6 +332,7 @@ def test_the_script_of_a_trial(sweep, tmp_path):
     "options, message",
     [
         ({"workers": 0}, "workers=0 must be at least 1"),
+        ({"experiment": ["none.yaml"]}, "experiment=none.yaml is no file; name one relative to the sweep's, or to /"),
         ({"seeds": [1, 1]}, r"seeds=\[1, 1\] must be different"),
         ({"search": "tpe"}, "trials=null: search=tpe draws points without end"),
         ({"overrides": {"x": 1}}, "'x' is in space and in overrides"),
@@ -353,6 +366,7 @@ def test_errors_of_the_command(given, message, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     content = {"experiment": "e.yaml", "metric": "loss", "space": {"x": [1, 2]}, "search": "grid"}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "e.yaml").touch()
     with pytest.raises(SystemExit) as stop:
         main(["sweep", *given])
     assert message in str(stop.value)
