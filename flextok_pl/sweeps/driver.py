@@ -26,7 +26,7 @@ from flextok_pl.sweeps.sweep import Sweep
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # what it would say of each trial, the driver says
 
 MOST_LAUNCHES = 10
-"""Starts of a trial whose process is lost without a word each time, after which it counts as failed."""
+"""Starts of a trial, none of which has got it any further, after which it counts as failed."""
 
 
 def find_study(sweep: Sweep) -> optuna.Study | None:
@@ -186,8 +186,9 @@ class Driver:
             if folder.read("result") is not None:  # it ended since
                 continue
             times = (folder.read("launches") or {"times": []})["times"]
-            if len(times) >= MOST_LAUNCHES:
-                reason = f"its process was lost {len(times)} times, without a word; see {folder.path / 'log.txt'}"
+            vain = sum(datetime.fromisoformat(launch).timestamp() > folder.progressed() for launch in times)
+            if vain >= MOST_LAUNCHES:
+                reason = f"its process was lost {vain} times without getting further; see {folder.path / 'log.txt'}"
                 folder.write("result", {"state": "failed", "reason": reason})
             else:
                 self.say(f"{folder.path.name} is not running any more; starting it again from its last checkpoint")

@@ -94,6 +94,11 @@ class TrialFolder:
         """What a run of this trial has logged, in order; what was logged again after a resumption comes once."""
         return read_metrics(self.path / run / METRICS)
 
+    def progressed(self) -> float:
+        """When a run of this trial last logged or saved something, in seconds since 1970; 0 before the first time."""
+        files = [*self.path.glob(f"version_*/{METRICS}"), *self.path.glob("version_*/checkpoints/*")]
+        return max((file.stat().st_mtime for file in files), default=0.0)
+
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The lines of a `MetricsLog`: `stage`, `step`, `metrics`; of one step the later values hold."""

@@ -21,7 +21,8 @@ from flextok_pl.sweeps.results import rows, status_table, write_results
 from flextok_pl.sweeps.runner import TrialFolder, read_metrics
 from flextok_pl.sweeps.sweep import Sweep
 
-# A training: logs the value of x at each step, saves how far it is, and goes on from there.
+# A training: logs the value of x at each step, saves how far it is, and goes on from there. Some values end it, or its
+# runner.
 TRAINING = """
 import json, os, signal, sys, time
 folder, x, steps, seed = sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
@@ -30,6 +31,9 @@ os.makedirs(run, exist_ok=True)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 at = int(open(f"{run}/at").read()) if os.path.exists(f"{run}/at") else 0
 print("starts at", at, flush=True)
+if x == 77:
+    os.kill(os.getppid(), signal.SIGKILL)
+    sys.exit()
 for step in range(at + 1, steps + 1):
     if x < 0 and step == 2:
         print("ValueError: x is negative", flush=True)
@@ -38,6 +42,9 @@ for step in range(at + 1, steps + 1):
     with open(f"{run}/metrics.jsonl", "a") as file:
         file.write(json.dumps({"stage": "fit", "epoch": 0, "step": step, "metrics": {"loss": value}}) + "\\n")
     open(f"{run}/at", "w").write(str(step))
+    if x == 66:
+        os.kill(os.getppid(), signal.SIGKILL)
+        sys.exit()
     time.sleep(float(os.environ.get("STEP_SECONDS", "0.01")))
 print("done", flush=True)
 """
@@ -208,6 +215,16 @@ def test_a_trial_that_is_ended_from_outside_goes_on(sweep, whom, monkeypatch):
         assert not folder.read("state")["failures"] and any("not running any more" in line for line in said)
     if whom != "runner":
         assert text.count("starts at") == 2 and text.count("done") == 1
+
+
+def test_a_trial_is_given_up_once_no_start_gets_it_further(sweep, monkeypatch):
+    monkeypatch.setattr("flextok_pl.sweeps.driver.MOST_LAUNCHES", 3)
+    here = sweep(space={"x": [66.0, 77.0]}, workers=2, steps=6)  # ended after each step, and before the first one
+    study, _ = run(here)
+    slow, stuck = study.trials
+    assert slow.state.name == "COMPLETE" and log(here, slow).count("starts at") == 7
+    assert stuck.state.name == "FAIL" and log(here, stuck).count("starts at") == 3
+    assert stuck.user_attrs["reason"].startswith("its process was lost 3 times without getting further; see /")
 
 
 def test_an_interrupted_sweep_lets_its_trials_save_themselves(sweep, monkeypatch):
