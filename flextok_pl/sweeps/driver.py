@@ -18,7 +18,7 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import Trial, TrialState
 
-from flextok_pl.sweeps.launch import Launcher, LocalLauncher, SlurmLauncher
+from flextok_pl.sweeps.launch import LocalLauncher, SlurmJobs, SlurmLauncher, Succession
 from flextok_pl.sweeps.runner import TrialFolder
 from flextok_pl.sweeps.space import Params
 from flextok_pl.sweeps.sweep import Sweep
@@ -101,10 +101,12 @@ class Driver:
         self, sweep: Sweep, say: Callable[[str], None], check: Callable[[Sweep], None] = lambda sweep: None
     ) -> None:
         self.sweep, self.say = sweep, say
-        self.launcher: Launcher = (
-            LocalLauncher(sweep.workers, sweep.gpus_per_trial)
+        self.launcher = (
+            Succession(LocalLauncher(sweep.workers, sweep.gpus_per_trial), before=SlurmJobs())
             if sweep.launcher == "local"
-            else SlurmLauncher(sweep.root / "slurm", sweep.slurm, sweep.workers)
+            else Succession(
+                SlurmLauncher(sweep.root / "slurm", sweep.slurm, sweep.workers), before=LocalLauncher(sweep.workers)
+            )
         )
         if find_study(sweep) is None:
             check(sweep)

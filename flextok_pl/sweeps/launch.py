@@ -17,8 +17,21 @@ from typing import Any, Protocol
 from flextok_pl.sweeps.runner import Runner, TrialFolder
 
 
-class Launcher(Protocol):
-    """Starts trials, and knows which of them are still there, whichever process started them."""
+class Watcher(Protocol):
+    """Knows of trials of one kind of launcher whether they are still there, whichever process started them."""
+
+    mark: str
+    """What such a trial is known by in its `job.json`."""
+
+    def gone(self, folders: Collection[TrialFolder]) -> list[TrialFolder]:
+        """Those of these trials that neither run nor wait any more."""
+
+    def leave(self, folders: Collection[TrialFolder]) -> str:
+        """What becomes of trials under way when the sweep is interrupted; says it in a sentence."""
+
+
+class Launcher(Watcher, Protocol):
+    """Starts trials, too."""
 
     poll_seconds: float
     """How often to look after them."""
@@ -26,11 +39,32 @@ class Launcher(Protocol):
     def launch(self, folders: Sequence[TrialFolder]) -> None:
         """Start these trials, or let them wait in a queue."""
 
+
+class Succession:
+    """A launcher that goes on with a sweep of which another one may have started trials that are still there.
+
+    Args:
+        launcher: starts trials from now on, also those that it takes over once they are gone.
+        before: knows those of the other.
+    """
+
+    def __init__(self, launcher: Launcher, before: Watcher) -> None:
+        self._launcher, self._before = launcher, before
+        self.poll_seconds, self.launch = launcher.poll_seconds, launcher.launch
+
     def gone(self, folders: Collection[TrialFolder]) -> list[TrialFolder]:
         """Those of these trials that neither run nor wait any more."""
+        return [folder for watcher, theirs in self._parts(folders) for folder in watcher.gone(theirs)]
 
     def leave(self, folders: Collection[TrialFolder]) -> str:
         """What becomes of trials under way when the sweep is interrupted; says it in a sentence."""
+        return "; ".join(watcher.leave(theirs) for watcher, theirs in self._parts(folders))
+
+    def _parts(self, folders: Collection[TrialFolder]) -> list[tuple[Watcher, list[TrialFolder]]]:
+        """Each trial with whoever knows it; those that nobody has started yet are the launcher's."""
+        before = [folder for folder in folders if self._before.mark in (folder.read("job") or {})]
+        now = [folder for folder in folders if folder not in before]
+        return [(self._launcher, now), (self._before, before)] if before else [(self._launcher, now)]
 
 
 class LocalLauncher:
@@ -44,6 +78,7 @@ class LocalLauncher:
         ValueError: there are not as many GPUs.
     """
 
+    mark = "pid"
     poll_seconds = 0.5
 
     def __init__(self, workers: int, gpus_per_trial: int = 0) -> None:
@@ -105,48 +140,27 @@ class LocalLauncher:
         return "the trials under way have saved themselves"
 
 
-class SlurmLauncher:
-    """Each trial is a job, and trials that start together are an array; submitit writes and submits the scripts.
+class SlurmJobs:
+    """Trials that are jobs of a Slurm cluster."""
 
-    A job that reaches its time limit or is preempted saves a checkpoint and goes back into the queue.
-
-    Args:
-        folder: for scripts and logs of jobs; on a file system that all nodes see.
-        parameters: what submitit's AutoExecutor takes.
-        workers: jobs of an array at a time.
-
-    Raises:
-        ValueError: there is no Slurm, or submitit does not know a parameter.
-    """
-
-    poll_seconds = 1.0
+    mark = "job"
     controller_seconds = 5.0
     """How often to ask the controller at most; it serves all users."""
     grace = 15.0
     """Seconds for which a job may be missing in `squeue` before it counts as gone."""
 
-    def __init__(self, folder: Path, parameters: Mapping[str, Any], workers: int) -> None:
-        import submitit
-
-        if shutil.which("sbatch") is None:
-            raise ValueError("launcher=slurm: there is no `sbatch` here; start the sweep where jobs are submitted")
-        self._executor = submitit.AutoExecutor(folder, cluster="slurm")
-        try:
-            self._executor.update_parameters(slurm_array_parallelism=workers, **parameters)
-        except (ValueError, TypeError, NameError, AssertionError) as error:  # submitit raises all of them
-            raise ValueError(f"slurm={dict(parameters)}: {error}") from error
+    def __init__(self) -> None:
         self._missing: dict[str, float] = {}
         self._asked = -math.inf
-
-    def launch(self, folders: Sequence[TrialFolder]) -> None:
-        """Submit these trials."""
-        jobs = self._executor.submit_array([Runner(folder.path.absolute()) for folder in folders])
-        for folder, job in zip(folders, jobs, strict=True):
-            folder.write("job", {"job": job.job_id})
 
     def gone(self, folders: Collection[TrialFolder]) -> list[TrialFolder]:
         """Those of these trials that are in no queue any more."""
         jobs = {folder.path: str((folder.read("job") or {"job": ""})["job"]) for folder in folders}
+        if jobs and shutil.which("squeue") is None:
+            raise ValueError(
+                f"{min(jobs).name} is a job of Slurm's, but there is no `squeue` here that says whether it runs; go on "
+                "where jobs are submitted"
+            )
         if not jobs or time.monotonic() - self._asked < self.controller_seconds:
             return []
         self._asked = time.monotonic()
@@ -167,6 +181,41 @@ class SlurmLauncher:
         """Leave jobs as they are."""
         jobs = " ".join(str((folder.read("job") or {}).get("job")) for folder in folders)
         return f"jobs go on by themselves; `scancel {jobs}` would end them" if jobs else "no job is under way"
+
+
+class SlurmLauncher(SlurmJobs):
+    """Each trial is a job, and trials that start together are an array; submitit writes and submits the scripts.
+
+    A job that is told by SIGUSR2 that it has to end saves a checkpoint and goes back into the queue.
+
+    Args:
+        folder: for scripts and logs of jobs; on a file system that all nodes see.
+        parameters: what submitit's AutoExecutor takes.
+        workers: jobs of an array at a time.
+
+    Raises:
+        ValueError: there is no Slurm, or submitit does not know a parameter.
+    """
+
+    poll_seconds = 1.0
+
+    def __init__(self, folder: Path, parameters: Mapping[str, Any], workers: int) -> None:
+        import submitit
+
+        super().__init__()
+        if shutil.which("sbatch") is None:
+            raise ValueError("launcher=slurm: there is no `sbatch` here; start the sweep where jobs are submitted")
+        self._executor = submitit.AutoExecutor(folder, cluster="slurm")
+        try:
+            self._executor.update_parameters(slurm_array_parallelism=workers, **parameters)
+        except (ValueError, TypeError, NameError, AssertionError) as error:  # submitit raises all of them
+            raise ValueError(f"slurm={dict(parameters)}: {error}") from error
+
+    def launch(self, folders: Sequence[TrialFolder]) -> None:
+        """Submit these trials."""
+        jobs = self._executor.submit_array([Runner(folder.path.absolute()) for folder in folders])
+        for folder, job in zip(folders, jobs, strict=True):
+            folder.write("job", {"job": job.job_id})
 
 
 def _gpus() -> list[str]:

@@ -16,7 +16,7 @@ import yaml
 
 from flextok_pl.cli import main
 from flextok_pl.sweeps.driver import Driver, _only_one, find_study
-from flextok_pl.sweeps.launch import LocalLauncher, SlurmLauncher
+from flextok_pl.sweeps.launch import LocalLauncher, SlurmJobs, SlurmLauncher
 from flextok_pl.sweeps.results import rows, status_table, write_results
 from flextok_pl.sweeps.runner import TrialFolder, read_metrics
 from flextok_pl.sweeps.sweep import Sweep
@@ -322,6 +322,71 @@ def test_jobs_are_submitted_as_an_array_with_what_they_need(slurm, tmp_path):
 def test_what_submitit_does_not_know(slurm, tmp_path, parameters, message):
     with pytest.raises(ValueError, match=message):
         SlurmLauncher(tmp_path / "jobs", parameters, 2)
+
+
+def begin(sweep):
+    """Leave what a driver does that is killed once it has started its first trials."""
+    driver = Driver(sweep, lambda line: None)
+    for point in sweep.points.grid():
+        driver.study.enqueue_trial(point)
+    driver._fill()
+
+
+def test_jobs_are_waited_for_when_a_sweep_goes_on_here(sweep, slurm, monkeypatch):
+    monkeypatch.setattr(SlurmJobs, "controller_seconds", 0.0)
+    monkeypatch.setattr(SlurmJobs, "grace", 0.2)
+    begin(sweep(launcher="slurm", workers=2))
+    (slurm / "queue").write_text("7_0\n7_1\n")
+    ends, cancelled, new = [sweep().trial_folder(number, {"x": x}) for number, x in enumerate([3.0, 1.0, 2.0])]
+    too_early = []
+
+    def jobs():
+        subprocess.run([sys.executable, "-m", "flextok_pl.sweeps.runner", str(ends.path)], check=True)
+        until(lambda: new.read("result") is not None)
+        too_early.extend({"pid"} & set(cancelled.read("job")))
+        (slurm / "queue").write_text("")
+
+    thread = threading.Thread(target=jobs)
+    thread.start()
+    study, _ = run(sweep(workers=2))
+    thread.join()
+    assert not too_early and [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3
+    assert all(log(sweep(), trial).count("starts") == 1 for trial in study.trials), "none runs twice"
+    assert "job" in ends.read("job") and "pid" in cancelled.read("job") and "pid" in new.read("job")
+
+
+def test_jobs_cannot_be_waited_for_without_slurm(sweep, slurm, monkeypatch):
+    begin(sweep(launcher="slurm", workers=2))
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ValueError, match="0000_x=3 is a job of Slurm's, but there is no `squeue` here"):
+        run(sweep(workers=2))
+
+
+def test_processes_are_waited_for_when_a_sweep_goes_on_with_slurm(sweep, slurm, monkeypatch):
+    monkeypatch.setenv("STEP_SECONDS", "0.2")
+    given = {"space": {"x": [1.0]}, "steps": 10}
+    begin(sweep(**given))
+    study, said = run(sweep(**given, launcher="slurm"))
+    assert said[0] == "trial 0 goes on: 0000_x=1" and study.best_value == pytest.approx(1.1)
+    assert log(sweep(), study.trials[0]).count("starts") == 1 and not (slurm / "script").exists()
+
+
+def test_trials_of_both_kinds_are_left_when_a_sweep_is_interrupted(sweep, slurm, monkeypatch):
+    monkeypatch.setenv("STEP_SECONDS", "0.2")
+    begin(sweep(launcher="slurm", workers=1))
+    (slurm / "queue").write_text("7\n")
+    local = sweep(workers=2, steps=50).trial_folder(1, {"x": 1.0})
+
+    def interrupt():
+        until(lambda: local.measured("version_0"))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(ValueError, match="saved themselves; jobs go on by themselves; `scancel 7` would end them"):
+        run(sweep(workers=2, steps=50))
+    thread.join()
+    assert not local.running and local.read("result") is None
 
 
 def test_lines_of_a_killed_process(tmp_path):
