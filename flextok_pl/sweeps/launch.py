@@ -186,7 +186,8 @@ class SlurmJobs:
 class SlurmLauncher(SlurmJobs):
     """Each trial is a job, and trials that start together are an array; submitit writes and submits the scripts.
 
-    A job that is told by SIGUSR2 that it has to end saves a checkpoint and goes back into the queue.
+    At SIGUSR2, which Slurm sends before the time limit, a job saves a checkpoint and goes back into the queue by
+    itself; at SIGTERM it saves a checkpoint and is gone.
 
     Args:
         folder: for scripts and logs of jobs; on a file system that all nodes see.
