@@ -187,8 +187,8 @@ class Driver:
         for folder in self.launcher.gone([folder for _, folder in self._under_way.values()]):
             if folder.read("result") is not None:  # it ended since
                 continue
-            times = (folder.read("launches") or {"times": []})["times"]
-            vain = sum(datetime.fromisoformat(launch).timestamp() > folder.progressed() for launch in times)
+            times, progressed = (folder.read("launches") or {"times": []})["times"], folder.progressed()
+            vain = sum(datetime.fromisoformat(launch).timestamp() > progressed for launch in times)
             if vain >= MOST_LAUNCHES:
                 reason = f"its process was lost {vain} times without getting further; see {folder.path / 'log.txt'}"
                 folder.write("result", {"state": "failed", "reason": reason})

@@ -92,7 +92,7 @@ class Sweep:
         if self.trials is None and self.search != "grid":
             raise ValueError(f"trials=null: search={self.search} draws points without end; say how many trials")
         if self.slurm and self.launcher != "slurm":
-            raise ValueError("slurm=... has no effect with launcher=local; choose --launcher slurm")
+            raise ValueError("slurm=... has no effect with launcher=local; choose --launcher slurm, or --slurm {}")
         if self.scaling is not None:
             if self.scaling not in self.space:
                 raise ValueError(f"scaling={self.scaling} is no parameter of space; use one of {sorted(self.space)}")

@@ -418,7 +418,7 @@ def test_the_script_of_a_trial(sweep, tmp_path):
         ({"seeds": [1, 1]}, r"seeds=\[1, 1\] must be different"),
         ({"search": "tpe"}, "trials=null: search=tpe draws points without end"),
         ({"overrides": {"x": 1}}, "'x' is in space and in overrides"),
-        ({"slurm": {"timeout_min": 3}}, "launcher=local"),
+        ({"slurm": {"timeout_min": 3}}, "launcher=local; choose --launcher slurm, or --slurm {}"),
         ({"space": {"x": {"low": 0.0, "high": 1.0}}}, "x needs a step"),
         ({"scaling": "y"}, r"scaling=y is no parameter of space; use one of \['x'\]"),
         ({"scaling": "x", "direction": "maximize"}, "direction=maximize; leave scaling out, or choose a metric"),
