@@ -240,11 +240,18 @@ def _only_one(lock: Path) -> Iterator[None]:
         ValueError: one does.
     """
     handle = os.open(lock, os.O_RDWR | os.O_CREAT)
+    deadline = time.monotonic() + 1  # a process that was killed while it started another holds it a little longer
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process runs this sweep: it holds {lock}; wait for it, or end it") from None
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ValueError(
+                        f"another process runs this sweep: it holds {lock}; wait for it, or end it"
+                    ) from None
+                time.sleep(0.05)
         yield
     finally:
         os.close(handle)

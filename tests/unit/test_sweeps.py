@@ -253,6 +253,23 @@ def test_a_sweep_runs_once_at_a_time(sweep):
         first.run()
 
 
+def test_a_lock_is_waited_for_that_a_killed_process_leaves_for_a_moment(tmp_path):
+    holds, released = threading.Event(), []
+
+    def hold():
+        with _only_one(tmp_path / "lock"):
+            holds.set()
+            time.sleep(0.3)
+            released.append(True)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    holds.wait()
+    with _only_one(tmp_path / "lock"):
+        assert released
+    thread.join()
+
+
 def test_gpus_are_shared_out(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     with pytest.raises(ValueError, match="workers=2 x gpus_per_trial=2 needs more than the 3 GPUs here"):
