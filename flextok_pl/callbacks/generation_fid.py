@@ -16,13 +16,13 @@ from tqdm import trange
 
 from flextok_pl.callbacks.budget_evaluation import BudgetEvaluation
 from flextok_pl.callbacks.budget_pass import Pass, first_rows
-from flextok_pl.callbacks.image_set import open_image_set
+from flextok_pl.callbacks.image_set import ImageSet, open_image_set
 from flextok_pl.callbacks.probe import fitted_probe
 from flextok_pl.contracts import GenerationModule, check_sampling, weights_hash
 from flextok_pl.data.conditions import class_index
 from flextok_pl.metrics.classifier import Classifier, TimmClassifier
 from flextok_pl.metrics.clip_score import CLIPScore
-from flextok_pl.metrics.distributed import gather_objects
+from flextok_pl.metrics.distributed import all_agree, gather_objects
 from flextok_pl.metrics.feature_set import POOL_SIZE, FeatureSet
 from flextok_pl.metrics.features import OFFLINE_EXTRACTOR, FeatureExtractor
 from flextok_pl.metrics.generation import GenerationStatistics
@@ -175,6 +175,7 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
         self.classifier_weights, self.clip, self.shown = classifier_weights, clip, shown
         self._classifier: Classifier | None = None
         self._clip: CLIPScore | None = None
+        self._reference_set: ImageSet | None = None
         self._reference: tuple[FeatureSet, dict[str, Any]] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -182,6 +183,8 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
         super().setup(trainer, pl_module, stage)
         if self._network is None:
             return
+        if self.reference is not None and self._reference_set is None:
+            self._reference_set = open_image_set(str(self.reference), self._network)
         if self.classifier is not None and self.classifier != PROBE and self._classifier is None:
             self._classifier = TimmClassifier(self.classifier, self.classifier_weights)
         if self.clip is not None and self._clip is None:
@@ -202,7 +205,15 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
             self._classifier = fitted_probe(
                 self.classifier_data, size, network, reconstruct, self._look(module), self.cache_dir
             )
-        return super()._start(trainer, pl_module, split)
+        running = super()._start(trainer, pl_module, split)
+        if self.images_dir is not None and not running.in_fit and not running.resumed:
+            written = any(self.images_dir.glob("k=*/*.png"))
+            if not all_agree(not written, trainer.strategy.root_device):
+                raise MisconfigurationException(
+                    f"images_dir={str(self.images_dir)!r} holds images of an earlier evaluation, which would be taken "
+                    "for this one's: name another folder, or remove it"
+                )
+        return running
 
     def _num_made(self, pl_module: LightningModule, chosen: float, in_fit: bool) -> int | None:
         if self._of_data(_generator(pl_module)):
@@ -220,10 +231,10 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
         return module.condition_kind == "text" or (module.condition_kind == "class" and self.conditions == "data")
 
     def _given_reference(self, network: FeatureExtractor) -> FeatureSet | None:
-        if self.reference is None:
+        images = self._reference_set
+        if images is None:
             return None
         if self._reference is None:
-            images = open_image_set(str(self.reference), network)
             share = min(1.0, POOL_SIZE / max(1, images.num_pictures))
             statistics = GenerationStatistics([], network, real_pool_fraction=share)
             facts = images.add_to(statistics, "reference")

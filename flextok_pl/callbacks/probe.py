@@ -23,6 +23,9 @@ from flextok_pl.metrics.images import to_uint8
 from flextok_pl.metrics.keys import key_hash
 from flextok_pl.metrics.statistics_cache import keep, load_kept
 
+VERSION = 2
+"""Of what a kept probe was fitted to; a new one where that changes for the same key."""
+
 NONE = torch.zeros(0, dtype=torch.int64)
 
 
@@ -54,7 +57,7 @@ def fitted_probe(
             f"classifier_data={source!r} holds {list(index.fields)} and {len(index.classes)} classes: a probe needs "
             "images with classes"
         )
-    key = [data.data_hash("test"), extractor.name, extractor.weights_hash, extractor.resize, *made_by]
+    key = [VERSION, data.data_hash("test"), extractor.name, extractor.weights_hash, extractor.resize, *made_by]
     name = f"probe_{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.pt"
     file = None if cache_dir is None else cache_dir / name
     device = extractor.device

@@ -147,7 +147,7 @@ def _axes(records: Sequence[Record]) -> set[str]:
         name
         for record in records
         for name, value in record.items()
-        if name != "value" and first.setdefault(record["metric"], record).get(name) != value
+        if name not in ("value", "bits_per_image") and first.setdefault(record["metric"], record).get(name) != value
     }
 
 

@@ -151,18 +151,19 @@ def training_sets(source: str | list[str] | None) -> list[ShardIndex]:
     return load_indices(source) if here and source is not None else []
 
 
-def _recipe(options: Namespace, indices: Sequence[ShardIndex]) -> Recipe:
-    trainer, batch_size = options.trainer, options.data.batch_size
+def devices_of(trainer: Namespace) -> int:
+    """Devices on all nodes; 0 for `auto` and -1, as many as there are."""
     each = trainer.devices
     if isinstance(each, list):
         each = len(each)
     elif not isinstance(each, int):
         each = int(each) if str(each).isdecimal() else 0
-    if each < 1:  # `auto` and -1: as many as there are
-        each = options.devices or 1
-        devices = each
-    else:
-        devices = each * trainer.num_nodes
+    return max(each, 0) * int(trainer.num_nodes)
+
+
+def _recipe(options: Namespace, indices: Sequence[ShardIndex]) -> Recipe:
+    trainer, batch_size = options.trainer, options.data.batch_size
+    devices = devices_of(trainer) or options.devices or 1
     accumulate, steps = trainer.accumulate_grad_batches, trainer.max_steps
     if steps < 0 and trainer.max_epochs is not None and indices:
         batches = sum(index.num_samples for index in indices) // (batch_size * devices)

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import torch
 from jsonargparse import ArgumentParser, Namespace, strip_meta
 from optuna.trial import TrialState
 from rich.console import Console
 from rich.live import Live
 
 from flextok_pl.cli import UserError
-from flextok_pl.cli.plan import KINDS, training_sets
+from flextok_pl.cli.plan import KINDS, devices_of, training_sets
 from flextok_pl.cli.training import ParsingCLI, run_cli
 from flextok_pl.models.config import config_from_dict
 from flextok_pl.sweeps.driver import Driver, find_study
@@ -167,7 +168,7 @@ def check_points(sweep: Sweep) -> list[Params]:
 
 
 def _steps_to_validation(options: Namespace) -> int:
-    """Optimizer steps of one device before its first validation; 0 where that does not follow from the options."""
+    """Optimizer steps before the first validation; 0 where that does not follow from the options."""
     trainer, interval = options.trainer, options.trainer.val_check_interval
     indices = training_sets(options.data.train)
     if isinstance(interval, int) and trainer.check_val_every_n_epoch is None:
@@ -175,7 +176,8 @@ def _steps_to_validation(options: Namespace) -> int:
     elif not indices:
         return 0
     else:
-        batches = sum(index.num_samples for index in indices) // options.data.batch_size
+        devices = devices_of(trainer) or torch.cuda.device_count() or 1
+        batches = sum(index.num_samples for index in indices) // (options.data.batch_size * devices)
         limit = trainer.limit_train_batches
         if limit is not None:
             batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)

@@ -16,7 +16,7 @@ from flextok_pl.metrics.distributed import all_reduce_sum
 from flextok_pl.metrics.feature_set import FeatureSet
 from flextok_pl.metrics.features import FeatureExtractor
 from flextok_pl.metrics.frechet import frechet_distance
-from flextok_pl.metrics.kernel import kernel_distance
+from flextok_pl.metrics.kernel import kernel_distance, kernel_facts
 from flextok_pl.metrics.keys import choose_fraction, images_hash, key_hash
 
 
@@ -67,9 +67,10 @@ class BudgetStatistics(ABC):
         """[H, W] of the images; empty before the first."""
 
     @property
-    @abstractmethod
     def how(self) -> dict[str, dict[str, Any]]:
         """Metric -> what its records say of how it was computed."""
+        smallest = min(features.pool_size for features in (self.real, *self.made.values()))
+        return {self._extractor.kernel_metric_name: {"kernel": kernel_facts(smallest)}}
 
     @abstractmethod
     def update_real(self, images: Tensor, keys: Sequence[str]) -> None:

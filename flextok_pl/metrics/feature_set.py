@@ -40,6 +40,11 @@ class FeatureSet:
         self._rows.append(rows[pooled])
         self._ids.append(ids[pooled])
 
+    @property
+    def pool_size(self) -> int:
+        """M."""
+        return sum(map(len, self._ids))
+
     def pool(self) -> Tensor:
         """(M, D), ordered by id, so that it does not depend on who saw a sample when."""
         rows, ids = self._joined()

@@ -18,7 +18,6 @@ from flextok_pl.metrics.distributed import gather_objects
 from flextok_pl.metrics.feature_set import FeatureSet
 from flextok_pl.metrics.features import FeatureExtractor
 from flextok_pl.metrics.inception_score import InceptionScore
-from flextok_pl.metrics.kernel import KERNEL
 from flextok_pl.metrics.manifold import DENSITY_NEIGHBOURS, NEIGHBOURS, manifold_scores
 
 
@@ -72,7 +71,7 @@ class GenerationStatistics(BudgetStatistics):
         """Metric -> what its records say of how it was computed."""
         near = {name: {"neighbours": NEIGHBOURS} for name in ("precision", "recall")}
         near |= {name: {"neighbours": DENSITY_NEIGHBOURS} for name in ("density", "coverage")}
-        return {self._extractor.kernel_metric_name: {"kernel": KERNEL}, **near}
+        return super().how | near
 
     def update_real(self, images: Tensor, keys: Sequence[str]) -> None:
         """Add (B, 3, H, W) uint8 real images with their keys.

@@ -58,8 +58,12 @@ def draw_subsets(num_a: int, num_b: int, subsets: int, size: int, seed: int) -> 
 
 
 SUBSETS, SUBSET_SIZE = 100, 1000
-KERNEL = f"cubic polynomial, {SUBSETS} subsets of {SUBSET_SIZE}"
-"""What a record says of the distance."""
+
+
+def kernel_facts(count: int) -> str:
+    """What a record says of a distance between sets whose smaller one has `count` samples."""
+    whole = count <= SUBSET_SIZE
+    return f"cubic polynomial, {f'all {count} samples at once' if whole else f'{SUBSETS} subsets of {SUBSET_SIZE}'}"
 
 
 def kernel_distance(

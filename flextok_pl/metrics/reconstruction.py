@@ -17,7 +17,6 @@ from flextok_pl.metrics.distributed import all_reduce_sum, gather_objects
 from flextok_pl.metrics.feature_set import FeatureSet
 from flextok_pl.metrics.features import FeatureExtractor
 from flextok_pl.metrics.images import image_errors
-from flextok_pl.metrics.kernel import KERNEL
 from flextok_pl.metrics.keys import sample_generators
 
 
@@ -161,7 +160,8 @@ class ReconstructionStatistics(BudgetStatistics):
     @property
     def how(self) -> dict[str, dict[str, Any]]:
         """Metric -> what its records say of how it was computed."""
-        return {self._extractor.kernel_metric_name: {"kernel": f"{KERNEL}, originals and reconstructions paired"}}
+        ((name, facts),) = super().how.items()
+        return {name: {"kernel": f"{facts['kernel']}, originals and reconstructions paired"}}
 
     def update_real(self, originals: Tensor, keys: Sequence[str]) -> None:
         """Add (B, 3, H, W) uint8 originals with their keys."""

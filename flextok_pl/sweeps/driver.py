@@ -35,13 +35,15 @@ def find_study(sweep: Sweep) -> optuna.Study | None:
     Raises:
         ValueError: it was started with other options.
     """
-    if sweep.storage is None and not _journal(sweep).exists():
+    if not sweep.root.exists() or (sweep.storage is None and not _journal(sweep).exists()):
         return None
     try:
         study = optuna.load_study(study_name=sweep.name, storage=_storage(sweep))
     except KeyError:
         return None
     before = study.user_attrs.get("fixed", {})
+    if not before:  # killed between its two lines of `start_study`
+        study.set_user_attr("fixed", sweep.fixed())
     for option, value in sweep.fixed().items():
         if before.get(option, value) != value:
             raise ValueError(
@@ -53,6 +55,7 @@ def find_study(sweep: Sweep) -> optuna.Study | None:
 
 def start_study(sweep: Sweep) -> optuna.Study:
     """Start a sweep, with no trials yet."""
+    sweep.root.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(storage=_storage(sweep), study_name=sweep.name, direction=sweep.direction)
     study.set_user_attr("fixed", sweep.fixed())
     return study
@@ -60,7 +63,6 @@ def start_study(sweep: Sweep) -> optuna.Study:
 
 def _storage(sweep: Sweep) -> BaseStorage | str:
     """Where Optuna keeps the trials."""
-    sweep.root.mkdir(parents=True, exist_ok=True)  # a database may be a file in it, too
     return sweep.storage or JournalStorage(JournalFileBackend(str(_journal(sweep))))
 
 
@@ -171,8 +173,9 @@ class Driver:
 
     def _launch(self, folders: list[TrialFolder]) -> None:
         for folder in folders:
-            launches = folder.read("launches") or {"times": []}
-            folder.write("launches", {"times": [*launches["times"], datetime.now().isoformat(timespec="seconds")]})
+            launches = folder.launches()
+            launch = {"time": datetime.now().isoformat(timespec="seconds"), "step": folder.step()}
+            folder.write("launches", {"launches": [*launches, launch]})
         self.launcher.launch(folders)
 
     def _watch(self) -> None:
@@ -187,10 +190,11 @@ class Driver:
         for folder in self.launcher.gone([folder for _, folder in self._under_way.values()]):
             if folder.read("result") is not None:  # it ended since
                 continue
-            times, progressed = (folder.read("launches") or {"times": []})["times"], folder.progressed()
-            vain = sum(datetime.fromisoformat(launch).timestamp() > progressed for launch in times)
+            step = folder.step()
+            vain = sum(launch["step"] >= step for launch in folder.launches())
             if vain >= MOST_LAUNCHES:
-                reason = f"its process was lost {vain} times without getting further; see {folder.path / 'log.txt'}"
+                log = folder.path / "log.txt"
+                reason = f"its process was lost {vain} times without getting beyond step {step}; see {log}"
                 folder.write("result", {"state": "failed", "reason": reason})
             else:
                 self.say(f"{folder.path.name} is not running any more; starting it again from its last checkpoint")

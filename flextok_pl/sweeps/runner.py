@@ -94,10 +94,20 @@ class TrialFolder:
         """What a run of this trial has logged, in order; what was logged again after a resumption comes once."""
         return read_metrics(self.path / run / METRICS)
 
-    def progressed(self) -> float:
-        """When a run of this trial last logged or saved something, in seconds since 1970; 0 before the first time."""
-        files = [*self.path.glob(f"version_*/{METRICS}"), *self.path.glob("version_*/checkpoints/*")]
-        return max((file.stat().st_mtime for file in files), default=0.0)
+    def launches(self) -> list[dict[str, Any]]:
+        """Its starts: the `time` of each, and the `step` that it had come to before."""
+        found: list[dict[str, Any]] = (self.read("launches") or {"launches": []})["launches"]
+        return found
+
+    def step(self) -> int:
+        """The steps of all its runs together that have been logged or saved."""
+        return sum(_step(run) for run in self.path.glob("version_*"))
+
+
+def _step(run: Path) -> int:
+    saved = [re.fullmatch(r"step(\d+)\.ckpt", file.name) for file in run.glob("checkpoints/*")]
+    logged: list[int] = [entry["step"] for entry in read_metrics(run / METRICS)]
+    return max([0, *logged, *(int(match[1]) for match in saved if match)])
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -177,12 +177,12 @@ def test_records_are_compared(tmp_path, emoji_folder, capsys):
 def test_records_of_many_settings_are_compared_one_by_one(tmp_path, capsys):
     """Positions of tokens, or steps of the decoder, are no differences of protocol within a file."""
     records = [
-        {"metric": "kd", "value": float(steps + k), "num_tokens": k, "num_steps": steps, "seed": 0}
+        {"metric": "kd", "value": float(steps + k), "num_tokens": k, "num_steps": steps, "bits_per_image": k, "seed": 0}
         for k in (1, 4)
         for steps in (5, 25)
     ]
     (tmp_path / "sweep.json").write_text(json.dumps(records))
-    (tmp_path / "one.json").write_text(json.dumps([{**records[3], "value": 7.0, "seed": 1}]))
+    (tmp_path / "one.json").write_text(json.dumps([{**records[3], "value": 7.0, "bits_per_image": 64, "seed": 1}]))
     main(["compare", str(tmp_path / "sweep.json"), str(tmp_path / "sweep.json")])
     printed = capsys.readouterr().out
     assert printed.count("kd") == 4 and "the protocols are the same" in printed
@@ -190,7 +190,7 @@ def test_records_of_many_settings_are_compared_one_by_one(tmp_path, capsys):
     header, _, *rows = capsys.readouterr().out.splitlines()
     assert header.split() == ["metric", "num_steps", "tokens", "first", "second"]
     assert rows[0].split() == ["kd", "25", "4", "29.0000", "7.0000"]
-    assert rows[1:] == ["differs in seed: 0 and 1"]
+    assert rows[1:] == ["differs in bits_per_image: 4 and 64", "differs in seed: 0 and 1"]
 
 
 def test_either_side_has_a_pool_of_its_own(tmp_path, emoji_folder):

@@ -368,9 +368,10 @@ def test_reference_of_a_file(tmp_path):
         evaluate(tmp_path, data=data, reference=tmp_path / "larger.npz")
     with pytest.raises(ValueError, match=r"reference='folder' must be a \.npz file"):
         GenerationFID(reference="folder")
-    with pytest.raises(ValueError, match="statistics of 5 features"):
-        np.savez(tmp_path / "five.npz", mu=np.zeros(5), sigma=np.eye(5))
-        evaluate(tmp_path, data=data, reference=tmp_path / "five.npz")
+    np.savez(tmp_path / "five.npz", mu=np.zeros(5), sigma=np.eye(5))
+    with pytest.raises(ValueError, match="statistics of 5 features"):  # before a fit's first step
+        fit = trainer_for(tmp_path, GenerationFID(reference=tmp_path / "five.npz"), limit_val_batches=0)
+        fit.fit(BandPrior(), datamodule=data)
 
 
 def test_images_are_written_under_their_keys(tmp_path):
@@ -378,6 +379,8 @@ def test_images_are_written_under_their_keys(tmp_path):
     written = sorted(file.relative_to(tmp_path / "images").as_posix() for file in tmp_path.rglob("images/*/*.png"))
     names = [f"class {i % 3} sample {i // 3}.png" for i in range(7)]
     assert written == sorted(f"k={k:03d}/{name}" for k in (1, 4) for name in names)
+    with pytest.raises(MisconfigurationException, match="images_dir=.* holds images of an earlier evaluation"):
+        evaluate(tmp_path, num_samples=5, images_dir=tmp_path / "images", budgets=[1, 4])
     image = Image.open(tmp_path / "images" / "k=001" / "class 1 sample 0.png")
     assert image.size == (SIDE, SIDE) and np.array(image)[0, 0].argmax() == 1, "green"
 

@@ -208,7 +208,7 @@ def test_a_trial_that_is_ended_from_outside_goes_on(sweep, whom, monkeypatch):
     assert trial.value == pytest.approx(1.1)
     assert [entry["step"] for entry in folder.measured("version_0")] == list(range(1, 11))
     if whom == "runner":  # what it has left behind ends by itself, and only then comes the next one
-        assert text == "starts at 0\ndone\nstarts at 10\ndone\n" and len(folder.read("launches")["times"]) == 2
+        assert text == "starts at 0\ndone\nstarts at 10\ndone\n" and len(folder.launches()) == 2
     elif whom == "command":
         assert folder.read("state")["failures"] == ["killed (SIGKILL), mostly for want of memory"]
     else:
@@ -224,7 +224,7 @@ def test_a_trial_is_given_up_once_no_start_gets_it_further(sweep, monkeypatch):
     slow, stuck = study.trials
     assert slow.state.name == "COMPLETE" and log(here, slow).count("starts at") == 7
     assert stuck.state.name == "FAIL" and log(here, stuck).count("starts at") == 3
-    assert stuck.user_attrs["reason"].startswith("its process was lost 3 times without getting further; see /")
+    assert stuck.user_attrs["reason"].startswith("its process was lost 3 times without getting beyond step 0; see /")
 
 
 def test_an_interrupted_sweep_lets_its_trials_save_themselves(sweep, monkeypatch):
