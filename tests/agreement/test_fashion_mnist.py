@@ -32,7 +32,7 @@ pytestmark = pytest.mark.long
 @pytest.fixture(scope="module")
 def fashion(tmp_path_factory):
     """Folders `train` and `test` of RGB pictures of 28 px."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))  # tests have one
     if not DATASET.is_dir():
         pytest.skip(f"{DATASET} is not there: apt-get install dataset-fashion-mnist")
     folder = tmp_path_factory.mktemp("fashion")
@@ -107,8 +107,12 @@ def test_agrees_with_torch_fidelity(extractor, fashion, inception_file, tmp_path
     }
     for their, our in names.items():
         print(f"{extractor} {our}: {values[our]:.9g}, torch-fidelity {theirs[their]:.9g}")
-    assert {our: values[our] for our in names.values()} == pytest.approx(
-        {our: theirs[their] for their, our in names.items()},
+    # It takes distances in float32, as differences of large products, and misplaces a few of 10,000 samples for it.
+    for name in ("precision", "recall"):
+        assert values[name] == pytest.approx(theirs[name], abs=1e-3)
+    exact = {their: our for their, our in names.items() if our not in ("precision", "recall")}
+    assert {our: values[our] for our in exact.values()} == pytest.approx(
+        {our: theirs[their] for their, our in exact.items()},
         rel=1e-5,
         # These are halves of one distribution, and their kernel distance is nearly zero. With no more pictures than
         # features a covariance is singular, which costs torch-fidelity's root 1e-5.
