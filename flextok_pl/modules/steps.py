@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flextok_pl.contracts import Batch
+from flextok_pl.runtime.fit_loop import step_ends as step_ends
 from flextok_pl.runtime.sharding import gradient_norm
 
 
@@ -51,11 +52,6 @@ def logging_now(module: pl.LightningModule) -> bool:
     """Whether the trainer writes its logs after the current step."""
     every: int = module.trainer.log_every_n_steps  # type: ignore[attr-defined]
     return (module.global_step + 1) % every == 0
-
-
-def step_ends(module: pl.LightningModule) -> bool:
-    """Whether an optimizer step follows the current batch, which is no other part of an accumulation."""
-    return not module.trainer.fit_loop._should_accumulate()
 
 
 def log_means(module: pl.LightningModule, values: Mapping[str, Tensor], batch_size: int) -> None:

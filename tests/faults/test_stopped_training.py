@@ -146,11 +146,15 @@ def in_hook(name: str, step: int, action: Callable[[], Any]) -> Callable[[], Any
     return prepare
 
 
+def entries(folder: Path) -> list[dict[str, Any]]:
+    """The lines of the run's `metrics.jsonl`."""
+    return [json.loads(line) for line in (run_of(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
 def validated(folder: Path) -> dict[int, dict[str, float]]:
     """The metrics of each validation, by step; also what the HParams tab shows of the last one."""
     found: dict[int, dict[str, float]] = {}
-    for line in (run_of(folder) / "metrics.jsonl").read_text().splitlines():
-        entry = json.loads(line)
+    for entry in entries(folder):
         found.setdefault(entry["step"], {}).update(entry["metrics"])
     shown = EventAccumulator(str(run_of(folder) / "hparams")).Reload()
     values = {name: event.value for name in shown.Tags()["scalars"] for event in shown.Scalars(name)}
@@ -158,6 +162,11 @@ def validated(folder: Path) -> dict[int, dict[str, float]]:
         step: {name: value for name, value in metrics.items() if name.startswith("val/")}
         for step, metrics in {**found, -1: values}.items()
     }
+
+
+def step_of_best(folder: Path) -> int:
+    step: int = torch.load(run_of(folder) / "checkpoints" / "best.ckpt", weights_only=True)["global_step"]
+    return step
 
 
 def losses_by_part(folder: Path) -> dict[str, list[float]]:
@@ -191,18 +200,32 @@ def test_killed_after_a_checkpoint(
     assert_equal(tmp_path, state(validated_whole, 10), 10)
     assert validated(tmp_path) == validated(validated_whole)
     assert all("val/loss" in metrics for metrics in validated(tmp_path).values())
-    best, expected = (
-        torch.load(run_of(folder) / "checkpoints" / "best.ckpt", weights_only=True)
-        for folder in (tmp_path, validated_whole)
-    )
-    assert best["global_step"] == expected["global_step"]
+    assert step_of_best(tmp_path) == step_of_best(validated_whole)
+
+
+def test_killed_at_the_end_of_an_epoch(image_shards: Path, tmp_path: Path) -> None:
+    """Before the validation that comes after each, which `best` then looks at; it is validated once, in its epoch."""
+    arguments = [*validating_options(image_shards), "--trainer.val_check_interval", "1.0", "--trainer.max_steps", "8"]
+    whole = tmp_path / "whole"
+    assert train(whole, arguments) == 0 and step_of_best(whole) == 8
+
+    def moments(folder: Path) -> list[tuple[int, int]]:
+        return [(entry["step"], entry["epoch"]) for entry in entries(folder) if "val/loss" in entry["metrics"]]
+
+    at_the_end = (8, 2)
+    assert moments(whole) == [(4, 0), (8, 1), at_the_end]
+    for step in (4, 8):
+        killed = tmp_path / f"killed {step}"
+        assert train(killed, arguments, in_hook("validation_step", step, kill)) == -signal.SIGKILL
+        assert train(killed, arguments) == 0
+        assert_equal(killed, state(whole, 8), 8)
+        assert validated(killed) == validated(whole) and step_of_best(killed) == 8
+        assert train(killed, arguments) == 0
+        assert moments(killed) == moments(whole), "nothing was left to validate"
 
 
 def test_killed_between_two_logs(image_shards: Path, tmp_path: Path, validated_whole: Path) -> None:
-    """The losses of all ten steps are in the mean that the last logs.
-
-    The step before the kill was an epoch's last, with no validation, and is not saved within the next accumulation.
-    """
+    """The losses of all ten steps are in the mean that the last logs."""
     arguments = validating_options(image_shards)
     assert train(tmp_path, arguments, at_step(5, 1, kill)) == -signal.SIGKILL
     assert train(tmp_path, arguments) == 0
