@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from flextok_pl.runtime.fit_loop import step_ends
 from flextok_pl.runtime.sharding import CURRENT_STATE
 
 
@@ -52,13 +53,12 @@ class EMA(Callback):
         self.update_every_n_steps, self.update_starting_at_step = update_every_n_steps, update_starting_at_step
         self.num_updates = 0
         self.in_place = False
-        self._seen_step = 0
         self._weights: dict[str, Tensor] | None = None  # the average; the weights in training while that is in place
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit."""
         if stage == "fit":
-            self.num_updates, self.in_place, self._seen_step, self._weights = 0, False, 0, None
+            self.num_updates, self.in_place, self._weights = 0, False, None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from the module's weights, or go on with a checkpoint's average.
@@ -83,11 +83,8 @@ class EMA(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Update the average after an optimizer step."""
-        if trainer.global_step == self._seen_step:  # gradients are being accumulated
-            return
-        self._seen_step = trainer.global_step
-        step = self._seen_step - 1
-        if step < self.update_starting_at_step or step % self.update_every_n_steps:
+        step = trainer.global_step - 1
+        if not step_ends(pl_module) or step < self.update_starting_at_step or step % self.update_every_n_steps:
             return
         average, weights = self._pairs(pl_module)
         if self.num_updates:
@@ -111,12 +108,12 @@ class EMA(Callback):
         self._swap(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts; `on_save_checkpoint` stores the weights."""
-        return {"num_updates": self.num_updates, "seen_step": self._seen_step}
+        """The count; `on_save_checkpoint` stores the weights."""
+        return {"num_updates": self.num_updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the counts."""
-        self.num_updates, self._seen_step = state_dict["num_updates"], state_dict["seen_step"]
+        """Restore the count."""
+        self.num_updates = state_dict["num_updates"]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Make the average the checkpoint's weights."""

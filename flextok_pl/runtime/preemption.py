@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from flextok_pl.contracts import run_folder
+from flextok_pl.runtime.fit_loop import step_ends
 
 
 class Preempted(Exception):
@@ -62,12 +63,11 @@ class Preemption(Callback):
         self.signals = [signal.Signals[name] for name in signals]
         self.check_every_n_steps, self.requeue = check_every_n_steps, requeue
         self._received = 0
-        self._seen_step = -1
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals over."""
-        self._received, self._seen_step = 0, trainer.global_step
+        self._received = 0
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._receive) for number in self.signals}
 
@@ -82,10 +82,9 @@ class Preemption(Callback):
         Raises:
             Preempted: one has.
         """
-        step = trainer.global_step
-        if step == self._seen_step:  # gradients are being accumulated, and a checkpoint would lose them
+        if not step_ends(pl_module):  # a checkpoint would lose the gradients
             return
-        self._seen_step = step
+        step = trainer.global_step
         number = self._received
         if trainer.world_size > 1:
             if step % self.check_every_n_steps:
