@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from flextok_pl.contracts import Batch
-from flextok_pl.runtime.fit_loop import step_ends as step_ends
 from flextok_pl.runtime.sharding import gradient_norm
 
 

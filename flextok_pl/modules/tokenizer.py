@@ -34,7 +34,6 @@ from flextok_pl.modules.steps import (
     log_gradient_norm,
     log_means,
     logging_now,
-    step_ends,
     step_generator,
     stop_if_not_finite,
 )
@@ -46,6 +45,7 @@ from flextok_pl.modules.width_transfer import (
     width_groups,
     xavier_std,
 )
+from flextok_pl.runtime.fit_loop import step_ends
 from flextok_pl.runtime.sharding import gather_for_evaluation, shard, shard_again, whole_weights
 
 
