@@ -12,12 +12,15 @@ from torch import Tensor
 
 from flextok_pl.metrics.distributed import all_reduce_sum
 
+BLOCK = 512
+"""Rows of a scatter matrix that are updated at a time."""
+
 
 class FeatureStatistics:
     """Count, mean and covariance of features, updated batch by batch in float64 on the CPU.
 
     The scatter around the running mean is updated as in Chan, Golub & LeVeque (1979), so nothing cancels when the mean
-    is large against the spread. Memory is D x D, whatever N is.
+    is large against the spread. Memory is D x D, whatever N is. Of `scatter` only the lower triangle is complete.
 
     Args:
         dim: D.
@@ -65,7 +68,8 @@ class FeatureStatistics:
         """
         if self.count < 2:
             raise ValueError(f"a covariance needs at least two samples, there are {self.count}")
-        return self.scatter / (self.count - 1)
+        lower = self.scatter.tril() / (self.count - 1)
+        return lower + lower.tril(-1).T
 
     @property
     def full_rank(self) -> bool:
@@ -110,7 +114,9 @@ class FeatureStatistics:
         shift = mean - self.mean
         between = shift * (self.count * count / total) ** 0.5  # scatter between the two means, as one more row
         rows = torch.cat([centred, between[None]])
-        self.scatter.addmm_(rows.T, rows)
+        for start in range(0, self.dim, BLOCK):  # half the work: `covariance` mirrors the lower triangle
+            columns = rows[:, : start + BLOCK]
+            self.scatter[start : start + BLOCK, : start + BLOCK].addmm_(columns[:, start:].T, columns)
         self.mean += shift * (count / total)
         self.count = total
         self._factor = None
