@@ -110,9 +110,11 @@ class Driver:
                 SlurmLauncher(sweep.root / "slurm", sweep.slurm, sweep.workers), before=LocalLauncher(sweep.workers)
             )
         )
-        if find_study(sweep) is None:
+        study = find_study(sweep)
+        if study is None:
             check(sweep)
-        self.study = find_study(sweep) or start_study(sweep)
+            study = start_study(sweep)
+        self.study = study
         self.study.sampler = _sampler(sweep, len(self.study.trials))
         self.study.pruner = sweep.pruner or optuna.pruners.NopPruner()
         self._under_way: dict[int, tuple[Trial, TrialFolder]] = {}
