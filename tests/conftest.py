@@ -22,6 +22,11 @@ from flextok_pl.data.openmoji import list_pictures
 torch.set_num_threads(1)  # the tests' models are too small to share between threads
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches of a test stay in its own place."""

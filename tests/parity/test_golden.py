@@ -2,7 +2,7 @@
 
 `golden/flextok_a` was made with apple/ml-flextok at 87d00cc on CPU in float32 with random weights. Tolerances are a few
 times the spread between that code's own attention back ends: 1e-5 for features and velocities, 3e-5 for sampled
-latents and images, 1e-4 relative for gradient norms; tokens are equal.
+latents and images, 1e-4 relative for gradient norms; tokens are equal. A GPU has to meet the same ones.
 """
 
 import json
@@ -24,15 +24,20 @@ FEATURES = 1e-5
 SAMPLES = 3e-5
 
 
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def golden() -> dict[str, Tensor]:
+def golden(device: str) -> dict[str, Tensor]:
     with np.load(GOLDEN / "golden.npz") as arrays:
-        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        return {name: torch.from_numpy(arrays[name]).to(device) for name in arrays.files}
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> FlexTok:
-    return FlexTok.from_pretrained(GOLDEN / "model.safetensors", vae_config=GOLDEN / "vae_config.json")
+def tokenizer(device: str) -> FlexTok:
+    return FlexTok.from_pretrained(GOLDEN / "model.safetensors", vae_config=GOLDEN / "vae_config.json", device=device)
 
 
 def assert_near(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
@@ -170,13 +175,15 @@ def test_adaptive_projected_guidance(golden: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("budget_groups", [1, 2, 4])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_training_step(golden: dict[str, Tensor], budget_groups: int, checkpointing: bool) -> None:
-    tokenizer = FlexTok.from_pretrained(GOLDEN / "model.safetensors", vae_config=GOLDEN / "vae_config.json").train()
+def test_training_step(golden: dict[str, Tensor], device: str, budget_groups: int, checkpointing: bool) -> None:
+    tokenizer = FlexTok.from_pretrained(
+        GOLDEN / "model.safetensors", vae_config=GOLDEN / "vae_config.json", device=device
+    ).train()
     tokenizer.encoder.activation_checkpointing = tokenizer.decoder.activation_checkpointing = checkpointing
     with torch.no_grad():
         latents = tokenizer.encode_latents(golden["train_images"])
     draws = TrainingDraws(
-        golden["train_noise"], golden["train_sigmas"], golden["train_keep_k"], golden["train_null_drop"]
+        golden["train_noise"], golden["train_sigmas"], golden["train_keep_k"].cpu(), golden["train_null_drop"].cpu()
     )
     loss = flow_loss(tokenizer, latents, draws, budget_groups=budget_groups).loss.mean()
     assert_near(loss[None], golden["train_loss"], FEATURES)

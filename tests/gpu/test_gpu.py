@@ -1,0 +1,126 @@
+"""What differs on a GPU: half precision, compiled blocks, other attention kernels. Skipped where there is none.
+
+The other tests use a GPU, too, where there is one: experiments have `accelerator: auto`.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from flextok_pl.assets import DEMO_PRIOR, DEMO_TOKENIZER
+from flextok_pl.cli import main
+from flextok_pl.models.config import FlexTokConfig
+from flextok_pl.models.objective import TrainingDraws, flow_loss, sample_draws
+from flextok_pl.models.prior import Prior
+from flextok_pl.models.tokenizer import FlexTok
+
+pytestmark = pytest.mark.gpu
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+
+def losses(run: Path) -> list[float]:
+    """`val/loss` in the order of the validations."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return [event.value for event in events.Scalars("val/loss")]
+
+
+def fit(folder: Path, experiment: str, shards: Path, *options: str) -> list[float]:
+    settings = {
+        "trainer": {
+            "default_root_dir": str(folder),
+            "max_steps": 30,
+            "val_check_interval": 15,
+            "check_val_every_n_epoch": None,
+            "accelerator": "gpu",
+            "logger": {"init_args": {"save_dir": str(folder)}},
+        },
+        "data": {"train": str(shards / "train"), "val": str(shards / "val"), "batch_size": 8, "eval_batch_size": 8},
+    }
+    folder.mkdir()
+    file = folder / "settings.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    main(["fit", "--config", str(EXPERIMENTS / f"{experiment}.yaml"), "--config", str(file), *options])
+    return losses(next(folder.glob("**/version_0")))
+
+
+@pytest.mark.parametrize("experiment", ["tokenizer/tiny", "prior/tiny"])
+def test_half_precision_and_compilation_change_little(experiment: str, image_shards: Path, tmp_path: Path) -> None:
+    off = ["--rfid=null"] if experiment == "tokenizer/tiny" else ["--gfid=null", f"--model.tokenizer={DEMO_TOKENIZER}"]
+    plain = fit(tmp_path / "plain", experiment, image_shards, *off)
+    fast = ["--trainer.precision=bf16-mixed", "--model.compile_blocks=true", "--model.activation_checkpointing=true"]
+    assert len(plain) == 2 and plain[1] < plain[0]
+    for options in (fast[:1], fast[1:2], fast):
+        found = fit(tmp_path / "-".join(str(len(o)) for o in options), experiment, image_shards, *off, *options)
+        assert found == pytest.approx(plain, rel=0.02), options
+
+
+def test_evaluation_equals_that_of_a_cpu(image_shards: Path, tmp_path: Path) -> None:
+    import json
+
+    tables = []
+    for accelerator in ("cpu", "gpu"):
+        folder = tmp_path / accelerator
+        config = ["--config", str(EXPERIMENTS / "tokenizer" / "demo.yaml"), "--tokenizer", str(DEMO_TOKENIZER)]
+        data = [f"--data.val={image_shards / 'val'}", "--data.image_size=64", "--data.num_workers=0"]
+        small = ["--rfid.num_steps=4", "--rfid.budgets=[1,8,64]", f"--trainer.accelerator={accelerator}"]
+        main(["test", *config, *data, *small, f"--trainer.logger.init_args.save_dir={folder}"])
+        tables.append(json.loads(next(folder.glob("**/rfid.json")).read_text()))
+    for on_cpu, on_gpu in zip(*tables, strict=True):
+        assert on_gpu["value"] == pytest.approx(on_cpu["value"], rel=1e-3, abs=1e-4), on_cpu["name"]
+
+
+def test_tokens_and_pictures_equal_those_of_a_cpu(image_shards: Path) -> None:
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    made: list[tuple[Tensor, Tensor, Tensor]] = []
+    for device in ("cpu", "cuda"):
+        tok = FlexTok.from_pretrained(DEMO_TOKENIZER, device=device)
+        prior = Prior.from_pretrained(DEMO_PRIOR, device=device)
+        tokens = tok.tokenize(images.to(device))
+        classes = torch.arange(4, device=device)
+        drawn = prior.generate(classes, 16, cfg_scale=1.5, generator=torch.Generator().manual_seed(0))
+        given = made[0][0].to(device) if made else tokens
+        pictures = tok.detokenize(given, num_tokens=8, num_steps=4, generator=torch.Generator().manual_seed(0))
+        made.append((tokens.cpu(), drawn.cpu(), pictures.cpu()))
+    for cpu, gpu in zip(made[0][:2], made[1][:2], strict=True):
+        assert (cpu == gpu).float().mean() > 0.98  # a code at a rounding boundary may fall to its other side
+    torch.testing.assert_close(made[0][2], made[1][2], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_half_precision_keeps_the_merged_register(compiled: bool) -> None:
+    """Loss and gradients of published blocks under autocast, beside those in float32."""
+    config = FlexTokConfig.preset("d12_d12")
+    from dataclasses import replace
+
+    config = replace(config, vae=None, encoder_depth=2, decoder_depth=2)
+    torch.manual_seed(0)
+    tokenizer = FlexTok(config).cuda()
+    for parameter in tokenizer.parameters():
+        if parameter.requires_grad and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    latents = torch.randn(8, config.latent_channels, *tokenizer.latent_size, device="cuda")
+    draws: TrainingDraws = sample_draws(config, latents, torch.Generator().manual_seed(0))
+
+    def step() -> tuple[float, dict[str, Tensor]]:
+        tokenizer.zero_grad()
+        loss = flow_loss(tokenizer, latents, draws, budget_groups=4).loss.mean()
+        loss.backward()
+        return loss.item(), {n: p.grad.clone() for n, p in tokenizer.named_parameters() if p.grad is not None}
+
+    loss, gradients = step()
+    if compiled:
+        for block in [*tokenizer.encoder.blocks, *tokenizer.decoder.blocks]:
+            block.compile(dynamic=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        half_loss, half = step()
+    assert half_loss == pytest.approx(loss, rel=2e-3)
+    for name, gradient in gradients.items():
+        if name.startswith("decoder"):  # a rounded code is another code: the encoder's gradients differ by more
+            assert (half[name] - gradient).norm() < 0.05 * gradient.norm(), name
