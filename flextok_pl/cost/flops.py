@@ -116,7 +116,7 @@ def encoder_registers(config: FlexTokConfig, kept: int) -> int:
 
 def decoder_registers(config: FlexTokConfig, kept: int) -> int:
     """Positions beside the patches that the decoder computes for `kept` tokens: one more for all that are dropped."""
-    return 0 if config.layout == "grid" else kept + 1
+    return 0 if config.layout == "grid" else min(kept + 1, config.num_registers)
 
 
 def modulated_kinds(config: FlexTokConfig) -> int:
@@ -126,8 +126,7 @@ def modulated_kinds(config: FlexTokConfig) -> int:
 
 def encoder_flops(config: FlexTokConfig, kept: int, patches: int) -> Flops:
     """The encoder on one image, for `kept` codes."""
-    registers = encoder_registers(config, kept)
-    width, length = config.encoder_width, patches + registers
+    width, length = config.encoder_width, patches + encoder_registers(config, kept)
     hidden = swiglu_width(width, config.mlp_ratio)
     patch_values = config.latent_channels * config.patch_size**2
 
@@ -138,7 +137,7 @@ def encoder_flops(config: FlexTokConfig, kept: int, patches: int) -> Flops:
 
     return (
         _matmul(patches, patch_values, width, input_gradient=False)
-        + block(length, patches**2 + registers * length) * (config.encoder_depth - 1)
+        + block(length, length**2) * (config.encoder_depth - 1)
         + block(kept, kept * length)
         + _matmul(kept, width, len(config.fsq_levels))
     )
@@ -157,7 +156,7 @@ def decoder_flops(config: FlexTokConfig, kept: int, patches: int) -> Flops:
 
     return (
         _matmul(patches, patch_values, width, input_gradient=False)
-        + _matmul(kept, len(config.fsq_levels), width)
+        + _matmul(decoder_registers(config, kept) or kept, len(config.fsq_levels), width)
         + _matmul(1, config.time_frequencies, width, input_gradient=False)
         + _matmul(1, width, width)
         + block(length) * (config.decoder_depth - 1)

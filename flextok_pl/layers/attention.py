@@ -1,12 +1,7 @@
-"""Multi-head attention, and the attention patterns that FlexTok and its baselines use.
-
-The patterns are functions of (q, k, v), so that a block is the same in the encoder and in the decoder and
-no pattern needs a materialised L x L mask.
+"""Multi-head attention, and the masks that FlexTok and its baselines use.
 
 Shapes: B batch, L sequence, Q queries, H heads, D width, d head width, N patches, K registers, k <= K of them.
 """
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,49 +10,51 @@ from torch import Tensor, nn
 
 from flextok_pl.layers.norm import layer_norm
 
-AttentionPattern = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-"""(q, k, v, scale) -> output; q is (B, H, Q, d), k and v are (B, H, L, d), the output is (B, H, Q, d)."""
 
-
-def full_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_bias: Tensor | None = None) -> Tensor:
-    """Every query attends to every key.
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Every query attends to every key that the mask leaves it.
 
     Args:
         q: (B, H, Q, d).
         k: (B, H, L, d).
         v: (B, H, L, d).
         scale: factor on q . k.
-        key_bias: (B, L) added to the logits of each key. A key with bias log(n) counts as n equal keys,
-            one with -inf is invisible.
+        mask: (Q, L) bool, True where a query sees a key; or (B, L) added to the logits of each key: one with log(n)
+            counts as n equal keys, one with -inf is invisible.
     """
-    bias = None if key_bias is None else key_bias[:, None, None, :].to(q.dtype).expand(-1, 1, q.shape[2], -1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    if mask is not None and mask.is_floating_point():
+        mask = mask[:, None, None, :].to(q.dtype).expand(-1, 1, q.shape[2], -1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
-def registers_last_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, num_patches: int, causal: bool = True
-) -> Tensor:
-    """Patches attend to patches; register i attends to all patches and to registers 0..i, or to all registers.
+def registers_last_mask(num_patches: int, num_registers: int, causal: bool, device: torch.device) -> Tensor:
+    """Patches see patches; register i sees all patches and registers 0..i, or all registers.
 
     Args:
-        q: (B, H, N+K, d), or (B, H, k, d) when only the outputs of the first k registers are wanted.
-        k: (B, H, N+K, d), patches first.
-        v: (B, H, N+K, d).
-        scale: factor on q . k.
         num_patches: N.
+        num_registers: K.
         causal: whether registers see no later ones.
+        device: where to make it.
+
+    Returns:
+        (N+K, N+K) bool, rows for queries, patches first.
     """
-    n, whole = num_patches, q.shape[2] == k.shape[2]
-    queries = q[:, :, n:] if whole else q
-    visible = None
+    length = num_patches + num_registers
+    visible = torch.ones(length, length, dtype=torch.bool, device=device)
     if causal:
-        # Only the registers' rows need a mask, and it has K x (N+K) entries: row i sees N+i+1 keys.
-        visible = torch.ones(queries.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(n)
-    registers = F.scaled_dot_product_attention(queries, k, v, attn_mask=visible, scale=scale)
-    if not whole:
-        return registers
-    patches = F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], scale=scale)
-    return torch.cat([patches, registers], dim=2)
+        visible = visible.tril()
+        visible[:num_patches, :num_patches] = True
+    else:
+        visible[:num_patches, num_patches:] = False
+    return visible
+
+
+def aligned_registers(num_patches: int, needed: int, limit: int, device: torch.device) -> int:
+    """How many registers to compute where `needed` are: with the patches a multiple of 8 positions on a GPU.
+
+    Its attention reads masks in vectors of 8 numbers; between them it takes up to twice as long.
+    """
+    return needed if device.type == "cpu" else min(needed + -(num_patches + needed) % 8, limit)
 
 
 class Attention(nn.Module):
@@ -70,15 +67,21 @@ class Attention(nn.Module):
     def __init__(self, width: int, head_dim: int) -> None:
         super().__init__()
         self.head_dim = head_dim
+        self.scale = 8 / head_dim
         self.wq = nn.Linear(width, width, bias=False)
         self.wk = nn.Linear(width, width, bias=False)
         self.wv = nn.Linear(width, width, bias=False)
         self.proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, queries: Tensor, x: Tensor, pattern: AttentionPattern) -> Tensor:
-        """Attend from `queries` (B, Q, D) to `x` (B, L, D); returns (B, Q, D)."""
+    def queries_and_keys(self, queries: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised queries (B, H, Q, d) of `queries` (B, Q, D), and keys (B, H, L, d) of `x` (B, L, D)."""
         q = rearrange(self.wq(queries), "b q (h d) -> b h q d", d=self.head_dim)
         k = rearrange(self.wk(x), "b l (h d) -> b h l d", d=self.head_dim)
+        return layer_norm(q), layer_norm(k)
+
+    def forward(self, queries: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend from `queries` (B, Q, D) to `x` (B, L, D), masked as in `attention`; returns (B, Q, D)."""
+        q, k = self.queries_and_keys(queries, x)
         v = rearrange(self.wv(x), "b l (h d) -> b h l d", d=self.head_dim)
-        out = pattern(layer_norm(q).to(v.dtype), layer_norm(k).to(v.dtype), v, 8 / self.head_dim)
+        out = attention(q.to(v.dtype), k.to(v.dtype), v, self.scale, mask)
         return self.proj(rearrange(out, "b h q d -> b q (h d)"))  # type: ignore[no-any-return]

@@ -8,11 +8,23 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from flextok_pl.layers.attention import Attention, AttentionPattern
+from flextok_pl.layers.attention import Attention
 from flextok_pl.layers.norm import layer_norm
 
-ALL_ROWS = slice(None)
+
+def run_block(block: nn.Module, checkpointing: bool, *arguments: Tensor | int | None) -> Tensor:
+    """`block(*arguments)`; with `checkpointing` the backward pass computes it again instead of keeping activations."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *arguments, use_reentrant=False)  # type: ignore[no-any-return]
+    return block(*arguments)  # type: ignore[no-any-return]
+
+
+def compile_for_all_lengths(blocks: nn.ModuleList) -> None:
+    """`torch.compile` each block in place, once for all lengths: they change with the budgets, and as a prior samples."""
+    for block in blocks:
+        block.compile(dynamic=True)
 
 
 class SwiGLU(nn.Module):
@@ -38,8 +50,8 @@ def swiglu_width(width: int, mlp_ratio: float) -> int:
 class Block(nn.Module):
     """Pre-norm block: x + attention, then x + MLP.
 
-    `rows` limits the block to the query rows that a caller needs: the last block of a model computes
-    keys and values for the whole sequence but queries, projections and the MLP for the kept rows only.
+    With `rows`, those of `x` that a caller needs, keys and values are of the whole sequence, but queries, projections
+    and the MLP are computed for these rows only.
     """
 
     def __init__(self, width: int, head_dim: int, mlp_ratio: float) -> None:
@@ -47,10 +59,11 @@ class Block(nn.Module):
         self.attn = Attention(width, head_dim)
         self.mlp = SwiGLU(width, mlp_ratio)
 
-    def forward(self, x: Tensor, pattern: AttentionPattern, rows: slice = ALL_ROWS) -> Tensor:
-        """(B, L, D) -> (B, Q, D), the rows of the output that `rows` selects."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """(B, L, D), and (B, Q, D) rows of it or None for all, masked as in `attention` -> (B, Q, D)."""
         h = layer_norm(x)
-        x = x[:, rows] + self.attn(h[:, rows], h, pattern)
+        queries = h if rows is None else layer_norm(rows)
+        x = (x if rows is None else rows) + self.attn(queries, h, mask)
         return x + self.mlp(layer_norm(x))  # type: ignore[no-any-return]
 
 
@@ -85,7 +98,7 @@ class AdaLNBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.kinds * 6 * width))
 
     def forward(
-        self, x: Tensor, time: Tensor, num_patches: int, pattern: AttentionPattern, rows: slice = ALL_ROWS
+        self, x: Tensor, time: Tensor, num_patches: int, mask: Tensor | None = None, rows: Tensor | None = None
     ) -> Tensor:
         """One block.
 
@@ -93,16 +106,16 @@ class AdaLNBlock(nn.Module):
             x: (B, L, D), the first `num_patches` positions being patches.
             time: (B, D) time embedding.
             num_patches: N.
-            pattern: the attention pattern.
-            rows: output rows to compute; must start at 0 so that patches stay first.
+            mask: see `attention`.
+            rows: (B, Q, D), the first rows of `x`, if no others are needed; see `Block`.
 
         Returns:
             (B, Q, D).
         """
         m = Modulation(*self.adaLN_modulation(time).unflatten(-1, (self.kinds, 6, -1)).unbind(2))  # 6 x (B, 2, D)
         h = modulate(layer_norm(x), m.shift_attn, m.scale_attn, num_patches)
-        x = x[:, rows]
-        x = x + gate(self.attn(h[:, rows], h, pattern), m.gate_attn, num_patches)
+        queries = h if rows is None else modulate(layer_norm(rows), m.shift_attn, m.scale_attn, num_patches)
+        x = (x if rows is None else rows) + gate(self.attn(queries, h, mask), m.gate_attn, num_patches)
         h = modulate(layer_norm(x), m.shift_mlp, m.scale_mlp, num_patches)
         return x + gate(self.mlp(h), m.gate_mlp, num_patches)
 

@@ -50,15 +50,11 @@ def register_attention(
     shares: list[Tensor] = []
     num_registers = codes.shape[1]
 
-    def pattern(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        patches = q[:, :, : k.shape[2] - num_registers].float()
-        attention = (patches @ k.float().mT * scale).softmax(-1)  # (B, H, N, L)
-        shares.append(attention[..., -num_registers:].mean((0, 1, 2)))
-        return q
-
     def look(module: Any, arguments: tuple[Any, ...], output: Tensor) -> None:
         queries, x, _ = arguments
-        module.forward(queries, x, pattern)
+        q, k = module.queries_and_keys(queries[:, : x.shape[1] - num_registers], x)
+        attention = (q.float() @ k.float().mT * module.scale).softmax(-1)  # (B, H, N, L)
+        shares.append(attention[..., -num_registers:].mean((0, 1, 2)))
 
     hooks = [cast(Any, block).attn.register_forward_hook(look) for block in tok.decoder.blocks]
     try:

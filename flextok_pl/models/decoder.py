@@ -3,16 +3,14 @@
 Shapes: B batch, C channels, h x w latent, N patches, K registers, k kept tokens, m = max k of the batch, D width.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from flextok_pl.layers.attention import AttentionPattern, full_attention
-from flextok_pl.layers.blocks import AdaLNBlock
+from flextok_pl.layers.attention import aligned_registers
+from flextok_pl.layers.blocks import AdaLNBlock, run_block
 from flextok_pl.layers.embeddings import TimeEmbedding, grid_positions, patchify, sincos_position_table, unpatchify
 from flextok_pl.layers.norm import layer_norm
 from flextok_pl.models.config import FlexTokConfig
@@ -48,8 +46,8 @@ class FlowDecoder(nn.Module):
     """Rectified-flow Transformer over noised patches and tokens (FlexTok, section 3.2).
 
     Tokens beyond an image's budget are replaced by one learned vector without position, and attention is
-    full; so all K-k of them are identical at every layer. They are computed ONCE, as a single position whose
-    attention logit as a key is raised by log(K-k): softmax over n equal keys is exp(s + log n). The function
+    full; so all K-k of them are identical at every layer. They are computed ONCE, at the first of their positions,
+    whose attention logit as a key is raised by log(K-k): softmax over n equal keys is exp(s + log n). The function
     and its gradients are those of the full sequence, at N+k+1 positions instead of N+K. A dropped condition
     replaces all K tokens by another vector, and is the same trick with k = 0.
 
@@ -103,16 +101,13 @@ class FlowDecoder(nn.Module):
         grid = patches.shape[1:3]
         patches = (patches + grid_positions(self.patch_posemb, *grid)).flatten(1, 2)  # (B, N, D)
         n = patches.shape[1]
-        x, pattern = self._sequence(patches, codes, num_tokens, null)
+        x, mask = self._sequence(patches, codes, num_tokens, null)
         time = self.time_embed(t)
 
         features = None
         for i, block in enumerate(self.blocks):
-            rows = slice(0, n) if i == len(self.blocks) - 1 else slice(None)
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, time, n, pattern, rows, use_reentrant=False)
-            else:
-                x = block(x, time, n, pattern, rows)
+            rows = x[:, :n] if i == len(self.blocks) - 1 else None
+            x = run_block(block, self.activation_checkpointing, x, time, n, mask, rows)
             if i == self.repa_layer:
                 features = x[:, :n]
         patches = self.head(x, time).unflatten(1, grid)  # (B, H, W, p*p*C)
@@ -120,40 +115,46 @@ class FlowDecoder(nn.Module):
 
     def _sequence(
         self, patches: Tensor, codes: Tensor, num_tokens: Tensor | None, null: Tensor | None
-    ) -> tuple[Tensor, AttentionPattern]:
-        """What the blocks compute for (B, N, D) patches, and who sees whom; the rest as in `forward`."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the blocks compute for (B, N, D) patches, and its mask, (B, L) or None; the rest as in `forward`."""
         if self.layout == "grid":
-            return patches + self.condition_patches(codes, num_tokens, null).to(patches.dtype), full_attention
-        registers, register_bias = self.condition(codes, num_tokens, null)
-        x = torch.cat([patches, registers.to(patches.dtype)], dim=1)  # (B, N+m, D) or (B, N+m+1, D)
-        key_bias = None
-        if register_bias is not None:
-            key_bias = torch.cat([register_bias.new_zeros(len(x), patches.shape[1]), register_bias], dim=1)
-        return x, partial(full_attention, key_bias=key_bias)
+            return patches + self.condition_patches(codes, num_tokens, null).to(patches.dtype), None
+        n = patches.shape[1]
+        registers, counts = self.condition(codes, num_tokens, null, n)
+        x = torch.cat([patches, registers.to(patches.dtype)], dim=1)  # (B, N+m', D)
+        return x, None if counts is None else F.pad(counts, (n, 0), value=1.0).log()
 
-    def condition(self, codes: Tensor, num_tokens: Tensor | None, null: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def condition(
+        self, codes: Tensor, num_tokens: Tensor | None, null: Tensor | None, num_patches: int
+    ) -> tuple[Tensor, Tensor | None]:
         """The register positions of a batch with mixed budgets, the identical ones merged.
 
         Args:
             codes: as in `forward`.
             num_tokens: as in `forward`.
             null: as in `forward`.
+            num_patches: N.
 
         Returns:
-            Register inputs (B, m+1, D), the last one standing for all replaced tokens, and the bias (B, m+1)
-            of their keys; or (B, K, D) and None where all K tokens are kept.
+            Register inputs (B, m', D), and how many registers each stands for, (B, m'): 1 for a kept token, K-k for the
+            first dropped one, 0 for those behind it. m' is min(m+1, K), on a GPU up to 7 more. Or (B, K, D) and None
+            where all K tokens are kept.
         """
         m = codes.shape[1]
-        positions = self.register_posemb[0, 0, :, :m].T  # (m, D)
-        tokens = self.code_embed(codes.to(self.code_embed.weight.dtype)) + positions  # (B, m, D)
-        if num_tokens is None and null is None and m == self.num_registers:
+        whole = num_tokens is None and null is None and m == self.num_registers
+        length = (
+            m
+            if whole
+            else aligned_registers(num_patches, min(m + 1, self.num_registers), self.num_registers, codes.device)
+        )
+        tokens = self.code_embed(F.pad(codes, (0, 0, 0, length - m)).to(self.code_embed.weight.dtype))
+        tokens = tokens + self.register_posemb[0, 0, :, :length].T  # (B, m', D)
+        if whole:
             return tokens, None
         kept, merged = self._replacement(codes, num_tokens, null)
-        visible = torch.arange(m, device=codes.device) < kept[:, None]  # (B, m)
-        bias = torch.where(visible, 0.0, float("-inf"))
-        merged_bias = (self.num_registers - kept).float().log()  # (B,), -inf where all are kept
-        registers = torch.cat([tokens, merged[:, None].to(tokens.dtype)], dim=1)  # (B, m+1, D)
-        return registers, torch.cat([bias, merged_bias[:, None]], dim=1)
+        place = torch.arange(length, device=codes.device) - kept[:, None]  # (B, m')
+        counts = torch.where(place == 0, self.num_registers - kept[:, None], place < 0)
+        return torch.where(place[..., None] < 0, tokens, merged[:, None].to(tokens.dtype)), counts.float()
 
     def condition_patches(self, codes: Tensor, num_tokens: Tensor | None, null: Tensor | None) -> Tensor:
         """What the patches of a grid are given, (B, N, D): token i for patch i, or what replaces it; N is K.

@@ -3,14 +3,11 @@
 Shapes: B batch, C channels, h x w latent, N patches, K registers, k <= K of them, D width.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from flextok_pl.layers.attention import AttentionPattern, full_attention, registers_last_attention
-from flextok_pl.layers.blocks import Block
+from flextok_pl.layers.attention import aligned_registers, registers_last_mask
+from flextok_pl.layers.blocks import Block, run_block
 from flextok_pl.layers.embeddings import grid_positions, patchify, sincos_position_table
 from flextok_pl.layers.norm import layer_norm
 from flextok_pl.models.config import FlexTokConfig
@@ -55,20 +52,19 @@ class RegisterEncoder(nn.Module):
         """
         patches = self.patch_embed(patchify(latents, self.patch_size))  # (B, H, W, D)
         patches = patches + grid_positions(self.patch_posemb, patches.shape[1], patches.shape[2])
-        x, pattern, coded = self._sequence(patches.flatten(1, 2), num_tokens or self.num_registers)
-        for i, block in enumerate(self.blocks):
-            rows = coded if i == len(self.blocks) - 1 else slice(None)
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, pattern, rows, use_reentrant=False)
-            else:
-                x = block(x, pattern, rows)
+        x, mask, coded = self._sequence(patches.flatten(1, 2), num_tokens or self.num_registers)
+        for block in self.blocks[:-1]:
+            x = run_block(block, self.activation_checkpointing, x, mask)
+        mask = None if mask is None else mask[coded]
+        x = run_block(self.blocks[-1], self.activation_checkpointing, x, mask, x[:, coded])
         return self.head(layer_norm(x))  # type: ignore[no-any-return]
 
-    def _sequence(self, patches: Tensor, k: int) -> tuple[Tensor, AttentionPattern, slice]:
+    def _sequence(self, patches: Tensor, k: int) -> tuple[Tensor, Tensor | None, slice]:
         """What the blocks compute for (B, N, D) patches, who sees whom, and the rows of the first k codes."""
         if self.layout == "grid":
-            return patches, full_attention, slice(0, k)
+            return patches, None, slice(0, k)
         n = patches.shape[1]
-        registers = self.registers[: k if self.causal else None]  # (K', D)
-        x = torch.cat([patches, registers.to(patches.dtype).expand(len(patches), -1, -1)], dim=1)  # (B, N+K', D)
-        return x, partial(registers_last_attention, num_patches=n, causal=self.causal), slice(n, n + k)
+        length = aligned_registers(n, k, self.num_registers, patches.device) if self.causal else self.num_registers
+        registers = self.registers[:length].to(patches.dtype).expand(len(patches), -1, -1)  # (B, K', D)
+        mask = registers_last_mask(n, length, self.causal, patches.device)
+        return torch.cat([patches, registers], dim=1), mask, slice(n, n + k)  # (B, N+K', D)

@@ -20,6 +20,7 @@ from torch import Tensor
 from flextok_pl.contracts import Batch, run_folder, weights_hash
 from flextok_pl.cost.flops import tokenizer_flops
 from flextok_pl.interop import save_pretrained
+from flextok_pl.layers.blocks import compile_for_all_lengths
 from flextok_pl.layers.frozen import Frozen
 from flextok_pl.models.config import FlexTokConfig, config_from_dict, config_to_dict
 from flextok_pl.models.decoder import FlowDecoder
@@ -143,8 +144,7 @@ class TokenizerModule(pl.LightningModule):
         for part in (self.tokenizer.encoder, self.tokenizer.decoder):
             part.activation_checkpointing = activation_checkpointing
             if compile_blocks:
-                for block in part.blocks:
-                    block.compile(dynamic=True)
+                compile_for_all_lengths(part.blocks)
         self.train_loss = LossBuckets(net.num_registers)
         self.val_loss = LossBuckets(net.num_registers)
 

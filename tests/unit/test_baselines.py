@@ -20,7 +20,6 @@ from flextok_pl.cost.activations import Numerics
 from flextok_pl.cost.workload import tokenizer_workload
 from flextok_pl.data import ShardDataModule, write_tokens
 from flextok_pl.interop import load_pretrained, save_official, save_pretrained
-from flextok_pl.layers.attention import full_attention
 from flextok_pl.layers.embeddings import patchify, unpatchify
 from flextok_pl.models.adaptive import Quality
 from flextok_pl.models.attention_maps import register_attention
@@ -251,7 +250,7 @@ def test_a_grid_adds_tokens_to_the_patches() -> None:
         x = decoder.patch_embed(patchify(x_t, 2)).flatten(1, 2) + positions + added
         time = decoder.time_embed(torch.full((3,), 0.5))
         for block in decoder.blocks:
-            x = block(x, time, 16, full_attention)
+            x = block(x, time, 16)
         expected = unpatchify(decoder.head(x, time).unflatten(1, (4, 4)), 2)
         torch.testing.assert_close(tok.velocity(x_t, 0.5, tokens, kept, null), expected, rtol=1e-5, atol=1e-5)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from flextok_pl.layers.attention import full_attention, registers_last_attention
+from flextok_pl.layers.attention import aligned_registers, attention, registers_last_mask
 from flextok_pl.layers.blocks import AdaLNBlock, Block, SwiGLU
 from flextok_pl.layers.embeddings import TimeEmbedding, grid_positions, patchify, sincos_position_table, unpatchify
 from flextok_pl.layers.norm import layer_norm
@@ -22,27 +22,26 @@ def qkv(length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("patches", "registers"), [(5, 4), (1, 1), (4, 1), (1, 6)])
-def test_causal_last_mask(patches: int, registers: int) -> None:
+@pytest.mark.parametrize("causal", [True, False])
+def test_registers_last(patches: int, registers: int, causal: bool) -> None:
     q, k, v = qkv(patches + registers)
     visible = torch.zeros(patches + registers, patches + registers, dtype=torch.bool)
     visible[:, :patches] = True
     for i in range(registers):
-        visible[patches + i, patches : patches + i + 1] = True
+        visible[patches + i, patches : patches + (i + 1 if causal else registers)] = True
     reference = dense(q, k, v, 0.3, visible)
-    torch.testing.assert_close(registers_last_attention(q, k, v, 0.3, patches), reference)
-    only_registers = registers_last_attention(q[:, :, patches:], k, v, 0.3, patches)
+    mask = registers_last_mask(patches, registers, causal, q.device)
+    torch.testing.assert_close(attention(q, k, v, 0.3, mask), reference)
+    only_registers = attention(q[:, :, patches:], k, v, 0.3, mask[patches:])
     torch.testing.assert_close(only_registers, reference[:, :, patches:])
 
 
-def test_registers_that_see_each_other() -> None:
-    patches, registers = 5, 4
-    q, k, v = qkv(patches + registers)
-    visible = torch.ones(patches + registers, patches + registers, dtype=torch.bool)
-    visible[:patches, patches:] = False
-    reference = dense(q, k, v, 0.3, visible)
-    torch.testing.assert_close(registers_last_attention(q, k, v, 0.3, patches, causal=False), reference)
-    first_two = registers_last_attention(q[:, :, patches : patches + 2], k, v, 0.3, patches, causal=False)
-    torch.testing.assert_close(first_two, reference[:, :, patches : patches + 2])
+def test_gpus_compute_whole_vectors_of_positions() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    lengths = [aligned_registers(256, needed, 256, gpu) for needed in (1, 8, 9, 250, 256)]
+    assert lengths == [8, 8, 16, 256, 256]
+    assert aligned_registers(60, 1, 64, gpu) == 4 and aligned_registers(60, 62, 64, gpu) == 64
+    assert [aligned_registers(256, needed, 256, cpu) for needed in (1, 8, 9)] == [1, 8, 9]
 
 
 def test_key_bias_of_log_n_counts_n_times() -> None:
@@ -51,18 +50,17 @@ def test_key_bias_of_log_n_counts_n_times() -> None:
     everything = torch.ones(6, 9, dtype=torch.bool)
     reference = dense(q, k[:, :, repeated], v[:, :, repeated], 0.5, everything)
     bias = torch.tensor([0.0, 0, 0, 0, 0, math.log(4)]).expand(2, -1)
-    torch.testing.assert_close(full_attention(q, k, v, 0.5, bias), reference)
+    torch.testing.assert_close(attention(q, k, v, 0.5, bias), reference)
 
 
 def test_blocks_compute_only_the_rows_asked_for() -> None:
     generator = torch.Generator().manual_seed(0)
     x, time = torch.randn(2, 7, 16, generator=generator), torch.randn(2, 16, generator=generator)
     plain, conditioned = Block(16, 8, 4.0), AdaLNBlock(16, 8, 4.0)
-    whole = plain(x, full_attention)
-    torch.testing.assert_close(plain(x, full_attention, slice(3, None)), whole[:, 3:])
-    whole = conditioned(x, time, 3, full_attention)
-    torch.testing.assert_close(conditioned(x, time, 3, full_attention, slice(0, 3)), whole[:, :3])
-    torch.testing.assert_close(conditioned(x, time, 3, full_attention, slice(0, 5)), whole[:, :5])
+    torch.testing.assert_close(plain(x, None, x[:, 3:]), plain(x)[:, 3:])
+    whole = conditioned(x, time, 3)
+    torch.testing.assert_close(conditioned(x, time, 3, None, x[:, :3]), whole[:, :3])
+    torch.testing.assert_close(conditioned(x, time, 3, None, x[:, :5]), whole[:, :5])
 
 
 def test_modulation_is_separate_and_normalised() -> None:
@@ -77,7 +75,7 @@ def test_modulation_is_separate_and_normalised() -> None:
     linear.bias.data.copy_(parts.flatten())
     x = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(0))
     expected = torch.cat([layer_norm(x[:, :3]) * 2 + 0.5, layer_norm(x[:, 3:]) * 3 - 0.5], dim=1)
-    torch.testing.assert_close(block(x, torch.zeros(1, 16), 3, full_attention), x + block.mlp(expected))
+    torch.testing.assert_close(block(x, torch.zeros(1, 16), 3), x + block.mlp(expected))
 
 
 @pytest.mark.parametrize(("width", "hidden"), [(768, 2048), (1152, 3072), (1792, 4778), (128, 341), (160, 426)])

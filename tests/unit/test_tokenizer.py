@@ -4,13 +4,11 @@ Shapes: B batch, C channels, h x w latent, N patches, K registers, D width.
 """
 
 import dataclasses
-from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from flextok_pl.layers.attention import full_attention
 from flextok_pl.layers.embeddings import grid_positions, patchify, unpatchify
 from flextok_pl.models.config import FlexTokConfig, VAEConfig, config_from_dict, config_to_dict
 from flextok_pl.models.objective import TrainingDraws, flow_loss, sample_draws
@@ -63,7 +61,7 @@ def naive_velocity(tokenizer: FlexTok, x_t: Tensor, t: Tensor, codes: Tensor, ke
     registers = torch.where(null[:, None, None], decoder.null_token, registers)
     x, n, time = torch.cat([patches, registers], 1), patches.shape[1], decoder.time_embed(t)
     for block in decoder.blocks:
-        x = block(x, time, n, partial(full_attention))
+        x = block(x, time, n)
     return unpatchify(decoder.head(x[:, :n], time).unflatten(1, grid), 2)
 
 

@@ -1,0 +1,213 @@
+"""Speed and memory against the published implementation (apple/ml-flextok, the package `flextok`).
+
+Both sides hold the same random weights: `save_official` writes ours, and the published loader reads them. A preset with
+another autoencoder gets the published kind. First both are compared, in float32 and on the same noise; then they take
+turns at
+
+- `tokenize`: images to tokens, the autoencoder included;
+- `detokenize`: tokens to images at several budgets, with Euler steps and adaptive projected guidance at 7.5 as
+  published, the autoencoder included;
+- `train`: forward and backward pass on latents, without an optimizer. Both draw budgets, null conditions and times by
+  the preset's laws. `memory_gib` is the most that a step allocates: activations and gradients (CUDA only).
+
+TF32 is off; precision, that of the autoencoder too, and activation checkpointing are the same on both sides. The
+published attention is a compiled FlexAttention, or SDPA with materialised masks (`--official-attention sdpa`).
+FlexAttention compiles anew for every shape and mask: that falls into the round that warms up, and dynamo's limit is
+raised so that it never falls back to eager. With `--compile` ours, whose shapes follow the budgets, takes the steps of
+the measurement once before it.
+
+    git clone https://github.com/apple/ml-flextok && pip install -e ml-flextok
+    python benchmarks/official.py --dtype bfloat16 --json benchmarks/results/official_cuda.json
+"""
+
+import argparse
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from report import median_seconds, peak_gib, write_results
+from torch import Tensor, nn
+
+from flextok_pl.interop import save_official
+from flextok_pl.layers.blocks import compile_for_all_lengths
+from flextok_pl.models.config import FlexTokConfig, VAEConfig
+from flextok_pl.models.objective import flow_loss, sample_draws
+from flextok_pl.models.tokenizer import FlexTok
+
+PARTS = ("tokenize", "detokenize", "train")
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--preset", default="d12_d12")
+parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+parser.add_argument("--batch-size", type=int, default=16)
+parser.add_argument("--repeats", type=int, default=3)
+parser.add_argument("--budgets", type=int, nargs="+", default=[1, 16, 64, 256])
+parser.add_argument("--steps", type=int, default=20, help="Euler steps of a decoding")
+parser.add_argument("--budget-groups", type=int, nargs="+", default=[1, 4])
+parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="autocast to this type")
+parser.add_argument("--compile", action="store_true", help="torch.compile every block of ours for training")
+parser.add_argument("--checkpointing", action="store_true", help="recompute activations, on both sides")
+parser.add_argument("--official-attention", choices=["flex", "sdpa"], help="default: flex on CUDA, sdpa on a CPU")
+parser.add_argument("--json", default=None, help="file to write the results to")
+
+
+def our_tokenizer(preset: str) -> FlexTok:
+    """Random weights, also where training starts at zero."""
+    config = FlexTokConfig.preset(preset)
+    vae = VAEConfig(latent_channels=config.latent_channels)  # the architecture that the published package builds
+    torch.manual_seed(0)
+    tokenizer = FlexTok(dataclasses.replace(config, vae=vae)).eval()
+    for parameter in tokenizer.decoder.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return tokenizer
+
+
+def official_twin(tokenizer: FlexTok, attention: str, checkpointing: bool) -> Any:
+    """The published model with the weights of ours."""
+    try:
+        from flextok.utils.checkpoint import load_safetensors
+        from hydra.utils import instantiate
+    except ImportError as error:
+        raise SystemExit(
+            f"{error}: this benchmark needs the published package; run `git clone https://github.com/apple/ml-flextok` "
+            "and `pip install -e ml-flextok`"
+        ) from error
+    with tempfile.TemporaryDirectory() as folder:
+        tensors, config = load_safetensors(save_official(tokenizer, Path(folder) / "model.safetensors"))
+    for side, trunk in (("encoder", "enc_transformer"), ("decoder", "dec_transformer")):
+        config[side]["module_dict"][trunk]["use_act_checkpoint"] = checkpointing
+    official = instantiate(config)
+    official.load_state_dict(tensors)
+    for module in official.modules() if attention == "sdpa" else ():
+        module.use_flex_attention, module.return_materialized_mask = False, True  # read by attention and packers
+    return official.eval()
+
+
+@torch.no_grad()
+def official_tokens(official: Any, images: Tensor) -> Tensor:
+    return torch.cat(official.tokenize(images))
+
+
+def our_images(tokenizer: FlexTok, tokens: Tensor, steps: int) -> Tensor:
+    generator = torch.Generator(tokens.device).manual_seed(0)
+    return tokenizer.detokenize(tokens, None, steps, "apg", 7.5, generator)
+
+
+@torch.no_grad()
+def official_images(official: Any, tokens: Tensor, steps: int, side: int) -> Tensor:
+    generator = torch.Generator(tokens.device).manual_seed(0)
+    recipe = {"guidance_scale": 7.5, "perform_norm_guidance": True, "verbose": False}
+    return official.detokenize(list(tokens.split(1)), side, timesteps=steps, generator=generator, **recipe)
+
+
+def our_loss(tokenizer: FlexTok, latents: Tensor, groups: int, generator: torch.Generator) -> Tensor:
+    draws = sample_draws(tokenizer.config, latents, generator)
+    return flow_loss(tokenizer, latents, draws, budget_groups=groups).loss.mean()
+
+
+def official_loss(official: Any, latents: Tensor) -> Tensor:
+    noise = official.flow_matching_noise_module
+    batch = {noise.clean_images_read_key: list(latents.split(1))}
+    for part in (official.encoder, official.regularizer, noise, official.decoder):
+        batch = part(batch)
+    velocity = torch.cat(batch[official.pipeline.reconst_write_key])
+    return (velocity.float() - (torch.cat(batch[noise.noise_write_key]) - latents)).square().mean()
+
+
+def compare(tokenizer: FlexTok, official: Any, images: Tensor) -> dict[str, float]:
+    """How far both agree: on all tokens, and on images decoded from the same tokens in two steps."""
+    tokens, theirs = tokenizer.tokenize(images), official_tokens(official, images)
+    kept = tokens[:, : tokenizer.num_registers // 4]
+    decoded = our_images(tokenizer, kept, 2)
+    difference = (decoded - official_images(official, kept, 2, tokenizer.latent_size[0])).abs().max().item()
+    agreement = {
+        "share_of_equal_tokens": (tokens == theirs).double().mean().item(),
+        "distinct_tokens": len(tokens.unique()),
+        "largest_image_difference": difference,
+        "largest_image_value": decoded.abs().max().item(),
+    }
+    if agreement["share_of_equal_tokens"] < 0.95 or not difference < 0.01 * agreement["largest_image_value"]:
+        raise SystemExit(f"the two implementations do not compute the same: {agreement}")
+    return agreement
+
+
+def allocated_gib(call: Callable[[], object]) -> float:
+    """The most that a call allocates beside what is there."""
+    torch.cuda.reset_peak_memory_stats()
+    before = peak_gib("cuda")
+    call()
+    return peak_gib("cuda") - before
+
+
+def main() -> None:
+    options = parser.parse_args()
+    device, batch = options.device, options.batch_size
+    options.official_attention = options.official_attention or ("flex" if device.startswith("cuda") else "sdpa")
+    torch.backends.cudnn.allow_tf32 = False  # of matrix products it is off by default
+    torch._dynamo.config.recompile_limit = 64
+    tokenizer = our_tokenizer(options.preset)
+    official = official_twin(tokenizer, options.official_attention, options.checkpointing).to(device)
+    tokenizer.to(device)
+    side, registers, generator = tokenizer.latent_size[0], tokenizer.num_registers, torch.Generator().manual_seed(0)
+    images = torch.rand(batch, 3, *[side * official.downsample_factor] * 2, generator=generator).to(device) * 2 - 1
+    tokens = torch.randint(tokenizer.config.vocab_size, (batch, registers), generator=generator).to(device)
+    latents = torch.randn(batch, tokenizer.config.latent_channels, side, side, generator=generator).to(device)
+    results: dict[str, Any] = {"agreement_in_float32": compare(tokenizer, official, images)}
+    official.vae.dtype_override = getattr(torch, options.dtype)
+
+    def cast(call: Callable[..., Any], *arguments: Any) -> Any:
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+            return call(*arguments)
+
+    def step(model: nn.Module, loss: Callable[..., Any], *arguments: Any) -> None:
+        cast(loss, model, *arguments).backward()
+        model.zero_grad()
+
+    def race(part: str, pairs: Mapping[str, tuple[Callable[[], object], Callable[[], object]]]) -> None:
+        """Time ours against the official of each pair."""
+        sides = ("ours", "official")
+        calls = {f"{name} {who}": call for name, pair in pairs.items() for who, call in zip(sides, pair, strict=True)}
+        times = median_seconds(calls, options.repeats, device)
+        results[part] = {}
+        for name in pairs:
+            seconds = {who: times[f"{name} {who}"] for who in sides}
+            row = {"seconds": seconds, "images_per_second": {who: batch / time for who, time in seconds.items()}}
+            if part == "train" and device.startswith("cuda"):
+                row["memory_gib"] = {who: allocated_gib(calls[f"{name} {who}"]) for who in sides}
+            results[part][name] = {**row, "speedup_over_official": seconds["official"] / seconds["ours"]}
+        print(part, results[part], flush=True)
+
+    if "tokenize" in options.parts:
+        pair = partial(cast, tokenizer.tokenize, images), partial(cast, official_tokens, official, images)
+        race("tokenize", {f"k={registers}": pair})
+    if "detokenize" in options.parts:
+        pairs = {}
+        for k in sorted({min(budget, registers) for budget in options.budgets}):
+            ours = partial(cast, our_images, tokenizer, tokens[:, :k], options.steps)
+            pairs[f"k={k}"] = ours, partial(cast, official_images, official, tokens[:, :k], options.steps, side)
+        race("detokenize", pairs)
+    if "train" in options.parts:
+        for part in (tokenizer.train().encoder, tokenizer.decoder):
+            part.activation_checkpointing = options.checkpointing
+            if options.compile:
+                compile_for_all_lengths(part.blocks)
+        theirs, pairs = partial(step, official.train(), official_loss, latents), {}
+        for groups in options.budget_groups:
+            law = torch.Generator().manual_seed(1)
+            ours = partial(step, tokenizer, our_loss, latents, groups, law)
+            for _ in range(options.repeats + 2 if options.compile else 0):
+                ours()
+            law.manual_seed(1)  # the same budgets for every setting
+            pairs[f"budget_groups={groups}"] = ours, theirs
+        race("train", pairs)
+    write_results("official", vars(options), results, options.json)
+
+
+if __name__ == "__main__":
+    main()
