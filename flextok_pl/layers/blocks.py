@@ -22,7 +22,7 @@ def run_block(block: nn.Module, checkpointing: bool, *arguments: Tensor | int | 
 
 
 def compile_for_all_lengths(blocks: nn.ModuleList) -> None:
-    """`torch.compile` each block in place, once for all lengths: they change with the budgets, and as a prior samples."""
+    """`torch.compile` each block in place, once for all lengths: budgets change them, and a growing cache."""
     for block in blocks:
         block.compile(dynamic=True)
 

@@ -118,14 +118,14 @@ def flow_loss(
     x_t = interpolate(latents, draws.noise, draws.t)
     kept = draws.num_tokens.masked_fill(draws.null, 0)
     order = kept.argsort(stable=True)
+    longest = [max(int(kept[rows].max()), 1) for rows in order.chunk(budget_groups)]
+    # All that a GPU needs goes there before its work begins: a copy in between would wait for the end of a pass.
+    order, kept, null = (values.to(latents.device) for values in (order, kept, draws.null))
     passes = []
-    for rows in order.chunk(budget_groups):
-        longest = max(int(kept[rows].max()), 1)
-        at = rows.to(latents.device)
-        codes = tokenizer.quantizer(tokenizer.encode(source[at], longest))
-        budgets, null = kept[rows].to(latents.device), draws.null[rows].to(latents.device)
-        passes.append(tokenizer.decoder(x_t[at], draws.t[at], codes, budgets, null))
-    inverse = order.argsort().to(latents.device)
+    for rows, length in zip(order.chunk(budget_groups), longest, strict=True):
+        codes = tokenizer.quantizer(tokenizer.encode(source[rows], length))
+        passes.append(tokenizer.decoder(x_t[rows], draws.t[rows], codes, kept[rows], null[rows]))
+    inverse = order.argsort()
     velocity = torch.cat([p.velocity for p in passes])[inverse]
     features = [p.patch_features for p in passes if p.patch_features is not None]
     loss = velocity_loss(velocity, velocity_target(latents, draws.noise))
