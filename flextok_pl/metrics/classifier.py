@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flextok_pl.contracts import weights_hash
+from flextok_pl.metrics.full_precision import full_precision
 
 
 class Classifier(Protocol):
@@ -149,7 +150,7 @@ class LinearProbe:
 class TimmClassifier:
     """A model of timm with its own preprocessing; its classes are in ImageNet's order if it was trained on that.
 
-    The model moves to where the images are, and runs in full precision whatever the caller's autocast.
+    The model moves to where the images are, and runs in full precision whatever the caller has set.
 
     Args:
         name: as `timm.list_models()` has it, with or without a tag.
@@ -185,6 +186,6 @@ class TimmClassifier:
 
     def probabilities(self, images: Tensor, features: Tensor) -> Tensor:
         """(B, C) float32 on the images' device; the features are not looked at."""
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        with full_precision(images.device.type):
             logits: Tensor = self.network.to(images.device)(self._preprocess(images.float() / 255))
         return logits.softmax(1)

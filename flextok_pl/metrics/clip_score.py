@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from flextok_pl.contracts import weights_hash
+from flextok_pl.metrics.full_precision import full_precision
 
 
 class CLIPScore:
@@ -49,7 +49,7 @@ class CLIPScore:
             truncation=True,
             max_length=length,
         ).to(images.device)
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        with full_precision(images.device.type):
             outputs = self.network.to(images.device)(**inputs)
         cosine: Tensor = (outputs.image_embeds * outputs.text_embeds).sum(1)  # the model has normalised both
         return 100 * cosine.cpu().double()
