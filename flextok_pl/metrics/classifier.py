@@ -169,7 +169,8 @@ class TimmClassifier:
             )
         if weights is not None and not Path(weights).is_file():
             raise ValueError(f"weights={str(weights)!r} is not a file; give the classifier's weights, or leave it out")
-        source = None if weights is None else {"file": str(weights)}
+        # A state dict, even where timm's own file is NumPy's.
+        source = None if weights is None else {"file": str(weights), "custom_load": False}
         try:
             network = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source)
         except (URLError, OSError, RuntimeError, pickle.UnpicklingError) as error:

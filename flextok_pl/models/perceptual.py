@@ -99,7 +99,8 @@ class _TimmFeatures(nn.Module):
         super().__init__()
         import timm
 
-        overlay = None if weights_path is None else {"file": weights_path}
+        # A state dict, even where timm's own file is NumPy's.
+        overlay = None if weights_path is None else {"file": weights_path, "custom_load": False}
         try:
             self.network = timm.create_model(name, pretrained=True, features_only=True, pretrained_cfg_overlay=overlay)
         except Exception as error:  # timm, the Hub and the network each have their own kinds

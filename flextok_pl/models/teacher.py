@@ -136,6 +136,8 @@ def _timm_vit(
 ) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...], int]:
     import timm
 
+    # The file is a state dict, even where timm's own one is NumPy's; timm before 1.0.31 has to be told.
+    overlay = None if weights_path is None else {"file": weights_path, "custom_load": False}
     try:
         patch = int(timm.create_model(name, pretrained=False).patch_embed.patch_size[0])
         network = timm.create_model(
@@ -143,7 +145,7 @@ def _timm_vit(
             pretrained=pretrained,
             num_classes=0,
             img_size=image_size or 16 * patch,
-            pretrained_cfg_overlay=None if weights_path is None else {"file": weights_path},
+            pretrained_cfg_overlay=overlay,
         )
     except Exception as error:  # timm, the Hub and the network each have their own kinds
         raise ValueError(
