@@ -112,9 +112,12 @@ tensorboard: $(READY)  ## show the runs
 	$(BIN)/tensorboard --logdir runs
 
 ##@ Develop
-.PHONY: test test-faults test-slurm test-agreement lint bench bench-width clean
+.PHONY: test test-gpu test-faults test-slurm test-agreement lint bench bench-width clean
 test: $(READY)  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: $(READY)  ## run the tests that need a GPU; all others run on the CPU
+	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 test-faults: $(READY)  ## run the fault tests, and those of twenty random kills
 	$(BIN)/python -m pytest -m "long or not long" tests/faults $(ARGS)

@@ -1,7 +1,4 @@
-"""What differs on a GPU: half precision, compiled blocks, other attention kernels. Skipped where there is none.
-
-The other tests use a GPU, too, where there is one: experiments have `accelerator: auto`.
-"""
+"""What differs on a GPU: half precision, compiled blocks, other attention kernels."""
 
 from pathlib import Path
 
