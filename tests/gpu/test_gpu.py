@@ -1,5 +1,7 @@
 """What differs on a GPU: half precision, compiled blocks, other attention kernels."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,9 +60,8 @@ def test_half_precision_and_compilation_change_little(experiment: str, image_sha
         assert found == pytest.approx(plain, rel=0.02), options
 
 
+@pytest.mark.usefixtures("no_tf32")
 def test_evaluation_equals_that_of_a_cpu(image_shards: Path, tmp_path: Path) -> None:
-    import json
-
     tables = []
     for accelerator in ("cpu", "gpu"):
         folder = tmp_path / accelerator
@@ -70,9 +71,10 @@ def test_evaluation_equals_that_of_a_cpu(image_shards: Path, tmp_path: Path) -> 
         main(["test", *config, *data, *small, f"--trainer.logger.init_args.save_dir={folder}"])
         tables.append(json.loads(next(folder.glob("**/rfid.json")).read_text()))
     for on_cpu, on_gpu in zip(*tables, strict=True):
-        assert on_gpu["value"] == pytest.approx(on_cpu["value"], rel=1e-3, abs=1e-4), on_cpu["name"]
+        assert on_gpu["value"] == pytest.approx(on_cpu["value"], rel=1e-3, abs=1e-4), on_cpu["metric"]
 
 
+@pytest.mark.usefixtures("no_tf32")
 def test_tokens_and_pictures_equal_those_of_a_cpu(image_shards: Path) -> None:
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     made: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -93,10 +95,7 @@ def test_tokens_and_pictures_equal_those_of_a_cpu(image_shards: Path) -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_half_precision_keeps_the_merged_register(compiled: bool) -> None:
     """Loss and gradients of published blocks under autocast, beside those in float32."""
-    config = FlexTokConfig.preset("d12_d12")
-    from dataclasses import replace
-
-    config = replace(config, vae=None, encoder_depth=2, decoder_depth=2)
+    config = replace(FlexTokConfig.preset("d12_d12"), vae=None, encoder_depth=2, decoder_depth=2)
     torch.manual_seed(0)
     tokenizer = FlexTok(config).cuda()
     for parameter in tokenizer.parameters():
