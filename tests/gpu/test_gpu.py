@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flextok_pl.assets import DEMO_PRIOR, DEMO_TOKENIZER
 from flextok_pl.cli import main
+from flextok_pl.layers.blocks import compile_for_all_lengths
 from flextok_pl.models.config import FlexTokConfig
 from flextok_pl.models.objective import TrainingDraws, flow_loss, sample_draws
 from flextok_pl.models.prior import Prior
@@ -112,8 +113,8 @@ def test_half_precision_keeps_the_merged_register(compiled: bool) -> None:
 
     loss, gradients = step()
     if compiled:
-        for block in [*tokenizer.encoder.blocks, *tokenizer.decoder.blocks]:
-            block.compile(dynamic=True)
+        for part in (tokenizer.encoder, tokenizer.decoder):
+            compile_for_all_lengths(part.blocks)
     with torch.autocast("cuda", torch.bfloat16):
         half_loss, half = step()
     assert half_loss == pytest.approx(loss, rel=2e-3)
