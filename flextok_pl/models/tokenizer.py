@@ -268,6 +268,7 @@ class FlexTok(nn.Module):
             codes, num_tokens = codes[:, : min(num_tokens, length)], None
         elif num_tokens is not None:
             num_tokens = num_tokens.to(codes.device)
+        null = None if null is None else null.to(codes.device)
         t = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).expand(len(x_t))
         return self.decoder(x_t, t, codes, num_tokens, null)  # type: ignore[no-any-return]
 
