@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flextok_pl.layers.attention import aligned_registers
 from flextok_pl.layers.embeddings import grid_positions, patchify, unpatchify
 from flextok_pl.models.config import FlexTokConfig, VAEConfig, config_from_dict, config_to_dict
 from flextok_pl.models.objective import TrainingDraws, flow_loss, sample_draws
@@ -107,6 +108,34 @@ def test_decoder_sequence_follows_the_budget(tokenizer: FlexTok) -> None:
     hook.remove()
     patches = 4 * 6
     assert lengths == [patches + 12, patches + 3 + 1, patches + 4 + 1, patches + 1]  # the last is unconditional
+
+
+def test_the_lengths_of_a_gpu_change_nothing(
+    tokenizer: FlexTok, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It computes up to seven positions more, which nothing sees."""
+    x_t, t = torch.randn(3, 12, 8, 12, generator=torch.Generator().manual_seed(0)), torch.tensor([200.0, 500.0, 1000.0])
+    kept, null = torch.tensor([1, 3, 2]), torch.tensor([False, False, True])
+
+    def outputs() -> list[Tensor]:
+        tokens = tokenizer.tokenize(images, 3)
+        tokenizer.zero_grad()
+        velocity = tokenizer.velocity(x_t, t, tokens, kept, null)
+        velocity.square().sum().backward()
+        gradients = [p.grad for p in tokenizer.decoder.parameters() if p.grad is not None]
+        return [tokens, velocity.detach(), tokenizer.velocity(x_t, t, tokens, 2).detach(), *gradients]
+
+    expected, lengths = outputs(), []
+    for part in ("encoder", "decoder"):
+        monkeypatch.setattr(
+            f"flextok_pl.models.{part}.aligned_registers",
+            lambda patches, needed, limit, _: (
+                lengths.append(needed) or aligned_registers(patches, needed, limit, torch.device("cuda"))
+            ),
+        )
+    for found, same in zip(outputs(), expected, strict=True):
+        torch.testing.assert_close(found, same, rtol=1e-4, atol=1e-4 * same.abs().max().item())
+    assert lengths == [3, 4, 3], "encoder, and decoder with two sets of budgets; it computes 8"
 
 
 def test_first_codes_do_not_need_later_registers(tokenizer: FlexTok, images: Tensor) -> None:
