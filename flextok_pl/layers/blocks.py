@@ -14,7 +14,7 @@ from flextok_pl.layers.attention import Attention
 from flextok_pl.layers.norm import layer_norm
 
 
-def run_block(block: nn.Module, checkpointing: bool, *arguments: Tensor | int | None) -> Tensor:
+def run_block(block: nn.Module, checkpointing: bool, *arguments: object) -> Tensor:
     """`block(*arguments)`; with `checkpointing` the backward pass computes it again instead of keeping activations."""
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *arguments, use_reentrant=False)  # type: ignore[no-any-return]
@@ -51,7 +51,8 @@ class Block(nn.Module):
     """Pre-norm block: x + attention, then x + MLP.
 
     With `rows`, those of `x` that a caller needs, keys and values are of the whole sequence, but queries, projections
-    and the MLP are computed for these rows only.
+    and the MLP are computed for these rows only. They are given, not a slice: the compiler fails on bounds that change
+    (torch 2.11, on a GPU).
     """
 
     def __init__(self, width: int, head_dim: int, mlp_ratio: float) -> None:

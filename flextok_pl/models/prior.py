@@ -16,9 +16,9 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from flextok_pl.contracts import PositionScale, check_sampling
+from flextok_pl.layers.blocks import run_block
 from flextok_pl.layers.causal import NORM_EPS, CausalBlock, KeyValueCache, TextMemory
 from flextok_pl.models.config import PriorConfig
 from flextok_pl.models.sampling import sample_tokens, scale_at_positions
@@ -277,12 +277,8 @@ class Prior(nn.Module):
     def _run(self, x: Tensor, memories: list[TextMemory | None], caches: list[KeyValueCache] | None = None) -> Tensor:
         """All blocks and the last norm: (R, L, D) -> (R, L, D)."""
         for i, (block, memory) in enumerate(zip(self.blocks, memories, strict=True)):
-            if caches is not None:
-                x = block(x, memory, caches[i])
-            elif self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, memory, use_reentrant=False)
-            else:
-                x = block(x, memory)
+            cache = None if caches is None else caches[i]
+            x = run_block(block, self.activation_checkpointing, x, memory, cache)
         return self.norm(x)  # type: ignore[no-any-return]
 
     def _check_tokens(self, tokens: Tensor, name: str, least: int) -> None:
