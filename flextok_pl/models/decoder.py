@@ -140,20 +140,16 @@ class FlowDecoder(nn.Module):
             first dropped one, 0 for those behind it. m' is min(m+1, K), on a GPU up to 7 more. Or (B, K, D) and None
             where all K tokens are kept.
         """
-        m = codes.shape[1]
-        whole = num_tokens is None and null is None and m == self.num_registers
-        length = (
-            m
-            if whole
-            else aligned_registers(num_patches, min(m + 1, self.num_registers), self.num_registers, codes.device)
-        )
+        m, total = codes.shape[1], self.num_registers
+        whole = num_tokens is None and null is None and m == total
+        length = m if whole else aligned_registers(num_patches, min(m + 1, total), total, codes.device)
         tokens = self.code_embed(F.pad(codes, (0, 0, 0, length - m)).to(self.code_embed.weight.dtype))
         tokens = tokens + self.register_posemb[0, 0, :, :length].T  # (B, m', D)
         if whole:
             return tokens, None
         kept, merged = self._replacement(codes, num_tokens, null)
         place = torch.arange(length, device=codes.device) - kept[:, None]  # (B, m')
-        counts = torch.where(place == 0, self.num_registers - kept[:, None], place < 0)
+        counts = torch.where(place == 0, total - kept[:, None], place < 0)
         return torch.where(place[..., None] < 0, tokens, merged[:, None].to(tokens.dtype)), counts.float()
 
     def condition_patches(self, codes: Tensor, num_tokens: Tensor | None, null: Tensor | None) -> Tensor:
