@@ -16,8 +16,8 @@ FlexAttention compiles anew for every shape and mask: that falls into the round 
 raised so that it never falls back to eager. With `--compile` ours, whose shapes follow the budgets, takes the steps of
 the measurement once before it.
 
-    git clone https://github.com/apple/ml-flextok && pip install -e ml-flextok
-    python benchmarks/official.py --dtype bfloat16 --json benchmarks/results/official_cuda.json
+    git clone https://github.com/apple/ml-flextok && git -C ml-flextok checkout 87d00cc && pip install -e ml-flextok
+    python benchmarks/official.py --batch-size 2 --steps 4 --repeats 2 --json benchmarks/results/official_cpu.json
 """
 
 import argparse

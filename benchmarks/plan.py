@@ -21,7 +21,6 @@ from flextok_pl.cost.machines import machine
 from flextok_pl.cost.meta import PeakMemory, SavedMemory
 from flextok_pl.cost.plan import Setup, memory
 from flextok_pl.cost.workload import Workload, prior_workload, tokenizer_workload
-from flextok_pl.layers.blocks import compile_for_all_lengths
 from flextok_pl.models.config import FlexTokConfig, PriorConfig
 from flextok_pl.models.objective import flow_loss, sample_draws
 from flextok_pl.models.prior import Prior
@@ -101,8 +100,8 @@ def measure(setting: str, device: str) -> dict[str, float]:
     made = make(preset, batch, checkpointing, part, numerics, device)
     workload, model, loss_of = made
     if kept == "compiled":
-        for blocks in (module for name, module in model.named_modules() if name.split(".")[-1] == "blocks"):
-            compile_for_all_lengths(blocks)
+        for block in (module for name, module in model.named_modules() if name.split(".")[-2:-1] == ["blocks"]):
+            block.compile(dynamic=True if make is tokenizer else None)  # as the modules do
     optimizer = take_steps(model, loss_of, STEPS, half, device)
     resident = peak_gib(device) - before
     optimizer.zero_grad()

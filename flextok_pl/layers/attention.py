@@ -52,9 +52,10 @@ def registers_last_mask(num_patches: int, num_registers: int, causal: bool, devi
 def aligned_registers(num_patches: int, needed: int, limit: int, device: torch.device) -> int:
     """How many registers to compute where `needed` are: with the patches a multiple of 8 positions on a GPU.
 
-    Its attention reads masks in vectors of 8 numbers; between them it takes up to twice as long.
+    Its attention reads masks in vectors of 8 numbers; at other lengths it takes up to 1.7 times as long: see
+    docs/scaling.md.
     """
-    return needed if device.type == "cpu" else min(needed + -(num_patches + needed) % 8, limit)
+    return min(needed + -(num_patches + needed) % 8, limit) if device.type == "cuda" else needed
 
 
 class Attention(nn.Module):

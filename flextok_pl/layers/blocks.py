@@ -22,7 +22,7 @@ def run_block(block: nn.Module, checkpointing: bool, *arguments: object) -> Tens
 
 
 def compile_for_all_lengths(blocks: nn.ModuleList) -> None:
-    """`torch.compile` each block in place, once for all lengths: budgets change them, and a growing cache."""
+    """`torch.compile` each block in place, once for all lengths, which change with the budgets."""
     for block in blocks:
         block.compile(dynamic=True)
 
@@ -51,8 +51,8 @@ class Block(nn.Module):
     """Pre-norm block: x + attention, then x + MLP.
 
     With `rows`, those of `x` that a caller needs, keys and values are of the whole sequence, but queries, projections
-    and the MLP are computed for these rows only. They are given, not a slice: the compiler fails on bounds that change
-    (torch 2.11, on a GPU).
+    and the MLP are computed for these rows only. They are given, not as a slice: on a GPU Inductor fails on changing
+    bounds, in its analysis of memory coalescing (torch 2.11).
     """
 
     def __init__(self, width: int, head_dim: int, mlp_ratio: float) -> None:

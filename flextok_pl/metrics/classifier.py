@@ -169,7 +169,7 @@ class TimmClassifier:
             )
         if weights is not None and not Path(weights).is_file():
             raise ValueError(f"weights={str(weights)!r} is not a file; give the classifier's weights, or leave it out")
-        # A state dict, even where timm's own file is NumPy's.
+        # A state dict, even where timm's own file is NumPy's; timm before 1.0.31 has to be told.
         source = None if weights is None else {"file": str(weights), "custom_load": False}
         try:
             network = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source)

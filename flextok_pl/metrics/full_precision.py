@@ -22,6 +22,9 @@ _SETTINGS = (
 def full_precision(device_type: str) -> Iterator[None]:
     """No gradients, and float32 throughout: neither autocast nor TF32 nor bfloat16, whatever the caller has set.
 
+    The settings are those of the process, all threads included. Afterwards they have the values that they had, set
+    explicitly: a later `torch.backends.fp32_precision`, which they may have followed before, no longer reaches them.
+
     Args:
         device_type: where the network is, such as `cuda`.
     """

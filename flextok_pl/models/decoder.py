@@ -1,6 +1,7 @@
 """The flow decoder: noised latents and tokens in, velocity out.
 
-Shapes: B batch, C channels, h x w latent, N patches, K registers, k kept tokens, m = max k of the batch, D width.
+Shapes: B batch, C channels, h x w latent, N patches, K registers, k kept tokens, m = max k of the batch, m' computed
+registers, D width.
 """
 
 from typing import NamedTuple

@@ -53,10 +53,11 @@ class RegisterEncoder(nn.Module):
         patches = self.patch_embed(patchify(latents, self.patch_size))  # (B, H, W, D)
         patches = patches + grid_positions(self.patch_posemb, patches.shape[1], patches.shape[2])
         x, mask, coded = self._sequence(patches.flatten(1, 2), num_tokens or self.num_registers)
-        for block in self.blocks[:-1]:
-            x = run_block(block, self.activation_checkpointing, x, mask)
-        mask = None if mask is None else mask[coded]
-        x = run_block(self.blocks[-1], self.activation_checkpointing, x, mask, x[:, coded])
+        for i, block in enumerate(self.blocks):
+            rows = None
+            if i == len(self.blocks) - 1:
+                rows, mask = x[:, coded], None if mask is None else mask[coded]
+            x = run_block(block, self.activation_checkpointing, x, mask, rows)
         return self.head(layer_norm(x))  # type: ignore[no-any-return]
 
     def _sequence(self, patches: Tensor, k: int) -> tuple[Tensor, Tensor | None, slice]:

@@ -112,14 +112,14 @@ def flow_loss(
         draws: noise, times and budgets.
         condition_latents: latents to encode instead of `latents`, for measuring what tokens contribute.
         budget_groups: number of parts the batch is sorted into by budget. Registers that no image of a part
-            keeps are not computed, so more parts cost less; the result does not depend on it.
+            keeps are not computed, so more parts compute less; the result does not depend on it.
     """
     source = latents if condition_latents is None else condition_latents
     x_t = interpolate(latents, draws.noise, draws.t)
     kept = draws.num_tokens.masked_fill(draws.null, 0)
     order = kept.argsort(stable=True)
     longest = [max(int(kept[rows].max()), 1) for rows in order.chunk(budget_groups)]
-    # All that a GPU needs goes there before its work begins: a copy in between would wait for the end of a pass.
+    # All that a GPU needs goes there before the passes: a copy between them would wait for the end of the last.
     order, kept, null = (values.to(latents.device) for values in (order, kept, draws.null))
     passes = []
     for rows, length in zip(order.chunk(budget_groups), longest, strict=True):

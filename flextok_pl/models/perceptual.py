@@ -99,7 +99,7 @@ class _TimmFeatures(nn.Module):
         super().__init__()
         import timm
 
-        # A state dict, even where timm's own file is NumPy's.
+        # A state dict, even where timm's own file is NumPy's; timm before 1.0.31 has to be told.
         overlay = None if weights_path is None else {"file": weights_path, "custom_load": False}
         try:
             self.network = timm.create_model(name, pretrained=True, features_only=True, pretrained_cfg_overlay=overlay)

@@ -278,7 +278,7 @@ class Prior(nn.Module):
         """All blocks and the last norm: (R, L, D) -> (R, L, D)."""
         for i, (block, memory) in enumerate(zip(self.blocks, memories, strict=True)):
             cache = None if caches is None else caches[i]
-            x = run_block(block, self.activation_checkpointing, x, memory, cache)
+            x = run_block(block, self.activation_checkpointing and cache is None, x, memory, cache)
         return self.norm(x)  # type: ignore[no-any-return]
 
     def _check_tokens(self, tokens: Tensor, name: str, least: int) -> None:

@@ -136,7 +136,7 @@ def _timm_vit(
 ) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...], int]:
     import timm
 
-    # The file is a state dict, even where timm's own one is NumPy's; timm before 1.0.31 has to be told.
+    # A state dict, even where timm's own file is NumPy's; timm before 1.0.31 has to be told.
     overlay = None if weights_path is None else {"file": weights_path, "custom_load": False}
     try:
         patch = int(timm.create_model(name, pretrained=False).patch_embed.patch_size[0])

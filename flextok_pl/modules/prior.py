@@ -16,7 +16,6 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from flextok_pl.contracts import Batch, run_folder
 from flextok_pl.cost.flops import prior_flops
 from flextok_pl.interop import save_prior
-from flextok_pl.layers.blocks import compile_for_all_lengths
 from flextok_pl.models.config import PriorConfig, config_from_dict, config_to_dict
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.text import TextEncoder
@@ -97,7 +96,8 @@ class PriorModule(PriorBase):
             rescale_initial_weights(part)
         self.prior.activation_checkpointing = activation_checkpointing
         if compile_blocks:
-            compile_for_all_lengths(self.prior.blocks)
+            for block in self.prior.blocks:
+                block.compile()
 
     @property
     def flops_per_sample(self) -> float:

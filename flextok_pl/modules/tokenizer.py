@@ -73,7 +73,8 @@ class TokenizerModule(pl.LightningModule):
             effect on a net with `objective="mse"`, which always trains at t = 1.
         pure_noise: share of the images that are trained at t = 1, where only the tokens say what to draw. A small model
             on a small machine finds out much sooner that its tokens are of use.
-        budget_groups: parts a batch is sorted into by budget; more parts cost less, with the same gradients.
+        budget_groups: parts a batch is sorted into by budget; more parts compute less, with the same gradients, but
+            each launches all kernels again, which can take a GPU longer: see docs/scaling.md.
         teacher: REPA's teacher: `effnet-lite2`, a timm model, or None for no REPA.
         teacher_weights: local weights file of the teacher.
         repa_weight: weight of the alignment loss.

@@ -1,4 +1,4 @@
-"""Attention patterns and embeddings against plain dense references. B batch, H heads, N patches, K registers."""
+"""Masks and embeddings against plain dense references. B batch, H heads, N patches, K registers."""
 
 import math
 

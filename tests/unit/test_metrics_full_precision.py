@@ -1,4 +1,4 @@
-"""Networks that measure compute in float32, and leave the caller's settings as they were."""
+"""Networks that measure compute in float32, and leave the values of the settings as they were."""
 
 from collections.abc import Iterator
 
