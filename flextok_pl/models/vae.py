@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers  # which loads an architecture when it is first used: half a second that not every command pays
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -97,7 +97,7 @@ def read_vae_config(folder: Path) -> VAEConfig:
     return vae_config_from_diffusers(values)
 
 
-def _autoencoder_kl(config: VAEConfig) -> AutoencoderKL:
+def _autoencoder_kl(config: VAEConfig) -> diffusers.AutoencoderKL:
     levels = len(config.block_out_channels)
     for name in ("down_block_types", "up_block_types"):
         if len(getattr(config, name)) not in (0, levels):
@@ -113,7 +113,7 @@ def _autoencoder_kl(config: VAEConfig) -> AutoencoderKL:
     values["down_block_types"] = config.down_block_types or (_DOWN,) * levels
     values["up_block_types"] = config.up_block_types or (_UP,) * levels
     values["shift_factor"] = config.shift_factor or None
-    return AutoencoderKL(in_channels=3, out_channels=3, **values)
+    return diffusers.AutoencoderKL(in_channels=3, out_channels=3, **values)
 
 
 class VAE(nn.Module):
@@ -152,7 +152,7 @@ class VAE(nn.Module):
                 f"there is no autoencoder folder {name!r}; give a folder, or a Hub id such as 'owner/name'"
             )
         try:
-            network, info = AutoencoderKL.from_pretrained(
+            network, info = diffusers.AutoencoderKL.from_pretrained(
                 str(folder) if folder.is_dir() else name,
                 use_safetensors=True,  # never unpickle
                 low_cpu_mem_usage=False,

@@ -1,6 +1,8 @@
 """Imports point one way, and Lightning stays out of the models."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,3 +107,11 @@ def test_no_global_randomness() -> None:
         roots = [module for module, _ in imports(file)]
         assert "random" not in roots and "numpy.random" not in roots, file
         assert "np.random." not in file.read_text(), file
+
+
+def test_shards_and_models_load_without_what_they_do_not_use() -> None:
+    parts = "flextok_pl.data.verify, flextok_pl.data.latents, flextok_pl.models.tokenizer"
+    script = f"import sys, {parts}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert "flextok_pl.data.verify" in loaded
+    assert not {"lightning", "torchmetrics", "transformers", "diffusers.models.autoencoders"} & set(loaded)
