@@ -27,6 +27,7 @@ from flextok_pl.cli.plan import KINDS, devices_of, training_sets
 from flextok_pl.cli.training import ParsingCLI, run_cli
 from flextok_pl.models.config import config_from_dict
 from flextok_pl.sweeps.driver import Driver, find_study
+from flextok_pl.sweeps.files import load_yaml
 from flextok_pl.sweeps.results import status_table, write_results
 from flextok_pl.sweeps.runner import METRICS, read_metrics
 from flextok_pl.sweeps.space import Params
@@ -72,6 +73,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
     parser.add_argument("--check", type=bool, default=True, help="First check all values, and train a step if local.")
     sweep, rest = parse_sweep(parser, arguments)
     if rest["dry_run"]:
+        if rest["check"]:
+            check_points(sweep)
         for number, point in enumerate(_some_points(sweep)):
             name = sweep.trial_folder(number, point).path.name
             for arguments in sweep.arguments(point, name, sweep.seeds[0], sweep.root):
@@ -210,6 +213,10 @@ def parse_sweep(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Sweep
     file = Path(arguments[0])
     if not file.is_file():
         raise UserError(f"{file} is no file; give that of a sweep, such as experiments/sweeps/budget_law.yaml")
+    try:
+        load_yaml(file)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     given = parser.instantiate_classes(parser.parse_args([f"--config={file}", *arguments[1:]])).as_dict()
     names = {option.name for option in dataclasses.fields(Sweep)}
     options = {name: value for name, value in given.items() if name in names}

@@ -45,7 +45,7 @@ def find_study(sweep: Sweep) -> optuna.Study | None:
     if not before:  # killed between its two lines of `start_study`
         study.set_user_attr("fixed", sweep.fixed())
     for option, value in sweep.fixed().items():
-        if before.get(option, value) != value:
+        if json.dumps(before.get(option, value), sort_keys=True) != json.dumps(value, sort_keys=True):  # 1 is not true
             raise ValueError(
                 f"{option}={json.dumps(value)} differs from that with which {sweep.root} was started, "
                 f"{json.dumps(before[option])}; give the new sweep another name by --name"
@@ -128,8 +128,7 @@ class Driver:
         with _only_one(self.sweep.root / "driver.lock"):
             try:
                 if self.sweep.search == "grid":
-                    for point in self.sweep.points.grid()[: self.sweep.num_trials]:
-                        self.study.enqueue_trial(point, skip_if_exists=True)
+                    self._enqueue()
                 self._take_over()
                 while self._fill() or self._under_way:
                     time.sleep(self.launcher.poll_seconds)
@@ -137,6 +136,15 @@ class Driver:
             except KeyboardInterrupt:
                 left = self.launcher.leave([folder for _, folder in self._under_way.values()])
                 raise ValueError(f"interrupted: {left}; the same command goes on") from None
+
+    def _enqueue(self) -> None:
+        """Give the study the points of the grid that it lacks; Optuna's own test takes near numbers for equal."""
+        trials = self.study.get_trials(deepcopy=False)
+        points = [self.sweep.points.exact(trial.system_attrs.get("fixed_params", trial.params)) for trial in trials]
+        there = {frozenset(point.items()) for point in points}
+        for point in self.sweep.points.grid()[: self.sweep.num_trials]:
+            if frozenset(point.items()) not in there:
+                self.study.enqueue_trial(point)
 
     def _take_over(self) -> None:
         """Go on with the trials that an earlier process has left."""

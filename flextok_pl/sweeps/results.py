@@ -71,7 +71,7 @@ def rows(sweep: Sweep, study: optuna.Study) -> Iterator[dict[str, Any]]:
                 "trial": trial.number,
                 "seed": seed,
                 "state": trial.state.name.lower(),
-                **trial.params,
+                **sweep.points.exact(trial.params),
                 **trial.user_attrs.get(f"version_{seed}", {}),
                 "seconds": (folder.read("state") or {}).get("seconds"),
                 "run": str(folder.path / f"version_{seed}"),
@@ -144,7 +144,7 @@ def scaling_picture(sweep: Sweep, trials: Sequence[FrozenTrial], parameter: str)
     groups: dict[str, list[tuple[float, float]]] = {}
     for trial in trials:
         point = (over_seeds(sweep, trial, "train/flops")[0], over_seeds(sweep, trial, sweep.metric)[0])
-        groups.setdefault(str(trial.params[parameter]), []).append(point)
+        groups.setdefault(sweep.points.shown(trial.params)[parameter], []).append(point)
     series = {name: (np.array(points)[:, 0], np.array(points)[:, 1]) for name, points in groups.items()}
     flops, values = (np.concatenate([points[i] for points in series.values()]) for i in range(2))
     law = None

@@ -13,12 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 
+from flextok_pl.sweeps.files import load_yaml
 from flextok_pl.sweeps.runner import TrialFolder
-from flextok_pl.sweeps.space import Params, Space
+from flextok_pl.sweeps.space import Params, Space, as_text, require_plain
 
 FIXED = ("experiment", "space", "overrides", "metric", "direction", "seeds", "test")
 """What cannot change while a sweep goes on: its trials would no longer be comparable."""
@@ -103,10 +103,14 @@ class Sweep:
                     f"scaling={self.scaling} fits how a metric falls, and direction=maximize; leave scaling out, or "
                     "choose a metric to minimize"
                 )
+        require_plain("overrides", self.overrides)
         searched = {option for point in self.points.corners() for option in self.points.options(point)}
         both = searched & set(self.overrides)
         if both:
             raise ValueError(f"{min(both)!r} is in space and in overrides; leave it in one of them")
+        taken = (searched | set(self.overrides)) & set(_own_options("", 0, Path()))
+        if taken:
+            raise ValueError(f"{min(taken)!r} is set by the sweep itself: it gives each trial its seeds and its folder")
         if self.search == "grid":
             self.points.grid()
         for file in self.experiments:
@@ -140,7 +144,7 @@ class Sweep:
 
     def fixed(self) -> dict[str, Any]:
         """What cannot change while the sweep goes on; of experiments a checksum of what they say, comments left out."""
-        said = json.dumps([yaml.safe_load(Path(file).read_text()) for file in self.experiments], default=str)
+        said = json.dumps([load_yaml(Path(file)) for file in self.experiments], default=str)
         options = {option: getattr(self, option) for option in FIXED}
         found: dict[str, Any] = json.loads(json.dumps(options))
         return {**found, "content of experiment": hashlib.sha256(said.encode()).hexdigest()[:12]}
@@ -193,12 +197,7 @@ class Sweep:
         options = {
             **self.overrides,
             **self.points.options(point),
-            **dict.fromkeys(("seed_everything", "model.seed", "data.seed"), seed),
-            "metrics_log": {},
-            "trainer.logger.init_args.save_dir": str(root),
-            "trainer.logger.init_args.name": name,
-            "trainer.logger.init_args.version": seed,
-            "ckpt_path": "last",
+            **_own_options(name, seed, root),
         }
         shared = [f"--config={file}" for file in self.experiments] + as_arguments(options)
         return [["fit", *shared]] + ([["test", *shared]] if self.test else [])
@@ -207,12 +206,21 @@ class Sweep:
         """What tells a point from others: `lr=0.003,width=64`."""
         last = [name.rsplit(".", 1)[-1] for name in self.space]
         short = {name: part if last.count(part) == 1 else name for name, part in zip(self.space, last, strict=True)}
-        parts = [
-            f"{short[name]}={f'{value:.4g}' if isinstance(value, float) else value}" for name, value in point.items()
-        ]
-        return ",".join(parts)
+        return ",".join(f"{short[name]}={value}" for name, value in self.points.shown(point).items())
+
+
+def _own_options(name: str, seed: int, root: Path) -> dict[str, Any]:
+    """What a sweep sets of each training, for the same arguments as `Sweep.arguments`."""
+    return {
+        **dict.fromkeys(("seed_everything", "model.seed", "data.seed"), seed),
+        "metrics_log": {},
+        "trainer.logger.init_args.save_dir": str(root),
+        "trainer.logger.init_args.name": name,
+        "trainer.logger.init_args.version": seed,
+        "ckpt_path": "last",
+    }
 
 
 def as_arguments(options: Mapping[str, Any]) -> list[str]:
-    """`--option=value` of each, the value as JSON unless it is a text."""
-    return [f"--{option}={value if isinstance(value, str) else json.dumps(value)}" for option, value in options.items()]
+    """`--option=value` of each."""
+    return [f"--{option}={as_text(value)}" for option, value in options.items()]

@@ -17,7 +17,7 @@ def start(image_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Runs a sweep of the tiny experiment in a folder of its own."""
     monkeypatch.chdir(tmp_path)
 
-    def run(**options: Any) -> None:
+    def run(*arguments: str, **options: Any) -> None:
         overrides = {
             "data.train": str(image_shards / "train"),
             "data.val": str(image_shards / "val"),
@@ -28,7 +28,7 @@ def start(image_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         }
         given = {"metric": "val/loss", "space": {"model.lr": [1e-3, 1e-2]}, "search": "grid", **options}
         Path("sweep.yaml").write_text(yaml.safe_dump({"experiment": str(TINY), "overrides": overrides, **given}))
-        main(["sweep", "sweep.yaml"])
+        main(["sweep", "sweep.yaml", *arguments])
 
     return run
 
@@ -56,6 +56,12 @@ def test_what_would_stop_every_trial(start: Any, options: dict[str, Any], messag
     assert not Path("runs").exists(), "nothing is left behind"
 
 
+def test_no_commands_are_printed_that_would_fail(start: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"'model.net.encoder_depth': None\} cannot be trained"):
+        start("--dry-run", "true", space={"model.net.encoder_depth": [1, None]})
+    assert "flextok fit" not in capsys.readouterr().out
+
+
 def test_what_slurm_is_to_train_is_only_parsed_here(
     start: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,10 +74,7 @@ def test_what_slurm_is_to_train_is_only_parsed_here(
 
 
 def test_the_commands_are_printed(start: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        start(metric="val/los")
-    capsys.readouterr()
-    main(["sweep", "sweep.yaml", "--dry-run", "true", "--test", "true"])
+    start("--dry-run", "true", "--test", "true")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["fit", "test", "fit", "test"]
     assert all(f"--model.lr={value}" in line for value, line in zip([0.001, 0.001, 0.01, 0.01], lines, strict=True))

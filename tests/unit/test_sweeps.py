@@ -16,6 +16,7 @@ import yaml
 
 from flextok_pl.cli import main
 from flextok_pl.sweeps.driver import Driver, _only_one, find_study
+from flextok_pl.sweeps.files import load_yaml
 from flextok_pl.sweeps.launch import LocalLauncher, SlurmJobs, SlurmLauncher
 from flextok_pl.sweeps.results import rows, status_table, write_results
 from flextok_pl.sweeps.runner import TrialFolder, read_metrics
@@ -120,6 +121,19 @@ def test_trials_may_be_kept_in_a_database(sweep, tmp_path):
     study, _ = run(here)
     assert (tmp_path / "trials.db").exists() and not (here.root / "journal.log").exists()
     assert study.best_params == {"x": 1.0} and len(find_study(here).trials) == 3
+
+
+def test_points_that_are_near_or_equal_in_python_are_each_run(sweep):
+    space = {"x": [0.99999, 0.999999, 1, 1.0]}
+    here = sweep(space=space, steps=1)
+    study, _ = run(here)
+    assert [trial.params["x"] for trial in study.trials] == [0.99999, 0.999999, "1", "1.0"]
+    assert [row["x"] for row in rows(here, study)] == [0.99999, 0.999999, "1", "1.0"]
+    names = [here.trial_folder(trial.number, trial.params).path.name for trial in study.trials]
+    assert names == ["0000_x=0.99999", "0001_x=0.999999", "0002_x=1", "0003_x=1.0"]
+    assert len(run(sweep(space=space, steps=1))[0].trials) == 4, "and none a second time"
+    with pytest.raises(ValueError, match="space=.* differs"):
+        run(sweep(space={"x": [0.99999, 0.999999, True, 1.0]}, steps=1))
 
 
 def test_more_trials_may_be_asked_for_later_and_nothing_else_changed(sweep):
@@ -435,6 +449,8 @@ def test_the_script_of_a_trial(sweep, tmp_path):
         ({"seeds": [1, 1]}, r"seeds=\[1, 1\] must be different"),
         ({"search": "tpe"}, "trials=null: search=tpe draws points without end"),
         ({"overrides": {"x": 1}}, "'x' is in space and in overrides"),
+        ({"overrides": {"y": float("inf")}}, "overrides: y=inf must be a finite number"),
+        ({"space": {"model.seed": [1, 2]}}, "'model.seed' is set by the sweep itself"),
         ({"slurm": {"timeout_min": 3}}, "launcher=local; choose --launcher slurm, or --slurm {}"),
         ({"space": {"x": {"low": 0.0, "high": 1.0}}}, "x needs a step"),
         ({"scaling": "y"}, r"scaling=y is no parameter of space; use one of \['x'\]"),
@@ -469,6 +485,30 @@ def test_errors_of_the_command(given, message, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         main(["sweep", *given])
     assert message in str(stop.value)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("space: {x: [1]}\nmetric: a\nspace: {x: [2]}", "line 3: the key space is there as space already"),
+        ("space: {x: {options: {1: {}, 1.0: {}}}}", "line 1: the key 1.0 is there as 1 already; leave one of them out"),
+        ("space: [", "cannot be read as YAML"),
+    ],
+)
+def test_files_that_say_something_twice(tmp_path, text, message):
+    (tmp_path / "sweep.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_yaml(tmp_path / "sweep.yaml")
+
+
+def test_numbers_in_files_are_those_of_the_command_line(tmp_path):
+    (tmp_path / "sweep.yaml").write_text("<<: {a: 1}\nb: [1e-4, 1E+3, 010, on, 2024-01-01, '1', 1_000]\n'1': 0\n1: 0\n")
+    assert load_yaml(tmp_path / "sweep.yaml") == {
+        "a": 1,
+        "b": [0.0001, 1000.0, 8, True, "2024-01-01", "1", 1000],
+        "1": 0,
+        1: 0,
+    }
 
 
 def test_a_check_that_fails_leaves_nothing_behind(sweep):
