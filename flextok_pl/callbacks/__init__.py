@@ -5,6 +5,7 @@ from flextok_pl.callbacks.ema import EMA
 from flextok_pl.callbacks.generation_fid import GenerationFID
 from flextok_pl.callbacks.hparams import HParams
 from flextok_pl.callbacks.metrics_log import MetricsLog
+from flextok_pl.callbacks.predictions import Predictions
 from flextok_pl.callbacks.reconstruction_fid import ReconstructionFID
 from flextok_pl.callbacks.throughput import Throughput
 from flextok_pl.callbacks.token_report import TokenReport
@@ -15,6 +16,7 @@ __all__ = [
     "GenerationFID",
     "HParams",
     "MetricsLog",
+    "Predictions",
     "ReconstructionFID",
     "Throughput",
     "TokenReport",

@@ -18,7 +18,7 @@ COMMANDS = {
     "fit": ("training:run", "train a model"),
     "validate": ("training:run", "evaluate on the validation set, cheaply"),
     "test": ("training:run", "evaluate in full: every metric at every token budget"),
-    "predict": ("training:run", "write predictions"),
+    "predict": ("training:run", "write the tokens of pictures, or those that a prior generates, as JSON lines"),
     "sweep": ("sweep:run", "search over the options of an experiment, here or on a Slurm cluster"),
     "sweep status": ("sweep:status", "show the trials of a sweep"),
     "plan": ("plan:run", "say whether a training fits a machine, and how long it takes"),

@@ -23,6 +23,7 @@ from flextok_pl.callbacks import (
     GenerationFID,
     HParams,
     MetricsLog,
+    Predictions,
     ReconstructionFID,
     Throughput,
     TokenReport,
@@ -184,6 +185,8 @@ class FlexTokCLI(LightningCLI):
             for name, callback in zip(names, callbacks, strict=True)
             if callback is not None and (self._only == "fit" or name not in FIT_ONLY)
         ]
+        if self._only == "predict":
+            wanted.append(Predictions())
         trainer = super()._instantiate_trainer(config, wanted)
         trainer.fit_loop = FitLoop(trainer)
         return trainer

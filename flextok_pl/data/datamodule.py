@@ -6,7 +6,7 @@ import hashlib
 import json
 import signal
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import ceil
 from typing import Any, Literal
 
@@ -242,9 +242,9 @@ class ShardDataModule(pl.LightningDataModule):
         """Loader of the test set."""
         return self._loader("test")
 
-    def predict_dataloader(self) -> DataLoader[Batch]:
-        """Loader of the test set."""
-        return self._loader("test")
+    def predict_dataloader(self) -> Iterable[Batch]:
+        """The test set."""
+        return _Batches(self._loader("test"))
 
     def _loader(self, split: Split) -> DataLoader[Batch]:
         # Lightning's advice does not apply: the stream splits itself over ranks and workers.
@@ -309,6 +309,19 @@ def _outlive_warnings(worker: int) -> None:
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+
+
+class _Batches:
+    """A loader in a form that Lightning takes as it is: to predict, it would build any `DataLoader` again."""
+
+    def __init__(self, loader: DataLoader[Batch]) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._loader)
+
+    def __len__(self) -> int:
+        return len(self._loader)
 
 
 class _EpochLoader(DataLoader[Batch]):

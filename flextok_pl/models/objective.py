@@ -6,6 +6,7 @@ its error that of the decoded latents.
 Shapes: B batch, C channels, h x w latent, K registers, N patches, D decoder width.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -96,25 +97,37 @@ def sample_draws(
     return TrainingDraws(noise, t[mine].to(latents.device), num_tokens, null)
 
 
+def draws_of_each(config: FlexTokConfig, latents: Tensor, generators: Sequence[torch.Generator]) -> TrainingDraws:
+    """Draw each image's own from its own generator, so that they do not depend on the rest of the batch.
+
+    Args:
+        config: see `sample_draws`.
+        latents: (B, C, h, w); gives shape and device.
+        generators: B CPU generators.
+    """
+    latents = latents.contiguous()  # noise fills the memory in its order, which may depend on the size of the batch
+    each = [sample_draws(config, latents[i : i + 1], generator) for i, generator in enumerate(generators)]
+    return TrainingDraws(*(torch.cat(parts) for parts in zip(*each, strict=True)))
+
+
 def flow_loss(
     tokenizer: FlexTok,
     latents: Tensor,
     draws: TrainingDraws,
     *,
-    condition_latents: Tensor | None = None,
+    tokens: Tensor | None = None,
     budget_groups: int = 1,
 ) -> FlowLoss:
-    """Velocity error of the decoder given the encoder's quantised codes, with gradients to both.
+    """Velocity error of the decoder given the encoder's quantised codes, with gradients to both, or given `tokens`.
 
     Args:
         tokenizer: the model.
         latents: (B, C, h, w) clean, scaled.
         draws: noise, times and budgets.
-        condition_latents: latents to encode instead of `latents`, for measuring what tokens contribute.
+        tokens: (B, K) int64 to decode from in place of the images' own, for measuring what those contribute.
         budget_groups: number of parts the batch is sorted into by budget. Registers that no image of a part
             keeps are not computed, so more parts compute less; the result does not depend on it.
     """
-    source = latents if condition_latents is None else condition_latents
     x_t = interpolate(latents, draws.noise, draws.t)
     kept = draws.num_tokens.masked_fill(draws.null, 0)
     order = kept.argsort(stable=True)
@@ -123,7 +136,10 @@ def flow_loss(
     order, kept, null = (values.to(latents.device) for values in (order, kept, draws.null))
     passes = []
     for rows, length in zip(order.chunk(budget_groups), longest, strict=True):
-        codes = tokenizer.quantizer(tokenizer.encode(source[rows], length))
+        if tokens is None:
+            codes = tokenizer.quantizer(tokenizer.encode(latents[rows], length))
+        else:
+            codes = tokenizer.quantizer.tokens_to_codes(tokens[rows, :length])
         passes.append(tokenizer.decoder(x_t[rows], draws.t[rows], codes, kept[rows], null[rows]))
     inverse = order.argsort()
     velocity = torch.cat([p.velocity for p in passes])[inverse]

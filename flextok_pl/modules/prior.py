@@ -51,7 +51,7 @@ class PriorModule(PriorBase):
         loss_chunk: positions whose logits exist at a time; None for all.
         activation_checkpointing: recompute blocks in the backward pass, for less memory.
         compile_blocks: `torch.compile` every Transformer block.
-        seed: of the condition dropout.
+        seed: of the condition dropout, and of what `predict` generates.
 
     Raises:
         ValueError: options contradict each other.
@@ -164,11 +164,13 @@ class PriorModule(PriorBase):
 
     def on_validation_epoch_start(self) -> None:
         """Evaluate with all weights on each process."""
+        super().on_validation_epoch_start()
         gather_for_evaluation(self)
 
     def on_validation_epoch_end(self) -> None:
         """Share the weights out again."""
         shard_again(self)
+        super().on_validation_epoch_end()
 
     def on_train_end(self) -> None:
         """Export the prior; averaging callbacks have put their weights in place by now."""

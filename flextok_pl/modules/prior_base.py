@@ -20,6 +20,7 @@ from flextok_pl.models.prior import Condition, Prior, TextStates
 from flextok_pl.models.text import TextEncoder
 from flextok_pl.models.token_loss import token_loss
 from flextok_pl.models.tokenizer import FlexTok
+from flextok_pl.modules.steps import SampleMeans, evaluation_generators
 
 
 class TokenOutputs(TypedDict):
@@ -47,6 +48,9 @@ class PriorBase(pl.LightningModule):
     Raises:
         ValueError: they do not fit together.
     """
+
+    seed = 0
+    """Of what is drawn."""
 
     def __init__(self, prior: Prior, tokenizer: str | None, encoder: TextEncoder | None) -> None:
         super().__init__()
@@ -190,6 +194,16 @@ class PriorBase(pl.LightningModule):
         states: TextStates = self.text_encoder(texts, truncate)
         return states
 
+    def on_validation_epoch_start(self) -> None:
+        """Start the sums of the epoch."""
+        names = ["val/loss", "val/bits_per_token", "val/accuracy"]
+        names += [] if self.condition_kind == "none" else ["val/condition_gap"]
+        self._val_means = SampleMeans(names, self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all samples."""
+        self._val_means.log(self)
+
     def validation_step(self, batch: Batch, batch_idx: int) -> TokenOutputs:
         """Loss with the condition and without."""
         tokens, condition = self.tokens(batch), self.condition(batch)
@@ -201,13 +215,13 @@ class PriorBase(pl.LightningModule):
             null = torch.ones(size, dtype=torch.bool, device=tokens.device)
             without = token_loss(self.prior.hidden(tokens, condition, null), weight, tokens)
             values["val/condition_gap"] = without.loss - own.loss
-        self.log_dict(values, batch_size=size, sync_dist=True, prog_bar=True)
+        self._val_means.add(values, size)
         return {"loss": own.loss, "nll": own.nll, "correct": own.correct}
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Nothing of its own: metrics per budget are the callbacks' work."""
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Generated tokens, (B, K) int64, for a batch's conditions, with the samples' keys."""
-        generator = torch.Generator().manual_seed(batch_idx)
-        return {"key": batch["key"], "tokens": self.prior.generate(self.condition(batch), generator=generator)}
+        """Generated tokens, (B, K) int64, for a batch's conditions, with the samples' keys, which seed them."""
+        generators = evaluation_generators(self.seed, batch)
+        return {"key": batch["key"], "tokens": self.prior.generate(self.condition(batch), generator=generators)}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from flextok_pl.contracts import Batch
+from flextok_pl.metrics.keys import sample_generators
 from flextok_pl.runtime.sharding import gradient_norm
 
 
@@ -25,6 +26,45 @@ def step_generator(module: pl.LightningModule, seed: int, *position: int) -> tor
     text = "/".join(map(str, (seed, module.global_step, *position)))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def evaluation_generators(seed: int, batch: Batch) -> list[torch.Generator]:
+    """A CPU generator for each sample of an evaluation batch, from its key: whatever batch, worker or rank it is in.
+
+    Raises:
+        ValueError: the batch holds no keys.
+    """
+    if "key" not in batch:
+        raise ValueError(
+            f"evaluation draws the noise of a sample from its key, but the batches hold {sorted(batch)}: give each "
+            "batch a list of keys as 'key', as ShardDataModule does"
+        )
+    return sample_generators(batch["key"], seed, "evaluation")
+
+
+class SampleMeans:
+    """Means over an evaluation's samples on all ranks, of values that are known as means of batches.
+
+    Lightning's `log` divides by a rounded number where ranks have seen different numbers of samples.
+
+    Args:
+        names: of the values.
+        device: on which ranks communicate.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        self.names = list(names)
+        self._sums = torch.zeros(len(self.names) + 1, device=device)  # and the number of samples
+
+    def add(self, values: Mapping[str, Tensor], count: int) -> None:
+        """Add the means of a batch of `count` samples."""
+        row = torch.stack([values[name].detach().float() for name in self.names])
+        self._sums += count * torch.cat([row, row.new_ones(1)])
+
+    def log(self, module: pl.LightningModule) -> None:
+        """Log the means. All ranks must ask, also one that has seen no sample."""
+        sums = module.trainer.strategy.reduce(self._sums, reduce_op="sum")
+        module.log_dict(dict(zip(self.names, sums[:-1] / sums[-1], strict=True)), prog_bar=True, sync_dist=True)
 
 
 def stop_if_not_finite(module: pl.LightningModule, loss: Tensor, batch: Batch) -> None:

@@ -25,13 +25,15 @@ from flextok_pl.layers.frozen import Frozen
 from flextok_pl.models.config import FlexTokConfig, config_from_dict, config_to_dict
 from flextok_pl.models.decoder import FlowDecoder
 from flextok_pl.models.encoder import RegisterEncoder
-from flextok_pl.models.objective import FlowLoss, flow_loss, sample_draws
+from flextok_pl.models.objective import FlowLoss, draws_of_each, flow_loss, sample_draws
 from flextok_pl.models.teacher import ProjectionHead, Teacher, alignment_loss, resized_map
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
 from flextok_pl.modules.loss_buckets import LossBuckets
 from flextok_pl.modules.optim import warmup_cosine
 from flextok_pl.modules.steps import (
+    SampleMeans,
+    evaluation_generators,
     log_gradient_norm,
     log_means,
     logging_now,
@@ -294,23 +296,26 @@ class TokenizerModule(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Evaluate with all weights on each process."""
         gather_for_evaluation(self)
+        self._val_means = SampleMeans(("val/loss", "val/loss_other_tokens", "val/token_gap"), self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Loss under fixed draws, with the images' own tokens and with another image's."""
-        latents = self.latents(batch)
-        size = len(latents)
-        generator = torch.Generator().manual_seed(self.seed + batch_idx)
-        draws = sample_draws(self.tokenizer.config, latents, generator)
+        """Loss under draws that are each image's own, with its tokens and with random ones."""
+        latents, config = self.latents(batch), self.tokenizer.config
+        generators = evaluation_generators(self.seed, batch)
+        draws = draws_of_each(config, latents, generators)
+        shape = (config.num_registers,)
+        tokens = torch.stack([torch.randint(config.vocab_size, shape, generator=each) for each in generators])
         own = flow_loss(self.tokenizer, latents, draws).loss
-        swapped = flow_loss(self.tokenizer, latents, draws, condition_latents=latents.roll(1, 0)).loss
-        gap = swapped.mean() - own.mean()
-        values = {"val/loss": own.mean(), "val/loss_other_tokens": swapped.mean(), "val/token_gap": gap}
-        self.log_dict(values, batch_size=size, sync_dist=True, prog_bar=True)
+        other = flow_loss(self.tokenizer, latents, draws, tokens=tokens.to(latents.device)).loss
+        gap = other.mean() - own.mean()
+        values = {"val/loss": own.mean(), "val/loss_other_tokens": other.mean(), "val/token_gap": gap}
+        self._val_means.add(values, len(latents))
         self.val_loss.update(own, draws)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the validation loss by time and by budget."""
+        """Log the validation loss, also by time and by budget."""
         shard_again(self)
+        self._val_means.log(self)
         self.log_dict(self.val_loss.compute_and_reset("val"))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:

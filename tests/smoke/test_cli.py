@@ -390,6 +390,29 @@ def test_a_prior_from_pictures_to_gfid(
     assert "set net.num_classes" in error_of(capsys, "fit", *base, *model, "--model.net.num_classes=1")
 
 
+def test_predictions_are_functions_of_the_key(
+    tiny_prior: Path, tiny_tokenizer: Path, image_shards: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a prior by batches of 2 and of 5 and by two processes, and of a tokenizer."""
+    finished, written = ["--prior", str(tiny_prior), "--tokenizer", str(tiny_tokenizer)], []
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp_fork"]
+    for options in (finished, finished, [*finished, *two], finished[2:]):
+        size = 5 if len(written) == 1 else 2
+        main(tiny("predict", image_shards, f"--data.eval_batch_size={size}", "--rfid=null", *options))
+        files = (workplace / "runs" / "tokenizer" / "tiny" / f"version_{len(written)}").glob("predictions/*.jsonl")
+        lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        written.append({line["key"]: line["tokens"] for line in lines})
+        assert len(lines) == len(written[-1]) == 18
+    assert written[0] == written[1] == written[2]
+    assert len({tuple(tokens) for tokens in written[0].values()}) == 18, "each sample has numbers of its own"
+    assert written[3].keys() == written[0].keys() and written[3] != written[0]
+
+    model = {"class_path": "VAEModule", "init_args": {"net": {"block_out_channels": [8], "norm_num_groups": 4}}}
+    (workplace / "vae.yaml").write_text(yaml.safe_dump({"model": model, "data": {"image_size": 32, "num_workers": 0}}))
+    vae = ["predict", "--config", "vae.yaml", "--data.val", str(image_shards / "val")]
+    assert "VAEModule has none" in error_of(capsys, *vae)
+
+
 def test_data_tools(
     tiny_tokenizer: Path, image_shards: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

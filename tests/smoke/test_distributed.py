@@ -5,6 +5,7 @@ step, the exported averages, and what is evaluated during the fit.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,13 @@ def logged(run: Path, tag: str) -> list[float]:
     return [event.value for event in events.Scalars(tag)]
 
 
+def validated(run: Path) -> dict[str, float]:
+    """The module's own values of the last validation."""
+    events = EventAccumulator(str(run)).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if re.match(r"val/(loss|token_gap|bits_per_token|accuracy)", tag)]
+    return {tag: events.Scalars(tag)[-1].value for tag in tags}
+
+
 def exported(run: Path) -> dict[str, torch.Tensor]:
     (file,) = run.glob("*.safetensors")
     return load_file(file)
@@ -134,6 +142,7 @@ def test_two_processes_train_as_one(
     runs = {name: fit(start_ranks, tmp_path / name, name, 2, arguments) for name in ("ddp", "fsdp2")}
     for name, run in runs.items():
         assert_same_training(run, one)
+        assert validated(run) == pytest.approx(validated(one), rel=1e-5, abs=1e-5)
         for own, expected in zip(gradients(tmp_path / name), gradients(tmp_path / "auto"), strict=True):
             assert own.keys() == expected.keys()
             for tensor, value in expected.items():  # some are zero in the first step

@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "interop": {"models"},
     "cost": {"models", "flow", "layers"},
     "runtime": set(),
-    "modules": {"models", "flow", "layers", "interop", "runtime", "cost"},
+    "modules": {"models", "flow", "layers", "interop", "metrics", "runtime", "cost"},
     "callbacks": {"metrics", "data", "runtime"},
     "sweeps": {"metrics"},
     "cli": BELOW_CLI,

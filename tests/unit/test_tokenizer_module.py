@@ -171,6 +171,21 @@ def test_a_resumed_fit_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
     assert losses.values == whole[5:]
 
 
+def test_a_validation_does_not_depend_on_the_batches(tmp_path: Path) -> None:
+    """11 pictures in batches of 2 and of 5, in either order."""
+    pictures = [*Pictures(2)[0]["image"], *Pictures(2)[1]["image"][:3]]
+    samples = [{"image": image, "key": f"picture {i}"} for i, image in enumerate(pictures)]
+    network, found = module(tmp_path), []
+    for size, rows in ((2, samples), (5, samples), (5, samples[::-1])):
+        found += trainer(tmp_path).validate(network, DataLoader(rows, batch_size=size), verbose=False)  # type: ignore[arg-type]
+    assert found[0]["val/loss"] > 0 and {"val/token_gap", "val/loss_k/008"} <= found[0].keys()
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-5, abs=1e-6)
+    without = DataLoader([{"image": pictures[0]}], batch_size=1)  # type: ignore[arg-type,var-annotated]
+    with pytest.raises(ValueError, match="'key'"):
+        trainer(tmp_path).validate(network, without, verbose=False)
+
+
 def test_latents_of_the_vae_train_like_its_images(tmp_path: Path) -> None:
     network = module(tmp_path)
     batch = Pictures(1)[0]

@@ -1,0 +1,56 @@
+"""What `flextok predict` leaves behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from flextok_pl.contracts import run_folder
+
+
+class Predictions(Callback):
+    """Write each sample's key and tokens as a line of `predictions/<rank>.jsonl` in the run's folder."""
+
+    def __init__(self) -> None:
+        self._file: TextIO | None = None
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open this process's file.
+
+        Raises:
+            MisconfigurationException: the module predicts nothing.
+        """
+        if not is_overridden("predict_step", pl_module):
+            raise MisconfigurationException(
+                f"`predict` writes tokens, and {type(pl_module).__name__} has none: use it with a TokenizerModule or a "
+                "PriorModule"
+            )
+        path = run_folder(trainer) / "predictions" / f"{trainer.global_rank}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w")
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write a batch."""
+        assert self._file is not None
+        keys: Sequence[str] = outputs["key"]
+        for key, tokens in zip(keys, outputs["tokens"].tolist(), strict=True):
+            self._file.write(json.dumps({"key": key, "tokens": tokens}) + "\n")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
