@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
+import sys
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from math import ceil
@@ -303,12 +306,22 @@ class ShardDataModule(pl.LightningDataModule):
 def _outlive_warnings(worker: int) -> None:
     """Let a worker go on where a signal tells all processes that their machine is about to be taken away.
 
-    The training then wants its batches for the rest of a step. A second SIGTERM ends the worker, as does the training's
-    end.
+    The training then wants its batches for the rest of a step. A SIGTERM of the training itself, which sends one to
+    each worker that is left when it ends, still ends the worker; so does the training's sudden death. Processes that
+    the worker starts, such as those of `pipe:`, outlive the warning, too. Where no one can tell who sent a signal
+    (macOS), SIGTERM ends the worker whoever sent it.
     """
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    if sys.platform != "darwin":
+
+        def end_with_the_training() -> None:
+            while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+                pass
+            os._exit(0)
+
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # in the threads still to come, too
+        threading.Thread(target=end_with_the_training, daemon=True).start()
 
 
 class _Batches:
