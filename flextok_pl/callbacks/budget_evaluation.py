@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Generic, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -30,6 +30,7 @@ from flextok_pl.callbacks.evaluation import (
     versions,
     weights_in_use,
 )
+from flextok_pl.callbacks.some_validations import SomeValidations
 from flextok_pl.callbacks.unfinished import Unfinished
 from flextok_pl.contracts import default_budgets, run_folder
 from flextok_pl.metrics.distributed import all_agree, gather_rows
@@ -45,7 +46,7 @@ FREE = ("values", "output_dir", "save_every_minutes")
 """Public attributes with which a killed evaluation may go on differently."""
 
 
-class BudgetEvaluation(Callback, Generic[StatisticsT]):
+class BudgetEvaluation(SomeValidations, Generic[StatisticsT]):
     """A pass over the evaluation data that ends with a table of metrics by token budget.
 
     All work is done while batches are evaluated, because Lightning's weight averaging swaps the raw weights back at the
@@ -70,14 +71,16 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
         num_steps: int,
         guidance: Literal["none", "cfg", "apg"],
         guidance_scale: float,
-        every_n_epochs: int,
+        every_n_validations: int,
         max_samples: int | None,
         seed: int,
         grid_samples: int,
         output_dir: Path | str | None,
         cache_dir: Path | str | None,
         save_every_minutes: float | None,
+        every_n_epochs: int | None,
     ) -> None:
+        super().__init__(every_n_validations, every_n_epochs)
         check_extractor(extractor, weights)
         for name, given in (("budgets", budgets), ("fit_budgets", fit_budgets)):
             if isinstance(given, list) and (not given or min(given) < 1 or len(set(given)) < len(given)):
@@ -86,7 +89,6 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
             raise ValueError(f"budgets={budgets!r} must be a list of numbers, 'all' or null")
         for name, value, least in (
             ("num_steps", num_steps, 1),
-            ("every_n_epochs", every_n_epochs, 0),
             ("max_samples", max_samples, 1),
             ("grid_samples", grid_samples, 1),
         ):
@@ -101,7 +103,7 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
         self.budgets, self.fit_budgets = budgets, fit_budgets
         self.extractor, self.weights = extractor, weights
         self.num_steps, self.guidance, self.guidance_scale = num_steps, guidance, guidance_scale
-        self.every_n_epochs, self.max_samples, self.seed = every_n_epochs, max_samples, seed
+        self.max_samples, self.seed = max_samples, seed
         self.grid_samples = grid_samples
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
@@ -163,8 +165,9 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Load the networks that measure, so that missing weights stop a run before it starts."""
+        super().setup(trainer, pl_module, stage)
         self._checkpoint = None
-        if stage == "predict" or (stage == "fit" and self.every_n_epochs == 0):
+        if stage == "predict" or (stage == "fit" and self.every_n_validations == 0):
             return
         self._network = self._network or build_extractor(self.extractor, self.weights)
 
@@ -174,14 +177,12 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse an unsuitable module before time is spent on it."""
-        if self.every_n_epochs:
+        if self.every_n_validations:
             self._check_module(pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a pass."""
-        in_fit = trainer.state.fn == TrainerFn.FITTING
-        due = not in_fit or (self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0)
-        self._pass = self._start(trainer, pl_module, "val") if due and not trainer.sanity_checking else None
+        self._pass = self._start(trainer, pl_module, "val") if self.is_due(trainer) else None
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a pass."""
@@ -209,11 +210,14 @@ class BudgetEvaluation(Callback, Generic[StatisticsT]):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add up all processes and report."""
+        super().on_validation_epoch_end(trainer, pl_module)
+        self.on_test_epoch_end(trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add up all processes and report."""
         if self._pass is not None:
             self._finish(trainer, pl_module, self._pass)
             self._pass = None
-
-    on_test_epoch_end = on_validation_epoch_end
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, split: Literal["val", "test"]) -> Pass[StatisticsT]:
         self._check_module(pl_module)

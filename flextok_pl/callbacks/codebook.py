@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch import LightningModule, Trainer
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from flextok_pl.callbacks.evaluation import (
     versions,
     weights_in_use,
 )
+from flextok_pl.callbacks.some_validations import SomeValidations
 from flextok_pl.contracts import run_folder
 from flextok_pl.metrics.codes import class_information, codebook_use, distinct_tokens, perplexity, position_entropy
 from flextok_pl.metrics.distributed import gather_rows
@@ -29,7 +29,7 @@ from flextok_pl.metrics.images import figure_to_image, save_png
 from flextok_pl.metrics.report import write_json
 
 
-class CodebookReport(Callback):
+class CodebookReport(SomeValidations):
     """Report the use of the codebook over a validation or test set.
 
     Scalars, under the split: `codes/distinct`, `codes/use` (fraction of the vocabulary, where the tokenizer's config
@@ -39,21 +39,26 @@ class CodebookReport(Callback):
     so averaged weights are seen.
 
     Args:
-        every_n_epochs: during a fit, report in the validations of every n-th epoch; 0 for never.
+        every_n_validations: during a fit, report in every n-th validation; 0 for never.
         max_batches: batches per process to look at; null for all.
         output_dir: where a test's files go; null for the trainer's log directory.
+        every_n_epochs: the former name of `every_n_validations`.
 
     Raises:
         ValueError: an option is out of range.
     """
 
     def __init__(
-        self, every_n_epochs: int = 1, max_batches: int | None = None, output_dir: Path | str | None = None
+        self,
+        every_n_validations: int = 1,
+        max_batches: int | None = None,
+        output_dir: Path | str | None = None,
+        every_n_epochs: int | None = None,
     ) -> None:
-        for name, value, least in (("every_n_epochs", every_n_epochs, 0), ("max_batches", max_batches, 1)):
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
-        self.every_n_epochs, self.max_batches = every_n_epochs, max_batches
+        super().__init__(every_n_validations, every_n_epochs)
+        if max_batches is not None and max_batches < 1:
+            raise ValueError(f"max_batches={max_batches} must be at least 1")
+        self.max_batches = max_batches
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.values: dict[str, float] = {}
         """Tag -> value of the latest report."""
@@ -63,7 +68,8 @@ class CodebookReport(Callback):
         self._checkpoint: dict[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier run's checkpoint."""
+        """Forget an earlier run's checkpoint, and its validations."""
+        super().setup(trainer, pl_module, stage)
         self._checkpoint = None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -72,15 +78,13 @@ class CodebookReport(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a module without tokens before time is spent on it."""
-        if self.every_n_epochs:
+        if self.every_n_validations:
             module_reconstructor(pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the tokens of the pass before."""
         self._tokens, self._labels = [], []
-        in_fit = trainer.state.fn == TrainerFn.FITTING
-        due = not in_fit or (self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0)
-        self._due = bool(due) and not trainer.sanity_checking
+        self._due = self.is_due(trainer)
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -104,6 +108,7 @@ class CodebookReport(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report on the tokens of all processes."""
+        super().on_validation_epoch_end(trainer, pl_module)
         self._report(trainer, pl_module, "val")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -84,7 +84,7 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
         clip: Hub id or folder of a CLIP model, to score images against captions; null for none.
         shown: conditions of the picture's rows: class numbers, class names, or texts; null for classes evenly spread,
             or for the first captions.
-        every_n_epochs: during a fit, measure in the validations of every n-th epoch; 0 for never.
+        every_n_validations: during a fit, measure in every n-th validation; 0 for never.
         max_samples: during a fit, measure about this many samples; null for all.
         seed: of tokens, noise and the kernel distance's subsets.
         grid_samples: rows of the picture where `shown` does not say.
@@ -94,6 +94,7 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
         cache_dir: where statistics of real images and probes are kept between runs; null for nowhere.
         save_every_minutes: how often a test, or a validation outside a fit, stores its state in `cache_dir`, where it
             goes on when it was killed and is started again; null for never.
+        every_n_epochs: the former name of `every_n_validations`.
 
     Raises:
         ValueError: an option is out of range, or names what is not there.
@@ -126,7 +127,7 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
         classifier_weights: Path | str | None = None,
         clip: Path | str | None = None,
         shown: list[int | str] | None = None,
-        every_n_epochs: int = 1,
+        every_n_validations: int = 1,
         max_samples: int | None = 256,
         seed: int = 0,
         grid_samples: int = 8,
@@ -134,6 +135,7 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
         images_dir: Path | str | None = None,
         cache_dir: Path | str | None = "~/.cache/flextok_pl/statistics",
         save_every_minutes: float | None = 5.0,
+        every_n_epochs: int | None = None,
     ) -> None:
         super().__init__(
             budgets,
@@ -143,13 +145,14 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
             num_steps,
             guidance,
             guidance_scale,
-            every_n_epochs,
+            every_n_validations,
             max_samples,
             seed,
             grid_samples,
             output_dir,
             cache_dir,
             save_every_minutes,
+            every_n_epochs,
         )
         if conditions not in ("balanced", "data"):
             raise ValueError(f"conditions={conditions!r} must be 'balanced' or 'data'")

@@ -56,7 +56,7 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
         dreamsim_weights: the folder with its unpacked weights; null for the downloaded ones.
         num_seeds: outside a fit, decode from this many seeds; above 1 the pixels' mean variance over them is measured,
             all else on the first.
-        every_n_epochs: during a fit, measure in the validations of every n-th epoch; 0 for never.
+        every_n_validations: during a fit, measure in every n-th validation; 0 for never.
         max_samples: during a fit, measure about this many samples, a fixed choice by key; null for all.
         seed: of the noise and of the kernel distance's subsets.
         grid_samples: rows of the grid picture, a fixed choice by key.
@@ -65,6 +65,7 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
             nowhere. Needs a data module with `data_hash(split)`.
         save_every_minutes: how often a test, or a validation outside a fit, stores its state in `cache_dir`, where it
             goes on when it was killed and is started again; null for never.
+        every_n_epochs: the former name of `every_n_validations`.
 
     Raises:
         ValueError: an option is out of range, or names what is not there.
@@ -87,13 +88,14 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
         dreamsim: str | None = None,
         dreamsim_weights: Path | str | None = None,
         num_seeds: int = 1,
-        every_n_epochs: int = 1,
+        every_n_validations: int = 1,
         max_samples: int | None = 256,
         seed: int = 0,
         grid_samples: int = 8,
         output_dir: Path | str | None = None,
         cache_dir: Path | str | None = "~/.cache/flextok_pl/statistics",
         save_every_minutes: float | None = 5.0,
+        every_n_epochs: int | None = None,
     ) -> None:
         super().__init__(
             budgets,
@@ -103,13 +105,14 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
             num_steps,
             guidance,
             guidance_scale,
-            every_n_epochs,
+            every_n_validations,
             max_samples,
             seed,
             grid_samples,
             output_dir,
             cache_dir,
             save_every_minutes,
+            every_n_epochs,
         )
         if num_seeds < 1:
             raise ValueError(f"num_seeds={num_seeds} must be at least 1")

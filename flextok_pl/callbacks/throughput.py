@@ -9,6 +9,8 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from flextok_pl.runtime.fit_loop import step_ends
+
 
 class Throughput(Callback):
     """Log `train/images_per_s` (all ranks) and `train/data_share` over every window of training steps.
@@ -24,7 +26,7 @@ class Throughput(Callback):
     every step.
 
     Args:
-        every_n_steps: batches in a window; None takes the trainer's `log_every_n_steps`.
+        every_n_steps: optimizer steps in a window; None takes the trainer's `log_every_n_steps`.
     """
 
     def __init__(self, every_n_steps: int | None = None) -> None:
@@ -55,8 +57,10 @@ class Throughput(Callback):
         self._ended = time.perf_counter()
         self._computed += self._ended - self._started
         self._images += len(next(value for value in batch.values() if value is not None))
-        self._batches += 1
-        if self._batches >= (self.every_n_steps or trainer.log_every_n_steps):  # type: ignore[attr-defined]
+        if not step_ends(pl_module):
+            return
+        self._steps += 1
+        if self._steps >= (self.every_n_steps or trainer.log_every_n_steps):  # type: ignore[attr-defined]
             total = self._waited + self._computed
             metrics = {
                 "train/images_per_s": self._images * trainer.world_size / total,
@@ -79,7 +83,7 @@ class Throughput(Callback):
 
     def _clear(self) -> None:
         self._waited = self._computed = 0.0
-        self._images = self._batches = 0
+        self._images = self._steps = 0
 
 
 def _peak_flops(trainer: Trainer) -> float | None:

@@ -17,6 +17,7 @@ from flextok_pl.callbacks.evaluation import log_evaluation
 from flextok_pl.contracts import default_budgets
 from flextok_pl.metrics.distributed import all_reduce_sum
 from flextok_pl.metrics.images import figure_to_image
+from flextok_pl.runtime.fit_loop import step_ends
 
 
 class PositionSums:
@@ -65,9 +66,9 @@ NAMES = ("bits", "accuracy")
 class TokenReport(Callback):
     """Log bits and accuracy by token position, as numbers at positions 1, 2, 4, ... K and as a curve over all.
 
-    In training over every window of `log_every_n_steps`, in validation over the whole set: `train/bits/001`,
-    `val/accuracy/001`, and to TensorBoard the picture `val/tokens_by_position`. The whole sequence's information is the
-    sum of the bits: a prior that knows nothing has log2 V at each position.
+    In training over every window of `log_every_n_steps` optimizer steps, in validation over the whole set:
+    `train/bits/001`, `val/accuracy/001`, and to TensorBoard the picture `val/tokens_by_position`. The whole sequence's
+    information is the sum of the bits: a prior that knows nothing has log2 V at each position.
     """
 
     def __init__(self) -> None:
@@ -78,7 +79,7 @@ class TokenReport(Callback):
     ) -> None:
         """Add a batch, and report at the end of a window."""
         self._train.update(outputs)
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if step_ends(pl_module) and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             values = _at_positions("train", self._train.means(trainer.strategy.root_device)[0])
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step)

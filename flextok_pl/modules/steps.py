@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flextok_pl.contracts import Batch
 from flextok_pl.metrics.keys import sample_generators
@@ -101,7 +101,7 @@ def log_means(module: pl.LightningModule, values: Mapping[str, Tensor], batch_si
     module.log_dict(dict(values), batch_size=batch_size)
 
 
-def log_gradient_norm(module: pl.LightningModule) -> None:
-    """Log the norm of the whole gradient, before clipping, where the trainer writes its logs."""
+def log_gradient_norm(module: pl.LightningModule, network: nn.Module | None = None) -> None:
+    """Log the norm of a network's gradient, or of the whole one, before clipping, where the trainer writes its logs."""
     if logging_now(module):
-        module.log("train/grad_norm", gradient_norm(module))
+        module.log("train/grad_norm", gradient_norm(network or module))

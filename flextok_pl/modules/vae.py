@@ -22,7 +22,7 @@ from flextok_pl.models.discriminator import PatchDiscriminator, adaptive_weight,
 from flextok_pl.models.perceptual import PerceptualDistance
 from flextok_pl.models.vae import VAE
 from flextok_pl.modules.optim import parameter_groups, warmup_cosine
-from flextok_pl.modules.steps import step_generator, stop_if_not_finite
+from flextok_pl.modules.steps import log_gradient_norm, step_generator, stop_if_not_finite
 
 
 class VAEModule(pl.LightningModule):
@@ -157,10 +157,8 @@ class VAEModule(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the autoencoder's gradient norm before clipping, and the learning rate."""
-        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            gradients = [p.grad for p in self.vae.parameters() if p.grad is not None]
-            self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
-            self.log("train/lr", optimizer.param_groups[0]["lr"])
+        log_gradient_norm(self, self.vae)
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
 
     def configure_gradient_clipping(
         self,

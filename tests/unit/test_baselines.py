@@ -401,7 +401,7 @@ def test_from_pictures_to_a_prior(name: str, tmp_path: Path, monkeypatch: pytest
     data = Pictures()
     module = TokenizerModule(BASELINES[name], lr=1e-3, warmup_steps=2, budget_groups=2)
     before = error_of(module.tokenizer, data.images)
-    rfid = ReconstructionFID(guidance="cfg", guidance_scale=2.0, num_steps=2, every_n_epochs=0, cache_dir=None)
+    rfid = ReconstructionFID(guidance="cfg", guidance_scale=2.0, num_steps=2, every_n_validations=0, cache_dir=None)
     trainer(tmp_path, 120).fit(module, data)
     assert error_of(module.tokenizer, data.images) < 0.8 * before  # what ignores the tokens stays where it was
 

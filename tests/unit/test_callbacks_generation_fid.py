@@ -260,7 +260,7 @@ def test_a_fit_measures_the_average_and_shows_it(tmp_path):
 
 
 def test_never_in_a_fit(tmp_path):
-    callback = GenerationFID(cache_dir=None, every_n_epochs=0)
+    callback = GenerationFID(cache_dir=None, every_n_validations=0)
     trainer_for(tmp_path, callback).fit(BandPrior(), Pictures())
     assert callback.values == {}
 

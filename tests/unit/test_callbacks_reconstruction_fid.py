@@ -218,7 +218,7 @@ def test_two_processes_are_one(tmp_path, first_rank):
 
 def test_fit_measures_a_cheap_subset_and_charts_it(tmp_path):
     logger = TensorBoardLogger(tmp_path, name="tb")
-    callback = ReconstructionFID(cache_dir=None, max_samples=20, every_n_epochs=2)
+    callback = ReconstructionFID(cache_dir=None, max_samples=20, every_n_validations=2)
     trainer = trainer_for(tmp_path, callback, logger=logger, max_epochs=2)
     trainer.fit(StripModule(), datamodule=Pictures(pictures(40)))
     assert list(callback.values) == [1, 4, 8]
@@ -264,7 +264,7 @@ def test_averaged_weights_are_measured_and_named(tmp_path):
     (record, *_) = json.loads((tmp_path / "ema/rfid_fit/rfid.json").read_text())
     assert record["model_weights"] == "ema"
 
-    late = ReconstructionFID(every_n_epochs=2, **options)
+    late = ReconstructionFID(every_n_validations=2, **options)
     average = EMA(update_starting_at_step=9)  # in the third epoch, of which nothing is measured
     trainer_for(tmp_path / "late", late, callbacks=[average], max_epochs=3).fit(StripModule(lr=0.1), datamodule=data)
     (record, *_) = json.loads((tmp_path / "late/rfid_fit/rfid.json").read_text())

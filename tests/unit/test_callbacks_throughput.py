@@ -42,7 +42,7 @@ class SlowModule(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-def logged(tmp_path, data_seconds, step_seconds, every_n_steps=4):
+def logged(tmp_path, data_seconds, step_seconds, every_n_steps=4, **options):
     logger = CSVLogger(tmp_path)
     Trainer(
         accelerator="cpu",
@@ -54,6 +54,7 @@ def logged(tmp_path, data_seconds, step_seconds, every_n_steps=4):
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
+        **options,
     ).fit(SlowModule(step_seconds), DataLoader(SlowData(data_seconds), 2), DataLoader(SlowData(0.0), 24))
     rows = csv.DictReader((Path(logger.log_dir) / "metrics.csv").open())
     return [{name: float(value) for name, value in row.items()} for row in rows if row["train/images_per_s"]]
@@ -65,6 +66,11 @@ def test_rate_and_share_without_validation(tmp_path):
     for row in rows:
         assert 10 < row["train/images_per_s"] <= 2 / 0.02 * 1.5
         assert 0.15 < row["train/data_share"] < 0.75
+
+
+def test_windows_are_of_optimizer_steps(tmp_path):
+    rows = logged(tmp_path, 0.0, 0.0, every_n_steps=2, accumulate_grad_batches=3, limit_val_batches=0)
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
 
 
 def test_a_module_that_waits_for_nothing(tmp_path):

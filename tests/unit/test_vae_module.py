@@ -1,5 +1,6 @@
 """VAEModule: its losses, its schedule, what it measures and what it exports."""
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
@@ -77,6 +79,23 @@ def test_each_term_is_optional_and_adds_up(options: dict[str, Any], names: set[s
     total += 0.5 * logged.get("adaptive_weight", 0.0) * logged.get("generator", 0.0) + logged.get("discriminator", 0.0)
     assert logged["loss"] == pytest.approx(total, rel=1e-5)
     assert all("perceptual" not in name for name in model.state_dict())
+
+
+def test_gradient_norm_and_learning_rate_are_those_of_the_logged_step(tmp_path: Path) -> None:
+    """Also where gradients are accumulated over two batches."""
+    norms: list[float] = []
+
+    class Spy(pl.Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in pl_module.parameters()])))
+
+    logger = CSVLogger(tmp_path, name="", version="run")
+    options: dict[str, Any] = {"log_every_n_steps": 2, "accumulate_grad_batches": 2, "gradient_clip_val": 1e-3}
+    trainer(tmp_path, logger=logger, callbacks=[Spy()], **options).fit(module(warmup_steps=3), loader(batches(8)))
+    rows = [row for row in csv.DictReader((tmp_path / "run" / "metrics.csv").open()) if row["train/lr"]]
+    assert [int(row["step"]) for row in rows] == [1, 3]
+    assert [float(row["train/lr"]) for row in rows] == pytest.approx([0.5e-3, 1e-3])
+    assert [float(row["train/grad_norm"]) for row in rows] == pytest.approx(norms[1::2], rel=1e-5)
 
 
 def test_l2_and_no_kl(tmp_path: Path) -> None:
