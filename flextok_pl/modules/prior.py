@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
 from flextok_pl.contracts import Batch, run_folder
@@ -22,8 +23,9 @@ from flextok_pl.models.text import TextEncoder
 from flextok_pl.models.token_loss import token_loss
 from flextok_pl.modules.optim import warmup_cosine
 from flextok_pl.modules.prior_base import PriorBase, TokenOutputs
-from flextok_pl.modules.steps import log_gradient_norm, log_means, step_generator, stop_if_not_finite
+from flextok_pl.modules.steps import log_gradient_norm, log_means, step_generator
 from flextok_pl.modules.width_transfer import WidthPart, check_base_width, rescale_initial_weights, width_groups
+from flextok_pl.runtime.finite import StopIfNotFinite
 from flextok_pl.runtime.sharding import gather_for_evaluation, shard, shard_again, whole_weights
 
 
@@ -136,6 +138,10 @@ class PriorModule(PriorBase):
         """Shard the prior where the strategy asks for it."""
         shard(self, [self.prior], methods=["hidden"])
 
+    def configure_callbacks(self) -> list[Callback]:
+        """What every training needs."""
+        return [StopIfNotFinite()]
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over parameter groups, warm-up and cosine per step."""
         groups = width_groups(self, self.weight_decay, self.lr, self.width_parts())
@@ -153,7 +159,6 @@ class PriorModule(PriorBase):
         null = draws[self.global_rank :: world_size].to(tokens.device) < self.condition_dropout
         hidden = self.prior.hidden(tokens, condition, null)
         result = token_loss(hidden, self.prior.head.weight, tokens, self.label_smoothing, self.loss_chunk)
-        stop_if_not_finite(self, result.loss, batch)
         values = {"train/loss": result.loss, "train/bits_per_token": result.nll.mean() / math.log(2)}
         log_means(self, values, len(tokens))
         return {"loss": result.loss, "nll": result.nll, "correct": result.correct}

@@ -1,4 +1,4 @@
-"""What every module's training step needs: its random generator, and checks that stop a run that went wrong."""
+"""What every module's steps need: random generators, and what they log."""
 
 from __future__ import annotations
 
@@ -65,26 +65,6 @@ class SampleMeans:
         """Log the means. All ranks must ask, also one that has seen no sample."""
         sums = module.trainer.strategy.reduce(self._sums, reduce_op="sum")
         module.log_dict(dict(zip(self.names, sums[:-1] / sums[-1], strict=True)), prog_bar=True, sync_dist=True)
-
-
-def stop_if_not_finite(module: pl.LightningModule, loss: Tensor, batch: Batch) -> None:
-    """Stop the training at a loss that is NaN or infinite.
-
-    Raises:
-        RuntimeError: it is; the message names the step, the batch's samples and the last checkpoint.
-    """
-    if torch.isfinite(loss):
-        return
-    callback = module.trainer.checkpoint_callback
-    checkpoint = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
-    keys = batch.get("key", [])
-    shown = ", ".join(keys[:8]) + (f", ... ({len(keys)} in all)" if len(keys) > 8 else "")
-    raise RuntimeError(
-        f"the loss is {loss.item()} at step {module.global_step} (epoch {module.current_epoch}, rank "
-        f"{module.global_rank}); samples of the batch: {shown or 'without keys'}; last good checkpoint: "
-        f"{checkpoint or 'none was written yet'}. Look at the samples, or resume from the checkpoint with a lower "
-        "learning rate or gradient_clip_val"
-    )
 
 
 def logging_now(module: pl.LightningModule) -> bool:

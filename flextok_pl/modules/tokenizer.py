@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -38,7 +39,6 @@ from flextok_pl.modules.steps import (
     log_means,
     logging_now,
     step_generator,
-    stop_if_not_finite,
 )
 from flextok_pl.modules.width_transfer import (
     WidthPart,
@@ -48,6 +48,7 @@ from flextok_pl.modules.width_transfer import (
     width_groups,
     xavier_std,
 )
+from flextok_pl.runtime.finite import StopIfNotFinite
 from flextok_pl.runtime.fit_loop import step_ends
 from flextok_pl.runtime.sharding import gather_for_evaluation, shard, shard_again, whole_weights
 
@@ -217,6 +218,10 @@ class TokenizerModule(pl.LightningModule):
         projection = [] if self.teacher_name is None else [self.projection]
         shard(self, [self.tokenizer.encoder, self.tokenizer.decoder, *projection])
 
+    def configure_callbacks(self) -> list[Callback]:
+        """What every training needs."""
+        return [StopIfNotFinite()]
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over parameter groups, warm-up and cosine per step."""
         groups = width_groups(self, self.weight_decay, self.lr, self.width_parts())
@@ -254,7 +259,6 @@ class TokenizerModule(pl.LightningModule):
         )
         result = flow_loss(self.tokenizer, latents, draws, budget_groups=self.budget_groups)
         loss = result.loss.mean()
-        stop_if_not_finite(self, loss, batch)
         log_means(self, {"train/loss": loss}, len(latents))
         self.train_loss.update(result.loss, draws)
         if logging_now(self) and step_ends(self):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -22,7 +23,8 @@ from flextok_pl.models.discriminator import PatchDiscriminator, adaptive_weight,
 from flextok_pl.models.perceptual import PerceptualDistance
 from flextok_pl.models.vae import VAE
 from flextok_pl.modules.optim import parameter_groups, warmup_cosine
-from flextok_pl.modules.steps import log_gradient_norm, step_generator, stop_if_not_finite
+from flextok_pl.modules.steps import log_gradient_norm, step_generator
+from flextok_pl.runtime.finite import StopIfNotFinite
 
 
 class VAEModule(pl.LightningModule):
@@ -129,7 +131,6 @@ class VAEModule(pl.LightningModule):
         if self.discriminator is not None and self.global_step >= self.gan_start_step:
             losses |= self._adversarial(images, outputs, compared)
             loss = loss + self.gan_weight * losses["adaptive_weight"] * losses["generator"] + losses["discriminator"]
-        stop_if_not_finite(self, loss, batch)
         shown = {f"train/{name}": value.detach() for name, value in losses.items()}
         self.log_dict(shown | {"train/loss": loss.detach()}, batch_size=len(images))
         self.log("train/psnr", psnr(outputs.detach(), images).mean(), batch_size=len(images), prog_bar=True)
@@ -144,6 +145,10 @@ class VAEModule(pl.LightningModule):
         real, fake = self.discriminator(torch.cat([images, outputs.detach()])).chunk(2)
         weight = adaptive_weight(compared, generator_loss, self.vae.vae.decoder.conv_out.weight)
         return {"generator": generator_loss, "adaptive_weight": weight, "discriminator": hinge_loss(real, fake)}
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What every training needs."""
+        return [StopIfNotFinite()]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over both networks, warm-up and cosine per step."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flextok_pl.callbacks import ReconstructionFID
 from flextok_pl.modules import TokenizerModule
@@ -88,3 +89,34 @@ def test_nothing_stays(
     for process in ranks:
         with pytest.raises(ProcessLookupError):  # nor has it left another one
             os.killpg(process.pid, 0)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_ranks_stop_together_at_a_loss_that_is_not_finite(
+    strategy: str, image_shards: Path, tmp_path: Path, start_ranks: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One rank's loss is; the other says the same, and no checkpoint holds what came of it."""
+
+    def prepare(rank: int) -> None:
+        real = TokenizerModule.training_step
+
+        def training_step(self: TokenizerModule, *args: Any) -> Any:
+            loss = real(self, *args)
+            return loss * float("nan") if rank == 1 and self.global_step == 2 else loss
+
+        TokenizerModule.training_step = training_step  # type: ignore[method-assign]
+
+    options = [*arguments(image_shards, "fit", 0, 2), "--trainer.max_steps", "6", "--trainer.val_check_interval", "2"]
+    options += ["--trainer.strategy", strategy, "--checkpoint.every_n_train_steps", "1", "--rfid", "null"]
+    ranks = start_ranks(tmp_path, 2, options, prepare)
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [1, 1]
+    message = capfd.readouterr().err
+    assert message.count("RuntimeError: the loss is nan at step 2 (epoch 1, rank 1); samples of the batch: ") == 2
+    assert "closed by peer" not in message and "step0000002.ckpt. Look" in message
+    checkpoints = sorted((tmp_path / "runs/tokenizer/tiny/version_0/checkpoints").glob("*.ckpt"))
+    assert [file.name for file in checkpoints] == ["last.ckpt", "step0000001.ckpt", "step0000002.ckpt"]
+    for file in checkpoints:
+        state = torch.load(file, weights_only=True)["state_dict"]
+        assert all(value.isfinite().all() for value in state.values())
