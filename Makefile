@@ -79,7 +79,7 @@ $(DEMO_FEATURES)/index.json: $(DEMO_DATA)/val/index.json | $(READY)
 
 # Made anew when there is a newer tokenizer.
 $(DEMO_TOKENS)/index.json: $(CKPT) | $(DEMO_DATA)/val/index.json
-	$(FLEXTOK) data tokens --ckpt $(CKPT) --src $(DEMO_DATA)/train --dst $(DEMO_TOKENS) --overwrite true
+	$(FLEXTOK) data tokens $(DEMO_DATA)/train $(DEMO_TOKENS) --tokenizer $(CKPT) --overwrite true
 
 ##@ Train and evaluate
 .PHONY: train-vae train-tokenizer train-prior eval-fid report sweep tensorboard

@@ -9,6 +9,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
+import lightning.pytorch  # noqa: F401  now: its log goes to the stderr that there is when it is imported
 import numpy as np
 import pytest
 import torch

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from flextok_pl.assets import DEMO_TOKENIZER
 from flextok_pl.callbacks.evaluation import extractor_facts, versions
 from flextok_pl.callbacks.generation_fid import Wish, balanced_wish
-from flextok_pl.cli.tools import checked_budgets, default_device, picture_size, run_tool
+from flextok_pl.cli.tools import checked_budgets, default_device, picture_size
 from flextok_pl.contracts import weights_hash
 from flextok_pl.data.pictures import open_pictures
 from flextok_pl.data.transforms import CENTER_CROP
@@ -54,16 +54,11 @@ class Setting:
         return "none" if self.guidance == "none" else f"{self.guidance} {self.guidance_scale:g}"
 
 
-def decoding(command: str, arguments: Sequence[str]) -> None:
-    """Run `flextok decoding`."""
-    run_tool(compare_decodings, command, arguments)
-
-
 def compare_decodings(
     reference: str,
     tokenizer: str | None = None,
     prior: str | None = None,
-    budgets: list[int] | None = None,
+    budgets: str | None = None,
     num_steps: list[int] | None = None,
     guidance: list[str] | None = None,
     guidance_scale: list[float] | None = None,
@@ -89,7 +84,7 @@ def compare_decodings(
         tokenizer: a `.safetensors` file, a folder or a Hub id; default the demo tokenizer.
         prior: a prior of classes, or of no condition: measure pictures that it generates, as many as are real and its
             classes in turn, in place of reconstructions.
-        budgets: numbers of tokens; default 1, 2, 4, ... up to all.
+        budgets: numbers of tokens, such as 1,4,16,64; default 1, 2, 4, ... up to all.
         num_steps: default [5, 10, 25].
         guidance: `none`, `cfg`, `apg`; default all of them.
         guidance_scale: strengths of `cfg` and `apg`; default [1.5, 3.0, 7.5].

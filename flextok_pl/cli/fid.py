@@ -8,7 +8,7 @@ from typing import Any
 
 from flextok_pl.callbacks.evaluation import extractor_facts, versions
 from flextok_pl.callbacks.image_set import ONLY, open_image_set
-from flextok_pl.cli.tools import default_device, run_tool
+from flextok_pl.cli.tools import default_device
 from flextok_pl.data.transforms import CENTER_CROP
 from flextok_pl.metrics.features import INCEPTION, build_extractor
 from flextok_pl.metrics.generation import GenerationStatistics
@@ -20,16 +20,6 @@ from flextok_pl.metrics.report import (
     read_records,
     write_json,
 )
-
-
-def fid(command: str, arguments: Sequence[str]) -> None:
-    """Run `flextok fid`."""
-    run_tool(compare_images, command, arguments)
-
-
-def compare(command: str, arguments: Sequence[str]) -> None:
-    """Run `flextok compare`."""
-    run_tool(compare_records, command, arguments)
 
 
 def compare_images(

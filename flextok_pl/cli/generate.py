@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from flextok_pl.assets import DEMO_PRIOR, DEMO_TOKENIZER
-from flextok_pl.cli.tools import call, default_device, token_budgets
+from flextok_pl.cli.commands import COMMANDS
+from flextok_pl.cli.tool import call, parsed, tool_parser
+from flextok_pl.cli.tools import checked_budgets, default_device
 from flextok_pl.data.conditions import class_index
 from flextok_pl.metrics.images import generation_grid, save_png
 from flextok_pl.modules.prior_base import PriorBase
@@ -20,13 +21,13 @@ from flextok_pl.modules.saved_prior import SavedPrior
 
 def run(command: str, arguments: Sequence[str]) -> None:
     """Run `flextok generate`."""
-    summary = (generate_images.__doc__ or "").split("\n")[0]
-    parser = ArgumentParser(prog=f"flextok {command}", description=summary)
-    for name, text in (("class", "a class: its number or its name"), ("text", "a text")):
-        parser.add_argument(f"--{name}", action="append", type=str, help=f"{text}; may be given several times")
-    parser.add_function_arguments(generate_images, skip={"classes", "texts"})
-    options = parser.parse_args(list(arguments)).as_dict()
-    call(generate_images, {"classes": options.pop("class"), "texts": options.pop("text"), **options})
+    parser = tool_parser(command, generate_images)
+    for option in COMMANDS[command].repeated.values():
+        parser.add_argument(f"--{option}", action="append", type=str)
+    options = parsed(parser, arguments)
+    for parameter, option in COMMANDS[command].repeated.items():
+        options[parameter] = options.pop(option)
+    call(generate_images, options)
 
 
 def generate_images(
@@ -34,7 +35,7 @@ def generate_images(
     texts: list[str] | None = None,
     prior: str | None = None,
     tokenizer: str | None = None,
-    num_tokens: str | None = None,
+    budgets: str | None = None,
     samples: int = 1,
     cfg_scale: float | list[float] = 1.5,
     temperature: float = 1.0,
@@ -53,11 +54,11 @@ def generate_images(
     A picture depends on its condition, the seed and its number among those of its condition only.
 
     Args:
-        classes: numbers or names, for a prior of classes; default all of up to 16 classes, else the first 8.
-        texts: for a prior of texts; the empty text is no condition.
+        classes: number or name of a class, for a prior of classes; default all of up to 16 classes, else the first 8.
+        texts: a text, for a prior of texts; the empty text is no condition.
         prior: a `.safetensors` file that training left; default the demo prior of this package.
         tokenizer: the tokenizer whose tokens it knows; default the demo tokenizer.
-        num_tokens: token budgets separated by commas, such as 1,8,64; default 1, 2, 4, ... up to all.
+        budgets: numbers of tokens, such as 1,8,64; default 1, 2, 4, ... up to all.
         samples: pictures of each condition.
         cfg_scale: guidance of the prior, 1 for none: a number, or numbers to interpolate over the token positions.
         temperature: of the prior; 0 takes the most likely token.
@@ -75,7 +76,7 @@ def generate_images(
         raise ValueError(f"samples={samples} must be at least 1")
     path, decoder = prior or str(DEMO_PRIOR), tokenizer or str(DEMO_TOKENIZER)
     module = SavedPrior(path, decoder, text_encoder).eval().to(default_device(device))
-    budgets = token_budgets(num_tokens, module.prior.num_tokens)
+    wanted = checked_budgets(budgets, module.prior.num_tokens)
     names, condition = _conditions(module, classes, texts, samples)
     seeds = [seed + i % samples for i in range(len(names))]
     tokens = module.generate_tokens(
@@ -90,12 +91,12 @@ def generate_images(
             guidance_scale=guidance_scale,
             generator=[torch.Generator().manual_seed(s) for s in seeds],
         ).cpu()
-        for budget in budgets
+        for budget in wanted
     }
     target = Path(out).expanduser()
     target.parent.mkdir(parents=True, exist_ok=True)
     save_png(generation_grid(names, images), target)
-    print(f"{len(names)} pictures at {budgets} tokens: {target}")
+    print(f"{len(names)} pictures at {wanted} tokens: {target}")
 
 
 def _conditions(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flextok_pl.callbacks.evaluation import versions
-from flextok_pl.cli.tools import checked_budgets, default_device, picture_size, run_tool
+from flextok_pl.cli.tools import checked_budgets, default_device, picture_size
 from flextok_pl.contracts import weights_hash
 from flextok_pl.data import ShardDataModule
 from flextok_pl.data.sources import load_indices
@@ -19,16 +18,11 @@ from flextok_pl.metrics.report import format_columns, format_value, write_json
 from flextok_pl.models.tokenizer import FlexTok
 
 
-def probe(command: str, arguments: Sequence[str]) -> None:
-    """Run `flextok probe`."""
-    run_tool(probe_tokens, command, arguments)
-
-
 def probe_tokens(
     train: str,
     val: str,
     tokenizer: str,
-    budgets: list[int] | None = None,
+    budgets: str | None = None,
     l2: float = 0.1,
     batch_size: int = 64,
     num_workers: int = 2,
@@ -44,7 +38,7 @@ def probe_tokens(
         train: shard set with classes to fit on, of images or of this tokenizer's tokens.
         val: shard set to measure on, likewise.
         tokenizer: a `.safetensors` file, a folder or a Hub id.
-        budgets: numbers of tokens; default 1, 2, 4, ... up to all.
+        budgets: numbers of tokens, such as 1,4,16,64; default 1, 2, 4, ... up to all.
         l2: strength of the penalty.
         batch_size: pictures at a time.
         num_workers: processes that decode pictures.

@@ -14,7 +14,6 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 
 from flextok_pl.assets import PUBLISHED
-from flextok_pl.cli.tools import run_tool
 from flextok_pl.metrics.report import Record, draw_budgets, format_value, read_records, write_atomically
 
 KINDS = {"rfid": "Reconstruction", "gfid": "Generation"}
@@ -44,11 +43,6 @@ figure {margin: 1rem 0; overflow-x: auto} figcaption {color: #555; font-size: 13
 img {image-rendering: pixelated; max-width: none} svg {max-width: 100%; height: auto}
 details {margin: 1rem 0} summary {cursor: pointer}
 """
-
-
-def report(command: str, arguments: Sequence[str]) -> None:
-    """Run `flextok report`."""
-    run_tool(write_report, command, arguments)
 
 
 def write_report(folder: str, out: str | None = None, dataset: Literal["imagenet256"] | None = None) -> None:

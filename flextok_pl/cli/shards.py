@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from flextok_pl.cli.tools import run_tool
 from flextok_pl.data.convert import check_choice
 from flextok_pl.data.index import INDEX_NAME, ShardError
 from flextok_pl.data.listing import matching_paths
 from flextok_pl.data.sources import load_indices
 from flextok_pl.data.stats import shard_statistics
 from flextok_pl.data.verify import verify_sets
-
-
-def verify(command: str, arguments: Sequence[str]) -> None:
-    """Run `flextok data verify`."""
-    run_tool(verify_shards, command, arguments)
-
-
-def stats(command: str, arguments: Sequence[str]) -> None:
-    """Run `flextok data stats`."""
-    run_tool(show_statistics, command, arguments)
 
 
 def verify_shards(shards: str, duplicates: Literal["note", "fail"] = "note", num_workers: int | None = None) -> None:

@@ -3,73 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from flextok_pl.assets import DEMO_TOKENIZER
-from flextok_pl.cli import UserError
 from flextok_pl.contracts import default_budgets, weights_hash
-from flextok_pl.data import (
-    Augmentation,
-    write_demo,
-    write_folder,
-    write_imagenet,
-    write_latents,
-    write_parquet,
-    write_resharded,
-    write_tokens,
-)
+from flextok_pl.data import Augmentation, write_latents, write_tokens
 from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, center_crop, decode_image, to_rgb, to_tensor
 from flextok_pl.metrics.images import reconstruction_grid, save_png
 from flextok_pl.models.teacher import Teacher, resized_map
 from flextok_pl.models.text import TextEncoder
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
-
-
-def data_demo(command: str, arguments: Sequence[str]) -> None:
-    """Run `flextok data demo`."""
-    run_tool(write_demo, command, arguments)
-
-
-def data_folder(command: str, arguments: Sequence[str]) -> None:
-    """Run `flextok data folder`."""
-    run_tool(write_folder, command, arguments)
-
-
-def data_imagenet(command: str, arguments: Sequence[str]) -> None:
-    """Run `flextok data imagenet`."""
-    run_tool(write_imagenet, command, arguments)
-
-
-def data_parquet(command: str, arguments: Sequence[str]) -> None:
-    """Run `flextok data parquet`."""
-    run_tool(write_parquet, command, arguments)
-
-
-def data_reshard(command: str, arguments: Sequence[str]) -> None:
-    """Run `flextok data reshard`."""
-    run_tool(write_resharded, command, arguments)
-
-
-def data_latents(command: str, arguments: Sequence[str]) -> None:
-    """Run `flextok data latents`."""
-    run_tool(encode_shards, command, arguments)
-
-
-def data_tokens(command: str, arguments: Sequence[str]) -> None:
-    """Run `flextok data tokens`."""
-    run_tool(tokenize_shards, command, arguments, as_positional=False)
-
-
-def reconstruct(command: str, arguments: Sequence[str]) -> None:
-    """Run `flextok reconstruct`."""
-    run_tool(reconstruct_images, command, arguments, several="images")
 
 
 def encode_shards(
@@ -157,7 +106,7 @@ def tokenize_shards(
     src: str,
     dst: str,
     *,
-    ckpt: str,
+    tokenizer: str,
     image_size: int | None = None,
     num_views: int = 1,
     augmentation: Augmentation = DEFAULT_AUGMENTATION,
@@ -177,7 +126,7 @@ def tokenize_shards(
     Args:
         src: shard set of images.
         dst: folder of the new set.
-        ckpt: tokenizer: a `.safetensors` file, a folder or a Hub id.
+        tokenizer: a `.safetensors` file, a folder or a Hub id.
         image_size: side in pixels of the pictures that are tokenized; default the tokenizer's own.
         num_views: token sequences per picture: of its centre crop, and of further random changes of it.
         augmentation: those random changes.
@@ -190,7 +139,7 @@ def tokenize_shards(
         device: where to run the tokenizer; default a GPU where there is one.
     """
     place = default_device(device)
-    tok = FlexTok.from_pretrained(ckpt)
+    tok = FlexTok.from_pretrained(tokenizer)
     encoder = None if text_encoder is None else TextEncoder(text_encoder).to(place)
     tokenizer_id = tok.identity()
     tok = tok.to(place)
@@ -214,8 +163,8 @@ def tokenize_shards(
 
 def reconstruct_images(
     images: list[str],
-    ckpt: str | None = None,
-    num_tokens: str | None = None,
+    tokenizer: str | None = None,
+    budgets: str | None = None,
     out: str = "grid.png",
     guidance: Literal["none", "cfg", "apg"] = "apg",
     guidance_scale: float = 7.5,
@@ -228,8 +177,8 @@ def reconstruct_images(
 
     Args:
         images: picture files; the largest centred square of each is taken.
-        ckpt: tokenizer: a `.safetensors` file, a folder or a Hub id; default the demo tokenizer of this package.
-        num_tokens: token budgets separated by commas, such as 1,4,16,64; default 1, 2, 4, ... up to all.
+        tokenizer: a `.safetensors` file, a folder or a Hub id; default the demo tokenizer of this package.
+        budgets: numbers of tokens, such as 1,4,16,64; default 1, 2, 4, ... up to all.
         out: PNG file to write: originals in the first column, one column per budget.
         guidance: `none`, `cfg` or `apg`.
         guidance_scale: its strength; 1 is none.
@@ -239,13 +188,13 @@ def reconstruct_images(
         device: default a GPU where there is one.
     """
     place = default_device(device)
-    tok = FlexTok.from_pretrained(ckpt or DEMO_TOKENIZER, vae_config=vae_config, device=place)
-    budgets = token_budgets(num_tokens, tok.num_registers)
+    tok = FlexTok.from_pretrained(tokenizer or DEMO_TOKENIZER, vae_config=vae_config, device=place)
+    wanted = checked_budgets(budgets, tok.num_registers)
     side = picture_size(tok)
     originals = to_tensor([center_crop(to_rgb(_picture(file)), side) for file in images])  # (B, 3, side, side)
     tokens = tok.tokenize(originals.to(place))
     decoded = {}
-    for budget in budgets:
+    for budget in wanted:
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(images))]
         decoded[budget] = tok.detokenize(
             tokens,
@@ -259,36 +208,7 @@ def reconstruct_images(
     target = Path(out).expanduser()
     target.parent.mkdir(parents=True, exist_ok=True)
     save_png(reconstruction_grid(originals, decoded), target)
-    print(f"{len(images)} pictures at {budgets} tokens: {target}")
-
-
-def run_tool(
-    function: Callable[..., Any],
-    command: str,
-    arguments: Sequence[str],
-    several: str | None = None,
-    as_positional: bool = True,
-) -> None:
-    """Parse a function's arguments and call it; `several` names a parameter that takes one or more."""
-    summary = (function.__doc__ or "").split("\n")[0]
-    parser = ArgumentParser(prog=f"flextok {command}", description=summary)
-    if several is not None:
-        parser.add_argument(several, nargs="+", type=str, help="one or more files")
-    skip: set[str | int] | None = {several} if several is not None else None
-    parser.add_function_arguments(function, as_positional=as_positional, skip=skip)
-    call(function, parser.instantiate_classes(parser.parse_args(list(arguments))).as_dict())
-
-
-def call(function: Callable[..., Any], options: dict[str, Any]) -> None:
-    """Call a tool.
-
-    Raises:
-        UserError: the options ask for what cannot be done.
-    """
-    try:
-        function(**options)
-    except (ValueError, OSError) as error:
-        raise UserError(str(error)) from error
+    print(f"{len(images)} pictures at {wanted} tokens: {target}")
 
 
 def default_device(device: str | None) -> torch.device:
@@ -304,30 +224,21 @@ def picture_size(tok: FlexTok) -> int:
     return min(tok.latent_size) * tok.require_vae().config.downsampling
 
 
-def checked_budgets(budgets: Sequence[int] | None, num_registers: int) -> list[int]:
-    """Numbers of tokens in ascending order; None -> 1, 2, 4, ... K.
+def checked_budgets(text: str | None, num_registers: int) -> list[int]:
+    """`1,4,16` or `[1,4,16]` -> [1, 4, 16]; None -> 1, 2, 4, ... K.
 
     Raises:
-        ValueError: one is not a budget of this tokenizer.
-    """
-    wanted = sorted(budgets or default_budgets(num_registers))
-    if not 1 <= wanted[0] <= wanted[-1] <= num_registers:
-        raise ValueError(f"budgets={budgets} must be in 1..{num_registers}, the budgets of this tokenizer")
-    return wanted
-
-
-def token_budgets(text: str | None, num_registers: int) -> list[int]:
-    """`1,4,16` -> [1, 4, 16]; None -> 1, 2, 4, ... K.
-
-    Raises:
-        ValueError: the text is something else.
+        ValueError: the text is something else, or a number is no budget of this tokenizer.
     """
     if text is None:
         return default_budgets(num_registers)
     try:
-        return [int(number) for number in text.strip("[]").split(",")]
+        wanted = sorted({int(number) for number in text.strip("[]").split(",")})
     except ValueError:
-        raise ValueError(f"num_tokens={text!r} must be whole numbers separated by commas, such as 1,4,16,64") from None
+        raise ValueError(f"budgets={text!r} must be whole numbers separated by commas, such as 1,4,16,64") from None
+    if not 1 <= wanted[0] <= wanted[-1] <= num_registers:
+        raise ValueError(f"budgets={text} must be in 1..{num_registers}, the budgets of this tokenizer")
+    return wanted
 
 
 def _picture(file: str) -> Any:

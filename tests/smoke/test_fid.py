@@ -130,7 +130,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path, emoji_folder, capsys):
     assert "2.png 20 x 30; give image_size" in message(one)
     (one / "2.png").write_bytes((one / "1.png").read_bytes()[:60])
     assert f"{one / '2.png'}: not a complete picture" in message(one)
-    assert "nowhere is no folder" in message(tmp_path / "nowhere")
+    assert "nowhere: there is no such file or folder" in message(tmp_path / "nowhere")
     np.savez(tmp_path / "narrow.npz", mu=np.zeros(5), sigma=np.eye(5))
     assert "statistics of 5 features, but extractor='effnet-lite0' has 1280" in message(tmp_path / "narrow.npz")
     np.savez(tmp_path / "nan.npz", mu=np.full(1280, np.nan), sigma=np.eye(1280))

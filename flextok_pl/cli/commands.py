@@ -1,0 +1,136 @@
+"""The commands of `flextok`: what they run, and where their options are defined."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+TRAINER = "lightning.pytorch.trainer.trainer:Trainer"
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Args:
+        summary: one line of help.
+        options: functions and classes, `module:name`, whose parameters are its options.
+        added: functions that give its parser further options.
+        run: `module:function` of `flextok_pl.cli` that takes the command and its arguments; by default the one function
+            of `options` is called with the options.
+        groups: it takes the groups of a training, too: trainer, data, model and callbacks.
+        inputs: options that name shard sets, folders or files which must be there, or patterns and URLs of such.
+        former: name that an option once had -> its name.
+        repeated: parameter -> the option that adds one value to it, and may be given several times.
+    """
+
+    summary: str
+    options: tuple[str, ...]
+    run: str = "tool:run"
+    added: tuple[str, ...] = ()
+    groups: bool = False
+    inputs: tuple[str, ...] = ()
+    former: Mapping[str, str] = field(default_factory=dict)
+    repeated: Mapping[str, str] = field(default_factory=dict)
+
+
+def _training(summary: str, method: str, *added: str, run: str = "training:run") -> Command:
+    return Command(summary, (f"{TRAINER}.{method}",), run, added, groups=True)
+
+
+EVALUATION = "flextok_pl.cli.training:FlexTokCLI.add_arguments_to_parser"
+SWEEP = "flextok_pl.sweeps.sweep:Sweep"
+
+COMMANDS = {
+    "fit": _training("train a model", "fit"),
+    "validate": _training("evaluate on the validation set, cheaply", "validate", EVALUATION),
+    "test": _training("evaluate in full: every metric at every token budget", "test", EVALUATION),
+    "predict": _training("write predictions", "predict", EVALUATION),
+    "sweep": Command(
+        "search over the options of an experiment, here or on a Slurm cluster",
+        (SWEEP,),
+        "sweep:run",
+        ("flextok_pl.cli.sweep:run",),
+    ),
+    "sweep status": Command("show the trials of a sweep", (SWEEP,), "sweep:status", ("flextok_pl.cli.sweep:status",)),
+    "plan": _training(
+        "say whether a training fits a machine, and how long it takes",
+        "fit",
+        "flextok_pl.cli.plan:PlanCLI.add_arguments_to_parser",
+        run="plan:run",
+    ),
+    "data demo": Command("write the embedded OpenMoji demo set as shards", ("flextok_pl.data.demo:write_demo",)),
+    "data folder": Command(
+        "write a folder of images as shards", ("flextok_pl.data.folder:write_folder",), inputs=("src", "captions")
+    ),
+    "data imagenet": Command(
+        "write ImageNet-1k as shards, from its tars or its folders",
+        ("flextok_pl.data.imagenet:write_imagenet",),
+        inputs=("src", "classes"),
+    ),
+    "data parquet": Command(
+        "write parquet files, also of the Hugging Face Hub, as shards", ("flextok_pl.data.parquet:write_parquet",)
+    ),
+    "data reshard": Command(
+        "write WebDataset tars, or a shard set, as new shards",
+        ("flextok_pl.data.reshard:write_resharded",),
+        inputs=("src", "class_names"),
+    ),
+    "data latents": Command(
+        "encode the images of a shard set by a VAE, as shards",
+        ("flextok_pl.cli.tools:encode_shards",),
+        inputs=("src", "teacher_weights"),
+    ),
+    "data tokens": Command(
+        "tokenize the images of a shard set, as shards",
+        ("flextok_pl.cli.tools:tokenize_shards",),
+        inputs=("src",),
+        former={"ckpt": "tokenizer"},
+    ),
+    "data verify": Command(
+        "read a shard set in full and list everything that is wrong",
+        ("flextok_pl.cli.shards:verify_shards",),
+        inputs=("shards",),
+    ),
+    "data stats": Command(
+        "show what is in a shard set: classes, sizes, captions, pixels",
+        ("flextok_pl.cli.shards:show_statistics",),
+        inputs=("shards",),
+    ),
+    "fid": Command(
+        "measure images against reference images: FID, KID, precision, recall",
+        ("flextok_pl.cli.fid:compare_images",),
+        inputs=("images", "reference", "weights"),
+    ),
+    "compare": Command(
+        "show two files of results side by side, and where their protocols differ",
+        ("flextok_pl.cli.fid:compare_records",),
+        inputs=("first", "second"),
+    ),
+    "decoding": Command(
+        "measure steps and guidance at every token budget, and recommend the best",
+        ("flextok_pl.cli.decoding:compare_decodings",),
+        inputs=("reference", "weights"),
+    ),
+    "probe": Command(
+        "measure how well the class can be read off the first tokens",
+        ("flextok_pl.cli.probe:probe_tokens",),
+        inputs=("train", "val"),
+    ),
+    "report": Command(
+        "write what an evaluation left as one HTML page", ("flextok_pl.cli.report:write_report",), inputs=("folder",)
+    ),
+    "generate": Command(
+        "show generated images at several token budgets, as one picture",
+        ("flextok_pl.cli.generate:generate_images",),
+        "generate:run",
+        former={"num_tokens": "budgets"},
+        repeated={"classes": "class", "texts": "text"},
+    ),
+    "reconstruct": Command(
+        "show images at several token budgets, as one picture",
+        ("flextok_pl.cli.tools:reconstruct_images",),
+        inputs=("images",),
+        former={"ckpt": "tokenizer", "num_tokens": "budgets"},
+    ),
+}

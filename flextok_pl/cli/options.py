@@ -1,0 +1,276 @@
+"""The options of a command, read from source code: nothing is imported, so help and a misspelt name cost no time.
+
+Functions and classes are named `module:name`. What is read is what jsonargparse finds by importing them: parameters,
+those of base classes behind `**kwargs`, fields of dataclasses, and their docstrings.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import difflib
+import functools
+import re
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from docstring_parser.google import parse
+
+Definition = ast.ClassDef | ast.FunctionDef | ast.Assign
+"""What a name may stand for."""
+Options = dict[str, "Option"]
+
+PACKAGES = ("flextok_pl", "lightning")
+"""Where definitions are looked for."""
+
+SCALARS = frozenset(
+    {"int", "float", "str", "bool", "None", "Path", "Literal", "Union", "Optional", "timedelta"}
+    | {"list", "List", "tuple", "Tuple", "Sequence", "Iterable"}
+)
+"""Names in the types of options that have none below them."""
+
+FREE = frozenset({"init_args", "class_path", "dict_kwargs"})
+"""Names that any option with a class may have below it."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option.
+
+    Args:
+        kind: its type, as it is written.
+        default: likewise; None for an option that must be given.
+        help: what its docstring says.
+        below: the options below it, as of a group; None if only its value decides.
+        positional: it need not be named.
+    """
+
+    kind: str = ""
+    default: str | None = "null"
+    help: str = ""
+    below: Options | None = None
+    positional: bool = False
+
+    @property
+    def several(self) -> bool:
+        """Whether it takes all values that stand without a name."""
+        return self.positional and self.kind.startswith("list")
+
+
+def options_of(target: str) -> Options:
+    """Name -> option, of a function, a class, or a method `module:Class.method`."""
+    return _options(*_definition(target))
+
+
+def added_options(target: str) -> Options:
+    """Name -> option, of each call `parser.add_argument("--name", ...)` in a function's body."""
+    options = {}
+    for node in ast.walk(_definition(target)[1]):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "parser.add_argument":
+            facts = {each.arg: each.value for each in node.keywords}
+            for name in node.args:
+                if isinstance(name, ast.Constant):
+                    options[str(name.value).lstrip("-")] = Option(
+                        ast.unparse(facts["type"]).replace("None", "null") if "type" in facts else "",
+                        ast.unparse(facts["default"]).replace("None", "null") if "default" in facts else "null",
+                        _plain(facts.get("help")),
+                        {} if "type" in facts else None,
+                    )
+    return options
+
+
+def description_of(target: str) -> str:
+    """What its docstring says before the parameters."""
+    found = parse(ast.get_docstring(_definition(target)[1]) or "")
+    return "\n\n".join(text for text in (found.short_description, found.long_description) if text)
+
+
+def table_of(target: str) -> dict[str, str]:
+    """Key -> `module:name`, of a dictionary of classes at the top of a module."""
+    module, _, name = target.partition(":")
+    for node in _tree(module).body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict) and ast.unparse(node.target) == name:
+            pairs = zip(node.value.keys, node.value.values, strict=True)
+            return {ast.literal_eval(key): f"{module}:{ast.unparse(value)}" for key, value in pairs if key is not None}
+    raise ValueError(f"{target} is not defined there")
+
+
+def unknown(name: str, options: Options) -> str | None:
+    """What is wrong with the name of an option, such as `trainer.max_step`, or None.
+
+    Names below an option whose value decides are not looked at.
+    """
+    level: Options | None = options
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if level is None or part in FREE:
+            return None
+        if part not in level:
+            near = difflib.get_close_matches(part, level, n=1)
+            guesses = [".".join([*parts[:i], each, *parts[i + 1 :]]) for each in near] or [
+                full for full in _full_names(options) if full.rpartition(".")[2] == part
+            ]
+            return f"there is no option {name}" + (f"; did you mean {guesses[0]}?" if guesses else "")
+        level = level[part].below
+    return None
+
+
+def describe(options: Options, prefix: str = "") -> list[str]:
+    """Lines of help."""
+    lines = []
+    for name, option in options.items():
+        default = "required" if option.default is None else f"default: {option.default}"
+        facts = [option.kind] * bool(option.kind) + [default] * (not option.positional and option.kind != "")
+        text = f"{option.help} ({'; '.join(facts)})" if facts else option.help
+        lines.append("  " + (name.upper() if option.positional else f"--{prefix}{name}"))
+        lines += textwrap.wrap(text, 112, initial_indent=" " * 8, subsequent_indent=" " * 8)
+        if option.below:
+            lines += describe(option.below, f"{prefix}{name}.")
+    return lines
+
+
+def _full_names(options: Options, prefix: str = "") -> Iterator[str]:
+    for name, option in options.items():
+        yield prefix + name
+        yield from _full_names(option.below or {}, f"{prefix}{name}.")
+
+
+@functools.cache
+def _tree(module: str) -> ast.Module:
+    """The module's source; its packages are not imported."""
+    root, *parts = module.split(".")
+    spec = find_spec(root)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"there is no package {root}")
+    place = Path(spec.origin).parent.joinpath(*parts)
+    file = place / "__init__.py" if place.is_dir() else place.with_name(f"{place.name}.py")
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def _definition(target: str) -> tuple[str, ast.ClassDef | ast.FunctionDef]:
+    """Module and node of a function, a class or a method."""
+    module, _, path = target.partition(":")
+    name, *inner = path.split(".")
+    found = _find(module, name)
+    for method in inner:
+        body = found[1].body if found is not None and isinstance(found[1], ast.ClassDef) else []
+        methods = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == method]
+        found = (module, methods[0]) if methods else None
+    if found is None or isinstance(found[1], ast.Assign):
+        raise ValueError(f"{target} is no function and no class")
+    return found[0], found[1]
+
+
+@functools.cache
+def _names(module: str) -> dict[str, Definition | tuple[str, str]]:
+    """Name -> its definition, or the module and name that it is imported from."""
+    names: dict[str, Definition | tuple[str, str]] = {}
+    for node in ast.walk(_tree(module)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGES):
+            names |= {alias.asname or alias.name: (str(node.module), alias.name) for alias in node.names}
+    for node in _tree(module).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            names[node.name] = node
+        elif isinstance(node, ast.Assign):
+            names[ast.unparse(node.targets[0])] = node
+    return names
+
+
+def _find(module: str, name: str) -> tuple[str, Definition] | None:
+    """A definition and the module that holds it, also where the given one imports it."""
+    found = _names(module).get(name)
+    return _find(*found) if isinstance(found, tuple) else None if found is None else (module, found)
+
+
+class _Spelled(ast.NodeTransformer):
+    """Puts values in the place of this package's names for them: `ImageFormat` -> `Literal["jpg", "png", "webp"]`."""
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        """Look the name up."""
+        found = _find(self.module, node.id) if self.module.startswith("flextok_pl") else None
+        return found[1].value if found is not None and isinstance(found[1], ast.Assign) else node
+
+
+def _options(module: str, node: Definition) -> Options:
+    """Parameters of a function, or of a class's constructor."""
+    if isinstance(node, ast.Assign):
+        return {}
+    texts = _texts(node)
+    if isinstance(node, ast.FunctionDef):
+        return _parameters(module, node, texts)
+    if _is_dataclass(node):
+        fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
+        return _inherited(module, node) | {
+            name: _option(module, field.annotation, field.value, texts.get(name, ""))
+            for field in fields
+            if "ClassVar" not in ast.unparse(field.annotation) and (name := ast.unparse(field.target))
+        }
+    for method in node.body:
+        if isinstance(method, ast.FunctionDef) and method.name == "__init__":
+            own = _parameters(module, method, texts | _texts(method))
+            return own | _inherited(module, node) if method.args.kwarg else own
+    return _inherited(module, node)
+
+
+def _is_dataclass(node: Definition) -> bool:
+    return isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(each) for each in node.decorator_list)
+
+
+def _inherited(module: str, node: ast.ClassDef) -> Options:
+    found: Options = {}
+    for base in node.bases:
+        above = _find(module, ast.unparse(base).split("[")[0])
+        found |= _options(*above) if above is not None else {}
+    return found
+
+
+def _parameters(module: str, node: ast.FunctionDef, texts: Mapping[str, str]) -> Options:
+    given = node.args
+    defaults = [None] * (len(given.args) - len(given.defaults)) + list(given.defaults)
+    options = {
+        each.arg: _option(module, each.annotation, default, texts.get(each.arg, ""), positional=default is None)
+        for each, default in zip(given.args, defaults, strict=True)
+        if each.arg != "self"
+    }
+    for each, default in zip(given.kwonlyargs, given.kw_defaults, strict=True):
+        options[each.arg] = _option(module, each.annotation, default, texts.get(each.arg, ""))
+    return options
+
+
+def _option(
+    module: str, annotation: ast.expr | None, default: ast.expr | None, text: str, positional: bool = False
+) -> Option:
+    kind = "" if annotation is None else ast.unparse(_Spelled(module).visit(copy.deepcopy(annotation)))
+    below: Options | None = {} if kind else None
+    for each in set(re.findall(r"[A-Za-z_]\w*", re.sub(r"'[^']*'", "", kind))) - SCALARS:
+        found = _find(module, each)
+        below = _options(*found) if found is not None and _is_dataclass(found[1]) else None
+    if isinstance(default, ast.Call) and default.keywords[:1] and default.keywords[0].arg == "default_factory":
+        factory = default.keywords[0].value
+        default = factory.body if isinstance(factory, ast.Lambda) else ast.Call(factory, [], [])
+    value = None if default is None else ast.unparse(_Spelled(module).visit(copy.deepcopy(default)))
+    return Option(
+        kind=kind.replace("None", "null"),
+        default=None if value is None else value.replace("None", "null"),
+        help=text,
+        below=below,
+        positional=positional,
+    )
+
+
+def _texts(node: ast.ClassDef | ast.FunctionDef) -> dict[str, str]:
+    """Parameter -> what the docstring says of it."""
+    found = parse(ast.get_docstring(node) or "").params
+    return {each.arg_name: " ".join((each.description or "").split()) for each in found}
+
+
+def _plain(text: ast.expr | None) -> str:
+    """A string's constant parts."""
+    parts = text.values if isinstance(text, ast.JoinedStr) else [text]
+    return "".join(str(each.value) if isinstance(each, ast.Constant) else "..." for each in parts if each is not None)

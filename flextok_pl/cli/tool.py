@@ -1,0 +1,49 @@
+"""The commands that are one plain function: its signature is their options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from flextok_pl.cli import UserError, load
+from flextok_pl.cli.commands import COMMANDS
+from flextok_pl.cli.options import options_of
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Parse the arguments of a command by its function, and call that."""
+    (target,) = COMMANDS[command].options
+    module, name = target.split(":")
+    function = getattr(load(module), name)
+    call(function, parsed(tool_parser(command, function), arguments))
+
+
+def tool_parser(command: str, function: Callable[..., Any]) -> ArgumentParser:
+    """The parser of a function's parameters; a required list takes one or more values."""
+    parser = ArgumentParser(prog=f"flextok {command}", description=COMMANDS[command].summary)
+    several = [name for name, option in options_of(COMMANDS[command].options[0]).items() if option.several]
+    for name in several:
+        parser.add_argument(name, nargs="+", type=str)
+    skip: set[str | int] = {*several, *COMMANDS[command].repeated}
+    parser.add_function_arguments(function, as_positional=True, skip=skip)
+    return parser
+
+
+def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
+    """The options of a command line."""
+    options: dict[str, Any] = parser.instantiate_classes(parser.parse_args(list(arguments))).as_dict()
+    return options
+
+
+def call(function: Callable[..., Any], options: dict[str, Any]) -> None:
+    """Call a tool.
+
+    Raises:
+        UserError: the options ask for what cannot be done.
+    """
+    try:
+        function(**options)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
