@@ -20,7 +20,7 @@ from PIL import Image
 from report import median_seconds, write_results
 
 from flextok_pl.data import write_folder, write_imagenet
-from flextok_pl.data.folder import list_images
+from flextok_pl.data.image_files import list_images
 from flextok_pl.data.imagenet import TARS
 from flextok_pl.data.shards import run_jobs, worker_processes
 from flextok_pl.data.transforms import decode_image

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from torch import Tensor
 from flextok_pl.assets import DEMO_TOKENIZER
 from flextok_pl.contracts import default_budgets, weights_hash
 from flextok_pl.data import Augmentation, write_latents, write_tokens
-from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, center_crop, decode_image, to_rgb, to_tensor
+from flextok_pl.data.pictures import read_picture
+from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, center_crop, to_tensor
 from flextok_pl.metrics.images import reconstruction_grid, save_png
 from flextok_pl.models.teacher import Teacher, resized_map
 from flextok_pl.models.text import TextEncoder
@@ -191,7 +192,8 @@ def reconstruct_images(
     tok = FlexTok.from_pretrained(tokenizer or DEMO_TOKENIZER, vae_config=vae_config, device=place)
     wanted = checked_budgets(budgets, tok.num_registers)
     side = picture_size(tok)
-    originals = to_tensor([center_crop(to_rgb(_picture(file)), side) for file in images])  # (B, 3, side, side)
+    pictures = [center_crop(read_picture(Path(file).expanduser()), side) for file in images]
+    originals = to_tensor(pictures)  # (B, 3, side, side)
     tokens = tok.tokenize(originals.to(place))
     decoded = {}
     for budget in wanted:
@@ -239,10 +241,3 @@ def checked_budgets(text: str | None, num_registers: int) -> list[int]:
     if not 1 <= wanted[0] <= wanted[-1] <= num_registers:
         raise ValueError(f"budgets={text} must be in 1..{num_registers}, the budgets of this tokenizer")
     return wanted
-
-
-def _picture(file: str) -> Any:
-    try:
-        return decode_image(Path(file).expanduser().read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from flextok_pl.data.captions import read_captions
+from flextok_pl.data.class_names import read_class_names
 from flextok_pl.data.convert import (
     Conversion,
     ImageFormat,
@@ -20,7 +21,8 @@ from flextok_pl.data.convert import (
     check_choice,
     name_hash,
 )
-from flextok_pl.data.index import IMAGE_EXTENSIONS, ShardIndex
+from flextok_pl.data.image_files import find_images, split_ending
+from flextok_pl.data.index import ShardIndex
 from flextok_pl.data.listing import Span, listing_digest
 
 _LOG = logging.getLogger(__name__)
@@ -39,11 +41,13 @@ def write_folder(
     num_workers: int | None = None,
     samples_per_shard: int = 1000,
     overwrite: bool = False,
+    classes: list[str] | Path | str | None = None,
 ) -> dict[str, ShardIndex]:
     """Write a folder of images as shards: `DST`, or `DST/train` and `DST/val` with `val_fraction`.
 
     Every picture is decoded once, so that a broken one is found now and not in training. They are stored in an
-    order that mixes the folders. Classes are the names of the folders directly under SRC, in alphabetical order.
+    order that mixes the folders. Classes are the names of the folders directly under SRC, in alphabetical order. All
+    that Pillow reads is taken, at any depth; what else is there is listed at the end, by ending and number.
 
     Args:
         src: folder of images, searched recursively.
@@ -54,12 +58,14 @@ def write_folder(
         labels: `folders` takes classes from folders, `none` stores no labels, `auto` decides by whether all pictures
             lie in folders.
         captions: `.csv` or `.tsv` with the columns file and caption, or `.jsonl` with these keys; file is relative to
-            SRC, or absolute. Every picture needs an entry.
+            SRC, or absolute. Every picture needs an entry. A field with a comma or a quote stands in quotes.
         val_fraction: share of the pictures that goes to `DST/val`, by a hash of the file name.
         on_error: `raise` stops at a broken picture, `skip` leaves it out, with a message and a count in the index.
         num_workers: processes; default one per core.
         samples_per_shard: pictures per tar file.
         overwrite: replace a set that was made with other arguments.
+        classes: names of the classes by number, so that sets converted apart number them alike: a text file with one
+            per line, a shard set that has them, or a list; default the folders' names. A class may have no pictures.
 
     Returns:
         The index by part: `all`, or `train` and `val`.
@@ -74,58 +80,56 @@ def write_folder(
         raise ValueError(f"val_fraction={val_fraction} must be a share in [0, 1)")
     check_choice("labels", labels, ("auto", "folders", "none"))
     conversion = Conversion(size, image_format, quality, on_error, num_workers, samples_per_shard, overwrite)
-    files = list_images(src)
-    classes = _classes(src, files, labels)
+    if classes is not None and labels == "none":
+        raise ValueError(f"classes={classes} and labels=none: leave one of them out")
+    given = None if classes is None else read_class_names("classes", classes)
+    beside = [Path(path) for path in (captions, classes) if isinstance(path, str | Path)]
+    found = find_images(src, beside)
+    files = list(found.extensions)
+    names = _classes(src, files, labels, given)
     texts = None if captions is None else _captions(src, files, Path(captions))
-    items = _items(files, classes, texts)
+    items = _items(found.extensions, names, texts)
     arguments: dict[str, Any] = {
         "writer": "folder",
         "source": str(src.resolve()),
         "files": listing_digest(src, files),
-        "labels": "folders" if classes else "none",
+        "labels": "folders" if names else "none",
+        **({} if given is None else {"classes": list(given)}),
         "captions": None if texts is None else hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
         "val_fraction": val_fraction,
     }
-    fields = ("image", *(["label"] if classes else []), *(["text"] if texts is not None else []))
-    plan = ShardIndex(dst, fields, (), tuple(classes), None, arguments, {"source": str(src.resolve())})
-    return {
+    fields = ("image", *(["label"] if names else []), *(["text"] if texts is not None else []))
+    plan = ShardIndex(dst, fields, (), names, None, arguments, {"source": str(src.resolve())})
+    sets = {
         part: conversion.write(
             dst if part == "all" else dst / part, chosen, ItemReader(src, conversion), plan, f"{part} shards"
         )
         for part, chosen in _parts(items, val_fraction).items()
     }
+    found.tell_rest()
+    return sets
 
 
-def list_images(src: Path) -> list[str]:
-    """Paths of the images under a folder, relative to it, ordered; hidden files and folders are left out.
-
-    Raises:
-        ValueError: there is none.
-    """
-    files = []
-    for root, folders, names in os.walk(src, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        relative = Path(root).relative_to(src)
-        files += [
-            (relative / name).as_posix()
-            for name in names
-            if not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
-        ]
-    if not files:
-        raise ValueError(f"src={src} holds no images ({', '.join(IMAGE_EXTENSIONS)})")
-    return sorted(files)
-
-
-def _classes(src: Path, files: Sequence[str], labels: str) -> list[str]:
+def _classes(src: Path, files: Sequence[str], labels: str, given: Sequence[str] | None) -> tuple[str, ...]:
+    """Names of the classes by number; empty without classes."""
     loose = [file for file in files if "/" not in file]
-    if labels == "none" or (labels == "auto" and len(loose) == len(files)):
-        return []
+    if labels == "none" or (labels == "auto" and given is None and len(loose) == len(files)):
+        return ()
     if loose:
         raise ValueError(
-            f"src={src} has images in folders and {len(loose)} directly under it, such as {loose[0]}: move them into a "
-            "class folder, or set labels=none"
+            f"src={src} has {len(loose)} images directly under it, such as {loose[0]}, and its folders are classes: "
+            "move them into a class folder, or set labels=none"
         )
-    return sorted({file.partition("/")[0] for file in files})
+    found = sorted({file.partition("/")[0] for file in files})
+    if given is None:
+        return tuple(found)
+    unknown = [name for name in found if name not in given]
+    if unknown:
+        raise ValueError(
+            f"classes: src={src} has {len(unknown)} folders that are none of the {len(given)} classes, such as "
+            f"{unknown[0]!r}; add them to the list, or move them out of SRC"
+        )
+    return tuple(given)
 
 
 def _captions(src: Path, files: Sequence[str], path: Path) -> dict[str, str]:
@@ -146,49 +150,21 @@ def _captions(src: Path, files: Sequence[str], path: Path) -> dict[str, str]:
     return {file: texts[file] for file in files}
 
 
-def read_captions(path: Path) -> dict[str, str]:
-    """Caption by file from `.csv`, `.tsv` or `.jsonl`.
-
-    Raises:
-        ValueError: the file cannot be read, a row lacks file or caption, or two rows have the same file.
-    """
-    if path.suffix not in (".csv", ".tsv", ".jsonl") or not path.is_file():
-        raise ValueError(f"captions={path} must be an existing .csv, .tsv or .jsonl file")
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        try:
-            rows = (
-                [json.loads(line) for line in file if line.strip()]
-                if path.suffix == ".jsonl"
-                else list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
-            )
-        except (json.JSONDecodeError, csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"captions={path} cannot be read: {error}") from error
-    captions: dict[str, str] = {}
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("file", "caption")):
-            raise ValueError(f"captions={path}: entry {number} needs the columns file and caption, it is {row!r}")
-        name = Path(row["file"]).as_posix()
-        if name in captions:
-            raise ValueError(f"captions={path}: entry {number} is a second one for {name}; keep one caption per image")
-        captions[name] = row["caption"]
-    return captions
-
-
-def _items(files: Sequence[str], classes: Sequence[str], texts: dict[str, str] | None) -> list[Item]:
+def _items(extensions: Mapping[str, str], classes: Sequence[str], texts: dict[str, str] | None) -> list[Item]:
     number = {name: i for i, name in enumerate(classes)}
     keys: dict[str, str] = {}
     items = []
-    for file in files:
-        stem, _, extension = file.rpartition(".")
+    for file, extension in extensions.items():
+        stem, ending = split_ending(file)
         key = stem.replace(".", "_")
         if key in keys or key.startswith("__"):
-            key = f"file-{key}_{extension}"
+            key = f"file-{key}_{ending or extension}"
         if key in keys:
             raise ValueError(f"{keys[key]} and {file} give the same sample key {key!r}; rename one of them")
         keys[key] = file
         label = number[file.partition("/")[0]] if classes else None
         caption = None if texts is None else texts[file]
-        items.append(Item(key, ((extension.lower(), Span(file)),), label, caption))
+        items.append(Item(key, ((extension, Span(file)),), label, caption))
     return sorted(items, key=lambda item: name_hash(item.name))
 
 

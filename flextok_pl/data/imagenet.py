@@ -31,7 +31,7 @@ from flextok_pl.data.convert import (
     check_choice,
     mixed,
 )
-from flextok_pl.data.folder import list_images
+from flextok_pl.data.image_files import list_images
 from flextok_pl.data.index import IMAGE_EXTENSIONS, ShardIndex
 from flextok_pl.data.listing import Span, listing_digest, tar_members
 from flextok_pl.data.shards import run_jobs, worker_processes

@@ -35,7 +35,13 @@ MAKERS = {
     "text_states": "text_encoder",
 }
 """What the models that make fields are called in the provenance."""
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm")
+IMAGE_EXTENSIONS = (
+    *("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm", "avif", "jpe", "jfif", "jp2", "tga"),
+    *("heic", "heif", "hif", "apng", "avifs", "blp", "bw", "cur", "dcx", "dds", "dib", "flc", "fli", "ftc", "ftu"),
+    *("gbr", "icb", "icns", "ico", "im", "j2c", "j2k", "jpc", "jpf", "jpx", "mpo", "msp", "pbm", "pcd", "pcx", "pnm"),
+    *("heics", "heifs", "psd", "pxr", "qoi", "ras", "rgb", "rgba", "sgi", "vda", "vst", "xbm", "xpm"),
+)
+"""Endings of pictures made of pixels; which of them can be read depends on what Pillow was built with."""
 
 
 class ShardError(ValueError):

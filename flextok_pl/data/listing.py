@@ -114,9 +114,13 @@ def matching_paths(pattern: str) -> list[Path]:
 
 
 def listing_digest(root: Path, files: Iterable[str]) -> str:
-    """Tells whether files under a folder are those that they were: by name, size and time of change."""
+    """Tells whether files under a folder are those that they were: by name, size and time of change.
+
+    Of a link that leads nowhere it takes the link itself.
+    """
     digest = hashlib.sha256()
     for file in files:
-        status = (root / file).stat()
+        path = root / file
+        status = path.stat(follow_symlinks=path.exists())
         digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

@@ -6,7 +6,6 @@ file (Arrow puts up to 1,024 pictures into one), however large its row groups ar
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from bisect import bisect_right
@@ -15,8 +14,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from flextok_pl.data.convert import (
     Conversion,
@@ -28,9 +25,11 @@ from flextok_pl.data.convert import (
     name_hash,
 )
 from flextok_pl.data.hub import find_parts
+from flextok_pl.data.image_files import extension_of
 from flextok_pl.data.index import IMAGE_EXTENSIONS, ShardIndex
 from flextok_pl.data.listing import listing_digest
 from flextok_pl.data.shards import Sample
+from flextok_pl.data.transforms import inspect_image
 
 ROWS_AT_ONCE = 32
 
@@ -290,12 +289,8 @@ class _RowReader:
 
 def _extension(content: bytes) -> str:
     """The file extension of a picture's format."""
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            name = str(image.format).lower()
-    except OSError as error:
-        raise ValueError(f"not a complete picture ({error})") from error
-    extension = {"jpeg": "jpg", "mpo": "jpg"}.get(name, name)
-    if extension not in IMAGE_EXTENSIONS:
+    name, _ = inspect_image(content)
+    extension = extension_of(name)
+    if extension is None:
         raise ValueError(f"its format {name} is none of {', '.join(IMAGE_EXTENSIONS)}")
     return extension

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from flextok_pl.contracts import Batch
 from flextok_pl.data.datamodule import ShardDataModule
-from flextok_pl.data.folder import list_images
+from flextok_pl.data.image_files import list_images
 from flextok_pl.data.index import INDEX_NAME
 from flextok_pl.data.remote import is_remote
 from flextok_pl.data.sources import load_indices
@@ -92,11 +92,20 @@ def _collate(pictures: Sequence[tuple[str, Image.Image]]) -> Batch:
     return {"image": to_tensor([image for _, image in pictures]), "key": [name for name, _ in pictures]}
 
 
-def _read_file(folder: Path, name: str) -> Image.Image:
+def read_picture(path: Path) -> Image.Image:
+    """A picture from a file, as RGB.
+
+    Raises:
+        ValueError: it cannot be read, or is broken; names it.
+    """
     try:
-        return decode_image((folder / name).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{folder / name}: {error}; repair or remove it") from error
+        return decode_image(path.read_bytes())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: {error}; repair or remove it") from error
+
+
+def _read_file(folder: Path, name: str) -> Image.Image:
+    return read_picture(folder / name)
 
 
 def _read_row(pixels: np.ndarray[Any, Any], name: str) -> Image.Image:

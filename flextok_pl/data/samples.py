@@ -121,7 +121,11 @@ def _member(raw: dict[str, Any], extension: str) -> bytes:
 
 
 def _array(raw: dict[str, Any], extension: str, kinds: str, ndim: int) -> np.ndarray[Any, Any]:
-    array: np.ndarray[Any, Any] = np.load(io.BytesIO(_member(raw, extension)), allow_pickle=False)
+    content = io.BytesIO(_member(raw, extension))
+    try:
+        array: np.ndarray[Any, Any] = np.lib.format.read_array(content, allow_pickle=False)
+    except Exception as error:  # NumPy parses its header as Python, and raises whatever that does
+        raise ValueError(f"{extension} is no complete array ({type(error).__name__}: {error})") from error
     if array.dtype.kind not in kinds or array.ndim != ndim:
         raise ValueError(f"{extension} has {array.dtype} of shape {array.shape}, expected {ndim} axes, kind {kinds!r}")
     if array.dtype.kind == "f" and not np.isfinite(array).all():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from flextok_pl.data.index import IMAGE_EXTENSIONS, ShardIndex
 from flextok_pl.data.listing import Span, tar_samples
 from flextok_pl.data.shards import run_jobs, worker_processes
-from flextok_pl.data.transforms import decode_image
+from flextok_pl.data.transforms import decode_image, inspect_image
 
 
 @dataclass
@@ -123,10 +121,9 @@ def _count_sample(counts: _Counts, fields: Sequence[str], files: Mapping[str, Sp
         counts.words[len(text.split())] += 1
     if "image" in fields:
         content = _place(files, *IMAGE_EXTENSIONS).read(root)
-        with Image.open(io.BytesIO(content)) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            counts.sizes[image.size[::-1] if turned else image.size] += 1
-            counts.formats[str(image.format).lower()] += 1
+        name, size = inspect_image(content)
+        counts.sizes[size] += 1
+        counts.formats[name] += 1
         if decode:
             pixels = np.asarray(decode_image(content)) / 255.0  # (H, W, 3)
             counts.moments.append(np.stack([pixels.mean((0, 1)), (pixels**2).mean((0, 1))]))  # (2, 3)

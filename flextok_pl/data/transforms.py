@@ -8,14 +8,23 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import default_collate
+
+from flextok_pl.data.metadata import orientation_of, strip_metadata, turned
+
+with suppress(ImportError):  # an optional package: with it, Pillow reads .heic
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
 
 
 @dataclass(frozen=True)
@@ -67,11 +76,15 @@ def sample_generator(seed: int, epoch: int, key: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
+class PictureError(ValueError):
+    """A picture that is broken, or of a kind whose levels cannot be told."""
+
+
 def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
     """Decode a picture of any common kind to 8-bit RGB.
 
-    Grey, palette, CMYK, Lab and 1-bit pictures are converted, 16-bit ones scaled to 8 bits, transparent ones laid on
-    white, and the EXIF orientation is applied.
+    Grey, palette, CMYK, Lab and 1-bit pictures are converted, deeper ones scaled to 8 bits, transparent ones laid on
+    white, and the orientation that its metadata state is applied. Nothing else of them is read: they may be damaged.
 
     Args:
         data: the file.
@@ -79,34 +92,93 @@ def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
             where both sides keep this many pixels; None decodes it in full.
 
     Raises:
-        ValueError: the bytes are no complete picture, or one of floating-point or 32-bit levels.
+        PictureError: the bytes are no complete picture, or one of floating-point, signed or 32-bit levels.
     """
-    try:
-        image = Image.open(io.BytesIO(data))
+    with _decoding():
+        image, orientation = _open(data)
         if min_side is not None:
             image.draft(None, (min_side, min_side))  # does nothing to other kinds
         image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"not a complete picture ({error})") from error
-    return to_rgb(ImageOps.exif_transpose(image))
+        return turned(to_rgb(image), orientation)
+
+
+def inspect_image(data: bytes) -> tuple[str, tuple[int, int]]:
+    """Format of a picture, in lower case, and its width and height as it is seen, from its header.
+
+    Raises:
+        PictureError: it has none that can be read.
+    """
+    with _decoding():
+        image, orientation = _open(data)
+        return str(image.format).lower(), image.size[::-1] if orientation >= 5 else image.size
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Makes one error of all that a broken picture can raise.
+
+    Pillow's readers raise OSError, SyntaxError, struct.error, IndexError, zlib.error and whatever else the bytes lead
+    to; which of them is not part of its interface.
+    """
+    try:
+        yield
+    except PictureError:
+        raise
+    except UnidentifiedImageError as error:
+        raise PictureError("not a complete picture of a kind that Pillow reads") from error
+    except Exception as error:
+        raise PictureError(f"not a complete picture ({type(error).__name__}: {error})") from error
+
+
+def _open(data: bytes) -> tuple[Image.Image, int]:
+    """The picture, not yet decoded, and its orientation."""
+    content, exif, xmp = strip_metadata(data)
+    image = Image.open(io.BytesIO(content))
+    exif, xmp = (own or image.info.get(name) or b"" for own, name in ((exif, "exif"), (xmp, "xmp")))
+    if image.format == "PNG" and "transparency" in image.info:
+        # Pillow brings grey levels of 2 and 4 bits, and colours of 16, to 8 bits, but not the transparent one of them.
+        depth, kind = data[24:26]
+        if kind == 2 and depth == 16:
+            raise PictureError("one of its colours of 16 bits is transparent; save it as RGBA")
+        if kind == 0 and depth < 8:
+            image.info["transparency"] *= 255 // (2**depth - 1)
+    return image, orientation_of(exif, xmp)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a loaded picture of any mode to 8-bit RGB; see `decode_image`."""
+    """Convert a loaded picture of any mode to 8-bit RGB; see `decode_image`.
+
+    Raises:
+        PictureError: its levels have no known range.
+    """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")) or tags.get(_SIGNED) == (2,):
+        kind = {"F": "floating-point", "I": "signed or 32-bit"}.get(image.mode, "signed")
+        raise PictureError(f"{kind} levels have no fixed range; convert the picture to 8 or 16 bits first")
     if image.mode.startswith("I"):
-        levels = np.asarray(image)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise ValueError(f"grey levels {levels.min()}..{levels.max()} do not fit 16 bits; convert it first")
-        return Image.fromarray(np.round(levels / 257.0).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating-point pictures have no fixed range; convert the picture to 8 or 16 bits first")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
+        return _deep_grey_to_rgb(image, tags)
+    if image.has_transparency_data:
+        rgba = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
         ground = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(ground, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+_BITS, _PHOTOMETRIC, _SIGNED = 258, 262, 339
+"""Tags of a TIFF: bits of a level, whether 0 is white (where it is 0), and whether levels have a sign (2)."""
+
+
+def _deep_grey_to_rgb(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
+    """A picture of up to 16 bits; those of other formats than TIFF come in 16."""
+    levels = np.asarray(image).astype(np.float64)  # (H, W)
+    top = 2 ** tags.get(_BITS, (16,))[0] - 1
+    grey = np.round(levels * (255 / top)).astype(np.uint8)
+    if tags.get(_PHOTOMETRIC) == 0:
+        grey = 255 - grey
+    grey[levels == image.info.get("transparency", -1)] = 255
+    return Image.fromarray(grey).convert("RGB")
 
 
 CENTER_CROP = "centre square, antialiased bicubic"

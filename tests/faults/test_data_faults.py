@@ -180,6 +180,15 @@ def test_broken_latents(tmp_path, array, message):
         list(data.val_dataloader())
 
 
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x93NUMPY\x01\x00\x10\x00{'descr': (((((((\n"])
+def test_latents_that_are_no_array(tmp_path, content):
+    shard = write_shard(tmp_path / shard_name(0), [Sample("k", {"latent.npy": content})])
+    write_index(ShardIndex(tmp_path, ("latent",), (shard,), image_size=16))
+    data = ShardDataModule(val=str(tmp_path), image_size=16, num_workers=0)
+    with pytest.raises(ShardError, match="sample 'k': latent.npy is no complete array"):
+        list(data.val_dataloader())
+
+
 def test_latents_of_different_shapes(tmp_path):
     samples = []
     for side in (1, 2):

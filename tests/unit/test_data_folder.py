@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 from flextok_pl.data import ShardDataModule, ShardError, write_folder
+from flextok_pl.data.captions import read_captions
+from flextok_pl.data.image_files import list_images
 from flextok_pl.data.stream import ShardSet
 
 
@@ -101,6 +103,152 @@ def test_captions_of_files_anywhere(tmp_path, caplog):
     file.write_text("file,caption\ntop.png,one\n./top.png,two\n")
     with pytest.raises(ValueError, match=r"entry 2 is a second one for top\.png; keep one"):
         write_folder(src, tmp_path / "other", **options)
+
+
+CSV = "file,caption\n"
+TSV = "file\tcaption\n"
+
+
+@pytest.mark.parametrize(
+    "suffix, text, expected",
+    [
+        (".csv", CSV + 'a.png,"a red apple, on a table"\n', "a red apple, on a table"),
+        (".csv", CSV + 'a.png,"two\nlines ""and quotes"""\r\n', 'two\nlines "and quotes"'),
+        (".csv", CSV + 'a.png,a 5" nail\n\n', 'a 5" nail'),
+        (".csv", "\ufeffmore,caption,file\n1,x,a.png\n", "x"),
+        (".csv", CSV + "a.png,\u2028one line\x0bstill\n", "\u2028one line\x0bstill"),
+        (".tsv", TSV + 'a.png\t"Red" apple\n', '"Red" apple'),
+        (".tsv", TSV + 'a.png\t"not closed\nb.png\tx\n', '"not closed'),
+        (".tsv", TSV + 'a.png\t"as a ""sheet""\twrites it"\r\n', 'as a "sheet"\twrites it'),
+        (".tsv", TSV + 'a.png\t5" nail, cut\n', '5" nail, cut'),
+        (".jsonl", '\ufeff\n{"file": "a.png", "caption": "x\\ty", "more": null}\n', "x\ty"),
+    ],
+)
+def test_captions_are_read_whole(tmp_path, suffix, text, expected):
+    file = tmp_path / f"captions{suffix}"
+    file.write_text(text, newline="")
+    assert read_captions(file)["a.png"] == expected
+
+
+@pytest.mark.parametrize(
+    "suffix, text, message",
+    [
+        (".csv", CSV + "b.png,x\na.png,a red apple, on a table\n", "line 3 has 3 fields.*header 2.*in quotes"),
+        (".csv", CSV + '"b.png","x\ny"\na.png,a,b\n', "line 4 has 3 fields"),
+        (".csv", "file,caption,more\na.png,a\n", "line 2 has 2 fields.*header 3"),
+        (".csv", "file,caption,caption\na.png,a,b\n", "line 1, the header, has the column 'caption' twice"),
+        (".csv", CSV + "a.png,a\nfile,caption\n", "line 3 is the header a second time"),
+        (".csv", "file, caption\na.png,a\n", "line 1, the header, needs the columns file and caption"),
+        (".csv", CSV + 'a.png,"not closed\nb.png,x\n', "line 2 cannot be read"),
+        (".csv", CSV + 'a.png,"Red" apple\n', "line 2 cannot be read.*the quote twice"),
+        (".csv", "", "needs the columns file and caption"),
+        (".tsv", TSV + "a.png\ta\tb\n", "line 2 has 3 fields.*tab"),
+        (".tsv", TSV + "a.png\ta\n" + TSV, "line 3 is the header"),
+        (".tsv", CSV + "a.png,a\n", "needs the columns file and caption"),
+        (".jsonl", '{"file": "a", "caption": "x", "caption": "y"}\n', "line 1.*'caption' is there twice"),
+        (".jsonl", '{"file": "a", "caption": "x"}\n\n{"file": "b"}\n', "line 3 needs the texts"),
+        (".jsonl", '["a", "x"]\n', "line 1 must be an object"),
+        (".jsonl", '{"file": "a", "caption": 5}\n', "line 1 needs the texts"),
+        (".jsonl", '{\n"file": "a"}', "line 1 cannot be read"),
+    ],
+)
+def test_captions_that_would_be_cut_are_refused(tmp_path, suffix, text, message):
+    file = tmp_path / f"captions{suffix}"
+    file.write_text(text, newline="")
+    with pytest.raises(ValueError, match=f"captions=.*{message}"):
+        read_captions(file)
+
+
+ENDINGS = {"x.AVIF": "AVIF", "x.jfif": "JPEG", "x.jpe": "JPEG", "x.jp2": "JPEG2000", "x.tga": "TGA", "x.qoi": "QOI"}
+
+
+def test_all_that_pillow_reads_is_taken_and_the_rest_is_counted(tmp_path, caplog):
+    src, square = tmp_path / "src", Image.new("RGB", (8, 8), (9, 9, 9))
+    (src / "deep.er").mkdir(parents=True)
+    kinds = {**ENDINGS, "no_ending": "JPEG", "deep.er/2024-01-01 12.30": "PNG", "12.5": "WEBP"}
+    for number, (name, kind) in enumerate(kinds.items()):
+        square.save(src / name.replace("x", f"x{number}", 1), kind)
+    for name in ("LICENSE", "a.xyz", "b.xyz", "photo.unread", ".hidden.png", "x0.txt", "x1.jfif.json", "captions.csv"):
+        (src / name).write_text("BM text, no picture")
+    (src / "captions.csv").write_text("file,caption\n" + "".join(f"{name},x\n" for name in list_images(src)))
+    caplog.clear()
+    index = write_folder(src, tmp_path / "dst", labels="none", captions=src / "captions.csv", num_workers=0)["all"]
+    assert index.num_samples == 9 and index.fields == ("image", "text")
+    told = caplog.records[-1].message
+    for part in ("2 .xyz", "1 .unread", "1 without an ending", "1 hidden", "such as"):
+        assert part in told
+    assert "txt" not in told and "json" not in told and "csv" not in told
+    data = ShardDataModule(val=str(tmp_path / "dst"), image_size=8, num_workers=0)
+    (batch,) = data.val_dataloader()
+    assert len(batch["image"]) == 9 and ((batch["image"] + 1) * 127.5 - 9).abs().max() < 2
+    assert {"no_ending", "deep_er/2024-01-01 12_30", "12_5"} < set(batch["key"])
+
+
+def test_a_kind_that_pillow_lacks_here_is_named(tmp_path, caplog, monkeypatch):
+    save(tmp_path / "a.png")
+    (tmp_path / "b.heic").write_bytes(b"\0\0\0\x1cftypheic")
+    (tmp_path / "without").write_bytes(b"\0\0\0\x1cftypheic")
+    monkeypatch.delitem(Image.registered_extensions(), ".heic", raising=False)
+    assert list_images(tmp_path) == ["a.png"]
+    assert "1 .heic" in caplog.text and "1 without an ending" in caplog.text and "pillow-heif" in caplog.text
+
+
+def test_each_real_folder_is_read_once(classes, tmp_path, caplog):
+    expected = list_images(classes)
+    save(tmp_path / "elsewhere" / "sub" / "far.png")
+    (classes / "dog" / "up").symlink_to(classes)
+    (classes / "dog" / "over").symlink_to(tmp_path)
+    (classes / "dog" / "self").symlink_to("self")
+    (classes / "a_link").symlink_to(classes / "dog")
+    (classes / "more").symlink_to(tmp_path / "elsewhere")
+    (classes / "more2").symlink_to(tmp_path / "elsewhere" / "sub")
+    assert list_images(classes) == sorted([*expected, "more/sub/far.png"])
+    assert "4 links to folders that are read elsewhere" in caplog.text and "1 without an ending" in caplog.text
+    linked = tmp_path / "linked"
+    linked.symlink_to(classes)
+    assert len(list_images(linked)) == 6
+
+
+def test_a_dangling_link_is_a_broken_picture(classes, tmp_path, caplog):
+    (classes / "dog" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(ValueError, match=r"dog/gone\.png.*on_error=skip"):
+        write_folder(classes, tmp_path / "dst", num_workers=0)
+    index = write_folder(classes, tmp_path / "dst", num_workers=0, on_error="skip")["all"]
+    assert index.num_samples == 5 and index.provenance["skipped"] == 1 and "gone.png" in caplog.text
+    assert write_folder(classes, tmp_path / "dst", num_workers=0, on_error="skip")["all"] == index
+
+
+def test_a_list_fixes_the_numbers_of_classes(classes, tmp_path):
+    """Sets that are converted apart number the same name alike, also where one lacks a class."""
+    save(tmp_path / "val" / "dog" / "x.png")
+    (tmp_path / "names.txt").write_text("\ufeffemu\r\ndog\r\ncat\r\n")
+    train = write_folder(classes, tmp_path / "a", classes=tmp_path / "names.txt", num_workers=0)["all"]
+    assert train.classes == ("emu", "dog", "cat")
+    for number, given in enumerate((tmp_path / "names.txt", ["emu", "dog", "cat"], tmp_path / "a")):
+        index = write_folder(tmp_path / "val", tmp_path / f"b{number}", classes=given, num_workers=0)["all"]
+        assert index.classes == train.classes and read(index)["dog/x"]["cls"] == b"1"
+    with pytest.raises(ShardError, match="classes"):
+        write_folder(tmp_path / "val", tmp_path / "b0", classes=["dog"], num_workers=0)
+
+
+@pytest.mark.parametrize(
+    "given, options, message",
+    [
+        (["dog"], {}, "1 folders that are none of the 1 classes, such as 'cat'"),
+        (["dog", "dog"], {}, "entry 2 is 'dog', as is entry 1"),
+        ([], {}, "holds no classes"),
+        ("dog\n\ncat\n", {}, "line 2 is empty"),
+        ("dog\ncat\ndog\n", {}, "line 3 is 'dog', as is line 1"),
+        (["cat", "dog"], {"labels": "none"}, "labels=none"),
+        ("missing", {}, "cannot be read"),
+    ],
+)
+def test_bad_lists_of_classes(classes, tmp_path, given, options, message):
+    if isinstance(given, str) and given != "missing":
+        (tmp_path / "names.txt").write_text(given)
+        given = tmp_path / "names.txt"
+    with pytest.raises(ValueError, match=f"classes.*{message}"):
+        write_folder(classes, tmp_path / "dst", classes=given, num_workers=0, **options)
 
 
 def test_validation_part_is_disjoint_and_stable(tmp_path):

@@ -1,0 +1,122 @@
+"""Captions of pictures from a table or from JSON lines."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+COLUMNS = ("file", "caption")
+
+
+def read_captions(path: Path) -> dict[str, str]:
+    """Caption by file from `.csv`, `.tsv` or `.jsonl`, in UTF-8.
+
+    A `.csv` is that of RFC 4180: a field with a comma, a quote or a line break stands in quotes, and a quote in it is
+    doubled. In a `.tsv` each line is an entry. A field in quotes is read likewise, as spreadsheets write it; other
+    quotes stand for themselves.
+
+    Raises:
+        ValueError: the file cannot be read, a line has other fields than the header, a column or the header is there
+            twice, or two lines have the same file; names the line.
+    """
+    readers = {".csv": _csv_rows, ".tsv": _tsv_rows, ".jsonl": _json_rows}
+    if path.suffix not in readers or not path.is_file():
+        raise ValueError(f"captions={path} must be an existing .csv, .tsv or .jsonl file")
+    captions: dict[str, str] = {}
+    lines: dict[str, int] = {}
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"captions={path} cannot be read: {error}; save it as UTF-8") from error
+    try:
+        for number, (line, row) in enumerate(readers[path.suffix](text), start=1):
+            if not all(isinstance(row.get(name), str) for name in COLUMNS):
+                raise ValueError(f"line {line} needs the texts file and caption, it is {row!r}")
+            name = Path(row["file"]).as_posix()
+            if name in captions:
+                raise ValueError(
+                    f"entry {number} is a second one for {name}; keep one caption per image (lines {lines[name]} and "
+                    f"{line})"
+                )
+            captions[name], lines[name] = row["caption"], line
+    except ValueError as error:
+        raise ValueError(f"captions={path}: {error}") from error
+    return captions
+
+
+def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, str]]]:
+    return _table(_csv_fields(text), "put a caption with commas in quotes")
+
+
+def _csv_fields(text: str) -> Iterator[tuple[int, list[str]]]:
+    reader, line = csv.reader(io.StringIO(text, newline=""), strict=True), 1
+    while True:
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise ValueError(
+                f"line {line} cannot be read: {error}; a field with a quote in it stands in quotes, and the quote twice"
+            ) from error
+        yield line, fields
+        line = reader.line_num + 1
+
+
+def _tsv_rows(text: str) -> Iterator[tuple[int, dict[str, str]]]:
+    lines = enumerate(io.StringIO(text, newline=None), start=1)
+    return _table(((number, _tsv_fields(line.rstrip("\n"))) for number, line in lines), "write a tab in it as a space")
+
+
+def _tsv_fields(line: str) -> list[str]:
+    if '"' in line:
+        try:
+            return next(csv.reader([line], delimiter="\t", strict=True))
+        except csv.Error:
+            pass  # its quotes enclose no fields: they stand for themselves
+    return line.split("\t") if line else []
+
+
+def _table(rows: Iterator[tuple[int, Sequence[str]]], remedy: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line and fields by name of each row after the first, which names them; empty lines are none."""
+    filled = ((line, list(fields)) for line, fields in rows if fields)
+    line, header = next(filled, (1, []))
+    twice = [name for name, number in Counter(header).items() if number > 1]
+    if twice:
+        raise ValueError(f"line {line}, the header, has the column {twice[0]!r} twice; rename or remove one")
+    if not set(COLUMNS) <= set(header):
+        raise ValueError(f"line {line}, the header, needs the columns file and caption; it has {header}")
+    for line, fields in filled:
+        if fields == header:
+            raise ValueError(f"line {line} is the header a second time; remove it")
+        if len(fields) != len(header):
+            raise ValueError(
+                f"line {line} has {len(fields)} fields, and the header {len(header)}: {fields}; give it as many, and "
+                f"{remedy}"
+            )
+        yield line, dict(zip(header, fields, strict=True))
+
+
+def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line, object_pairs_hook=_object)
+            except ValueError as error:
+                raise ValueError(f"line {number} cannot be read: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} must be an object with the keys file and caption, it is {row!r}")
+            yield number, row
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    twice = [name for name, number in Counter(name for name, _ in pairs).items() if number > 1]
+    if twice:
+        raise ValueError(f"the key {twice[0]!r} is there twice")
+    return dict(pairs)

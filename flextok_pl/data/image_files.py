@@ -1,0 +1,172 @@
+"""The pictures in a folder, and what else lies there."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from flextok_pl.data.index import IMAGE_EXTENSIONS
+
+_LOG = logging.getLogger(__name__)
+
+_SIGNATURES = {
+    "jpg": rb"\xff\xd8\xff",
+    "png": rb"\x89PNG\r\n\x1a\n",
+    "webp": rb"RIFF.{4}WEBP",
+    "gif": rb"GIF8[79]a",
+    "tif": rb"II[*+]\0|MM\0[*+]",
+    "bmp": rb"BM.{4}\0{4}",
+    "avif": rb".{4}ftypavi[fs]",
+    "heic": rb".{4}ftyp(?:hei[cmsx]|hev[cmsx]|mif1|msf1)",
+    "jp2": rb"\0\0\0\x0cjP  ",
+    "j2k": rb"\xff\x4f\xff\x51",
+    "ppm": rb"P[1-6][\s#]",
+    "qoi": rb"qoif",
+    "psd": rb"8BPS",
+}
+"""How the content of kinds of pictures begins, by their extension."""
+
+
+@dataclass
+class ImageFiles:
+    """What was found under a folder.
+
+    Args:
+        src: the folder.
+        extensions: of the pictures' kinds, in lower case, by path relative to it, in order.
+        rest: number of what is no picture, by what it is.
+        example: one of the rest.
+    """
+
+    src: Path
+    extensions: dict[str, str] = field(default_factory=dict)
+    rest: Counter[str] = field(default_factory=Counter)
+    example: str = ""
+
+    def leave_out(self, kind: str, name: str) -> None:
+        """Count something that is no picture."""
+        self.example = self.example or name
+        self.rest[kind] += 1
+
+    def tell_rest(self) -> None:
+        """Log what was left out, if anything was."""
+        if self.rest:
+            kinds = ", ".join(f"{number} {kind}" for kind, number in self.rest.most_common())
+            unread = ", ".join(kind for kind in self.rest if kind[1:] in IMAGE_EXTENSIONS)
+            more = f"; Pillow lacks a reader of {unread} here (of .heic: pip install pillow-heif)" if unread else ""
+            _LOG.warning("%s: left out what is no picture: %s; such as %s%s", self.src, kinds, self.example, more)
+
+
+def readable_extensions() -> set[str]:
+    """Those of `IMAGE_EXTENSIONS` that Pillow reads here; some need a library or a package."""
+    return {name for name in IMAGE_EXTENSIONS if Image.registered_extensions().get(f".{name}") in Image.OPEN}
+
+
+def extension_of(kind: str) -> str | None:
+    """The extension of pictures whose format Pillow calls so; None where `IMAGE_EXTENSIONS` has none."""
+    known = Image.registered_extensions()
+    return next((name for name in IMAGE_EXTENSIONS if known.get(f".{name}") == kind.upper()), None)
+
+
+def list_images(src: Path) -> list[str]:
+    """Paths of the images under a folder, relative to it, ordered; what else is there is logged. See `find_images`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = find_images(src)
+    found.tell_rest()
+    return list(found.extensions)
+
+
+def find_images(src: Path, besides: Sequence[Path] = ()) -> ImageFiles:
+    """The images under a folder.
+
+    Pictures are told by their ending, where they have none by how their content begins. Hidden files and folders are
+    left out. A link to a folder is followed unless that folder is read in another place, or holds `src`. A file beside
+    a picture that is called like it, such as its caption, is no picture and not counted among the rest.
+
+    Args:
+        src: where to search, at any depth.
+        besides: files that are known to be something else.
+
+    Raises:
+        ValueError: there is no image, or a folder cannot be read.
+    """
+    found, readable = ImageFiles(src), readable_extensions()
+    known = {os.path.abspath(path) for path in besides}
+    images: dict[str, str] = {}
+    others: list[str] = []
+    for relative, names in _folders(src, found):
+        for name in names:
+            path = (relative / name).as_posix()
+            extension = split_ending(name)[1].lower() or _extension_by_content(src / path)
+            if extension in readable and not name.startswith("."):
+                images[path] = extension
+            elif os.path.abspath(src / path) not in known:
+                others.append(path)
+    if not images:
+        raise ValueError(f"src={src} holds no images ({', '.join(sorted(readable))})")
+    found.extensions = {path: images[path] for path in sorted(images)}
+    stems = {split_ending(path)[0] for path in images}
+    for path in sorted(others):
+        stem, ending = split_ending(path)
+        if path.rpartition("/")[2].startswith("."):
+            if ending.lower() in readable:
+                found.leave_out("hidden", path)
+        elif stem not in stems and stem not in images:
+            found.leave_out(f".{ending.lower()}" if ending else "without an ending", path)
+    return found
+
+
+def split_ending(name: str) -> tuple[str, str]:
+    """A file's path up to the last dot of its name, and what follows; as `12.5`, where that is no word, whole."""
+    match = re.search(r"(?<=[^/])\.([a-zA-Z]\w{0,15})\Z", name)
+    return (name[: match.start()], match[1]) if match else (name, "")
+
+
+def _extension_by_content(path: Path) -> str:
+    """What the ending of a file would be; empty where it is no picture, or cannot be read."""
+    if not path.is_file():  # a pipe would wait for its other end
+        return ""
+    try:
+        with path.open("rb") as file:
+            start = file.read(32)
+    except OSError:
+        return ""
+    return next((name for name, begin in _SIGNATURES.items() if re.match(begin, start, re.DOTALL)), "")
+
+
+def _folders(src: Path, found: ImageFiles) -> Iterator[tuple[Path, list[str]]]:
+    """Each folder once, relative to `src`, with the names of its files; folders reached without a link come first."""
+    seen = {_identity(folder) for folder in src.resolve().parents}
+    links = [src]
+    while links:
+        top = links.pop(0)
+        if top is not src and _identity(top) in seen:
+            found.leave_out("links to folders that are read elsewhere", top.relative_to(src).as_posix())
+            continue
+        for root, folders, names in os.walk(top, onerror=_cannot_read):
+            here = Path(root)
+            seen.add(_identity(here))
+            visible = sorted(name for name in folders if not name.startswith("."))
+            links += [here / name for name in visible if (here / name).is_symlink()]
+            real = [name for name in visible if not (here / name).is_symlink()]
+            folders[:] = [name for name in real if _identity(here / name) not in seen]
+            yield here.relative_to(src), names
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _cannot_read(error: OSError) -> None:
+    raise ValueError(f"{error.filename} cannot be read ({error.strerror}); change its permissions, or move it away")
