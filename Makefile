@@ -22,6 +22,14 @@ DEMO_PRIOR := flextok_pl/assets/prior_demo.safetensors
 
 DEMO_CHANGES := --augmentation.crop_scale [1.0,1.0] --augmentation.translate 0.1 --augmentation.scale [0.8,1.1]
 
+# $(call named,FILES): the indices of the demo's shard sets that experiments name, themselves, in the files that they name, or in ARGS.
+# $(call named,FILES,DELETE): but for lines that sed is told to delete.
+follow = $(foreach file,$(1),$(addprefix $(dir $(file)),$(shell sed 's/\#.*//' $(file) 2>/dev/null | grep -o '[./a-z0-9_]*\.yaml')))
+with_followed = $(1) $(call follow,$(1)) $(call follow,$(call follow,$(1)))
+named = $(patsubst $(DEMO_DATA)/index.json,$(DEMO_DATA)/val/index.json,$(addsuffix /index.json,$(filter-out %.yaml,$(sort \
+    $(shell { sed '$(2); s/\#.*//' $(call with_followed,$(1)) 2>/dev/null; echo '$(subst ','\'',$(ARGS))'; } \
+    | grep -ohE '$(DEMO_DATA)(_[a-z]+)?(\.yaml)?')))))
+
 EXP ?=
 SWEEP ?= experiments/sweeps/tiny.yaml
 ARGS ?=
@@ -77,27 +85,35 @@ $(DEMO_FEATURES)/index.json: $(DEMO_DATA)/val/index.json | $(READY)
 	$(FLEXTOK) data latents $(DEMO_DATA)/train $(DEMO_FEATURES) --vae $(DEMO_VAE) --image-size 64 --num-views 4 \
 	    $(DEMO_CHANGES) --teacher effnet-lite2 --teacher-grid 4
 
-# Made anew when there is a newer tokenizer.
-$(DEMO_TOKENS)/index.json: $(CKPT) | $(DEMO_DATA)/val/index.json
+# Made anew by a newer tokenizer, or another.
+$(DEMO_TOKENS)/index.json: $(CKPT) $(if $(filter $(CKPT),$(shell cat $(DEMO_TOKENS).of 2>/dev/null)),,force) | $(DEMO_DATA)/val/index.json
 	$(FLEXTOK) data tokens $(DEMO_DATA)/train $(DEMO_TOKENS) --tokenizer $(CKPT) --overwrite true
+	@echo '$(CKPT)' > $(DEMO_TOKENS).of
+
+.PHONY: force
+force:
 
 ##@ Train and evaluate
 .PHONY: train-vae train-tokenizer train-prior eval-fid report sweep tensorboard
-# Without EXP these run the embedded demo, and make its data first; another experiment brings its own.
-train-vae: $(if $(EXP),$(READY),$(DEMO_DATA)/val/index.json)  ## stage 0: train the autoencoder
-	$(FLEXTOK) fit --config $(or $(EXP),experiments/vae/demo.yaml) $(ARGS)
+# Without EXP these run the embedded demo. What is named of the demo's data is made first; another experiment brings its own.
+VAE_EXP = $(or $(EXP),experiments/vae/demo.yaml)
+TOKENIZER_EXP = $(or $(EXP),experiments/tokenizer/demo.yaml)
+CLASS_EXP = $(or $(EXP),experiments/prior/demo_class.yaml)
+TESTED_EXP = $(or $(EXP),$(if $(PRIOR),$(PRIOR_EXP),experiments/tokenizer/demo.yaml))
 
-train-tokenizer: $(if $(EXP),$(READY),$(DEMO_LATENTS)/index.json)  ## stage 1: train the tokenizer
-	$(FLEXTOK) fit --config $(or $(EXP),experiments/tokenizer/demo.yaml) $(ARGS)
+train-vae: $(READY) $(call named,$(VAE_EXP))  ## stage 0: train the autoencoder
+	$(FLEXTOK) fit --config $(VAE_EXP) $(ARGS)
 
-# The demo's priors, of classes and of texts, train on the tokens of CKPT; another experiment names its own tokenizer.
-train-prior: $(if $(filter-out experiments/prior/demo_%,$(EXP)),$(READY),$(DEMO_TOKENS)/index.json)  ## stage 2: train the prior
-	$(FLEXTOK) fit --config $(or $(EXP),experiments/prior/demo_class.yaml) \
-	    $(if $(filter-out experiments/prior/demo_%,$(EXP)),,--model.tokenizer $(CKPT)) $(ARGS)
+train-tokenizer: $(READY) $(call named,$(TOKENIZER_EXP))  ## stage 1: train the tokenizer
+	$(FLEXTOK) fit --config $(TOKENIZER_EXP) $(ARGS)
 
-eval-fid: $(if $(EXP),$(READY),$(DEMO_DATA)/val/index.json)  ## rFID of CKPT, and gFID of PRIOR, at every token budget
-	$(FLEXTOK) test --config $(or $(EXP),$(if $(PRIOR),$(PRIOR_EXP),experiments/tokenizer/demo.yaml)) \
-	    --tokenizer $(CKPT) $(if $(PRIOR),--prior $(PRIOR)) $(ARGS)
+# A prior of the demo's tokens trains on those of CKPT; another experiment names its own tokenizer.
+train-prior: $(READY) $(call named,$(CLASS_EXP))  ## stage 2: train the prior
+	$(FLEXTOK) fit --config $(CLASS_EXP) $(if $(filter $(DEMO_TOKENS)/%,$(call named,$(CLASS_EXP))),--model.tokenizer $(CKPT)) $(ARGS)
+
+# It reads no training set.
+eval-fid: $(READY) $(call named,$(TESTED_EXP),/train:/d)  ## rFID of CKPT, and gFID of PRIOR, at every token budget
+	$(FLEXTOK) test --config $(TESTED_EXP) --tokenizer $(CKPT) $(if $(PRIOR),--prior $(PRIOR)) $(ARGS)
 	$(MAKE) --no-print-directory report
 
 report: $(READY)  ## write the newest evaluation as one HTML page
@@ -105,7 +121,8 @@ report: $(READY)  ## write the newest evaluation as one HTML page
 	test -n "$$results" || { echo "no evaluation lies under runs: make eval-fid first"; exit 1; }; \
 	$(FLEXTOK) report "$$(dirname "$$results")"
 
-sweep: $(if $(filter experiments/sweeps/%,$(SWEEP)),$(DEMO_LATENTS)/index.json,$(READY))  ## search over options: SWEEP=experiments/sweeps/tiny.yaml
+sweep: $(READY)  ## search over options: SWEEP=experiments/sweeps/tiny.yaml
+	$(if $(call named,$(SWEEP)),$(MAKE) --no-print-directory CKPT=$(DEMO_TOKENIZER) $(call named,$(SWEEP)))
 	$(FLEXTOK) sweep $(SWEEP) $(ARGS)
 
 tensorboard: $(READY)  ## show the runs
