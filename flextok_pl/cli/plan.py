@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +14,13 @@ from jsonargparse import Namespace, strip_meta
 from lightning.pytorch.cli import LightningArgumentParser
 
 from flextok_pl.cli import UserError
+from flextok_pl.cli.front import Line
+from flextok_pl.cli.launch import devices_per_node, launch_of
 from flextok_pl.cli.plan_report import describe, record
 from flextok_pl.cli.training import ParsingCLI, run_cli
 from flextok_pl.cost.activations import Numerics
 from flextok_pl.cost.machines import MACHINES, Machine, machine
-from flextok_pl.cost.plan import Plan, Recipe, Setup, largest_split, memory, speed
+from flextok_pl.cost.plan import Plan, Recipe, Setup, Split, largest_split, memory, speed
 from flextok_pl.cost.workload import Inputs, Workload, prior_workload, tokenizer_workload, vae_workload
 from flextok_pl.data.index import ShardIndex
 from flextok_pl.data.sources import load_indices
@@ -31,18 +34,42 @@ KINDS: dict[str, tuple[type[Any], Callable[..., Workload], Inputs]] = {
 }
 EXAMPLE = "experiments/tokenizer/d18_d28_imagenet.yaml"
 FIELDS: dict[str, Inputs] = {"tokens": "tokens", "latent": "latents", "image": "images"}
+OWN = (
+    *("devices", "num_nodes", "machine", "mfu", "strategy", "inputs", "num_samples", "peak_tflops", "memory_gib"),
+    "json",
+)
+"""Options that a fit does not take."""
+STRATEGIES = {"ddp": "ddp", "fsdp": "fsdp2"}
+"""What a fit calls them."""
 
 
 class PlanCLI(ParsingCLI):
-    """Parses what `flextok fit` takes, builds nothing of it, and plans."""
+    """Parses what `flextok fit` takes, builds nothing of it, and plans.
+
+    Args:
+        given: the arguments of the user.
+        *parsed: those of `FlexTokCLI`.
+    """
 
     command = "plan"
+
+    def __init__(self, given: Sequence[str], *parsed: Any) -> None:
+        self._given = given
+        super().__init__(*parsed)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of the plan to those of a fit."""
         super().add_arguments_to_parser(parser)
         known = ", ".join(MACHINES)
-        parser.add_argument("--devices", type=int | None, default=None, help="How many; default the experiment's own.")
+        parser.add_argument(
+            "--devices", type=int | None, default=None, help="How many on a node; default the experiment's own."
+        )
+        parser.add_argument(
+            "--num_nodes",
+            type=int | None,
+            default=None,
+            help="How many nodes; default 1 with --devices, else the experiment's own.",
+        )
         parser.add_argument("--machine", type=str, default="h100", help=f"Each of them: {known}.")
         parser.add_argument("--mfu", type=float, default=0.4, help="Share of the peak at which operations run.")
         parser.add_argument(
@@ -53,6 +80,12 @@ class PlanCLI(ParsingCLI):
             type=Literal["images", "latents", "tokens"] | None,
             default=None,
             help="What the training shards hold; default: see data.train, or else images, for a prior tokens.",
+        )
+        parser.add_argument(
+            "--num_samples",
+            type=int | None,
+            default=None,
+            help="Training samples in an epoch; default: see data.train, where it is on this machine.",
         )
         parser.add_argument("--peak_tflops", type=float | None, default=None, help="In place of the machine's.")
         parser.add_argument("--memory_gib", type=float | None, default=None, help="In place of the machine's.")
@@ -67,7 +100,7 @@ class PlanCLI(ParsingCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         options = self.config[subcommand]
-        plan = make_plan(options, self._experiment)
+        plan = make_plan(options, self._experiment, self._given)
         print(describe(plan))
         if options.json is not None:
             target = Path(options.json).expanduser()
@@ -77,15 +110,16 @@ class PlanCLI(ParsingCLI):
 
 def run(command: str, arguments: Sequence[str]) -> None:
     """Run `flextok plan`."""
-    run_cli(PlanCLI, "fit", arguments)
+    run_cli(partial(PlanCLI, arguments), "fit", arguments)
 
 
-def make_plan(options: Namespace, experiment: str) -> Plan:
+def make_plan(options: Namespace, experiment: str, given: Sequence[str]) -> Plan:
     """The plan of a parsed experiment.
 
     Args:
         options: what `flextok plan` was given.
         experiment: its name.
+        given: the same as arguments.
 
     Raises:
         ValueError: an option is out of range, or the experiment is not one of ours.
@@ -93,11 +127,13 @@ def make_plan(options: Namespace, experiment: str) -> Plan:
     name = options.model.class_path.rsplit(".", 1)[-1]
     if name not in KINDS:
         raise ValueError(f"model={options.model.class_path}: only {', '.join(KINDS)} can be planned")
+    for option in ("devices", "num_nodes", "num_samples"):
+        if options[option] is not None and options[option] < 1:
+            raise ValueError(f"{option}={options[option]} must be at least 1")
     indices = training_sets(options.data.train)
     recipe = _recipe(options, indices)
-    devices = recipe.devices if options.devices is None else options.devices
-    if devices < 1:
-        raise ValueError(f"devices={devices} must be at least 1")
+    num_nodes = options.num_nodes or (1 if options.devices else options.trainer.num_nodes)
+    devices = num_nodes * (options.devices or devices_per_node(options.trainer.devices) or 1)
     device = _device(options)
     numerics = _numerics(options.trainer.precision, fused_norms=options.machine != "cpu")
     arguments = strip_meta(options.model.init_args).as_dict()
@@ -111,6 +147,7 @@ def make_plan(options: Namespace, experiment: str) -> Plan:
         machine=device,
         devices=devices,
         numerics=numerics,
+        num_nodes=num_nodes,
         strategy=options.strategy or _strategy(options.trainer.strategy),
         checkpointing=bool(arguments.get("activation_checkpointing")),
         compiled=bool(arguments.get("compile_blocks")),
@@ -134,7 +171,22 @@ def make_plan(options: Namespace, experiment: str) -> Plan:
         speed=speed(workload, setup, batch_size, recipe.global_batch, options.mfu, peak),
         utilisation=options.mfu,
         peak_tflops=peak,
+        advice=() if split is None else tuple(_advice(options, given, setup, split)),
     )
+
+
+def _advice(options: Namespace, given: Sequence[str], setup: Setup, split: Split) -> list[str]:
+    """Arguments of a fit: what was given, and all that the plan decides."""
+    decided = {
+        "trainer.num_nodes": str(setup.num_nodes),
+        "trainer.devices": str(setup.devices // setup.num_nodes),
+        "data.batch_size": str(split.batch_size),
+        "trainer.accumulate_grad_batches": str(split.accumulate),
+    }
+    if options.strategy not in (None, _strategy(options.trainer.strategy)):
+        decided["trainer.strategy"] = STRATEGIES[options.strategy]
+    kept = [(name, value) for name, value in Line.read(given).named if name not in OWN]
+    return [part for name, value in [*kept, *decided.items()] for part in (f"--{name}", value) if part is not None]
 
 
 def _device(options: Namespace) -> Machine:
@@ -151,24 +203,32 @@ def training_sets(source: str | list[str] | None) -> list[ShardIndex]:
     return load_indices(source) if here and source is not None else []
 
 
-def devices_of(trainer: Namespace) -> int:
-    """Devices on all nodes; 0 for `auto` and -1, as many as there are."""
-    each = trainer.devices
-    if isinstance(each, list):
-        each = len(each)
-    elif not isinstance(each, int):
-        each = int(each) if str(each).isdecimal() else 0
-    return max(each, 0) * int(trainer.num_nodes)
+def batches_of_an_epoch(options: Namespace, processes: int, num_samples: int) -> int:
+    """Batches that each process trains on in an epoch of a fit."""
+    together = options.data.batch_size * processes
+    batches: int = num_samples // together if options.data.drop_last else -(-num_samples // together)
+    limit = options.trainer.limit_train_batches
+    if limit is None:
+        return batches
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
 def _recipe(options: Namespace, indices: Sequence[ShardIndex]) -> Recipe:
-    trainer, batch_size = options.trainer, options.data.batch_size
-    devices = devices_of(trainer) or options.devices or 1
-    accumulate, steps = trainer.accumulate_grad_batches, trainer.max_steps
-    if steps < 0 and trainer.max_epochs is not None and indices:
-        batches = sum(index.num_samples for index in indices) // (batch_size * devices)
-        steps = trainer.max_epochs * -(-batches // accumulate)
-    return Recipe(batch_size, devices, accumulate, steps)
+    launch = launch_of(options, devices_per_node(options.trainer.devices) or options.devices or 1)
+    assert launch.devices is not None
+    devices, trainer = launch.num_nodes * launch.devices, options.trainer
+    num_samples = options.num_samples or sum(index.num_samples for index in indices)
+    steps = [trainer.max_steps] if trainer.max_steps >= 0 else []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0 and num_samples:
+        batches = batches_of_an_epoch(options, devices, num_samples)
+        steps.append(trainer.max_epochs * -(-batches // launch.accumulate))
+    return Recipe(
+        batch_size=launch.batch_size,
+        devices=devices,
+        accumulate=launch.accumulate,
+        max_steps=min(steps, default=-1),
+        global_batch=options.global_batch_size or launch.global_batch,
+    )
 
 
 def _numerics(precision: Any, fused_norms: bool) -> Numerics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -84,16 +85,20 @@ def _activation_remark(plan: Plan) -> str:
 
 
 def _split(plan: Plan) -> Iterator[str]:
-    recipe, devices = plan.recipe, plan.setup.devices
-    yield f"global batch {recipe.global_batch}: {recipe.batch_size} x {recipe.devices} devices x {recipe.accumulate}"
-    split = plan.split
+    recipe, setup, split = plan.recipe, plan.setup, plan.split
+    own = f"{recipe.batch_size} x {recipe.devices} devices x {recipe.accumulate}"
+    other = "" if recipe.own_batch == recipe.global_batch else f" are {recipe.own_batch}, which a fit refuses"
+    yield f"global batch {recipe.global_batch}: {own}{other}"
     if split is None:
         lasting = f"{_gib(plan.needed.lasting)} GiB are there at all times"
         yield f"  not even one sample fits a device: {lasting}; {_remedies(plan)}"
         return
-    flags = f"--data.batch_size {split.batch_size} --trainer.accumulate_grad_batches {split.accumulate}"
-    total = f"{_gib(plan.needed.total)} GiB"
-    yield f"  on {devices} devices: {split.batch_size} x {devices} x {split.accumulate} ({total}), {flags}"
+    nodes = f" of {setup.num_nodes} nodes" if setup.num_nodes > 1 else ""
+    spread = f"{split.batch_size} x {setup.devices} x {split.accumulate}"
+    yield f"  on {setup.devices} devices{nodes}: {spread} ({_gib(plan.needed.total)} GiB), by"
+    yield f"  {shlex.join(['flextok', 'fit', *plan.advice])}"
+    if setup.num_nodes > 1:
+        yield "  which srun (experiments/cluster/train.sbatch) or torchrun (docs/reliability.md) starts on each node"
 
 
 def _remedies(plan: Plan) -> str:
@@ -127,7 +132,8 @@ def _time(plan: Plan) -> Iterator[str]:
     yield _row("train/mfu", f"{plan.speed.reported_mfu:.2f}", "as logged: without frozen networks and recomputation")
     days = plan.speed.days(plan.recipe.max_steps)
     if days is None:
-        yield _row("days per 100,000 steps", f"{1e5 * seconds / 86400:.3g}", "trainer.max_steps is not known")
+        unknown = "trainer.max_steps is not set, nor epochs whose samples are known: --num_samples"
+        yield _row("days per 100,000 steps", f"{1e5 * seconds / 86400:.3g}", unknown)
     else:
         yield _row(f"days for {plan.recipe.max_steps:,} steps", f"{days:.3g}")
 
@@ -151,6 +157,7 @@ def record(plan: Plan) -> dict[str, Any]:
         "experiment": plan.experiment,
         "machine": {"name": plan.machine_name, **asdict(plan.setup.machine), "peak_tflops": plan.peak_tflops},
         "devices": plan.setup.devices,
+        "num_nodes": plan.setup.num_nodes,
         "strategy": plan.setup.strategy,
         "inputs": plan.inputs,
         "activation_checkpointing": plan.setup.checkpointing,
@@ -161,9 +168,10 @@ def record(plan: Plan) -> dict[str, Any]:
             "averaged": workload.parameters.total * plan.setup.averaged,
             "frozen": {name: network.parameters for name, network in workload.frozen.items()},
         },
-        "recipe": {**asdict(plan.recipe), "global_batch": total, "memory": _bytes(plan, plan.own)},
+        "recipe": {**asdict(plan.recipe), "memory": _bytes(plan, plan.own)},
         "recipe_with_checkpointing_switched": {"memory": _bytes(plan, plan.switched)},
         "split": None if plan.split is None else {**asdict(plan.split), "memory": _bytes(plan, plan.needed)},
+        "fit": list(plan.advice),
         "flops_per_sample": {**asdict(flops), "frozen": frozen},
         "flops_per_step": (flops.training + sum(frozen.values())) * total,
         "mfu": plan.utilisation,

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.live import Live
 
 from flextok_pl.cli import UserError
-from flextok_pl.cli.plan import KINDS, devices_of, training_sets
+from flextok_pl.cli.launch import launch_of
+from flextok_pl.cli.plan import KINDS, batches_of_an_epoch, training_sets
 from flextok_pl.cli.training import ParsingCLI, run_cli
 from flextok_pl.models.config import config_from_dict
 from flextok_pl.sweeps.driver import Driver, find_study
@@ -42,18 +43,20 @@ ONE_STEP = {
     "trainer.check_val_every_n_epoch": 1,
     "trainer.val_check_interval": 1.0,
     "trainer.accumulate_grad_batches": 1,
+    "global_batch_size": None,
     "model.warmup_steps": 0,
 }
 
 
 class CheckCLI(ParsingCLI):
-    """Parses what `flextok fit` takes, and checks the network and that the training comes to a validation."""
+    """Parses what `flextok fit` takes, and checks network, global batch and that the training comes to a validation."""
 
     def _run_subcommand(self, subcommand: str) -> None:
         options = self.config[subcommand]
         kind = KINDS.get(options.model.class_path.rsplit(".", 1)[-1])
         if kind is not None:
             config_from_dict(kind[0], strip_meta(options.model.init_args).as_dict()["net"])
+        launch_of(options).require_global_batch(options.global_batch_size)
         steps, warmup = options.trainer.max_steps, options.model.init_args.get("warmup_steps", 0)
         if 0 < steps <= warmup:
             raise ValueError(f"model.warmup_steps={warmup} must be below trainer.max_steps={steps}")
@@ -75,10 +78,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     if rest["dry_run"]:
         if rest["check"]:
             check_points(sweep)
-        for number, point in enumerate(_some_points(sweep)):
-            name = sweep.trial_folder(number, point).path.name
-            for arguments in sweep.arguments(point, name, sweep.seeds[0], sweep.root):
-                print(shlex.join(["flextok", *arguments]))
+        _print_trials(sweep)
         return
     try:
         driver = Driver(sweep, lambda line: print(line, flush=True), check if rest["check"] else lambda sweep: None)
@@ -179,11 +179,9 @@ def _steps_to_validation(options: Namespace) -> int:
     elif not indices:
         return 0
     else:
-        devices = devices_of(trainer) or torch.cuda.device_count() or 1
-        batches = sum(index.num_samples for index in indices) // (options.data.batch_size * devices)
-        limit = trainer.limit_train_batches
-        if limit is not None:
-            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        launch = launch_of(options)
+        processes = launch.num_nodes * (launch.devices or torch.cuda.device_count() or 1)
+        batches = batches_of_an_epoch(options, processes, sum(index.num_samples for index in indices))
         whole = batches * (trainer.check_val_every_n_epoch or 1)
         if isinstance(interval, int):
             batches = whole - batches + interval
@@ -248,6 +246,18 @@ def _some_points(sweep: Sweep) -> list[Params]:
         return sweep.points.grid()[: sweep.num_trials]
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=sweep.seed))
     return [sweep.points.suggest(study.ask()) for _ in range(sweep.num_trials)]
+
+
+def _print_trials(sweep: Sweep) -> None:
+    """The commands of each trial, seed after seed, and where they would run."""
+    if sweep.launcher == "slurm":
+        asked = " ".join(f"{name}={value}" for name, value in sweep.slurm.items()) or "the cluster's defaults"
+        print(f"# each trial is a Slurm job, at most {sweep.workers} at a time, of {asked}")
+    for number, point in enumerate(_some_points(sweep)):
+        name = sweep.trial_folder(number, point).path.name
+        for seed in sweep.seeds:
+            for arguments in sweep.arguments(point, name, seed, sweep.root):
+                print(shlex.join(["flextok", *arguments]))
 
 
 @contextlib.contextmanager

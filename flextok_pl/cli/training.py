@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from flextok_pl.callbacks import (
     TokenReport,
 )
 from flextok_pl.cli import UserError, base_config, config_paths
+from flextok_pl.cli.launch import launch_of
 from flextok_pl.data import ShardDataModule
 from flextok_pl.modules.saved_prior import SavedPrior
 from flextok_pl.modules.saved_tokenizer import SavedTokenizer
@@ -90,7 +91,13 @@ class FlexTokCLI(LightningCLI):
         return {self._only: LightningCLI.subcommands()[self._only]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the callback groups."""
+        """Add the callback groups, and what belongs to the whole training."""
+        parser.add_argument(
+            "--global_batch_size",
+            type=int | None,
+            default=None,
+            help="Samples of an optimizer step over all devices that a fit is meant for; it refuses any other number.",
+        )
         for name, callback in CALLBACKS.items():
             parser.add_argument(f"--{name}", type=callback | None, default=None, help=_summary(callback))
             parser.callback_keys.append(name)
@@ -115,6 +122,10 @@ class FlexTokCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Name the runs of loggers that are not named, and put finished models in the model's place."""
         config = self.config[self._only]
+        launch = launch_of(config)
+        launch.require_processes()
+        if self._only == "fit":
+            launch.require_global_batch(config.global_batch_size)
         tokenizer, prior = config.get("tokenizer"), config.get("prior")
         if tokenizer is not None or prior is not None:
             if config.ckpt_path is not None:
@@ -189,7 +200,16 @@ class FlexTokCLI(LightningCLI):
             wanted.append(Predictions())
         trainer = super()._instantiate_trainer(config, wanted)
         trainer.fit_loop = FitLoop(trainer)
+        launch_of(self.config[self._only], trainer.num_devices).require_processes()
         return trainer
+
+    def before_fit(self) -> None:
+        """Say how many samples a step takes, now that the devices are known."""
+        config = self.config[self._only]
+        launch = launch_of(config, self.trainer.num_devices)
+        launch.require_global_batch(config.global_batch_size)
+        if self.trainer.is_global_zero:
+            print(launch, flush=True)
 
 
 class ParsingCLI(FlexTokCLI):
@@ -223,10 +243,11 @@ def run(subcommand: str, arguments: Sequence[str]) -> None:
     run_cli(FlexTokCLI, subcommand, arguments)
 
 
-def run_cli(cli: type[FlexTokCLI], subcommand: str, arguments: Sequence[str]) -> None:
+def run_cli(cli: Callable[[str, Sequence[str], str], FlexTokCLI], subcommand: str, arguments: Sequence[str]) -> None:
     """`run` with a CLI of one's own."""
     # Options of a callback can then be given directly: `rfid: {num_steps: 10}`, without class_path and init_args.
     warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning's own, at every batch
+    warnings.filterwarnings("ignore", message="The `srun` command is available")  # `Launch` refuses what needs it
     set_parsing_settings(subclasses_disabled=list(CALLBACKS.values()))
     given = [path.resolve() for path in config_paths(arguments)]
     base = base_config(given[0]) if given else None

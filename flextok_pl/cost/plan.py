@@ -31,6 +31,7 @@ class Setup:
         machine: the devices.
         devices: their number, over all nodes.
         numerics: how numbers are stored.
+        num_nodes: over which they are spread.
         strategy: `ddp` copies the model to each device, `fsdp` spreads it over them.
         checkpointing: whether blocks are computed again in the backward pass.
         compiled: whether blocks are compiled.
@@ -40,6 +41,7 @@ class Setup:
     machine: Machine
     devices: int
     numerics: Numerics
+    num_nodes: int = 1
     strategy: Literal["ddp", "fsdp"] = "ddp"
     checkpointing: bool = False
     compiled: bool = False
@@ -55,16 +57,18 @@ class Recipe:
         devices: over all nodes.
         accumulate: batches of an optimizer step on each device.
         max_steps: optimizer steps of the training; -1 where it does not say.
+        global_batch: samples of an optimizer step, as stated, or else those of its own devices.
     """
 
     batch_size: int
     devices: int
     accumulate: int
     max_steps: int
+    global_batch: int
 
     @property
-    def global_batch(self) -> int:
-        """Samples of an optimizer step."""
+    def own_batch(self) -> int:
+        """Samples of an optimizer step on its own devices, which a fit compares with what is stated."""
         return self.batch_size * self.devices * self.accumulate
 
 
@@ -171,8 +175,8 @@ def largest_split(workload: Workload, setup: Setup, global_batch: int, most: int
     """
     if global_batch % setup.devices:
         raise ValueError(
-            f"devices={setup.devices} cannot share the global batch of {global_batch} evenly; change devices, "
-            "data.batch_size or trainer.accumulate_grad_batches"
+            f"{setup.devices} devices cannot share the global batch of {global_batch} evenly; take a number of them "
+            "that divides it (--devices, --num_nodes)"
         )
     share = global_batch // setup.devices
     for batch_size in range(min(share, most or share), 0, -1):
@@ -251,6 +255,7 @@ class Plan:
         speed: time of its steps.
         utilisation: share of the peak.
         peak_tflops: of a device.
+        advice: arguments of a fit with this split; empty where there is none.
     """
 
     experiment: str
@@ -266,6 +271,7 @@ class Plan:
     speed: Speed
     utilisation: float
     peak_tflops: float | None
+    advice: tuple[str, ...] = ()
 
     @property
     def batch_size(self) -> int:

@@ -12,6 +12,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -120,10 +121,10 @@ def tokenizer_workload(
     groups = options["budget_groups"]
     frozen, notes = {}, []
     with torch.device("meta"):
-        vae = _vae(options["vae"], net)
+        autoencoder = _autoencoder(options["vae"], net)
         model = FlexTok(dataclasses.replace(net, vae=None))
         parts: list[nn.Module] = [model]
-        patches = (size // vae.config.downsampling // net.patch_size) ** 2
+        patches = (size // autoencoder.downsampling // net.patch_size) ** 2
         if patches > prod(net.grid_size):
             raise ValueError(f"data.image_size={size} gives more patches than net.grid_size={net.grid_size} has")
         if net.layout == "grid" and patches < prod(net.grid_size):
@@ -132,16 +133,16 @@ def tokenizer_workload(
                 "'grid' needs them all"
             )
         works = inputs == "images"
-        frozen["VAE"] = Frozen(_count(vae), *(image_work(vae.moments, size) if works else ()))
+        frozen["VAE"] = _frozen_vae(autoencoder, size if works else None)
         extra, more = Flops(), Activations()
         if options["teacher"] is not None:
-            teacher = Teacher(options["teacher"], pretrained=False)
+            teacher, dim = _frozen_teacher(options["teacher"])
             if works:
-                frozen["teacher"] = Frozen(_count(teacher), *image_work(teacher.network, teacher.image_size))
+                frozen["teacher"] = teacher
             else:
                 notes.append("the teacher's features are read with the latents, which must hold them")
-            parts.append(ProjectionHead(net.decoder_width, teacher.dim))
-            shape = (net.decoder_width, PROJECTION_WIDTH, teacher.dim, patches)
+            parts.append(ProjectionHead(net.decoder_width, dim))
+            shape = (net.decoder_width, PROJECTION_WIDTH, dim, patches)
             extra, more = projection_flops(*shape), projection_activations(*shape, numerics)
     return Workload(
         _parameters(parts, [*model.encoder.blocks, *model.decoder.blocks]),
@@ -228,16 +229,32 @@ def _count(module: nn.Module) -> int:
     return sum(tensor.numel() for tensor in [*module.parameters(), *module.buffers()])
 
 
-def _vae(name: str | None, net: FlexTokConfig) -> VAE:
+def _autoencoder(name: str | None, net: FlexTokConfig) -> VAEConfig:
     """The autoencoder that a tokenizer is trained with: the named one if it is on this machine, else the network's."""
     place = None if name is None else Path(name).expanduser()
     if place is not None and place.is_dir():
-        return VAE(read_vae_config(place))
+        return read_vae_config(place)
     if place is not None and place.is_file():
-        return FlexTok.from_pretrained(place, device="meta").require_vae()
+        return FlexTok.from_pretrained(place, device="meta").require_vae().config
     if net.vae is None:
         raise ValueError(f"vae={name!r} is not on this machine, and net.vae=null does not describe it; set net.vae")
-    return VAE(net.vae)
+    return net.vae
+
+
+@cache
+def _frozen_vae(config: VAEConfig, size: int | None) -> Frozen:
+    """An autoencoder that encodes images of S pixels, or that is only there."""
+    with torch.device("meta"):
+        vae = VAE(config)
+        return Frozen(_count(vae), *(() if size is None else image_work(vae.moments, size)))
+
+
+@cache
+def _frozen_teacher(name: str) -> tuple[Frozen, int]:
+    """A teacher at work, and F."""
+    with torch.device("meta"):
+        teacher = Teacher(name, pretrained=False)
+        return Frozen(_count(teacher), *image_work(teacher.network, teacher.image_size)), teacher.dim
 
 
 def _tokenizer(name: str) -> FlexTok | None:
@@ -245,4 +262,10 @@ def _tokenizer(name: str) -> FlexTok | None:
     if Path(name).expanduser().exists():
         return FlexTok.from_pretrained(name, device="meta")
     published = re.search(r"d\d+_d\d+", name)
-    return None if published is None else FlexTok(FlexTokConfig.preset(published[0]))
+    return None if published is None else _published(published[0])
+
+
+@cache
+def _published(preset: str) -> FlexTok:
+    with torch.device("meta"):
+        return FlexTok(FlexTokConfig.preset(preset))

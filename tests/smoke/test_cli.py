@@ -101,7 +101,8 @@ def test_unknown_commands(arguments: list[str], capsys: pytest.CaptureFixture[st
 def test_fit_resume_validate_test(image_shards: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quick = ["--rfid.extractor=effnet-lite0", "--rfid.num_steps=1", "--rfid.fit-budgets=[1]", "--rfid.budgets=[1,16]"]
     short = ["--trainer.max_steps=2", "--trainer.val_check_interval=1"]
-    main(tiny("fit", image_shards, *short, *quick))
+    main(tiny("fit", image_shards, *short, *quick, "--global_batch_size=16"))
+    assert "global batch 16 = batch_size 16 x 1 devices x 1 nodes x 1 accumulated" in capsys.readouterr().out
     first = workplace / "runs" / "tokenizer" / "tiny" / "version_0"
     assert {"config.yaml", "tokenizer.safetensors", "checkpoints"} <= {path.name for path in first.iterdir()}
     assert load_pretrained(first / "tokenizer.safetensors").config.num_registers == 16
@@ -198,6 +199,8 @@ def test_users_callbacks_stay_free(image_shards: Path, workplace: Path) -> None:
         (["--model.net.encoder_width=30"], "encoder_width=30"),
         (["--model.vae=/nowhere"], "/nowhere"),
         (["--rfid.num_steps=0"], "num_steps=0"),
+        (["--trainer.num_nodes=2"], "nothing has started this command on each of the nodes"),
+        (["--global_batch_size=64"], "give --trainer.accumulate_grad_batches 4"),
         (["--config=/nowhere.yaml"], "/nowhere.yaml"),
         (["--ckpt_path=/nowhere.ckpt"], "/nowhere.ckpt"),
         (["--trainer.max_steps=many"], "trainer.max_steps"),

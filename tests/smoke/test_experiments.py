@@ -12,12 +12,14 @@ import yaml
 
 from flextok_pl.cli import COMMANDS, main
 from flextok_pl.cli.front import Line, options_for
+from flextok_pl.cli.launch import devices_per_node
 from flextok_pl.cli.options import unknown
 from flextok_pl.cli.sweep import check_points, parse_sweep, sweep_parser
 from flextok_pl.models.config import FlexTokConfig, PriorConfig, VAEConfig, config_from_dict
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
+from flextok_pl.runtime.launch import Launch
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "experiments"
@@ -132,8 +134,9 @@ def test_priors_are_the_presets(name: str, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize("name", names("sweeps", "sweeps/full"))
 def test_every_point_of_a_sweep_parses(name: str) -> None:
     file = EXPERIMENTS / name
-    sweep, _ = parse_sweep(sweep_parser("sweep", ""), [str(file)])
-    check_points(sweep)
+    if not name.startswith("sweeps/full"):  # whose points test_plan.py plans, too
+        sweep, _ = parse_sweep(sweep_parser("sweep", ""), [str(file)])
+        check_points(sweep)
     first = [line for line in file.read_text().splitlines() if line.startswith("#")]
     assert "?" in first[0] + first[1], "the first comment asks the question that the sweep answers"
     assert any(f"experiments/{name}" in line for line in first), "and gives the command"
@@ -162,7 +165,12 @@ def test_documented_commands_are_taken(command: str, capsys: pytest.CaptureFixtu
         return
     capsys.readouterr()
     if arguments[0] in ("fit", "validate", "test", "predict", "plan"):
-        parsed(capsys, arguments)
+        found = parsed(capsys, arguments)
+        trainer, data = found["trainer"], found["data"]
+        devices = devices_per_node(trainer["devices"])
+        launch = Launch(trainer["num_nodes"], devices, data["batch_size"], trainer["accumulate_grad_batches"])
+        launch.require_processes({})  # it can be given on one machine, without a launcher
+        launch.require_global_batch(found["global_batch_size"])
     else:  # a tool's parser has no dry run
         words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
         options = options_for(" ".join(arguments[:words]))

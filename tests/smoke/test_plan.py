@@ -2,13 +2,18 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from flextok_pl.cli import main
+from flextok_pl.cli.plan import PlanCLI, make_plan
+from flextok_pl.cli.plan_report import record
+from flextok_pl.cli.sweep import CheckCLI, check_points, parse_sweep, sweep_parser
 from flextok_pl.cost.machines import MACHINES
 from flextok_pl.data import ShardIndex
 from flextok_pl.models.config import FlexTokConfig, PriorConfig
@@ -46,7 +51,6 @@ def test_the_largest_tokenizer(plan) -> None:
     assert memory["weights"] == memory["averaged"] == 4 * (parameters["trained"] + parameters["fixed"])
     assert memory["optimizer"] == 2 * memory["gradients"] == 2 * memory["gradient_buckets"]
     assert f"{parameters['trained']:,}" in text
-    assert found["recipe"]["global_batch"] == found["recipe"]["batch_size"] * found["recipe"]["devices"]
     split = found["split"]
     assert split["batch_size"] * 8 * split["accumulate"] == found["recipe"]["global_batch"]
     assert f"--trainer.accumulate_grad_batches {split['accumulate']}" in text
@@ -61,17 +65,133 @@ def test_the_largest_tokenizer(plan) -> None:
     assert 0 < found["train_mfu"] < 0.4, "frozen networks and recomputation do not count"
 
 
-STATED = sorted(
-    file for file in (ROOT / "experiments").glob("[tp]*/*.yaml") if re.search(r"lobal batch (of )?\d", file.read_text())
+EXPERIMENTS = {str(file.relative_to(ROOT / "experiments")): file for file in ROOT.glob("experiments/[vtp]*/*.yaml")}
+OF_ONE_NODE = {"GPUs": 8, "GB": MACHINES["h100"].memory_gib}
+
+
+def first_comment(text: str) -> str:
+    return text[: re.search("^[^#]", text, re.MULTILINE).start()]
+
+
+def recipe_holds(recipe: dict[str, Any], stated: int) -> bool:
+    """Whether a fit takes the stated number of samples to a step, and its batch fits the machine."""
+    own = recipe["batch_size"] * recipe["devices"] * recipe["accumulate"]
+    return own == recipe["global_batch"] == stated and recipe["memory"]["fits"]
+
+
+@pytest.mark.parametrize("name", sorted(EXPERIMENTS))
+def test_experiments_are_what_they_claim(name: str, plan) -> None:
+    """Those for GPUs state their global batch as an option, which the file must come to."""
+    text = EXPERIMENTS[name].read_text()
+    said = yaml.safe_load(text)
+    for_gpus = "devices" in said["trainer"]
+    found, _ = plan(name, "--machine", "h100" if for_gpus else "cpu")
+    assert found["recipe"]["max_steps"] > 0 and found["num_nodes"] == 1 and found["recipe"]["memory"]["fits"]
+    assert for_gpus == ("global_batch_size" in said)
+    if for_gpus:
+        assert recipe_holds(found["recipe"], said["global_batch_size"]) and found["days"] > 0
+        claims = {unit: float(number) for number, unit in re.findall(r"(\d+) (GPUs|GB)\b", first_comment(text))}
+        assert claims == OF_ONE_NODE and found["recipe"]["devices"] == OF_ONE_NODE["GPUs"]
+    for number in re.findall(r"of ([\d.]+) M parameters", text):
+        assert found["parameters"]["trained"] == pytest.approx(float(number) * 1e6, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "preset", "options"),
+    [
+        *(("imagenet_class", preset, ()) for preset in ("49m", "85m", "393m", "679m", "1.33b")),
+        *(("text_t5", preset, ()) for preset in ("113m_text", "382m_text")),
+        ("text_t5", "3.06b_text", ("--trainer.strategy", "fsdp2")),
+    ],
 )
+def test_presets_that_a_comment_names_fit_as_it_says(
+    experiment: str, preset: str, options: tuple[str, ...], plan
+) -> None:
+    found, _ = plan(f"prior/{experiment}.yaml", "--model.net", f"experiments/nets/prior_{preset}.yaml", *options)
+    assert found["split"] is not None
+    assert found["recipe"]["memory"]["fits"] or preset == "1.33b", "which takes the batches of the plan"
 
 
-@pytest.mark.parametrize("file", STATED, ids=lambda file: f"{file.parent.name}/{file.stem}")
-def test_experiments_have_the_global_batch_that_they_state(file: Path, plan) -> None:
-    stated = re.search(r"lobal batch (?:of )?(\d+)", file.read_text())
-    found, _ = plan(f"{file.parent.name}/{file.name}")
-    assert stated is not None and found["recipe"]["global_batch"] == int(stated[1])
-    assert found["recipe"]["memory"]["fits"], "on GPUs of 80 GB, as its first comment says"
+def test_no_comment_counts_a_global_batch() -> None:
+    for file in ROOT.glob("experiments/**/*.*"):
+        assert not re.search(r"#.*lobal batch (of )?\d", file.read_text()), f"{file} has global_batch_size for that"
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("experiments/sweeps/full/*.yaml")), ids=lambda file: file.stem)
+def test_every_trial_of_a_sweep_on_imagenet_can_be_trained(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its options are taken, and it has its experiment's global batch, on the devices that it asks Slurm for."""
+    sweep, _ = parse_sweep(sweep_parser("sweep", ""), [str(file)])
+    (experiment,) = sweep.experiments
+    recipes = []
+
+    class PlanningCheck(CheckCLI, PlanCLI):
+        def __init__(self, *parsed: Any) -> None:
+            super().__init__([], *parsed)
+
+        def _run_subcommand(self, subcommand: str) -> None:
+            super()._run_subcommand(subcommand)
+            recipes.append(record(make_plan(self.config[subcommand], "trial", []))["recipe"])
+
+    monkeypatch.setattr("flextok_pl.cli.sweep.CheckCLI", PlanningCheck)
+    check_points(sweep)
+    stated = yaml.safe_load(Path(experiment).read_text())["global_batch_size"]
+    assert recipes and all(recipe_holds(recipe, stated) for recipe in recipes)
+    assert {recipe["devices"] for recipe in recipes} == {sweep.slurm["gpus_per_node"]}
+    claimed = re.findall(r"one node[\s#]+of[\s#]+(\d+)[\s#]+GPUs", file.read_text())
+    assert claimed == [str(sweep.slurm["gpus_per_node"])]
+
+
+def fit_command(text: str) -> list[str]:
+    (command,) = re.findall(r"^  flextok (fit .*)$", text, re.MULTILINE)
+    return shlex.split(command)
+
+
+@pytest.mark.parametrize(
+    ("options", "decided"),
+    [
+        ((), {"num_nodes": 1, "devices": 8, "accumulate_grad_batches": 4, "strategy": "ddp"}),
+        (("--num-nodes", "4"), {"num_nodes": 4, "devices": 8, "accumulate_grad_batches": 1, "strategy": "ddp"}),
+        (
+            ("--strategy=fsdp", "--devices", "4", "--machine", "a100-40g", "--trainer.num_nodes", "2"),
+            {"num_nodes": 1, "devices": 4, "accumulate_grad_batches": 8, "strategy": "fsdp2"},
+        ),
+    ],
+)
+def test_the_advice_is_a_command(
+    options: tuple[str, ...], decided: dict[str, Any], plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It keeps what was given for the fit, and decides nodes, devices, batches and strategy."""
+    found, text = plan(TOKENIZER, *options, "--model.lr", "3e-4")
+    assert ("srun" in text) == (decided["num_nodes"] > 1)
+    with pytest.raises(SystemExit) as stop:
+        main([*fit_command(text), "--print_config"])
+    assert stop.value.code == 0
+    fit = yaml.safe_load(capsys.readouterr().out)
+    trainer = fit["trainer"]
+    assert {name: trainer[name] for name in decided} == {**decided, "devices": str(decided["devices"])}
+    assert fit["model"]["init_args"]["lr"] == 3e-4 and fit["data"]["batch_size"] == found["split"]["batch_size"]
+    processes = decided["num_nodes"] * decided["devices"]
+    assert fit["data"]["batch_size"] * processes * trainer["accumulate_grad_batches"] == fit["global_batch_size"]
+
+
+def test_another_batch_than_stated_is_put_right(plan) -> None:
+    found, text = plan(TOKENIZER, "--data.batch_size", "32")
+    assert "global batch 2048: 32 x 8 devices x 4 are 1024, which a fit refuses" in text
+    assert found["split"]["accumulate"] == 8 and found["recipe"]["global_batch"] == 2048
+
+
+def test_steps_of_epochs(plan) -> None:
+    epochs = ("--trainer.max_steps", "-1", "--trainer.max_epochs", "30", "--global_batch_size", "null")
+    unknown, text = plan(PRIOR, *epochs)
+    assert unknown["days"] is None and "--num_samples" in text
+    known, text = plan(PRIOR, *epochs, "--num_samples", "12811670")
+    assert known["recipe"]["max_steps"] == 30 * 12_511 and "days for 375,330 steps" in text
+    rounded, _ = plan(PRIOR, *epochs, "--num_samples", "12811670", "--data.drop_last", "false")
+    assert rounded["recipe"]["max_steps"] == 30 * 12_512
+    limited, _ = plan(PRIOR, *epochs, "--num_samples", "12811670", "--trainer.limit_train_batches", "4")
+    assert limited["recipe"]["max_steps"] == 60
+    ended, _ = plan(PRIOR, *epochs, "--num_samples", "12811670", "--trainer.max_steps", "100")
+    assert ended["recipe"]["max_steps"] == 100
 
 
 def test_fsdp_spreads_what_lasts(plan) -> None:
@@ -144,7 +264,8 @@ def test_autoencoder(plan) -> None:
     [
         (("--machine", "abacus"), f"machine='abacus' is unknown; use one of {', '.join(MACHINES)}"),
         (("--devices", "0"), "devices=0 must be at least 1"),
-        (("--devices", "7"), "devices=7 cannot share the global batch"),
+        (("--num_nodes", "-1"), "num_nodes=-1 must be at least 1"),
+        (("--devices", "7"), "7 devices cannot share the global batch of 2048 evenly"),
         (("--mfu", "0"), "mfu=0.0 must be in (0, 1]"),
         (("--mfu", "1.5"), "mfu=1.5 must be in (0, 1]"),
         (("--memory_gib", "0"), "memory_gib=0.0 must be positive"),

@@ -74,7 +74,12 @@ def test_what_slurm_is_to_train_is_only_parsed_here(
 
 
 def test_the_commands_are_printed(start: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    start("--dry-run", "true", "--test", "true")
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines] == ["fit", "test", "fit", "test"]
-    assert all(f"--model.lr={value}" in line for value, line in zip([0.001, 0.001, 0.01, 0.01], lines, strict=True))
+    """All of them: of each seed a fit and a test; and what each trial asks of Slurm."""
+    slurm = {"timeout_min": 60, "gpus_per_node": 8}
+    start("--dry-run", "true", "--test", "true", launcher="slurm", slurm=slurm, seeds=[0, 3])
+    asked, *lines = capsys.readouterr().out.splitlines()
+    assert asked == "# each trial is a Slurm job, at most 1 at a time, of gpus_per_node=8 timeout_min=60"
+    assert [line.split()[1] for line in lines] == ["fit", "test"] * 4
+    trials = [(rate, seed) for rate in (0.001, 0.01) for seed in (0, 0, 3, 3)]
+    for (rate, seed), line in zip(trials, lines, strict=True):
+        assert f"--model.lr={rate}" in line and f"--seed_everything={seed} " in line

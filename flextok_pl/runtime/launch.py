@@ -1,0 +1,103 @@
+"""How many processes a training has, who starts them, and how many samples they take to an optimizer step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+INTERACTIVE = ("bash", "interactive")
+"""Names of Slurm jobs in which Lightning takes no process for one of several tasks."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The processes of a training and their batches.
+
+    Args:
+        num_nodes: `trainer.num_nodes`.
+        devices: on each of them; None where that is not known yet.
+        batch_size: samples of a process at a time.
+        accumulate: batches of an optimizer step.
+    """
+
+    num_nodes: int
+    devices: int | None
+    batch_size: int
+    accumulate: int
+
+    def require_processes(self, environment: Mapping[str, str] = os.environ) -> None:
+        """Refuse what would wait for processes that nobody has started.
+
+        Raises:
+            ValueError: a launcher has started more or fewer processes, or there is none and there are several nodes.
+        """
+        found = _started(environment)
+        if found is None:
+            by_hand = "MASTER_ADDR" in environment and {"NODE_RANK", "GROUP_RANK"} & set(environment)
+            if self.num_nodes > 1 and not by_hand:
+                raise ValueError(
+                    f"trainer.num_nodes={self.num_nodes}, but nothing has started this command on each of the nodes: "
+                    "let srun do it (experiments/cluster/train.sbatch) or torchrun (docs/reliability.md); for this "
+                    "machine alone give --trainer.num_nodes 1"
+                )
+            return
+        launcher, started = found
+        wanted = None if self.devices is None else self.num_nodes * self.devices
+        if started == wanted or (wanted is None and started >= self.num_nodes):
+            return
+        devices = "" if self.devices is None else f" x trainer.devices={self.devices}"
+        raise ValueError(
+            f"trainer.num_nodes={self.num_nodes}{devices} needs {wanted or self.num_nodes} processes, but {launcher} "
+            f"has started {started}: let it start one for each device, or change trainer.num_nodes and trainer.devices"
+        )
+
+    def require_global_batch(self, stated: int | None) -> None:
+        """Refuse another number of samples to a step than the recipe is meant for.
+
+        Args:
+            stated: `global_batch_size`; None for any.
+
+        Raises:
+            ValueError: it is another, and what to give instead.
+        """
+        if stated is None or self.devices is None or self.global_batch == stated:
+            return
+        processes = self.num_nodes * self.devices
+        if stated % processes:
+            remedy = f"{processes} processes cannot share it evenly: take a number of them that divides it"
+        else:
+            share = stated // processes
+            sizes = range(1, min(share, self.batch_size) + 1)
+            fitting = max((size for size in sizes if share % size == 0), default=1)
+            batch = "" if fitting == self.batch_size else f"--data.batch_size {fitting} "
+            remedy = f"give {batch}--trainer.accumulate_grad_batches {share // fitting}"
+        raise ValueError(
+            f"global_batch_size={stated}, but this is {self}: {remedy}; or state what you want by --global_batch_size, "
+            "null for any"
+        )
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of an optimizer step."""
+        assert self.devices is not None
+        return self.batch_size * self.num_nodes * self.devices * self.accumulate
+
+    def __str__(self) -> str:
+        return (
+            f"global batch {self.global_batch} = batch_size {self.batch_size} x {self.devices} devices x "
+            f"{self.num_nodes} nodes x {self.accumulate} accumulated"
+        )
+
+
+def _started(environment: Mapping[str, str]) -> tuple[str, int] | None:
+    """The launcher and the number of its processes, found as Lightning does; None where the training starts its own."""
+    if "TORCHELASTIC_RUN_ID" in environment:
+        return "torchrun", int(environment["WORLD_SIZE"])
+    if "SLURM_NTASKS" in environment and environment.get("SLURM_JOB_NAME") not in INTERACTIVE:
+        if "SLURM_STEP_NUM_TASKS" in environment:
+            return "srun", int(environment["SLURM_STEP_NUM_TASKS"])
+        return "Slurm (without srun)", 1
+    if "LOCAL_RANK" in environment and "WORLD_SIZE" in environment:  # any other, and Lightning to its own processes
+        return "the launcher", int(environment["WORLD_SIZE"])
+    return None
