@@ -41,6 +41,7 @@ from flextok_pl.metrics.keys import choose_fraction
 from flextok_pl.metrics.reconstruction import check_each_sample_once
 from flextok_pl.metrics.report import format_table, make_records, plot_budgets, write_csv, write_json
 from flextok_pl.metrics.statistics_cache import StatisticsCache
+from flextok_pl.progress import announced
 
 FREE = ("values", "output_dir", "save_every_minutes")
 """Public attributes with which a killed evaluation may go on differently."""
@@ -169,7 +170,8 @@ class BudgetEvaluation(SomeValidations, Generic[StatisticsT]):
         self._checkpoint = None
         if stage == "predict" or (stage == "fit" and self.every_n_validations == 0):
             return
-        self._network = self._network or build_extractor(self.extractor, self.weights)
+        with announced(f"loading {self.extractor}"):
+            self._network = self._network or build_extractor(self.extractor, self.weights)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Remember what says which weights are evaluated, and at which step."""
@@ -307,7 +309,8 @@ class BudgetEvaluation(SomeValidations, Generic[StatisticsT]):
             )
         if trainer.is_global_zero and done.cache is not None and seen == done.expected:
             done.cache.store_or_check(statistics.real, statistics.data_hash)
-        self.values = statistics.values(self.seed)
+        with announced("computing the distances"):
+            self.values = statistics.values(self.seed)
         pictures = {self.picture: self._grid(done)} | ({} if done.in_fit else self._further_pictures(done))
         tags = {
             m: {k: f"{done.split}/{self.tag}{m}/k={k:03d}" for k in done.budgets} for m in self.values[done.budgets[0]]

@@ -22,6 +22,7 @@ from flextok_pl.metrics.features import FeatureExtractor
 from flextok_pl.metrics.images import to_uint8
 from flextok_pl.metrics.keys import key_hash
 from flextok_pl.metrics.statistics_cache import keep, load_kept
+from flextok_pl.progress import announced
 
 VERSION = 2
 """Of what a kept probe was fitted to; a new one where that changes for the same key."""
@@ -71,7 +72,8 @@ def fitted_probe(
             ids.append(torch.tensor([key_hash(key) for key in batch["key"]]))
     of_all = [gather_rows(torch.cat(parts), device) for parts in (features, labels, ids)]  # each process has a share
     order = of_all[2].argsort(stable=True)  # an image, then its reconstruction
-    probe = LinearProbe.fit(of_all[0][order], of_all[1][order], len(index.classes), extractor.name)
+    with announced("fitting the classifier to the features"):
+        probe = LinearProbe.fit(of_all[0][order], of_all[1][order], len(index.classes), extractor.name)
     if file is not None and rank() == 0:
         keep(file, probe.state_dict())
     return probe

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from flextok_pl.cli.commands import COMMANDS
+from flextok_pl.progress import say
 
 OPTIONAL = {"optuna": "sweep"}
 """Package that a whole command needs -> the extra that installs it."""
@@ -57,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     try:
         arguments = front.answer(command, arguments[words:])
-        if "torch" not in sys.modules and _is_first_process():
-            print(f"flextok {command}: loading ...", file=sys.stderr, flush=True)
+        if "torch" not in sys.modules:
+            say(f"flextok {command}: loading ...")
         getattr(load(f"flextok_pl.cli.{module}"), function)(command, arguments)
     except UserError as error:
         if debug:
@@ -81,11 +82,6 @@ def load(module: str) -> ModuleType:
         raise UserError(f"needs {error.name}: pip install 'flextok_pl[{OPTIONAL[error.name]}]'") from error
     finally:
         gc.enable()
-
-
-def _is_first_process() -> bool:
-    """Whether this is the process that speaks for all those that torchrun, srun or a Trainer started."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
 
 
 def base_config(experiment: Path) -> Path | None:

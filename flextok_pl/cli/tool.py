@@ -10,14 +10,18 @@ from jsonargparse import ArgumentParser
 from flextok_pl.cli import UserError, load
 from flextok_pl.cli.commands import COMMANDS
 from flextok_pl.cli.options import options_of
+from flextok_pl.data.index import ShardIndex
 
 
 def run(command: str, arguments: Sequence[str]) -> None:
-    """Parse the arguments of a command by its function, and call that."""
+    """Parse the arguments of a command by its function, call that, and name the shard sets that it wrote."""
     (target,) = COMMANDS[command].options
     module, name = target.split(":")
     function = getattr(load(module), name)
-    call(function, parsed(tool_parser(command, function), arguments))
+    made = call(function, parsed(tool_parser(command, function), arguments))
+    for index in made.values() if isinstance(made, dict) else [made]:
+        if isinstance(index, ShardIndex):
+            print(f"{index.folder}: {index.num_samples:,} samples in {len(index.shards):,} shards")
 
 
 def tool_parser(command: str, function: Callable[..., Any]) -> ArgumentParser:
@@ -37,13 +41,16 @@ def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def call(function: Callable[..., Any], options: dict[str, Any]) -> None:
+def call(function: Callable[..., Any], options: dict[str, Any]) -> Any:
     """Call a tool.
+
+    Returns:
+        What it returns.
 
     Raises:
         UserError: the options ask for what cannot be done.
     """
     try:
-        function(**options)
+        return function(**options)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error

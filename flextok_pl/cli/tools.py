@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flextok_pl.assets import DEMO_TOKENIZER
 from flextok_pl.contracts import default_budgets, weights_hash
-from flextok_pl.data import Augmentation, write_latents, write_tokens
+from flextok_pl.data import Augmentation, ShardIndex, write_latents, write_tokens
 from flextok_pl.data.pictures import read_picture
 from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, center_crop, to_tensor
 from flextok_pl.metrics.images import reconstruction_grid, save_png
@@ -40,7 +40,7 @@ def encode_shards(
     samples_per_shard: int = 4000,
     overwrite: bool = False,
     device: str | None = None,
-) -> None:
+) -> ShardIndex:
     """Encode the images of a shard set by a VAE, once, and write the posteriors' moments as a shard set.
 
     With a teacher its features are stored beside them, for trainings with REPA that need neither images nor the
@@ -64,6 +64,9 @@ def encode_shards(
         samples_per_shard: latents per tar file.
         overwrite: replace a set that was made with other arguments.
         device: where to run the VAE; default a GPU where there is one.
+
+    Returns:
+        The index of the new set.
     """
     place = default_device(device)
     encoder = FlexTok.from_pretrained(vae).require_vae() if vae.endswith(".safetensors") else VAE.from_pretrained(vae)
@@ -84,7 +87,7 @@ def encode_shards(
 
     elif teacher_weights is not None or teacher_grid is not None:
         raise ValueError(f"teacher_weights={teacher_weights!r} and teacher_grid={teacher_grid} need a teacher")
-    write_latents(
+    return write_latents(
         src,
         dst,
         lambda images: encoder.moments(images.to(place)).cpu(),
@@ -118,7 +121,7 @@ def tokenize_shards(
     samples_per_shard: int = 4000,
     overwrite: bool = False,
     device: str | None = None,
-) -> None:
+) -> ShardIndex:
     """Tokenize the images of a shard set, once, and write their tokens as a shard set that priors train on.
 
     Ten views with random crops and flips are the custom on ImageNet: `--num_views 10`. An interrupted run goes on where
@@ -138,13 +141,16 @@ def tokenize_shards(
         samples_per_shard: sequences per tar file.
         overwrite: replace a set that was made with other arguments.
         device: where to run the tokenizer; default a GPU where there is one.
+
+    Returns:
+        The index of the new set.
     """
     place = default_device(device)
     tok = FlexTok.from_pretrained(tokenizer)
     encoder = None if text_encoder is None else TextEncoder(text_encoder).to(place)
     tokenizer_id = tok.identity()
     tok = tok.to(place)
-    write_tokens(
+    return write_tokens(
         src,
         dst,
         lambda images: tok.tokenize(images.to(place)),

@@ -33,6 +33,7 @@ from flextok_pl.cli.launch import launch_of
 from flextok_pl.data import ShardDataModule
 from flextok_pl.modules.saved_prior import SavedPrior
 from flextok_pl.modules.saved_tokenizer import SavedTokenizer
+from flextok_pl.progress import announced, say
 from flextok_pl.runtime import FitLoop, Preempted, Preemption, StepCheckpoint, damage_of, newest_intact
 
 CALLBACKS: dict[str, type[Callback]] = {
@@ -182,8 +183,11 @@ class FlexTokCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build everything; a wrong option is the user's to put right."""
+        if self.config[self._only].model.get("init_args", {}).get("compile_blocks"):
+            say("the blocks are compiled at their first use: the first steps take minutes")
         try:
-            super().instantiate_classes()
+            with announced("building the model"):
+                super().instantiate_classes()
         except (ValueError, OSError) as error:
             # jsonargparse wraps what an optional type's constructor said into a list of what else it tried.
             wrapped = error.__cause__ is not None and "Union subtypes" in str(error)

@@ -23,6 +23,7 @@ from flextok_pl.data.samples import Collate, Decoder
 from flextok_pl.data.sources import load_indices, require_same_kind, require_same_origin
 from flextok_pl.data.stream import CachedBatches, EpochStream, Plan, ShardSet, StreamedBatches
 from flextok_pl.data.transforms import CENTER_CROP, DEFAULT_AUGMENTATION, Augmentation
+from flextok_pl.progress import announced
 
 Split = Literal["train", "val", "test"]
 
@@ -133,7 +134,8 @@ class ShardDataModule(pl.LightningDataModule):
         if source is None:
             raise ValueError(f"this data module has no {split} set; give data.{split} the folder of a shard set")
         if split not in self._sets:
-            data = self._load(split, source)
+            with announced(f"reading the index of data.{split}"):
+                data = self._load(split, source)
             for index in data.indices:
                 self._check(index)
             for loaded in self._sets.values():
@@ -283,7 +285,8 @@ class ShardDataModule(pl.LightningDataModule):
         collate = Collate(self.image_size, self.augmentation if train else None, self.seed)
         decoder = self._decoder() if train else Decoder()
         if self.cache_in_memory:
-            return CachedBatches(data, collate, plan, decoder)
+            with announced(f"reading the samples of data.{split} into memory"):
+                return CachedBatches(data, collate, plan, decoder)
         return StreamedBatches(data, collate, plan, self.shuffle_buffer, decoder)
 
     def _decoder(self) -> Decoder:

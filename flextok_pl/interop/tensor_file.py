@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from flextok_pl.progress import announced
+
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 _SHOWN = 5
@@ -34,7 +36,7 @@ def open_tensors(file: Path) -> Iterator[Any]:
         opened = safe_open(str(file), framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is no intact safetensors file: {error}") from error
-    with opened as handle:
+    with opened as handle, announced(f"reading {file}"):
         yield handle
 
 

@@ -16,6 +16,8 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
+from flextok_pl.progress import announced
+
 SHARDED_FILES = (".metadata", "meta.pt")
 """What a sharded checkpoint's folder holds besides the parts of the processes, once it is complete."""
 
@@ -132,7 +134,7 @@ def damage_of(path: Path) -> str | None:
         missing = [name for name in SHARDED_FILES if not (path / name).is_file()]
         return f"it has no {missing[0]}" if missing else None
     try:
-        with zipfile.ZipFile(path) as archive:
+        with announced(f"checking {path}"), zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
         return f"it is no complete checkpoint: {error}"
