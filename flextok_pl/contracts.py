@@ -124,6 +124,25 @@ def default_budgets(num_registers: int) -> list[int]:
     return [*powers, num_registers]
 
 
+def class_difference(one: Sequence[str], other: Sequence[str]) -> str | None:
+    """In what two lists of class names by number differ, in words; None where they are the same.
+
+    Names that are the classes' own numbers are none: they agree with any others, as many as they are.
+    """
+    unnamed = any(tuple(names) == tuple(map(str, range(len(names)))) for names in (one, other))
+    if tuple(one) == tuple(other) or (unnamed and len(one) == len(other)):
+        return None
+    facts = [f"{len(one)} and {len(other)} classes"] if len(one) != len(other) else []
+    for names, rest, side in ((one, other, "former"), (other, one, "latter")):
+        if missing := sorted(set(names) - set(rest)):
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            facts.append(f"only the {side} has {', '.join(map(repr, missing[:5]))}{more}")
+    numbers = {name: number for number, name in enumerate(other)}
+    moved = [(name, number) for number, name in enumerate(one) if numbers.get(name, number) != number]
+    facts += [f"{name!r} is number {number} and {numbers[name]}" for name, number in moved[:1]]
+    return "; ".join(facts)
+
+
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Refuse settings from which no token could be drawn.
 

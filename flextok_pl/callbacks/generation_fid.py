@@ -206,7 +206,13 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
             network = self._network.to(pl_module.device)
             reconstruct = partial(self._reconstruct, module, pl_module.device)
             self._classifier = fitted_probe(
-                self.classifier_data, size, network, reconstruct, self._look(module), self.cache_dir
+                self.classifier_data, size, network, reconstruct, self._look(module), self.cache_dir, module.class_names
+            )
+        judge = self._classifier
+        if judge is not None and module.condition_kind == "class" and judge.num_classes != module.num_classes:
+            raise MisconfigurationException(
+                f"classifier={self.classifier!r} tells {judge.num_classes} classes apart, and the prior knows "
+                f"{module.num_classes}: their numbers mean different classes; give a classifier of the prior's classes"
             )
         running = super()._start(trainer, pl_module, split)
         if self.images_dir is not None and not running.in_fit and not running.resumed:

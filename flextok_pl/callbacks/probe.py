@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from flextok_pl.contracts import class_difference
 from flextok_pl.data import ShardDataModule
 from flextok_pl.metrics.classifier import LinearProbe
 from flextok_pl.metrics.distributed import all_agree, gather_rows, rank
@@ -37,6 +38,7 @@ def fitted_probe(
     reconstruct: Callable[[Tensor, list[str]], Tensor],
     made_by: Sequence[object],
     cache_dir: Path | None,
+    classes: Sequence[str] = (),
 ) -> LinearProbe:
     """Fit a probe, or take the one that was fitted to the same images before. All processes must call it.
 
@@ -47,9 +49,10 @@ def fitted_probe(
         reconstruct: (B, 3, H, W) in [-1, 1] and keys -> the images' reconstructions.
         made_by: JSON types that identify `reconstruct`.
         cache_dir: where probes are kept; None for nowhere.
+        classes: names by number of the classes to tell apart; empty where they are not known.
 
     Raises:
-        ValueError: the set is missing, or has no images or no classes.
+        ValueError: the set is missing, or has no images, no classes or others.
     """
     data = ShardDataModule(test=source, image_size=image_size, eval_batch_size=64, num_workers=0)
     index = data.shard_set("test").indices[0]
@@ -57,6 +60,12 @@ def fitted_probe(
         raise ValueError(
             f"classifier_data={source!r} holds {list(index.fields)} and {len(index.classes)} classes: a probe needs "
             "images with classes"
+        )
+    difference = class_difference(classes, index.classes) if classes else None
+    if difference is not None:
+        raise ValueError(
+            f"classifier_data={source!r} and the prior differ in classes: {difference}; give pictures of the prior's "
+            "classes (flextok data folder --classes)"
         )
     key = [VERSION, data.data_hash("test"), extractor.name, extractor.weights_hash, extractor.resize, *made_by]
     name = f"probe_{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.pt"

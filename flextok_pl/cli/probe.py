@@ -12,7 +12,7 @@ from flextok_pl.callbacks.evaluation import versions
 from flextok_pl.cli.tools import checked_budgets, default_device, picture_size
 from flextok_pl.contracts import weights_hash
 from flextok_pl.data import ShardDataModule
-from flextok_pl.data.sources import load_indices
+from flextok_pl.data.sources import load_indices, require_same_classes
 from flextok_pl.metrics.classifier import LinearProbe
 from flextok_pl.metrics.report import format_columns, format_value, write_json
 from flextok_pl.models.tokenizer import FlexTok
@@ -48,9 +48,11 @@ def probe_tokens(
     place = default_device(device)
     tok = FlexTok.from_pretrained(tokenizer, device=place)
     wanted = checked_budgets(budgets, tok.num_registers)
-    classes = load_indices(train)[0].classes
-    if not classes or load_indices(val)[0].classes != classes:
-        raise ValueError(f"train={train!r} and val={val!r} need the same classes; these have none, or others")
+    first, other = (load_indices(source)[0] for source in (train, val))
+    classes = first.classes
+    if not classes or not other.classes:
+        raise ValueError(f"train={train!r} and val={val!r} need classes, and one has none")
+    require_same_classes(first, other)
     fitted, tested = (_codes(tok, source, batch_size, num_workers) for source in (train, val))
     rows, records = [], []
     protocol = {

@@ -1,4 +1,4 @@
-"""Names of classes: lists that users write, and whether those of two sets are the same."""
+"""Lists of class names that users write."""
 
 from __future__ import annotations
 
@@ -41,25 +41,3 @@ def _checked(where: str, names: Sequence[str], unit: str) -> tuple[str, ...]:
     if not names:
         raise ValueError(f"{where} holds no classes; give one name per {unit}")
     return tuple(names)
-
-
-def differing_classes(one: Sequence[str], other: Sequence[str]) -> str | None:
-    """In what two lists of names by number differ, for errors; None where they are the same."""
-    if tuple(one) == tuple(other):
-        return None
-    sides = [sorted(set(a) - set(b)) for a, b in ((one, other), (other, one))]
-    texts = [
-        f"{_some(names)} {'are' if len(names) > 1 else 'is'} among the {side} only"
-        for names, side in zip(sides, ("former", "latter"), strict=True)
-        if names
-    ]
-    moved = [name for name in one if name in other and list(one).index(name) != list(other).index(name)]
-    if moved:
-        name = moved[0]
-        texts.append(f"{name!r} is number {list(one).index(name)} and {list(other).index(name)}")
-    return "; ".join(texts)
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, names[:5]))
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -307,10 +307,12 @@ class Labels:
 
     Args:
         classes: names by index; where labels are indices, several classes may have the same name.
+        source: names by the source's own indices, where these are others.
     """
 
-    def __init__(self, classes: Sequence[str]) -> None:
+    def __init__(self, classes: Sequence[str], source: Sequence[str] | None = None) -> None:
         self.count, self.numbers = len(classes), {name: i for i, name in enumerate(classes)}
+        self.source = source
 
     def index(self, label: int | str | None) -> int:
         """The class index of a label, which is an index, a name, or None.
@@ -318,6 +320,8 @@ class Labels:
         Raises:
             ValueError: there is no such class.
         """
+        if self.source is not None and isinstance(label, int) and 0 <= label < len(self.source):
+            label = self.source[label]
         number = -1 if label is None else self.numbers.get(label) if isinstance(label, str) else label
         if number is None or not -1 <= number < self.count:
             raise ValueError(f"its label {label!r} is none of the {self.count} classes")

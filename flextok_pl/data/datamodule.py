@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from flextok_pl.contracts import Batch
 from flextok_pl.data.index import ShardError, ShardIndex
 from flextok_pl.data.samples import Collate, Decoder
-from flextok_pl.data.sources import load_indices, require_same_kind, require_same_origin
+from flextok_pl.data.sources import load_indices, require_same_classes, require_same_kind, require_same_origin
 from flextok_pl.data.stream import CachedBatches, EpochStream, Plan, ShardSet, StreamedBatches
 from flextok_pl.data.transforms import CENTER_CROP, DEFAULT_AUGMENTATION, Augmentation
 from flextok_pl.progress import announced
@@ -64,6 +64,8 @@ class ShardDataModule(pl.LightningDataModule):
         lanes: parts of the row of shards from which a training batch takes samples in turn. The order depends on it and
             not on the number of processes: with one lane each of them reads in all shards, with as many lanes as
             processes, or a multiple, in its own only. Unused with `cache_in_memory`.
+        labels: give the classes of samples; false leaves them out, so that a model without classes can be trained and
+            measured on sets whose classes differ.
 
     Raises:
         ValueError: an option is out of range.
@@ -95,6 +97,7 @@ class ShardDataModule(pl.LightningDataModule):
         on_error: Literal["raise", "skip"] = "raise",
         max_skipped: int = 100,
         lanes: int = 1,
+        labels: bool = True,
     ) -> None:
         super().__init__()
         self.sources: dict[str, str | list[str] | None] = {"train": train, "val": val, "test": test or val}
@@ -104,7 +107,7 @@ class ShardDataModule(pl.LightningDataModule):
         self.shuffle_buffer, self.drop_last, self.val_limit = shuffle_buffer, drop_last, val_limit
         self.cache_in_memory, self.verify_checksums, self.pin_memory = cache_in_memory, verify_checksums, pin_memory
         self.train_weights, self.cache_dir, self.fast_decode = train_weights, cache_dir, fast_decode
-        self.on_error, self.max_skipped, self.lanes = on_error, max_skipped, lanes
+        self.on_error, self.max_skipped, self.lanes, self.labels = on_error, max_skipped, lanes, labels
         minima = {"image_size": 1, "batch_size": 1, "eval_batch_size": 1, "num_workers": 0, "shuffle_buffer": 0}
         for name, least in {**minima, "max_skipped": 0, "lanes": 1}.items():
             if getattr(self, name) < least:
@@ -139,17 +142,18 @@ class ShardDataModule(pl.LightningDataModule):
             for index in data.indices:
                 self._check(index)
             for loaded in self._sets.values():
+                require_same_classes(loaded.indices[0], data.indices[0])
                 require_same_origin(loaded.indices[0], data.indices[0])
             self._sets[split] = data
         return self._sets[split]
 
     def _load(self, split: Split, source: str | list[str]) -> ShardSet:
         if split != "train" or self.train_weights is None:
-            return ShardSet(load_indices(source, self.cache_dir))
+            return ShardSet(load_indices(source, self.cache_dir, self.labels))
         indices: list[ShardIndex] = []
         weights: list[float] = []
         for entry, weight in zip(source if isinstance(source, list) else [source], self.train_weights, strict=True):
-            found = load_indices(entry, self.cache_dir)
+            found = load_indices(entry, self.cache_dir, self.labels)
             indices += found
             total = sum(index.num_samples for index in found)
             weights += [weight * index.num_samples / total for index in found]

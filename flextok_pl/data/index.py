@@ -252,6 +252,10 @@ class ShardIndex:
             raise ShardError(f"{self.where} has no shard {unknown[0]} in its {INDEX_NAME}")
         return replace(self, shards=tuple(shard for shard in self.shards if shard.name in names))
 
+    def without_labels(self) -> ShardIndex:
+        """The index of the same shards, whose classes are not read."""
+        return replace(self, fields=tuple(name for name in self.fields if name != "label"), classes=())
+
     def verify(self) -> None:
         """Read every shard and compare its checksum.
 

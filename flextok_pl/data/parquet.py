@@ -15,6 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from flextok_pl.data.class_names import read_class_names
 from flextok_pl.data.convert import (
     Conversion,
     ImageFormat,
@@ -50,6 +51,7 @@ def write_parquet(
     num_workers: int | None = None,
     samples_per_shard: int = 1000,
     overwrite: bool = False,
+    classes: list[str] | Path | str | None = None,
 ) -> dict[str, ShardIndex]:
     """Write parquet files with pictures as shards: `DST`, or `DST/train`, `DST/val` and `DST/test`.
 
@@ -73,6 +75,8 @@ def write_parquet(
         num_workers: processes; default one per core.
         samples_per_shard: most pictures of a tar file.
         overwrite: replace a set that was made with other arguments.
+        classes: names of the classes by number, so that sets converted apart number them alike: a text file with one
+            per line, a shard set that has them, or a list; default those noted in the files, or the labels that occur.
 
     Returns:
         The index by part; `all` where the files have none.
@@ -85,7 +89,12 @@ def write_parquet(
     features = _features(next(iter(paths.values()))[0])
     columns = _columns(features, image_column, label_column, caption_column)
     groups = {part: _groups(chosen, features) for part, chosen in paths.items()}
-    classes = _classes(columns.label, features, [group for chosen in groups.values() for group in chosen])
+    if classes is not None and columns.label is None:
+        raise ValueError(f"classes={classes} needs labels: give label_column")
+    given = None if classes is None else read_class_names("classes", classes)
+    found = _classes(columns.label, features, [group for chosen in groups.values() for group in chosen])
+    labels = _labels(columns.label, features, found, given)
+    names = given or found
     result = {}
     for part, chosen in groups.items():
         arguments = {
@@ -94,11 +103,12 @@ def write_parquet(
             "source": [str(path) for path in paths[part]],
             "files": listing_digest(Path("/"), map(str, paths[part])),
             "columns": vars(columns),
+            **({} if given is None else {"classes": list(given)}),
         }
-        fields = ("image", *(["label"] if classes else []), *(["text"] if columns.caption else []))
+        fields = ("image", *(["label"] if names else []), *(["text"] if columns.caption else []))
         folder = Path(dst) if part == "all" else Path(dst) / part
-        plan = ShardIndex(folder, fields, (), classes, None, arguments, {"source": src, "revision": revision})
-        reader = _RowReader(chosen, columns, classes, "" if part == "all" else f"{part}-", conversion)
+        plan = ShardIndex(folder, fields, (), names, None, arguments, {"source": src, "revision": revision})
+        reader = _RowReader(chosen, columns, labels, "" if part == "all" else f"{part}-", conversion)
         result[part] = conversion.write(folder, range(reader.stops[-1]), reader, plan, f"{part} shards")
     return result
 
@@ -221,13 +231,38 @@ def _classes(label: str | None, features: Mapping[str, Any], groups: Iterable[_G
     return classes_of(found, f"label_column={label}")
 
 
+def _labels(
+    label: str | None, features: Mapping[str, Any], found: Sequence[str], given: Sequence[str] | None
+) -> Labels:
+    """Class indices of the labels of the files, numbered as `given` says where it is given.
+
+    Raises:
+        ValueError: the files have other classes.
+    """
+    labels = Labels(found if given is None else given)
+    if given is None or label is None:
+        return labels
+    noted = features[label]["names"]
+    if not noted and "int" in features[label]["arrow"]:
+        if len(found) > len(given):
+            raise ValueError(f"classes: {len(given)} names, and label_column={label} has labels up to {len(found) - 1}")
+        return labels
+    unknown = [name for name in found if name not in given]
+    if unknown:
+        raise ValueError(
+            f"classes: label_column={label} has {len(unknown)} that are none of the {len(given)} classes, such as "
+            f"{unknown[0]!r}; add them to the list"
+        )
+    return Labels(given, noted)
+
+
 class _RowReader:
     """Makes samples of rows; a plain class so that it can go to a worker process.
 
     Args:
         groups: all row groups, in their order.
         columns: to read.
-        classes: names.
+        labels: of the files.
         prefix: of the keys.
         conversion: how pictures are stored.
     """
@@ -236,13 +271,13 @@ class _RowReader:
         self,
         groups: Sequence[_Group],
         columns: _Columns,
-        classes: Sequence[str],
+        labels: Labels,
         prefix: str,
         conversion: Conversion,
     ) -> None:
         self.groups, self.columns, self.prefix, self.conversion = groups, columns, prefix, conversion
         self.stops = list(accumulate(group.rows for group in groups))
-        self.labels = Labels(classes)
+        self.labels = labels
 
     def __call__(self, rows: Sequence[int]) -> Iterator[Sample]:
         """The samples of rows side by side in the order of the groups."""

@@ -11,11 +11,14 @@ from typing import Any
 
 import braceexpand
 
+from flextok_pl.contracts import class_difference
 from flextok_pl.data.index import INDEX_NAME, MAKERS, ShardError, ShardIndex
 from flextok_pl.data.remote import PIPE, Remote, is_remote, require_plain_names
 
 
-def load_indices(source: str | Path | list[str], cache_dir: str | Path | None = None) -> list[ShardIndex]:
+def load_indices(
+    source: str | Path | list[str], cache_dir: str | Path | None = None, labels: bool = True
+) -> list[ShardIndex]:
     """Load one or several shard sets.
 
     Args:
@@ -23,6 +26,7 @@ def load_indices(source: str | Path | list[str], cache_dir: str | Path | None = 
             name tar files; then the sets that they lie in are restricted to them. In place of a folder there may be a
             URL, without `*`, or a command, see `Remote`.
         cache_dir: where the shards of remote sets stay.
+        labels: whether classes are wanted; without, sets of different ones fit together.
 
     Returns:
         One index per set, in the order given.
@@ -32,6 +36,8 @@ def load_indices(source: str | Path | list[str], cache_dir: str | Path | None = 
     """
     entries = source if isinstance(source, list) else [str(source)]
     indices = [index for entry in entries for index in _of_entry(str(entry), cache_dir)]
+    if not labels:
+        indices = [index.without_labels() for index in indices]
     for other in indices[1:]:
         require_same_kind(indices[0], other)
     return indices
@@ -75,13 +81,29 @@ def require_same_kind(first: ShardIndex, other: ShardIndex) -> None:
         ShardError: they differ in fields, classes, image size, or in whose latents, features, tokens or text states
             they hold.
     """
-    for name in ("fields", "classes", "image_size"):
+    for name in ("fields", "image_size"):
         if getattr(first, name) != getattr(other, name):
             raise ShardError(
                 f"{first.where} and {other.where} differ in {name} ({getattr(first, name)} and "
                 f"{getattr(other, name)}); sets read together must be of one kind"
             )
+    require_same_classes(first, other)
     require_same_origin(first, other)
+
+
+def require_same_classes(first: ShardIndex, other: ShardIndex) -> None:
+    """Check that two sets mean the same classes by the same numbers, where both have classes.
+
+    Raises:
+        ShardError: they do not; names the classes.
+    """
+    both = "label" in first.fields and "label" in other.fields
+    difference = class_difference(first.classes, other.classes) if both else None
+    if difference is not None:
+        raise ShardError(
+            f"{first.where} and {other.where} differ in classes: {difference}. Write one again with the classes of the "
+            f"other (flextok data folder --classes {first.where}), or set data.labels=false for a model without classes"
+        )
 
 
 def _identity(maker: Mapping[str, Any] | None) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -27,6 +27,9 @@ from flextok_pl.modules.steps import log_gradient_norm, log_means, step_generato
 from flextok_pl.modules.width_transfer import WidthPart, check_base_width, rescale_initial_weights, width_groups
 from flextok_pl.runtime.finite import StopIfNotFinite
 from flextok_pl.runtime.sharding import gather_for_evaluation, shard, shard_again, whole_weights
+
+_CLASS_NAMES = "class_names"
+"""Where a checkpoint holds the names of the classes that the prior is trained on."""
 
 
 class PriorModule(PriorBase):
@@ -116,14 +119,19 @@ class PriorModule(PriorBase):
         made_by = getattr(data, "tokenizer", None) or getattr(self, "tokenizer_id", None)
         if made_by is None:
             raise ValueError("these shards hold no tokens: write some (flextok data tokens), or set model.tokenizer")
-        classes = tuple(getattr(data, "classes", ())) if self.num_classes else ()
-        if len(classes) > self.num_classes:
-            raise ValueError(
-                f"num_classes={self.num_classes}, but the shards have {len(classes)} classes; set net.num_classes to "
-                "that"
-            )
-        names = classes if len(classes) == self.num_classes else config.class_names
+        names = config.class_names or (getattr(data, "classes", ()) if self.num_classes else ())
         self.prior.config = dataclasses.replace(config, tokenizer=made_by["sha256"], class_names=names)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the names of the classes."""
+        checkpoint[_CLASS_NAMES] = list(self.class_names)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the training goes on with the classes that it began with."""
+        names = checkpoint.get(_CLASS_NAMES, ())
+        self.check_classes(names, "the checkpoint")
+        if names:
+            self.prior.config = dataclasses.replace(self.prior.config, class_names=tuple(names))
 
     def width_parts(self) -> list[WidthPart]:
         """The prior beside its counterpart of the base width; empty without width transfer."""

@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from flextok_pl.contracts import Batch, PositionScale
+from flextok_pl.contracts import Batch, PositionScale, class_difference
 from flextok_pl.layers.frozen import Frozen
 from flextok_pl.models.prior import Condition, Prior, TextStates
 from flextok_pl.models.text import TextEncoder
@@ -70,15 +70,40 @@ class PriorBase(pl.LightningModule):
             self._check_tokens(f"tokenizer={tokenizer!r}", self.tokenizer_id)
 
     def setup(self, stage: str) -> None:
-        """Check that token shards fit the prior."""
+        """Check that tokens, classes and text states of the shards fit the prior."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         source, encoder = getattr(data, "tokenizer", None), getattr(data, "text_encoder", None)
         if source is not None:
             self._check_tokens("the set of token shards", source)
+        self.check_classes(getattr(data, "classes", ()), "the shards")
         if encoder is not None and self.text_encoder is not None and encoder["name"] != self.text_encoder.name:
             raise ValueError(
                 f"the shards hold text states of {encoder['name']!r}, but text_encoder={self.text_encoder.name!r}; set "
                 "model.text_encoder to the former, or write the shards without states"
+            )
+
+    def check_classes(self, classes: Sequence[str], source: str) -> None:
+        """Check that a source numbers its classes as the prior does, if either has any.
+
+        Args:
+            classes: their names by number; empty for none.
+            source: what they are of, for errors.
+
+        Raises:
+            ValueError: it does not; names the classes.
+        """
+        if not classes or self.condition_kind != "class":
+            return
+        if len(classes) != self.num_classes:
+            raise ValueError(
+                f"num_classes={self.num_classes} of the prior, but {len(classes)} classes in {source}; set "
+                f"net.num_classes={len(classes)} to train on them, or give what has the prior's classes"
+            )
+        difference = class_difference(self.class_names, classes) if self.class_names else None
+        if difference is not None:
+            raise ValueError(
+                f"the prior and {source} differ in classes: {difference}. Write the set again with the prior's classes "
+                "(flextok data folder --classes), or train another prior on it"
             )
 
     def _check_tokens(self, source: str, made_by: Mapping[str, Any]) -> None:

@@ -259,6 +259,13 @@ def test_a_fit_measures_the_average_and_shows_it(tmp_path):
     assert callback.values[4]["class_agreement"] == trainer.callback_metrics["val/generated/class_agreement/k=004"]
 
 
+def test_a_classifier_of_other_classes(tmp_path):
+    module = BandPrior()
+    module.num_classes, module.class_names = 2, ("red", "green")
+    with pytest.raises(MisconfigurationException, match="tells 3 classes apart, and the prior knows 2"):
+        evaluate(tmp_path, module, **WITH_PROBE)
+
+
 def test_never_in_a_fit(tmp_path):
     callback = GenerationFID(cache_dir=None, every_n_validations=0)
     trainer_for(tmp_path, callback).fit(BandPrior(), Pictures())

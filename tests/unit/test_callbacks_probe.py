@@ -61,3 +61,9 @@ def test_probe_is_kept(image_shards: Path, tmp_path: Path) -> None:
 def test_sets_that_cannot_teach(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere"):
         fitted(str(tmp_path / "nowhere"), 16, None)
+
+
+def test_a_set_of_other_classes(image_shards: Path) -> None:
+    for classes in (("left", "other"), ("right", "left"), ("left", "right", "more")):
+        with pytest.raises(ValueError, match="classifier_data=.* differ in classes"):
+            fitted_probe(str(image_shards / "train"), 16, Thumbnail(), upside_down, ["a"], None, classes)

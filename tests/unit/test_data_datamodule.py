@@ -20,7 +20,7 @@ def png(value, size=8):
     return buffer.getvalue()
 
 
-def write_images(folder, count, per_shard=5, image_size=8):
+def write_images(folder, count, per_shard=5, image_size=8, classes=("only",)):
     folder.mkdir()
     samples = [
         Sample(f"i{n}", {"png": png(n, image_size), "cls": str(n % 2 - 1).encode(), "txt": f"grey {n}".encode()})
@@ -30,7 +30,7 @@ def write_images(folder, count, per_shard=5, image_size=8):
         write_shard(folder / shard_name(i), samples[start : start + per_shard])
         for i, start in enumerate(range(0, count, per_shard))
     ]
-    write_index(ShardIndex(folder, ("image", "label", "text"), tuple(shards), ("only",), image_size))
+    write_index(ShardIndex(folder, ("image", "label", "text"), tuple(shards), classes, image_size))
     return str(folder)
 
 
@@ -78,6 +78,35 @@ def test_batches_keep_the_contract(folders):
         assert image.unique().item() == pytest.approx(number / 127.5 - 1, abs=1e-6)
         assert (label.item(), text) == (number % 2 - 1, f"grey {number}")
     assert data.classes == ("only",)
+
+
+@pytest.mark.parametrize(
+    "train, val, message",
+    [
+        (("a", "b", "c"), ("a", "c"), "3 and 2 classes; only the former has 'b'; 'c' is number 2 and 1"),
+        (("a", "b"), ("b", "a"), "'a' is number 0 and 1"),
+        (("a", "b"), ("a", "x"), "only the former has 'b'; only the latter has 'x'"),
+        (("0", "1", "2"), ("a", "b"), "3 and 2 classes"),
+        (("0", "1"), ("a", "b"), None),  # numbers are no names
+        (("a", "b"), ("a", "b"), None),
+    ],
+)
+def test_sets_that_meet_have_the_same_classes(tmp_path, train, val, message):
+    sets = [write_images(tmp_path / name, 6, classes=names) for name, names in (("train", train), ("val", val))]
+    if message is None:
+        module(sets).setup("fit")
+        return
+    for sources in (sets, [sets, None]):
+        with pytest.raises(ShardError, match=f"train and .*val differ in classes: {message}.*--classes"):
+            module(sources).setup("fit")
+    tested = module([sets[0], None, sets[1]])
+    tested.setup("test")
+    with pytest.raises(ShardError, match="differ in classes"):
+        tested.classes  # noqa: B018
+    data = module(sets, labels=False)
+    data.setup("fit")
+    assert data.classes == () and "label" not in next(iter(data.train_dataloader()))
+    assert module([sets, None], labels=False).num_samples("train") == 12
 
 
 @pytest.mark.parametrize("cache", [False, True])

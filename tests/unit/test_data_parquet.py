@@ -108,6 +108,30 @@ def test_classes_of_one_name(tmp_path):
         write_parquet(str(tmp_path / "b.parquet"), tmp_path / "other", num_workers=1)
 
 
+@pytest.mark.parametrize(
+    "labels, features, given, expected",
+    [
+        ([0, 2, 1], FEATURES, ["emu", "fox", "dog", "cat"], [b"3", b"0", b"2"]),
+        (["b", "a", "b"], None, ["a", "x", "b"], [b"2", b"0", b"2"]),
+        ([0, 1, 1], None, ["zero", "one", "two"], [b"0", b"1", b"1"]),
+        ([0, 2, 1], FEATURES, ["emu", "dog"], "1 that are none of the 2 classes, such as 'cat'"),
+        (["b", "a", "b"], None, ["a"], "1 that are none of the 1 classes, such as 'b'"),
+        ([0, 2, 1], None, ["zero", "one"], "2 names, and label_column=label has labels up to 2"),
+    ],
+)
+def test_a_list_fixes_the_numbers_of_classes(tmp_path, labels, features, given, expected):
+    write(tmp_path / "a.parquet", 3, features=features, labels=labels)
+    options = {"label_column": "label", "classes": given, "num_workers": 1}
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=f"classes: .*{expected}"):
+            write_parquet(str(tmp_path / "a.parquet"), tmp_path / "dst", **options)
+        return
+    index = write_parquet(str(tmp_path / "a.parquet"), tmp_path / "dst", **options)["all"]
+    assert index.classes == tuple(given) and [sample["cls"] for sample in contents(index).values()] == expected
+    with pytest.raises(ValueError, match="needs labels"):
+        write_parquet(str(tmp_path / "a.parquet"), tmp_path / "b", **{**options, "label_column": "none"})
+
+
 def test_plain_bytes_and_shrinking(tmp_path):
     write(tmp_path / "a.parquet", 2, features=None, pictures=[picture(0), picture(1)])
     index = write_parquet(str(tmp_path / "a.parquet"), tmp_path / "dst", size=3, image_format="webp", num_workers=1)

@@ -232,11 +232,34 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
 
 
 def test_data_that_does_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="set net.num_classes"):
-        fit(tmp_path, module(), 1, Sequences(classes=tuple("abcde")))
+    for names in ("abcde", "abc"):
+        with pytest.raises(ValueError, match=f"num_classes=4 .*set net.num_classes={len(names)}"):
+            fit(tmp_path, module(), 1, Sequences(classes=tuple(names)))
     network = module()
     with pytest.raises(ValueError, match="needs labels"):
         network.condition({"tokens": torch.zeros(1, K)})
+
+
+def test_a_prior_keeps_its_classes(tmp_path: Path) -> None:
+    """Their names go into checkpoints and exports, and no set, checkpoint or option may change them."""
+    saving = ModelCheckpoint(tmp_path / "saved", filename="last", every_n_train_steps=2)
+    fit(tmp_path, module(), 3, Sequences(classes=("a", "b", "c", "d")), callbacks=[saving])
+    checkpoint = tmp_path / "saved" / "last.ckpt"
+    loaded = PriorModule.load_from_checkpoint(checkpoint, weights_only=True)
+    assert loaded.class_names == ("a", "b", "c", "d")
+    fit(tmp_path / "more", module(), 4, Sequences(classes=("a", "b", "c", "d")), ckpt_path=checkpoint)
+    other = Sequences(classes=("a", "c", "b", "d"))
+    with pytest.raises(ValueError, match="the checkpoint differ in classes: 'c' is number 1 and 2"):
+        fit(tmp_path / "other", module(), 4, other, ckpt_path=checkpoint)
+    named = dataclasses.replace(NET, class_names=("a", "b", "c", "e"))
+    with pytest.raises(ValueError, match="the shards differ in classes: only the former has 'e'"):
+        fit(tmp_path / "named", module(net=named), 3, Sequences(classes=("a", "b", "c", "d")))
+    saved = SavedPrior(str(tmp_path / "run"), None)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    with pytest.raises(ValueError, match="the shards differ in classes"):
+        trainer.validate(saved, other)
+    trainer.validate(saved, Sequences(classes=("0", "1", "2", "3")), verbose=False)
+    assert saved.class_names == ("a", "b", "c", "d")
 
 
 def test_damaged_files(tmp_path: Path, tokenizer: str) -> None:
