@@ -73,6 +73,17 @@ def test_blocks_change_nothing(monkeypatch):
         assert manifold_scores(real, generated) == whole
 
 
+@pytest.mark.parametrize(("count", "dim"), [(30, 2048), (300, 64), (1100, 1280)])
+def test_a_set_against_itself_is_exactly_one(count, dim):
+    """In sum every ball holds its centre and all neighbours but the last, which lies on its edge."""
+    features = torch.randn(count, dim, generator=torch.Generator().manual_seed(3)).abs() + 10
+    shuffled = features[torch.randperm(count, generator=torch.Generator().manual_seed(4))]
+    for other in (features, shuffled):
+        assert set(manifold_scores(features, other).values()) == {1.0}
+    copies = manifold_scores(features, features[:1].expand(8, -1), density_k=7)
+    assert copies["precision"] == 1 and copies["recall"] == 1 / count, "balls of copies hold copies only"
+
+
 def test_too_few_samples():
     for sizes in ((5, 9), (9, 5)):
         with pytest.raises(ValueError, match=f"density_k=5 .* {sizes[0]} real and {sizes[1]} generated"):
