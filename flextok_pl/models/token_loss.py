@@ -2,7 +2,8 @@
 
 Logits of 8 images at 256 tokens of 64,000 take 0.5 GB in float32, and their gradient as much again. Here a chunk of
 positions at a time is projected, turned into its loss and its gradient, and dropped; the gradients with respect to the
-hidden states and the weight are complete when the forward pass ends.
+hidden states and the weight are complete when the forward pass ends. Under autocast to float16 those two products are
+taken in float32.
 
 Shapes: N positions of all images, D width, V vocabulary.
 """
@@ -69,8 +70,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         nll = torch.empty(count, device=hidden.device)
         correct = torch.empty(count, dtype=torch.bool, device=hidden.device)
         spread = torch.zeros((), device=hidden.device)  # summed loss of the smoothed part
-        gradients = (torch.empty_like(hidden), torch.zeros_like(weight)) if wants_gradient else None
-        matrix = weight.to(dtype)
+        # The scaling of the loss, which keeps gradients in float16's range, comes with the backward pass only.
+        wide = torch.float32 if dtype == torch.float16 else dtype
+        gradients = None
+        if wants_gradient:
+            gradients = torch.empty_like(hidden, dtype=torch.float32), torch.zeros_like(weight)
+        matrix, back = weight.to(dtype), weight.to(wide)
         with torch.autocast(device, enabled=False):
             for start in range(0, count, chunk_size):
                 part = slice(start, start + chunk_size)
@@ -84,10 +89,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if gradients is not None:
                     slope = logits.sub_(normaliser).exp_()  # softmax
                     slope.scatter_add_(-1, wanted, slope.new_full(wanted.shape, smoothing - 1))
-                    slope = slope.sub_(smoothing / vocabulary).div_(count).to(dtype)
-                    gradients[0][part] = slope @ matrix
-                    gradients[1].add_(slope.T @ rows)
-        ctx.gradients = gradients
+                    slope = slope.sub_(smoothing / vocabulary).div_(count).to(wide)
+                    gradients[0][part] = slope @ back
+                    gradients[1].add_(slope.T @ rows.to(wide))
+        ctx.gradients, ctx.dtype = gradients, hidden.dtype
         ctx.mark_non_differentiable(nll, correct)
         return (1 - smoothing) * nll.mean() + smoothing * spread / count, nll, correct
 
@@ -95,4 +100,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, slope: Tensor, *unused: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         (of_hidden, of_weight), ctx.gradients = ctx.gradients, None
-        return of_hidden.mul_(slope), of_weight.mul_(slope), None, None, None
+        return of_hidden.mul_(slope).to(ctx.dtype), of_weight.mul_(slope), None, None, None

@@ -50,3 +50,26 @@ def test_autocast_uses_half_matrices_and_float32_sums(inputs) -> None:
     assert result.loss.dtype == hidden.grad.dtype == weight.grad.dtype == torch.float32
     full = token_loss(hidden.detach(), weight.detach(), targets, chunk_size=4).loss
     assert 0 < abs(result.loss.item() - full.item()) < 0.05
+
+
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.float16])
+def test_float16_keeps_small_gradients_under_loss_scaling(hidden_dtype: torch.dtype) -> None:
+    """The slope of a logit is here 1 / (8,192 positions x 500 tokens) = 2.4e-7: float16 resolves 6e-8."""
+    generator, scale = torch.Generator().manual_seed(0), 65536.0
+    hidden = torch.randn(8192, 16, generator=generator).to(hidden_dtype).requires_grad_()
+    weight = (0.02 * torch.randn(500, 16, generator=generator)).requires_grad_()
+    targets = torch.randint(250, (8192,), generator=generator)  # half of the vocabulary is never one
+    plain = F.cross_entropy(hidden.float() @ weight.T, targets)
+    expected = torch.autograd.grad(plain, (hidden, weight), grad_outputs=torch.tensor(scale))
+    with torch.autocast("cpu", torch.float16):
+        result = token_loss(hidden, weight, targets, chunk_size=512)
+    gradients = torch.autograd.grad(scale * result.loss, (hidden, weight))
+    assert [gradient.dtype for gradient in gradients] == [hidden_dtype, torch.float32]
+    torch.testing.assert_close(result.loss, plain, rtol=1e-4, atol=0)
+    pairs = {
+        "hidden": (gradients[0], expected[0]),
+        "head": (gradients[1], expected[1]),
+        "rows that are no target": (gradients[1][250:], expected[1][250:]),
+    }
+    for name, (ours, theirs) in pairs.items():
+        assert (ours.float() - theirs.float()).norm() < 5e-3 * theirs.float().norm(), name
