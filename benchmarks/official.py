@@ -147,6 +147,8 @@ def allocated_gib(call: Callable[[], object]) -> float:
 
 def main() -> None:
     options = parser.parse_args()
+    if options.dtype != "float32" and options.parts != ["train"]:
+        parser.error("tokenize and detokenize compute in float32 only: add --parts train to another --dtype")
     device, batch = options.device, options.batch_size
     options.official_attention = options.official_attention or ("flex" if device.startswith("cuda") else "sdpa")
     torch.backends.cudnn.allow_tf32 = False  # of matrix products it is off by default

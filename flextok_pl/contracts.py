@@ -5,7 +5,9 @@ width.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypedDict, runtime_checkable
 
@@ -149,10 +151,10 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
     Raises:
         ValueError: one is out of range.
     """
-    if not temperature >= 0:
-        raise ValueError(f"temperature={temperature} must be 0 (the most likely token) or more")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be at least 1, or None to keep all tokens")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature} must be 0 (the most likely token) or more, and finite")
+    if top_k is not None and (not isinstance(top_k, Integral) or top_k < 1):
+        raise ValueError(f"top_k={top_k} must be at least 1, and a whole number, or None to keep all tokens")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(
             f"top_p={top_p} must be a share in (0, 1]; for the most likely token only set temperature=0 or top_k=1"

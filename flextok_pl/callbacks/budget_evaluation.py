@@ -41,6 +41,7 @@ from flextok_pl.metrics.keys import choose_fraction
 from flextok_pl.metrics.reconstruction import check_each_sample_once
 from flextok_pl.metrics.report import format_table, make_records, plot_budgets, write_csv, write_json
 from flextok_pl.metrics.statistics_cache import StatisticsCache
+from flextok_pl.precision import MEASURED_IN
 from flextok_pl.progress import announced
 
 FREE = ("values", "output_dir", "save_every_minutes")
@@ -280,7 +281,7 @@ class BudgetEvaluation(SomeValidations, Generic[StatisticsT]):
             **decoding_facts(module_reconstructor(pl_module), self.num_steps, self.guidance, self.guidance_scale),
             "seed": self.seed,
             **self._protocol(),
-            "precision": str(trainer.precision),
+            "precision": MEASURED_IN,
             "device": trainer.strategy.root_device.type,
             **({} if in_fit else model_hashes(pl_module)),
             "bits_per_token": bits_per_token(module_reconstructor(pl_module)),

@@ -27,6 +27,7 @@ from flextok_pl.metrics.codes import class_information, codebook_use, distinct_t
 from flextok_pl.metrics.distributed import gather_rows
 from flextok_pl.metrics.images import figure_to_image, save_png
 from flextok_pl.metrics.report import write_json
+from flextok_pl.precision import MEASURED_IN
 
 
 class CodebookReport(SomeValidations):
@@ -100,8 +101,7 @@ class CodebookReport(SomeValidations):
         """Tokenize one batch."""
         if self._due and (self.max_batches is None or batch_idx < self.max_batches):
             images, _ = batch_images(batch, dataloader_idx)
-            with trainer.precision_plugin.forward_context():
-                self._tokens.append(module_reconstructor(pl_module).tokenize(images).cpu())
+            self._tokens.append(module_reconstructor(pl_module).tokenize(images).cpu())
             self._labels.append(batch["label"].cpu() if "label" in batch else torch.full((len(images),), -1))
 
     on_test_batch_end = on_validation_batch_end
@@ -150,7 +150,7 @@ class CodebookReport(SomeValidations):
                 "split": split,
                 "reference": getattr(trainer.datamodule, "sources", {}).get(split),  # type: ignore[attr-defined]
                 "vocab_size": vocab_size,
-                "precision": str(trainer.precision),
+                "precision": MEASURED_IN,
                 "model_weights": weights_in_use(trainer, self._checkpoint),
                 "step": evaluated_step(trainer, self._checkpoint),
                 **model_hashes(pl_module),

@@ -308,21 +308,20 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
             running.statistics.update_real(to_uint8(batch["image"]), keys)
         if self._of_data(module):
             running.pending += _wishes_of(batch, module.condition_kind)
-        with trainer.precision_plugin.forward_context():
-            if trainer.is_global_zero and not running.grid:
-                self._draw_rows(module, batch, running)
-            parts = -(-len(running.pending) // self.batch_size)
-            quiet = parts < 2 or not trainer.is_global_zero
-            for _ in trange(parts, desc="generating", unit="batch", leave=False, disable=quiet):
-                part = [Wish(*entry) for entry in running.pending[: self.batch_size]]
-                labels = torch.tensor([wish.label for wish in part])
-                texts = [wish.text for wish in part] if module.condition_kind == "text" else None
-                for budget, images in self._images(module, part, running.budgets).items():
-                    running.statistics.update_generated(budget, images, [w.key for w in part], labels, texts)
-                    if self.images_dir is not None and not running.in_fit:
-                        _save(images, part, self.images_dir / f"k={budget:03d}")
-                running.pending = running.pending[self.batch_size :]
-                running.save_if_due()
+        if trainer.is_global_zero and not running.grid:
+            self._draw_rows(module, batch, running)
+        parts = -(-len(running.pending) // self.batch_size)
+        quiet = parts < 2 or not trainer.is_global_zero
+        for _ in trange(parts, desc="generating", unit="batch", leave=False, disable=quiet):
+            part = [Wish(*entry) for entry in running.pending[: self.batch_size]]
+            labels = torch.tensor([wish.label for wish in part])
+            texts = [wish.text for wish in part] if module.condition_kind == "text" else None
+            for budget, images in self._images(module, part, running.budgets).items():
+                running.statistics.update_generated(budget, images, [w.key for w in part], labels, texts)
+                if self.images_dir is not None and not running.in_fit:
+                    _save(images, part, self.images_dir / f"k={budget:03d}")
+            running.pending = running.pending[self.batch_size :]
+            running.save_if_due()
 
     def _images(self, module: GenerationModule, wishes: Sequence[Wish], budgets: Sequence[int]) -> dict[int, Tensor]:
         """One rollout, decoded at each budget: (B, 3, H, W) uint8."""

@@ -163,23 +163,22 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
         running.statistics.update_real(originals, keys)
         shown: dict[int, Tensor] = {}
         seeds = range(self.seed, self.seed + (1 if running.in_fit else self.num_seeds))
-        with trainer.precision_plugin.forward_context():
-            for budget, decoded in reconstruct_at_budgets(
-                module_reconstructor(pl_module),
-                images,
-                keys,
-                running.budgets,
-                self.num_steps,
-                self.guidance,
-                self.guidance_scale,
-                seeds,
-            ):
-                pixels, *others = (to_uint8(each) for each in decoded)
-                errors = running.statistics.update_reconstructions(budget, originals, pixels, keys, others)
-                if budget in running.columns:
-                    shown[budget] = pixels
-                    if not running.in_fit:
-                        _keep_extremes(running, budget, errors["mse"].tolist(), keys, originals, pixels)
+        for budget, decoded in reconstruct_at_budgets(
+            module_reconstructor(pl_module),
+            images,
+            keys,
+            running.budgets,
+            self.num_steps,
+            self.guidance,
+            self.guidance_scale,
+            seeds,
+        ):
+            pixels, *others = (to_uint8(each) for each in decoded)
+            errors = running.statistics.update_reconstructions(budget, originals, pixels, keys, others)
+            if budget in running.columns:
+                shown[budget] = pixels
+                if not running.in_fit:
+                    _keep_extremes(running, budget, errors["mse"].tolist(), keys, originals, pixels)
         rows = [
             (key_hash(key, "grid"), originals[i].cpu(), {budget: pixels[i].cpu() for budget, pixels in shown.items()})
             for i, key in enumerate(keys)

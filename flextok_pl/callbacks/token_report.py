@@ -17,6 +17,7 @@ from flextok_pl.callbacks.evaluation import log_evaluation
 from flextok_pl.contracts import default_budgets
 from flextok_pl.metrics.distributed import all_reduce_sum
 from flextok_pl.metrics.images import figure_to_image
+from flextok_pl.precision import accumulation_dtype
 from flextok_pl.runtime.fit_loop import step_ends
 
 
@@ -43,8 +44,9 @@ class PositionSums:
                 "the token report needs steps that return nll and correct by token, as those of a PriorModule; remove "
                 "it for other modules (positions: null)"
             )
-        nll, correct = outputs["nll"].detach().double(), outputs["correct"].double()  # (B, K)
-        sums = torch.stack([nll.sum(0), correct.sum(0)]).cpu()
+        nll, correct = outputs["nll"].detach(), outputs["correct"]  # (B, K)
+        wide = accumulation_dtype(nll.device)
+        sums = torch.stack([nll.sum(0, dtype=wide), correct.sum(0, dtype=wide)]).cpu().double()
         self.sums = sums if self.count == 0 else self.sums + sums
         self.count += len(nll)
 
@@ -54,7 +56,9 @@ class PositionSums:
         Args:
             device: where the process group communicates.
         """
-        total = all_reduce_sum(torch.cat([self.sums.flatten(), torch.tensor([self.count]).double()]), device)
+        total = all_reduce_sum(
+            torch.cat([self.sums.flatten(), torch.tensor([self.count], dtype=self.sums.dtype)]), device
+        )
         means = total[:-1].view(2, -1) / total[-1]
         self.sums, self.count = self.sums[:, :0], 0
         return torch.stack([means[0] / math.log(2), means[1]]), int(total[-1])

@@ -17,8 +17,8 @@ from flextok_pl.cli import UserError
 from flextok_pl.cli.front import Line
 from flextok_pl.cli.launch import devices_per_node, launch_of
 from flextok_pl.cli.plan_report import describe, record
-from flextok_pl.cli.training import ParsingCLI, run_cli
-from flextok_pl.cost.activations import Numerics
+from flextok_pl.cli.training import ParsingCLI, check_precision, run_cli
+from flextok_pl.cost.activations import FULL, Numerics
 from flextok_pl.cost.machines import MACHINES, Machine, machine
 from flextok_pl.cost.plan import Plan, Recipe, Setup, Split, largest_split, memory, speed
 from flextok_pl.cost.workload import Inputs, Workload, prior_workload, tokenizer_workload, vae_workload
@@ -135,7 +135,8 @@ def make_plan(options: Namespace, experiment: str, given: Sequence[str]) -> Plan
     num_nodes = options.num_nodes or (1 if options.devices else options.trainer.num_nodes)
     devices = num_nodes * (options.devices or devices_per_node(options.trainer.devices) or 1)
     device = _device(options)
-    numerics = _numerics(options.trainer.precision, fused_norms=options.machine != "cpu")
+    whole = check_precision(options) == "32-true"
+    numerics = Numerics(FULL if whole else FULL // 2, fused_norms=options.machine != "cpu")
     arguments = strip_meta(options.model.init_args).as_dict()
     config, workload_of, usual = KINDS[name]
     net = config_from_dict(config, arguments.pop("net"))
@@ -229,13 +230,6 @@ def _recipe(options: Namespace, indices: Sequence[ShardIndex]) -> Recipe:
         max_steps=min(steps, default=-1),
         global_batch=options.global_batch_size or launch.global_batch,
     )
-
-
-def _numerics(precision: Any, fused_norms: bool) -> Numerics:
-    sizes = {"32-true": 4, "32": 4, "None": 4, "bf16-mixed": 2, "16-mixed": 2}
-    if str(precision) not in sizes:
-        raise ValueError(f"trainer.precision={precision!r} cannot be planned; use 32-true, bf16-mixed or 16-mixed")
-    return Numerics(sizes[str(precision)], fused_norms)
 
 
 def _strategy(strategy: Any) -> Literal["ddp", "fsdp"]:

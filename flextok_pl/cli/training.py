@@ -33,6 +33,7 @@ from flextok_pl.cli.launch import launch_of
 from flextok_pl.data import ShardDataModule
 from flextok_pl.modules.saved_prior import SavedPrior
 from flextok_pl.modules.saved_tokenizer import SavedTokenizer
+from flextok_pl.precision import check_training_precision
 from flextok_pl.progress import announced, say
 from flextok_pl.runtime import FitLoop, Preempted, Preemption, StepCheckpoint, damage_of, newest_intact
 
@@ -121,8 +122,9 @@ class FlexTokCLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
-        """Name the runs of loggers that are not named, and put finished models in the model's place."""
+        """Check the precision, name the runs of loggers that are not named, and put finished models in their place."""
         config = self.config[self._only]
+        check_precision(config)
         launch = launch_of(config)
         launch.require_processes()
         if self._only == "fit":
@@ -236,6 +238,19 @@ class ParsingCLI(FlexTokCLI):
 
     def instantiate_classes(self) -> None:
         """Nothing is instantiated."""
+
+
+def check_precision(config: Namespace) -> str:
+    """The full name of the trainer's precision.
+
+    Raises:
+        UserError: it does not suit the model.
+    """
+    adversarial = bool(config.model.get("init_args", {}).get("gan_weight"))
+    try:
+        return check_training_precision(config.trainer.precision, adversarial)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def run(subcommand: str, arguments: Sequence[str]) -> None:

@@ -38,6 +38,10 @@ from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE, read_vae_config
 
 Inputs = Literal["images", "latents", "tokens"]
+IN_FLOAT32 = (
+    "frozen networks compute in float32 and take longer than is planned here; a training on latents with features, or "
+    "on tokens, does without them"
+)
 TEXT_LENGTH = 128  # positions of a padded text, the most that `TextEncoder` makes
 
 
@@ -133,6 +137,7 @@ def tokenizer_workload(
                 "'grid' needs them all"
             )
         works = inputs == "images"
+        notes += [IN_FLOAT32] if works and numerics.autocast else []
         frozen["VAE"] = _frozen_vae(autoencoder, size if works else None)
         extra, more = Flops(), Activations()
         if options["teacher"] is not None:
@@ -173,6 +178,7 @@ def prior_workload(
                 patches = (size // vae.config.downsampling // tokenizer.config.patch_size) ** 2
                 work = (flops + encoder_flops(tokenizer.config, net.num_tokens, patches).forward, working)
             frozen["tokenizer"] = Frozen(_count(tokenizer), *work)
+            notes += [IN_FLOAT32] if work and numerics.autocast else []
         elif name is not None:
             notes.append(f"the tokenizer {name} is not on this machine and its name tells no architecture: not counted")
     if options["text_encoder"] is not None:

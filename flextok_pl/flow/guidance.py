@@ -6,6 +6,8 @@ Shapes: velocities are (B, C, h, w).
 import torch
 from torch import Tensor
 
+from flextok_pl.precision import accumulation_dtype
+
 GUIDANCE_KINDS = ("none", "cfg", "apg")
 
 
@@ -40,7 +42,8 @@ class AdaptiveProjectedGuidance:
             norm = difference.flatten(1).norm(dim=1)
             clip = (self.norm_threshold / norm).clamp(max=1.0)
             difference = difference * clip.view(-1, 1, 1, 1)
-        direction = torch.nn.functional.normalize(conditional.double().flatten(1), dim=1).view_as(conditional)
-        product = (difference.double() * direction).flatten(1).sum(1).view(-1, 1, 1, 1)
+        wide = accumulation_dtype(conditional.device)
+        direction = torch.nn.functional.normalize(conditional.to(wide).flatten(1), dim=1).view_as(conditional)
+        product = (difference.to(wide) * direction).flatten(1).sum(1).view(-1, 1, 1, 1)
         parallel = (product * direction).to(difference.dtype)
         return conditional + (scale - 1) * (difference - parallel + self.eta * parallel)

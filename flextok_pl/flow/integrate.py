@@ -4,6 +4,7 @@ Shapes: x is (B, C, h, w).
 """
 
 from collections.abc import Callable
+from numbers import Integral
 
 from torch import Tensor
 
@@ -31,8 +32,8 @@ def integrate(field: VelocityField, x: Tensor, num_steps: int, solver: str = "eu
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver={solver!r} is unknown; use one of {SOLVERS}")
-    if num_steps < 1:
-        raise ValueError(f"num_steps={num_steps} must be at least 1")
+    if not isinstance(num_steps, Integral) or num_steps < 1:
+        raise ValueError(f"num_steps={num_steps} must be at least 1, and a whole number")
     step = 1 / num_steps
     for i in range(num_steps, 0, -1):
         slope = field(x, i / num_steps)

@@ -68,7 +68,8 @@ def budget_probabilities(law: str, num_registers: int) -> Tensor:
     else:
         choices = _powers_of_two(num_registers)
         before = torch.cat([choices.new_zeros(1), choices[:-1]])
-        probabilities[choices] = (choices - before if law == "uniform_pow2" else torch.ones_like(choices)).double()
+        weights = choices - before if law == "uniform_pow2" else torch.ones_like(choices)
+        probabilities[choices] = weights.to(probabilities.dtype)
     return probabilities / probabilities.sum()
 
 

@@ -9,6 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from flextok_pl.precision import accumulation_dtype
+
 
 def patchify(latents: Tensor, patch_size: int) -> Tensor:
     """(B, C, h, w) -> (B, H, W, p*p*C); features are ordered (row in patch, column in patch, channel)."""
@@ -25,8 +27,9 @@ def sincos_position_table(width: int, grid_size: tuple[int, int], base: float = 
 
     Channels are [sin(row w), cos(row w), sin(column w), cos(column w)] with w_k = base**(-k / (D/4)).
     """
-    omega = base ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    rows, columns = (torch.arange(n, dtype=torch.float64)[:, None] * omega for n in grid_size)  # (H, D/4), (W, D/4)
+    wide = accumulation_dtype(torch.get_default_device())
+    omega = base ** (-torch.arange(width // 4, dtype=wide) / (width // 4))
+    rows, columns = (torch.arange(n, dtype=wide)[:, None] * omega for n in grid_size)  # (H, D/4), (W, D/4)
     row_part = torch.cat([rows.sin(), rows.cos()], dim=1).T[:, :, None].expand(-1, -1, grid_size[1])
     column_part = torch.cat([columns.sin(), columns.cos()], dim=1).T[:, None, :].expand(-1, grid_size[0], -1)
     return torch.cat([row_part, column_part])[None].float()

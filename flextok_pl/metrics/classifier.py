@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flextok_pl.contracts import weights_hash
-from flextok_pl.metrics.full_precision import full_precision
+from flextok_pl.precision import full_precision
 
 
 class Classifier(Protocol):
@@ -97,7 +97,7 @@ class LinearProbe:
         class_means = torch.zeros(num_classes, rows.shape[1], dtype=torch.float64).index_add_(0, labels, centred)
         class_means /= counts[:, None]
         inputs = centred / scale
-        class_weights = 1 / counts.double() if balanced else None
+        class_weights = 1 / counts.to(rows.dtype) if balanced else None
         weight = torch.zeros_like(class_means, requires_grad=True)
         bias = torch.zeros(num_classes, dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.LBFGS(
@@ -187,6 +187,6 @@ class TimmClassifier:
 
     def probabilities(self, images: Tensor, features: Tensor) -> Tensor:
         """(B, C) float32 on the images' device; the features are not looked at."""
-        with full_precision(images.device.type):
+        with torch.no_grad(), full_precision(images.device):
             logits: Tensor = self.network.to(images.device)(self._preprocess(images.float() / 255))
         return logits.softmax(1)

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flextok_pl.contracts import weights_hash
-from flextok_pl.metrics.full_precision import full_precision
+from flextok_pl.precision import full_precision
 
 
 class CLIPScore:
@@ -49,7 +50,7 @@ class CLIPScore:
             truncation=True,
             max_length=length,
         ).to(images.device)
-        with full_precision(images.device.type):
+        with torch.no_grad(), full_precision(images.device):
             outputs = self.network.to(images.device)(**inputs)
         cosine: Tensor = (outputs.image_embeds * outputs.text_embeds).sum(1)  # the model has normalised both
         return 100 * cosine.cpu().double()

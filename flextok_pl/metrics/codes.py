@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flextok_pl.precision import accumulation_dtype
+
 
 def distinct_tokens(tokens: Tensor) -> int:
     """Number of different ids among (N, K) tokens."""
@@ -30,15 +32,14 @@ def codebook_use(tokens: Tensor, vocab_size: int) -> float:
 
 
 def position_entropy(tokens: Tensor) -> Tensor:
-    """Entropy in bits of the ids at each position: (N, K) int64 -> (K,) float64."""
+    """Entropy in bits of the ids at each position: (N, K) int64 -> (K,) float64, or what the device has."""
     count, positions = tokens.shape
+    wide = accumulation_dtype(tokens.device)
     offset = torch.arange(positions, device=tokens.device) * (int(tokens.max()) + 1)
     pairs, occurrences = torch.unique(tokens + offset, return_counts=True)
-    share = occurrences.double() / count
+    share = occurrences.to(wide) / count
     position = torch.bucketize(pairs, offset, right=True) - 1
-    return torch.zeros(positions, dtype=torch.float64, device=tokens.device).index_add_(
-        0, position, -share * share.log2()
-    )
+    return torch.zeros(positions, dtype=wide, device=tokens.device).index_add_(0, position, -share * share.log2())
 
 
 def class_information(tokens: Tensor, labels: Tensor, permutations: int = 20, seed: int = 0) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from flextok_pl.contracts import weights_hash
-from flextok_pl.metrics.full_precision import full_precision
+from flextok_pl.precision import full_precision
 
 NETWORKS = ("ensemble", "dino_vitb16", "dinov2_vitb14", "clip_vitb32", "open_clip_vitb32", "synclr_vitb16")
 """What the package calls `dreamsim_type`; `ensemble` is the paper's."""
@@ -90,7 +90,7 @@ class DreamSim:
     def __call__(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
         """Distance of each pair: (B, 3, H, W) uint8 twice -> (B,) float64 on the CPU."""
         pairs = [self._prepared(images) for images in (originals, reconstructions)]
-        with full_precision(self.device.type):
+        with torch.no_grad(), full_precision(self.device):
             distance: Tensor = self.network(*pairs)
         return distance.reshape(-1).cpu().double()
 

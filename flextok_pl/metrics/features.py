@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flextok_pl.contracts import weights_hash
-from flextok_pl.metrics.full_precision import full_precision
+from flextok_pl.precision import full_precision
 
 OFFLINE_EXTRACTOR = "effnet-lite0"
 INCEPTION = "inception-v3-compat"
@@ -77,7 +77,7 @@ class _NetworkExtractor(ABC):
     def __call__(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; give uint8 (B, 3, H, W)")
-        with full_precision(self.device.type):
+        with torch.no_grad(), full_precision(self.device):
             return self._features(images.to(self.device))
 
     @abstractmethod
@@ -141,7 +141,7 @@ class TorchFidelityExtractor(_NetworkExtractor):
         """Logits without the bias, as TensorFlow's inception score takes them; None but for Inception."""
         if self.name != INCEPTION:
             return None
-        with full_precision(self.device.type):
+        with torch.no_grad(), full_precision(self.device):
             return features.to(self.device) @ self.network.get_parameter("fc.weight").T
 
 

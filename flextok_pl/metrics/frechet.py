@@ -55,8 +55,8 @@ class FeatureStatistics:
         statistics.count = statistics.dim + 1 if count is None else count
         if statistics.count < 2:
             raise ValueError(f"a covariance needs at least two samples, there are {count}")
-        statistics.mean = mean.to(torch.float64)
-        statistics.scatter = covariance.to(torch.float64) * (statistics.count - 1)
+        statistics.mean = mean.cpu().double()
+        statistics.scatter = covariance.cpu().double() * (statistics.count - 1)
         return statistics
 
     @property
@@ -96,7 +96,7 @@ class FeatureStatistics:
             raise ValueError("features hold NaN or infinite values")
         if len(features) == 0:
             return
-        rows = features.detach().to("cpu", torch.float64)
+        rows = features.detach().cpu().double()
         mean = rows.mean(0)
         self._merge_centred(len(rows), mean, rows - mean)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flextok_pl.precision import accumulation_dtype
+
 WHOLE = 5000
 """Up to this number of samples the kernel is taken of all pairs at once, since the subsets share most of them."""
 
@@ -96,7 +98,7 @@ def kernel_distance(
         raise ValueError(f"a kernel distance needs at least two samples on each side, there are {smaller}")
     if paired and len(a) != len(b):
         raise ValueError(f"{len(a)} and {len(b)} samples are no pairs")
-    a, b = a.double(), b.double()
+    a, b = (features.to(accumulation_dtype(features.device)) for features in (a, b))
     if smaller <= subset_size:
         subsets, subset_size = 1, smaller
     if max(len(a), len(b)) <= WHOLE:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics.functional.image.lpips import _NoTrainLpips
 
 from flextok_pl.contracts import weights_hash
-from flextok_pl.metrics.full_precision import full_precision
+from flextok_pl.precision import full_precision
 
 ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 
@@ -57,6 +57,6 @@ class LPIPS:
     def __call__(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
         """Distance of each pair: (B, 3, H, W) uint8 twice -> (B,) float64 on the CPU."""
         pairs = [images.float() / 127.5 - 1 for images in (originals, reconstructions)]
-        with full_precision(originals.device.type):
+        with torch.no_grad(), full_precision(originals.device):
             distance: Tensor = self.network(*pairs)
         return distance.reshape(-1).cpu().double()

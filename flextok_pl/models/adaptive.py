@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flextok_pl.precision import full_precision
+
 Distance = Callable[[Tensor, Tensor], Tensor]
 """(B, 3, H, W) images and their reconstructions, in [-1, 1] -> (B,), smaller for better ones."""
 
@@ -70,6 +72,39 @@ def smallest_budgets(distance_at: Callable[[Tensor, Tensor], Tensor], target: fl
     return high
 
 
+def searched_budgets(
+    images: Tensor, tokens: Tensor, latent_size: tuple[int, int], quality: Quality, detokenize: Callable[..., Tensor]
+) -> Tensor:
+    """The smallest budget at which each image reaches a quality.
+
+    Args:
+        images: (B, 3, H, W) in [-1, 1].
+        tokens: (B, K) of them.
+        latent_size: (h, w) of them.
+        quality: what is to be reached.
+        detokenize: a tokenizer's.
+
+    Returns:
+        (B,) int64 on the CPU; see `smallest_budgets`.
+    """
+
+    def distance_at(which: Tensor, budgets: Tensor) -> Tensor:
+        which = which.to(tokens.device)
+        made = detokenize(
+            tokens[which],
+            num_tokens=budgets,
+            num_steps=quality.num_steps,
+            guidance=quality.guidance,
+            guidance_scale=quality.guidance_scale,
+            generator=[torch.Generator().manual_seed(quality.seed) for _ in range(len(which))],
+            latent_size=latent_size,
+        )
+        with full_precision(images.device):
+            return quality.distance(images[which], made)
+
+    return smallest_budgets(distance_at, quality.target, len(tokens), tokens.shape[1])
+
+
 class BudgetPredictor:
     """Says from an image's codes, without decoding, how many tokens it needs: ridge regression of log2 k.
 
@@ -105,7 +140,7 @@ class BudgetPredictor:
             raise ValueError(f"{len(codes)} codes and {len(budgets)} budgets: give at least 8 of each")
         if not 0 < coverage < 1:
             raise ValueError(f"coverage={coverage} must be a share in (0, 1)")
-        x, y = codes.flatten(1).double().cpu(), budgets.double().log2().cpu()
+        x, y = codes.flatten(1).cpu().double(), budgets.cpu().double().log2()
         held_out = torch.arange(len(x)) % 4 == 3
         weight, bias = _ridge(x[~held_out], y[~held_out], ridge)
         margin = (y[held_out] - x[held_out] @ weight - bias).quantile(coverage)
@@ -114,7 +149,7 @@ class BudgetPredictor:
 
     def __call__(self, codes: Tensor) -> Tensor:
         """(B, K, L) quantised codes -> (B,) int64 budgets."""
-        wanted = (codes.flatten(1).double().cpu() @ self.weight + self.bias).exp2()
+        wanted = (codes.flatten(1).cpu().double() @ self.weight + self.bias).exp2()
         return wanted.ceil().clamp(1, self.num_registers).long()
 
 

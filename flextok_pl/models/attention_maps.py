@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flextok_pl.flow.rectified import interpolate
 from flextok_pl.models.tokenizer import FlexTok
+from flextok_pl.precision import full_precision
 
 
 @torch.no_grad()
@@ -45,7 +46,8 @@ def register_attention(
     if not all(0 <= t <= 1 for t in times):
         raise ValueError(f"times={list(times)} must be in [0, 1]")
     latents = tok.encode_latents(images)
-    codes = tok.quantizer(tok.encode(latents))  # (B, K, number of FSQ levels)
+    with full_precision(tok.device):
+        codes = tok.quantizer(tok.encode(latents))  # (B, K, number of FSQ levels)
     noise = torch.zeros_like(latents) if regression else torch.randn(latents.shape, generator=generator).to(latents)
     shares: list[Tensor] = []
     num_registers = codes.shape[1]
@@ -60,7 +62,8 @@ def register_attention(
     try:
         for t in times:
             time = torch.full((len(latents),), t, device=latents.device)
-            tok.velocity(interpolate(latents, noise, time), time, codes)
+            with full_precision(tok.device):
+                tok.velocity(interpolate(latents, noise, time), time, codes)
     finally:
         for hook in hooks:
             hook.remove()

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from flextok_pl.models.arguments import as_ids
+
 
 class FSQ(nn.Module):
     """Rounds every dimension of a bounded code to a fixed set of levels; the codebook is their product.
@@ -56,15 +58,17 @@ class FSQ(nn.Module):
         return (digits * basis).sum(-1)
 
     def tokens_to_codes(self, tokens: Tensor) -> Tensor:
-        """(...) int64 tokens -> (..., D) float32 quantised codes in [-1, 1].
+        """(...) tokens of any integer type -> (..., D) float32 quantised codes in [-1, 1].
 
         Raises:
             ValueError: a token is outside the vocabulary.
         """
+        tokens = as_ids(tokens)
         if tokens.numel() and (tokens.min() < 0 or tokens.max() >= self.vocab_size):
             raise ValueError(
                 f"tokens span {int(tokens.min())}..{int(tokens.max())} but this tokenizer's vocabulary is "
-                f"0..{self.vocab_size - 1}; were they made by a tokenizer with other fsq_levels?"
+                f"0..{self.vocab_size - 1}; were they made by a tokenizer with other fsq_levels, or read as a "
+                "smaller type than they were stored in?"
             )
         levels, basis = self._levels_and_basis(tokens.device)
         half = levels // 2

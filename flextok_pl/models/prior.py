@@ -9,7 +9,8 @@ Shapes: B batch, K tokens, m prefix, D width, V vocabulary, T text positions, E 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -20,8 +21,10 @@ from torch import Tensor, nn
 from flextok_pl.contracts import PositionScale, check_sampling
 from flextok_pl.layers.blocks import run_block
 from flextok_pl.layers.causal import NORM_EPS, CausalBlock, KeyValueCache, TextMemory
+from flextok_pl.models.arguments import as_generators, as_ids
 from flextok_pl.models.config import PriorConfig
 from flextok_pl.models.sampling import sample_tokens, scale_at_positions
+from flextok_pl.precision import accumulation_dtype, full_precision
 
 
 class TextStates(NamedTuple):
@@ -147,8 +150,8 @@ class Prior(nn.Module):
         Raises:
             ValueError: tokens or condition do not fit the model.
         """
-        self._check_tokens(tokens, "tokens", 1)
-        self._check_condition(condition, len(tokens))
+        tokens = self._checked_tokens(tokens, "tokens", 1)
+        condition = self._checked_condition(condition, len(tokens))
         return self.head(self.hidden(tokens, condition))  # type: ignore[no-any-return]
 
     def hidden(self, tokens: Tensor, condition: Condition = None, null: Tensor | None = None) -> Tensor:
@@ -204,26 +207,47 @@ class Prior(nn.Module):
         """
         config = self.config
         length = config.num_tokens if num_tokens is None else num_tokens
-        if not 1 <= length <= config.num_tokens:
+        if not isinstance(length, Integral) or not 1 <= length <= config.num_tokens:
             raise ValueError(f"num_tokens={num_tokens} is not in 1..{config.num_tokens}, the budgets of this prior")
         check_sampling(temperature, top_k, top_p)
         scales = scale_at_positions(cfg_scale, config.num_tokens)
         batch = _batch_size(condition, prefix, generator)
-        self._check_condition(condition, batch)
+        condition = self._checked_condition(condition, batch)
         tokens = torch.empty(batch, length, dtype=torch.int64, device=self.device)
         first = 0
         if prefix is not None:
-            self._check_tokens(prefix, "prefix", 0)
+            prefix = self._checked_tokens(prefix, "prefix", 0)
             first = prefix.shape[1]
             if first > length or len(prefix) != batch:
                 raise ValueError(
                     f"prefix has shape {tuple(prefix.shape)}, but {batch} samples of num_tokens={length} are wanted"
                 )
             tokens[:, :first] = prefix
-            if first == length:
-                return tokens
+        if first == length or batch == 0:
+            return tokens
         uniform = _uniform(batch, config.num_tokens, generator)
 
+        def draw(logits: Tensor, position: int) -> Tensor:
+            return sample_tokens(logits, uniform[:, position], temperature, top_k, top_p)
+
+        with full_precision(self.device):
+            self._continue(tokens, first, condition, scales, draw)
+        return tokens
+
+    def _continue(
+        self,
+        tokens: Tensor,
+        first: int,
+        condition: Condition,
+        scales: Sequence[float],
+        draw: Callable[[Tensor, int], Tensor],
+    ) -> None:
+        """Fill (B, k) tokens from position `first` on by what `draw` makes of (B, V) logits at a position.
+
+        Raises:
+            ValueError: logits are not finite.
+        """
+        config, (batch, length) = self.config, tokens.shape
         guided = any(scale != 1.0 for scale in scales[first:length])
         null = torch.zeros(batch, dtype=torch.bool, device=self.device)
         if guided:
@@ -235,16 +259,19 @@ class Prior(nn.Module):
             KeyValueCache(batch * repeats, heads, length, config.head_dim, like=self.head.weight) for _ in self.blocks
         ]
         x = self._embed(tokens[:, :first].repeat(repeats, 1), condition, null)  # (R, m+1, D)
+        finite = torch.ones((), dtype=torch.bool, device=self.device)  # looked at once, at the end
         for position in range(first, length):
             logits = self.head(self._run(x, memories, caches)[:, -1]).float()  # (R, V)
+            finite = finite & logits.isfinite().all()
             if guided:
                 conditional, unconditional = logits.chunk(2)
                 logits = torch.lerp(unconditional, conditional, scales[position])
-            tokens[:, position] = sample_tokens(logits, uniform[:, position], temperature, top_k, top_p)
+            tokens[:, position] = draw(logits, position)
             if position + 1 < length:
                 x = self.token_embedding(tokens[:, position : position + 1].repeat(repeats, 1))
                 x = x + self.positions[position + 1]
-        return tokens
+        if not finite:
+            raise ValueError("the prior's logits hold NaN or infinite values; its weights do, or have diverged")
 
     def _embed(self, tokens: Tensor, condition: Condition, null: Tensor) -> Tensor:
         """The input of the blocks: start token and (B, m) tokens -> (B, m+1, D)."""
@@ -281,9 +308,10 @@ class Prior(nn.Module):
             x = run_block(block, self.activation_checkpointing and cache is None, x, memory, cache)
         return self.norm(x)  # type: ignore[no-any-return]
 
-    def _check_tokens(self, tokens: Tensor, name: str, least: int) -> None:
+    def _checked_tokens(self, tokens: Tensor, name: str, least: int) -> Tensor:
         config = self.config
-        if tokens.ndim != 2 or tokens.is_floating_point() or not least <= tokens.shape[1] <= config.num_tokens:
+        tokens = as_ids(tokens, name)
+        if tokens.ndim != 2 or not least <= tokens.shape[1] <= config.num_tokens:
             raise ValueError(
                 f"{name} is {tokens.dtype} {tuple(tokens.shape)}; this prior takes int64 (B, k) with k in "
                 f"{least}..{config.num_tokens}"
@@ -293,10 +321,11 @@ class Prior(nn.Module):
                 f"{name} holds {int(tokens.min())}..{int(tokens.max())}, outside 0..{config.vocab_size - 1}: it comes "
                 "from another tokenizer than the prior's"
             )
+        return tokens.to(self.device)
 
-    def _check_condition(self, condition: Condition, batch: int) -> None:
+    def _checked_condition(self, condition: Condition, batch: int) -> Condition:
         if condition is None:
-            return
+            return None
         config = self.config
         if config.text_width is not None:
             states, mask = _text(condition)
@@ -307,14 +336,19 @@ class Prior(nn.Module):
                 )
             if not mask.any(1).all():
                 raise ValueError("a text has no state at all; the empty string has some, too: pass condition=None")
-            return
-        if not isinstance(condition, Tensor) or condition.shape != (batch,) or condition.is_floating_point():
-            raise ValueError(f"condition must be int64 classes of shape ({batch},), -1 for none; it is {condition!r}")
-        if not -1 <= int(condition.min()) <= int(condition.max()) < config.num_classes:
+            return condition
+        expected = f"must be int64 classes of shape ({batch},), -1 for none"
+        if isinstance(condition, tuple):
+            raise ValueError(f"condition {expected}: this prior knows no texts")
+        classes = as_ids(condition, f"condition, which {expected},")
+        if classes.shape != (batch,):
+            raise ValueError(f"condition {expected}; it has shape {tuple(classes.shape)}")
+        if batch and not -1 <= int(classes.min()) <= int(classes.max()) < config.num_classes:
             raise ValueError(
-                f"condition holds classes {int(condition.min())}..{int(condition.max())}; this prior knows "
+                f"condition holds classes {int(classes.min())}..{int(classes.max())}; this prior knows "
                 f"0..{config.num_classes - 1}, and -1 for none"
             )
+        return classes.to(self.device)
 
 
 def _text(condition: Condition) -> tuple[Tensor, Tensor]:
@@ -345,9 +379,9 @@ def _batch_size(
 
 
 def _uniform(batch: int, length: int, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
-    """(B, K) float64 uniform numbers on the CPU, one row per sample in order."""
-    generators = list(generator) if isinstance(generator, Sequence) else [generator] * batch
-    if len(generators) != batch:
-        raise ValueError(f"generator has {len(generators)} entries for {batch} samples; give one each")
-    rows = [torch.rand(length, generator=g, device=g.device if g else "cpu", dtype=torch.float64) for g in generators]
-    return torch.stack([row.cpu() for row in rows])
+    """(B, K) uniform numbers on the CPU, one row per sample in order."""
+    rows = []
+    for each in as_generators(generator, batch):
+        device = torch.device("cpu") if each is None else each.device
+        rows.append(torch.rand(length, generator=each, device=device, dtype=accumulation_dtype(device)).cpu())
+    return torch.stack(rows)

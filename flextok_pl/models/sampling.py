@@ -5,6 +5,7 @@ Shapes: B batch, K positions, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flextok_pl.contracts import PositionScale
+from flextok_pl.precision import accumulation_dtype
 
 BLOCK = 256
 """Tokens whose probabilities are summed up at once."""
 
-BELOW_ONE = 1 - 2**-40
-"""Rounding of float64 sums is far smaller."""
+BELOW_ONE = {torch.float64: 1 - 2**-40, torch.float32: 1 - 2**-20}
+"""Type of sums -> a factor that rounding does not undo."""
 
 
 def scale_at_positions(scale: PositionScale, num_tokens: int) -> list[float]:
@@ -28,21 +30,28 @@ def scale_at_positions(scale: PositionScale, num_tokens: int) -> list[float]:
         num_tokens: K, of the whole sequence.
 
     Raises:
-        ValueError: an empty sequence.
+        ValueError: an empty sequence, or a scale that is NaN or infinite.
     """
     if callable(scale):
-        return [float(scale(position)) for position in range(num_tokens)]
-    if not isinstance(scale, Sequence):
-        return [float(scale)] * num_tokens
-    if not scale:
+        scales = [float(scale(position)) for position in range(num_tokens)]
+    elif not isinstance(scale, Sequence):
+        scales = [float(scale)] * num_tokens
+    elif not scale:
         raise ValueError("cfg_scale=[] has no numbers; give one number, or some to interpolate between")
-    scales = []
-    for position in range(num_tokens):
-        place = position / max(1, num_tokens - 1) * (len(scale) - 1)
-        left = min(int(place), max(0, len(scale) - 2))
-        right = min(left + 1, len(scale) - 1)
-        scales.append(float(scale[left] + (scale[right] - scale[left]) * (place - left)))
+    else:
+        scales = [_interpolated(scale, position / max(1, num_tokens - 1)) for position in range(num_tokens)]
+    wrong = [value for value in scales if not math.isfinite(value)]
+    if wrong:
+        raise ValueError(f"cfg_scale holds {wrong[0]}; give finite numbers, 1 being no guidance")
     return scales
+
+
+def _interpolated(values: Sequence[float], share: float) -> float:
+    """The value at a share of the way from the first to the last."""
+    place = share * (len(values) - 1)
+    left = min(int(place), max(0, len(values) - 2))
+    right = min(left + 1, len(values) - 1)
+    return float(values[left] + (values[right] - values[left]) * (place - left))
 
 
 def sample_tokens(
@@ -55,13 +64,13 @@ def sample_tokens(
 
     Args:
         logits: (B, V).
-        uniform: (B,) float64 in [0, 1).
+        uniform: (B,) in [0, 1).
         temperature: divides the logits; 0 takes the most likely token.
         top_k: keep the k most likely tokens.
         top_p: keep the fewest most likely tokens whose probabilities sum up to p (https://arxiv.org/abs/1904.09751).
 
     Returns:
-        (B,) int64.
+        (B,) int64; some token of the vocabulary even where logits are NaN.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -70,23 +79,25 @@ def sample_tokens(
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(descending=True, stable=True)
-        before = ordered.softmax(-1, dtype=torch.float64)
+        before = ordered.softmax(-1, dtype=accumulation_dtype(logits.device))
         dropped = before.cumsum(-1) - before >= top_p  # the likeliest token is never dropped
         logits = logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), float("-inf"))
-    return _invert_cumulative((logits - logits.amax(-1, keepdim=True)).exp(), uniform.to(logits.device))
+    return _invert_cumulative((logits - logits.amax(-1, keepdim=True)).exp(), uniform)
 
 
 def _invert_cumulative(weights: Tensor, uniform: Tensor) -> Tensor:
     """Where the running sum of (B, V) weights passes `uniform` (B,) of its total: (B,) int64.
 
-    First the block of the vocabulary, then the place in it: sums of blocks cost far less than V float64 partial sums.
+    First the block of the vocabulary, then the place in it: sums of blocks cost far less than V wide partial sums.
     """
+    wide = accumulation_dtype(weights.device)
+    below_one = BELOW_ONE[wide]
     blocks = F.pad(weights, (0, -weights.shape[1] % BLOCK)).reshape(len(weights), -1, BLOCK)  # (B, N, BLOCK)
-    cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # (B, N)
+    cumulative = blocks.sum(-1, dtype=wide).cumsum(-1)  # (B, N)
     # Below the total in spite of rounding, so that a weight of zero at the end cannot be drawn.
-    wanted = uniform[:, None] * cumulative[:, -1:] * BELOW_ONE
-    block = torch.searchsorted(cumulative, wanted, right=True)  # (B, 1)
+    wanted = uniform.to(wide).to(weights.device)[:, None] * cumulative[:, -1:] * below_one
+    block = torch.searchsorted(cumulative, wanted, right=True).clamp(max=blocks.shape[1] - 1)  # (B, 1)
     before = F.pad(cumulative, (1, 0)).gather(1, block)
-    within = blocks.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1, dtype=torch.float64)  # (B, BLOCK)
-    place = torch.searchsorted(within, torch.minimum(wanted - before, within[:, -1:] * BELOW_ONE), right=True)
-    return (block * BLOCK + place)[:, 0]
+    within = blocks.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1, dtype=wide)  # (B, BLOCK)
+    place = torch.searchsorted(within, torch.minimum(wanted - before, within[:, -1:] * below_one), right=True)
+    return (block * BLOCK + place)[:, 0].clamp(max=weights.shape[1] - 1)  # beyond only where weights are NaN

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flextok_pl.precision import outside_autocast
+
 PROJECTION_WIDTH = 2048
 """Hidden width of REPA's projection."""
 
@@ -52,10 +54,11 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, h, w) in [-1, 1], of any size -> a map of features (B, F, h', w')."""
+        """(B, 3, h, w) in [-1, 1], of any size -> a map of features (B, F, h', w'), computed in float32."""
         size = (self.image_size, self.image_size)
-        images = F.interpolate(images, size, mode="bicubic", antialias=True)
-        return self.network(((images + 1) / 2 - self.mean) / self.std)  # type: ignore[no-any-return]
+        with outside_autocast(images.device):
+            images = F.interpolate(images, size, mode="bicubic", antialias=True)
+            return self.network(((images + 1) / 2 - self.mean) / self.std)  # type: ignore[no-any-return]
 
 
 def resized_map(features: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flextok_pl.models.prior import TextStates
+from flextok_pl.precision import outside_autocast
 
 OFFLINE_ENCODER = "minilm"
 
@@ -82,7 +83,7 @@ class TextEncoder(nn.Module):
         batch = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(device)
-        with torch.autocast(device.type, enabled=False):
+        with outside_autocast(device):
             states = self.network(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
         return TextStates(states.float(), batch.attention_mask.bool())
 

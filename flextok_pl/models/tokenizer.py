@@ -6,6 +6,7 @@ Shapes: B batch, C channels, h x w latent, K registers, k <= K kept tokens, L FS
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, overload
 
@@ -16,16 +17,33 @@ from torch.nn.utils.rnn import pad_sequence
 from flextok_pl.contracts import GuidanceScale, weights_hash
 from flextok_pl.flow.guidance import GUIDANCE_KINDS, AdaptiveProjectedGuidance, classifier_free_guidance
 from flextok_pl.flow.integrate import integrate
-from flextok_pl.models.adaptive import Quality, smallest_budgets
+from flextok_pl.models.adaptive import Quality, searched_budgets
+from flextok_pl.models.arguments import (
+    as_budgets,
+    as_generators,
+    as_images,
+    as_size,
+    as_token_batch,
+    check_finite,
+    check_image_values,
+    scale_at,
+)
 from flextok_pl.models.config import FlexTokConfig
 from flextok_pl.models.decoder import FlowDecoder, Velocity
 from flextok_pl.models.encoder import RegisterEncoder
 from flextok_pl.models.fsq import FSQ
 from flextok_pl.models.vae import VAE
+from flextok_pl.precision import full_precision, require_float32
+
+DIVERGED = "the weights hold some, or have diverged: load or train others"
 
 
 class FlexTok(nn.Module):
     """The tokenizer: an autoencoder for latents, a register encoder, FSQ, and a flow decoder.
+
+    `encode_latents`, `tokenize`, `sample_latents` and `detokenize` use it: they check their arguments, and compute in
+    float32 without TF32, also under autocast. `encode`, `velocity` and `decode_velocity` are what is trained: they have
+    gradients, and compute in the precision of the caller.
 
     Args:
         config: hyper-parameters.
@@ -151,8 +169,17 @@ class FlexTok(nn.Module):
 
         Returns:
             (B, C, h, w).
+
+        Raises:
+            ValueError: the images are no floating point around [-1, 1], or do not fit the autoencoder.
         """
-        return self.require_vae().encode(images, sample_posterior, generator)
+        vae = self.require_vae()
+        images = as_images(images).to(self.device)
+        check_image_values(images)
+        with full_precision(self.device):
+            latents = vae.encode(images, sample_posterior, generator)
+        check_finite(latents, "the autoencoder's latents", DIVERGED)
+        return latents
 
     def encode(self, latents: Tensor, num_tokens: int | None = None) -> Tensor:
         """Codes before quantisation, with gradients.
@@ -170,7 +197,17 @@ class FlexTok(nn.Module):
         self._check_latents(latents)
         if num_tokens is not None:
             self._check_budget(num_tokens)
-        return self.encoder(latents, num_tokens)  # type: ignore[no-any-return]
+        require_float32(self.encoder.patch_posemb.dtype, "tokenizer")
+        return self.encoder(latents.float(), num_tokens)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def tokenize_latents(self, latents: Tensor, num_tokens: int | None = None) -> Tensor:
+        """`tokenize` without the VAE, and without a look at the values: scaled latents (B, C, h, w) -> (B, k) int64."""
+        return self.quantizer.codes_to_tokens(self._quantized(latents, num_tokens))
+
+    def _quantized(self, latents: Tensor, num_tokens: int | None) -> Tensor:
+        with full_precision(self.device):
+            return self.quantizer(self.encode(latents, num_tokens))  # type: ignore[no-any-return]
 
     @overload
     def tokenize(self, images: Tensor, num_tokens: int | None = None, quality: None = None) -> Tensor: ...
@@ -191,33 +228,24 @@ class FlexTok(nn.Module):
 
         Returns:
             (B, k) int64; with `quality` B tensors of (k_i,), which `detokenize` takes, too.
+
+        Raises:
+            ValueError: the images are no floating point around [-1, 1], or an argument does not fit the model.
         """
-        latents = self.encode_latents(images)
         if num_tokens is not None:
             self._check_budget(num_tokens)
+        latents = self.encode_latents(images)
         predictor = None if quality is None else quality.predictor
-        codes = self.quantizer(self.encode(latents, num_tokens if predictor is None else None))
+        codes = self._quantized(latents, num_tokens if predictor is None else None)
+        check_finite(codes, "the encoder's codes", DIVERGED)
         tokens = self.quantizer.codes_to_tokens(codes)
         if quality is None:
             return tokens
         if predictor is not None:  # which looks at all codes
             budgets = predictor(codes).clamp(max=num_tokens or self.num_registers)
         else:
-
-            def distance_at(which: Tensor, budgets: Tensor) -> Tensor:
-                which = which.to(self.device)
-                made = self.detokenize(
-                    tokens[which],
-                    num_tokens=budgets,
-                    num_steps=quality.num_steps,
-                    guidance=quality.guidance,
-                    guidance_scale=quality.guidance_scale,
-                    generator=[torch.Generator().manual_seed(quality.seed) for _ in range(len(which))],
-                    latent_size=(latents.shape[2], latents.shape[3]),
-                )
-                return quality.distance(images[which], made)
-
-            budgets = smallest_budgets(distance_at, quality.target, len(tokens), tokens.shape[1])
+            size = (latents.shape[2], latents.shape[3])
+            budgets = searched_budgets(as_images(images).to(self.device), tokens, size, quality, self.detokenize)
         return [row[:budget] for row, budget in zip(tokens, budgets.tolist(), strict=True)]
 
     def velocity(
@@ -257,6 +285,7 @@ class FlexTok(nn.Module):
     ) -> Velocity:
         """`velocity` together with the patch features that REPA compares with a teacher."""
         self._check_latents(x_t)
+        require_float32(self.decoder.patch_posemb.dtype, "tokenizer")
         codes = tokens_or_codes
         if not codes.is_floating_point():
             codes = self.quantizer.tokens_to_codes(codes)
@@ -288,11 +317,13 @@ class FlexTok(nn.Module):
         """`detokenize` without the VAE: the scaled latents, (B, C, h, w)."""
         if guidance not in GUIDANCE_KINDS:
             raise ValueError(f"guidance={guidance!r} is unknown; use one of {GUIDANCE_KINDS}")
+        require_float32(self.decoder.patch_posemb.dtype, "tokenizer")
         codes, kept = self._codes_and_budgets(tokens, num_tokens)
         x = self._noise(len(codes), generator, noise, latent_size)
+        if len(codes) == 0:
+            return x
         if self.config.objective == "mse":
             x, num_steps, guidance = torch.zeros_like(x), 1, "none"
-        scale = guidance_scale if callable(guidance_scale) else (lambda _: guidance_scale)
         guided = guidance != "none" and (callable(guidance_scale) or guidance_scale != 1.0)
         combine = AdaptiveProjectedGuidance() if guidance == "apg" else classifier_free_guidance
         everything_null = torch.ones(len(codes), dtype=torch.bool, device=x.device)
@@ -303,9 +334,12 @@ class FlexTok(nn.Module):
             if not guided:
                 return conditional  # type: ignore[no-any-return]
             unconditional = self.decoder(x, times, codes[:, :0], null=everything_null).velocity
-            return combine(conditional, unconditional, scale(t))
+            return combine(conditional, unconditional, scale_at(guidance_scale, t))
 
-        return integrate(field, x, num_steps, solver)
+        with full_precision(self.device):
+            latents = integrate(field, x, num_steps, solver)
+        check_finite(latents, "the decoded latents", DIVERGED)
+        return latents
 
     @torch.no_grad()
     def detokenize(
@@ -326,7 +360,7 @@ class FlexTok(nn.Module):
         generator and the values of `noise` have no effect.
 
         Args:
-            tokens: (B, k') int64, or B 1-D tensors of different lengths.
+            tokens: (B, k') of any integer type, or B 1-D tensors of different lengths.
             num_tokens: tokens to use, one for all or (B,) int64; default all that are given. A sample with
                 fewer tokens than that uses those it has.
             num_steps: steps of the solver.
@@ -345,37 +379,30 @@ class FlexTok(nn.Module):
             ValueError: an argument does not fit the model.
         """
         vae = self.require_vae()
-        return vae.decode(
-            self.sample_latents(
-                tokens, num_tokens, num_steps, guidance, guidance_scale, generator, noise, latent_size, solver
-            )
+        latents = self.sample_latents(
+            tokens, num_tokens, num_steps, guidance, guidance_scale, generator, noise, latent_size, solver
         )
+        with full_precision(self.device):
+            images = vae.decode(latents)
+        check_finite(images, "the decoded images", DIVERGED)
+        return images
 
     def _codes_and_budgets(
         self, tokens: Tensor | Sequence[Tensor], num_tokens: int | Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Quantised codes (B, m, L), cut to the largest budget m, and the budgets (B,) where they differ."""
-        if isinstance(tokens, Tensor):
-            if tokens.ndim != 2:
-                raise ValueError(f"tokens has shape {tuple(tokens.shape)}; give (B, k) or a list of 1-D tensors")
-            lengths = [tokens.shape[1]] * len(tokens)
-        else:
-            lengths = [len(sample) for sample in tokens]
-            tokens = pad_sequence(list(tokens), batch_first=True)
-        if tokens.is_floating_point():
-            raise ValueError(f"tokens has dtype {tokens.dtype}; token ids are int64")
+        rows = as_token_batch(tokens)
+        lengths = [len(row) for row in rows]
         for length in set(lengths):
             self._check_budget(length, "number of tokens given")
-        if num_tokens is None:
-            budgets = lengths
-        else:
-            wanted = [num_tokens] * len(lengths) if isinstance(num_tokens, int) else num_tokens.tolist()
-            if len(wanted) != len(lengths):
-                raise ValueError(f"num_tokens has {len(wanted)} entries for {len(lengths)} samples; give one each")
-            for budget in set(wanted):
-                self._check_budget(budget)
-            budgets = [min(pair) for pair in zip(wanted, lengths, strict=True)]
-        codes = self.quantizer.tokens_to_codes(tokens[:, : max(budgets)].to(self.device))
+        budgets = lengths if num_tokens is None else as_budgets(num_tokens, len(rows))
+        for budget in set(budgets):
+            self._check_budget(budget)
+        budgets = [min(pair) for pair in zip(budgets, lengths, strict=True)]
+        if not budgets:
+            return torch.zeros(0, self.num_registers, len(self.config.fsq_levels), device=self.device), None
+        padded = pad_sequence(rows, batch_first=True)  # (B, longest)
+        codes = self.quantizer.tokens_to_codes(padded[:, : max(budgets)].to(self.device))
         if min(budgets) == max(budgets):
             return codes, None
         return codes, torch.tensor(budgets, device=codes.device)
@@ -389,19 +416,19 @@ class FlexTok(nn.Module):
     ) -> Tensor:
         """The state at t = 1, (B, C, h, w): given, or one (1, C, h, w) draw per sample in order."""
         if noise is None:
-            shape = (1, self.config.latent_channels, *(latent_size or self.latent_size))
-            generators = [generator] * batch_size if not isinstance(generator, Sequence) else list(generator)
-            if len(generators) != batch_size:
-                raise ValueError(f"generator has {len(generators)} entries for {batch_size} samples; give one each")
+            size = self.latent_size if latent_size is None else as_size(latent_size, "latent_size")
+            shape = (1, self.config.latent_channels, *size)
+            generators = as_generators(generator, batch_size)
             draws = [torch.randn(shape, generator=g, device=g.device if g else self.device) for g in generators]
-            noise = torch.cat(draws)
+            noise = torch.cat(draws) if draws else torch.empty(0, *shape[1:])
         self._check_latents(noise, "noise")
         if len(noise) != batch_size:
             raise ValueError(f"noise has {len(noise)} entries for {batch_size} samples; give one each")
-        return noise.to(self.device)
+        check_finite(noise, "noise", "draw it anew")
+        return noise.to(self.device, torch.float32)
 
     def _check_budget(self, budget: int, name: str = "num_tokens") -> None:
-        if not 1 <= budget <= self.num_registers:
+        if not isinstance(budget, Integral) or isinstance(budget, bool) or not 1 <= budget <= self.num_registers:
             raise ValueError(f"{name}={budget} is not in 1..{self.num_registers}, the budgets of this tokenizer")
 
     def _check_latents(self, latents: Tensor, name: str = "latents") -> None:

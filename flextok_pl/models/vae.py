@@ -17,10 +17,12 @@ from typing import Any
 
 import diffusers  # which loads an architecture when it is first used: half a second that not every command pays
 import torch
+from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from flextok_pl.models.arguments import as_images
 from flextok_pl.models.config import VAEConfig, config_from_dict, config_to_dict
+from flextok_pl.precision import outside_autocast, require_float32
 
 _DOWN, _UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
 _PIXEL_CLASS = "PixelAutoencoder"
@@ -119,6 +121,9 @@ def _autoencoder_kl(config: VAEConfig) -> diffusers.AutoencoderKL:
 class VAE(nn.Module):
     """An image autoencoder with scaled latents: latents = (posterior - shift_factor) * scaling_factor.
 
+    `moments`, `encode` and `decode` compute in float32, also under autocast. `forward` is the pass of its own training,
+    and computes as the caller says.
+
     Args:
         config: architecture and scaling; the weights are random.
 
@@ -186,6 +191,19 @@ class VAE(nn.Module):
         """Change the scaling of the latents; the weights stay."""
         self.config = dataclasses.replace(self.config, scaling_factor=scaling_factor, shift_factor=shift_factor)
 
+    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """The pass of a training, in the precision of the caller.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+            generator: of the draw from the posterior.
+
+        Returns:
+            The moments (B, 2C, h, w), and the images decoded from a sample of that posterior, (B, 3, H, W).
+        """
+        moments = self._moments(as_images(images))
+        return moments, self._decode(self.scale(moments, sample_posterior=True, generator=generator))
+
     def moments(self, images: Tensor) -> Tensor:
         """The posterior of the latents, unscaled.
 
@@ -196,18 +214,23 @@ class VAE(nn.Module):
             (B, 2C, h, w): the mean, then the log-variance, clamped to [-30, 20] as in diffusers.
 
         Raises:
-            ValueError: `images` has another shape, or a side that f does not divide.
+            ValueError: `images` has another shape or type, or a side that f does not divide; or the weights are not
+                float32.
         """
+        images = as_images(images)
+        self._require_float32()
+        with outside_autocast(images.device):
+            return self._moments(images)
+
+    def _moments(self, images: Tensor) -> Tensor:
         factor = self.config.downsampling
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images have shape {tuple(images.shape)}; they must be (B, 3, H, W)")
         if images.shape[-2] % factor or images.shape[-1] % factor or not images.shape[-2:].numel():
             raise ValueError(
                 f"images of {images.shape[-2]} x {images.shape[-1]} pixels do not fit; both sides must be multiples of "
                 f"{factor}"
             )
         if self.config.kind == "pixel":
-            mean = F.pixel_unshuffle(images, factor)  # (B, 3 f^2, h, w)
+            mean = rearrange(images, "b c (h p) (w q) -> b (c p q) h w", p=factor, q=factor)  # (B, 3 f^2, h, w)
             return torch.cat([mean, torch.full_like(mean, _LOG_VARIANCE_RANGE[0])], dim=1)
         mean, log_variance = self.vae._encode(images).chunk(2, dim=1)
         return torch.cat([mean, log_variance.clamp(*_LOG_VARIANCE_RANGE)], dim=1)  # (B, 2C, h, w)
@@ -250,15 +273,25 @@ class VAE(nn.Module):
         """(B, C, h, w) scaled latents -> (B, 3, H, W), not clamped.
 
         Raises:
-            ValueError: `latents` has another number of channels.
+            ValueError: `latents` has another number of channels, or the weights are not float32.
         """
         if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
             raise ValueError(
                 f"latents have shape {tuple(latents.shape)}; this autoencoder's are "
                 f"(B, {self.config.latent_channels}, h, w)"
             )
+        self._require_float32()
+        with outside_autocast(latents.device):
+            return self._decode(latents.float())
+
+    def _decode(self, latents: Tensor) -> Tensor:
         latents = latents / self.config.scaling_factor + self.config.shift_factor
         if self.config.kind == "pixel":
-            return F.pixel_shuffle(latents, self.config.downsampling)
+            factor = self.config.downsampling
+            return rearrange(latents, "b (c p q) h w -> b c (h p) (w q)", p=factor, q=factor)
         images: Tensor = self.vae.decode(latents, return_dict=False)[0]
         return images
+
+    def _require_float32(self) -> None:
+        if self.config.kind == "kl":
+            require_float32(self.vae.dtype, "autoencoder")

@@ -21,6 +21,7 @@ from flextok_pl.models.text import TextEncoder
 from flextok_pl.models.token_loss import token_loss
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.modules.steps import SampleMeans, evaluation_generators
+from flextok_pl.precision import check_training_precision, full_precision
 
 
 class TokenOutputs(TypedDict):
@@ -70,7 +71,8 @@ class PriorBase(pl.LightningModule):
             self._check_tokens(f"tokenizer={tokenizer!r}", self.tokenizer_id)
 
     def setup(self, stage: str) -> None:
-        """Check that tokens, classes and text states of the shards fit the prior."""
+        """Check the trainer's precision, and that tokens, classes and text states of the shards fit the prior."""
+        check_training_precision(self.trainer.precision)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         source, encoder = getattr(data, "tokenizer", None), getattr(data, "text_encoder", None)
         if source is not None:
@@ -190,7 +192,9 @@ class PriorBase(pl.LightningModule):
             return batch["tokens"]
         if "image" not in batch:
             raise ValueError(f"a batch for the prior needs 'tokens' or 'image'; these shards give {sorted(batch)}")
-        return self.reconstructor.tokenize(batch["image"])
+        tokenizer = self.reconstructor
+        with full_precision(self.device):
+            return tokenizer.tokenize_latents(tokenizer.require_vae().encode(batch["image"]))
 
     @torch.no_grad()
     def condition(self, batch: Batch) -> Condition:
@@ -230,16 +234,18 @@ class PriorBase(pl.LightningModule):
         self._val_means.log(self)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> TokenOutputs:
-        """Loss with the condition and without."""
-        tokens, condition = self.tokens(batch), self.condition(batch)
-        weight, size = self.prior.head.weight, len(tokens)
-        own = token_loss(self.prior.hidden(tokens, condition), weight, tokens)
-        values = {"val/loss": own.loss, "val/bits_per_token": own.loss / math.log(2)}
-        values["val/accuracy"] = own.correct.float().mean()
-        if condition is not None:
-            null = torch.ones(size, dtype=torch.bool, device=tokens.device)
-            without = token_loss(self.prior.hidden(tokens, condition, null), weight, tokens)
-            values["val/condition_gap"] = without.loss - own.loss
+        """Loss with the condition and without, in float32."""
+        weight = self.prior.head.weight
+        with full_precision(self.device):
+            tokens, condition = self.tokens(batch), self.condition(batch)
+            size = len(tokens)
+            own = token_loss(self.prior.hidden(tokens, condition), weight, tokens)
+            values = {"val/loss": own.loss, "val/bits_per_token": own.loss / math.log(2)}
+            values["val/accuracy"] = own.correct.float().mean()
+            if condition is not None:
+                null = torch.ones(size, dtype=torch.bool, device=tokens.device)
+                without = token_loss(self.prior.hidden(tokens, condition, null), weight, tokens)
+                values["val/condition_gap"] = without.loss - own.loss
         self._val_means.add(values, size)
         return {"loss": own.loss, "nll": own.nll, "correct": own.correct}
 

@@ -48,6 +48,7 @@ from flextok_pl.modules.width_transfer import (
     width_groups,
     xavier_std,
 )
+from flextok_pl.precision import check_training_precision, full_precision
 from flextok_pl.runtime.finite import StopIfNotFinite
 from flextok_pl.runtime.fit_loop import step_ends
 from flextok_pl.runtime.sharding import gather_for_evaluation, shard, shard_again, whole_weights
@@ -188,8 +189,10 @@ class TokenizerModule(pl.LightningModule):
         """Check that precomputed latents and features fit the model, and load the teacher where there are none.
 
         Raises:
-            ValueError: another autoencoder or teacher made the shards, or the teacher's weights are not to be had.
+            ValueError: another autoencoder or teacher made the shards, the teacher's weights are not to be had, or the
+                trainer's precision is not supported.
         """
+        check_training_precision(self.trainer.precision)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         latents, features = getattr(data, "autoencoder", None), getattr(data, "teacher", None)
         if latents is not None and "sha256" in latents:
@@ -303,14 +306,17 @@ class TokenizerModule(pl.LightningModule):
         self._val_means = SampleMeans(("val/loss", "val/loss_other_tokens", "val/token_gap"), self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Loss under draws that are each image's own, with its tokens and with random ones."""
-        latents, config = self.latents(batch), self.tokenizer.config
+        """Loss under draws that are each image's own, with its tokens and with random ones, in float32."""
+        config = self.tokenizer.config
+        with full_precision(self.device):
+            latents = self.latents(batch)
         generators = evaluation_generators(self.seed, batch)
         draws = draws_of_each(config, latents, generators)
         shape = (config.num_registers,)
         tokens = torch.stack([torch.randint(config.vocab_size, shape, generator=each) for each in generators])
-        own = flow_loss(self.tokenizer, latents, draws).loss
-        other = flow_loss(self.tokenizer, latents, draws, tokens=tokens.to(latents.device)).loss
+        with full_precision(self.device):
+            own = flow_loss(self.tokenizer, latents, draws).loss
+            other = flow_loss(self.tokenizer, latents, draws, tokens=tokens.to(latents.device)).loss
         gap = other.mean() - own.mean()
         values = {"val/loss": own.mean(), "val/loss_other_tokens": other.mean(), "val/token_gap": gap}
         self._val_means.add(values, len(latents))

@@ -24,6 +24,7 @@ from flextok_pl.models.perceptual import PerceptualDistance
 from flextok_pl.models.vae import VAE
 from flextok_pl.modules.optim import parameter_groups, warmup_cosine
 from flextok_pl.modules.steps import log_gradient_norm, step_generator
+from flextok_pl.precision import accumulation_dtype, check_training_precision, full_precision
 from flextok_pl.runtime.finite import StopIfNotFinite
 
 
@@ -115,13 +116,15 @@ class VAEModule(pl.LightningModule):
 
     # Training
 
+    def setup(self, stage: str) -> None:
+        """Check the trainer's precision."""
+        check_training_precision(self.trainer.precision, adversarial=self.discriminator is not None)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch with key `image`."""
         images = _images(batch)
-        moments = self.vae.moments(images)  # (B, 2C, h, w)
         generator = step_generator(self, self.seed, batch_idx, self.global_rank)
-        latents = self.vae.scale(moments, sample_posterior=True, generator=generator)
-        outputs = self.vae.decode(latents)  # (B, 3, H, W)
+        moments, outputs = self.vae(images, generator)  # (B, 2C, h, w), (B, 3, H, W)
         losses = {"reconstruction": self.distance(outputs, images), "kl": kl_divergence(moments) / images[0].numel()}
         compared = losses["reconstruction"]
         if self.perceptual is not None:
@@ -187,14 +190,16 @@ class VAEModule(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add one batch to the epoch's sums."""
         images = _images(batch)
-        outputs = self(images).clamp(-1.0, 1.0)
-        pixels = images.double()
+        with full_precision(self.device):
+            outputs = self(images).clamp(-1.0, 1.0)
+        wide = accumulation_dtype(self.device)
+        pixels = images.to(wide)
         batch_sums = {
             "count": pixels.new_tensor(float(len(images))),
             "image": pixels.sum(dim=0),  # (3, H, W)
             "square": pixels.square().sum(),
-            "error": (outputs.double() - pixels).square().sum(),
-            "psnr": psnr(outputs, images).double().sum(),
+            "error": (outputs.to(wide) - pixels).square().sum(),
+            "psnr": psnr(outputs, images).to(wide).sum(),
         }
         self._sums = {name: value + self._sums.get(name, 0.0) for name, value in batch_sums.items()}
 
@@ -225,13 +230,15 @@ class VAEModule(pl.LightningModule):
     @torch.no_grad()
     def latent_std(self) -> float:
         """Standard deviation of the posterior means over `scale_batches` training batches of each rank."""
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # count, sum, sum of squares
+        wide = accumulation_dtype(self.device)
+        sums = torch.zeros(3, dtype=wide, device=self.device)  # count, sum, sum of squares
         loader: Any = self.trainer.train_dataloader
         for number, batch in enumerate(loader):
             if number == self.scale_batches:
                 break
             images = _images(self.trainer.strategy.batch_to_device(batch, self.device))
-            mean = self.vae.moments(images).chunk(2, dim=1)[0].double()
+            with full_precision(self.device):
+                mean = self.vae.moments(images).chunk(2, dim=1)[0].to(wide)
             sums += torch.stack([mean.new_tensor(float(mean.numel())), mean.sum(), mean.square().sum()])
         sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
         mean, square = sums[1] / sums[0], sums[2] / sums[0]

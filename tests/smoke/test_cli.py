@@ -213,6 +213,31 @@ def test_wrong_options_of_a_fit(
     assert message in error_of(capsys, *tiny("fit", image_shards, *arguments))
 
 
+@pytest.mark.parametrize(
+    ("experiment", "options", "message"),
+    [
+        ("tokenizer/tiny", ["--trainer.precision=bf16-true"], "trainer.precision='bf16-true'"),
+        ("prior/tiny", ["--trainer.precision=16-true"], "trainer.precision='16-true'"),
+        ("vae/demo", ["--trainer.precision=16-mixed", "--model.gan_weight=0.5"], "with model.gan_weight above 0"),
+    ],
+)
+def test_precisions_that_do_not_train(
+    experiment: str,
+    options: list[str],
+    message: str,
+    image_shards: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Refused before anything is built, and by the plan, with the remedy."""
+    monkeypatch.setattr("flextok_pl.cli.training.FlexTokCLI.instantiate_classes", lambda self: pytest.fail("built"))
+    given = ["--config", str(EXPERIMENTS / f"{experiment}.yaml"), *options]
+    given += [f"--data.train={image_shards / 'train'}", f"--data.val={image_shards / 'val'}"]
+    for command in ("fit", "plan"):
+        error = error_of(capsys, command, *given)
+        assert message in error and "use bf16-mixed" in error, command
+
+
 def test_an_evaluation_by_two_processes_is_that_of_one(
     image_shards: Path, tiny_tokenizer: Path, workplace: Path
 ) -> None:

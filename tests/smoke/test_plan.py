@@ -270,7 +270,7 @@ def test_autoencoder(plan) -> None:
         (("--mfu", "1.5"), "mfu=1.5 must be in (0, 1]"),
         (("--memory_gib", "0"), "memory_gib=0.0 must be positive"),
         (("--inputs", "tokens"), "inputs='tokens': a tokenizer trains on images or latents"),
-        (("--trainer.precision", "64-true"), "trainer.precision='64-true' cannot be planned"),
+        (("--trainer.precision", "64-true"), "trainer.precision='64-true' is not supported"),
     ],
 )
 def test_errors(options: tuple[str, ...], message: str) -> None:

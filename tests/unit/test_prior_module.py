@@ -10,9 +10,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
-from flextok_pl.callbacks import EMA
+from flextok_pl.callbacks import EMA, GenerationFID, TokenReport
 from flextok_pl.contracts import weights_hash
 from flextok_pl.models.config import FlexTokConfig, PriorConfig
 from flextok_pl.models.prior import Prior
@@ -159,6 +160,42 @@ def test_compiled_blocks(tmp_path: Path) -> None:
 def test_half_precision(tmp_path: Path) -> None:
     half = fit(tmp_path, module(), 5, precision="bf16-mixed")
     assert half == pytest.approx(fit(tmp_path / "b", module(), 5), rel=0.02)
+
+
+def test_float16_with_a_scaled_loss(tmp_path: Path) -> None:
+    plain, chunked = fit(tmp_path / "plain", module(), 5), module(loss_chunk=8)
+    half = fit(tmp_path / "half", chunked, 5, plugins=MixedPrecision("16-mixed", "cpu"))
+    assert half != plain and half == pytest.approx(plain, rel=2e-3)
+
+
+class Measured(Sequences):
+    """A validation set of one batch with images."""
+
+    def num_samples(self, split: str) -> int:
+        return 8
+
+
+def test_what_is_measured_does_not_depend_on_the_trainers_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: str
+) -> None:
+    monkeypatch.setattr("flextok_pl.callbacks.budget_evaluation.plot_budgets", lambda *args: None)  # slow
+    images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    made_by = FlexTok.from_pretrained(tokenizer).identity()
+    found = []
+    for precision in ("32-true", "bf16-mixed"):
+        gfid = GenerationFID([1, K], num_steps=1, cfg_scale=2.0, cache_dir=None, output_dir=tmp_path / precision)
+        run = pl.Trainer(
+            accelerator="cpu",
+            precision=precision,
+            logger=False,
+            default_root_dir=tmp_path,
+            callbacks=[gfid, TokenReport()],
+            enable_progress_bar=False,
+            enable_checkpointing=False,
+        )
+        (values,) = run.validate(module(tokenizer=tokenizer), Measured(made_by, image=images), verbose=False)
+        found.append((values, gfid.values))
+    assert found[0] == found[1] and "val/loss" in found[0][0] and "fd_effnet_lite0" in found[0][1][K]
 
 
 def test_label_smoothing_and_condition_dropout(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from flextok_pl.callbacks import EMA
+from flextok_pl.callbacks import EMA, CodebookReport, ReconstructionFID
 from flextok_pl.contracts import weights_hash
 from flextok_pl.models.config import FlexTokConfig, VAEConfig
 from flextok_pl.models.objective import sample_draws
@@ -193,6 +193,46 @@ def test_latents_of_the_vae_train_like_its_images(tmp_path: Path) -> None:
     torch.testing.assert_close(network.latents({"latent": moments}), network.latents(batch))
     with pytest.raises(ValueError, match="'image' or 'latent'"):
         network.latents({"key": batch["key"]})
+
+
+class Measured(pl.LightningDataModule):
+    """A validation set of one batch."""
+
+    def num_samples(self, split: str) -> int:
+        return 8
+
+    def val_dataloader(self) -> DataLoader:
+        return loader(1)
+
+
+def test_what_is_measured_does_not_depend_on_the_trainers_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flextok_pl.callbacks.budget_evaluation.plot_budgets", lambda *args: None)  # slow
+    found = []
+    for precision in ("32-true", "bf16-mixed"):
+        rfid = ReconstructionFID([1, 8], num_steps=1, cache_dir=None, output_dir=tmp_path / precision)
+        codes = CodebookReport(output_dir=tmp_path / precision)
+        run = trainer(tmp_path / precision, callbacks=[rfid, codes], precision=precision)
+        (values,) = run.validate(module(tmp_path), Measured(), verbose=False)
+        found.append((values, rfid.values, codes.values))
+    assert found[0] == found[1] and "val/loss" in found[0][0] and "fd_effnet_lite0" in found[0][1][8]
+
+
+def test_half_precision_trains_on_the_same_latents(tmp_path: Path) -> None:
+    network, batch = module(tmp_path), Pictures(1)[0]
+    latents = network.latents(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(network.latents(batch), latents)
+    plain = fit(tmp_path / "a", network, 5)
+    half = fit(tmp_path / "b", module(tmp_path), 5, precision="bf16-mixed")
+    assert half != plain and half == pytest.approx(plain, rel=0.02)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_precisions_that_do_not_train(tmp_path: Path, precision: str) -> None:
+    with pytest.raises(ValueError, match=f"trainer.precision='{precision}'.* use "):
+        fit(tmp_path, module(tmp_path), precision=precision)
 
 
 def test_a_loss_that_is_not_finite_stops_the_fit(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
@@ -169,6 +170,21 @@ def test_validation_metrics(tmp_path: Path) -> None:
     )
     expected = 10 * torch.log10(4 / error.flatten(1).mean(dim=1)).mean()
     assert metrics["val/psnr"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_precisions(tmp_path: Path) -> None:
+    """Evaluation computes in float32, training as the trainer says; a discriminator does not bear float16."""
+    results = [
+        trainer(tmp_path, precision=precision).validate(module(), loader(batches(1)), verbose=False)
+        for precision in ("32-true", "bf16-mixed")
+    ]
+    assert results[0] == results[1]
+    half, options = MixedPrecision("16-mixed", "cpu"), {"gan_weight": 1.0, "discriminator_width": 8}
+    trainer(tmp_path, plugins=half).fit(module(), loader(batches()))
+    with pytest.raises(ValueError, match=r"16-mixed.*gan_weight.*use bf16-mixed"):
+        trainer(tmp_path, plugins=half).fit(module(**options), loader(batches(side=32)))
+    with pytest.raises(ValueError, match="trainer.precision='bf16-true'"):
+        trainer(tmp_path, precision="bf16-true").fit(module(), loader(batches()))
 
 
 def test_export_holds_the_measured_scale(tmp_path: Path) -> None:

@@ -1,0 +1,150 @@
+"""What users give to the models, brought to the types that they compute with, or refused in words.
+
+Functions that look at values wait for a GPU: they are for what is called to use a model, not for a training step.
+
+Shapes: B batch, H x W image, k tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flextok_pl.contracts import GuidanceScale
+
+IMAGE_LIMIT = 2.0
+"""Largest absolute value in an image: bicubic resizing overshoots [-1, 1] by up to 0.9, pixels in 0..255 are beyond."""
+
+
+def as_images(images: Tensor | np.ndarray[Any, Any]) -> Tensor:
+    """(B, 3, H, W) float32, from any floating type and from NumPy; the values are not looked at.
+
+    Raises:
+        ValueError: they are no floating point, or of another shape.
+    """
+    if isinstance(images, np.ndarray) and images.dtype.kind == "f":
+        images = torch.from_numpy(images.astype(np.float32))
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        kind = getattr(images, "dtype", type(images).__name__)
+        raise ValueError(f"images are {kind}; give floating point in [-1, 1], such as uint8 pixels / 127.5 - 1")
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images have shape {tuple(images.shape)}; they must be (B, 3, H, W)")
+    return images.float()
+
+
+def check_image_values(images: Tensor) -> None:
+    """Take images around [-1, 1] only.
+
+    Raises:
+        ValueError: they hold NaN or infinity, or reach beyond `IMAGE_LIMIT`.
+    """
+    check_finite(images, "images", "look at the files or the model that they come from")
+    largest = float(images.detach().abs().amax()) if images.numel() else 0.0
+    if largest > IMAGE_LIMIT:
+        raise ValueError(
+            f"images reach {largest:g}, far outside [-1, 1]: pixels in 0..255 become pixels / 127.5 - 1, and what a "
+            "model decoded is to be clamped"
+        )
+
+
+def check_finite(values: Tensor, name: str, remedy: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        ValueError: there is some.
+    """
+    if not values.isfinite().all():
+        raise ValueError(f"{name} hold NaN or infinite values; {remedy}")
+
+
+def as_ids(ids: Any, name: str = "tokens") -> Tensor:
+    """Ids as int64, from any integer type, such as the uint16 of token shards, from NumPy and lists too.
+
+    Args:
+        ids: of any shape.
+        name: what to call them in an error.
+
+    Raises:
+        ValueError: they are no integers.
+    """
+    if not isinstance(ids, Tensor):
+        array = np.asarray(ids)
+        ids = torch.from_numpy(array.astype(np.int64)) if array.dtype.kind in "iu" else array
+    kind = ids.dtype
+    if not isinstance(ids, Tensor) or kind == torch.bool or kind.is_floating_point or kind.is_complex:
+        raise ValueError(f"{name} is no list of ids: it has dtype {kind}; give an integer type, such as int64")
+    return ids.long()
+
+
+def as_token_batch(tokens: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """B rows of int64 tokens, of a (B, k) tensor or B of different lengths.
+
+    Raises:
+        ValueError: another shape, or no integers.
+    """
+    if isinstance(tokens, Tensor | np.ndarray):
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens has shape {tuple(tokens.shape)}; give (B, k) or a list of 1-D tensors")
+        return list(as_ids(tokens))
+    rows = [as_ids(row) for row in tokens]
+    for row in rows:
+        if row.ndim != 1:
+            raise ValueError(f"tokens holds a sample of shape {tuple(row.shape)}; give (B, k) or a list of 1-D tensors")
+    return rows
+
+
+def as_budgets(num_tokens: Any, batch_size: int) -> list[int]:
+    """One budget for each sample, from one for all or one each.
+
+    Raises:
+        ValueError: no whole numbers, or another number of them.
+    """
+    budgets = as_ids(num_tokens, "num_tokens")
+    wanted: list[int] = budgets.expand(batch_size).tolist() if budgets.ndim == 0 else budgets.flatten().tolist()
+    if len(wanted) != batch_size:
+        raise ValueError(f"num_tokens has {len(wanted)} entries for {batch_size} samples; give one each")
+    return wanted
+
+
+def as_size(size: Any, name: str) -> tuple[int, int]:
+    """(height, width).
+
+    Raises:
+        ValueError: it is something else than two positive whole numbers.
+    """
+    pair = list(size) if isinstance(size, Sequence) else []
+    if len(pair) != 2 or not all(isinstance(side, Integral) and side > 0 for side in pair):
+        raise ValueError(f"{name}={size!r} must be two whole numbers, (height, width), such as (32, 32)")
+    return int(pair[0]), int(pair[1])
+
+
+def as_generators(
+    generator: torch.Generator | Sequence[torch.Generator] | None, batch_size: int
+) -> list[torch.Generator | None]:
+    """One generator for each sample, or the same one for all.
+
+    Raises:
+        ValueError: another number of them.
+    """
+    generators = list(generator) if isinstance(generator, Sequence) else [generator] * batch_size
+    if len(generators) != batch_size:
+        raise ValueError(f"generator has {len(generators)} entries for {batch_size} samples; give one each")
+    return generators
+
+
+def scale_at(guidance_scale: GuidanceScale, t: float) -> float:
+    """The guidance scale at a flow time.
+
+    Raises:
+        ValueError: it is NaN or infinite.
+    """
+    scale = guidance_scale(t) if callable(guidance_scale) else guidance_scale
+    if not math.isfinite(scale):
+        raise ValueError(f"guidance_scale={scale} at t={t} must be a finite number")
+    return scale

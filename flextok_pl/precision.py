@@ -1,0 +1,125 @@
+"""Which precision numbers are computed in: by networks that are used, by sums, and in trainings.
+
+What is trained runs as the trainer says, under autocast. What is used does not: its results are those of float32 in
+any training. What measures or is evaluated runs in `full_precision`. The autoencoder, the teacher and the text encoder,
+which serve trainings too, run `outside_autocast` by themselves, and leave TF32 as the user has it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+_backends: Any = torch.backends  # mypy knows but some of its attributes
+# Not `allow_tf32`, torch's older interface: reading it is an error once somebody has set one of these.
+_SETTINGS = (
+    _backends.cuda.matmul,
+    _backends.cudnn.conv,  # TF32 by default
+    _backends.mkldnn.matmul,
+    _backends.mkldnn.conv,
+)
+_inside: list[list[str]] = []  # what the settings were, once for each context that is open in any thread
+_lock = threading.Lock()
+
+WITHOUT_FLOAT64 = frozenset({"mps"})
+"""Types of devices that do not know float64."""
+
+TRAINING_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+"""Values of `trainer.precision` that trainings take."""
+
+MEASURED_IN = "32-true"
+"""The precision, as a record states it, of everything that is evaluated, whatever that of the trainer."""
+
+_SHORT = {None: "32-true", "None": "32-true", "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+
+
+def outside_autocast(device: torch.device | str) -> AbstractContextManager[Any]:
+    """Float32 where weights and inputs are; TF32 as torch has it, on a GPU in convolutions only.
+
+    Args:
+        device: where the network is, or the type of that device.
+    """
+    kind = torch.device(device).type
+    known = torch.amp.is_autocast_available(kind)  # the meta device has no autocast
+    return torch.autocast(kind, enabled=False) if known else nullcontext()
+
+
+@contextmanager
+def full_precision(device: torch.device | str) -> Iterator[None]:
+    """Float32 throughout: neither autocast nor TF32 nor bfloat16, whatever the caller has set; gradients as outside.
+
+    The settings of TF32 and bfloat16 are those of the process, all threads included. When the last of these contexts
+    ends they have the values that they had, set explicitly: a later `torch.backends.fp32_precision`, which they may
+    have followed before, no longer reaches them.
+
+    Args:
+        device: where the network is, or the type of that device.
+    """
+    with _lock:
+        _inside.append(_inside[0] if _inside else [setting.fp32_precision for setting in _SETTINGS])
+        for setting in _SETTINGS:
+            setting.fp32_precision = "ieee"
+    try:
+        with outside_autocast(device):
+            yield
+    finally:
+        with _lock:
+            before = _inside.pop()
+            if not _inside:
+                for setting, precision in zip(_SETTINGS, before, strict=True):
+                    setting.fp32_precision = precision
+
+
+def accumulation_dtype(device: torch.device | str) -> torch.dtype:
+    """What sums and probabilities are taken in on a device: float64, or float32 where there is none, as on Apple's MPS.
+
+    Args:
+        device: where the sum is taken, or the type of that device.
+    """
+    return torch.float32 if torch.device(device).type in WITHOUT_FLOAT64 else torch.float64
+
+
+def require_float32(dtype: torch.dtype, what: str) -> None:
+    """Refuse a network whose weights have another type, for which its results would be others.
+
+    Raises:
+        ValueError: they have.
+    """
+    if dtype != torch.float32:
+        raise ValueError(
+            f"the weights of this {what} are {dtype}, but its results are those of float32: "
+            "load it again and leave its type, or call .float()"
+        )
+
+
+def check_training_precision(precision: object, adversarial: bool = False) -> str:
+    """The full name of a trainer's precision that our trainings and evaluations take.
+
+    Args:
+        precision: `trainer.precision`; None is float32.
+        adversarial: whether an autoencoder is trained against a discriminator.
+
+    Returns:
+        One of `TRAINING_PRECISIONS`.
+
+    Raises:
+        ValueError: it is another one, or does not suit the training.
+    """
+    name = _SHORT.get(None if precision is None else str(precision), str(precision))
+    if name in ("bf16-true", "16-true"):
+        raise ValueError(
+            f"trainer.precision={name!r} stores weights in half precision, which loses their small updates and moves "
+            "latents, tokens and metrics; use bf16-mixed, which computes in half precision and stores in float32"
+        )
+    if name not in TRAINING_PRECISIONS:
+        raise ValueError(f"trainer.precision={name!r} is not supported; use {', '.join(TRAINING_PRECISIONS)}")
+    if adversarial and name == "16-mixed":
+        raise ValueError(
+            "trainer.precision='16-mixed' with model.gan_weight above 0: the weight of the adversarial loss is a ratio "
+            "of gradients, which float16 rounds to zero before the loss is scaled; use bf16-mixed"
+        )
+    return name
