@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from PIL import Image
 
-from flextok_pl.data.index import IMAGE_EXTENSIONS, ShardError, ShardIndex
+from flextok_pl.data.index import IMAGE_EXTENSIONS, ShardError, ShardIndex, is_utf8
 from flextok_pl.data.listing import Span
 from flextok_pl.data.shards import Sample, start_set, worker_processes, write_index, write_shards
 from flextok_pl.data.transforms import decode_image
@@ -125,10 +125,13 @@ class Conversion:
         for item in items:
             try:
                 sample = read(item)
+                if not is_utf8(sample.key):
+                    raise ValueError(f"its name is not UTF-8, rename it: {sample.key!r}")
             except (ValueError, OSError) as error:
+                name = item.name.encode("utf-8", "backslashreplace").decode("utf-8")
                 if self.on_error == "raise":
-                    raise ValueError(f"{item.name}: {error}; repair or remove it, or pass on_error=skip") from error
-                _LOG.warning("left out %s: %s", item.name, error)
+                    raise ValueError(f"{name}: {error}; repair or remove it, or pass on_error=skip") from error
+                _LOG.warning("left out %s: %s", name, error)
                 continue
             yield sample
 
@@ -155,7 +158,11 @@ class Conversion:
         Raises:
             ShardError: the folder holds something else, such as a set that pictures were left out of where `on_error`
                 forbids it; or no item could be read.
+            ValueError: the name of a class is not UTF-8.
         """
+        for name in plan.classes:
+            if not is_utf8(name):
+                raise ValueError(f"the name of class {name!r} is not UTF-8; rename its folder, or the class")
         arguments = {**plan.arguments, **self.arguments()}
         ready = start_set(folder, arguments, self.overwrite)
         if ready is not None:

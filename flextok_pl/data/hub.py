@@ -42,7 +42,7 @@ def find_parts(src: str, files: str, revision: str | None, split: str | None) ->
     from_hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", src) is not None and not Path(src).exists()
     by_part: dict[str, list[Path]] = {}
     for name, path in _list_hub(src, revision) if from_hub else _list_local(src):
-        if fnmatch.fnmatch(name, files):
+        if name == files or fnmatch.fnmatch(name, files):
             by_part.setdefault(part_of(name), []).append(path)
     if not by_part:
         hint = "; revision=refs/convert/parquet may have some" if from_hub else ""

@@ -189,7 +189,7 @@ def _list_part(src: Path, part: str, conversion: Conversion) -> Iterator[tuple[s
 def _list_class(src: Path, _: int, tar: tuple[str, Span]) -> list[tuple[str, Span]]:
     """The pictures in one of the tars within the training tar."""
     name, place = tar
-    members = tar_members(src, place.file, place.offset)
+    members = tar_members(src, place.file, place.offset, place.size)
     return [(f"{Path(name).stem}/{Path(file).name}", span) for file, span in members]
 
 

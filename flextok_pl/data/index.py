@@ -44,6 +44,11 @@ IMAGE_EXTENSIONS = (
 """Endings of pictures made of pixels; which of them can be read depends on what Pillow was built with."""
 
 
+def is_utf8(name: str) -> bool:
+    """Whether a name can be written down: Python takes bytes of a file's name that are not UTF-8 for surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
 class ShardError(ValueError):
     """A shard set that is missing, incomplete, damaged or of the wrong kind."""
 
@@ -135,7 +140,7 @@ class ShardIndex:
         return self.provenance.get(MAKERS[field]) if field in self.fields else None
 
     def to_json(self) -> str:
-        """The text of `index.json`."""
+        """The text of `index.json`; a path that is not UTF-8 is escaped in it, and comes back as it was."""
         record = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -147,7 +152,8 @@ class ShardIndex:
             "provenance": dict(self.provenance),
             "shards": [vars(shard) for shard in self.shards],
         }
-        return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> ShardIndex:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +40,7 @@ def write_resharded(
     label_key: str | None = None,
     caption_key: str | None = None,
     class_names: Path | str | None = None,
+    image_key: str | None = None,
     size: int | None = None,
     image_format: ImageFormat = "jpg",
     quality: int = 95,
@@ -48,16 +51,20 @@ def write_resharded(
 ) -> ShardIndex:
     """Write WebDataset tars, or a shard set, as a new shard set.
 
-    Samples of tars without an index are a picture, and where all have them a label (`.cls`, or a key of `.json`) and a
-    caption (`.txt`, or a key of `.json`). Of a shard set everything is kept. Samples are stored in an order that mixes
-    the tars. Keys that occur in several tars get the tar's name before them.
+    Tars without an index: files whose names are alike up to the first dot are a sample, of a picture, and where there
+    are some a label (`.cls`, or a key of `.json`) and a caption (`.txt`, or a key of `.json`). Of a shard set all is
+    kept. Samples are stored in an order that mixes the tars. Keys that occur in several tars get the tar's name before
+    them.
 
     Args:
-        src: tar files, as a folder or a pattern with `*` or `{000..099}`; or shard sets, likewise.
+        src: tar files, as a folder or a pattern with `*` or `{000..099}`; or shard sets, likewise. A path that is there
+            is taken as it is written.
         dst: folder of the new set.
         label_key: take the label from this key of `.json`: a class index, or a name.
         caption_key: take the caption from this key of `.json`.
         class_names: text file with the name of each class, one per line; default the numbers or names that occur.
+        image_key: what follows the first dot of a picture's name, such as `input.jpg`, where samples have several
+            pictures or longer names; default the picture that each has.
         size: shrink pictures whose shorter side is longer than this to it, antialiased; default keeps the files' bytes.
         image_format: format of the pictures that were shrunk; `png` is lossless.
         quality: of `jpg` and `webp`, 1..100.
@@ -74,7 +81,12 @@ def write_resharded(
     """
     conversion = Conversion(size, image_format, quality, on_error, num_workers, samples_per_shard, overwrite)
     paths = matching_paths(src)
-    foreign = {"label_key": label_key, "caption_key": caption_key, "class_names": class_names}
+    foreign = {
+        "label_key": label_key,
+        "caption_key": caption_key,
+        "class_names": class_names,
+        "image_key": image_key,
+    }
     if all(((path if path.is_dir() else path.parent) / INDEX_NAME).is_file() for path in paths):
         for name, value in foreign.items():
             if value is not None:
@@ -82,15 +94,37 @@ def write_resharded(
         items, plan = _own(src, conversion)
     else:
         names = None if class_names is None else _read_names(Path(class_names))
-        items, plan = _foreign(_tars(paths, src), conversion, label_key, caption_key, names)
+        keys = _Keys(label_key, caption_key, None if image_key is None else image_key.lower())
+        items, plan = _foreign(_tars(paths, src), conversion, keys, names)
     return conversion.write(Path(dst), items, ItemReader(Path("/"), conversion, "image" in plan.fields), plan, "shards")
 
 
 def _tars(paths: Sequence[Path], src: str) -> list[Path]:
     tars = [tar for path in paths for tar in (sorted(path.rglob("*.tar")) if path.is_dir() else [path])]
+    packed = [file for path in paths if path.is_dir() for file in (*path.rglob("*.tar.*"), *path.rglob("*.tgz"))]
     if not tars:
-        raise ValueError(f"src={src} holds no .tar files")
+        held = f", but {len(packed)} compressed ones, such as {packed[0].name}; unpack them first" if packed else ""
+        raise ValueError(f"src={src} holds no .tar files{held}")
+    if packed:
+        _LOG.warning("%d compressed tars are left out, such as %s: unpack them first", len(packed), packed[0])
     return [tar.resolve() for tar in tars]
+
+
+@dataclass(frozen=True, slots=True)
+class _Keys:
+    """Where the fields of foreign samples are, as for `write_resharded`.
+
+    Raises:
+        ValueError: `image_key` is of no picture.
+    """
+
+    label: str | None
+    caption: str | None
+    image: str | None
+
+    def __post_init__(self) -> None:
+        if self.image is not None and _ending(self.image) not in IMAGE_EXTENSIONS:
+            raise ValueError(f"image_key={self.image} must end in one of {', '.join(IMAGE_EXTENSIONS)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +135,16 @@ class _Raw:
     files: tuple[tuple[str, Span], ...]
     label: int | str | None = None
     caption: str | None = None
+
+    @property
+    def where(self) -> str:
+        """Its tar and key, for people."""
+        return f"{self.files[0][1].file}, {self.key}"
+
+    @property
+    def held(self) -> str:
+        """What it has, for people."""
+        return f"it holds .{', .'.join(name for name, _ in self.files)}"
 
 
 def _own(src: str, conversion: Conversion) -> tuple[list[Item], ShardIndex]:
@@ -120,39 +164,93 @@ def _own(src: str, conversion: Conversion) -> tuple[list[Item], ShardIndex]:
 
 
 def _foreign(
-    tars: Sequence[Path],
-    conversion: Conversion,
-    label_key: str | None,
-    caption_key: str | None,
-    names: tuple[str, ...] | None,
+    tars: Sequence[Path], conversion: Conversion, keys: _Keys, names: tuple[str, ...] | None
 ) -> tuple[list[Item], ShardIndex]:
-    raw = _list_tars(tars, partial(_list_foreign_tar, label_key, caption_key), conversion)
+    raw = _list_tars(tars, partial(_list_foreign_tar, keys), conversion)
     where = f"{tars[0].parent}"
     labels = [sample.label for sample in raw if sample.label is not None]
     texts = sum(sample.caption is not None for sample in raw)
-    for name, number, meaning in (("label", len(labels), "-1, no class"), ("caption", texts, "the empty one")):
+    for name, key, number, meaning in (
+        ("label", keys.label, len(labels), "-1, no class"),
+        ("caption", keys.caption, texts, "the empty one"),
+    ):
+        if key is not None and not number:
+            raise ValueError(f"{name}_key={key} is in none of the {len(raw)} samples; {_records(raw)}")
         if 0 < number < len(raw):
             _LOG.warning("%d of %d samples have no %s and get %s", len(raw) - number, len(raw), name, meaning)
     classes = (classes_of(labels, where) if names is None else names) if labels else ()
+    if names is not None and not labels:
+        raise ValueError(f"class_names name {len(names)} classes, and no sample has a label; {_records(raw)}")
     indices = Labels(classes)
     items = []
     for key, sample in zip(_keys(raw), raw, strict=True):
         try:
             label = indices.index(sample.label) if classes else None
         except ValueError as error:
-            raise ValueError(f"{sample.files[0][1].file}, {sample.key}: {error}") from error
-        pictures = [entry for e in IMAGE_EXTENSIONS for entry in sample.files if entry[0] == e]
-        items.append(Item(key, (*pictures, *sample.files)[:1], label, (sample.caption or "") if texts else None))
+            raise ValueError(f"{sample.where}: {error}") from error
+        picture = _picture(sample, keys.image, conversion.on_error)
+        items.append(Item(key, picture, label, (sample.caption or "") if texts else None))
     fields = ("image", *(["label"] if classes else []), *(["text"] if texts else []))
     arguments = {
         "writer": "reshard",
         "source": [str(tar) for tar in tars],
         "files": listing_digest(Path("/"), map(str, tars)),
-        "label_key": label_key,
-        "caption_key": caption_key,
+        "label_key": keys.label,
+        "caption_key": keys.caption,
         "class_names": None if names is None else list(names),
+        **({} if keys.image is None else {"image_key": keys.image}),
     }
     return mixed(items), ShardIndex(tars[0].parent, fields, (), classes, None, arguments, {"source": where})
+
+
+def _picture(sample: _Raw, image_key: str | None, on_error: OnError) -> tuple[tuple[str, Span], ...]:
+    """The one picture of a foreign sample, or a file that is none where the sample is to be left out.
+
+    Raises:
+        ValueError: it has no picture, or several.
+    """
+    wanted = IMAGE_EXTENSIONS if image_key is None else (image_key,)
+    found = [(name, span) for name, span in sample.files if name in wanted]
+    if len(found) > 1:
+        raise ValueError(
+            f"{sample.where}: it has several pictures ({sample.held}); name the one to take, as image_key={found[0][0]}"
+        )
+    if not found and on_error == "raise":
+        longer = [name for name, _ in sample.files if _ending(name) in IMAGE_EXTENSIONS]
+        remedy = f"give image_key={longer[0]} if all have it, or " if longer else ""
+        raise ValueError(
+            f"{sample.where}: it has no picture .{' or .'.join(wanted)} ({sample.held}, each a name from its first dot "
+            f"on); {remedy}rename the files, or pass on_error=skip"
+        )
+    return tuple((_ending(name), span) for name, span in found) or (("", sample.files[0][1]),)
+
+
+def _ending(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _records(raw: Sequence[_Raw]) -> str:
+    """What one of the samples offers for labels and captions, for people."""
+    for sample in raw:
+        files = dict(sample.files)
+        if "json" in files:
+            return f"the .json of {sample.key} has the keys {', '.join(_record(files))}"
+    return f"none has a .json, such as {raw[0].where} ({raw[0].held})" if raw else "there are none"
+
+
+def _record(files: Mapping[str, Span]) -> dict[str, Any]:
+    """The content of a sample's `.json`.
+
+    Raises:
+        ValueError: it is not JSON, or no object.
+    """
+    try:
+        record = json.loads(files["json"].read(Path("/")))
+    except ValueError as error:
+        raise ValueError(f"its .json cannot be read: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f'its .json is {str(record)[:40]!r}, and must have keys with values, such as {{"label": 3}}')
+    return record
 
 
 def _list_tars(tars: Sequence[Path], job: Callable[[int, str], list[_Raw]], conversion: Conversion) -> list[_Raw]:
@@ -169,57 +267,82 @@ def _list_tar(_: int, tar: str) -> list[_Raw]:
     return [_Raw(key, tuple(files)) for key, files in tar_samples(Path("/"), tar)]
 
 
-def _list_foreign_tar(label_key: str | None, caption_key: str | None, number: int, tar: str) -> list[_Raw]:
+def _list_foreign_tar(keys: _Keys, number: int, tar: str) -> list[_Raw]:
+    """The samples of a tar, whose files need not lie side by side."""
+    gathered: dict[str, dict[str, Span]] = {}
+    for key, entries in tar_samples(Path("/"), tar):
+        files = gathered.setdefault(key, {})
+        for extension, span in entries:
+            if extension in files:
+                raise ValueError(
+                    f"{tar} has two files {key}.{extension} (upper and lower case are one); pack it again with one of "
+                    "them, or give them different names"
+                )
+            files[extension] = span
     samples = []
-    for sample in _list_tar(number, tar):
+    for key, files in gathered.items():
         try:
-            label, caption = _annotations(dict(sample.files), label_key, caption_key)
+            label, caption = _annotations(files, keys)
         except ValueError as error:
-            raise ValueError(f"{tar}, {sample.key}: {error}") from error
-        samples.append(_Raw(sample.key, sample.files, label, caption))
+            raise ValueError(f"{tar}, {key}: {error}") from error
+        samples.append(_Raw(key, tuple(files.items()), label, caption))
     return samples
 
 
-def _annotations(
-    files: Mapping[str, Span], label_key: str | None, caption_key: str | None
-) -> tuple[int | str | None, str | None]:
+def _annotations(files: Mapping[str, Span], keys: _Keys) -> tuple[int | str | None, str | None]:
     """Label and caption of a foreign sample, None where it has none."""
-    record: Any = {}
-    if (label_key is not None or caption_key is not None) and "json" in files:
-        record = json.loads(files["json"].read(Path("/")))
+    record: dict[str, Any] = {}
+    if (keys.label is not None or keys.caption is not None) and "json" in files:
+        record = _record(files)
     label = caption = None
-    if label_key is not None:
-        label = record.get(label_key)
+    if keys.label is not None:
+        label = _label(record.get(keys.label), f"{keys.label} of its .json")
     elif "cls" in files:
-        text = files["cls"].read(Path("/")).decode().strip()
-        label = int(text) if text.removeprefix("-").isdecimal() else text
-    if caption_key is not None:
-        caption = record.get(caption_key)
+        label = _label(files["cls"].read(Path("/")).decode("utf-8-sig").strip(), ".cls")
+    if keys.caption is not None:
+        caption = record.get(keys.caption)
     elif "txt" in files:
-        caption = files["txt"].read(Path("/")).decode()
-    if not isinstance(label, int | str | None) or isinstance(label, bool):
-        raise ValueError(f"its {label_key} {label!r} is no class index or name")
+        caption = files["txt"].read(Path("/")).decode("utf-8-sig")
     if not isinstance(caption, str | None):
-        raise ValueError(f"its {caption_key} {caption!r} is no text")
+        raise ValueError(f"its {keys.caption} {caption!r} is no text")
     return label, caption
+
+
+def _label(value: Any, where: str) -> int | str | None:
+    """A label as a class index or a name; `10.0`, as tables of numbers have it, is 10.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int | str | None) or value == "":
+        raise ValueError(f"{where} is {value!r}, which is no class index or name")
+    whole = re.fullmatch(r"([+-]?[0-9]+)(\.0*)?", value) if isinstance(value, str) else None
+    return value if whole is None else int(whole[1])
 
 
 def _keys(raw: Sequence[_Raw]) -> list[str]:
     """The samples' keys, with the name of their tar before them where they occur in several."""
     keys = [sample.key.lstrip("/").replace(".", "_") for sample in raw]
     if len(set(keys)) != len(keys):
-        tars = [Path(sample.files[0][1].file).stem.replace(".", "_") for sample in raw]
-        keys = [f"{tar}/{key}" for tar, key in zip(tars, keys, strict=True)]
+        tars = [sample.files[0][1].file.removesuffix(".tar") for sample in raw]
+        above = os.path.commonpath([os.path.dirname(tar) for tar in tars])
+        keys = [f"{os.path.relpath(tar, above).replace('.', '_')}/{key}" for tar, key in zip(tars, keys, strict=True)]
     return [f"file-{key}" if key.startswith("__") else key for key in keys]
 
 
 def _read_names(path: Path) -> tuple[str, ...]:
     try:
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"class_names={path} cannot be read: {error}") from error
+    if "" in names:
+        raise ValueError(
+            f"class_names={path}: line {names.index('') + 1} is blank, and each line names the class of its number; "
+            "give that class a name, or remove the line"
+        )
     twice = [name for name, number in Counter(names).items() if number > 1]
-    if twice or not names:
-        held = f"{twice[0]!r} twice" if twice else "none"
-        raise ValueError(f"class_names={path} must have one name per class, each another; it has {held}")
+    if twice:
+        raise ValueError(f"class_names={path} must have one name per class, each another; it has {twice[0]!r} twice")
     return names

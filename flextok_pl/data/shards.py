@@ -25,7 +25,7 @@ from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 
-from flextok_pl.data.index import INDEX_NAME, ShardError, ShardIndex, ShardInfo
+from flextok_pl.data.index import INDEX_NAME, ShardError, ShardIndex, ShardInfo, is_utf8
 
 PARTIAL_NAME = f"{INDEX_NAME}.partial"
 
@@ -97,8 +97,8 @@ def _shard_info(path: Path, name: str) -> ShardInfo:
 
 
 def _check_key(key: str) -> None:
-    if not key or "." in key or key.startswith(("__", "/")):
-        raise ShardError(f"sample key {key!r} must not be empty, contain a dot, or start with '__' or '/'")
+    if not key or "." in key or key.startswith(("__", "/")) or not is_utf8(key):
+        raise ShardError(f"sample key {key!r} must be UTF-8, not empty, without a dot, and not start with '__' or '/'")
 
 
 def _explained(error: OSError, path: Path) -> OSError:

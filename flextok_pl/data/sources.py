@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import tempfile
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import braceexpand
 
 from flextok_pl.contracts import class_difference
 from flextok_pl.data.index import INDEX_NAME, MAKERS, ShardError, ShardIndex
+from flextok_pl.data.listing import matching_paths
 from flextok_pl.data.remote import PIPE, Remote, is_remote, require_plain_names
 
 
@@ -22,9 +22,9 @@ def load_indices(
     """Load one or several shard sets.
 
     Args:
-        source: a folder, an `index.json`, a pattern of such with `*` or `{a,b}`, or a list of these. A pattern may also
-            name tar files; then the sets that they lie in are restricted to them. In place of a folder there may be a
-            URL, without `*`, or a command, see `Remote`.
+        source: a folder, an `index.json`, a pattern of such as for `matching_paths`, or a list of these. A pattern may
+            also name tar files; then the sets that they lie in are restricted to them. In place of a folder there may
+            be a URL, without `*`, or a command, see `Remote`.
         cache_dir: where the shards of remote sets stay.
         labels: whether classes are wanted; without, sets of different ones fit together.
 
@@ -44,21 +44,28 @@ def load_indices(
 
 
 def _of_entry(entry: str, cache_dir: str | Path | None) -> list[ShardIndex]:
-    matches: list[str] = []
-    for pattern in [entry] if entry.startswith(PIPE) else braceexpand.braceexpand(entry):
-        local_pattern = glob.has_magic(pattern) and not is_remote(pattern)
-        matches += sorted(glob.glob(pattern)) if local_pattern else [pattern]
-    if not matches:
-        raise ShardError(f"{entry!r} matches no shard set; give the folder that holds {INDEX_NAME}")
     tars: dict[str, set[str]] = {}
     indices = []
-    for match in matches:
+    for match in _places(entry):
         if match.endswith(".tar") and not match.startswith(PIPE):
             folder, _, name = match.rpartition("/")
             tars.setdefault(folder, set()).add(name)
         else:
             indices.append(_load(match, cache_dir))
     return indices + [_load(folder or ".", cache_dir).restricted(names) for folder, names in tars.items()]
+
+
+def _places(entry: str) -> list[str]:
+    """What an entry stands for, one by one."""
+    if is_remote(entry):
+        return [entry] if entry.startswith(PIPE) else list(braceexpand.braceexpand(entry))
+    try:
+        return [str(path) for path in matching_paths(entry)]
+    except ValueError as error:
+        raise ShardError(
+            f"{entry!r} matches no shard set: {error}. `flextok data` makes one; give the folder that holds its "
+            f"{INDEX_NAME} (often DST/train or DST/val)"
+        ) from None
 
 
 def _load(place: str, cache_dir: str | Path | None) -> ShardIndex:

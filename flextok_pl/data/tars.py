@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
-import webdataset as wds
-
 from flextok_pl.data.index import ShardError, ShardIndex
+from flextok_pl.data.listing import files_in_tar, grouped
 
 
 class Shard:
@@ -35,7 +33,7 @@ class Shard:
         except OSError as error:
             raise self._unreadable(error) from error
         try:
-            self._samples = list(wds.tariterators.group_by_keys(self._members()))
+            self._samples = [self._sample(key, files) for key, files in grouped(files_in_tar(self._file))]
         except (OSError, tarfile.TarError, ValueError) as error:
             self._file.close()
             raise self._unreadable(error) from error
@@ -47,12 +45,12 @@ class Shard:
                 "truncated or was changed; copy it again, or write the set again with overwrite"
             )
 
-    def _members(self) -> Iterator[dict[str, Any]]:
-        """Where the files lie, in the form in which webdataset groups their contents."""
-        with tarfile.open(fileobj=self._file, mode="r:") as tar:
-            for member in tar:
-                if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):  # webdataset's metadata
-                    yield {"fname": member.name, "data": (member.offset_data, member.size), "__url__": self.where}
+    def _sample(self, key: str, files: list[tuple[str, tuple[int, int]]]) -> dict[str, Any]:
+        """Where the files of a sample lie."""
+        places: dict[str, Any] = dict(files)
+        if len(places) < len(files):
+            raise ValueError(f"sample {key!r} has two files of one kind, of {sorted(name for name, _ in files)}")
+        return {"__key__": key, "__url__": self.where, **places}
 
     def read(self, sample: int) -> dict[str, Any]:
         """A raw sample: `__key__`, `__url__`, and bytes by extension.

@@ -11,9 +11,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from flextok_pl.data.index import IMAGE_EXTENSIONS, INDEX_NAME, ShardError, ShardIndex
+from flextok_pl.data.index import IMAGE_EXTENSIONS, INDEX_NAME, ShardError, ShardIndex, is_utf8
 from flextok_pl.data.listing import tar_samples
-from flextok_pl.data.samples import Decoder
+from flextok_pl.data.samples import STACKED, Decoder
 from flextok_pl.data.shards import run_jobs, worker_processes
 
 
@@ -56,11 +56,12 @@ class Verification:
 
 @dataclass(frozen=True)
 class _Shard:
-    """What was read of one tar: per sample its key and the digest of its picture."""
+    """What was read of one tar: per sample its key and the digest of its picture, and the first sample's shapes."""
 
     samples: list[tuple[str, bytes | None]]
     bytes: int
     findings: list[Finding]
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def verify_sets(folders: Sequence[Path], num_workers: int | None = None) -> Verification:
@@ -92,11 +93,15 @@ def verify_sets(folders: Sequence[Path], num_workers: int | None = None) -> Veri
             if path.name not in known
         ]
         keys: dict[str, Path] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for path, shard in _read_shards(index, worker_processes(num_workers)):
             result.shards += 1
             result.samples += len(shard.samples)
             result.bytes += shard.bytes
             result.findings += shard.findings
+            for name, shape in shard.shapes.items():
+                if shapes.setdefault(name, shape) != shape:
+                    result.findings.append(Finding(path, None, _other_shape(name, shape, shapes[name])))
             for key, digest in shard.samples:
                 if key in keys:
                     result.findings.append(Finding(path, key, f"the same key is in {keys[key]}"))
@@ -124,6 +129,7 @@ def _verify_shard(index: ShardIndex, number: int, _: None) -> _Shard:
     problems: list[str] = []
     findings: list[Finding] = []
     samples: list[tuple[str, bytes | None]] = []
+    shapes: dict[str, tuple[int, ...]] = {}
     if not path.is_file():
         return _Shard([], 0, [Finding(path, None, "it is missing")])
     size = path.stat().st_size
@@ -140,17 +146,19 @@ def _verify_shard(index: ShardIndex, number: int, _: None) -> _Shard:
                 if extension in raw:
                     findings.append(Finding(path, key, f"it has two files .{extension}"))
                 raw[extension] = span.read(path.parent)
-            findings += [Finding(path, key, problem) for problem in _problems(index, raw)]
+            if not is_utf8(key):
+                findings.append(Finding(path, key, "its key is not UTF-8; rename its file and write the set again"))
+            findings += [Finding(path, key, problem) for problem in _problems(index, raw, shapes)]
             samples.append((key, _picture_digest(raw)))
     except (ValueError, OSError) as error:
         problems.append(str(error))
     if len(samples) != expected.count:
         problems.append(f"it holds {len(samples)} samples instead of {expected.count}")
-    return _Shard(samples, size, [*(Finding(path, None, problem) for problem in problems), *findings])
+    return _Shard(samples, size, [*(Finding(path, None, problem) for problem in problems), *findings], shapes)
 
 
-def _problems(index: ShardIndex, raw: dict[str, Any]) -> list[str]:
-    """What is wrong with each field of a sample."""
+def _problems(index: ShardIndex, raw: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """What is wrong with each field of a sample; `shapes` receives those of the first one, which others must have."""
     found, decoder = [], Decoder()
     for name in index.fields:
         try:
@@ -163,7 +171,15 @@ def _problems(index: ShardIndex, raw: dict[str, Any]) -> list[str]:
         if name == "image" and side is not None and sample["image"].size != (side, side):
             width, height = sample["image"].size
             found.append(f"it has {width} x {height} pixels instead of {side} x {side}")
+        if name in STACKED:
+            shape = tuple(sample[name].shape)
+            if shapes.setdefault(name, shape) != shape:
+                found.append(_other_shape(name, shape, shapes[name]))
     return found
+
+
+def _other_shape(name: str, shape: tuple[int, ...], first: tuple[int, ...]) -> str:
+    return f"its {name} have the shape {shape} instead of the {first} of the samples before"
 
 
 def _picture_digest(raw: dict[str, Any]) -> bytes | None:

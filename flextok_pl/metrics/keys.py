@@ -11,7 +11,7 @@ from torch import Tensor
 
 def key_hash(key: str, purpose: str = "") -> int:
     """63 uniform bits from a sample key, independent for each purpose."""
-    digest = hashlib.blake2b(f"{purpose}\0{key}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{purpose}\0{key}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
@@ -39,7 +39,7 @@ def images_hash(images: Tensor, keys: Sequence[str], start: int = 0) -> int:
     """
     total = start
     for key, image in zip(keys, images.cpu(), strict=True):
-        digest = hashlib.blake2b(key.encode(), digest_size=8)
+        digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8)
         digest.update(image.contiguous().numpy().tobytes())
         total += int.from_bytes(digest.digest(), "little")
     return (total + 2**63) % 2**64 - 2**63

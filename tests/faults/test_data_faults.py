@@ -68,7 +68,7 @@ def reindex(index):
 
 
 def test_missing_folder_and_folder_without_index(tmp_path):
-    assert_every_loader_raises(tmp_path / "nowhere", "is no folder")
+    assert_every_loader_raises(tmp_path / "nowhere", "matches no shard set: there is no .*nowhere")
     write_set(tmp_path)
     (tmp_path / INDEX_NAME).unlink()
     assert_every_loader_raises(tmp_path, r"has no index\.json")

@@ -2,15 +2,18 @@
 
 import io
 import json
+import os
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from flextok_pl.data import ShardDataModule, ShardError, write_folder
+from flextok_pl.data import ShardDataModule, ShardError, ShardIndex, write_folder
 from flextok_pl.data.captions import read_captions
 from flextok_pl.data.image_files import list_images
+from flextok_pl.data.pictures import open_pictures
 from flextok_pl.data.stream import ShardSet
+from flextok_pl.metrics.keys import key_hash
 
 
 def save(path, size=(12, 8), colour=(10, 20, 30), mode="RGB"):
@@ -84,6 +87,31 @@ def test_captions(classes, tmp_path, suffix):
     file.write_text(file.read_text().replace("cat/1.png", "cat/9.png"))
     with pytest.raises(ValueError, match=r"no entry for 1 of 5 images, such as cat/1\.png"):
         write_folder(classes, tmp_path / "other", captions=file, num_workers=0)
+
+
+def test_names_that_are_not_utf8(tmp_path, caplog):
+    """They are refused when they are written, and can be measured where they lie."""
+    save(tmp_path / "src" / "a" / "fine.png")
+    save(tmp_path / "src" / "a" / os.fsdecode(b"caf\xe9.png"))
+    with pytest.raises(
+        ValueError, match=r"^a/caf\\udce9\.png: its name is not UTF-8, rename it.*or pass on_error=skip"
+    ):
+        write_folder(tmp_path / "src", tmp_path / "dst", num_workers=0)
+    index = write_folder(tmp_path / "src", tmp_path / "dst", on_error="skip", num_workers=0)["all"]
+    assert set(read(index)) == {"a/fine"} and index.provenance["skipped"] == 1
+    assert r"left out a/caf\udce9.png: its name is not UTF-8" in caplog.text
+    loader, _ = open_pictures(str(tmp_path / "src"))
+    (batch,) = loader
+    assert len({key_hash(key) for key in batch["key"]}) == 2
+
+    (tmp_path / "src" / "a").rename(tmp_path / "src" / os.fsdecode(b"caf\xe9"))
+    with pytest.raises(ValueError, match=r"the name of class 'caf\\udce9' is not UTF-8; rename its folder"):
+        write_folder(tmp_path / "src", tmp_path / "other", on_error="skip", num_workers=0)
+    source = tmp_path / os.fsdecode(b"\xe9")
+    (tmp_path / "src").rename(source)
+    save(source / "a.png")
+    index = write_folder(source, tmp_path / "third", labels="none", on_error="skip", num_workers=0)["all"]
+    assert ShardIndex.load(tmp_path / "third") == index and index.provenance["source"] == str(source)
 
 
 def test_captions_of_files_anywhere(tmp_path, caplog):

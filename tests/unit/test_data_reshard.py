@@ -89,9 +89,16 @@ def test_names_of_classes(foreign, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("a\nb\nc\nd\ne\n")
     assert write_resharded(str(foreign), tmp_path / "dst", class_names=names, num_workers=1).classes == tuple("abcde")
-    names.write_text("a\na\n")
-    with pytest.raises(ValueError, match="it has 'a' twice"):
-        write_resharded(str(foreign), tmp_path / "dst", class_names=names, num_workers=1)
+    names.write_bytes("\ufeffé\r\nb c\r\nc\r\nd\r\n\r\n".encode())  # as Windows writes it
+    assert write_resharded(str(foreign), tmp_path / "two", class_names=names, num_workers=1).classes[:2] == ("é", "b c")
+    for text, message in (
+        ("a\na\n", "it has 'a' twice"),
+        ("a\n\nb\nc\nd\n", "line 2 is blank, and each line names the class of its number"),
+        ("", "line 1 is blank"),
+    ):
+        names.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            write_resharded(str(foreign), tmp_path / "dst", class_names=names, num_workers=1)
 
 
 def test_what_some_samples_lack(tmp_path, caplog):
@@ -165,6 +172,96 @@ def test_unusable_sources_are_named(foreign, tmp_path):
     (foreign / "part.01.tar").write_bytes(b"x" * 600)
     with pytest.raises(ValueError, match=r"part\.01\.tar is no complete, uncompressed tar file"):
         write_resharded(str(foreign), tmp_path / "dst", num_workers=2)
-    write_tar(tmp_path / "x.tar", {"a.jpg": picture(0), "b.jpg": picture(1), "a.cls": b"1"})
-    with pytest.raises(ValueError, match="two samples have the key 'x/a'"):
-        write_resharded(str(tmp_path / "x.tar"), tmp_path / "dst", num_workers=1)
+    (foreign / "part.00.tar").rename(foreign / "part.00.tar.gz")
+    (foreign / "part.01.tar").unlink()
+    with pytest.raises(
+        ValueError, match=r"no \.tar files, but 1 compressed ones, such as part\.00\.tar\.gz; unpack them"
+    ):
+        write_resharded(str(foreign), tmp_path / "dst")
+
+
+def reshard(tmp_path, files, **options):
+    """What becomes of a tar with these files."""
+    write_tar(tmp_path / "src" / "x.tar", files)
+    return write_resharded(str(tmp_path / "src"), tmp_path / "dst", num_workers=1, **options)
+
+
+def test_files_of_a_sample_may_lie_apart(tmp_path):
+    files = {"a.jpg": picture(0), "b.jpg": picture(1), "a.cls": b"1", "b.cls": b"0"}
+    assert {key: s["cls"] for key, s in contents(reshard(tmp_path, files)).items()} == {"a": b"1", "b": b"0"}
+
+
+def test_tars_of_one_name_in_several_folders(tmp_path):
+    for folder in ("one", "two.2"):
+        write_tar(tmp_path / "src" / folder / "000.tar", {"a.jpg": picture(0)})
+    index = write_resharded(str(tmp_path / "src"), tmp_path / "dst", num_workers=1)
+    assert contents(index).keys() == {"one/000/a", "two_2/000/a"}
+
+
+@pytest.mark.parametrize(
+    "files, options, message",
+    [
+        ({"a.json": b'{"text": "x", "kind": 3}'}, {"caption_key": "caption"}, "the .json of a has the keys text, kind"),
+        (
+            {"a.json": b'{"text": "x"}'},
+            {"label_key": "kind"},
+            "label_key=kind is in none of the 1 samples; the .json of",
+        ),
+        ({"a.txt": b"x"}, {"label_key": "kind"}, r"none has a \.json, such as .*x\.tar, a \(it holds \.jpg, \.txt\)"),
+        (
+            {"a.json": b"[1]"},
+            {"label_key": "kind"},
+            r"x\.tar, a: its \.json is '\[1\]', and must have keys with values",
+        ),
+        ({"a.json": b"null"}, {"caption_key": "text"}, r"its \.json is 'None', and must have keys"),
+        ({"a.json": b"{"}, {"caption_key": "text"}, r"its \.json cannot be read: Expecting property name"),
+        ({"a.json": b'{"kind": 1.5}'}, {"label_key": "kind"}, r"kind of its \.json is 1\.5, which is no class index"),
+        ({"a.cls": b"\n"}, {}, r"\.cls is '', which is no class index or name"),
+        ({"a.png": picture(1, "PNG")}, {}, r"several pictures \(it holds \.jpg, \.png\); .* as image_key=jpg"),
+        ({"a.JPG": picture(1)}, {}, r"two files a\.jpg \(upper and lower case are one\)"),
+        (
+            {"b.001.jpg": picture(1)},
+            {},
+            r"b: it has no picture .*\(it holds \.001\.jpg, .*give image_key=001\.jpg if all",
+        ),
+        ({}, {"image_key": "input.jpg"}, r"a: it has no picture \.input\.jpg \(it holds \.jpg,.* image_key=jpg if all"),
+        ({}, {"image_key": "input"}, "image_key=input must end in one of png, jpg"),
+        ({"b.txt": b"x"}, {}, r"b: it has no picture .*\(it holds \.txt, .*; rename the files, or pass on_error=skip"),
+        ({}, {"class_names": "names.txt"}, "class_names name 2 classes, and no sample has a label"),
+    ],
+)
+def test_what_foreign_samples_hold_is_named(tmp_path, monkeypatch, files, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "names.txt").write_text("one\ntwo\n")
+    with pytest.raises(ValueError, match=message):
+        reshard(tmp_path, {"a.jpg": picture(0), **files}, **options)
+    assert not (tmp_path / "dst").exists()
+
+
+def test_a_name_twice_is_refused(tmp_path):
+    write_tar(tmp_path / "src" / "x.tar", {"a.jpg": picture(0), "b.jpg": picture(1)})
+    with tarfile.open(tmp_path / "src" / "x.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo("a.jpg"))
+    with pytest.raises(ValueError, match=r"x\.tar has two files a\.jpg"):
+        write_resharded(str(tmp_path / "src"), tmp_path / "dst", num_workers=1)
+
+
+def test_the_picture_to_take_may_be_chosen(tmp_path):
+    files = {
+        "m.1/a.Input.jpg": picture(0),
+        "m.1/a.output.png": picture(1, "PNG"),
+        "m.1/a.txt": b"x",
+        "b.jpg": picture(2),
+    }
+    index = reshard(tmp_path, files, image_key="input.JPG", on_error="skip")
+    assert contents(index) == {"m_1/a": {"jpg": picture(0), "txt": b"x"}} and index.provenance["skipped"] == 1
+
+
+def test_labels_as_tables_of_numbers_have_them(tmp_path):
+    files = {f"{i}.jpg": picture(i) for i in range(3)}
+    labels = {"0.cls": b"10.0", "1.cls": b"2.0\n", "2.json": b'{"kind": 1.0}'}
+    index = reshard(tmp_path, {**files, **labels})
+    assert index.classes == tuple(map(str, range(11)))
+    assert {key: s["cls"] for key, s in contents(index).items()} == {"0": b"10", "1": b"2", "2": b"-1"}
+    index = reshard(tmp_path, {**files, **labels}, label_key="kind", overwrite=True)
+    assert contents(index)["2"]["cls"] == b"1" and index.classes == ("0", "1")

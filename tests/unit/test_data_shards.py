@@ -7,8 +7,11 @@ import signal
 import tarfile
 
 import pytest
+from PIL import Image
 
+from flextok_pl.cli import main
 from flextok_pl.data.index import INDEX_NAME, ShardError, ShardIndex
+from flextok_pl.data.pictures import open_pictures
 from flextok_pl.data.shards import (
     PARTIAL_NAME,
     Sample,
@@ -140,7 +143,7 @@ def test_interrupted_run_is_replaced_but_foreign_files_are_not(tmp_path):
     assert (foreign / "shard-000000.tar").read_bytes().startswith(b"not ours")
 
 
-@pytest.mark.parametrize("key", ["", "a.b", "__x", "/abs"])
+@pytest.mark.parametrize("key", ["", "a.b", "__x", "/abs", "caf\udce9"])
 def test_keys_that_webdataset_would_misread_are_refused(tmp_path, key):
     with pytest.raises(ShardError, match="sample key"):
         write_shard(tmp_path / "s.tar", [Sample(key, {"txt": b""})])
@@ -155,6 +158,24 @@ def test_patterns_lists_and_single_shards(tmp_path):
     assert len(load_indices([str(tmp_path / "a"), str(tmp_path / "b" / INDEX_NAME)])) == 2
     (part,) = load_indices(str(tmp_path / "a" / "shard-{000000,000002}.tar"))
     assert [s.count for s in part.shards] == [3, 3]
+
+
+@pytest.mark.parametrize("name", ["[2024] x/out", "{a,b}/out", "{a,b}", "[2024]", "*", "x #1: 'y'"])
+def test_paths_with_any_characters_are_read_back(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    for number in range(2):
+        (tmp_path / "src").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / "src" / f"{number}.png")
+    main(["data", "folder", "src", name, "--num-workers", "1"])
+    (index,) = load_indices(name)
+    assert index == load_indices(f"{name}/*.tar")[0] == load_indices([f"{name}/shard-{{000000..000000}}.tar"])[0]
+    main(["data", "verify", name, "--num-workers", "1"])
+    main(["data", "stats", name, "--num-workers", "1"])
+    assert "0 things wrong" in capsys.readouterr().out
+    main(["data", "reshard", name, f"again/{name}", "--num-workers", "1"])
+    for source in (name, f"again/{name}"):
+        loader, count = open_pictures(source, image_size=8)
+        assert count == 2 and len(next(iter(loader))["key"]) == 2
 
 
 def test_sets_of_different_kinds_are_not_mixed(tmp_path):

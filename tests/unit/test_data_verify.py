@@ -114,6 +114,33 @@ def test_equal_pictures_among_sets(tmp_path, capsys):
     assert verify(capsys, tmp_path / "*", "--duplicates", "fail")[1] not in (0, None)
 
 
+def test_shapes_that_do_not_go_into_one_batch(tmp_path, capsys):
+    def latent(key, side):
+        buffer = io.BytesIO()
+        np.save(buffer, np.zeros((2, side, side), np.float16))
+        return Sample(key, {"latent.npy": buffer.getvalue()})
+
+    shards = [[latent("a", 4), latent("b", 8)], [latent("c", 8)]]
+    infos = tuple(write_shard(tmp_path / f"shard-{i:06d}.tar", samples) for i, samples in enumerate(shards))
+    write_index(ShardIndex(tmp_path, ("latent",), infos, (), 32))
+    lines, status = verify(capsys, tmp_path)
+    assert status not in (0, None) and len(lines) == 3
+    assert re.search(
+        r"000000\.tar, sample 'b': its latent have the shape \(2, 8, 8\) instead of the \(2, 4, 4\)", lines[0]
+    )
+    assert re.search(r"000001\.tar: its latent have the shape \(2, 8, 8\) instead of the \(2, 4, 4\)", lines[1])
+
+
+def test_keys_that_are_not_utf8(tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("flextok_pl.data.shards._check_key", lambda key: None)  # as releases before 0.2 wrote them
+        write_set(tmp_path, [sample("caf\udce9", 1)])
+    lines, status = verify(capsys, tmp_path)
+    assert (
+        status not in (0, None) and r"sample 'caf\udce9': its key is not UTF-8; rename" in lines[0] and len(lines) == 2
+    )
+
+
 def test_unusable_indices(tmp_path, capsys):
     index = write_set(tmp_path / "a", [sample("a", 1)])
     (tmp_path / "b").mkdir()
