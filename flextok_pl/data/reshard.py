@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from flextok_pl.data.class_names import read_class_names
 from flextok_pl.data.convert import (
     Conversion,
     ImageFormat,
@@ -62,7 +62,8 @@ def write_resharded(
         dst: folder of the new set.
         label_key: take the label from this key of `.json`: a class index, or a name.
         caption_key: take the caption from this key of `.json`.
-        class_names: text file with the name of each class, one per line; default the numbers or names that occur.
+        class_names: text file with the name of each class, one per line, or a shard set that has them; default the
+            numbers or names that occur.
         image_key: what follows the first dot of a picture's name, such as `input.jpg`, where samples have several
             pictures or longer names; default the picture that each has.
         size: shrink pictures whose shorter side is longer than this to it, antialiased; default keeps the files' bytes.
@@ -93,7 +94,7 @@ def write_resharded(
                 raise ValueError(f"{name}={value} is for tars without an {INDEX_NAME}; src={src} has one")
         items, plan = _own(src, conversion)
     else:
-        names = None if class_names is None else _read_names(Path(class_names))
+        names = None if class_names is None else read_class_names("class_names", class_names)
         keys = _Keys(label_key, caption_key, None if image_key is None else image_key.lower())
         items, plan = _foreign(_tars(paths, src), conversion, keys, names)
     return conversion.write(Path(dst), items, ItemReader(Path("/"), conversion, "image" in plan.fields), plan, "shards")
@@ -124,7 +125,7 @@ class _Keys:
 
     def __post_init__(self) -> None:
         if self.image is not None and _ending(self.image) not in IMAGE_EXTENSIONS:
-            raise ValueError(f"image_key={self.image} must end in one of {', '.join(IMAGE_EXTENSIONS)}")
+            raise ValueError(f"image_key={self.image} must be an ending of pictures, such as png or input.jpg")
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +210,7 @@ def _picture(sample: _Raw, image_key: str | None, on_error: OnError) -> tuple[tu
     Raises:
         ValueError: it has no picture, or several.
     """
-    wanted = IMAGE_EXTENSIONS if image_key is None else (image_key,)
+    wanted, called = (IMAGE_EXTENSIONS, "picture") if image_key is None else ((image_key,), f"picture .{image_key}")
     found = [(name, span) for name, span in sample.files if name in wanted]
     if len(found) > 1:
         raise ValueError(
@@ -219,8 +220,8 @@ def _picture(sample: _Raw, image_key: str | None, on_error: OnError) -> tuple[tu
         longer = [name for name, _ in sample.files if _ending(name) in IMAGE_EXTENSIONS]
         remedy = f"give image_key={longer[0]} if all have it, or " if longer else ""
         raise ValueError(
-            f"{sample.where}: it has no picture .{' or .'.join(wanted)} ({sample.held}, each a name from its first dot "
-            f"on); {remedy}rename the files, or pass on_error=skip"
+            f"{sample.where}: it has no {called} ({sample.held}, named from the first dot on); {remedy}rename "
+            "the files, or pass on_error=skip"
         )
     return tuple((_ending(name), span) for name, span in found) or (("", sample.files[0][1]),)
 
@@ -330,19 +331,3 @@ def _keys(raw: Sequence[_Raw]) -> list[str]:
         above = os.path.commonpath([os.path.dirname(tar) for tar in tars])
         keys = [f"{os.path.relpath(tar, above).replace('.', '_')}/{key}" for tar, key in zip(tars, keys, strict=True)]
     return [f"file-{key}" if key.startswith("__") else key for key in keys]
-
-
-def _read_names(path: Path) -> tuple[str, ...]:
-    try:
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"class_names={path} cannot be read: {error}") from error
-    if "" in names:
-        raise ValueError(
-            f"class_names={path}: line {names.index('') + 1} is blank, and each line names the class of its number; "
-            "give that class a name, or remove the line"
-        )
-    twice = [name for name, number in Counter(names).items() if number > 1]
-    if twice:
-        raise ValueError(f"class_names={path} must have one name per class, each another; it has {twice[0]!r} twice")
-    return names

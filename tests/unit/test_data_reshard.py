@@ -92,9 +92,8 @@ def test_names_of_classes(foreign, tmp_path):
     names.write_bytes("\ufeffé\r\nb c\r\nc\r\nd\r\n\r\n".encode())  # as Windows writes it
     assert write_resharded(str(foreign), tmp_path / "two", class_names=names, num_workers=1).classes[:2] == ("é", "b c")
     for text, message in (
-        ("a\na\n", "it has 'a' twice"),
-        ("a\n\nb\nc\nd\n", "line 2 is blank, and each line names the class of its number"),
-        ("", "line 1 is blank"),
+        ("a\na\n", r"class_names=.*names\.txt: line 2 is 'a', as is line 1"),
+        ("a\n\nb\nc\nd\n", r"class_names=.*names\.txt: line 2 is empty"),
     ):
         names.write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -225,7 +224,7 @@ def test_tars_of_one_name_in_several_folders(tmp_path):
             r"b: it has no picture .*\(it holds \.001\.jpg, .*give image_key=001\.jpg if all",
         ),
         ({}, {"image_key": "input.jpg"}, r"a: it has no picture \.input\.jpg \(it holds \.jpg,.* image_key=jpg if all"),
-        ({}, {"image_key": "input"}, "image_key=input must end in one of png, jpg"),
+        ({}, {"image_key": "input"}, "image_key=input must be an ending of pictures"),
         ({"b.txt": b"x"}, {}, r"b: it has no picture .*\(it holds \.txt, .*; rename the files, or pass on_error=skip"),
         ({}, {"class_names": "names.txt"}, "class_names name 2 classes, and no sample has a label"),
     ],
