@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.live import Live
 
 from flextok_pl.cli import UserError
+from flextok_pl.cli.errors import told_to_the_user
 from flextok_pl.cli.launch import launch_of
 from flextok_pl.cli.plan import KINDS, batches_of_an_epoch, training_sets
 from flextok_pl.cli.training import ParsingCLI, run_cli
@@ -80,15 +81,11 @@ def run(command: str, arguments: Sequence[str]) -> None:
             check_points(sweep)
         _print_trials(sweep)
         return
-    try:
+    with told_to_the_user():
         driver = Driver(sweep, lambda line: print(line, flush=True), check if rest["check"] else lambda sweep: None)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    with _interruptible():
+    with _interruptible(), told_to_the_user():
         try:
             driver.run()
-        except ValueError as error:
-            raise UserError(str(error)) from error
         finally:
             write_results(sweep, driver.study)
     if not driver.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
@@ -101,10 +98,8 @@ def status(command: str, arguments: Sequence[str]) -> None:
     parser = sweep_parser(command, "Show the trials of a sweep.")
     parser.add_argument("--watch", type=bool, default=False, help="Show them until all have ended.")
     sweep, rest = parse_sweep(parser, arguments)
-    try:
+    with told_to_the_user():
         study = find_study(sweep)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     if study is None:
         raise UserError(f"{sweep.root} holds no sweep yet; start it by `flextok sweep FILE`")
     console = Console()
@@ -211,10 +206,8 @@ def parse_sweep(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Sweep
     file = Path(arguments[0])
     if not file.is_file():
         raise UserError(f"{file} is no file; give that of a sweep, such as experiments/sweeps/budget_law.yaml")
-    try:
+    with told_to_the_user():
         load_yaml(file)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     given = parser.instantiate_classes(parser.parse_args([f"--config={file}", *arguments[1:]])).as_dict()
     names = {option.name for option in dataclasses.fields(Sweep)}
     options = {name: value for name, value in given.items() if name in names}

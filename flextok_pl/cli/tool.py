@@ -7,8 +7,9 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from flextok_pl.cli import UserError, load
+from flextok_pl.cli import load
 from flextok_pl.cli.commands import COMMANDS
+from flextok_pl.cli.errors import told_to_the_user
 from flextok_pl.cli.options import options_of
 from flextok_pl.data.index import ShardIndex
 
@@ -36,9 +37,14 @@ def tool_parser(command: str, function: Callable[..., Any]) -> ArgumentParser:
 
 
 def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
-    """The options of a command line."""
-    options: dict[str, Any] = parser.instantiate_classes(parser.parse_args(list(arguments))).as_dict()
-    return options
+    """The options of a command line.
+
+    Raises:
+        UserError: an option's own values do not fit together.
+    """
+    given = parser.parse_args(list(arguments))
+    with told_to_the_user():
+        return parser.instantiate_classes(given).as_dict()  # type: ignore[no-any-return]
 
 
 def call(function: Callable[..., Any], options: dict[str, Any]) -> Any:
@@ -50,7 +56,5 @@ def call(function: Callable[..., Any], options: dict[str, Any]) -> Any:
     Raises:
         UserError: the options ask for what cannot be done.
     """
-    try:
+    with told_to_the_user():
         return function(**options)
-    except (ValueError, OSError) as error:
-        raise UserError(str(error)) from error

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, Namespace, set_parsing_settings
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -29,13 +28,14 @@ from flextok_pl.callbacks import (
     TokenReport,
 )
 from flextok_pl.cli import UserError, base_config, config_paths
+from flextok_pl.cli.errors import is_for_the_user, told_to_the_user
 from flextok_pl.cli.launch import launch_of
 from flextok_pl.data import ShardDataModule
 from flextok_pl.modules.saved_prior import SavedPrior
 from flextok_pl.modules.saved_tokenizer import SavedTokenizer
 from flextok_pl.precision import check_training_precision
 from flextok_pl.progress import announced, say
-from flextok_pl.runtime import FitLoop, Preempted, Preemption, StepCheckpoint, damage_of, newest_intact
+from flextok_pl.runtime import Failure, FitLoop, Preempted, Preemption, StepCheckpoint, damage_of, newest_intact
 
 CALLBACKS: dict[str, type[Callback]] = {
     "rfid": ReconstructionFID,
@@ -184,16 +184,18 @@ class FlexTokCLI(LightningCLI):
         raise UserError("ckpt_path=last needs a logger with save_dir and version, such as base.yaml's; give the file")
 
     def instantiate_classes(self) -> None:
-        """Build everything; a wrong option is the user's to put right."""
+        """Build everything."""
         if self.config[self._only].model.get("init_args", {}).get("compile_blocks"):
             say("the blocks are compiled at their first use: the first steps take minutes")
         try:
             with announced("building the model"):
                 super().instantiate_classes()
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             # jsonargparse wraps what an optional type's constructor said into a list of what else it tried.
-            wrapped = error.__cause__ is not None and "Union subtypes" in str(error)
-            raise UserError(str(error.__cause__ if wrapped else error)) from error
+            said = error.__cause__
+            if said is None or "Union subtypes" not in str(error):
+                raise
+            raise said from said.__cause__
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Any:
         names = self._parser(self._only).callback_keys
@@ -204,7 +206,8 @@ class FlexTokCLI(LightningCLI):
         ]
         if self._only == "predict":
             wanted.append(Predictions())
-        trainer = super()._instantiate_trainer(config, wanted)
+        failure = Failure(lambda error: not is_for_the_user(error))
+        trainer = super()._instantiate_trainer(config, [failure, *wanted])
         trainer.fit_loop = FitLoop(trainer)
         launch_of(self.config[self._only], trainer.num_devices).require_processes()
         return trainer
@@ -273,12 +276,11 @@ def run_cli(cli: Callable[[str, Sequence[str], str], FlexTokCLI], subcommand: st
     if base is not None and base not in given:
         arguments = ["--config", str(base), *arguments]
     try:
-        cli(subcommand, arguments, _experiment_name(given[-1], base) if given else "unnamed")
+        with told_to_the_user():
+            cli(subcommand, arguments, _experiment_name(given[-1], base) if given else "unnamed")
     except Preempted as stopped:
         print(stopped, file=sys.stderr)
         raise SystemExit(128 + stopped.signal_number) from None
-    except (MisconfigurationException, ValueError, OSError) as error:
-        raise UserError(str(error)) from error
     except RuntimeError as error:
         remedy = _remedy(error)
         if remedy is None:

@@ -1,6 +1,7 @@
 """How a run is shared out, saved, interrupted and gone on with."""
 
 from flextok_pl.runtime.checkpoint_files import AsyncAtomicCheckpointIO, AtomicCheckpointIO, damage_of, newest_intact
+from flextok_pl.runtime.failure import Failure
 from flextok_pl.runtime.fit_loop import FitLoop
 from flextok_pl.runtime.preemption import Preempted, Preemption
 from flextok_pl.runtime.sharding import FullyShardedStrategy
@@ -9,6 +10,7 @@ from flextok_pl.runtime.step_checkpoint import StepCheckpoint
 __all__ = [
     "AsyncAtomicCheckpointIO",
     "AtomicCheckpointIO",
+    "Failure",
     "FitLoop",
     "FullyShardedStrategy",
     "Preempted",

@@ -86,6 +86,9 @@ def test_nothing_stays(
         process.join(60)
         assert process.exitcode == 1, f"rank {rank}"
     assert f"no such thing in {place}" in capfd.readouterr().err
+    for rank in on_ranks:
+        (file,) = tmp_path.glob(f"runs/tokenizer/tiny/version_*/error_rank{rank}.txt")
+        assert "Traceback" in file.read_text() and f"KeyError: 'no such thing in {place}'" in file.read_text()
     for process in ranks:
         with pytest.raises(ProcessLookupError):  # nor has it left another one
             os.killpg(process.pid, 0)
