@@ -109,10 +109,11 @@ def unknown(name: str, options: Options) -> str | None:
         if level is None or part in FREE:
             return None
         if part not in level:
-            near = difflib.get_close_matches(part, level, n=1)
-            guesses = [".".join([*parts[:i], each, *parts[i + 1 :]]) for each in near] or [
-                full for full in _full_names(options) if full.rpartition(".")[2] == part
+            elsewhere = [full for full in _full_names(options) if full.rpartition(".")[2] == part]
+            near = [
+                ".".join([*parts[:i], each, *parts[i + 1 :]]) for each in difflib.get_close_matches(part, level, n=1)
             ]
+            guesses = elsewhere or near
             return f"there is no option {name}" + (f"; did you mean {guesses[0]}?" if guesses else "")
         level = level[part].below
     return None
