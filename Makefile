@@ -130,8 +130,8 @@ tensorboard: $(READY)  ## show the runs
 
 ##@ Develop
 .PHONY: test test-gpu test-faults test-slurm test-agreement lint bench bench-width clean
-test: $(READY)  ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(READY)  ## run the tests, in two processes
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 test-gpu: $(READY)  ## run the tests that need a GPU; all others run on the CPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)

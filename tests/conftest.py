@@ -1,13 +1,19 @@
 """Fixtures shared by the tests. Nothing here or in any test reaches the network."""
 
+import gc
 import multiprocessing
 import os
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+# Before torch is imported, here or in a child: the tests' models are too small to share between threads, and threads
+# that wait for each other crawl beside a busy core.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import lightning.pytorch  # noqa: F401  now: its log goes to the stderr that there is when it is imported
 import numpy as np
@@ -19,9 +25,6 @@ from flextok_pl.cli import main
 from flextok_pl.data import write_folder
 from flextok_pl.data.demo import render
 from flextok_pl.data.openmoji import list_pictures
-
-torch.set_num_threads(1)  # the tests' models are too small to share between threads
-
 
 def pytest_configure(config: pytest.Config) -> None:
     """Hide GPUs but for `-m gpu`: other tests expect a CPU's values, and start more processes than there are GPUs."""
@@ -38,6 +41,35 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches of a test stay in its own place."""
     monkeypatch.setenv("HOME", str(tmp_path_factory.getbasetemp() / "home"))
+
+
+SHARED_THREADS = ("tqdm_monitor", "fsspecIO", "asyncio_")
+"""Beginnings of the names of threads that a library starts once for a whole process."""
+
+
+def _running() -> set[str]:
+    """The threads of this process, and its living children."""
+    found = {f"thread {t.name} {t.ident}" for t in threading.enumerate() if not t.name.startswith(SHARED_THREADS)}
+    for children in Path("/proc/self/task").glob("*/children"):
+        for pid in children.read_text().split():
+            name, _, rest = Path("/proc", pid, "stat").read_text().partition("(")[2].rpartition(")")
+            if not rest.startswith(" Z"):
+                found.add(f"process {name} {pid}")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind() -> Iterator[None]:
+    """A test ends the threads and processes that it has started."""
+    before = _running()
+    yield
+    for _ in range(1200):  # a busy machine may take its time to end them
+        left = _running() - before
+        if not left:
+            return
+        gc.collect()  # a loader that an error's traceback holds ends with it
+        time.sleep(0.05)
+    pytest.fail(f"left behind: {', '.join(sorted(left))}")
 
 
 @pytest.fixture
