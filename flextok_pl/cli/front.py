@@ -322,6 +322,16 @@ def _check_inputs(line: Line, options: Options, inputs: Sequence[str]) -> None:
             raise UserError(f"{name}={value}: there is no such file or folder")
 
 
+def _places(source: Any) -> list[Any]:
+    """The sets that are named; a list may be written as a text, which may also be the name of one folder."""
+    if isinstance(source, str) and source.startswith("[") and not Path(source).expanduser().exists():
+        try:
+            source = yaml.safe_load(source)
+        except yaml.YAMLError:
+            return [source]
+    return source if isinstance(source, list) else [source]
+
+
 def _is_missing(value: str) -> bool:
     """Whether a value names a place here that is not there; patterns, URLs and commands may name anything."""
     if has_magic(value) or "{" in value or ":" in value:
@@ -342,9 +352,7 @@ def _check_shards(name: str, line: Line, files: Sequence[tuple[Path, Any]]) -> N
     given |= {each.removeprefix("data."): value for each, value in line.named if each.startswith("data.")}
     wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test" if given.get("test") else "val",)}
     for split in wanted.get(name, ()):
-        source = given.get(split)
-        source = yaml.safe_load(source) if isinstance(source, str) and source.startswith("[") else source
-        for place in source if isinstance(source, list) else [source]:
+        for place in _places(given.get(split)):
             if isinstance(place, str) and _is_missing(place):
                 try:
                     ShardIndex.load(place)

@@ -188,6 +188,18 @@ def test_names_in_files_are_checked(tmp_path: Path) -> None:
             answer("fit", ["--config", str(tmp_path / "x.yaml"), "--print_config"])
 
 
+@pytest.mark.parametrize("name", ["[2024] x/out", "[2024]", "{a,b}/out"])
+def test_folders_may_be_called_like_lists_and_patterns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir(parents=True)
+    for given in (name, f"{name}/*"):
+        answer(
+            "fit", ["--config", str(ROOT / "experiments/tokenizer/tiny.yaml"), f"--data.train={given}", "--data.val=*"]
+        )
+
+
 def test_what_only_a_class_decides_is_let_through() -> None:
     given = [
         "--trainer.logger.nosuch=1",
