@@ -28,6 +28,7 @@ from flextok_pl.metrics.features import OFFLINE_EXTRACTOR, FeatureExtractor
 from flextok_pl.metrics.generation import GenerationStatistics
 from flextok_pl.metrics.images import generation_grid, save_png, to_uint8
 from flextok_pl.metrics.keys import sample_generators
+from flextok_pl.runtime import stop_if_preempted
 
 PROBE = "probe"
 
@@ -322,6 +323,7 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
                     _save(images, part, self.images_dir / f"k={budget:03d}")
             running.pending = running.pending[self.batch_size :]
             running.save_if_due()
+            stop_if_preempted(trainer)
 
     def _images(self, module: GenerationModule, wishes: Sequence[Wish], budgets: Sequence[int]) -> dict[int, Tensor]:
         """One rollout, decoded at each budget: (B, 3, H, W) uint8."""

@@ -21,6 +21,7 @@ from flextok_pl.metrics.images import pairs_grid, reconstruction_grid, to_uint8
 from flextok_pl.metrics.keys import key_hash
 from flextok_pl.metrics.lpips import LPIPS
 from flextok_pl.metrics.reconstruction import PairDistance, ReconstructionStatistics, reconstruct_at_budgets
+from flextok_pl.runtime import stop_if_preempted
 
 EXTREMES = 3
 """Images shown from either end."""
@@ -173,6 +174,7 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
             self.guidance_scale,
             seeds,
         ):
+            stop_if_preempted(trainer)
             pixels, *others = (to_uint8(each) for each in decoded)
             errors = running.statistics.update_reconstructions(budget, originals, pixels, keys, others)
             if budget in running.columns:

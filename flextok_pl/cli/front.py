@@ -349,7 +349,8 @@ def _check_shards(name: str, line: Line, files: Sequence[tuple[Path, Any]]) -> N
     for file, content in files:
         data = content.get("data") or {}
         given |= _content(file.parent / data) if isinstance(data, str) else data
-    given |= {each.removeprefix("data."): value for each, value in line.named if each.startswith("data.")}
+    named = {each: None if value == "null" else value for each, value in line.named}
+    given |= {each.removeprefix("data."): value for each, value in named.items() if each.startswith("data.")}
     wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test" if given.get("test") else "val",)}
     for split in wanted.get(name, ()):
         for place in _places(given.get(split)):

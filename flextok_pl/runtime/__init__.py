@@ -3,7 +3,7 @@
 from flextok_pl.runtime.checkpoint_files import AsyncAtomicCheckpointIO, AtomicCheckpointIO, damage_of, newest_intact
 from flextok_pl.runtime.failure import Failure
 from flextok_pl.runtime.fit_loop import FitLoop
-from flextok_pl.runtime.preemption import Preempted, Preemption
+from flextok_pl.runtime.preemption import Preempted, Preemption, stop_if_preempted
 from flextok_pl.runtime.sharding import FullyShardedStrategy
 from flextok_pl.runtime.step_checkpoint import StepCheckpoint
 
@@ -18,4 +18,5 @@ __all__ = [
     "StepCheckpoint",
     "damage_of",
     "newest_intact",
+    "stop_if_preempted",
 ]

@@ -20,7 +20,8 @@ class EpochLoop(_TrainingEpochLoop):
 
     Such a checkpoint, of `checkpoint.every_n_train_steps` or of `Preemption`, precedes the validation of its step.
     Lightning counts that as done, and the epoch, too, if the batch was its last. Here the validation is run and the
-    epoch ended as in any training. A time-based `val_check_interval` alone starts anew, and nothing is due.
+    epoch ended as in any training. A time-based `val_check_interval` alone starts anew, and nothing is due. A
+    checkpoint that was saved within a validation is one that precedes it.
 
     A validation due within an accumulation of gradients comes after its step, so that no checkpoint loses them.
 
@@ -59,17 +60,22 @@ class EpochLoop(_TrainingEpochLoop):
         return self._validation_put_off or super()._should_check_val_fx(data_fetcher)
 
     def on_save_checkpoint(self) -> dict[str, Any]:
-        """Lightning's state, and whether a validation was put off."""
-        return {**super().on_save_checkpoint(), "validation_put_off": self._validation_put_off}
+        """Lightning's state, and whether a validation is due: one that was put off, or that is under way."""
+        batches: Any = self.val_loop.batch_progress.current
+        under_way = self.trainer.validating and batches.ready > batches.completed
+        due = self._validation_put_off or under_way
+        return {**super().on_save_checkpoint(), "validation_put_off": due, "validating": under_way}
 
     def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
         """Restore that, and count the checkpoint's batch as trained on."""
         super().on_load_checkpoint(state_dict)
         self._validation_put_off = state_dict.get("validation_put_off", False)
         total: Any = self.batch_progress.total
-        self.at_batch_end = total.ready == total.processed == total.completed + 1
-        if self.at_batch_end:
+        if total.ready == total.processed == total.completed + 1:
             self.batch_progress.increment_completed()
+            self.at_batch_end = True
+        else:
+            self.at_batch_end = state_dict.get("validating", False)
 
 
 class FitLoop(_FitLoop):

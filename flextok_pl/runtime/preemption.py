@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from flextok_pl.contracts import run_folder
 from flextok_pl.runtime.fit_loop import step_ends
@@ -36,7 +37,8 @@ class Preemption(Callback):
     """After a signal, save a checkpoint at the next optimizer step, and stop; under Slurm queue the job again.
 
     `--ckpt_path last` then goes on as if nothing had happened. It is enough that one process gets the signal. A second
-    one changes nothing; a validation under way is finished first, so the time between warning and kill must cover it.
+    one changes nothing. A validation is left after its current batch, and done anew; only what comes before its first
+    batch and after its last one is not interrupted.
 
     Lightning's own handlers stay away: under Slurm they write a checkpoint into the working folder, whichever run's it
     is, and elsewhere they stop without one.
@@ -63,6 +65,7 @@ class Preemption(Callback):
         self.signals = [signal.Signals[name] for name in signals]
         self.check_every_n_steps, self.requeue = check_every_n_steps, requeue
         self._received = 0
+        self._shared_batches, self._can_leave = 0, False
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -84,20 +87,55 @@ class Preemption(Callback):
         """
         if not step_ends(pl_module):  # a checkpoint would lose the gradients
             return
-        step = trainer.global_step
-        number = self._received
-        if trainer.world_size > 1:
-            if step % self.check_every_n_steps:
-                return
-            received = torch.tensor(number, device=trainer.strategy.root_device)
-            number = int(trainer.strategy.reduce(received, reduce_op="max"))  # any process may have been told
+        if trainer.world_size == 1 or trainer.global_step % self.check_every_n_steps == 0:
+            self._stop_if_asked(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out how many batches all processes have: some may have one more, after which nobody answers them."""
+        batches = torch.tensor(sum(trainer.num_val_batches), device=trainer.strategy.root_device)
+        self._shared_batches = trainer.strategy.reduce(batches, reduce_op="min")
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Allow the validation of a training to be left."""
+        self._can_leave = trainer.state.fn == TrainerFn.FITTING and batch_idx < self._shared_batches
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Look whether a signal has come, as after an optimizer step."""
+        if self._can_leave:
+            self._stop_if_asked(trainer)
+        self._can_leave = False
+
+    def look(self, trainer: Trainer) -> None:
+        """Look within the work of a validation batch; other processes follow at the end of theirs at the latest.
+
+        Raises:
+            Preempted: a signal has come to this process.
+        """
+        if self._can_leave and self._received:
+            self._stop_if_asked(trainer)
+
+    def _stop_if_asked(self, trainer: Trainer) -> None:
+        received = torch.tensor(self._received, device=trainer.strategy.root_device)
+        number = int(trainer.strategy.reduce(received, reduce_op="max"))  # any process may have been told
         if not number:
             return
         path = self._checkpoint(trainer)
         trainer.save_checkpoint(path)
         trainer.strategy.checkpoint_io.teardown()  # which waits for what is still being written
+        within = ", within a validation that will be done anew," if trainer.validating else ","
         stopped = Preempted(
-            f"{signal.Signals(number).name}: stopped at step {step}, with {path} to go on from (--ckpt_path last)",
+            f"{signal.Signals(number).name}: stopped at step {trainer.global_step}{within} with {path} to go on from "
+            "(--ckpt_path last)",
             number,
         )
         if self.requeue and trainer.is_global_zero:
@@ -121,6 +159,13 @@ class Preemption(Callback):
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+def stop_if_preempted(trainer: Trainer) -> None:
+    """Let the work of a validation batch that takes long be left, in a training that has been asked to stop."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Preemption):
+            callback.look(trainer)
 
 
 def _requeue(stopped: Preempted) -> None:

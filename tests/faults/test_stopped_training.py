@@ -122,9 +122,10 @@ def test_killed(step: int, batch: int, image_shards: Path, tmp_path: Path, whole
 
 
 def validating_options(shards: Path) -> list[str]:
-    """Ten steps, with a validation after the second of an epoch's four: a checkpoint precedes it."""
+    """Ten steps, with a validation of three batches after the second of an epoch's four: a checkpoint precedes it."""
     return [
         *(*options(shards, 0), "--data.val", str(shards / "val"), "--trainer.max_steps", "10"),
+        *("--data.eval_batch_size", "6", "--trainer.limit_val_batches", "1.0"),
         *("--trainer.val_check_interval", "4", "--metrics_log", "{}", "--best.monitor", "val/loss"),
         *("--best.filename", "best"),
     ]
@@ -200,6 +201,25 @@ def test_killed_after_a_checkpoint(
     assert_equal(tmp_path, state(validated_whole, 10), 10)
     assert validated(tmp_path) == validated(validated_whole)
     assert all("val/loss" in metrics for metrics in validated(tmp_path).values())
+    assert step_of_best(tmp_path) == step_of_best(validated_whole)
+
+
+def test_preempted_within_a_validation(image_shards: Path, tmp_path: Path, validated_whole: Path) -> None:
+    """It is left at once, though the averaged weights are in place, and what it had measured is measured anew."""
+    arguments, seen = validating_options(image_shards), []
+
+    def announce() -> None:
+        seen.append(1)
+        assert len(seen) <= 2, "no batch is validated after the signal"
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert train(tmp_path, arguments, in_hook("validation_step", 6, announce)) == 128 + signal.SIGTERM
+    saved = torch.load(run_of(tmp_path) / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 6 and not (run_of(tmp_path) / "tokenizer.safetensors").exists()
+    assert train(tmp_path, arguments) == 0
+    assert_equal(tmp_path, state(validated_whole, 10), 10)
+    assert validated(tmp_path) == validated(validated_whole)
     assert step_of_best(tmp_path) == step_of_best(validated_whole)
 
 
@@ -292,6 +312,35 @@ def test_preempted(name: str, whom: str, image_shards: Path, tmp_path: Path, who
     assert not (run / "tokenizer.safetensors").exists(), "nothing half trained is exported"
     assert train(tmp_path, options(image_shards)) == 0
     assert_equal(tmp_path, whole)
+
+
+def test_ranks_leave_a_validation_together(
+    image_shards: Path, tmp_path: Path, start_ranks: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One of them is told, and the other one has a batch more, after which nobody would answer it."""
+    arguments = [
+        *("fit", *validating_options(image_shards), "--trainer.devices", "2", "--trainer.accelerator", "cpu"),
+        *(
+            "--data.batch_size",
+            "2",
+            "--data.val_limit",
+            "13",
+            "--data.eval_batch_size",
+            "3",
+            "--rfid",
+            "{num_steps: 1}",
+        ),
+    ]
+
+    def prepare(rank: int) -> None:
+        in_hook("validation_step", 2, lambda: rank == 1 and os.kill(os.getpid(), signal.SIGUSR1))()
+
+    ranks = start_ranks(tmp_path, 2, arguments, prepare)
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [128 + signal.SIGUSR1] * 2, capfd.readouterr().err
+    saved = torch.load(run_of(tmp_path) / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 2 and saved["loops"]["fit_loop"]["epoch_loop.state_dict"]["validating"]
 
 
 def test_asynchronous_saving(image_shards: Path, tmp_path: Path, whole: dict[str, torch.Tensor]) -> None:

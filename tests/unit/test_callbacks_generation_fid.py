@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from flextok_pl.callbacks import EMA, GenerationFID
 from flextok_pl.callbacks.generation_fid import Wish
 from flextok_pl.metrics.classifier import LinearProbe
 from flextok_pl.metrics.images import to_uint8
+from flextok_pl.runtime import Preempted, Preemption
 
 SIDE, LENGTH, CLASSES = 16, 4, 3
 
@@ -264,6 +266,23 @@ def test_a_classifier_of_other_classes(tmp_path):
     module.num_classes, module.class_names = 2, ("red", "green")
     with pytest.raises(MisconfigurationException, match="tells 3 classes apart, and the prior knows 2"):
         evaluate(tmp_path, module, **WITH_PROBE)
+
+
+def test_a_signal_within_a_batch_of_many_images_is_heeded(tmp_path):
+    """All images of balanced classes are generated with the first batch of pictures."""
+    module = BandPrior()
+    draw = module.generate_tokens
+
+    def announced(*args, **kwargs):
+        if len(module.asked) == 2:  # the picture's rows and four images
+            signal.raise_signal(signal.SIGUSR1)
+        return draw(*args, **kwargs)
+
+    module.generate_tokens = announced
+    callback = GenerationFID(cache_dir=None, num_samples=200, max_samples=None, batch_size=4)
+    with pytest.raises(Preempted, match="stopped at step 3, within a validation that will be done anew, with"):
+        trainer_for(tmp_path, callback, callbacks=[Preemption(requeue=False)]).fit(module, Pictures())
+    assert len(module.asked) == 3 and (tmp_path / "checkpoints" / "last.ckpt").is_file()
 
 
 def test_never_in_a_fit(tmp_path):

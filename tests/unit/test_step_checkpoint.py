@@ -1,5 +1,6 @@
 """When a training saves itself, and what it does first when it goes on from there."""
 
+import signal
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from flextok_pl.runtime import FitLoop, StepCheckpoint, newest_intact
+from flextok_pl.runtime import FitLoop, Preempted, Preemption, StepCheckpoint, newest_intact
 
 EPOCH = 5  # batches
 
@@ -37,7 +38,10 @@ class Killed(Exception):
 
 
 class Diary(pl.Callback):
-    """What happened, with step and epoch; it stops the training at the given event."""
+    """What happened, with step and epoch; it stops the training at the given event.
+
+    "told of" the event sends a signal there instead.
+    """
 
     def __init__(self, last: tuple[str, int] | None) -> None:
         self.last = last
@@ -46,6 +50,8 @@ class Diary(pl.Callback):
     def note(self, name: str, trainer: pl.Trainer) -> None:
         if self.last == (name, trainer.global_step):
             raise Killed
+        if self.last == (f"told of {name}", trainer.global_step):
+            signal.raise_signal(signal.SIGUSR1)
         self.events.append((name, trainer.global_step, -1 if name == "end" else trainer.current_epoch))
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -87,13 +93,18 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        callbacks=[diary, checkpoint, StepCheckpoint(filename="best", monitor="val/loss", **common)],
+        callbacks=[
+            diary,
+            Preemption(requeue=False),
+            checkpoint,
+            StepCheckpoint(filename="best", monitor="val/loss", **common),
+        ],
         **options,
     )
     trainer.fit_loop = FitLoop(trainer)
     found = newest_intact(folder)
     data, val = (DataLoader(TensorDataset(torch.zeros(size, 2)), 1) for size in (EPOCH, 1))
-    with suppress(Killed):
+    with suppress(Killed, Preempted):
         trainer.fit(Learner(), data, val, ckpt_path=None if found is None else str(found))
     return diary.events
 
@@ -130,6 +141,13 @@ def test_going_on_does_what_was_to_come(options: dict[str, Any], accumulated: in
         assert torch.load(folder / "best.ckpt", weights_only=True)["global_step"] == best, (name, step)
         assert steps_saved(folder) == steps_saved(tmp_path / "whole")
         assert fit(folder, **options)[-1][0] == "end", "it ends again"
+        if name == "validation":  # and also where it is left at a signal, after its first batch
+            folder = tmp_path / f"told {step}"
+            events = fit(folder, ("told of validation", step), every=0, **options)
+            assert events[-1][:2] == ("validation", step), "it is left at once"
+            events += fit(folder, every=0, **options)
+            assert list(dict.fromkeys(events)) == list(dict.fromkeys(whole)), step
+            assert torch.load(folder / "best.ckpt", weights_only=True)["global_step"] == best, step
 
 
 def test_nothing_is_validated_twice(tmp_path: Path) -> None:
