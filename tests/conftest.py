@@ -26,6 +26,7 @@ from flextok_pl.data import write_folder
 from flextok_pl.data.demo import render
 from flextok_pl.data.openmoji import list_pictures
 
+
 def pytest_configure(config: pytest.Config) -> None:
     """Hide GPUs but for `-m gpu`: other tests expect a CPU's values, and start more processes than there are GPUs."""
     if "gpu" not in config.option.markexpr:

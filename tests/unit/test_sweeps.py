@@ -469,14 +469,14 @@ def test_what_a_sweep_cannot_be(sweep, options, message):
 @pytest.mark.parametrize(
     "given, message",
     [
-        ([], "give the file of a sweep"),
-        (["none.yaml"], "none.yaml is no file"),
+        ([], "FILE is missing"),
+        (["none.yaml"], "there is no file none.yaml"),
         (["status", "sweep.yaml"], "sweep holds no sweep yet; start it by `flextok sweep FILE`"),
         (["sweep.yaml", "--trials", "0"], "sweep.yaml: trials=0 must be at least 1"),
         (["sweep.yaml", "--launcher", "slurm"], "there is no `sbatch` here"),
     ],
 )
-def test_errors_of_the_command(given, message, tmp_path, monkeypatch):
+def test_errors_of_the_command(given, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "/nowhere")
     content = {"experiment": "e.yaml", "metric": "loss", "space": {"x": [1, 2]}, "search": "grid"}
@@ -484,7 +484,7 @@ def test_errors_of_the_command(given, message, tmp_path, monkeypatch):
     (tmp_path / "e.yaml").touch()
     with pytest.raises(SystemExit) as stop:
         main(["sweep", *given])
-    assert message in str(stop.value)
+    assert message in f"{stop.value}\n{capsys.readouterr().err}"
 
 
 @pytest.mark.parametrize(
