@@ -19,6 +19,7 @@ from flextok_pl.callbacks.charts import write_charts
 from flextok_pl.callbacks.evaluation import (
     batch_images,
     bits_per_token,
+    check_images,
     checkpoint_facts,
     decoding_facts,
     evaluated_step,
@@ -178,10 +179,12 @@ class BudgetEvaluation(SomeValidations, Generic[StatisticsT]):
         """Remember what says which weights are evaluated, and at which step."""
         self._checkpoint = checkpoint_facts(checkpoint)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse an unsuitable module before time is spent on it."""
-        if self.every_n_validations:
-            self._check_module(pl_module)
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse an unsuitable module, budgets beyond its tokens, and a validation set without images."""
+        self._check_module(pl_module)
+        for in_fit in (True, False):
+            self._budgets(module_reconstructor(pl_module).num_registers, in_fit)
+        check_images(trainer)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a pass."""
@@ -373,7 +376,8 @@ class BudgetEvaluation(SomeValidations, Generic[StatisticsT]):
         if grid[-1] > num_registers:
             name = "fit_budgets" if in_fit and self.fit_budgets else "budgets"
             raise MisconfigurationException(
-                f"{name} holds {grid[-1]}, but the tokenizer has {num_registers} tokens; choose from 1 to that"
+                f"{self.stem}.{name} holds {grid[-1]}, but the tokenizer has {num_registers} tokens; choose from 1 to "
+                "that"
             )
         return grid
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flextok_pl.callbacks.evaluation import (
     batch_images,
+    check_images,
     checkpoint_facts,
     evaluated_step,
     log_evaluation,
@@ -77,10 +78,10 @@ class CodebookReport(SomeValidations):
         """Remember the step whose weights are evaluated."""
         self._checkpoint = checkpoint_facts(checkpoint)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a module without tokens before time is spent on it."""
-        if self.every_n_validations:
-            module_reconstructor(pl_module)
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a module without tokens, and a validation set without images."""
+        module_reconstructor(pl_module)
+        check_images(trainer)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the tokens of the pass before."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from flextok_pl.callbacks.ema import EMA
 from flextok_pl.contracts import Reconstructor, weights_hash
+from flextok_pl.data import ShardDataModule
 from flextok_pl.metrics.features import FeatureExtractor
 from flextok_pl.runtime.sharding import CURRENT_STATE
 
@@ -95,11 +96,28 @@ def batch_images(batch: Any, dataloader_idx: int = 0) -> tuple[Tensor, list[str]
     missing = [name for name in ("image", "key") if not isinstance(batch, Mapping) or name not in batch]
     if missing:
         held = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-        raise MisconfigurationException(
-            f"an evaluation batch has no {' and no '.join(missing)}, it holds {held}: evaluate on shards with images "
-            "(data.val and data.test), also where training reads latents or tokens"
-        )
+        raise _without_images("an evaluation batch", missing, held)
     return batch["image"], list(batch["key"])
+
+
+def check_images(trainer: Trainer) -> None:
+    """Refuse a validation set of shards without images.
+
+    Raises:
+        MisconfigurationException: it is one.
+    """
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if isinstance(data, ShardDataModule) and data.sources["val"] is not None:
+        for index in data.shard_set("val").indices:
+            if "image" not in index.fields:
+                raise _without_images(str(index.where), ["image"], sorted(index.fields))
+
+
+def _without_images(source: str, missing: Sequence[str], held: object) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"{source} has no {' and no '.join(missing)}, it holds {held}: evaluate on shards with images (data.val and "
+        "data.test), also where training reads latents or tokens"
+    )
 
 
 def checkpoint_facts(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

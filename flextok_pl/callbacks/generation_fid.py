@@ -16,8 +16,9 @@ from tqdm import trange
 
 from flextok_pl.callbacks.budget_evaluation import BudgetEvaluation
 from flextok_pl.callbacks.budget_pass import Pass, first_rows
+from flextok_pl.callbacks.evaluation import split_size
 from flextok_pl.callbacks.image_set import ImageSet, open_image_set
-from flextok_pl.callbacks.probe import fitted_probe
+from flextok_pl.callbacks.probe import fitted_probe, probe_data
 from flextok_pl.contracts import GenerationModule, check_sampling, weights_hash
 from flextok_pl.data.conditions import class_index
 from flextok_pl.metrics.classifier import Classifier, TimmClassifier
@@ -197,6 +198,33 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
     def _check_module(self, pl_module: LightningModule) -> None:
         _generator(pl_module)
 
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse conditions, classes and processes, too, with which no images can be generated or judged."""
+        super().check(trainer, pl_module)
+        module, expected = _generator(pl_module), split_size(trainer, "val")
+        if self._num_made(pl_module, expected, in_fit=True) is not None and expected < trainer.world_size:
+            raise MisconfigurationException(
+                f"the val set has {expected} samples, with which the {trainer.world_size} processes start to generate: "
+                "use fewer devices, or a larger set"
+            )
+        if module.condition_kind == "class":
+            try:
+                self._shown(module, {})
+            except ValueError as error:
+                raise ValueError(f"gfid.shown={self.shown}: {error}") from error
+        if self.classifier_data is not None:
+            size = trainer.datamodule.image_size  # type: ignore[attr-defined]
+            probe_data(self.classifier_data, size, module.class_names)
+        self._check_classes(module)
+
+    def _check_classes(self, module: GenerationModule) -> None:
+        judge = self._classifier
+        if judge is not None and module.condition_kind == "class" and judge.num_classes != module.num_classes:
+            raise MisconfigurationException(
+                f"classifier={self.classifier!r} tells {judge.num_classes} classes apart, and the prior knows "
+                f"{module.num_classes}: their numbers mean different classes; give a classifier of the prior's classes"
+            )
+
     def _start(
         self, trainer: Trainer, pl_module: LightningModule, split: Literal["val", "test"]
     ) -> Pass[GenerationStatistics]:
@@ -209,12 +237,7 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
             self._classifier = fitted_probe(
                 self.classifier_data, size, network, reconstruct, self._look(module), self.cache_dir, module.class_names
             )
-        judge = self._classifier
-        if judge is not None and module.condition_kind == "class" and judge.num_classes != module.num_classes:
-            raise MisconfigurationException(
-                f"classifier={self.classifier!r} tells {judge.num_classes} classes apart, and the prior knows "
-                f"{module.num_classes}: their numbers mean different classes; give a classifier of the prior's classes"
-            )
+        self._check_classes(module)
         running = super()._start(trainer, pl_module, split)
         if self.images_dir is not None and not running.in_fit and not running.resumed:
             written = any(self.images_dir.glob("k=*/*.png"))

@@ -31,6 +31,28 @@ VERSION = 2
 NONE = torch.zeros(0, dtype=torch.int64)
 
 
+def probe_data(source: str, image_size: int, classes: Sequence[str] = ()) -> ShardDataModule:
+    """The images that a probe is fitted to, as the test set; see `fitted_probe`.
+
+    Raises:
+        ValueError: the set is missing, or has no images, no classes or others.
+    """
+    data = ShardDataModule(test=source, image_size=image_size, eval_batch_size=64, num_workers=0)
+    index = data.shard_set("test").indices[0]
+    if "image" not in index.fields or not index.classes:
+        raise ValueError(
+            f"classifier_data={source!r} holds {list(index.fields)} and {len(index.classes)} classes: a probe needs "
+            "images with classes"
+        )
+    difference = class_difference(classes, index.classes) if classes else None
+    if difference is not None:
+        raise ValueError(
+            f"classifier_data={source!r} and the prior differ in classes: {difference}; give pictures of the prior's "
+            "classes (flextok data folder --classes)"
+        )
+    return data
+
+
 def fitted_probe(
     source: str,
     image_size: int,
@@ -54,19 +76,7 @@ def fitted_probe(
     Raises:
         ValueError: the set is missing, or has no images, no classes or others.
     """
-    data = ShardDataModule(test=source, image_size=image_size, eval_batch_size=64, num_workers=0)
-    index = data.shard_set("test").indices[0]
-    if "image" not in index.fields or not index.classes:
-        raise ValueError(
-            f"classifier_data={source!r} holds {list(index.fields)} and {len(index.classes)} classes: a probe needs "
-            "images with classes"
-        )
-    difference = class_difference(classes, index.classes) if classes else None
-    if difference is not None:
-        raise ValueError(
-            f"classifier_data={source!r} and the prior differ in classes: {difference}; give pictures of the prior's "
-            "classes (flextok data folder --classes)"
-        )
+    data = probe_data(source, image_size, classes)
     key = [VERSION, data.data_hash("test"), extractor.name, extractor.weights_hash, extractor.resize, *made_by]
     name = f"probe_{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.pt"
     file = None if cache_dir is None else cache_dir / name
@@ -82,7 +92,7 @@ def fitted_probe(
     of_all = [gather_rows(torch.cat(parts), device) for parts in (features, labels, ids)]  # each process has a share
     order = of_all[2].argsort(stable=True)  # an image, then its reconstruction
     with announced("fitting the classifier to the features"):
-        probe = LinearProbe.fit(of_all[0][order], of_all[1][order], len(index.classes), extractor.name)
+        probe = LinearProbe.fit(of_all[0][order], of_all[1][order], len(data.classes), extractor.name)
     if file is not None and rank() == 0:
         keep(file, probe.state_dict())
     return probe

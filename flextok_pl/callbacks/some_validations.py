@@ -38,6 +38,19 @@ class SomeValidations(Callback):
         if stage == "fit":
             self._validations = 0
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out before the first step what would stop the first validation."""
+        if self.every_n_validations:
+            self.check(trainer, pl_module)
+
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a module, data or options with which a validation of a training cannot be taken part in.
+
+        Raises:
+            ValueError: an option does not fit the module, or names what is not there.
+            MisconfigurationException: the module or the validation set lacks what is looked at.
+        """
+
     def is_due(self, trainer: Trainer) -> bool:
         """Whether to take part in the evaluation that begins."""
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:

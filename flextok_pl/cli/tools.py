@@ -220,11 +220,18 @@ def reconstruct_images(
 
 
 def default_device(device: str | None) -> torch.device:
-    """The device of this name, or a GPU where there is one; each process that torchrun or srun starts has its own."""
+    """The device of this name, or a GPU where there is one; each process that torchrun or srun starts has its own.
+
+    Raises:
+        ValueError: there is no such device.
+    """
     if device is None and torch.cuda.is_available():
         number = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
         return torch.device("cuda", number % torch.cuda.device_count())
-    return torch.device(device or "cpu")
+    try:
+        return torch.empty(0, device=device or "cpu").device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each kind of device has its own
+        raise ValueError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def picture_size(tok: FlexTok) -> int:

@@ -1,6 +1,9 @@
 """An error, wherever it comes from and on however many ranks, ends all processes of a run at once."""
 
 import os
+import signal
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ import torch
 
 from flextok_pl.callbacks import ReconstructionFID
 from flextok_pl.modules import TokenizerModule
+from flextok_pl.runtime.failure import end
 
 EXPERIMENT = Path(__file__).parents[2] / "experiments" / "tokenizer" / "tiny.yaml"
 
@@ -92,6 +96,17 @@ def test_nothing_stays(
     for process in ranks:
         with pytest.raises(ProcessLookupError):  # nor has it left another one
             os.killpg(process.pid, 0)
+
+
+def test_what_a_process_started_ends_with_it(tmp_path: Path) -> None:
+    """By itself, as where all met the same error, or else by force: in a collective no signal is heard."""
+    patient, deaf = ("exit 3", "trap '' TERM; touch deaf; while true; do sleep 0.1; done")
+    started = [subprocess.Popen(["sh", "-c", line], cwd=tmp_path) for line in (patient, deaf)]
+    while not (tmp_path / "deaf").exists():
+        time.sleep(0.01)
+    started[0].wait()
+    end(started, patience=0.1)
+    assert [process.returncode for process in started] == [3, -signal.SIGKILL]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])

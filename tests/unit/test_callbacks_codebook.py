@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from flextok_pl.callbacks import CodebookReport
+from flextok_pl.data import ShardDataModule
 
 
 class KnownTokens:
@@ -105,3 +106,12 @@ def test_what_does_not_fit(tmp_path):
         fit(tmp_path, CodebookReport(), key="latent")
     with pytest.raises(ValueError, match="max_batches=0"):
         CodebookReport(max_batches=0)
+
+
+def test_a_validation_set_without_images_stops_a_training_at_its_start(monkeypatch):
+    data = ShardDataModule(val="latents")
+    index = SimpleNamespace(fields=("latent", "label"), where="shards/latents")
+    monkeypatch.setattr(ShardDataModule, "shard_set", lambda self, split: SimpleNamespace(indices=[index]))
+    with pytest.raises(MisconfigurationException, match=r"shards/latents has no image, .*'latent'.*data\.val"):
+        CodebookReport().on_fit_start(SimpleNamespace(datamodule=data), Module())
+    CodebookReport(every_n_validations=0).on_fit_start(SimpleNamespace(datamodule=data), Module())

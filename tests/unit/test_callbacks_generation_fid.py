@@ -140,6 +140,7 @@ def probe():
 def _quick(monkeypatch):
     monkeypatch.setattr("flextok_pl.callbacks.budget_evaluation.build_extractor", lambda *_: MeanColour())
     monkeypatch.setattr("flextok_pl.callbacks.generation_fid.fitted_probe", lambda *_: probe())
+    monkeypatch.setattr("flextok_pl.callbacks.generation_fid.probe_data", lambda *_: None)
 
 
 def trainer_for(tmp_path, callback, **options):
@@ -325,6 +326,30 @@ def test_wrong_options(options, message):
 def test_budgets_beyond_the_prior(tmp_path):
     with pytest.raises(MisconfigurationException, match="budgets holds 5"):
         evaluate(tmp_path, budgets=[5])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fit_budgets": [1, 5]}, "gfid.fit_budgets holds 5, but the tokenizer has 4"),
+        ({"budgets": [5]}, "gfid.budgets holds 5"),
+        ({"shown": ["pink"]}, "gfid.shown=.*class 'pink' is unknown"),
+        ({"conditions": "data", "num_samples": 3}, "num_samples=3 is for balanced classes"),
+        ({"classifier": "resnet18"}, "tells 3 classes apart, and the prior knows 2"),
+    ],
+)
+def test_what_would_stop_a_validation_stops_before_the_first_step(tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr("flextok_pl.callbacks.generation_fid.TimmClassifier", lambda *_: probe())
+    module = BandPrior()
+    if "classifier" in options:
+        module.num_classes, module.class_names = 2, ("red", "green")
+
+    def training_step(batch, batch_idx):
+        raise AssertionError("a step came first")
+
+    module.training_step = training_step
+    with pytest.raises((ValueError, MisconfigurationException), match=message):
+        trainer_for(tmp_path, GenerationFID(cache_dir=None, **options)).fit(module, Pictures())
 
 
 class Killed(Exception):

@@ -365,6 +365,8 @@ def test_modules_and_batches_that_do_not_fit(tmp_path):
         trainer_for(tmp_path, ReconstructionFID()).test(StripModule(), loader, verbose=False)
     with pytest.raises(MisconfigurationException, match="budgets holds 9, but the tokenizer has 8"):
         evaluate(tmp_path, budgets=[1, 9])
+    with pytest.raises(MisconfigurationException, match="rfid.fit_budgets holds 9"):
+        trainer_for(tmp_path, ReconstructionFID(fit_budgets=[1, 9])).fit(StripModule(), Pictures(pictures(4)))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from flextok_pl.cli import UserError
 from flextok_pl.cli.errors import told_to_the_user
 from flextok_pl.cli.tool import call, parsed
+from flextok_pl.cli.tools import default_device
 from flextok_pl.data import ShardDataModule, ShardError
 
 
@@ -103,3 +104,9 @@ def test_tools() -> None:
         parsed(parser, ["--size.pixels", "0"])
     with pytest.raises(ValueError, match="invalid literal"):
         call(tool, parsed(parser, []))
+
+
+@pytest.mark.parametrize("device", ["cuda:17", "abacus"])
+def test_a_device_that_is_not_there(device: str) -> None:
+    with pytest.raises(ValueError, match=f"device='{device}' cannot be used here"):
+        default_device(device)
