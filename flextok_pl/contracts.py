@@ -162,8 +162,13 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
 
 
 def run_folder(trainer: Any) -> Path:
-    """Where a run's results go. All processes must ask, for the trainer's `log_dir` is a broadcast."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    """Where a run's results go: the folder of a logger that has one, or else the trainer's `default_root_dir`.
+
+    All processes must ask, for the first one says.
+    """
+    folders = [getattr(logger, "log_dir", None) for logger in trainer.loggers]
+    folder = next((each for each in folders if isinstance(each, str)), trainer.default_root_dir)
+    return Path(trainer.strategy.broadcast(folder))
 
 
 def weights_hash(network: nn.Module) -> str:

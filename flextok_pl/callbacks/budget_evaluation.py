@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from flextok_pl.callbacks.budget_pass import Pass, StatisticsT, chosen_rows
@@ -263,10 +263,11 @@ class BudgetEvaluation(SomeValidations, Generic[StatisticsT]):
             state = running.unfinished.load()
             if state is not None and running.can_go_on_from(state):
                 running.load_state_dict(state)
-                rank_zero_info(
-                    f"{type(self).__name__} goes on after {len(running.ids)} samples of an evaluation that did not "
-                    f"finish ({running.unfinished.file})"
-                )
+                if trainer.is_global_zero:
+                    print(
+                        f"{type(self).__name__} goes on after {len(running.ids)} samples of an evaluation that did not "
+                        f"finish ({running.unfinished.file})"
+                    )
         return running
 
     def _facts(

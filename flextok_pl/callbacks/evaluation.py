@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
@@ -175,11 +175,16 @@ def log_evaluation(
     for logger in trainer.loggers:
         if not in_fit:  # Lightning would print every one of them in a table of its own
             logger.log_metrics(dict(scalars), step=step)
-        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+        if not trainer.is_global_zero:
+            continue
+        if isinstance(logger, TensorBoardLogger):
             for tag, picture in pictures.items():
                 logger.experiment.add_image(tag, picture, step)
             for tag, values in (histograms or {}).items():
                 logger.experiment.add_histogram(tag, values, step)
+        elif isinstance(logger, WandbLogger):
+            for tag, picture in pictures.items():
+                logger.log_image(tag, [picture.permute(1, 2, 0).cpu().numpy()], step)
 
 
 def versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 import warnings
@@ -11,7 +12,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, Namespace, set_parsing_settings
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch.distributed import DistError
 
@@ -27,15 +28,17 @@ from flextok_pl.callbacks import (
     Throughput,
     TokenReport,
 )
+from flextok_pl.callbacks.progress import progress
 from flextok_pl.cli import UserError, base_config, config_paths
 from flextok_pl.cli.errors import is_for_the_user, told_to_the_user
 from flextok_pl.cli.launch import launch_of
+from flextok_pl.cli.run_place import RunPlace, RunRecord
 from flextok_pl.data import ShardDataModule
 from flextok_pl.modules.saved_prior import SavedPrior
 from flextok_pl.modules.saved_tokenizer import SavedTokenizer
 from flextok_pl.precision import check_training_precision
 from flextok_pl.progress import announced, say
-from flextok_pl.runtime import Failure, FitLoop, Preempted, Preemption, StepCheckpoint, damage_of, newest_intact
+from flextok_pl.runtime import Failure, FitLoop, Preempted, Preemption, StepCheckpoint, damage_of
 
 CALLBACKS: dict[str, type[Callback]] = {
     "rfid": ReconstructionFID,
@@ -57,6 +60,15 @@ CALLBACKS: dict[str, type[Callback]] = {
 
 LOST_CONTACT = "Connection closed by peer|Connection reset by peer|Timed out waiting|caused pair closure|Broken pipe"
 """What Gloo says of a process that is gone; NCCL's errors are of a class of their own."""
+
+HUSHED = (
+    ".*LeafSpec",  # Lightning's own, at every batch
+    "The `srun` command is available",  # `Launch` refuses what needs it
+    "Checkpoint directory .* exists and is not empty",  # that of the run that goes on
+    "Experiment logs directory .* exists and is not empty",
+    "The number of training batches .* is smaller than the logging interval",  # logs come by steps, not by epochs
+)
+"""Warnings that nobody can act on."""
 
 FIT_ONLY = frozenset({"throughput", "lr_monitor", "hparams", "checkpoint", "best", "ema", "preemption"})
 
@@ -84,6 +96,9 @@ class FlexTokCLI(LightningCLI):
             subclass_mode_model=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
+            save_config_callback=RunRecord,
+            save_config_kwargs={"title": experiment},
+            trainer_defaults={"enable_model_summary": False},
             parser_kwargs={subcommand: {"usage": f"flextok {command} --config FILE [--OPTION VALUE ...]"}},
             args=[subcommand, *arguments],
         )
@@ -144,12 +159,10 @@ class FlexTokCLI(LightningCLI):
                 class_path=f"{saved.__module__}.{saved.__name__}",
                 init_args=Namespace(**options),  # type: ignore[no-untyped-call]
             )
-        loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
-        for logger in loggers:
-            if isinstance(logger, Namespace) and logger.get("init_args", {}).get("name") == "lightning_logs":
-                logger.init_args.name = self._experiment
-        if config.get("ckpt_path") == "last":
-            config.ckpt_path = self._go_on_with_the_last(loggers)
+        self._place = RunPlace(config.trainer, self._experiment)
+        goes_on = config.get("ckpt_path") == "last"
+        if goes_on:
+            config.ckpt_path = self._go_on_with_the_last()
         elif config.get("ckpt_path") is not None and Path(config.ckpt_path).exists():
             damage = damage_of(Path(config.ckpt_path))
             if damage is not None:
@@ -157,38 +170,25 @@ class FlexTokCLI(LightningCLI):
                     f"ckpt_path={config.ckpt_path} is damaged ({damage}); give another file of its folder, or `last` "
                     "for the newest whole one"
                 )
+        self._place.settle(goes_on and self._only == "fit")
 
-    def _go_on_with_the_last(self, loggers: Sequence[Any]) -> str | None:
-        """The newest whole checkpoint of the logger's version, or of the experiment's newest run that has any.
-
-        A fit then uses that run's folder again.
-        """
-        for logger in loggers:
-            options = logger.get("init_args", {}) if isinstance(logger, Namespace) else {}
-            if "save_dir" not in options or "version" not in options:
-                continue
-            version = "*" if options["version"] is None else options["version"]
-            runs = Path(options["save_dir"], options["name"]).glob(f"version_{version}/checkpoints")
-            numbered = {int(run.parent.name.removeprefix("version_")): run for run in runs if any(run.glob("*.ckpt"))}
-            if not numbered:
-                print(f"no run of {options['name']} has a checkpoint yet: starting from the beginning")
-                self.save_config_kwargs["overwrite"] = options["version"] is not None  # which may have begun before
-                return None
-            newest = max(numbered)
-            found = newest_intact(numbered[newest])
-            if self._only == "fit":
-                options["version"] = newest
-                self.save_config_kwargs["overwrite"] = True
-            print(f"going on with {found}")
-            return str(found)
-        raise UserError("ckpt_path=last needs a logger with save_dir and version, such as base.yaml's; give the file")
+    def _go_on_with_the_last(self) -> str | None:
+        """The newest whole checkpoint of the run, or of the experiment's newest run that has any."""
+        found = self._place.newest_checkpoint()
+        if found is None:
+            print(f"no run in {self._place.parent} has a checkpoint yet: starting from the beginning")
+            return None
+        if self._only != "fit":
+            self._place.version = None
+        print(f"going on with {found}")
+        return str(found)
 
     def instantiate_classes(self) -> None:
         """Build everything."""
         if self.config[self._only].model.get("init_args", {}).get("compile_blocks"):
             say("the blocks are compiled at their first use: the first steps take minutes")
         try:
-            with announced("building the model"):
+            with announced("building the model"), self._place.told_to_the_trainer():
                 super().instantiate_classes()
         except ValueError as error:
             # jsonargparse wraps what an optional type's constructor said into a list of what else it tried.
@@ -203,7 +203,11 @@ class FlexTokCLI(LightningCLI):
             callback
             for name, callback in zip(names, callbacks, strict=True)
             if callback is not None and (self._only == "fit" or name not in FIT_ONLY)
+            if config["logger"] or not isinstance(callback, LearningRateMonitor)  # which refuses to do without
         ]
+        own_bar = any(isinstance(each, ProgressBar) for each in config["callbacks"] or [])
+        if config["enable_progress_bar"] is not False and not own_bar:
+            wanted.append(progress())
         if self._only == "predict":
             wanted.append(Predictions())
         failure = Failure(lambda error: not is_for_the_user(error))
@@ -219,6 +223,11 @@ class FlexTokCLI(LightningCLI):
         launch.require_global_batch(config.global_batch_size)
         if self.trainer.is_global_zero:
             print(launch, flush=True)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        record = next((each for each in self.trainer.callbacks if isinstance(each, RunRecord)), None)
+        with self._place.left_clean(record):
+            super()._run_subcommand(subcommand)
 
 
 class ParsingCLI(FlexTokCLI):
@@ -268,8 +277,10 @@ def run(subcommand: str, arguments: Sequence[str]) -> None:
 def run_cli(cli: Callable[[str, Sequence[str], str], FlexTokCLI], subcommand: str, arguments: Sequence[str]) -> None:
     """`run` with a CLI of one's own."""
     # Options of a callback can then be given directly: `rfid: {num_steps: 10}`, without class_path and init_args.
-    warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning's own, at every batch
-    warnings.filterwarnings("ignore", message="The `srun` command is available")  # `Launch` refuses what needs it
+    for message in HUSHED:
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("lightning.pytorch", "lightning.fabric"):  # whose news are of their own insides, and advertisements
+        logging.getLogger(name).setLevel(logging.WARNING)
     set_parsing_settings(subclasses_disabled=list(CALLBACKS.values()))
     given = [path.resolve() for path in config_paths(arguments)]
     base = base_config(given[0]) if given else None

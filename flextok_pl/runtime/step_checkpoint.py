@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from flextok_pl.contracts import run_folder
 from flextok_pl.runtime.fit_loop import step_ends
 
 
@@ -21,6 +22,12 @@ class StepCheckpoint(ModelCheckpoint):
     def state_key(self) -> str:
         """That of Lightning's, whose place in checkpoints this takes."""
         return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save into the run's folder, unless another is given."""
+        if self.dirpath is None:
+            self.dirpath = str(run_folder(trainer) / "checkpoints")
+        super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the step from which training goes on."""

@@ -1,0 +1,227 @@
+"""Where a run's results go: `<save_dir>/<experiment>/version_<n>`, whichever loggers it has."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from flextok_pl.cli import UserError
+from flextok_pl.contracts import run_folder
+from flextok_pl.runtime import newest_intact
+
+IN_FOLDERS = (TensorBoardLogger, CSVLogger)
+"""Loggers that keep what is logged in the run's folder."""
+
+IDENTITY = {"WandbLogger": "id", "MLFlowLogger": "run_id", "CometLogger": "experiment_key"}
+"""Logger of a service -> the option by which it goes on with a run of that."""
+
+IDENTITIES = "loggers.json"
+"""File of a run's folder: class of a logger -> the service's name of the run."""
+
+OF_A_START = re.compile(r"config\.yaml|hparams\.yaml|metrics\.csv|loggers\.json|events\.out\.tfevents\..*")
+"""What a run's folder holds before its first batch."""
+
+
+class RunPlace:
+    """The folder of a run.
+
+    Loggers that write into a folder (TensorBoard's and the CSV logger) get this one, and their options say where it is:
+    `save_dir`, `name` (default the experiment's) and `version` (default the next free number). For other loggers it
+    lies below their `save_dir`, and without one below `trainer.default_root_dir`, default `runs`.
+
+    Args:
+        trainer: the parsed options of the trainer; loggers in it that are not named get the experiment's name.
+        experiment: name of the experiment.
+
+    Attributes:
+        parent: the experiment's folder.
+        version: number or name of the run, or None for a new one, which `settle` then numbers.
+    """
+
+    def __init__(self, trainer: Namespace, experiment: str) -> None:
+        self._trainer = trainer
+        if trainer.logger in (True, None):
+            options = Namespace(save_dir=trainer.default_root_dir or "runs", name=experiment, version=None)  # type: ignore[no-untyped-call]
+            trainer.logger = Namespace(class_path="lightning.pytorch.loggers.TensorBoardLogger", init_args=options)  # type: ignore[no-untyped-call]
+        given = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+        self._loggers = [each for each in given if isinstance(each, Namespace)]
+        filed = [each.init_args for each in self._loggers if issubclass(_class(each), IN_FOLDERS)]
+        for options in filed:
+            if options.get("name") == "lightning_logs":
+                options.name = experiment
+        dirs = [each.get("init_args", {}).get("save_dir") for each in self._loggers]
+        save_dir = next((each for each in dirs if each not in (None, ".")), trainer.default_root_dir or "runs")
+        self._save_dir, self._name = str(save_dir), (filed[0].get("name") or "") if filed else experiment
+        self.parent = Path(self._save_dir, self._name)
+        self.version: int | str | None = filed[0].get("version") if filed else None
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        assert self.version is not None
+        return self.parent / (f"version_{self.version}" if isinstance(self.version, int) else self.version)
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint of this run, or of the experiment's newest run that has any; sets `version`.
+
+        Raises:
+            ValueError: there are some, and none is whole.
+        """
+        if self.version is not None:
+            return newest_intact(self.folder / "checkpoints")
+        numbers = [n for n in self._numbers() if any((self.parent / f"version_{n}" / "checkpoints").glob("*.ckpt"))]
+        if not numbers:
+            return None
+        self.version = max(numbers)
+        return newest_intact(self.folder / "checkpoints")
+
+    def settle(self, go_on: bool) -> None:
+        """Choose the folder.
+
+        Args:
+            go_on: whether this may be a run that has begun.
+
+        Raises:
+            UserError: it is one.
+        """
+        if self.version is None:
+            self.version = max(self._numbers(), default=-1) + 1
+        if not go_on and (self.folder / "config.yaml").exists():
+            raise UserError(
+                f"{self.folder} holds a run already; go on with it (--ckpt_path last), or choose another "
+                "trainer.logger.init_args.version"
+            )
+
+    def _numbers(self) -> list[int]:
+        found = [re.fullmatch(r"version_(\d+)", folder.name) for folder in self.parent.glob("version_*")]
+        return [int(match[1]) for match in found if match is not None]
+
+    @contextmanager
+    def told_to_the_trainer(self) -> Iterator[None]:
+        """Let the trainer's options name the folder, and the services' runs that go on, for a while.
+
+        Afterwards they are as they were, and may be given for another run.
+        """
+        trainer, before = self._trainer, deepcopy((self._trainer.logger, self._trainer.default_root_dir))
+        file = self.folder / IDENTITIES
+        known = json.loads(file.read_text()) if file.is_file() else {}
+        for logger in self._loggers:
+            kind, options = _class(logger), logger.init_args
+            if issubclass(kind, IN_FOLDERS):
+                options.save_dir, options.name, options.version = self._save_dir, self._name, self.version
+            elif kind.__name__ in known:
+                options[IDENTITY[kind.__name__]] = known[kind.__name__]
+            elif kind.__name__ == "WandbLogger" and options.get("name") is None:
+                options.name = f"{self._name}/{self.folder.name}"
+            if issubclass(kind, CSVLogger):
+                self._keep_earlier_metrics()
+        trainer.default_root_dir = str(self.folder)
+        try:
+            yield
+        finally:
+            trainer.logger, trainer.default_root_dir = before
+
+    @rank_zero_only
+    def _keep_earlier_metrics(self) -> None:
+        """Put the CSV logger's file of a run that goes on aside: the logger begins with an empty one."""
+        file = self.folder / "metrics.csv"
+        if file.is_file():
+            number = len(list(self.folder.glob("metrics_*.csv")))
+            file.rename(file.with_name(f"metrics_{number}.csv"))
+
+    @contextmanager
+    def left_clean(self, record: RunRecord | None) -> Iterator[None]:
+        """Remove a new folder again, where the run ends with an error before its first batch."""
+        existed = self.folder.exists()
+        try:
+            yield
+        except BaseException:
+            if record is not None and not existed and not record.used:
+                self._remove_a_start()
+            raise
+
+    @rank_zero_only
+    def _remove_a_start(self) -> None:
+        files = [path for path in self.folder.rglob("*") if not path.is_dir()]
+        if not all(path.parent == self.folder and OF_A_START.fullmatch(path.name) for path in files):
+            return
+        for path in files:
+            path.unlink()
+        for folder in (self.folder, *self.folder.parents):
+            if not folder.is_relative_to(self._save_dir) or any(folder.iterdir()):
+                break
+            folder.rmdir()
+
+
+class RunRecord(SaveConfigCallback):
+    """Writes a run's `config.yaml`, and the names that services have for it, and says what starts.
+
+    Args:
+        parser: that of the subcommand.
+        config: what it has parsed.
+        title: name of the experiment.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, title: str) -> None:
+        super().__init__(parser, config)
+        self.title = title
+        self._used = torch.zeros(1, dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]  # with forks
+
+    @property
+    def used(self) -> bool:
+        """Whether the run has come to its first batch, in any process of this machine."""
+        return bool(self._used)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the files."""
+        folder = run_folder(trainer)
+        if self.already_saved or not trainer.is_global_zero:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, str(folder / self.config_filename), skip_none=False, overwrite=True)
+        names = {type(each).__name__: each.version for each in trainer.loggers if type(each).__name__ in IDENTITY}
+        if names:
+            (folder / IDENTITIES).write_text(json.dumps(names))
+        self.already_saved = True
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what is trained, where, and where its results go."""
+        folder = run_folder(trainer)
+        if not trainer.is_global_zero:
+            return
+        device = trainer.strategy.root_device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        trained = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
+        print(
+            f"{self.title}: {type(pl_module).__name__}, {trained / 1e6:.3g} M trained parameters\n"
+            f"results in {folder}\n"
+            f"on {trainer.world_size} x {name}, precision {trainer.precision}",
+            flush=True,
+        )
+
+    def _use(self, trainer: Trainer, *_: Any) -> None:
+        """Note that there is a batch."""
+        if not trainer.sanity_checking:
+            self._used[:] = True
+
+    on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _use
+
+
+def _class(logger: Namespace) -> type:
+    """The class of a configured logger."""
+    module, _, name = logger.class_path.rpartition(".")
+    kind: type = getattr(import_module(module), name)
+    return kind
