@@ -45,7 +45,7 @@ COMMANDS = {
     "fit": _training("train a model", "fit"),
     "validate": _training("evaluate on the validation set, cheaply", "validate", EVALUATION),
     "test": _training("evaluate in full: every metric at every token budget", "test", EVALUATION),
-    "predict": _training("write predictions", "predict", EVALUATION),
+    "predict": _training("write the tokens of pictures, or those that a prior generates", "predict", EVALUATION),
     "sweep": Command(
         "search over the options of an experiment, here or on a Slurm cluster",
         (SWEEP,),
