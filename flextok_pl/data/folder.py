@@ -107,6 +107,9 @@ def write_folder(
         for part, chosen in _parts(items, val_fraction).items()
     }
     found.tell_rest()
+    without = sorted(set(names) - {file.partition("/")[0] for file in files})
+    if without:
+        _LOG.warning("%d of the %d classes have no pictures here, such as %s", len(without), len(names), without[0])
     return sets
 
 
