@@ -121,7 +121,7 @@ def answer(name: str, arguments: Sequence[str]) -> list[str]:
         _check_inputs(line, options, command.inputs)
     if command.groups and not is_dry:
         _check_shards(name, line, files)
-    return line.free + [each for given in line.named for each in _spelled(*given)]
+    return line.free + [_spelled(given, value, options) for given, value in line.named]
 
 
 def options_for(name: str, model: str | None = None) -> Options:
@@ -252,8 +252,11 @@ def _refuse(name: str, wrong: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def _spelled(name: str, value: str | None) -> list[str]:
-    return [f"--{name}"] if value is None else [f"--{name}={value}"]
+def _spelled(name: str, value: str | None, options: Options) -> str:
+    """One argument; what is true or false is true where it only is named."""
+    if value is None and name in options and options[name].kind == "bool":
+        value = "true"
+    return f"--{name}" if value is None else f"--{name}={value}"
 
 
 def _files(name: str, line: Line) -> list[tuple[Path, Any]]:

@@ -28,6 +28,7 @@ from flextok_pl.cli.launch import launch_of
 from flextok_pl.cli.plan import KINDS, batches_of_an_epoch, training_sets
 from flextok_pl.cli.training import ParsingCLI, run_cli
 from flextok_pl.models.config import config_from_dict
+from flextok_pl.progress import announced
 from flextok_pl.sweeps.driver import Driver, find_study
 from flextok_pl.sweeps.files import load_yaml
 from flextok_pl.sweeps.results import status_table, write_results
@@ -157,11 +158,12 @@ def check_points(sweep: Sweep) -> list[Params]:
         UserError: an option does not exist, or a value does not fit.
     """
     points = list(sweep.points.corners())
-    for point in points:
-        try:
-            run_cli(CheckCLI, "fit", sweep.arguments(point, "check", sweep.seeds[0], sweep.root)[0][1:])
-        except UserError as error:
-            raise UserError(f"space: {point} cannot be trained: {error}") from error
+    with announced(f"parsing {len(points)} points of the space"):
+        for point in points:
+            try:
+                run_cli(CheckCLI, "fit", sweep.arguments(point, "check", sweep.seeds[0], sweep.root)[0][1:])
+            except UserError as error:
+                raise UserError(f"space: {point} cannot be trained: {error}") from error
     return points
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from flextok_pl.data.index import IMAGE_EXTENSIONS
+from flextok_pl.progress import announced
 
 _LOG = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ def list_images(src: Path) -> list[str]:
     return list(found.extensions)
 
 
+@announced("looking for pictures")
 def find_images(src: Path, besides: Sequence[Path] = ()) -> ImageFiles:
     """The images under a folder.
 

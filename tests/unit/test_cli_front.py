@@ -225,6 +225,9 @@ def test_what_only_a_class_decides_is_let_through() -> None:
         ),
         ("generate", "--num_tokens 1 --class a --class b", "--budgets=1 --class=a --class=b"),
         ("fid", "--reference tests --images docs", "docs tests"),
+        ("sweep", "experiments/sweeps/tiny.yaml --dry_run", "experiments/sweeps/tiny.yaml --dry_run=true"),
+        ("data folder", "tests out --overwrite --size 3", "tests out --overwrite=true --size=3"),
+        ("data folder", "tests out --overwrite false", "tests out --overwrite=false"),
     ],
 )
 def test_former_and_other_spellings(name: str, given: str, expected: str) -> None:
