@@ -145,6 +145,11 @@ def class_difference(one: Sequence[str], other: Sequence[str]) -> str | None:
     return "; ".join(facts)
 
 
+def is_whole(number: object) -> bool:
+    """Whether this is an integer, of Python or of NumPy, and no bool."""
+    return isinstance(number, Integral) and not isinstance(number, bool)
+
+
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Refuse settings from which no token could be drawn.
 
@@ -153,7 +158,7 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
     """
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature} must be 0 (the most likely token) or more, and finite")
-    if top_k is not None and (not isinstance(top_k, Integral) or top_k < 1):
+    if top_k is not None and (not is_whole(top_k) or top_k < 1):
         raise ValueError(f"top_k={top_k} must be at least 1, and a whole number, or None to keep all tokens")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(

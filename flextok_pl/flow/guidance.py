@@ -3,9 +3,13 @@
 Shapes: velocities are (B, C, h, w).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
+from flextok_pl.contracts import GuidanceScale
+from flextok_pl.flow.integrate import VelocityField
 from flextok_pl.precision import accumulation_dtype
 
 GUIDANCE_KINDS = ("none", "cfg", "apg")
@@ -47,3 +51,32 @@ class AdaptiveProjectedGuidance:
         product = (difference.to(wide) * direction).flatten(1).sum(1).view(-1, 1, 1, 1)
         parallel = (product * direction).to(difference.dtype)
         return conditional + (scale - 1) * (difference - parallel + self.eta * parallel)
+
+
+def guided_field(
+    conditional: VelocityField, unconditional: VelocityField, kind: str, scale: GuidanceScale
+) -> VelocityField:
+    """One velocity field made of two, for one sampling run.
+
+    Args:
+        conditional: the field given the condition.
+        unconditional: the field without; not asked where it has no effect.
+        kind: one of `GUIDANCE_KINDS`.
+        scale: strength; 1 is no guidance.
+
+    Raises:
+        ValueError: the kind is unknown, or, when the field is asked, the scale is NaN or infinite.
+    """
+    if kind not in GUIDANCE_KINDS:
+        raise ValueError(f"guidance={kind!r} is unknown; use one of {GUIDANCE_KINDS}")
+    if kind == "none" or scale == 1.0:
+        return conditional
+    combine = AdaptiveProjectedGuidance() if kind == "apg" else classifier_free_guidance
+
+    def field(x: Tensor, t: float) -> Tensor:
+        strength = scale(t) if callable(scale) else scale
+        if not math.isfinite(strength):
+            raise ValueError(f"guidance_scale={strength} at t={t} must be a finite number")
+        return combine(conditional(x, t), unconditional(x, t), strength)
+
+    return field

@@ -4,9 +4,10 @@ Shapes: x is (B, C, h, w).
 """
 
 from collections.abc import Callable
-from numbers import Integral
 
 from torch import Tensor
+
+from flextok_pl.contracts import is_whole
 
 VelocityField = Callable[[Tensor, float], Tensor]
 """(x, t) -> dx/dt at time t, of x's shape."""
@@ -32,7 +33,7 @@ def integrate(field: VelocityField, x: Tensor, num_steps: int, solver: str = "eu
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver={solver!r} is unknown; use one of {SOLVERS}")
-    if not isinstance(num_steps, Integral) or num_steps < 1:
+    if not is_whole(num_steps) or num_steps < 1:
         raise ValueError(f"num_steps={num_steps} must be at least 1, and a whole number")
     step = 1 / num_steps
     for i in range(num_steps, 0, -1):

@@ -17,6 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from flextok_pl.precision import full_precision
+
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 PSNR_CAP = 100.0
@@ -67,9 +69,10 @@ def image_errors(originals: Tensor, reconstructions: Tensor) -> dict[str, Tensor
     difference = originals.int() - reconstructions.int()
     mae = difference.abs().flatten(1).sum(1).cpu().double() / (255 * difference[0].numel())
     mse = difference.square().flatten(1).sum(1).cpu().double() / (255**2 * difference[0].numel())
-    ssim = structural_similarity_index_measure(
-        reconstructions.float() / 255, originals.float() / 255, data_range=1.0, reduction="none"
-    )
+    with full_precision(originals.device):
+        ssim = structural_similarity_index_measure(
+            reconstructions.float() / 255, originals.float() / 255, data_range=1.0, reduction="none"
+        )
     assert isinstance(ssim, Tensor)
     return {
         "mae": mae,

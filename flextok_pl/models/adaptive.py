@@ -8,6 +8,7 @@ Shapes: B batch, N images to learn from, H x W image, K registers, k budget, L F
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -46,6 +47,10 @@ class Quality:
     guidance_scale: float = 1.0
     seed: int = 0
     predictor: BudgetPredictor | None = None
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.target):
+            raise ValueError(f"target={self.target} must be a number, the largest distance allowed")
 
 
 def smallest_budgets(distance_at: Callable[[Tensor, Tensor], Tensor], target: float, count: int, most: int) -> Tensor:

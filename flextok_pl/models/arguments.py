@@ -7,16 +7,14 @@ Shapes: B batch, H x W image, k tokens.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flextok_pl.contracts import GuidanceScale
+from flextok_pl.contracts import is_whole
 
 IMAGE_LIMIT = 2.0
 """Largest absolute value in an image: bicubic resizing overshoots [-1, 1] by up to 0.9, pixels in 0..255 are beyond."""
@@ -119,7 +117,7 @@ def as_size(size: Any, name: str) -> tuple[int, int]:
         ValueError: it is something else than two positive whole numbers.
     """
     pair = list(size) if isinstance(size, Sequence) else []
-    if len(pair) != 2 or not all(isinstance(side, Integral) and side > 0 for side in pair):
+    if len(pair) != 2 or not all(is_whole(side) and side > 0 for side in pair):
         raise ValueError(f"{name}={size!r} must be two whole numbers, (height, width), such as (32, 32)")
     return int(pair[0]), int(pair[1])
 
@@ -132,19 +130,8 @@ def as_generators(
     Raises:
         ValueError: another number of them.
     """
+    generators: list[torch.Generator | None]
     generators = list(generator) if isinstance(generator, Sequence) else [generator] * batch_size
     if len(generators) != batch_size:
         raise ValueError(f"generator has {len(generators)} entries for {batch_size} samples; give one each")
     return generators
-
-
-def scale_at(guidance_scale: GuidanceScale, t: float) -> float:
-    """The guidance scale at a flow time.
-
-    Raises:
-        ValueError: it is NaN or infinite.
-    """
-    scale = guidance_scale(t) if callable(guidance_scale) else guidance_scale
-    if not math.isfinite(scale):
-        raise ValueError(f"guidance_scale={scale} at t={t} must be a finite number")
-    return scale

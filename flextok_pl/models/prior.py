@@ -10,7 +10,6 @@ Shapes: B batch, K tokens, m prefix, D width, V vocabulary, T text positions, E 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flextok_pl.contracts import PositionScale, check_sampling
+from flextok_pl.contracts import PositionScale, check_sampling, is_whole
 from flextok_pl.layers.blocks import run_block
 from flextok_pl.layers.causal import NORM_EPS, CausalBlock, KeyValueCache, TextMemory
 from flextok_pl.models.arguments import as_generators, as_ids
@@ -207,7 +206,7 @@ class Prior(nn.Module):
         """
         config = self.config
         length = config.num_tokens if num_tokens is None else num_tokens
-        if not isinstance(length, Integral) or not 1 <= length <= config.num_tokens:
+        if not is_whole(length) or not 1 <= length <= config.num_tokens:
             raise ValueError(f"num_tokens={num_tokens} is not in 1..{config.num_tokens}, the budgets of this prior")
         check_sampling(temperature, top_k, top_p)
         scales = scale_at_positions(cfg_scale, config.num_tokens)
@@ -271,7 +270,7 @@ class Prior(nn.Module):
                 x = self.token_embedding(tokens[:, position : position + 1].repeat(repeats, 1))
                 x = x + self.positions[position + 1]
         if not finite:
-            raise ValueError("the prior's logits hold NaN or infinite values; its weights do, or have diverged")
+            raise ValueError("the prior's logits hold NaN or infinite values: its weights or the texts' states do")
 
     def _embed(self, tokens: Tensor, condition: Condition, null: Tensor) -> Tensor:
         """The input of the blocks: start token and (B, m) tokens -> (B, m+1, D)."""

@@ -6,7 +6,6 @@ Shapes: B batch, C channels, h x w latent, K registers, k <= K kept tokens, L FS
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from flextok_pl.contracts import GuidanceScale, weights_hash
-from flextok_pl.flow.guidance import GUIDANCE_KINDS, AdaptiveProjectedGuidance, classifier_free_guidance
+from flextok_pl.contracts import GuidanceScale, is_whole, weights_hash
+from flextok_pl.flow.guidance import guided_field
 from flextok_pl.flow.integrate import integrate
 from flextok_pl.models.adaptive import Quality, searched_budgets
 from flextok_pl.models.arguments import (
@@ -26,7 +25,6 @@ from flextok_pl.models.arguments import (
     as_token_batch,
     check_finite,
     check_image_values,
-    scale_at,
 )
 from flextok_pl.models.config import FlexTokConfig
 from flextok_pl.models.decoder import FlowDecoder, Velocity
@@ -163,7 +161,7 @@ class FlexTok(nn.Module):
         """Scaled VAE latents of images.
 
         Args:
-            images: (B, 3, H, W) in [-1, 1].
+            images: (B, 3, H, W) in [-1, 1], of any floating type, also of NumPy; overshoots up to 2 are taken.
             sample_posterior: sample the posterior instead of taking its mean.
             generator: source of that sample.
 
@@ -222,7 +220,7 @@ class FlexTok(nn.Module):
         """Tokens of images, from the mean of the VAE's posterior: deterministic.
 
         Args:
-            images: (B, 3, H, W) in [-1, 1].
+            images: (B, 3, H, W) in [-1, 1], of any floating type, also of NumPy; overshoots up to 2 are taken.
             num_tokens: k, default K; with `quality` the most for an image.
             quality: take as few tokens for each image as this needs, searched with log2 k decodings or predicted.
 
@@ -315,27 +313,20 @@ class FlexTok(nn.Module):
         solver: str = "euler",
     ) -> Tensor:
         """`detokenize` without the VAE: the scaled latents, (B, C, h, w)."""
-        if guidance not in GUIDANCE_KINDS:
-            raise ValueError(f"guidance={guidance!r} is unknown; use one of {GUIDANCE_KINDS}")
         require_float32(self.decoder.patch_posemb.dtype, "tokenizer")
         codes, kept = self._codes_and_budgets(tokens, num_tokens)
         x = self._noise(len(codes), generator, noise, latent_size)
-        if len(codes) == 0:
-            return x
         if self.config.objective == "mse":
             x, num_steps, guidance = torch.zeros_like(x), 1, "none"
-        guided = guidance != "none" and (callable(guidance_scale) or guidance_scale != 1.0)
-        combine = AdaptiveProjectedGuidance() if guidance == "apg" else classifier_free_guidance
-        everything_null = torch.ones(len(codes), dtype=torch.bool, device=x.device)
-
-        def field(x: Tensor, t: float) -> Tensor:
-            times = torch.full((len(x),), t, device=x.device)
-            conditional = self.decoder(x, times, codes, kept).velocity
-            if not guided:
-                return conditional  # type: ignore[no-any-return]
-            unconditional = self.decoder(x, times, codes[:, :0], null=everything_null).velocity
-            return combine(conditional, unconditional, scale_at(guidance_scale, t))
-
+        null = torch.ones(len(codes), dtype=torch.bool, device=x.device)
+        field = guided_field(
+            lambda x, t: self.decoder(x, x.new_full((len(x),), t), codes, kept).velocity,
+            lambda x, t: self.decoder(x, x.new_full((len(x),), t), codes[:, :0], null=null).velocity,
+            guidance,
+            guidance_scale,
+        )
+        if len(codes) == 0:
+            return x
         with full_precision(self.device):
             latents = integrate(field, x, num_steps, solver)
         check_finite(latents, "the decoded latents", DIVERGED)
@@ -428,7 +419,7 @@ class FlexTok(nn.Module):
         return noise.to(self.device, torch.float32)
 
     def _check_budget(self, budget: int, name: str = "num_tokens") -> None:
-        if not isinstance(budget, Integral) or isinstance(budget, bool) or not 1 <= budget <= self.num_registers:
+        if not is_whole(budget) or not 1 <= budget <= self.num_registers:
             raise ValueError(f"{name}={budget} is not in 1..{self.num_registers}, the budgets of this tokenizer")
 
     def _check_latents(self, latents: Tensor, name: str = "latents") -> None:

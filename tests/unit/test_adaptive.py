@@ -57,6 +57,11 @@ def error_at(tok, batch, tokens):
     return torch.cat(errors)
 
 
+def test_a_target_is_a_number():
+    with pytest.raises(ValueError, match="target=nan"):
+        Quality(math.nan)
+
+
 def test_tokens_of_a_quality(tok):
     batch = images(6)
     whole = tok.tokenize(batch)

@@ -46,6 +46,14 @@ def test_errors_of_a_sample_do_not_depend_on_its_batch():
         torch.testing.assert_close(alone, values, rtol=1e-6, atol=0)
 
 
+def test_errors_do_not_follow_autocast():
+    images = torch.randint(256, (2, 2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = image_errors(*images)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = image_errors(*images)
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
+
+
 def test_a_reconstruction_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"\(1, 3, 8, 8\).*\(1, 3, 16, 16\)"):
         image_errors(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
