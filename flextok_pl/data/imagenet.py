@@ -36,6 +36,15 @@ from flextok_pl.data.index import IMAGE_EXTENSIONS, ShardIndex
 from flextok_pl.data.listing import Span, listing_digest, tar_members
 from flextok_pl.data.shards import run_jobs, worker_processes
 
+FOLDERS = ("", "ILSVRC/Data/CLS-LOC/")
+"""Where the folders train and val may lie; the latter as Kaggle packs them."""
+
+KAGGLE = ("LOC_synset_mapping.txt", "LOC_val_solution.csv")
+"""What Kaggle's package has in place of the development kit: the synsets, and the classes of val."""
+
+WNID, VAL_NAME = r"n\d{8}", r"ILSVRC2012_val_\d{8}"
+"""Patterns of synsets' names, and of pictures' in val."""
+
 TARS = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 DEVKIT = "ILSVRC2012_devkit_t12"
 
@@ -59,9 +68,10 @@ def write_imagenet(
     """Write ImageNet-1k (ILSVRC 2012) as shards, from its tar files or its folders: `DST/train` and `DST/val`.
 
     SRC holds ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, read without
-    unpacking; or the folders train, with one folder per wnid, and val, flat or likewise. Where tar and folder are
-    there, the tar is read. A flat val needs the development kit. With it classes are named by the first word of their
-    synset, else by their wnid. Their numbers are the positions of the wnids in alphabetical order.
+    unpacking; or the folders train, with one folder per wnid, and val, flat or likewise; or Kaggle's package, unpacked:
+    ILSVRC/Data/CLS-LOC, LOC_synset_mapping.txt and LOC_val_solution.csv. Where tar and folder are there, the tar is
+    read. A flat val needs the development kit, or Kaggle's two files. With either, classes are named by the first word
+    of their synset, else by their wnid. Their numbers are the positions of the wnids in alphabetical order.
 
     Args:
         src: folder with the tars or folders.
@@ -85,11 +95,11 @@ def write_imagenet(
     src, dst = Path(src).expanduser(), Path(dst)
     check_choice("part", part, ("all", "train", "val"))
     conversion = Conversion(size, image_format, quality, on_error, num_workers, samples_per_shard, overwrite)
-    parts = [name for name in TARS if part in ("all", name) and ((src / TARS[name]).is_file() or (src / name).is_dir())]
+    parts = [name for name in TARS if part in ("all", name) and _is_there(src, name)]
     if not parts:
-        wanted = [f"{TARS[name]} or {name}/" for name in TARS if part in ("all", name)]
+        wanted = [f"{TARS[name]}, {name}/ or {FOLDERS[1]}{name}/" for name in TARS if part in ("all", name)]
         raise ValueError(f"src={src} holds no {' and no '.join(wanted)}")
-    devkit = read_devkit(src)
+    devkit = read_devkit(src) or read_kaggle(src)
     pictures = {name: _with_wnids(_list_part(src, name, conversion), src, devkit) for name in parts}
     wnids = _wnids(src, classes, pictures, devkit)
     names = class_names(wnids, devkit)
@@ -115,11 +125,11 @@ class Devkit:
 
     Args:
         words: of the synsets without a narrower one, by wnid: "tench, Tinca tinca".
-        val: wnid of each validation picture, by its number from 1 on less 1.
+        val: wnid of each validation picture, by its name without the ending.
     """
 
     words: dict[str, str]
-    val: list[str]
+    val: dict[str, str]
 
 
 def read_devkit(src: Path) -> Devkit | None:
@@ -146,12 +156,42 @@ def read_devkit(src: Path) -> Devkit | None:
         synsets = np.atleast_1d(scipy.io.loadmat(io.BytesIO(files[names[0]]), squeeze_me=True)["synsets"])
         classes = [synset for synset in synsets if int(synset["num_children"]) == 0]
         wnids = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in classes}
-        val = [wnids[int(line)] for line in files[names[1]].split()]
+        val = {f"ILSVRC2012_val_{i:08d}": wnids[int(n)] for i, n in enumerate(files[names[1]].split(), start=1)}
     except (OSError, EOFError, KeyError, ValueError, tarfile.TarError) as error:
         raise ValueError(
             f"the development kit {DEVKIT} in src={src} cannot be read ({error!r}); fetch it again"
         ) from error
     return Devkit({str(synset["WNID"]): str(synset["words"]) for synset in classes}, val)
+
+
+def read_kaggle(src: Path) -> Devkit | None:
+    """What the files of Kaggle's package say that stand for the development kit; None where there are none.
+
+    Raises:
+        ValueError: one is damaged; names the line.
+    """
+    if not any((src / name).is_file() for name in KAGGLE):
+        return None
+    # Boxes follow the wnid of a picture, each with a wnid of its own, all the same: "n03995372 85 1 499 272".
+    patterns = (rf"({WNID})\s+(\S.*)", rf'"?({VAL_NAME})"?,"?({WNID})\b.*|ImageId,PredictionString')
+    words, val = (_pairs(src / name, pattern) for name, pattern in zip(KAGGLE, patterns, strict=True))
+    return Devkit(words, val)
+
+
+def _pairs(file: Path, pattern: str) -> dict[str, str]:
+    """The two groups of a pattern in each line of a file, if there is one."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines() if file.is_file() else []
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} cannot be read ({error}); fetch it again") from error
+    pairs: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
+        match = re.fullmatch(pattern, line.strip())
+        if match is None:
+            raise ValueError(f"{file}, line {number}: {line[:60]!r} does not name a synset; fetch it again")
+        if match[1] is not None:
+            pairs[match[1]] = match[2]
+    return pairs
 
 
 def class_names(wnids: Sequence[str], devkit: Devkit | None) -> tuple[str, ...]:
@@ -166,12 +206,22 @@ def class_names(wnids: Sequence[str], devkit: Devkit | None) -> tuple[str, ...]:
     return tuple(name if number[name.lower()] == 1 else f"{name} ({wnid})" for wnid, name in first.items())
 
 
+def _is_there(src: Path, part: str) -> bool:
+    return (src / TARS[part]).is_file() or (src / _folder(src, part)).is_dir()
+
+
+def _folder(src: Path, part: str) -> str:
+    """The folder of a part, relative to the source; it need not be there."""
+    return next((f"{above}{part}" for above in FOLDERS if (src / above / part).is_dir()), part)
+
+
 def _list_part(src: Path, part: str, conversion: Conversion) -> Iterator[tuple[str, Span]]:
     """Path within the part, and place, of each file."""
     tar = TARS[part]
     if not (src / tar).is_file():
-        for file in list_images(src / part):
-            yield file, Span(f"{part}/{file}")
+        folder = _folder(src, part)
+        for file in list_images(src / folder):
+            yield file, Span(f"{folder}/{file}")
     elif part == "val":
         yield from tar_members(src, tar)
     else:
@@ -201,35 +251,39 @@ def _with_wnids(files: Iterator[tuple[str, Span]], src: Path, devkit: Devkit | N
         stem, _, extension = file.rpartition(".")
         if extension.lower() not in IMAGE_EXTENSIONS:
             continue
-        if not re.fullmatch(r"n\d{8}", wnid):
+        if not re.fullmatch(WNID, wnid):
             wnid = _wnid_of_val(stem, f"{span.file}: {path}", src, devkit)
         pictures.append((wnid, file, span))
     return pictures
 
 
 def _wnid_of_val(stem: str, where: str, src: Path, devkit: Devkit | None) -> str:
-    match = re.fullmatch(r"ILSVRC2012_val_(\d{8})", stem)
-    if match is None:
+    if re.fullmatch(VAL_NAME, stem) is None:
         raise ValueError(
             f"{where} lies in no folder of a synset (such as n01440764), and is no ILSVRC2012_val_<8 digits>; "
             "other pictures are taken by `flextok data folder`"
         )
-    if devkit is None:
-        raise ValueError(f"{where}: its class stands in the development kit; put {DEVKIT}.tar.gz into src={src}")
-    number = int(match[1])
-    if not 1 <= number <= len(devkit.val):
-        raise ValueError(f"{where}: the development kit in src={src} knows {len(devkit.val)} validation pictures")
-    return devkit.val[number - 1]
+    if devkit is None or not devkit.val:
+        raise ValueError(
+            f"{where}: its class stands in the development kit; put {DEVKIT}.tar.gz into src={src}, or Kaggle's "
+            f"{' and '.join(KAGGLE)}"
+        )
+    if stem not in devkit.val:
+        raise ValueError(
+            f"{where}: it is none of the {len(devkit.val)} validation pictures whose classes src={src} has"
+        )
+    return devkit.val[stem]
 
 
 def _wnids(src: Path, classes: Path | str | None, pictures: dict[str, Pictures], devkit: Devkit | None) -> list[str]:
     """The classes: those asked for, of train, of the development kit, or of the folders of val."""
     if classes is not None:
         try:
-            wnids = [line.split()[0] for line in Path(classes).read_text(encoding="utf-8").splitlines() if line.strip()]
+            text = Path(classes).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"classes={classes} cannot be read: {error}") from error
-        wrong = [wnid for wnid in wnids if not re.fullmatch(r"n\d{8}", wnid)]
+        wnids = [line.split()[0] for line in text.splitlines() if line.strip()]
+        wrong = [wnid for wnid in wnids if not re.fullmatch(WNID, wnid)]
         if wrong or not wnids:
             raise ValueError(f"classes={classes} must have one wnid per line, such as n01440764, and has {wrong[:1]}")
         return sorted(set(wnids))
@@ -237,9 +291,11 @@ def _wnids(src: Path, classes: Path | str | None, pictures: dict[str, Pictures],
         return sorted({wnid for wnid, *_ in pictures["train"]})
     if (src / TARS["train"]).is_file():
         return sorted(Path(name).stem for name, _ in tar_members(src, TARS["train"]))
-    if (src / "train").is_dir():
-        return sorted(folder.name for folder in (src / "train").iterdir() if folder.is_dir())
-    return sorted(devkit.words if devkit is not None else {wnid for wnid, *_ in pictures["val"]})
+    train = src / _folder(src, "train")
+    if train.is_dir():
+        return sorted(folder.name for folder in train.iterdir() if folder.is_dir())
+    known = {} if devkit is None else devkit.words
+    return sorted(known or {wnid for wnid, *_ in pictures["val"]})
 
 
 def _items(pictures: Pictures, wnids: Sequence[str], all_of_them: bool, where: str) -> list[Item]:

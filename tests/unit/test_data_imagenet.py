@@ -131,6 +131,52 @@ def test_tars_and_folders_give_the_same_shards(tars, tree, tmp_path):
         assert one.shards == other.shards and one.classes == other.classes
 
 
+def as_kaggle(tree):
+    """The folders and the development kit as Kaggle packs them."""
+    (tree / "ILSVRC2012_devkit_t12.tar.gz").unlink()
+    place = tree / "ILSVRC" / "Data" / "CLS-LOC"
+    place.mkdir(parents=True)
+    for part in ("train", "val"):
+        (tree / part).rename(place / part)
+    (place / "test").mkdir()
+    (place / "test" / "ILSVRC2012_test_00000001.JPEG").write_bytes(picture(1))
+    wnid_of = {number: wnid for number, wnid, *_ in SYNSETS}
+    classes = sorted(f"{wnid} {words}\n" for _, wnid, words, children in SYNSETS if not children)
+    (tree / "LOC_synset_mapping.txt").write_text("".join(classes))
+    rows = [
+        f"ILSVRC2012_val_{i:08d},{wnid_of[number]} 85 1 499 272 {wnid_of[number]} 1 2 3 4 \n"
+        for i, number in enumerate(VAL_IDS, start=1)
+    ]
+    (tree / "LOC_val_solution.csv").write_text("ImageId,PredictionString\n" + "".join(reversed(rows)))
+    return tree
+
+
+def test_the_package_of_kaggle_gives_the_same_shards(tars, tree, tmp_path):
+    write_imagenet(tars, tmp_path / "a", num_workers=1)
+    write_imagenet(as_kaggle(tree), tmp_path / "b", num_workers=1)
+    for part in ("train", "val"):
+        one, other = ShardIndex.load(tmp_path / "a" / part), ShardIndex.load(tmp_path / "b" / part)
+        assert one.shards == other.shards and one.classes == other.classes
+    assert write_imagenet(tree, tmp_path / "c", "val", num_workers=1)["val"].shards == other.shards
+
+
+def test_what_the_package_of_kaggle_lacks_is_named(tree, tmp_path):
+    solution = as_kaggle(tree) / "LOC_val_solution.csv"
+    lines = solution.read_text().splitlines()
+    for text, message in (
+        ("\n".join(lines[:-1]), "val_00000001.JPEG: it is none of the 5 validation pictures whose classes"),
+        ("\n".join([*lines, "ILSVRC2012_val_00000007,tench 1 2"]), "solution.csv, line 8: .* does not name a synset"),
+    ):
+        solution.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            write_imagenet(tree, tmp_path / "dst", num_workers=1)
+    solution.unlink()
+    with pytest.raises(ValueError, match=r"or Kaggle's LOC_synset_mapping\.txt and LOC_val_solution\.csv"):
+        write_imagenet(tree, tmp_path / "dst", num_workers=1)
+    (tree / "LOC_synset_mapping.txt").unlink()
+    assert write_imagenet(tree, tmp_path / "dst", "train", num_workers=1)["train"].classes == tuple(WNIDS)
+
+
 def test_without_the_development_kit(tree, tmp_path):
     (tree / "ILSVRC2012_devkit_t12.tar.gz").unlink()
     assert write_imagenet(tree, tmp_path / "dst", "train", num_workers=1)["train"].classes == tuple(WNIDS)
@@ -197,7 +243,9 @@ def test_bad_options_are_named(tars, tmp_path, options, message):
 
 def test_wrong_sources_are_named(tars, tree, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"holds no ILSVRC2012_img_train\.tar or train/"):
+    with pytest.raises(
+        ValueError, match=r"holds no ILSVRC2012_img_train\.tar, train/ or ILSVRC/Data/CLS-LOC/train/ and"
+    ):
         write_imagenet(tmp_path / "empty", tmp_path / "dst")
     tar = tars / "ILSVRC2012_img_train.tar"
     tar.write_bytes(tar.read_bytes()[:30_000])
