@@ -15,8 +15,15 @@ from flextok_pl.layers.norm import layer_norm
 
 
 def run_block(block: nn.Module, checkpointing: bool, *arguments: object) -> Tensor:
-    """`block(*arguments)`; with `checkpointing` the backward pass computes it again instead of keeping activations."""
-    if checkpointing and torch.is_grad_enabled():
+    """`block(*arguments)`; with `checkpointing` the backward pass computes it again instead of keeping activations.
+
+    A compiled block runs as it is where no gradients are asked for. Evaluation asks for other lengths, precisions and
+    masks, single images, or one position at a time: each would be compiled anew, and from the eighth on nothing would,
+    in training neither.
+    """
+    if not torch.is_grad_enabled():
+        return block._call_impl(*arguments)  # type: ignore[no-any-return]
+    if checkpointing:
         return checkpoint(block, *arguments, use_reentrant=False)  # type: ignore[no-any-return]
     return block(*arguments)  # type: ignore[no-any-return]
 

@@ -144,7 +144,7 @@ def scaling_picture(sweep: Sweep, trials: Sequence[FrozenTrial], parameter: str)
     groups: dict[str, list[tuple[float, float]]] = {}
     for trial in trials:
         point = (over_seeds(sweep, trial, "train/flops")[0], over_seeds(sweep, trial, sweep.metric)[0])
-        groups.setdefault(sweep.points.shown(trial.params)[parameter], []).append(point)
+        groups.setdefault(str(sweep.points.exact(trial.params)[parameter]), []).append(point)
     series = {name: (np.array(points)[:, 0], np.array(points)[:, 1]) for name, points in groups.items()}
     flops, values = (np.concatenate([points[i] for points in series.values()]) for i in range(2))
     law = None

@@ -320,12 +320,12 @@ def _range(name: str, entry: Mapping[str, Any], when: dict[str, tuple[Value, ...
 
 
 def _labels(name: str, values: Iterable[Any]) -> list[Value]:
-    """What Optuna knows values by: plain ones are their own label, unless it would take them for equal, as 1 and true.
+    """What Optuna knows values by: plain ones as they are, unless they equal or look like another, as 1 and true do.
 
     Raises:
         ValueError: two are the same to the command line.
     """
-    texts = {}
+    texts: dict[str, Any] = {}
     for value in values:
         text = as_text(value)
         if text in texts:
@@ -333,8 +333,12 @@ def _labels(name: str, values: Iterable[Any]) -> list[Value]:
                 f"space: {name} has {texts[text]!r} and {value!r}, which are both given as {text}; keep one"
             )
         texts[text] = value
-    equal = Counter(value for value in texts.values() if isinstance(value, Value))
-    return [value if isinstance(value, Value) and equal[value] == 1 else text for text, value in texts.items()]
+    plain = [value for value in texts.values() if isinstance(value, Value)]
+    equal, alike = Counter(plain), Counter(map(_shown, plain))
+    return [
+        value if isinstance(value, Value) and equal[value] == alike[_shown(value)] == 1 else text
+        for text, value in texts.items()
+    ]
 
 
 def _shown(value: Value) -> str:

@@ -15,6 +15,7 @@ from flextok_pl.data.pictures import open_pictures
 from flextok_pl.data.shards import (
     PARTIAL_NAME,
     Sample,
+    complete_shard,
     shard_name,
     shard_sizes,
     start_set,
@@ -85,6 +86,14 @@ def test_any_complete_shards_of_an_interrupted_run_are_kept(tmp_path, monkeypatc
         path.name: path.read_bytes() for path in whole.folder.iterdir()
     }
     assert before == {name: os.stat(tmp_path / "part" / name).st_mtime_ns for name in before}
+
+
+def test_a_shard_that_was_cut_is_not_taken_for_complete(tmp_path):
+    path = tmp_path / "shard-000000.tar"
+    info = write_shard(path, make_samples(range(3)))
+    assert complete_shard(path) == info
+    path.write_bytes(path.read_bytes()[: 4 * 1024])  # after the second sample, where one that leaves out may have ended
+    assert complete_shard(path) is None
 
 
 def test_a_shard_of_which_nothing_is_left_is_no_file(tmp_path):

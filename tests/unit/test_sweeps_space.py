@@ -44,6 +44,8 @@ def test_a_point_sets_options():
         ([1, True], ["1", "true"]),
         ([0, False, None], ["0", "false", None]),
         ([0.99999, 0.999999], [0.99999, 0.999999]),
+        ([None, "None"], ["null", "None"]),
+        (["3", 3.0], ["3", "3.0"]),
     ],
 )
 def test_values_that_python_or_optuna_takes_for_one_stay_apart(values, labels):
