@@ -52,6 +52,9 @@ SUFFIXES = (".yaml", ".yml", ".json", ".safetensors", ".ckpt", ".npz")
 
 OUTPUTS = ("json", "out")
 
+MODEL_FILES = ("tokenizer", "prior", "vae", "ckpt_path", "weights", "teacher_weights")
+"""Options that name a file or folder, where their value looks like a path; else it may be the id of a model."""
+
 
 @dataclass
 class Line:
@@ -320,8 +323,10 @@ def _check_inputs(line: Line, options: Options, inputs: Sequence[str]) -> None:
     several = [name for name in positional if options[name].several]
     names = several * len(line.free) if several else positional
     for name, value in [*zip(names, line.free, strict=False), *line.named]:
-        is_file = value is not None and value.endswith(SUFFIXES) and name.rpartition(".")[2] not in OUTPUTS
-        if (name in inputs or is_file) and value is not None and _is_missing(value):
+        last = name.rpartition(".")[2]
+        is_file = value is not None and value.endswith(SUFFIXES) and last not in OUTPUTS
+        is_model = value is not None and value.startswith(("/", "./", "../", "~")) and last in MODEL_FILES
+        if (name in inputs or is_file or is_model) and value is not None and _is_missing(value):
             raise UserError(f"{name}={value}: there is no such file or folder")
 
 

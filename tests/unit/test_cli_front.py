@@ -129,6 +129,7 @@ WRONG = [
     ("validate", f"{TINY} --data.val nowhere", "data.val: nowhere is no folder"),
     ("test", f"{TINY} --tokenizer nowhere.safetensors", "tokenizer=nowhere.safetensors: there is no such file"),
     ("fit", f"{TINY} --ckpt_path nowhere.ckpt", "ckpt_path=nowhere.ckpt: there is no such file"),
+    ("fit", f"{TINY} --model.vae ./nowhere", "model.vae=./nowhere: there is no such file or folder"),
     ("sweep", "nowhere.yaml", "no file nowhere.yaml"),
     ("sweep", "experiments/sweeps/tiny.yaml --trails 3", "did you mean trials?"),
     ("sweep status", "", "FILE is missing"),
