@@ -96,7 +96,7 @@ def generate_images(
     target = Path(out).expanduser()
     target.parent.mkdir(parents=True, exist_ok=True)
     save_png(generation_grid(names, images), target)
-    print(f"{len(names)} pictures at {wanted} tokens: {target}")
+    print(f"{target}: pictures: {len(names)}, at {wanted} tokens")
 
 
 def _conditions(

@@ -149,7 +149,7 @@ class RunPlace:
         try:
             yield
         except BaseException:
-            if record is not None and not existed and not record.used:
+            if record is not None and not existed and not record.used and self.folder.exists():
                 self._remove_a_start()
             raise
 

@@ -22,7 +22,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     made = call(function, parsed(tool_parser(command, function), arguments))
     for index in made.values() if isinstance(made, dict) else [made]:
         if isinstance(index, ShardIndex):
-            print(f"{index.folder}: {index.num_samples:,} samples in {len(index.shards):,} shards")
+            print(f"{index.folder}: samples: {index.num_samples:,}, shards: {len(index.shards):,}")
 
 
 def tool_parser(command: str, function: Callable[..., Any]) -> ArgumentParser:

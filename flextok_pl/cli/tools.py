@@ -216,7 +216,7 @@ def reconstruct_images(
     target = Path(out).expanduser()
     target.parent.mkdir(parents=True, exist_ok=True)
     save_png(reconstruction_grid(originals, decoded), target)
-    print(f"{len(images)} pictures at {wanted} tokens: {target}")
+    print(f"{target}: pictures: {len(images)}, at {wanted} tokens")
 
 
 def default_device(device: str | None) -> torch.device:
