@@ -19,13 +19,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 
 from flextok_pl.data.index import INDEX_NAME, ShardError, ShardIndex, ShardInfo, is_utf8
+from flextok_pl.data.listing import files_in_tar, grouped
 
 PARTIAL_NAME = f"{INDEX_NAME}.partial"
 
@@ -90,9 +91,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> ShardInfo:
 def _shard_info(path: Path, name: str) -> ShardInfo:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        file.seek(0)
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            count = sum(1 for _ in groupby(tar.getnames(), lambda member: member.partition(".")[0]))
+        count = sum(1 for _ in grouped(files_in_tar(file)))
     return ShardInfo(name=name, count=count, bytes=path.stat().st_size, sha256=digest)
 
 

@@ -55,7 +55,7 @@ class PriorModule(PriorBase):
         condition_dropout: probability that a sample is trained without its condition, for guidance.
         loss_chunk: positions whose logits exist at a time; None for all.
         activation_checkpointing: recompute blocks in the backward pass, for less memory.
-        compile_blocks: `torch.compile` every Transformer block.
+        compile_blocks: `torch.compile` every Transformer block for training steps; evaluation runs them as they are.
         seed: of the condition dropout, and of what `predict` generates.
 
     Raises:

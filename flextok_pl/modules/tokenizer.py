@@ -83,7 +83,7 @@ class TokenizerModule(pl.LightningModule):
         teacher_weights: local weights file of the teacher.
         repa_weight: weight of the alignment loss.
         activation_checkpointing: recompute blocks in the backward pass, for less memory.
-        compile_blocks: `torch.compile` every Transformer block.
+        compile_blocks: `torch.compile` every Transformer block for training steps; evaluation runs them as they are.
         seed: of noise, times and budgets in training, and of the fixed ones in validation.
 
     Raises:

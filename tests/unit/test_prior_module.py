@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,24 @@ def test_compiled_blocks(tmp_path: Path) -> None:
     torch._dynamo.config.suppress_errors = False
     with torch.compiler.set_stance("force_eager"):  # a build machine need not have a C++ compiler
         assert fit(tmp_path, module(compile_blocks=True), 3) == fit(tmp_path / "b", module(), 3)
+
+
+def test_compiled_blocks_are_compiled_for_training_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generating with a cache would compile them anew at each position."""
+    graphs: list[bool] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(torch.is_grad_enabled())
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
+    torch.compiler.reset()
+    network = module(compile_blocks=True)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
+        fit(tmp_path, network, 3)
+        network.generate_tokens(torch.tensor([0, 1]), cfg_scale=2.0)
+    assert all(graphs) and 1 <= len(graphs) <= 2
+    torch.compiler.reset()
 
 
 def test_half_precision(tmp_path: Path) -> None:

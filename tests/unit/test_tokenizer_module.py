@@ -1,6 +1,7 @@
 """TokenizerModule: what a fit logs, stores, averages, exports and repeats. B batch, K registers."""
 
 import dataclasses
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -378,3 +379,32 @@ def test_loss_buckets() -> None:
         "x/loss_k/008": 4,
     }
     assert buckets.compute_and_reset("x") == {}
+
+
+def test_compiled_blocks_are_compiled_for_training_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few variants serve all budgets and batches of a training; what evaluation runs adds none to them."""
+    graphs: list[bool] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(torch.is_grad_enabled())
+        return graph.forward
+
+    class Sizes(Pictures):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            size = (8, 1, 3)[index % 3]
+            return {name: value[:size] for name, value in super().__getitem__(index).items()}
+
+    class Images(pl.Callback):
+        def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+            tok = pl_module.reconstructor
+            for size, budget in ((2, 1), (2, 8), (1, 3), (1, 8)):
+                tokens = tok.tokenize(Pictures(1)[0]["image"][:size])
+                tok.detokenize(tokens, num_tokens=budget, num_steps=1, guidance="cfg", guidance_scale=2.0)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
+    torch.compiler.reset()
+    network = module(tmp_path, compile_blocks=True)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
+        trainer(tmp_path, 5, [Images()]).fit(network, loader(5), DataLoader(Sizes(3), batch_size=None))
+    assert all(graphs) and len(graphs) <= 2 + 2, "of the encoder's last block, and of all and the last of the decoder"
+    torch.compiler.reset()
