@@ -239,6 +239,19 @@ def test_each_real_folder_is_read_once(classes, tmp_path, caplog):
     assert len(list_images(linked)) == 6
 
 
+def test_a_folder_that_cannot_be_read_is_named(classes, monkeypatch):
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ValueError, match=r"dog cannot be read \(Permission denied\)"):
+        list_images(classes)
+
+
 def test_a_dangling_link_is_a_broken_picture(classes, tmp_path, caplog):
     (classes / "dog" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(ValueError, match=r"dog/gone\.png.*on_error=skip"):
