@@ -169,11 +169,11 @@ def _definition(target: str) -> tuple[str, ast.ClassDef | ast.FunctionDef]:
 def _names(module: str) -> dict[str, Definition | tuple[str, str]]:
     """Name -> its definition, or the module and name that it is imported from."""
     names: dict[str, Definition | tuple[str, str]] = {}
-    for node in ast.walk(_tree(module)):
+    body = _tree(module).body
+    for node in [*(each for part in body if isinstance(part, ast.If) for each in part.body), *body]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGES):
             names |= {alias.asname or alias.name: (str(node.module), alias.name) for alias in node.names}
-    for node in _tree(module).body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef):
             names[node.name] = node
         elif isinstance(node, ast.Assign):
             names[ast.unparse(node.targets[0])] = node

@@ -320,7 +320,7 @@ def test_generate(
     files = ["--prior", str(tiny_prior), "--tokenizer", str(tiny_tokenizer), "--num-steps", "1", "--guidance", "none"]
     command = ["generate", *files, "--budgets", "1,16"]
     main([*command, "--class", "right", "--class", "0", "--out", "new/grid.png"])
-    assert "2 pictures at [1, 16] tokens" in capsys.readouterr().out
+    assert "pictures: 2, at [1, 16] tokens" in capsys.readouterr().out
     side = 32
     width, height = Image.open("new/grid.png").size
     assert 4 * side < width < 4 * side + 20 and 2 * side < height < 2 * side + 40, "names are as wide as two"
