@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from importlib import import_module
@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from flextok_pl.cli import UserError
 from flextok_pl.contracts import run_folder
+from flextok_pl.modules.resume import Change
 from flextok_pl.runtime import newest_intact
 
 IN_FOLDERS = (TensorBoardLogger, CSVLogger)
@@ -173,11 +174,15 @@ class RunRecord(SaveConfigCallback):
         parser: that of the subcommand.
         config: what it has parsed.
         title: name of the experiment.
+
+    Attributes:
+        changes: options of the model that are others than those of the checkpoint that it goes on from.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, title: str) -> None:
         super().__init__(parser, config)
         self.title = title
+        self.changes: Sequence[Change] = ()
         self._used = torch.zeros(1, dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]  # with forks
 
     @property
@@ -211,6 +216,16 @@ class RunRecord(SaveConfigCallback):
             f"on {trainer.world_size} x {name}, precision {trainer.precision}",
             flush=True,
         )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say from which step on which options are others, and leave lines of it in `changes.jsonl`."""
+        folder = run_folder(trainer)
+        if not trainer.is_global_zero or not self.changes:
+            return
+        with (folder / "changes.jsonl").open("a") as lines:
+            for change in self.changes:
+                print(f"from step {trainer.global_step} on: {change}", flush=True)
+                lines.write(json.dumps({"step": trainer.global_step, **change._asdict()}) + "\n")
 
     def _use(self, trainer: Trainer, *_: Any) -> None:
         """Note that there is a batch."""

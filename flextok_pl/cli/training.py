@@ -34,11 +34,12 @@ from flextok_pl.cli.errors import is_for_the_user, told_to_the_user
 from flextok_pl.cli.launch import launch_of
 from flextok_pl.cli.run_place import RunPlace, RunRecord
 from flextok_pl.data import ShardDataModule
+from flextok_pl.modules.resume import ResumableModule, accepted_changes
 from flextok_pl.modules.saved_prior import SavedPrior
 from flextok_pl.modules.saved_tokenizer import SavedTokenizer
 from flextok_pl.precision import check_training_precision
 from flextok_pl.progress import announced, say
-from flextok_pl.runtime import Failure, FitLoop, Preempted, Preemption, StepCheckpoint, damage_of
+from flextok_pl.runtime import Failure, FitLoop, Preempted, Preemption, StepCheckpoint, damage_of, without_tensors
 
 CALLBACKS: dict[str, type[Callback]] = {
     "rfid": ReconstructionFID,
@@ -183,6 +184,33 @@ class FlexTokCLI(LightningCLI):
         print(f"going on with {found}")
         return str(found)
 
+    def _parse_ckpt_path(self) -> None:
+        """Leave the options as they are given: Lightning puts the checkpoint's in their place, without a word."""
+
+    def after_instantiate_classes(self) -> None:
+        """Compare the model's options with the checkpoint's.
+
+        Raises:
+            ValueError: some of them must be the same.
+        """
+        config = self.config[self._only]
+        path = Path(config.get("ckpt_path") or "")
+        if not path.name or not path.exists() or not isinstance(self.model, ResumableModule):
+            return
+        checkpoint = without_tensors(path)
+        changes = accepted_changes(self.model, checkpoint, self._only == "fit", f"ckpt_path={path}")
+        if changes and 0 <= self.trainer.max_steps <= checkpoint["global_step"]:
+            raise ValueError(
+                f"the training of ckpt_path={path} has ended after {checkpoint['global_step']} steps, and takes no "
+                f"other options: {'; '.join(map(str, changes))}. Give the former ones, or raise trainer.max_steps"
+            )
+        if self._record is not None:
+            self._record.changes = changes
+
+    @property
+    def _record(self) -> RunRecord | None:
+        return next((each for each in self.trainer.callbacks if isinstance(each, RunRecord)), None)
+
     def instantiate_classes(self) -> None:
         """Build everything."""
         if self.config[self._only].model.get("init_args", {}).get("compile_blocks"):
@@ -225,8 +253,7 @@ class FlexTokCLI(LightningCLI):
             print(launch, flush=True)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        record = next((each for each in self.trainer.callbacks if isinstance(each, RunRecord)), None)
-        with self._place.left_clean(record):
+        with self._place.left_clean(self._record):
             super()._run_subcommand(subcommand)
 
 
@@ -250,6 +277,9 @@ class ParsingCLI(FlexTokCLI):
 
     def instantiate_classes(self) -> None:
         """Nothing is instantiated."""
+
+    def after_instantiate_classes(self) -> None:
+        """Nothing is compared."""
 
 
 def check_precision(config: Namespace) -> str:

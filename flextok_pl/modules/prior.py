@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
 from flextok_pl.contracts import Batch, run_folder
@@ -21,18 +20,17 @@ from flextok_pl.models.config import PriorConfig, config_from_dict, config_to_di
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.text import TextEncoder
 from flextok_pl.models.token_loss import token_loss
-from flextok_pl.modules.optim import warmup_cosine
 from flextok_pl.modules.prior_base import PriorBase, TokenOutputs
+from flextok_pl.modules.resume import ResumableModule
 from flextok_pl.modules.steps import log_gradient_norm, log_means, step_generator
 from flextok_pl.modules.width_transfer import WidthPart, check_base_width, rescale_initial_weights, width_groups
-from flextok_pl.runtime.finite import StopIfNotFinite
 from flextok_pl.runtime.sharding import gather_for_evaluation, shard, shard_again, whole_weights
 
 _CLASS_NAMES = "class_names"
 """Where a checkpoint holds the names of the classes that the prior is trained on."""
 
 
-class PriorModule(PriorBase):
+class PriorModule(ResumableModule, PriorBase):
     """Trains a prior on token shards, or on images that it tokenizes as it goes.
 
     At the end of a fit the weights in use, averaged where an averaging callback runs, are exported as
@@ -122,12 +120,18 @@ class PriorModule(PriorBase):
         names = config.class_names or (getattr(data, "classes", ()) if self.num_classes else ())
         self.prior.config = dataclasses.replace(config, tokenizer=made_by["sha256"], class_names=names)
 
+    def frozen_weights(self) -> dict[str, str]:
+        """The tokenizer's, where there is one."""
+        return {} if self.tokenizer is None else {"tokenizer": self.tokenizer_id["sha256"]}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the names of the classes."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint[_CLASS_NAMES] = list(self.class_names)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the training goes on with the classes that it began with."""
+        super().on_load_checkpoint(checkpoint)
         names = checkpoint.get(_CLASS_NAMES, ())
         self.check_classes(names, "the checkpoint")
         if names:
@@ -146,17 +150,9 @@ class PriorModule(PriorBase):
         """Shard the prior where the strategy asks for it."""
         shard(self, [self.prior], methods=["hidden"])
 
-    def configure_callbacks(self) -> list[Callback]:
-        """What every training needs."""
-        return [StopIfNotFinite()]
-
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over parameter groups, warm-up and cosine per step."""
-        groups = width_groups(self, self.weight_decay, self.lr, self.width_parts())
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
-        total = self.trainer.estimated_stepping_batches
-        schedule = warmup_cosine(optimizer, self.warmup_steps, total, self.min_lr_ratio)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self.scheduled_adamw(width_groups(self, self.weight_decay, self.lr, self.width_parts()))
 
     def training_step(self, batch: Batch, batch_idx: int) -> TokenOutputs:
         """Cross-entropy of each token given those before it."""

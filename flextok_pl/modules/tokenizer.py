@@ -11,9 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, cast
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -31,7 +29,7 @@ from flextok_pl.models.teacher import ProjectionHead, Teacher, alignment_loss, r
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
 from flextok_pl.modules.loss_buckets import LossBuckets
-from flextok_pl.modules.optim import warmup_cosine
+from flextok_pl.modules.resume import ResumableModule
 from flextok_pl.modules.steps import (
     SampleMeans,
     evaluation_generators,
@@ -49,12 +47,11 @@ from flextok_pl.modules.width_transfer import (
     xavier_std,
 )
 from flextok_pl.precision import check_training_precision, full_precision
-from flextok_pl.runtime.finite import StopIfNotFinite
 from flextok_pl.runtime.fit_loop import step_ends
 from flextok_pl.runtime.sharding import gather_for_evaluation, shard, shard_again, whole_weights
 
 
-class TokenizerModule(pl.LightningModule):
+class TokenizerModule(ResumableModule):
     """Trains the register encoder, the quantiser's codes and the flow decoder on VAE latents.
 
     Batches carry images, or latents that the same VAE made, with features of the same teacher. VAE and teacher are
@@ -137,6 +134,7 @@ class TokenizerModule(pl.LightningModule):
         self.budget_groups = budget_groups
         self.teacher_name, self.teacher_weights, self.repa_weight = teacher, teacher_weights, repa_weight
         self.seed = seed
+        self._vae_hash: str | None = None
         self.teacher: Frozen | None = None
         if teacher is not None:
             if net.repa_layer is None:
@@ -221,17 +219,9 @@ class TokenizerModule(pl.LightningModule):
         projection = [] if self.teacher_name is None else [self.projection]
         shard(self, [self.tokenizer.encoder, self.tokenizer.decoder, *projection])
 
-    def configure_callbacks(self) -> list[Callback]:
-        """What every training needs."""
-        return [StopIfNotFinite()]
-
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over parameter groups, warm-up and cosine per step."""
-        groups = width_groups(self, self.weight_decay, self.lr, self.width_parts())
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
-        total = self.trainer.estimated_stepping_batches
-        schedule = warmup_cosine(optimizer, self.warmup_steps, total, self.min_lr_ratio)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self.scheduled_adamw(width_groups(self, self.weight_decay, self.lr, self.width_parts()))
 
     @torch.no_grad()
     def latents(self, batch: Batch) -> Tensor:
@@ -335,14 +325,23 @@ class TokenizerModule(pl.LightningModule):
         """Tokens of a batch, (B, K) int64, with the samples' keys."""
         return {"key": batch.get("key"), "tokens": self.tokenizer.tokenize(batch["image"])}
 
+    def frozen_weights(self) -> dict[str, str]:
+        """The autoencoder's, where it is not part of `net`."""
+        if self.hparams["vae"] is None:
+            return {}
+        self._vae_hash = self._vae_hash or weights_hash(cast(Frozen, self.tokenizer.vae).module)
+        return {"vae": self._vae_hash}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the losses, of all processes, that wait for the next log."""
+        super().on_save_checkpoint(checkpoint)
         reduce = self.trainer.strategy.reduce
         waiting = cast(dict[str, Tensor], self.train_loss.metric_state)
         checkpoint["train_loss"] = {n: reduce(value.clone(), reduce_op="sum").cpu() for n, value in waiting.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let the first process go on with them; the log sums over all."""
+        super().on_load_checkpoint(checkpoint)
         if self.global_rank == 0:
             for name, value in checkpoint.get("train_loss", {}).items():
                 getattr(self.train_loss, name).copy_(value)

@@ -8,13 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from flextok_pl.contracts import Batch, run_folder
 from flextok_pl.layers.frozen import Frozen
@@ -22,13 +20,13 @@ from flextok_pl.models.config import VAEConfig, config_from_dict, config_to_dict
 from flextok_pl.models.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 from flextok_pl.models.perceptual import PerceptualDistance
 from flextok_pl.models.vae import VAE
-from flextok_pl.modules.optim import parameter_groups, warmup_cosine
+from flextok_pl.modules.optim import parameter_groups
+from flextok_pl.modules.resume import ResumableModule
 from flextok_pl.modules.steps import log_gradient_norm, step_generator
 from flextok_pl.precision import accumulation_dtype, check_training_precision, full_precision
-from flextok_pl.runtime.finite import StopIfNotFinite
 
 
-class VAEModule(pl.LightningModule):
+class VAEModule(ResumableModule):
     """Trains a VAE by reconstruction, with KL, perceptual and adversarial terms; a weight of 0 leaves a term out.
 
     loss = reconstruction + perceptual_weight * perceptual + kl_weight * KL / (3 H W) + gan_weight * adaptive * GAN,
@@ -149,19 +147,12 @@ class VAEModule(pl.LightningModule):
         weight = adaptive_weight(compared, generator_loss, self.vae.vae.decoder.conv_out.weight)
         return {"generator": generator_loss, "adaptive_weight": weight, "discriminator": hinge_loss(real, fake)}
 
-    def configure_callbacks(self) -> list[Callback]:
-        """What every training needs."""
-        return [StopIfNotFinite()]
-
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over both networks, warm-up and cosine per step."""
         groups = parameter_groups(self.vae, self.weight_decay)
         if self.discriminator is not None:
             groups += parameter_groups(self.discriminator, self.weight_decay)
-        optimizer = AdamW(groups, lr=self.lr, betas=self.betas)  # type: ignore[arg-type]
-        steps = self.trainer.estimated_stepping_batches
-        schedule = warmup_cosine(optimizer, self.warmup_steps, steps, self.min_lr_ratio)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self.scheduled_adamw(groups)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the autoencoder's gradient norm before clipping, and the learning rate."""

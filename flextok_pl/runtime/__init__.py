@@ -1,6 +1,12 @@
 """How a run is shared out, saved, interrupted and gone on with."""
 
-from flextok_pl.runtime.checkpoint_files import AsyncAtomicCheckpointIO, AtomicCheckpointIO, damage_of, newest_intact
+from flextok_pl.runtime.checkpoint_files import (
+    AsyncAtomicCheckpointIO,
+    AtomicCheckpointIO,
+    damage_of,
+    newest_intact,
+    without_tensors,
+)
 from flextok_pl.runtime.failure import Failure
 from flextok_pl.runtime.fit_loop import FitLoop
 from flextok_pl.runtime.preemption import Preempted, Preemption, stop_if_preempted
@@ -19,4 +25,5 @@ __all__ = [
     "damage_of",
     "newest_intact",
     "stop_if_preempted",
+    "without_tensors",
 ]

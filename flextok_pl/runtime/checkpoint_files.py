@@ -141,6 +141,17 @@ def damage_of(path: Path) -> str | None:
     return None if damaged is None else f"{damaged} in it does not match its checksum"
 
 
+def without_tensors(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds, without reading its tensors: their values are left on the disk.
+
+    Args:
+        path: a file, or a folder of parts, of which this is what all processes share.
+    """
+    file = path / SHARDED_FILES[1] if path.is_dir() else path
+    checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return checkpoint
+
+
 def newest_intact(folder: Path) -> Path | None:
     """The newest whole checkpoint in a folder of them; warns of newer ones that are damaged.
 

@@ -1,0 +1,149 @@
+"""A training that goes on with other options than it had: which it takes over, and which it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from flextok_pl.modules.optim import warmup_cosine
+from flextok_pl.runtime.finite import StopIfNotFinite
+
+APPLIED = ("lr", "betas", "weight_decay", "warmup_steps", "min_lr_ratio")
+"""Options that a training goes on with as they are given now."""
+
+WITHOUT_EFFECT = ("activation_checkpointing", "compile_blocks", "loss_chunk", "budget_groups", "scale_batches", "init")
+"""Options that change how something is computed, or only how a training begins."""
+
+EVALUATED = ("net", "vae", "tokenizer", "text_encoder", "text_encoder_dtype", "_class_path")
+"""Options that an evaluation depends on."""
+
+FROZEN = "frozen_weights"
+"""Name, in a checkpoint, of the hashes of the frozen networks."""
+
+
+class Change(NamedTuple):
+    """An option that differs from a checkpoint's.
+
+    Attributes:
+        option: its name, such as `net.position_base`.
+        before: the checkpoint's value.
+        now: the given one.
+    """
+
+    option: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"model.{self.option} was {self.before!r}, and is {self.now!r} now"
+
+
+def accepted_changes(
+    module: ResumableModule, checkpoint: Mapping[str, Any], training: bool, source: object = "the checkpoint"
+) -> list[Change]:
+    """The options that a training goes on with though they differ from its checkpoint's.
+
+    Args:
+        module: has the options that are given.
+        checkpoint: has those of its module; what either of them does not know is not compared.
+        training: whether training goes on; an evaluation has no such options.
+        source: names the checkpoint in errors.
+
+    Raises:
+        ValueError: another difference changes what the model is, or what it learns.
+    """
+    now, before = dict(module.hparams), dict(checkpoint.get("hyper_parameters", {}))
+    if FROZEN in checkpoint:  # a file may lie elsewhere by now, or hold something else
+        now |= {name: f"weights {digest}" for name, digest in module.frozen_weights().items()}
+        before |= {name: f"weights {digest}" for name, digest in checkpoint[FROZEN].items()}
+    changes = list(_changes(now, before))
+    heads = {change.option: change.option.partition(".")[0] for change in changes}
+    if training:
+        refused = [change for change in changes if heads[change.option] not in (*APPLIED, *WITHOUT_EFFECT)]
+    else:
+        refused = [change for change in changes if heads[change.option] in EVALUATED]
+    if refused:
+        anew = ", or leave out ckpt_path, which starts a training of its own" if training else ""
+        raise ValueError(
+            f"{source} is of a model with other options: {'; '.join(map(str, refused))}. Give the former ones, as the "
+            f"config.yaml of its run has them{anew}"
+        )
+    return [change for change in changes if heads[change.option] in APPLIED] if training else []
+
+
+def _changes(given: Mapping[str, Any], checkpoint: Mapping[str, Any], prefix: str = "") -> Iterator[Change]:
+    for name in sorted(given.keys() & checkpoint.keys() - {"_instantiator"}):
+        now, before = given[name], checkpoint[name]
+        if isinstance(now, Mapping) and isinstance(before, Mapping):
+            yield from _changes(now, before, f"{prefix}{name}.")
+        elif _plain(now) != _plain(before):
+            yield Change(f"{prefix}{name}", before, now)
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(each) for each in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+class ResumableModule(pl.LightningModule):
+    """A module with AdamW and a schedule that goes on from a checkpoint with the options that it is given.
+
+    Attributes:
+        lr: peak learning rate.
+        betas: of AdamW.
+        warmup_steps: of linear warm-up.
+        min_lr_ratio: final share of the learning rate.
+    """
+
+    lr: float
+    betas: tuple[float, float]
+    warmup_steps: int
+    min_lr_ratio: float
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What every training needs."""
+        return [StopIfNotFinite()]
+
+    def scheduled_adamw(self, groups: list[dict[str, Any]]) -> OptimizerLRScheduler:
+        """AdamW over parameter groups, with warm-up and cosine per step."""
+        optimizer = AdamW(groups, lr=self.lr, betas=self.betas)
+        total = self.trainer.estimated_stepping_batches
+        schedule = warmup_cosine(optimizer, self.warmup_steps, total, self.min_lr_ratio)
+        names = ("weight_decay", "betas", "eps")
+        self._given = [{name: group[name] for name in names} for group in optimizer.param_groups]
+        self._base_lrs = list(schedule.base_lrs)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def frozen_weights(self) -> dict[str, str]:
+        """Option -> hash of the frozen network that it names, which checkpoints do not hold."""
+        return {}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say which frozen networks belong to the weights."""
+        checkpoint[FROZEN] = self.frozen_weights()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model, before its weights are taken.
+
+        Raises:
+            ValueError: it is one.
+        """
+        if self._trainer is not None:
+            accepted_changes(self, checkpoint, self.trainer.state.fn == TrainerFn.FITTING)
+
+    def on_train_start(self) -> None:
+        """Let optimizer and schedule, which a checkpoint may have restored, have the options that are given."""
+        schedule: Any = self.trainer.lr_scheduler_configs[0].scheduler
+        assert isinstance(schedule, LambdaLR)
+        schedule.base_lrs = list(self._base_lrs)
+        for group, given, base, law in zip(
+            schedule.optimizer.param_groups, self._given, self._base_lrs, schedule.lr_lambdas, strict=True
+        ):
+            group.update(given, initial_lr=base, lr=base * law(schedule.last_epoch))
+        schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
