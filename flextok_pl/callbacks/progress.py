@@ -30,7 +30,7 @@ def total_steps(trainer: Trainer) -> int | None:
 class StepBar(TQDMProgressBar):
     """Lightning's bar over the optimizer steps of a training, whatever its epochs and accumulation."""
 
-    def on_train_start(self, trainer: Trainer, *_: Any) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
         """Start the bar, where a training goes on within it."""
         super().on_train_start(trainer, *_)
         self.train_progress_bar.total = total_steps(trainer)

@@ -227,9 +227,9 @@ class RunRecord(SaveConfigCallback):
                 print(f"from step {trainer.global_step} on: {change}", flush=True)
                 lines.write(json.dumps({"step": trainer.global_step, **change._asdict()}) + "\n")
 
-    def _use(self, trainer: Trainer, *_: Any) -> None:
+    def _use(self, *arguments: Any, **_: Any) -> None:
         """Note that there is a batch."""
-        if not trainer.sanity_checking:
+        if not arguments[0].sanity_checking:
             self._used[:] = True
 
     on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _use

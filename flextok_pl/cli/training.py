@@ -209,7 +209,8 @@ class FlexTokCLI(LightningCLI):
 
     @property
     def _record(self) -> RunRecord | None:
-        return next((each for each in self.trainer.callbacks if isinstance(each, RunRecord)), None)
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return next((each for each in callbacks if isinstance(each, RunRecord)), None)
 
     def instantiate_classes(self) -> None:
         """Build everything."""

@@ -97,7 +97,7 @@ class VAEModule(ResumableModule):
         self.distance = F.l1_loss if reconstruction == "l1" else F.mse_loss
         self.kl_weight, self.perceptual_weight = kl_weight, perceptual_weight
         self.gan_weight, self.gan_start_step = gan_weight, gan_start_step
-        self.lr, self.betas, self.weight_decay = lr, tuple(betas), weight_decay
+        self.lr, self.betas, self.weight_decay = lr, (betas[0], betas[1]), weight_decay
         self.warmup_steps, self.min_lr_ratio = warmup_steps, min_lr_ratio
         self.scale_batches, self.seed = scale_batches, seed
 
