@@ -171,6 +171,9 @@ def _problems(index: ShardIndex, raw: dict[str, Any], shapes: dict[str, tuple[in
         if name == "image" and side is not None and sample["image"].size != (side, side):
             width, height = sample["image"].size
             found.append(f"it has {width} x {height} pixels instead of {side} x {side}")
+        vocabulary = (index.maker(name) or {}).get("vocab_size") if name == "tokens" else None
+        if vocabulary is not None and ((sample["tokens"] < 0) | (sample["tokens"] >= vocabulary)).any():
+            found.append(f"it has tokens outside 0..{vocabulary - 1}, those of its tokenizer")
         if name in STACKED:
             shape = tuple(sample[name].shape)
             if shapes.setdefault(name, shape) != shape:

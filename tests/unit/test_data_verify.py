@@ -114,6 +114,20 @@ def test_equal_pictures_among_sets(tmp_path, capsys):
     assert verify(capsys, tmp_path / "*", "--duplicates", "fail")[1] not in (0, None)
 
 
+def test_tokens_that_their_tokenizer_does_not_have(tmp_path, capsys):
+    def tokens(key, *values):
+        buffer = io.BytesIO()
+        np.save(buffer, np.array(values, np.int32))
+        return Sample(key, {"tokens.npy": buffer.getvalue()})
+
+    info = write_shard(tmp_path / "shard-000000.tar", [tokens("a", 0, 7), tokens("b", 8, 0), tokens("c", 0, -1)])
+    maker = {"tokenizer": {"sha256": "x", "vocab_size": 8, "num_tokens": 2}}
+    write_index(ShardIndex(tmp_path, ("tokens",), (info,), (), 32, {}, maker))
+    lines, status = verify(capsys, tmp_path)
+    assert status not in (0, None) and len(lines) == 3
+    assert all(f"sample {key!r}: it has tokens outside 0..7" in line for key, line in zip("bc", lines, strict=False))
+
+
 def test_shapes_that_do_not_go_into_one_batch(tmp_path, capsys):
     def latent(key, side):
         buffer = io.BytesIO()
