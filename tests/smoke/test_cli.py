@@ -330,7 +330,7 @@ def test_generate(
     main([*command, "--class", "1", "--class", "0", "--out", "other.png", "--seed", "1"])
     assert Path("other.png").read_bytes() != first
     main([*command, "--samples", "3", "--cfg-scale", "[1.0,3.0]", "--top-k", "50", "--top-p", "0.9"])
-    assert "6 pictures" in capsys.readouterr().out, "all classes"
+    assert "pictures: 6" in capsys.readouterr().out, "all classes"
 
     for arguments, message in (
         (["--class", "up"], "class 'up' is unknown; did you mean"),
@@ -341,7 +341,7 @@ def test_generate(
         (["--budgets", "a"], "budgets='a'"),
         (["--top-p", "0"], "top_p=0.0"),
         (["--samples", "0"], "samples=0"),
-        (["--prior", "/nowhere"], "no checkpoint file"),
+        (["--prior", "nowhere"], "no checkpoint file"),
         (["--tokenizer", str(DEMO_TOKENIZER)], "set net.vocab_size"),
     ):
         assert message in error_of(capsys, *command, *arguments)
