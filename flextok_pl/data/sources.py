@@ -47,7 +47,7 @@ def _of_entry(entry: str, cache_dir: str | Path | None) -> list[ShardIndex]:
     tars: dict[str, set[str]] = {}
     indices = []
     for match in _places(entry):
-        if match.endswith(".tar") and not match.startswith(PIPE):
+        if match.endswith(".tar") and not match.startswith(PIPE) and not Path(match).is_dir():
             folder, _, name = match.rpartition("/")
             tars.setdefault(folder, set()).add(name)
         else:

@@ -299,7 +299,8 @@ def _range(name: str, entry: Mapping[str, Any], when: dict[str, tuple[Value, ...
         value = entry.get(key)
         if (key, value) == ("step", None):
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        # Half of the largest, so that high - low is finite, too.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max / 2:
             raise ValueError(f"space: {name}.{key}={value!r} must be a finite number")
     if not isinstance(entry.get("log", False), bool):
         raise ValueError(f"space: {name}.log={entry['log']!r} must be true or false")

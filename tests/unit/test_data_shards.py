@@ -169,7 +169,7 @@ def test_patterns_lists_and_single_shards(tmp_path):
     assert [s.count for s in part.shards] == [3, 3]
 
 
-@pytest.mark.parametrize("name", ["[2024] x/out", "{a,b}/out", "{a,b}", "[2024]", "*", "x #1: 'y'"])
+@pytest.mark.parametrize("name", ["[2024] x/out", "{a,b}/out", "[2024]", "*", "x #1: 'y'.tar"])
 def test_paths_with_any_characters_are_read_back(tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
     for number in range(2):
