@@ -78,16 +78,18 @@ class RunPlace:
     def newest_checkpoint(self) -> Path | None:
         """The newest whole checkpoint of this run, or of the experiment's newest run that has any; sets `version`.
 
+        `Resume` reads it whole, in one process for all.
+
         Raises:
             ValueError: there are some, and none is whole.
         """
         if self.version is not None:
-            return newest_intact(self.folder / "checkpoints")
+            return newest_intact(self.folder / "checkpoints", contents=False)
         numbers = [n for n in self._numbers() if any((self.parent / f"version_{n}" / "checkpoints").glob("*.ckpt"))]
         if not numbers:
             return None
         self.version = max(numbers)
-        return newest_intact(self.folder / "checkpoints")
+        return newest_intact(self.folder / "checkpoints", contents=False)
 
     def settle(self, go_on: bool) -> None:
         """Choose the folder.

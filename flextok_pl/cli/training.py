@@ -39,7 +39,16 @@ from flextok_pl.modules.saved_prior import SavedPrior
 from flextok_pl.modules.saved_tokenizer import SavedTokenizer
 from flextok_pl.precision import check_training_precision
 from flextok_pl.progress import announced, say
-from flextok_pl.runtime import Failure, FitLoop, Preempted, Preemption, StepCheckpoint, damage_of, without_tensors
+from flextok_pl.runtime import (
+    Failure,
+    FitLoop,
+    Preempted,
+    Preemption,
+    Resume,
+    StepCheckpoint,
+    damage_of,
+    without_tensors,
+)
 
 CALLBACKS: dict[str, type[Callback]] = {
     "rfid": ReconstructionFID,
@@ -161,17 +170,17 @@ class FlexTokCLI(LightningCLI):
                 init_args=Namespace(**options),  # type: ignore[no-untyped-call]
             )
         self._place = RunPlace(config.trainer, self._experiment)
-        goes_on = config.get("ckpt_path") == "last"
-        if goes_on:
+        self._goes_on = config.get("ckpt_path") == "last"
+        if self._goes_on:
             config.ckpt_path = self._go_on_with_the_last()
         elif config.get("ckpt_path") is not None and Path(config.ckpt_path).exists():
-            damage = damage_of(Path(config.ckpt_path))
+            damage = damage_of(Path(config.ckpt_path), contents=False)
             if damage is not None:
                 raise UserError(
                     f"ckpt_path={config.ckpt_path} is damaged ({damage}); give another file of its folder, or `last` "
                     "for the newest whole one"
                 )
-        self._place.settle(goes_on and self._only == "fit")
+        self._place.settle(self._goes_on and self._only == "fit")
 
     def _go_on_with_the_last(self) -> str | None:
         """The newest whole checkpoint of the run, or of the experiment's newest run that has any."""
@@ -181,7 +190,6 @@ class FlexTokCLI(LightningCLI):
             return None
         if self._only != "fit":
             self._place.version = None
-        print(f"going on with {found}")
         return str(found)
 
     def _parse_ckpt_path(self) -> None:
@@ -242,6 +250,7 @@ class FlexTokCLI(LightningCLI):
         failure = Failure(lambda error: not is_for_the_user(error))
         trainer = super()._instantiate_trainer(config, [failure, *wanted])
         trainer.fit_loop = FitLoop(trainer)
+        trainer._checkpoint_connector = Resume(trainer, or_older=self._goes_on)
         launch_of(self.config[self._only], trainer.num_devices).require_processes()
         return trainer
 

@@ -10,6 +10,7 @@ from flextok_pl.runtime.checkpoint_files import (
 from flextok_pl.runtime.failure import Failure
 from flextok_pl.runtime.fit_loop import FitLoop
 from flextok_pl.runtime.preemption import Preempted, Preemption, stop_if_preempted
+from flextok_pl.runtime.resume import Resume
 from flextok_pl.runtime.sharding import FullyShardedStrategy
 from flextok_pl.runtime.step_checkpoint import StepCheckpoint
 
@@ -21,6 +22,7 @@ __all__ = [
     "FullyShardedStrategy",
     "Preempted",
     "Preemption",
+    "Resume",
     "StepCheckpoint",
     "damage_of",
     "newest_intact",

@@ -1,9 +1,11 @@
 """An error, wherever it comes from and on however many ranks, ends all processes of a run at once."""
 
 import os
+import re
 import signal
 import subprocess
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,3 +140,42 @@ def test_ranks_stop_together_at_a_loss_that_is_not_finite(
     for file in checkpoints:
         state = torch.load(file, weights_only=True)["state_dict"]
         assert all(value.isfinite().all() for value in state.values())
+
+
+def test_one_rank_reads_a_checkpoint_whole_for_all(
+    image_shards: Path, tmp_path: Path, start_ranks: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The other goes on from what the first has found."""
+
+    def prepare(rank: int) -> None:
+        real = zipfile.ZipFile.testzip
+
+        def testzip(self: zipfile.ZipFile) -> str | None:
+            print(f"rank {rank} reads {Path(str(self.filename)).name}", flush=True)
+            return real(self)
+
+        zipfile.ZipFile.testzip = testzip  # type: ignore[method-assign]
+
+    options = [*arguments(image_shards, "fit", 0, 2), "--data.val", "null", "--rfid", "null"]
+    options += ["--checkpoint.every_n_train_steps", "1", "--ckpt_path", "last"]
+
+    def run(*more: str) -> tuple[list[int | None], str]:
+        ranks = start_ranks(tmp_path, 2, [*options, *more], prepare)
+        for process in ranks:
+            process.join(60)
+        printed = capfd.readouterr()
+        return [process.exitcode for process in ranks], printed.out + printed.err
+
+    assert run()[0] == [0, 0]
+    newest = tmp_path / "runs/tokenizer/tiny/version_0/checkpoints/step0000002.ckpt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    codes, printed = run("--trainer.max_steps", "3")
+    assert codes == [0, 0]
+    assert re.findall("rank . reads .*", printed) == ["rank 0 reads step0000002.ckpt", "rank 0 reads step0000001.ckpt"]
+    assert printed.count("going on with") == 1 and "step0000001.ckpt" in printed
+    newest.write_bytes(content)
+    codes, printed = run("--ckpt_path", str(newest), "--trainer.logger.init_args.version", "named")
+    assert codes == [1, 1] and printed.count("step0000002.ckpt is damaged") == 2
+    assert re.findall("rank . reads", printed) == ["rank 0 reads"]
