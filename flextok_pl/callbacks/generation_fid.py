@@ -63,7 +63,8 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
         budgets: numbers of tokens of the full grid: a list, `all` for 1 to K, or null for the powers of two up to K.
         fit_budgets: those measured during a fit; null for the smallest, the middle and the largest of `budgets`.
         extractor: feature network: `effnet-lite0` (offline), `inception-v3-compat` (gFID), `dinov2-*` or `clip-*`.
-        weights: a local file with the extractor's weights; null for the packaged or downloaded ones.
+        weights: a local file with the extractor's weights; null for the packaged or downloaded ones. CLIP's is OpenAI's
+            own file and no other, since it is a program.
         reference: a `.npz` file with `mu` and `sigma` of real images, or with pictures as `arr_0`, or both, as guided
             diffusion publishes for ImageNet; null for the real images of the split. Statistics serve the Frechet
             distance, pictures all else.

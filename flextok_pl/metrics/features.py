@@ -7,6 +7,7 @@ TensorFlow-compatible resize. `effnet-lite0` needs no download: its ImageNet wei
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -114,6 +115,8 @@ class TorchFidelityExtractor(_NetworkExtractor):
             )
         if name == INCEPTION and weights is not None:
             _check_is_tensors(weights)
+        if name.startswith("clip") and weights is not None:
+            _check_is_published(name, weights)
         network_class = FEATURE_EXTRACTORS_REGISTRY[name]
         layer = network_class.get_default_feature_layer_for_metric("fid")
         path = None if weights is None else str(weights)
@@ -204,6 +207,20 @@ def check_extractor(name: str, weights: Path | str | None = None) -> None:
         raise ValueError(f"extractor={name!r} is unknown; use one of {', '.join(EXTRACTORS)}")
     if weights is not None and not Path(weights).is_file():
         raise ValueError(f"weights={str(weights)!r} is not a file; give the extractor's weights, or leave it out")
+
+
+def _check_is_published(name: str, path: Path | str) -> None:
+    """Refuse another file than OpenAI's own for a CLIP network: they are TorchScript, a program that loading runs."""
+    from torch_fidelity.feature_extractor_clip import MODEL_METADATA, MODEL_URLS
+
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != MODEL_METADATA[name]["hash"]:
+        raise ValueError(
+            f"weights={str(path)!r} is not the file that OpenAI published for {name}: its SHA-256 begins with "
+            f"{found[:16]}, not {MODEL_METADATA[name]['hash'][:16]}. Such a file is a program and not only tensors, so "
+            f"no other is loaded; fetch {MODEL_URLS[name]}"
+        )
 
 
 def _check_is_tensors(path: Path | str) -> dict[str, Any]:

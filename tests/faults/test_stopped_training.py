@@ -20,6 +20,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -438,6 +439,15 @@ def test_the_newest_whole_checkpoint(tmp_path: Path) -> None:
     assert "complete" in (damage_of(first) or "")
     (tmp_path / "parts.ckpt").mkdir()
     assert damage_of(tmp_path / "parts.ckpt") == "it has no .metadata"
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor one of a URL, which Lightning trusts."""
+    asked: list[Any] = []
+    monkeypatch.setattr(TorchCheckpointIO, "load_checkpoint", lambda self, *given: asked.append(given))
+    AtomicCheckpointIO().load_checkpoint("https://example.com/last.ckpt")
+    AtomicCheckpointIO().load_checkpoint("last.ckpt", weights_only=False)
+    assert [given[2] for given in asked] == [True, False]
 
 
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,3 +118,28 @@ def test_shards_and_models_load_without_what_they_do_not_use() -> None:
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert "flextok_pl.data.verify" in loaded
     assert not {"lightning", "torchmetrics", "transformers", "diffusers.models.autoencoders"} & set(loaded)
+
+
+# What may unpickle, or run what a file says -> what makes it safe; None for nothing.
+UNPICKLING = {
+    "torch.load": ("weights_only", True),
+    "load_state_dict_from_url": ("weights_only", True),
+    "np.load": ("allow_pickle", False),
+    "numpy.load": ("allow_pickle", False),
+    **dict.fromkeys(("pickle.load", "pickle.loads", "pickle.Unpickler", "joblib.load", "torch.jit.load"), None),
+    **dict.fromkeys(("torch.hub.load", "yaml.load", "yaml.unsafe_load", "shelve.open", "marshal.loads"), None),
+    **dict.fromkeys(("eval", "exec"), None),
+}
+
+
+@pytest.mark.parametrize("file", python_files(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_no_file_that_is_read_can_run_code(file: Path) -> None:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        given = {word.arg: word.value.value for word in node.keywords if isinstance(word.value, ast.Constant)}
+        assert not given.get("trust_remote_code"), f"{file}:{node.lineno}"
+        for unsafe, remedy in UNPICKLING.items():
+            if name == unsafe or ("_" in unsafe and name.endswith(f".{unsafe}")):
+                assert remedy is not None and given.get(remedy[0]) is remedy[1], f"{file}:{node.lineno}: {name}"

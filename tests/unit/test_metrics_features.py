@@ -1,5 +1,6 @@
 """Extractors: names, weights files, order of distortions."""
 
+import hashlib
 import io
 import pickle
 from pathlib import Path
@@ -113,6 +114,24 @@ def test_a_weights_file_cannot_run_code(tmp_path, name):
     with pytest.raises(ValueError, match="no plain file of tensors"):
         build_extractor(name, path)
     assert not target.exists()
+
+
+def test_a_clip_archive_is_openais_or_is_not_loaded(tmp_path, monkeypatch):
+    """TorchScript is a program; no check of its contents makes it safe."""
+    from torch_fidelity import feature_extractor_clip as clip
+
+    def load(path, map_location):
+        raise RuntimeError("loaded")
+
+    monkeypatch.setattr(torch.jit, "load", load)
+    path = tmp_path / "ViT-B-32.pt"
+    path.write_bytes(b"some program")
+    with pytest.raises(ValueError, match="not the file that OpenAI published for clip-vit-b-32: .*ViT-B-32.pt"):
+        build_extractor("clip-vit-b-32", path)
+    digest = hashlib.sha256(b"some program").hexdigest()
+    monkeypatch.setitem(clip.MODEL_METADATA, "clip-vit-b-32", {"hash": digest})
+    with pytest.raises(ValueError, match="do not fit .*loaded"):
+        build_extractor("clip-vit-b-32", path)
 
 
 def test_hash_follows_the_weights():
