@@ -21,7 +21,7 @@ from flextok_pl.models.text import TextEncoder
 from flextok_pl.models.token_loss import token_loss
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.modules.steps import SampleMeans, evaluation_generators
-from flextok_pl.precision import check_training_precision, full_precision
+from flextok_pl.precision import full_precision
 
 
 class TokenOutputs(TypedDict):
@@ -71,8 +71,7 @@ class PriorBase(pl.LightningModule):
             self._check_tokens(f"tokenizer={tokenizer!r}", self.tokenizer_id)
 
     def setup(self, stage: str) -> None:
-        """Check the trainer's precision, and that tokens, classes and text states of the shards fit the prior."""
-        check_training_precision(self.trainer.precision)
+        """Check that tokens, classes and text states of the shards fit the prior."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         source, encoder = getattr(data, "tokenizer", None), getattr(data, "text_encoder", None)
         if source is not None:
@@ -178,7 +177,8 @@ class PriorBase(pl.LightningModule):
         if condition is None or isinstance(condition, Tensor):
             states = None if condition is None else condition.to(self.device)
         else:
-            states = self._encode(condition, truncate=False)
+            with full_precision(self.device):
+                states = self._encode(condition, truncate=False)
         return self.prior.generate(states, None, cfg_scale, temperature, top_k, top_p, prefix=None, generator=generator)
 
     @torch.no_grad()

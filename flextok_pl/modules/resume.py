@@ -13,6 +13,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from flextok_pl.modules.optim import warmup_cosine
+from flextok_pl.precision import check_training_precision
 from flextok_pl.runtime.finite import StopIfNotFinite
 
 APPLIED = ("lr", "betas", "weight_decay", "warmup_steps", "min_lr_ratio")
@@ -107,7 +108,8 @@ class ResumableModule(pl.LightningModule):
     min_lr_ratio: float
 
     def configure_callbacks(self) -> list[Callback]:
-        """What every training needs."""
+        """Check the trainer's precision, in the first hook that knows it, and give what every training needs."""
+        check_training_precision(self.trainer.precision)
         return [StopIfNotFinite()]
 
     def scheduled_adamw(self, groups: list[dict[str, Any]]) -> OptimizerLRScheduler:

@@ -46,7 +46,7 @@ from flextok_pl.modules.width_transfer import (
     width_groups,
     xavier_std,
 )
-from flextok_pl.precision import check_training_precision, full_precision
+from flextok_pl.precision import full_precision
 from flextok_pl.runtime.fit_loop import step_ends
 from flextok_pl.runtime.sharding import gather_for_evaluation, shard, shard_again, whole_weights
 
@@ -187,10 +187,8 @@ class TokenizerModule(ResumableModule):
         """Check that precomputed latents and features fit the model, and load the teacher where there are none.
 
         Raises:
-            ValueError: another autoencoder or teacher made the shards, the teacher's weights are not to be had, or the
-                trainer's precision is not supported.
+            ValueError: another autoencoder or teacher made the shards, or the teacher's weights are not to be had.
         """
-        check_training_precision(self.trainer.precision)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         latents, features = getattr(data, "autoencoder", None), getattr(data, "teacher", None)
         if latents is not None and "sha256" in latents:

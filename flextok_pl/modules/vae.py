@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
@@ -114,10 +115,6 @@ class VAEModule(ResumableModule):
 
     # Training
 
-    def setup(self, stage: str) -> None:
-        """Check the trainer's precision."""
-        check_training_precision(self.trainer.precision, adversarial=self.discriminator is not None)
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch with key `image`."""
         images = _images(batch)
@@ -146,6 +143,11 @@ class VAEModule(ResumableModule):
         real, fake = self.discriminator(torch.cat([images, outputs.detach()])).chunk(2)
         weight = adaptive_weight(compared, generator_loss, self.vae.vae.decoder.conv_out.weight)
         return {"generator": generator_loss, "adaptive_weight": weight, "discriminator": hinge_loss(real, fake)}
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What every training needs, at a precision that suits a discriminator."""
+        check_training_precision(self.trainer.precision, adversarial=self.discriminator is not None)
+        return super().configure_callbacks()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over both networks, warm-up and cosine per step."""

@@ -187,6 +187,11 @@ def test_float16_with_a_scaled_loss(tmp_path: Path) -> None:
     assert half != plain and half == pytest.approx(plain, rel=2e-3)
 
 
+def test_weights_in_half_precision_do_not_train(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="trainer.precision='bf16-true'.* use bf16-mixed"):
+        fit(tmp_path, module(), precision="bf16-true")
+
+
 class Measured(Sequences):
     """A validation set of one batch with images."""
 
