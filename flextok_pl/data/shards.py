@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
+from webdataset.writer import TarWriter
 
 from flextok_pl.data.index import INDEX_NAME, ShardError, ShardIndex, ShardInfo, is_utf8
 from flextok_pl.data.listing import files_in_tar, grouped
@@ -67,13 +67,10 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> ShardInfo:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        with temporary.open("wb") as file, TarWriter(file, "", "", 0o644, encoder=False, mtime=0) as tar:
             for sample in samples:
                 _check_key(sample.key)
-                for extension, content in sample.files.items():
-                    info = tarfile.TarInfo(f"{sample.key}.{extension}")  # time, user and group are zero
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+                tar.write({"__key__": sample.key, **sample.files})
             tar.close()
             file.flush()
             os.fsync(file.fileno())
