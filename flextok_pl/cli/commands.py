@@ -20,7 +20,7 @@ class Command:
             of `options` is called with the options.
         groups: it takes the groups of a training, too: trainer, data, model and callbacks.
         inputs: options that name shard sets, folders or files which must be there, or patterns and URLs of such.
-        former: name that an option once had -> its name.
+        former: name that an option once had, or has in other commands -> its name.
         repeated: parameter -> the option that adds one value to it, and may be given several times.
     """
 
@@ -75,6 +75,7 @@ COMMANDS = {
         "write WebDataset tars, or a shard set, as new shards",
         ("flextok_pl.data.reshard:write_resharded",),
         inputs=("src", "class_names"),
+        former={"classes": "class_names"},
     ),
     "data latents": Command(
         "encode the images of a shard set by a VAE, as shards",

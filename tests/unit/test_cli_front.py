@@ -225,6 +225,7 @@ def test_what_only_a_class_decides_is_let_through() -> None:
             "pyproject.toml Makefile --tokenizer=t --budgets=1,4",
         ),
         ("generate", "--num_tokens 1 --class a --class b", "--budgets=1 --class=a --class=b"),
+        ("data reshard", "tests out --classes LICENSE", "tests out --class_names=LICENSE"),
         ("fid", "--reference tests --images docs", "docs tests"),
         ("sweep", "experiments/sweeps/tiny.yaml --dry_run", "experiments/sweeps/tiny.yaml --dry_run=true"),
         ("data folder", "tests out --overwrite --size 3", "tests out --overwrite=true --size=3"),
