@@ -162,7 +162,7 @@ def test_images_and_tokens_that_are_refused(tok: FlexTok, images: Tensor) -> Non
     {"cfg_scale": math.nan}, {"cfg_scale": [1.0, math.inf]}, {"cfg_scale": lambda i: -math.inf},
     {"temperature": math.nan}, {"temperature": math.inf}, {"temperature": -1.0},
     {"top_k": 0}, {"top_k": 2.5}, {"top_p": math.nan}, {"num_tokens": 2.0},
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_sampling_that_is_refused(prior: Prior, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         prior.generate(torch.tensor([0]), **options)
