@@ -22,7 +22,7 @@ def run_block(block: nn.Module, checkpointing: bool, *arguments: object) -> Tens
     in training neither.
     """
     if not torch.is_grad_enabled():
-        return block._call_impl(*arguments)  # type: ignore[no-any-return]
+        return block._call_impl(*arguments)  # type: ignore[no-any-return, no-untyped-call]
     if checkpointing:
         return checkpoint(block, *arguments, use_reentrant=False)  # type: ignore[no-any-return]
     return block(*arguments)  # type: ignore[no-any-return]

@@ -45,7 +45,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint as tensors and plain types, without letting it run code, be it a URL's."""
-        return super().load_checkpoint(path, map_location, weights_only is not False)  # type: ignore[no-any-return]
+        return super().load_checkpoint(path, map_location, weights_only is not False)
 
 
 class AsyncAtomicCheckpointIO(AsyncCheckpointIO):

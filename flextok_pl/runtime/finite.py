@@ -99,7 +99,7 @@ class _Step:
         self._bad = bad
         if bad.is_cuda:
             self._bad = torch.empty((), pin_memory=True).copy_(bad, non_blocking=True)
-            self._answered = torch.cuda.Event()
+            self._answered = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._answered.record()
 
     def is_bad(self) -> bool:

@@ -32,7 +32,7 @@ class Resume(_CheckpointConnector):
             ValueError: it is damaged, and so are those to go back to.
         """
         if checkpoint_path is not None and "://" not in str(checkpoint_path):
-            found = self._find(Path(checkpoint_path)) if self.trainer.is_global_zero else None
+            found: Any = self._find(Path(checkpoint_path)) if self.trainer.is_global_zero else None
             checkpoint_path, problem = self.trainer.strategy.broadcast(found)
             if problem is not None:
                 raise ValueError(problem)
