@@ -122,6 +122,7 @@ class ShardDataModule(pl.LightningDataModule):
                 )
         if all(source is None for source in self.sources.values()):
             raise ValueError("give at least one of train, val and test: the folder of a shard set")
+        self._used: tuple[Split, ...] = ("train", "val", "test")  # by a stage, once it is known
         self._sets: dict[str, ShardSet] = {}
         self._streams: dict[str, EpochStream] = {}
         self._skipped = torch.zeros(max(1, num_workers), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
@@ -194,7 +195,7 @@ class ShardDataModule(pl.LightningDataModule):
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names by label; empty for sets without classes."""
-        return next(self._first_indices()).classes
+        return next((index.classes for index in self._first_indices()), ())
 
     @property
     def autoencoder(self) -> Mapping[str, Any] | None:
@@ -225,13 +226,13 @@ class ShardDataModule(pl.LightningDataModule):
         return next((index.maker(field) for index in self._first_indices() if field in index.fields), None)
 
     def _first_indices(self) -> Iterator[ShardIndex]:
-        splits: tuple[Split, ...] = ("train", "val", "test")
-        return (self.shard_set(split).indices[0] for split in splits if self.sources[split] is not None)
+        return (self.shard_set(split).indices[0] for split in self._used if self.sources[split] is not None)
 
     def setup(self, stage: str) -> None:
-        """Check the shards that a stage needs; called by Lightning."""
+        """Check the shards that a stage needs, and look at no others from then on; called by Lightning."""
         needed: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",)}
-        for split in needed.get(stage, ("test",)):
+        self._used = needed.get(stage, ("test",))
+        for split in self._used:
             if self.sources[split] is not None:
                 self.shard_set(split)
 

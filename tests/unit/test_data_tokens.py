@@ -189,6 +189,19 @@ def test_the_data_module_knows_tokenizer_and_text_encoder(images, tmp_path):
     assert data.tokenizer is None and data.text_encoder is None
 
 
+def test_an_evaluation_reads_no_training_set(images, tmp_path):
+    """It may be missing, or of another tokenizer than the one that is evaluated."""
+    pictures = str(images / "text")
+    for stage, sets in (("test", {"test": pictures}), ("validate", {"val": pictures}), ("predict", {"val": pictures})):
+        data = ShardDataModule(train=str(tmp_path / "nowhere"), image_size=8, num_workers=0, **sets)
+        data.setup(stage)
+        assert data.tokenizer is None and data.text_encoder is None
+        assert data.classes == ShardIndex.load(pictures).classes
+    data.setup("test")
+    with pytest.raises(ShardError, match="nowhere"):
+        data.setup("fit")
+
+
 def test_rerun_and_another_tokenizer(images, tmp_path):
     first = write(images, tmp_path)
     assert write(images, tmp_path, tokenize=None, num_workers=2) == first  # nothing is tokenized
