@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
 from flextok_pl.callbacks import EMA, CodebookReport, ReconstructionFID
@@ -228,6 +229,8 @@ def test_half_precision_trains_on_the_same_latents(tmp_path: Path) -> None:
     plain = fit(tmp_path / "a", network, 5)
     half = fit(tmp_path / "b", module(tmp_path), 5, precision="bf16-mixed")
     assert half != plain and half == pytest.approx(plain, rel=0.02)
+    scaled = fit(tmp_path / "c", module(tmp_path), 5, plugins=MixedPrecision("16-mixed", "cpu"))
+    assert scaled != plain and scaled == pytest.approx(plain, rel=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
