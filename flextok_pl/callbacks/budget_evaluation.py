@@ -362,8 +362,8 @@ class BudgetEvaluation(SomeValidations, Generic[StatisticsT]):
         notes = [f"{title}; protocol and pictures: {folder}"]
         if not full_rank:
             notes.append(
-                f"{count} images are no more than {network.dim} features: the covariance is singular and "
-                f"{network.metric_name} compares at equal numbers of images only; prefer {network.kernel_metric_name}."
+                f"{network.metric_name} of {count} images and {network.dim} features compares with other values of "
+                f"{count} images only: the covariance is singular; prefer {network.kernel_metric_name}."
             )
         if seen < done.expected:
             notes.append(f"limit_{done.split}_batches: only {seen} of {done.expected} samples were read.")

@@ -95,8 +95,8 @@ def compare_images(
     print(f"{_counted(images, facts['images'])} against {_counted(reference, facts['reference'])}; {network.name}")
     if not full_rank:
         print(
-            f"a side has no more samples than {network.dim} features: the covariance is singular and "
-            f"{network.metric_name} compares at equal numbers only; prefer {network.kernel_metric_name}"
+            f"{network.metric_name} compares with others of as many images only: one side has at most {network.dim} "
+            f"images, the number of features, and its covariance is singular; prefer {network.kernel_metric_name}"
         )
     if json is not None:
         records = [

@@ -144,7 +144,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path, emoji_folder, capsys):
     assert "image_size=0 must be at least 1" in message(a, "--image-size", 0)
     assert "batch_size=0 must be at least 1" in message(a, "--batch-size", 0)
     assert "extractor='vgg' is unknown" in refused(capsys, a, a, "--extractor", "vgg")
-    assert "weights='none.pth' is not a file" in refused(capsys, a, a, "--weights", "none.pth")
+    assert "weights=none.pth: there is no such file" in refused(capsys, a, a, "--weights", "none.pth")
 
 
 def test_inception_weights_are_not_to_be_had_offline(capsys, emoji_folder, monkeypatch):

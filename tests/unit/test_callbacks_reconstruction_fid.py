@@ -183,7 +183,7 @@ def test_values_files_and_table(tmp_path, capsys):
     assert grid.size[0] == 5 * 34 + 2 and grid.size[1] > 8 * 34
 
     printed = capsys.readouterr().out
-    assert "mse_over_variance" in printed and "17 images are no more than 24 features" in printed
+    assert "mse_over_variance" in printed and "of 17 images and 24 features compares" in printed
     assert len([line for line in printed.splitlines() if line.strip()[:2] in ("1 ", "2 ", "4 ", "8 ")]) == 4
 
 
