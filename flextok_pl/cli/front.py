@@ -36,6 +36,7 @@ GENERAL = {
     "config": Option("FILE", help="the experiment's file; may be given several times, the last has the last word"),
     "print_config": Option("", help="print the whole configuration, and stop"),
     "seed_everything": Option("int | bool", "0", "seed of all that draws at random"),
+    "run": Option("str | null", help="name of the run and its folder; the next number if there is none"),
     "global_batch_size": Option(
         "int | null", help="samples of an optimizer step that a fit is meant for, over all devices"
     ),

@@ -29,6 +29,9 @@ IN_FOLDERS = (TensorBoardLogger, CSVLogger)
 IDENTITY = {"WandbLogger": "id", "MLFlowLogger": "run_id", "CometLogger": "experiment_key"}
 """Logger of a service -> the option by which it goes on with a run of that."""
 
+NUMBERED = r"version_(\d+)"
+"""Folder of a run that has a number."""
+
 IDENTITIES = "loggers.json"
 """File of a run's folder: class of a logger -> the service's name of the run."""
 
@@ -46,13 +49,17 @@ class RunPlace:
     Args:
         trainer: the parsed options of the trainer; loggers in it that are not named get the experiment's name.
         experiment: name of the experiment.
+        run: name of the run, with any logger; None for what `version` says.
 
     Attributes:
         parent: the experiment's folder.
         version: number or name of the run, or None for a new one, which `settle` then numbers.
+
+    Raises:
+        UserError: the name is none of a folder, or the run has two.
     """
 
-    def __init__(self, trainer: Namespace, experiment: str) -> None:
+    def __init__(self, trainer: Namespace, experiment: str, run: str | None = None) -> None:
         self._trainer = trainer
         if trainer.logger in (True, None):
             options = Namespace(save_dir=trainer.default_root_dir or "runs", name=experiment, version=None)  # type: ignore[no-untyped-call]
@@ -68,6 +75,12 @@ class RunPlace:
         self._save_dir, self._name = str(save_dir), (filed[0].get("name") or "") if filed else experiment
         self.parent = Path(self._save_dir, self._name)
         self.version: int | str | None = filed[0].get("version") if filed else None
+        if run is not None:
+            if run in ("", ".", "..") or "/" in run:
+                raise UserError(f"run={run!r} must be the name of a folder, without a slash")
+            if self.version is not None:
+                raise UserError(f"--run {run} and trainer.logger.init_args.version={self.version} both name the run")
+            self.version = run
 
     @property
     def folder(self) -> Path:
@@ -76,19 +89,20 @@ class RunPlace:
         return self.parent / (f"version_{self.version}" if isinstance(self.version, int) else self.version)
 
     def newest_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint of this run, or of the experiment's newest run that has any; sets `version`.
+        """The newest whole checkpoint of this run, or of the experiment's run that wrote the newest; sets `version`.
 
         `Resume` reads it whole, in one process for all.
 
         Raises:
             ValueError: there are some, and none is whole.
         """
-        if self.version is not None:
-            return newest_intact(self.folder / "checkpoints", contents=False)
-        numbers = [n for n in self._numbers() if any((self.parent / f"version_{n}" / "checkpoints").glob("*.ckpt"))]
-        if not numbers:
-            return None
-        self.version = max(numbers)
+        if self.version is None:
+            files = [file for file in self.parent.glob("*/checkpoints/*.ckpt") if file.exists()]
+            if not files:
+                return None
+            name = max((file.stat().st_mtime_ns, file.parents[1].name) for file in files)[1]
+            number = re.fullmatch(NUMBERED, name)
+            self.version = name if number is None else int(number[1])
         return newest_intact(self.folder / "checkpoints", contents=False)
 
     def settle(self, go_on: bool) -> None:
@@ -104,12 +118,12 @@ class RunPlace:
             self.version = max(self._numbers(), default=-1) + 1
         if not go_on and (self.folder / "config.yaml").exists():
             raise UserError(
-                f"{self.folder} holds a run already; go on with it (--ckpt_path last), or choose another "
-                "trainer.logger.init_args.version"
+                f"{self.folder} holds a run already; go on with it (--ckpt_path last), or give another --run (or "
+                "trainer.logger.init_args.version)"
             )
 
     def _numbers(self) -> list[int]:
-        found = [re.fullmatch(r"version_(\d+)", folder.name) for folder in self.parent.glob("version_*")]
+        found = [re.fullmatch(NUMBERED, folder.name) for folder in self.parent.glob("version_*")]
         return [int(match[1]) for match in found if match is not None]
 
     @contextmanager

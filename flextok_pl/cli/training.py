@@ -120,6 +120,9 @@ class FlexTokCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callback groups, and what belongs to the whole training."""
         parser.add_argument(
+            "--run", type=str | None, default=None, help="Name of the run and its folder; default: the next number."
+        )
+        parser.add_argument(
             "--global_batch_size",
             type=int | None,
             default=None,
@@ -169,7 +172,8 @@ class FlexTokCLI(LightningCLI):
                 class_path=f"{saved.__module__}.{saved.__name__}",
                 init_args=Namespace(**options),  # type: ignore[no-untyped-call]
             )
-        self._place = RunPlace(config.trainer, self._experiment)
+        self._place = RunPlace(config.trainer, self._experiment, config.run)
+        config.run = None  # the saved configuration may be given again, for another run
         self._goes_on = config.get("ckpt_path") == "last"
         if self._goes_on:
             config.ckpt_path = self._go_on_with_the_last()
@@ -186,7 +190,9 @@ class FlexTokCLI(LightningCLI):
         """The newest whole checkpoint of the run, or of the experiment's newest run that has any."""
         found = self._place.newest_checkpoint()
         if found is None:
-            print(f"no run in {self._place.parent} has a checkpoint yet: starting from the beginning")
+            place = self._place
+            without = f"no run in {place.parent} has a" if place.version is None else f"{place.folder} has no"
+            print(f"{without} checkpoint yet: starting from the beginning", flush=True)
             return None
         if self._only != "fit":
             self._place.version = None

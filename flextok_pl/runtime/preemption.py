@@ -47,7 +47,7 @@ class Preemption(Callback):
         signals: names of the signals that announce it.
         check_every_n_steps: optimizer steps between the questions of the processes to each other; one process alone
             looks at every step.
-        requeue: in a Slurm job, `scontrol requeue` it.
+        requeue: in a Slurm job, `scontrol requeue` it, unless it was cancelled.
 
     Raises:
         ValueError: an option is out of range.
@@ -169,17 +169,22 @@ def stop_if_preempted(trainer: Trainer) -> None:
 
 
 def _requeue(stopped: Preempted) -> None:
-    """Put this job in the queue again, if it is one of Slurm's."""
+    """Put this job in the queue again, if it is one of Slurm's that nobody has cancelled."""
     job = os.environ.get("SLURM_JOB_ID")
     if os.environ.get("SLURM_ARRAY_JOB_ID"):
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     if job is None:
         return
-    print(f"{stopped}; putting job {job} in the queue again", flush=True)  # now, for then Slurm ends this process
     try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False, timeout=60)
-        problem = done.stderr.strip() if done.returncode else None
-    except (FileNotFoundError, subprocess.TimeoutExpired) as error:
-        problem = str(error)
-    if problem is not None:
-        warnings.warn(f"scontrol requeue {job} failed: {problem}; submit the job again", stacklevel=2)
+        if "JobState=CANCELLED" in _scontrol("show", "job", "--oneliner", job):  # by scancel, which means what it says
+            return
+        print(f"{stopped}; putting job {job} in the queue again", flush=True)  # now, for then Slurm ends this process
+        _scontrol("requeue", job)
+    except (OSError, subprocess.SubprocessError) as error:
+        problem = getattr(error, "stderr", None) or str(error)
+        warnings.warn(f"scontrol requeue {job} failed: {problem.strip()}; submit the job again", stacklevel=2)
+
+
+def _scontrol(*arguments: str) -> str:
+    command = ["scontrol", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout

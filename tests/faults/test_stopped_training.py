@@ -367,8 +367,10 @@ def test_asynchronous_saving(image_shards: Path, tmp_path: Path, whole: dict[str
     assert_equal(tmp_path, whole)
 
 
-def test_preempted_under_slurm(image_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`scontrol` stands in here; the real one is asked in `tests/slurm`."""
+def test_preempted_under_slurm(
+    image_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`scontrol` stands in here; the real one is asked in `tests/slurm`. A job that is cancelled stays away."""
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
@@ -382,7 +384,11 @@ def test_preempted_under_slurm(image_shards: Path, tmp_path: Path, monkeypatch: 
         monkeypatch.setenv(name, value)
     announced = at_step(1, 1, lambda: os.kill(os.getpid(), signal.SIGUSR1))
     assert train(tmp_path / "run", options(image_shards), announced) == 128 + signal.SIGUSR1
-    assert (tmp_path / "asked").read_text() == "requeue 7_3\n"
+    assert (tmp_path / "asked").read_text() == "show job --oneliner 7_3\nrequeue 7_3\n"
+    scontrol.write_text("#!/bin/sh\necho JobState=CANCELLED; test $1 = show\n")
+    assert train(tmp_path / "cancelled", options(image_shards), announced) == 128 + signal.SIGUSR1
+    said = capfd.readouterr()
+    assert said.out.count("in the queue again") == 1 and "requeue" not in said.err
 
 
 def test_a_damaged_checkpoint(

@@ -2,7 +2,9 @@
 
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -12,22 +14,31 @@ SCRIPT = ROOT / "experiments" / "cluster" / "train.sbatch"
 ENDED = ("FAILED", "CANCELLED", "TIMEOUT")
 
 
+EXPERIMENT = ROOT / "experiments" / "tokenizer" / "tiny.yaml"
+
+
+def options(shards: Path) -> list[str]:
+    """Those of a training of the tiny experiment."""
+    return [
+        *("--data.train", str(shards / "train"), "--data.val", "null", "--data.batch_size", "4"),
+        *("--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", "--trainer.max_steps", "120"),
+        *("--trainer.enable_progress_bar", "false", "--checkpoint.every_n_train_steps", "20"),
+        *("--rfid", "null", "--codebook", "null", "--preemption.check_every_n_steps", "3"),
+    ]
+
+
+def run_of(folder: Path, name: str) -> Path:
+    return folder / "runs" / "tokenizer" / "tiny" / name
+
+
 class Job:
-    """A submitted training of the tiny experiment by two tasks."""
+    """That training submitted with two tasks, in the run `mine`."""
 
     def __init__(self, folder: Path, shards: Path, cluster: dict[str, str]) -> None:
         self.folder, self.cluster = folder, cluster
-        folder.mkdir()
-        options = [
-            *("--data.train", str(shards / "train"), "--data.val", "null", "--data.batch_size", "4"),
-            *("--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", "--trainer.max_steps", "200"),
-            *("--trainer.enable_progress_bar", "false", "--checkpoint.every_n_train_steps", "20"),
-            *("--rfid", "null", "--codebook", "null", "--preemption.check_every_n_steps", "3"),
-        ]
-        submit = ["sbatch", "--parsable", "--ntasks-per-node=2", "--cpus-per-task=1", "--time=10"]
-        experiment = str(ROOT / "experiments" / "tokenizer" / "tiny.yaml")
-        self.id = self.ask(*submit, str(SCRIPT), experiment, *options)
-        self.run = folder / "runs" / "tokenizer" / "tiny" / f"version_{self.id}"
+        submit = ["sbatch", "--parsable", "--job-name=mine", "--ntasks-per-node=2", "--cpus-per-task=1", "--time=10"]
+        self.id = self.ask(*submit, str(SCRIPT), str(EXPERIMENT), *options(shards))
+        self.run = run_of(folder, "mine")
 
     def ask(self, *command: str) -> str:
         """What one of Slurm's commands prints."""
@@ -41,40 +52,79 @@ class Job:
 
     def log(self) -> str:
         """What the job has printed."""
-        return "".join(file.read_text() for file in self.folder.glob("slurm-*.out"))
+        return "".join(file.read_text() for file in self.folder.glob(f"slurm-*-{self.id}.out"))
 
     def wait(self, *states: str, seconds: int = 240) -> None:
         """Until the job is in one of these states."""
         deadline = time.monotonic() + seconds
         while (state := self.fact("JobState")) not in states:
-            assert time.monotonic() < deadline and state not in ("FAILED", "CANCELLED", "TIMEOUT"), (
-                f"{state}\n{self.log()}"
-            )
+            assert time.monotonic() < deadline and state not in ENDED, f"{state}\n{self.log()}"
             time.sleep(0.5)
 
-    def wait_for_checkpoint(self) -> None:
-        """Until there is a checkpoint."""
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        """Until it holds, while the job is there."""
         deadline = time.monotonic() + 240
-        while not list(self.run.glob("checkpoints/step*.ckpt")):
+        while not condition():
             assert time.monotonic() < deadline and self.fact("JobState") not in ENDED, self.log()
             time.sleep(0.2)
 
 
-def test_a_preempted_job_ends_as_another(image_shards: Path, tmp_path: Path, cluster: dict[str, str]) -> None:
-    preempted = Job(tmp_path / "preempted", image_shards, cluster)
-    preempted.wait_for_checkpoint()
-    preempted.ask("scancel", "--signal=USR1", preempted.id)
-    preempted.wait("PENDING")
-    saved = torch.load(preempted.run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
-    assert 20 <= saved < 200 and not (preempted.run / "tokenizer.safetensors").exists()
-    assert f"SIGUSR1: stopped at step {saved}, " in preempted.log() and "in the queue again" in preempted.log()
-    preempted.ask("scontrol", "update", f"JobId={preempted.id}", "StartTime=now")  # Slurm waits two minutes by itself
-    preempted.wait("COMPLETED")
-    assert preempted.fact("Restarts") == "1" and f"{preempted.run}/checkpoints/last.ckpt" in preempted.log()
+def test_a_preempted_job_ends_as_another(
+    image_shards: Path, tmp_path: Path, cluster: dict[str, str], start_ranks: Any
+) -> None:
+    """It is preempted and queued again by itself, then cancelled, and submitted anew as another job."""
+    first = Job(tmp_path, image_shards, cluster)
+    first.wait_for(lambda: list(first.run.glob("checkpoints/step*.ckpt")))
+    first.ask("scancel", "--signal=USR1", first.id)
+    first.wait("PENDING")
+    saved = torch.load(first.run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert 20 <= saved < 120 and not (first.run / "tokenizer.safetensors").exists()
+    assert f"SIGUSR1: stopped at step {saved}, " in first.log() and "in the queue again" in first.log()
+    first.ask("scontrol", "update", f"JobId={first.id}", "StartTime=now")  # Slurm waits two minutes by itself
+    first.wait("RUNNING")
+    second = Job(tmp_path, image_shards, cluster)
+    assert second.fact("JobState") == "PENDING" and second.fact("Reason") == "Dependency", "two would write in one run"
+    first.wait_for(lambda: f"going on with {first.run}/checkpoints/last.ckpt" in first.log())
+    assert first.fact("Restarts") == "1"
+    first.ask("scancel", first.id)
+    first.wait("CANCELLED")
+    second.wait("COMPLETED")
+    assert "runs/tokenizer/tiny/mine has no checkpoint yet" in first.log() and "no checkpoint" not in second.log()
 
-    whole = Job(tmp_path / "whole", image_shards, cluster)
-    whole.wait("COMPLETED")
-    assert whole.fact("Restarts") == "0"
-    ends = [load_file(job.run / "tokenizer.safetensors") for job in (preempted, whole)]
+    whole = start_ranks(
+        tmp_path, 2, ["fit", "--config", str(EXPERIMENT), "--trainer.devices=2", *options(image_shards)]
+    )
+    for rank in whole:
+        rank.join(240)
+    ends = [load_file(run_of(tmp_path, name) / "tokenizer.safetensors") for name in ("mine", "version_0")]
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0]), "bit-equal"
+
+
+def test_what_a_job_hands_on(tmp_path: Path, cluster: dict[str, str]) -> None:
+    """Its name, its tasks and their cores, and what the site's file says, to a command that shows it."""
+    shown = tmp_path / "bin" / "flextok"
+    shown.parent.mkdir()
+    shown.write_text('#!/bin/sh\necho "$NCCL_SOCKET_IFNAME $INSIDE $SLURM_CPUS_PER_TASK $SLURM_STEP_NUM_TASKS $@"\n')
+    shown.chmod(0o755)
+    site = tmp_path / "experiments" / "cluster" / "site.sh"
+    site.parent.mkdir(parents=True)
+    site.write_text("module() { false; }\nmodule load cuda\nexport NCCL_SOCKET_IFNAME=ib0\ninside=(env INSIDE=yes)\n")
+    environment = {**cluster, "PATH": f"{shown.parent}:{cluster['PATH']}", "SBATCH_ACCOUNT": "ours"}
+    submit = [
+        "sbatch",
+        "--wait",
+        "--job-name=mine",
+        "--cpus-per-task=2",
+        "--time=1",
+        str(SCRIPT),
+        "an.yaml",
+        "--x",
+        "y z",
+    ]
+    subprocess.run(submit, cwd=tmp_path, env=environment, check=True)
+    (log,) = tmp_path.glob("slurm-mine-*.out")
+    expected = "--config an.yaml --run mine --ckpt_path last --trainer.num_nodes 1 --trainer.devices 1 --x y z"
+    assert log.read_text() == f"ib0 yes 2 1 fit {expected}\n"
+    asked = subprocess.check_output(["scontrol", "show", "job", log.stem.rsplit("-")[-1]], env=cluster, text=True)
+    assert "Account=ours" in asked

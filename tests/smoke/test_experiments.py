@@ -176,3 +176,31 @@ def test_documented_commands_are_taken(command: str, capsys: pytest.CaptureFixtu
         options = options_for(" ".join(arguments[:words]))
         named = Line.read([argument.replace("-", "_").replace("__", "--", 1) for argument in arguments[words:]]).named
         assert [unknown(name, options) for name, _ in named] == [None] * len(named)
+
+
+def started_by_launchers() -> list[str]:
+    """Lines of shell blocks in the guides, and of the cluster's script, that start a training on several nodes."""
+    text = "\n".join(guide.read_text() for guide in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
+    text += (EXPERIMENTS / "cluster" / "train.sbatch").read_text().replace("\n#   ", "\n")
+    return re.findall(r"^(?:sbatch|torchrun) .*", text.replace("\\\n", " "), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", started_by_launchers())
+def test_documented_trainings_of_several_nodes_have_the_global_batch(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program, *words = shlex.split(command)
+    if program == "torchrun":
+        nodes, each = (int(words[words.index(option) + 1]) for option in ("--nnodes", "--nproc-per-node"))
+        arguments = words[words.index("fit") :]
+    else:
+        nodes, each = (int(words[words.index(option) + 1]) for option in ("--nodes", "--ntasks-per-node"))
+        at = words.index("experiments/cluster/train.sbatch") + 1
+        place = ["--trainer.num_nodes", str(nodes), "--trainer.devices", str(each)]
+        arguments = ["fit", "--config", words[at], *place, *words[at + 1 :]]
+    found = parsed(capsys, arguments)
+    trainer, data = found["trainer"], found["data"]
+    devices = devices_per_node(trainer["devices"])
+    launch = Launch(trainer["num_nodes"], devices, data["batch_size"], trainer["accumulate_grad_batches"])
+    launch.require_processes({"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": str(nodes * each)})
+    launch.require_global_batch(found["global_batch_size"])

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,8 +17,9 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers import wandb as wandb_logger
 from lightning.pytorch.loggers.logger import Logger
 
-from flextok_pl.cli import main
+from flextok_pl.cli import UserError, main
 from flextok_pl.cli.run_place import RunPlace
+from flextok_pl.runtime import AtomicCheckpointIO
 
 EXPERIMENT = Path(__file__).parents[2] / "experiments" / "tokenizer" / "tiny.yaml"
 
@@ -194,6 +196,43 @@ def test_a_start_that_fails_leaves_no_folder(
     with pytest.raises(SystemExit, match=message):
         fit(image_shards, 2, *options)
     assert not list(Path().iterdir())
+
+
+def test_a_run_with_a_name(tmp_path: Path) -> None:
+    """It is found by its name, and without one where it has trained last; a number is taken for a name, too."""
+
+    def place(run: str | None = None) -> RunPlace:
+        return RunPlace(options_of(False, str(tmp_path)), "x", run)
+
+    assert place().newest_checkpoint() is None and place("mine").newest_checkpoint() is None
+    for age, name in enumerate(("mine", "7", "version_3", "version_12")):
+        file = tmp_path / "x" / name / "checkpoints" / "last.ckpt"
+        file.parent.mkdir(parents=True)
+        AtomicCheckpointIO().save_checkpoint({"global_step": age}, file)
+        os.utime(file, (100 - age, 100 - age))
+    for run in ("mine", "7"):
+        found = place(run)
+        assert found.newest_checkpoint() == tmp_path / "x" / run / "checkpoints" / "last.ckpt"
+        found.settle(go_on=True)
+        assert found.folder == tmp_path / "x" / run
+    newest = place()
+    assert newest.newest_checkpoint() is not None and newest.version == "mine"
+    os.utime(tmp_path / "x" / "version_3" / "checkpoints" / "last.ckpt")
+    assert newest.newest_checkpoint() is not None
+    newest = place()
+    assert newest.newest_checkpoint() is not None and newest.version == 3
+    new = place()
+    new.settle(go_on=False)
+    assert new.version == 13
+
+
+@pytest.mark.parametrize(
+    ("run", "version", "message"),
+    [("a/b", None, "run='a/b' must be the name of a folder"), ("..", None, "must be"), ("a", 1, "both name the run")],
+)
+def test_wrong_names(run: str, version: int | None, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        RunPlace(options_of(configured(CSV, save_dir="runs", version=version)), "x", run)
 
 
 def test_a_run_is_not_written_over(image_shards: Path, workplace: Path) -> None:
