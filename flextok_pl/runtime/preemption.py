@@ -93,7 +93,7 @@ class Preemption(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out how many batches all processes have: some may have one more, after which nobody answers them."""
         batches = torch.tensor(sum(trainer.num_val_batches), device=trainer.strategy.root_device)
-        self._shared_batches = trainer.strategy.reduce(batches, reduce_op="min")
+        self._shared_batches = int(trainer.strategy.reduce(batches, reduce_op="min"))
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
