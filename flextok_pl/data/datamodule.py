@@ -64,8 +64,7 @@ class ShardDataModule(pl.LightningDataModule):
         lanes: parts of the row of shards from which a training batch takes samples in turn. The order depends on it and
             not on the number of processes: with one lane each of them reads in all shards, with as many lanes as
             processes, or a multiple, in its own only. Unused with `cache_in_memory`.
-        labels: give the classes of samples; false leaves them out, so that a model without classes can be trained and
-            measured on sets whose classes differ.
+        labels: give the classes of samples; false leaves them out, so that a list may hold sets whose classes differ.
 
     Raises:
         ValueError: an option is out of range.
@@ -143,7 +142,6 @@ class ShardDataModule(pl.LightningDataModule):
             for index in data.indices:
                 self._check(index)
             for loaded in self._sets.values():
-                require_same_classes(loaded.indices[0], data.indices[0])
                 require_same_origin(loaded.indices[0], data.indices[0])
             self._sets[split] = data
         return self._sets[split]
@@ -196,6 +194,16 @@ class ShardDataModule(pl.LightningDataModule):
     def classes(self) -> tuple[str, ...]:
         """Class names by label; empty for sets without classes."""
         return next((index.classes for index in self._first_indices()), ())
+
+    def require_same_classes(self) -> None:
+        """Check that the sets of a stage mean the same classes by the same numbers, for a model of classes.
+
+        Raises:
+            ShardError: they do not; names the classes.
+        """
+        first, *others = self._first_indices()
+        for other in others:
+            require_same_classes(first, other)
 
     @property
     def autoencoder(self) -> Mapping[str, Any] | None:

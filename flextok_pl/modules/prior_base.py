@@ -76,6 +76,8 @@ class PriorBase(pl.LightningModule):
         source, encoder = getattr(data, "tokenizer", None), getattr(data, "text_encoder", None)
         if source is not None:
             self._check_tokens("the set of token shards", source)
+        if self.condition_kind == "class" and hasattr(data, "require_same_classes"):
+            data.require_same_classes()
         self.check_classes(getattr(data, "classes", ()), "the shards")
         if encoder is not None and self.text_encoder is not None and encoder["name"] != self.text_encoder.name:
             raise ValueError(

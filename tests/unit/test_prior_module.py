@@ -5,6 +5,7 @@ import math
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import lightning.pytorch as pl
 import pytest
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from flextok_pl.callbacks import EMA, GenerationFID, TokenReport
 from flextok_pl.contracts import weights_hash
+from flextok_pl.data.index import ShardError
 from flextok_pl.models.config import FlexTokConfig, PriorConfig
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.tokenizer import FlexTok
@@ -296,6 +298,10 @@ def test_data_that_does_not_fit(tmp_path: Path) -> None:
     for names in ("abcde", "abc"):
         with pytest.raises(ValueError, match=f"num_classes=4 .*set net.num_classes={len(names)}"):
             fit(tmp_path, module(), 1, Sequences(classes=tuple(names)))
+    differing = Sequences(classes=("a", "b", "c", "d"))
+    differing.require_same_classes = Mock(side_effect=ShardError("train and val differ in classes"))  # type: ignore
+    with pytest.raises(ShardError, match="differ in classes"):
+        fit(tmp_path, module(), 1, differing)
     network = module()
     with pytest.raises(ValueError, match="needs labels"):
         network.condition({"tokens": torch.zeros(1, K)})
