@@ -2,7 +2,6 @@
 
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "experiments" / "cluster" / "train.sbatch"
+STEPS = 200
 ENDED = ("FAILED", "CANCELLED", "TIMEOUT")
 
 
@@ -21,7 +21,7 @@ def options(shards: Path) -> list[str]:
     """Those of a training of the tiny experiment."""
     return [
         *("--data.train", str(shards / "train"), "--data.val", "null", "--data.batch_size", "4"),
-        *("--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", "--trainer.max_steps", "120"),
+        *("--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", "--trainer.max_steps", str(STEPS)),
         *("--trainer.enable_progress_bar", "false", "--checkpoint.every_n_train_steps", "20"),
         *("--rfid", "null", "--codebook", "null", "--preemption.check_every_n_steps", "3"),
     ]
@@ -61,34 +61,34 @@ class Job:
             assert time.monotonic() < deadline and state not in ENDED, f"{state}\n{self.log()}"
             time.sleep(0.5)
 
-    def wait_for(self, condition: Callable[[], object]) -> None:
-        """Until it holds, while the job is there."""
+    def preempted(self, since: int) -> int:
+        """Preempt it once it has saved a step after this one; returns the step at which it has stopped."""
         deadline = time.monotonic() + 240
-        while not condition():
+        while max((int(file.stem[4:]) for file in self.run.glob("checkpoints/step*.ckpt")), default=0) <= since:
             assert time.monotonic() < deadline and self.fact("JobState") not in ENDED, self.log()
             time.sleep(0.2)
+        self.ask("scancel", "--signal=USR1", self.id)
+        self.wait("PENDING")
+        saved: int = torch.load(self.run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+        assert 20 <= saved < STEPS and not (self.run / "tokenizer.safetensors").exists()
+        assert f"SIGUSR1: stopped at step {saved}, " in self.log() and "in the queue again" in self.log()
+        return saved
 
 
 def test_a_preempted_job_ends_as_another(
     image_shards: Path, tmp_path: Path, cluster: dict[str, str], start_ranks: Any
 ) -> None:
-    """It is preempted and queued again by itself, then cancelled, and submitted anew as another job."""
+    """It is preempted, cancelled and submitted anew as another job, preempted again, and goes on by itself."""
     first = Job(tmp_path, image_shards, cluster)
-    first.wait_for(lambda: list(first.run.glob("checkpoints/step*.ckpt")))
-    first.ask("scancel", "--signal=USR1", first.id)
-    first.wait("PENDING")
-    saved = torch.load(first.run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
-    assert 20 <= saved < 120 and not (first.run / "tokenizer.safetensors").exists()
-    assert f"SIGUSR1: stopped at step {saved}, " in first.log() and "in the queue again" in first.log()
-    first.ask("scontrol", "update", f"JobId={first.id}", "StartTime=now")  # Slurm waits two minutes by itself
-    first.wait("RUNNING")
+    saved = first.preempted(0)
     second = Job(tmp_path, image_shards, cluster)
     assert second.fact("JobState") == "PENDING" and second.fact("Reason") == "Dependency", "two would write in one run"
-    first.wait_for(lambda: f"going on with {first.run}/checkpoints/last.ckpt" in first.log())
-    assert first.fact("Restarts") == "1"
     first.ask("scancel", first.id)
     first.wait("CANCELLED")
+    assert second.preempted(saved) > saved
+    second.ask("scontrol", "update", f"JobId={second.id}", "StartTime=now")  # Slurm waits two minutes by itself
     second.wait("COMPLETED")
+    assert second.fact("Restarts") == "1"
     assert "runs/tokenizer/tiny/mine has no checkpoint yet" in first.log() and "no checkpoint" not in second.log()
 
     whole = start_ranks(
