@@ -64,7 +64,7 @@ def _nothing_left_behind() -> Iterator[None]:
     """A test ends the threads and processes that it has started."""
     before = _running()
     yield
-    for _ in range(1200):  # a busy machine may take its time to end them
+    for _ in range(100):  # a busy machine may take its time to end them
         left = _running() - before
         if not left:
             return

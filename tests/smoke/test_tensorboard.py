@@ -1,10 +1,13 @@
 """TensorBoard shows evaluations and compares trainings, asked of its server and seen in a browser."""
 
 import json
+import multiprocessing
 import re
 import shutil
 import subprocess
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlencode
 from urllib.request import Request, urlopen
@@ -41,13 +44,30 @@ def server(image_shards, tmp_path_factory):
                     *("--codebook", "{}"),
                 ]
             )
-    return served(folder / "runs")
+    with served(folder / "runs") as url:
+        yield url
 
 
+@contextmanager
 def served(runs):
-    board = program.TensorBoard()
-    board.configure(argv=["", "--logdir", str(runs), "--port", "0", "--load_fast", "false"])
-    return board.launch()
+    """Address of a TensorBoard, in a process of its own, since its threads never end."""
+
+    def serve(sender):
+        board = program.TensorBoard()
+        board.configure(argv=["", "--logdir", str(runs), "--port", "0", "--load_fast", "false"])
+        sender.send(board.launch())
+        threading.Event().wait()
+
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=serve, args=(sender,))
+    process.start()
+    sender.close()
+    try:
+        yield receiver.recv()
+    finally:
+        process.kill()
+        process.join()
 
 
 def asked(server, path, **options):
@@ -182,7 +202,8 @@ def test_the_hparams_tab_compares_trainings(image_shards, tmp_path, monkeypatch)
     write_hparams(tmp_path / "runs/other", {"depth": 3, "nested": {"list": [1, 2]}}, {"val/loss": 0.5, "x": 1.0})
 
     first, second = (f"runs/tokenizer/tiny/version_{number}" for number in range(2))
-    (options, metrics), found = rows(served(tmp_path / "runs"), 3)
+    with served(tmp_path / "runs") as url:
+        (options, metrics), found = rows(url, 3)
     assert set(found) == {first, second, str(tmp_path / "runs/other")}, "one row a run, also of one that went on"
     assert {"lr", "net.num_registers", "batch_size", "max_steps", "depth", "nested.list"} <= options
     assert not [name for name in options if name.startswith(("net.vae", "_"))]
