@@ -7,18 +7,20 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 LOOPBACK = Path(__file__).parent / "loopback.sh"
 INSTALL = ["apt-get", "install", "-y", "--no-install-recommends", "slurm-wlm", "munge"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment in which Slurm's commands reach the cluster."""
+    """The environment in which Slurm's commands reach the cluster, of which a machine has one at a time."""
     if os.geteuid() or os.cpu_count() == 1:
         pytest.skip("a Slurm of its own takes root and two cores")
     if shutil.which("slurmctld") is None and os.environ.get("CI") == "true" and shutil.which("apt-get"):
@@ -27,9 +29,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     if shutil.which("slurmctld") is None:
         pytest.skip("there is no Slurm: make test-slurm installs it")
     folder = tmp_path_factory.mktemp("slurm")
-    subprocess.run([str(LOOPBACK), "start", str(folder)], check=True)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": path}
-    yield environment
-    subprocess.run(["scancel", "--user=root"], env=environment, check=True)
-    subprocess.run([str(LOOPBACK), "stop", str(folder)], check=True)
+    with FileLock(Path(tempfile.gettempdir()) / "flextok_slurm.lock"):
+        try:
+            subprocess.run([str(LOOPBACK), "start", str(folder)], check=True)
+            yield environment
+            subprocess.run(["scancel", "--user=root"], env=environment, check=True)
+        finally:
+            subprocess.run([str(LOOPBACK), "stop", str(folder)], check=True)
