@@ -35,6 +35,5 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         try:
             subprocess.run([str(LOOPBACK), "start", str(folder)], check=True)
             yield environment
-            subprocess.run(["scancel", "--user=root"], env=environment, check=True)
         finally:
             subprocess.run([str(LOOPBACK), "stop", str(folder)], check=True)
