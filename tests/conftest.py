@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -52,10 +53,11 @@ def _running() -> set[str]:
     """The threads of this process, and its living children."""
     found = {f"thread {t.name} {t.ident}" for t in threading.enumerate() if not t.name.startswith(SHARED_THREADS)}
     for children in Path("/proc/self/task").glob("*/children"):
-        for pid in children.read_text().split():
-            name, _, rest = Path("/proc", pid, "stat").read_text().partition("(")[2].rpartition(")")
-            if not rest.startswith(" Z"):
-                found.add(f"process {name} {pid}")
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            for pid in children.read_text().split():
+                name, _, rest = Path("/proc", pid, "stat").read_text().partition("(")[2].rpartition(")")
+                if not rest.startswith(" Z"):
+                    found.add(f"process {name} {pid}")
     return found
 
 

@@ -174,7 +174,7 @@ class FlexTokCLI(LightningCLI):
             )
         self._place = RunPlace(config.trainer, self._experiment, config.run)
         config.run = None  # the saved configuration may be given again, for another run
-        self._goes_on = config.get("ckpt_path") == "last"
+        self._goes_on = str(config.get("ckpt_path")) == "last"  # which may be parsed as a path
         if self._goes_on:
             config.ckpt_path = self._go_on_with_the_last()
         elif config.get("ckpt_path") is not None and Path(config.ckpt_path).exists():

@@ -317,7 +317,7 @@ class FlexTok(nn.Module):
         codes, kept = self._codes_and_budgets(tokens, num_tokens)
         x = self._noise(len(codes), generator, noise, latent_size)
         if self.config.objective == "mse":
-            x, num_steps, guidance = torch.zeros_like(x), 1, "none"
+            x, num_steps, guidance_scale = torch.zeros_like(x), 1, 1.0
         null = torch.ones(len(codes), dtype=torch.bool, device=x.device)
         field = guided_field(
             lambda x, t: self.decoder(x, x.new_full((len(x),), t), codes, kept).velocity,

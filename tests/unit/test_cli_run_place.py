@@ -19,6 +19,7 @@ from lightning.pytorch.loggers.logger import Logger
 
 from flextok_pl.cli import UserError, main
 from flextok_pl.cli.run_place import RunPlace
+from flextok_pl.cli.training import FlexTokCLI
 from flextok_pl.runtime import AtomicCheckpointIO
 
 EXPERIMENT = Path(__file__).parents[2] / "experiments" / "tokenizer" / "tiny.yaml"
@@ -233,6 +234,20 @@ def test_a_run_with_a_name(tmp_path: Path) -> None:
 def test_wrong_names(run: str, version: int | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
         RunPlace(options_of(configured(CSV, save_dir="runs", version=version)), "x", run)
+
+
+def test_the_last_may_be_parsed_as_a_path(image_shards: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of its types `ckpt_path` has, `str` or `Path`, depends on what was imported before Lightning."""
+    parse = FlexTokCLI.parse_arguments
+
+    def parse_as_path(cli: FlexTokCLI, *given: Any) -> None:
+        parse(cli, *given)
+        cli.config.fit.ckpt_path = Path(cli.config.fit.ckpt_path)
+
+    monkeypatch.setattr(FlexTokCLI, "parse_arguments", parse_as_path)
+    fit(image_shards, 1, "--ckpt_path=last")
+    fit(image_shards, 2, "--ckpt_path=last")
+    assert step_of(workplace / "version_0") == 2
 
 
 def test_a_run_is_not_written_over(image_shards: Path, workplace: Path) -> None:
