@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     module, function = COMMANDS[command].run.split(":")
     # jsonargparse announces what its next major version drops; our version range excludes that one.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "30")  # seconds; a log keeps every state of a bar
     try:
         arguments = front.answer(command, arguments[words:])
         if "torch" not in sys.modules:
