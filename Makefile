@@ -47,7 +47,7 @@ PRIOR_EXP = $(or $(shell sed -n "s,^runs/\(prior/[^/]*\)/.*,experiments/\1.yaml,
 help:  ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "EXP=experiments/tokenizer/d18_d28_imagenet.yaml selects an experiment, ARGS='--trainer.max_steps 100' adds options."
+	@echo "EXP=experiments/tokenizer/d18_d28_imagenet.yaml selects an experiment, ARGS='--trainer.max_steps 500' adds options."
 
 setup: $(READY)  ## make .venv with all that the demo and the tests need
 

@@ -212,7 +212,8 @@ class RunRecord(SaveConfigCallback):
         if self.already_saved or not trainer.is_global_zero:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, str(folder / self.config_filename), skip_none=False, overwrite=True)
+        file = str(folder / self.config_filename)
+        self.parser.save(self.config, file, skip_none=False, overwrite=True, multifile=False)
         names = {type(each).__name__: each.version for each in trainer.loggers if type(each).__name__ in IDENTITY}
         if names:
             (folder / IDENTITIES).write_text(json.dumps(names))

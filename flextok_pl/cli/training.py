@@ -253,7 +253,7 @@ class FlexTokCLI(LightningCLI):
             wanted.append(progress())
         if self._only == "predict":
             wanted.append(Predictions())
-        failure = Failure(lambda error: not is_for_the_user(error))
+        failure = Failure(lambda error: not (isinstance(error, Preempted) or is_for_the_user(error)))
         trainer = super()._instantiate_trainer(config, [failure, *wanted])
         trainer.fit_loop = FitLoop(trainer)
         trainer._checkpoint_connector = Resume(trainer, or_older=self._goes_on)

@@ -243,7 +243,9 @@ def _autoencoder(name: str | None, net: FlexTokConfig) -> VAEConfig:
     if place is not None and place.is_file():
         return FlexTok.from_pretrained(place, device="meta").require_vae().config
     if net.vae is None:
-        raise ValueError(f"vae={name!r} is not on this machine, and net.vae=null does not describe it; set net.vae")
+        raise ValueError(
+            f"vae={name!r} is not on this machine, and net.vae=null does not describe it; set model.net.vae"
+        )
     return net.vae
 
 

@@ -100,7 +100,7 @@ class PriorBase(pl.LightningModule):
         if len(classes) != self.num_classes:
             raise ValueError(
                 f"num_classes={self.num_classes} of the prior, but {len(classes)} classes in {source}; set "
-                f"net.num_classes={len(classes)} to train on them, or give what has the prior's classes"
+                f"model.net.num_classes={len(classes)} to train on them, or give what has the prior's classes"
             )
         difference = class_difference(self.class_names, classes) if self.class_names else None
         if difference is not None:
@@ -114,8 +114,8 @@ class PriorBase(pl.LightningModule):
         for name in ("vocab_size", "num_tokens"):
             if made_by[name] != getattr(config, name):
                 raise ValueError(
-                    f"{name}={getattr(config, name)} of the prior, but {source} has {made_by[name]}; set net.{name} to "
-                    "that"
+                    f"{name}={getattr(config, name)} of the prior, but {source} has {made_by[name]}; set "
+                    f"model.net.{name}={made_by[name]}"
                 )
         known = config.tokenizer or getattr(self, "tokenizer_id", made_by)["sha256"]
         if made_by["sha256"] != known:
@@ -211,7 +211,7 @@ class PriorBase(pl.LightningModule):
             if "label" not in batch:
                 raise ValueError(
                     f"a prior of {self.num_classes} classes needs labels; these shards give {sorted(batch)}: use "
-                    "pictures in class folders, or set net.num_classes to 0"
+                    "pictures in class folders, or set model.net.num_classes to 0"
                 )
             return batch["label"]
         if "text_states" in batch:

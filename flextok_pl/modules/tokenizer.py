@@ -138,7 +138,7 @@ class TokenizerModule(ResumableModule):
         self.teacher: Frozen | None = None
         if teacher is not None:
             if net.repa_layer is None:
-                raise ValueError(f"teacher={teacher!r} needs a decoder block to align: set net.repa_layer")
+                raise ValueError(f"teacher={teacher!r} needs a decoder block to align: set model.net.repa_layer")
             with torch.device("meta"):
                 self.teacher_width = Teacher(teacher, teacher_weights, pretrained=False).dim
             self.projection = ProjectionHead(net.decoder_width, self.teacher_width)
@@ -370,7 +370,7 @@ def build_tokenizer(net: FlexTokConfig, vae: str | None) -> FlexTok:
     if autoencoder.config.latent_channels != net.latent_channels:
         raise ValueError(
             f"vae={vae!r} makes {autoencoder.config.latent_channels} latent channels but net.latent_channels="
-            f"{net.latent_channels}; set net.latent_channels={autoencoder.config.latent_channels}"
+            f"{net.latent_channels}; set model.net.latent_channels={autoencoder.config.latent_channels}"
         )
     return FlexTok(dataclasses.replace(net, vae=autoencoder.config), cast(VAE, Frozen(autoencoder)))
 

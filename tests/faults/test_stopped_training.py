@@ -311,6 +311,7 @@ def test_preempted(name: str, whom: str, image_shards: Path, tmp_path: Path, who
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 6, "the accumulated step is finished first"
     assert not (run / "tokenizer.safetensors").exists(), "nothing half trained is exported"
+    assert not (run / "error_rank0.txt").exists(), "it is no error"
     assert train(tmp_path, options(image_shards)) == 0
     assert_equal(tmp_path, whole)
 

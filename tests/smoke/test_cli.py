@@ -343,7 +343,7 @@ def test_generate(
         (["--top-p", "0"], "top_p=0.0"),
         (["--samples", "0"], "samples=0"),
         (["--prior", "nowhere"], "no checkpoint file"),
-        (["--tokenizer", str(DEMO_TOKENIZER)], "set net.vocab_size"),
+        (["--tokenizer", str(DEMO_TOKENIZER)], "set model.net.vocab_size"),
     ):
         assert message in error_of(capsys, *command, *arguments)
 
@@ -408,7 +408,7 @@ def test_a_prior_from_pictures_to_gfid(
     assert "tokens mean nothing" in error_of(capsys, "test", *base, *finished[:2], "--tokenizer", str(other))
     message = error_of(capsys, "fit", *base, f"--model.tokenizer={other}")
     assert "the set of token shards belongs to tokenizer" in message
-    assert "set net.num_classes" in error_of(capsys, "fit", *base, *model, "--model.net.num_classes=1")
+    assert "set model.net.num_classes" in error_of(capsys, "fit", *base, *model, "--model.net.num_classes=1")
 
 
 def test_predictions_are_functions_of_the_key(

@@ -199,6 +199,15 @@ def test_a_start_that_fails_leaves_no_folder(
     assert not list(Path().iterdir())
 
 
+def test_a_configuration_is_saved_whole(image_shards: Path, workplace: Path) -> None:
+    """What came from other files, too: a folder needs no more than its own."""
+    Path("sets.yaml").write_text(yaml.safe_dump({"train": str(image_shards / "train"), "image_size": 32}))
+    fit(image_shards, 1, "--data", "sets.yaml")
+    saved = yaml.safe_load((workplace / "version_0" / "config.yaml").read_text())
+    assert saved["data"]["train"] == str(image_shards / "train")
+    assert not (workplace / "version_0" / "sets.yaml").exists()
+
+
 def test_a_run_with_a_name(tmp_path: Path) -> None:
     """It is found by its name, and without one where it has trained last; a number is taken for a name, too."""
 

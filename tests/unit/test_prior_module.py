@@ -248,8 +248,8 @@ def test_tokens_of_another_tokenizer(tmp_path: Path, tokenizer: str) -> None:
     fit(tmp_path, module(tokenizer=tokenizer), 3, Sequences(made_by))
     for change, message in (
         ({"sha256": "b" * 16}, "belongs to tokenizer bbbb"),
-        ({"vocab_size": 31}, "set net.vocab_size"),
-        ({"num_tokens": 8}, "set net.num_tokens"),
+        ({"vocab_size": 31}, "set model.net.vocab_size"),
+        ({"num_tokens": 8}, "set model.net.num_tokens"),
     ):
         with pytest.raises(ValueError, match=message):
             fit(tmp_path, module(tokenizer=tokenizer), 3, Sequences({**made_by, **change}))
@@ -259,7 +259,7 @@ def test_tokens_of_another_tokenizer(tmp_path: Path, tokenizer: str) -> None:
     other = str(FlexTok(TOKENIZER).save_pretrained(tmp_path / "other.safetensors"))
     with pytest.raises(ValueError, match="tokens mean nothing to another tokenizer"):
         SavedPrior(str(file), other)
-    with pytest.raises(ValueError, match="set net.vocab_size"):
+    with pytest.raises(ValueError, match="set model.net.vocab_size"):
         module(tokenizer=str(FlexTok(FlexTokConfig.preset("tiny")).save_pretrained(tmp_path / "x.safetensors")))
 
 
@@ -296,7 +296,7 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
 
 def test_data_that_does_not_fit(tmp_path: Path) -> None:
     for names in ("abcde", "abc"):
-        with pytest.raises(ValueError, match=f"num_classes=4 .*set net.num_classes={len(names)}"):
+        with pytest.raises(ValueError, match=f"num_classes=4 .*set model.net.num_classes={len(names)}"):
             fit(tmp_path, module(), 1, Sequences(classes=tuple(names)))
     differing = Sequences(classes=("a", "b", "c", "d"))
     differing.require_same_classes = Mock(side_effect=ShardError("train and val differ in classes"))  # type: ignore
