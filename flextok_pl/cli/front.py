@@ -358,8 +358,12 @@ def _check_shards(name: str, line: Line, files: Sequence[tuple[Path, Any]]) -> N
     for file, content in files:
         data = content.get("data") or {}
         given |= _content(file.parent / data) if isinstance(data, str) else data
-    named = {each: None if value == "null" else value for each, value in line.named}
-    given |= {each.removeprefix("data."): value for each, value in named.items() if each.startswith("data.")}
+    for each, value in line.named:
+        if each == "data" and value is not None:
+            whole = _content(Path(value).expanduser()) if value.endswith(SUFFIXES[:3]) else yaml.safe_load(value)
+            given |= whole if isinstance(whole, dict) else {}
+        elif each.startswith("data."):
+            given[each.removeprefix("data.")] = None if value == "null" else value
     wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test" if given.get("test") else "val",)}
     for split in wanted.get(name, ()):
         for place in _places(given.get(split)):

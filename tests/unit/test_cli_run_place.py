@@ -201,8 +201,13 @@ def test_a_start_that_fails_leaves_no_folder(
 
 def test_a_configuration_is_saved_whole(image_shards: Path, workplace: Path) -> None:
     """What came from other files, too: a folder needs no more than its own."""
-    Path("sets.yaml").write_text(yaml.safe_dump({"train": str(image_shards / "train"), "image_size": 32}))
-    fit(image_shards, 1, "--data", "sets.yaml")
+    sets = {split: str(image_shards / split) for split in ("train", "val")}
+    Path("sets.yaml").write_text(yaml.safe_dump({**sets, "image_size": 32}))
+    given = ["fit", "--config", str(EXPERIMENT), "--data", "sets.yaml", "--rfid", "null", "--codebook", "null"]
+    with pytest.raises(SystemExit, match="warmup_steps=1 must be below"):
+        main([*given, "--trainer.max_steps=1", "--model.warmup_steps=1"])
+    assert not workplace.exists()
+    main([*given, "--trainer.max_steps=1", "--model.warmup_steps=0", "--trainer.limit_val_batches=0"])
     saved = yaml.safe_load((workplace / "version_0" / "config.yaml").read_text())
     assert saved["data"]["train"] == str(image_shards / "train")
     assert not (workplace / "version_0" / "sets.yaml").exists()
