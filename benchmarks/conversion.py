@@ -20,9 +20,9 @@ from PIL import Image
 from report import median_seconds, write_results
 
 from flextok_pl.data import write_folder, write_imagenet
+from flextok_pl.data.convert.imagenet import TARS
 from flextok_pl.data.image_files import list_images
-from flextok_pl.data.imagenet import TARS
-from flextok_pl.data.shards import run_jobs, worker_processes
+from flextok_pl.data.shards.writer import run_jobs, worker_processes
 from flextok_pl.data.transforms import decode_image
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

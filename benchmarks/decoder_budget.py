@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from report import median_seconds, write_results
 
-from flextok_pl.models.config import FlexTokConfig
+from flextok_pl.config import FlexTokConfig
 from flextok_pl.models.tokenizer import FlexTok
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -28,8 +28,8 @@ from PIL import Image
 from report import measure_apart, write_results
 
 from flextok_pl.data import Augmentation, ShardDataModule, write_folder
-from flextok_pl.data.index import ShardIndex
-from flextok_pl.data.shards import Sample, shard_name, write_index, write_shard
+from flextok_pl.data.shards.index import ShardIndex
+from flextok_pl.data.shards.writer import Sample, shard_name, write_index, write_shard
 from flextok_pl.data.transforms import augment, decode_image, picture_tensor, sample_generator, to_tensor
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

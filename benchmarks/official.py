@@ -32,9 +32,9 @@ import torch
 from report import median_seconds, peak_gib, write_results
 from torch import Tensor, nn
 
+from flextok_pl.config import FlexTokConfig, VAEConfig
 from flextok_pl.interop import save_official
 from flextok_pl.layers.blocks import compile_for_all_lengths
-from flextok_pl.models.config import FlexTokConfig, VAEConfig
 from flextok_pl.models.objective import flow_loss, sample_draws
 from flextok_pl.models.tokenizer import FlexTok
 

@@ -16,12 +16,12 @@ from collections.abc import Callable
 import torch
 from report import measure_apart, peak_gib, synchronize, write_results
 
+from flextok_pl.config import FlexTokConfig, PriorConfig
 from flextok_pl.cost.activations import Numerics
 from flextok_pl.cost.machines import machine
 from flextok_pl.cost.meta import PeakMemory, SavedMemory
 from flextok_pl.cost.plan import Setup, memory
 from flextok_pl.cost.workload import Workload, prior_workload, tokenizer_workload
-from flextok_pl.models.config import FlexTokConfig, PriorConfig
 from flextok_pl.models.objective import flow_loss, sample_draws
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.token_loss import token_loss

@@ -13,7 +13,7 @@ import time
 import torch
 from report import measure_apart, peak_gib, synchronize, write_results
 
-from flextok_pl.models.config import PriorConfig
+from flextok_pl.config import PriorConfig
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.token_loss import token_loss
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from report import synchronize, write_results
 
-from flextok_pl.models.config import PriorConfig
+from flextok_pl.config import PriorConfig
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.sampling import sample_tokens
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flextok_pl.assets import DEMO_PRIOR, DEMO_TOKENIZER, DEMO_VAE
     from flextok_pl.callbacks import GenerationFID, ReconstructionFID
+    from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig
     from flextok_pl.data import ShardDataModule
     from flextok_pl.models.adaptive import BudgetPredictor, Quality
-    from flextok_pl.models.config import FlexTokConfig, PriorConfig, VAEConfig
     from flextok_pl.models.prior import Prior
     from flextok_pl.models.tokenizer import FlexTok
     from flextok_pl.models.vae import VAE
@@ -44,16 +44,16 @@ _HOMES = {
     "VAE": "flextok_pl.models.vae",
     "BudgetPredictor": "flextok_pl.models.adaptive",
     "FlexTok": "flextok_pl.models.tokenizer",
-    "FlexTokConfig": "flextok_pl.models.config",
+    "FlexTokConfig": "flextok_pl.config",
     "GenerationFID": "flextok_pl.callbacks",
     "Prior": "flextok_pl.models.prior",
-    "PriorConfig": "flextok_pl.models.config",
+    "PriorConfig": "flextok_pl.config",
     "PriorModule": "flextok_pl.modules",
     "Quality": "flextok_pl.models.adaptive",
     "ReconstructionFID": "flextok_pl.callbacks",
     "ShardDataModule": "flextok_pl.data",
     "TokenizerModule": "flextok_pl.modules",
-    "VAEConfig": "flextok_pl.models.config",
+    "VAEConfig": "flextok_pl.config",
     "VAEModule": "flextok_pl.modules",
 }
 

@@ -24,8 +24,8 @@ from PIL import Image
 
 from flextok_pl.cli import main
 from flextok_pl.data import write_folder
-from flextok_pl.data.demo import render
-from flextok_pl.data.openmoji import list_pictures
+from flextok_pl.data.convert.demo import render
+from flextok_pl.data.convert.openmoji import list_pictures
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -59,21 +59,26 @@ COMMANDS = {
         "flextok_pl.cli.plan:PlanCLI.add_arguments_to_parser",
         run="plan:run",
     ),
-    "data demo": Command("write the embedded OpenMoji demo set as shards", ("flextok_pl.data.demo:write_demo",)),
+    "data demo": Command(
+        "write the embedded OpenMoji demo set as shards", ("flextok_pl.data.convert.demo:write_demo",)
+    ),
     "data folder": Command(
-        "write a folder of images as shards", ("flextok_pl.data.folder:write_folder",), inputs=("src", "captions")
+        "write a folder of images as shards",
+        ("flextok_pl.data.convert.folder:write_folder",),
+        inputs=("src", "captions"),
     ),
     "data imagenet": Command(
         "write ImageNet-1k as shards, from its tars or its folders",
-        ("flextok_pl.data.imagenet:write_imagenet",),
+        ("flextok_pl.data.convert.imagenet:write_imagenet",),
         inputs=("src", "classes"),
     ),
     "data parquet": Command(
-        "write parquet files, also of the Hugging Face Hub, as shards", ("flextok_pl.data.parquet:write_parquet",)
+        "write parquet files, also of the Hugging Face Hub, as shards",
+        ("flextok_pl.data.convert.parquet:write_parquet",),
     ),
     "data reshard": Command(
         "write WebDataset tars, or a shard set, as new shards",
-        ("flextok_pl.data.reshard:write_resharded",),
+        ("flextok_pl.data.convert.reshard:write_resharded",),
         inputs=("src", "class_names"),
         former={"classes": "class_names"},
     ),

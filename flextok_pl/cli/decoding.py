@@ -22,14 +22,15 @@ from flextok_pl.cli.tools import checked_budgets, default_device, picture_size
 from flextok_pl.contracts import weights_hash
 from flextok_pl.data.pictures import open_pictures
 from flextok_pl.data.transforms import CENTER_CROP
+from flextok_pl.evaluation.generation import GenerationStatistics
+from flextok_pl.evaluation.reconstruction import ReconstructionStatistics
+from flextok_pl.evaluation.report import format_columns, format_value, make_records, write_json
+from flextok_pl.files import write_file
 from flextok_pl.flow.guidance import GUIDANCE_KINDS
 from flextok_pl.metrics.feature_set import POOL_SIZE
 from flextok_pl.metrics.features import OFFLINE_EXTRACTOR, build_extractor
-from flextok_pl.metrics.generation import GenerationStatistics
 from flextok_pl.metrics.images import to_uint8
 from flextok_pl.metrics.keys import sample_generators
-from flextok_pl.metrics.reconstruction import ReconstructionStatistics
-from flextok_pl.metrics.report import format_columns, format_value, make_records, write_atomically, write_json
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.modules.saved_prior import SavedPrior
 
@@ -177,7 +178,7 @@ def compare_decodings(
         for budget, setting in best.items()
     ]
     write_json(schedule, folder / "schedule.json")
-    write_atomically(folder / "decoding.png", _heat_maps(table, chosen))
+    write_file(folder / "decoding.png", _heat_maps(table, chosen))
     rows = [[str(k), str(s.num_steps), s.guided, format_value(table[k][s])] for k, s in best.items()]
     print(format_columns([["tokens", "steps", "guidance", chosen], *rows]))
     print(f"best of {len(settings)} combinations on {count} pictures; all numbers: {folder}")

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from flextok_pl.callbacks.evaluation import extractor_facts, versions
-from flextok_pl.callbacks.image_set import ONLY, open_image_set
 from flextok_pl.cli.tools import default_device
 from flextok_pl.data.transforms import CENTER_CROP
-from flextok_pl.metrics.features import INCEPTION, build_extractor
-from flextok_pl.metrics.generation import GenerationStatistics
-from flextok_pl.metrics.report import (
+from flextok_pl.evaluation.generation import GenerationStatistics
+from flextok_pl.evaluation.image_set import ONLY, open_image_set
+from flextok_pl.evaluation.report import (
     Record,
     format_columns,
     format_value,
@@ -20,6 +19,7 @@ from flextok_pl.metrics.report import (
     read_records,
     write_json,
 )
+from flextok_pl.metrics.features import INCEPTION, build_extractor
 
 
 def compare_images(

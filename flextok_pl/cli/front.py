@@ -27,7 +27,7 @@ from flextok_pl.cli.options import (
     table_of,
     unknown,
 )
-from flextok_pl.data.index import ShardError, ShardIndex
+from flextok_pl.data.shards.index import ShardError, ShardIndex
 
 MODELS = ("VAEModule", "TokenizerModule", "PriorModule")
 """The classes of `flextok_pl.modules` that `model.class_path` names."""

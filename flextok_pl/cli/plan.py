@@ -18,13 +18,14 @@ from flextok_pl.cli.front import Line
 from flextok_pl.cli.launch import devices_per_node, launch_of
 from flextok_pl.cli.plan_report import describe, record
 from flextok_pl.cli.training import ParsingCLI, check_precision, run_cli
+from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig, config_from_dict
 from flextok_pl.cost.activations import FULL, Numerics
 from flextok_pl.cost.machines import MACHINES, Machine, machine
 from flextok_pl.cost.plan import Plan, Recipe, Setup, Split, largest_split, memory, speed
 from flextok_pl.cost.workload import Inputs, Workload, prior_workload, tokenizer_workload, vae_workload
-from flextok_pl.data.index import ShardIndex
-from flextok_pl.data.sources import load_indices
-from flextok_pl.models.config import FlexTokConfig, PriorConfig, VAEConfig, config_from_dict
+from flextok_pl.data.shards.index import ShardIndex
+from flextok_pl.data.shards.sources import load_indices
+from flextok_pl.files import write_file
 
 # Module -> its network's configuration, its workload, and what it is trained on where nothing says otherwise.
 KINDS: dict[str, tuple[type[Any], Callable[..., Workload], Inputs]] = {
@@ -105,7 +106,7 @@ class PlanCLI(ParsingCLI):
         if options.json is not None:
             target = Path(options.json).expanduser()
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(json.dumps(record(plan), indent=2) + "\n")
+            write_file(target, json.dumps(record(plan), indent=2) + "\n")
 
 
 def run(command: str, arguments: Sequence[str]) -> None:

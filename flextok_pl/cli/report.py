@@ -14,7 +14,8 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 
 from flextok_pl.assets import PUBLISHED
-from flextok_pl.metrics.report import Record, draw_budgets, format_value, read_records, write_atomically
+from flextok_pl.evaluation.report import Record, draw_budgets, format_value, read_records
+from flextok_pl.files import write_file
 
 KINDS = {"rfid": "Reconstruction", "gfid": "Generation"}
 """Name of a file of records -> what it measures."""
@@ -69,7 +70,7 @@ def write_report(folder: str, out: str | None = None, dataset: Literal["imagenet
         f"<style>{STYLE}</style></head>\n<body><h1>{escape(title)}</h1>\n{''.join(sections)}</body></html>\n"
     )
     target = place / "report.html" if out is None else Path(out).expanduser()
-    write_atomically(target, page.encode())
+    write_file(target, page)
     print(target)
 
 

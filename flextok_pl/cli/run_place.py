@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from flextok_pl.cli import UserError
 from flextok_pl.contracts import run_folder
+from flextok_pl.files import write_file
 from flextok_pl.modules.resume import Change
 from flextok_pl.runtime import newest_intact
 
@@ -216,7 +217,7 @@ class RunRecord(SaveConfigCallback):
         self.parser.save(self.config, file, skip_none=False, overwrite=True, multifile=False)
         names = {type(each).__name__: each.version for each in trainer.loggers if type(each).__name__ in IDENTITY}
         if names:
-            (folder / IDENTITIES).write_text(json.dumps(names))
+            write_file(folder / IDENTITIES, json.dumps(names))
         self.already_saved = True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

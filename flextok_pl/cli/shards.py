@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from flextok_pl.data.convert import check_choice
-from flextok_pl.data.index import INDEX_NAME, ShardError
-from flextok_pl.data.listing import matching_paths
-from flextok_pl.data.sources import load_indices
-from flextok_pl.data.stats import shard_statistics
-from flextok_pl.data.verify import verify_sets
+from flextok_pl.data.convert.conversion import check_choice
+from flextok_pl.data.shards.index import INDEX_NAME, ShardError
+from flextok_pl.data.shards.listing import matching_paths
+from flextok_pl.data.shards.sources import load_indices
+from flextok_pl.data.shards.stats import shard_statistics
+from flextok_pl.data.shards.verify import verify_sets
+from flextok_pl.files import write_file
 
 
 def verify_shards(shards: str, duplicates: Literal["note", "fail"] = "note", num_workers: int | None = None) -> None:
@@ -65,7 +66,7 @@ def show_statistics(
 
 def _write_json(path: Path, record: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 def _lines(record: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -27,7 +27,7 @@ from flextok_pl.cli.errors import told_to_the_user
 from flextok_pl.cli.launch import launch_of
 from flextok_pl.cli.plan import KINDS, batches_of_an_epoch, training_sets
 from flextok_pl.cli.training import ParsingCLI, run_cli
-from flextok_pl.models.config import config_from_dict
+from flextok_pl.config import config_from_dict
 from flextok_pl.progress import announced
 from flextok_pl.sweeps.driver import Driver, find_study
 from flextok_pl.sweeps.files import load_yaml

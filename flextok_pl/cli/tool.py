@@ -11,7 +11,7 @@ from flextok_pl.cli import load
 from flextok_pl.cli.commands import COMMANDS
 from flextok_pl.cli.errors import told_to_the_user
 from flextok_pl.cli.options import options_of
-from flextok_pl.data.index import ShardIndex
+from flextok_pl.data.shards.index import ShardIndex
 
 
 def run(command: str, arguments: Sequence[str]) -> None:

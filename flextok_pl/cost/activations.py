@@ -14,9 +14,9 @@ from math import prod
 
 import torch
 
+from flextok_pl.config import FlexTokConfig, PriorConfig
 from flextok_pl.cost.flops import budget_groups, decoder_registers, encoder_registers, modulated_kinds
 from flextok_pl.layers.blocks import swiglu_width
-from flextok_pl.models.config import FlexTokConfig, PriorConfig
 
 FULL = 4  # bytes of a float32
 RARE = 1e-3  # budgets larger than those planned for happen in this share of the steps

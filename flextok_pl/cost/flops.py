@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flextok_pl.config import FlexTokConfig, PriorConfig
 from flextok_pl.flow.nested_dropout import budget_probabilities
 from flextok_pl.layers.blocks import swiglu_width
-from flextok_pl.models.config import FlexTokConfig, PriorConfig
 
 
 @dataclass(frozen=True)

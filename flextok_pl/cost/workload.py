@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig
 from flextok_pl.cost.activations import (
     Activations,
     Numerics,
@@ -30,7 +31,6 @@ from flextok_pl.cost.activations import (
 )
 from flextok_pl.cost.flops import Flops, encoder_flops, prior_flops, projection_flops, tokenizer_flops
 from flextok_pl.cost.meta import image_work, vae_step
-from flextok_pl.models.config import FlexTokConfig, PriorConfig, VAEConfig
 from flextok_pl.models.discriminator import PatchDiscriminator
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.teacher import PROJECTION_WIDTH, ProjectionHead, Teacher

@@ -7,15 +7,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flextok_pl.data.convert.demo import write_demo
+    from flextok_pl.data.convert.folder import write_folder
+    from flextok_pl.data.convert.imagenet import write_imagenet
+    from flextok_pl.data.convert.parquet import write_parquet
+    from flextok_pl.data.convert.reshard import write_resharded
     from flextok_pl.data.datamodule import ShardDataModule
-    from flextok_pl.data.demo import write_demo
-    from flextok_pl.data.folder import write_folder
-    from flextok_pl.data.imagenet import write_imagenet
-    from flextok_pl.data.index import ShardError, ShardIndex
-    from flextok_pl.data.latents import write_latents
-    from flextok_pl.data.parquet import write_parquet
-    from flextok_pl.data.reshard import write_resharded
-    from flextok_pl.data.tokens import write_tokens
+    from flextok_pl.data.encode.latents import write_latents
+    from flextok_pl.data.encode.tokens import write_tokens
+    from flextok_pl.data.shards.index import ShardError, ShardIndex
     from flextok_pl.data.transforms import Augmentation
 
 __all__ = [
@@ -35,15 +35,15 @@ __all__ = [
 _HOMES = {
     "Augmentation": "transforms",
     "ShardDataModule": "datamodule",
-    "ShardError": "index",
-    "ShardIndex": "index",
-    "write_demo": "demo",
-    "write_folder": "folder",
-    "write_imagenet": "imagenet",
-    "write_latents": "latents",
-    "write_parquet": "parquet",
-    "write_resharded": "reshard",
-    "write_tokens": "tokens",
+    "ShardError": "shards.index",
+    "ShardIndex": "shards.index",
+    "write_demo": "convert.demo",
+    "write_folder": "convert.folder",
+    "write_imagenet": "convert.imagenet",
+    "write_latents": "encode.latents",
+    "write_parquet": "convert.parquet",
+    "write_resharded": "convert.reshard",
+    "write_tokens": "encode.tokens",
 }
 
 

@@ -18,9 +18,9 @@ import torch.distributed
 from torch.utils.data import DataLoader
 
 from flextok_pl.contracts import Batch
-from flextok_pl.data.index import ShardError, ShardIndex
 from flextok_pl.data.samples import Collate, Decoder
-from flextok_pl.data.sources import load_indices, require_same_classes, require_same_kind, require_same_origin
+from flextok_pl.data.shards.index import ShardError, ShardIndex
+from flextok_pl.data.shards.sources import load_indices, require_same_classes, require_same_kind, require_same_origin
 from flextok_pl.data.stream import CachedBatches, EpochStream, Plan, ShardSet, StreamedBatches
 from flextok_pl.data.transforms import CENTER_CROP, DEFAULT_AUGMENTATION, Augmentation
 from flextok_pl.progress import announced

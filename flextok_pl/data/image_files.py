@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from flextok_pl.data.index import IMAGE_EXTENSIONS
+from flextok_pl.data.shards.index import IMAGE_EXTENSIONS
 from flextok_pl.progress import announced
 
 _LOG = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 from flextok_pl.contracts import Batch
 from flextok_pl.data.datamodule import ShardDataModule
 from flextok_pl.data.image_files import list_images
-from flextok_pl.data.index import INDEX_NAME
-from flextok_pl.data.remote import is_remote
-from flextok_pl.data.sources import load_indices
+from flextok_pl.data.shards.index import INDEX_NAME
+from flextok_pl.data.shards.remote import is_remote
+from flextok_pl.data.shards.sources import load_indices
 from flextok_pl.data.transforms import center_crop, decode_image, to_tensor
 
 ARRAY = "arr_0"

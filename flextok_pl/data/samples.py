@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import get_worker_info
 
 from flextok_pl.contracts import Batch
-from flextok_pl.data.index import IMAGE_EXTENSIONS, ShardError, ShardIndex
+from flextok_pl.data.shards.index import IMAGE_EXTENSIONS, ShardError, ShardIndex
 from flextok_pl.data.transforms import Augmentation, augment, center_crop, decode_image, sample_generator, to_tensor
 
 

@@ -16,10 +16,10 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from flextok_pl.contracts import Batch
-from flextok_pl.data.index import ShardError, ShardIndex
 from flextok_pl.data.order import Lanes, Mixture, Row, eval_share, train_steps
 from flextok_pl.data.samples import STACKED, Collate, Decoded, Decoder, in_batch, stacked
-from flextok_pl.data.tars import OpenShards
+from flextok_pl.data.shards.index import ShardError, ShardIndex
+from flextok_pl.data.shards.tars import OpenShards
 from flextok_pl.data.transforms import sample_generator
 
 Group = list[tuple[int, int]]

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from flextok_pl.config import FlexTokConfig, PriorConfig, config_from_dict, config_to_dict
 from flextok_pl.interop.tensor_file import build_model, open_tensors, write_tensors
-from flextok_pl.models.config import FlexTokConfig, PriorConfig, config_from_dict, config_to_dict
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.tokenizer import FlexTok
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from flextok_pl.interop import official_schema as schema
+import flextok_pl.interop.official_schema as schema
+from flextok_pl.config import FlexTokConfig, NestedDropoutLaw, TimestepLaw, VAEConfig
 from flextok_pl.interop.plain_data import check_plain, parse_text
-from flextok_pl.models.config import FlexTokConfig, NestedDropoutLaw, TimestepLaw, VAEConfig
 from flextok_pl.models.vae import vae_config_from_diffusers
 
 PUBLISHED_VAE = VAEConfig()

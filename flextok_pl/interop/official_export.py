@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from flextok_pl.interop import official_schema as schema
+import flextok_pl.interop.official_schema as schema
+from flextok_pl.config import FlexTokConfig, VAEConfig
 from flextok_pl.interop.official_config import PUBLISHED_VAE
-from flextok_pl.models.config import FlexTokConfig, VAEConfig
 
 _OPERATIONS = "flextok.model.utils.dict_ops"
 

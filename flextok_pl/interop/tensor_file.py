@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from flextok_pl.files import whole_file
 from flextok_pl.progress import announced
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -100,20 +99,12 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[s
     Raises:
         OSError: the folder or the disk does not take it; what was there before stays.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".tmp", dir=file.parent)
-    os.close(descriptor)
-    try:
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata=dict(metadata))
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, file)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {file}: {error}") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with whole_file(file, shared=True) as temporary:
+        try:
+            save_file(contiguous, temporary, metadata=dict(metadata))
+        except SafetensorError as error:
+            raise OSError(f"cannot write {file}: {error}") from error
 
 
 def _differences(

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flextok_pl.config import FlexTokConfig
 from flextok_pl.layers.attention import aligned_registers
 from flextok_pl.layers.blocks import AdaLNBlock, run_block
 from flextok_pl.layers.embeddings import TimeEmbedding, grid_positions, patchify, sincos_position_table, unpatchify
 from flextok_pl.layers.norm import layer_norm
-from flextok_pl.models.config import FlexTokConfig
 
 
 class Velocity(NamedTuple):

@@ -6,11 +6,11 @@ Shapes: B batch, C channels, h x w latent, N patches, K registers, k <= K of the
 import torch
 from torch import Tensor, nn
 
+from flextok_pl.config import FlexTokConfig
 from flextok_pl.layers.attention import aligned_registers, registers_last_mask
 from flextok_pl.layers.blocks import Block, run_block
 from flextok_pl.layers.embeddings import grid_positions, patchify, sincos_position_table
 from flextok_pl.layers.norm import layer_norm
-from flextok_pl.models.config import FlexTokConfig
 
 
 class RegisterEncoder(nn.Module):

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flextok_pl.config import FlexTokConfig
 from flextok_pl.flow.nested_dropout import sample_num_tokens
 from flextok_pl.flow.rectified import interpolate, sample_timesteps, velocity_loss, velocity_target
-from flextok_pl.models.config import FlexTokConfig
 from flextok_pl.models.tokenizer import FlexTok
 
 

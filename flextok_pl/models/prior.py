@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flextok_pl.config import PriorConfig
 from flextok_pl.contracts import PositionScale, check_sampling, is_whole
 from flextok_pl.layers.blocks import run_block
 from flextok_pl.layers.causal import NORM_EPS, CausalBlock, KeyValueCache, TextMemory
 from flextok_pl.models.arguments import as_generators, as_ids
-from flextok_pl.models.config import PriorConfig
 from flextok_pl.models.sampling import sample_tokens, scale_at_positions
 from flextok_pl.precision import accumulation_dtype, full_precision
 

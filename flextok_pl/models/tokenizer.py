@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from flextok_pl.config import FlexTokConfig
 from flextok_pl.contracts import GuidanceScale, is_whole, weights_hash
 from flextok_pl.flow.guidance import guided_field
 from flextok_pl.flow.integrate import integrate
@@ -26,7 +27,6 @@ from flextok_pl.models.arguments import (
     check_finite,
     check_image_values,
 )
-from flextok_pl.models.config import FlexTokConfig
 from flextok_pl.models.decoder import FlowDecoder, Velocity
 from flextok_pl.models.encoder import RegisterEncoder
 from flextok_pl.models.fsq import FSQ

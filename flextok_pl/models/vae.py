@@ -20,8 +20,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from flextok_pl.config import VAEConfig, config_from_dict, config_to_dict
+from flextok_pl.files import write_file
 from flextok_pl.models.arguments import as_images
-from flextok_pl.models.config import VAEConfig, config_from_dict, config_to_dict
 from flextok_pl.precision import outside_autocast, require_float32
 
 _DOWN, _UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
@@ -180,7 +181,7 @@ class VAE(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         if self.config.kind == "pixel":
             values = {"_class_name": _PIXEL_CLASS, **config_to_dict(self.config)}
-            (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+            write_file(folder / "config.json", json.dumps(values, indent=2) + "\n")
             return
         self.vae.register_to_config(
             scaling_factor=self.config.scaling_factor, shift_factor=self.config.shift_factor or None

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
+from flextok_pl.config import PriorConfig, config_from_dict, config_to_dict
 from flextok_pl.contracts import Batch, run_folder
 from flextok_pl.cost.flops import prior_flops
 from flextok_pl.interop import save_prior
-from flextok_pl.models.config import PriorConfig, config_from_dict, config_to_dict
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.text import TextEncoder
 from flextok_pl.models.token_loss import token_loss

@@ -16,12 +16,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from flextok_pl.config import FlexTokConfig, config_from_dict, config_to_dict
 from flextok_pl.contracts import Batch, run_folder, weights_hash
 from flextok_pl.cost.flops import tokenizer_flops
 from flextok_pl.interop import save_pretrained
 from flextok_pl.layers.blocks import compile_for_all_lengths
 from flextok_pl.layers.frozen import Frozen
-from flextok_pl.models.config import FlexTokConfig, config_from_dict, config_to_dict
 from flextok_pl.models.decoder import FlowDecoder
 from flextok_pl.models.encoder import RegisterEncoder
 from flextok_pl.models.objective import FlowLoss, draws_of_each, flow_loss, sample_draws

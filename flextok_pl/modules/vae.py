@@ -15,9 +15,9 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
 
+from flextok_pl.config import VAEConfig, config_from_dict, config_to_dict
 from flextok_pl.contracts import Batch, run_folder
 from flextok_pl.layers.frozen import Frozen
-from flextok_pl.models.config import VAEConfig, config_from_dict, config_to_dict
 from flextok_pl.models.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 from flextok_pl.models.perceptual import PerceptualDistance
 from flextok_pl.models.vae import VAE

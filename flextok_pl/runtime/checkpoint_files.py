@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import shutil
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
+from flextok_pl.files import whole_file
 from flextok_pl.progress import announced
 
 SHARDED_FILES = (".metadata", "meta.pt")
@@ -39,9 +36,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, lambda temporary: _write(checkpoint, temporary))
+        with whole_file(Path(path), "go on with --ckpt_path last") as temporary:
+            _write(checkpoint, temporary)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint as tensors and plain types, without letting it run code, be it a URL's."""
@@ -70,55 +66,6 @@ class AsyncAtomicCheckpointIO(AsyncCheckpointIO):
         self._executor.submit(super().remove_checkpoint, path)  # type: ignore[union-attr]
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make a file or a folder under a temporary name, and then put it in the place of `path`.
-
-    Raises:
-        OSError: writing failed; what was there before still is.
-    """
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        write(temporary)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(
-                error.errno,
-                f"{os.strerror(error.errno)}: the checkpoint was not written, and those before it are whole. Free some "
-                "space, or lower checkpoint.save_top_k, and go on with --ckpt_path last",
-                str(path),
-            ) from error
-        raise
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    os.replace(temporary, path)
-
-
-def replace_folder(path: Path, folder: Path) -> None:
-    """Put a complete folder in the place of `path`, whatever is there.
-
-    A folder cannot be replaced at once. Whenever the process dies, a whole checkpoint has a name that `newest_intact`
-    looks at: the new one its own, or the one before `NAME.before.ckpt`. None has while its files are being deleted.
-    """
-    before = path.with_stem(f"{path.stem}.before")
-    if os.path.lexists(path):
-        remove(before)
-        path.rename(before)
-    folder.rename(path)
-    if os.path.lexists(before):
-        before.rename(folder)
-        remove(folder)
-
-
-def remove(path: Path) -> None:
-    """Delete a file, a link or a folder, if there is one."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def _write(checkpoint: dict[str, Any], path: Path) -> None:
     with path.open("wb") as file:
         try:
@@ -128,8 +75,6 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def damage_of(path: Path, contents: bool = True) -> str | None:

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as distributed_l
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from flextok_pl.runtime.checkpoint_files import remove, replace_folder
+from flextok_pl.files import remove, replace_folder
 
 CURRENT_STATE = "current_model_state"
 """Name, in a checkpoint, of the weights in training where its `state_dict` is their average."""

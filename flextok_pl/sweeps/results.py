@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as drawings
 from rich.table import Table
 
-from flextok_pl.metrics.report import write_atomically
+from flextok_pl.files import write_file
 from flextok_pl.sweeps.runner import TrialFolder
 from flextok_pl.sweeps.scaling import draw_scaling, fit_power_law
 from flextok_pl.sweeps.sweep import Sweep
@@ -87,13 +87,13 @@ def write_results(sweep: Sweep, study: optuna.Study) -> None:
     writer = csv.DictWriter(content, columns)
     writer.writeheader()
     writer.writerows(found)
-    write_atomically(sweep.root / "results.csv", content.getvalue().encode())
+    write_file(sweep.root / "results.csv", content.getvalue())
     complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-    write_atomically(sweep.root / "results.md", markdown_table(sweep, complete).encode())
+    write_file(sweep.root / "results.md", markdown_table(sweep, complete))
     if complete and sweep.curves:
-        write_atomically(sweep.root / "curves.png", draw_curves(sweep, complete))
+        write_file(sweep.root / "curves.png", draw_curves(sweep, complete))
     if complete and sweep.scaling is not None:
-        write_atomically(sweep.root / "scaling.png", scaling_picture(sweep, complete, sweep.scaling))
+        write_file(sweep.root / "scaling.png", scaling_picture(sweep, complete, sweep.scaling))
     if len({tuple(trial.params.items()) for trial in complete}) < 2:
         return
     for name, draw in PICTURES.items():
@@ -107,7 +107,7 @@ def write_results(sweep: Sweep, study: optuna.Study) -> None:
             buffer = io.BytesIO()
             pyplot.savefig(buffer, dpi=110, bbox_inches="tight")
             pyplot.close("all")
-        write_atomically(sweep.root / f"{name}.png", buffer.getvalue())
+        write_file(sweep.root / f"{name}.png", buffer.getvalue())
 
 
 def over_seeds(sweep: Sweep, trial: FrozenTrial, metric: str) -> tuple[float, float]:

@@ -24,6 +24,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from flextok_pl.files import write_file
+
 METRICS = "metrics.jsonl"
 """What the callback `MetricsLog` writes in the folder of a run."""
 
@@ -57,9 +59,7 @@ class TrialFolder:
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file, whole or not at all."""
-        temporary = self.path / f".{name}.{os.getpid()}"
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        temporary.replace(self.path / f"{name}.json")
+        write_file(self.path / f"{name}.json", json.dumps(content, indent=2) + "\n")
 
     def ask_to_stop(self) -> None:
         """Let its runner stop it, as one that is not worth going on with."""

@@ -14,9 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from flextok_pl.config import FlexTokConfig
 from flextok_pl.interop import load_pretrained, official_to_config, save_pretrained
 from flextok_pl.interop.plain_data import MAX_CHARACTERS, parse_text
-from flextok_pl.models.config import FlexTokConfig
 from flextok_pl.models.tokenizer import FlexTok
 
 Tree = dict[str, Any]

@@ -16,8 +16,8 @@ from PIL import Image
 
 from flextok_pl.callbacks import Throughput
 from flextok_pl.data import ShardDataModule, ShardError, ShardIndex, write_folder
-from flextok_pl.data.index import INDEX_NAME
-from flextok_pl.data.shards import PARTIAL_NAME, Sample, shard_name, write_index, write_shard
+from flextok_pl.data.shards.index import INDEX_NAME
+from flextok_pl.data.shards.writer import PARTIAL_NAME, Sample, shard_name, write_index, write_shard
 
 
 def picture(kind="JPEG", size=16):
@@ -296,7 +296,7 @@ def test_broken_source_picture_stops_or_is_left_out(tmp_path, caplog, num_worker
     options = {"num_workers": num_workers, "samples_per_shard": 1}
     with pytest.raises(ValueError, match=r"2\.jpg: not a complete picture.*on_error=skip"):
         write_folder(source, tmp_path / "dst", **options)
-    assert not list((tmp_path / "dst").glob("*.tmp")) and not (tmp_path / "dst" / INDEX_NAME).exists()
+    assert not list((tmp_path / "dst").glob(".*.partial")) and not (tmp_path / "dst" / INDEX_NAME).exists()
     index = write_folder(source, tmp_path / "dst", on_error="skip", **options)["all"]
     assert index.num_samples == 3 and index.provenance["skipped"] == 1
     with pytest.raises(ShardError, match="is finished, but 1 pictures were left out; pass on_error=skip"):

@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from flextok_pl.data import ShardDataModule, ShardIndex, team, write_folder, write_latents, write_tokens
+from flextok_pl.data import ShardDataModule, ShardIndex, write_folder, write_latents, write_tokens
 from flextok_pl.data import samples as samples_module
-from flextok_pl.data.index import ShardError
-from flextok_pl.data.shards import PARTIAL_NAME, Sample, shard_name, write_shard
+from flextok_pl.data.encode import team
+from flextok_pl.data.shards.index import ShardError
+from flextok_pl.data.shards.writer import PARTIAL_NAME, Sample, shard_name, write_shard
 
 
 class Model:
@@ -80,7 +81,7 @@ def test_a_killed_run_goes_on(pictures, tmp_path, monkeypatch, capsys, kind, num
     write_encoded_set(kind, pictures, whole, Model())
     killed(kind, pictures, folder, kill_at)
     left = {shard_name(number) for number in range(complete)}
-    assert {path.name for path in folder.iterdir()} == {PARTIAL_NAME, *left, f".{shard_name(complete)}.tmp"}
+    assert {path.name for path in folder.iterdir()} == {PARTIAL_NAME, *left, f".{shard_name(complete)}.partial"}
     written = {name: (folder / name).stat().st_mtime_ns for name in left}
 
     capsys.readouterr()
@@ -222,7 +223,7 @@ def test_full_disk_while_tokens_are_written(pictures, tmp_path, monkeypatch):
 
     model = Model()
     with monkeypatch.context() as patch:  # once more, where only the index is missing
-        patch.setattr("flextok_pl.data.encoded.write_index", full)
+        patch.setattr("flextok_pl.data.encode.encoded.write_index", full)
         with pytest.raises(OSError, match="No space"):
             write_encoded_set("tokens", pictures, folder, model)
     assert model.encoded == 10

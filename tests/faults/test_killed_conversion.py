@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 from tqdm import tqdm
 
-from flextok_pl.data import convert, write_folder, write_resharded
-from flextok_pl.data.index import INDEX_NAME, ShardIndex
-from flextok_pl.data.listing import tar_samples
+from flextok_pl.data import write_folder, write_resharded
+from flextok_pl.data.convert import conversion
+from flextok_pl.data.shards.index import INDEX_NAME, ShardIndex
+from flextok_pl.data.shards.listing import tar_samples
 
 NUM_PICTURES, BROKEN = 60, 17
 
@@ -36,7 +37,7 @@ def source(tmp_path_factory):
 
 def run(kind, source, dst, log):
     """Convert with two workers, and note process and content of each picture that is decoded."""
-    real, file = convert.decode_image, os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    real, file = conversion.decode_image, os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def decode(data):
         os.write(file, f"{os.getpid()} {hashlib.sha256(data).hexdigest()}\n".encode())
@@ -44,14 +45,14 @@ def run(kind, source, dst, log):
         return real(data)
 
     options = {"size": 150, "on_error": "skip", "num_workers": 2, "samples_per_shard": 5}
-    convert.decode_image = decode
+    conversion.decode_image = decode
     try:
         if kind == "folder":
             write_folder(source, dst, **options)
         else:
             write_resharded(str(source), dst, **options)
     finally:
-        convert.decode_image = real
+        conversion.decode_image = real
         os.close(file)
 
 

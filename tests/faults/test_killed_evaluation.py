@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from flextok_pl.cli import main
+from flextok_pl.config import FlexTokConfig
 from flextok_pl.interop import save_pretrained
-from flextok_pl.models.config import FlexTokConfig
 from flextok_pl.models.tokenizer import FlexTok
 
 EXPERIMENT = Path(__file__).parents[2] / "experiments" / "tokenizer" / "tiny.yaml"

@@ -25,9 +25,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flextok_pl.cli import main
+from flextok_pl.files import remove, replace_folder
 from flextok_pl.modules import TokenizerModule
 from flextok_pl.runtime import AtomicCheckpointIO, Preemption, damage_of, newest_intact
-from flextok_pl.runtime.checkpoint_files import remove, replace_folder
 
 EXPERIMENT = Path(__file__).parents[2] / "experiments" / "tokenizer" / "tiny.yaml"
 STEPS, SAVED_EVERY = 12, 2  # an epoch has seven batches: three steps of two, and one of the seventh

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from flextok_pl.assets import DEMO_PRIOR, DEMO_TOKENIZER
 from flextok_pl.cli import main
+from flextok_pl.config import FlexTokConfig
 from flextok_pl.layers.blocks import compile_for_all_lengths
-from flextok_pl.models.config import FlexTokConfig
 from flextok_pl.models.objective import TrainingDraws, flow_loss, sample_draws
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.tokenizer import FlexTok

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from flextok_pl.models.config import VAEConfig
+from flextok_pl.config import VAEConfig
 from flextok_pl.models.vae import VAE, vae_config_from_diffusers
 
 GOLDEN = Path(__file__).parent / "golden" / "flextok_a"

@@ -13,10 +13,10 @@ from PIL import Image
 
 from flextok_pl.assets import DEMO_TOKENIZER
 from flextok_pl.cli import base_config, main
+from flextok_pl.config import FlexTokConfig, PriorConfig
 from flextok_pl.contracts import weights_hash
 from flextok_pl.data import ShardIndex
 from flextok_pl.interop import load_pretrained, save_pretrained
-from flextok_pl.models.config import FlexTokConfig, PriorConfig
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.tokenizer import FlexTok
 

@@ -15,7 +15,7 @@ from flextok_pl.cli.front import Line, options_for
 from flextok_pl.cli.launch import devices_per_node
 from flextok_pl.cli.options import unknown
 from flextok_pl.cli.sweep import check_points, parse_sweep, sweep_parser
-from flextok_pl.models.config import FlexTokConfig, PriorConfig, VAEConfig, config_from_dict
+from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig, config_from_dict
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE

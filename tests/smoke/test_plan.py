@@ -14,9 +14,9 @@ from flextok_pl.cli import main
 from flextok_pl.cli.plan import PlanCLI, make_plan
 from flextok_pl.cli.plan_report import record
 from flextok_pl.cli.sweep import CheckCLI, check_points, parse_sweep, sweep_parser
+from flextok_pl.config import FlexTokConfig, PriorConfig
 from flextok_pl.cost.machines import MACHINES
 from flextok_pl.data import ShardIndex
-from flextok_pl.models.config import FlexTokConfig, PriorConfig
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.tokenizer import FlexTok
 

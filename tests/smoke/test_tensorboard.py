@@ -20,8 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from flextok_pl.callbacks.hparams import write_hparams
 from flextok_pl.cli import main
+from flextok_pl.config import FlexTokConfig
 from flextok_pl.interop import save_pretrained
-from flextok_pl.models.config import FlexTokConfig
 from flextok_pl.models.tokenizer import FlexTok
 
 EXPERIMENT = Path(__file__).parents[2] / "experiments" / "tokenizer" / "tiny.yaml"

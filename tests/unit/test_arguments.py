@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig
 from flextok_pl.models.arguments import IMAGE_LIMIT
-from flextok_pl.models.config import FlexTokConfig, PriorConfig, VAEConfig
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE

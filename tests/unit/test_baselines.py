@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from flextok_pl.callbacks import ReconstructionFID
 from flextok_pl.callbacks.evaluation import decoding_facts
 from flextok_pl.cli.decoding import compare_decodings
+from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig, config_from_dict, config_to_dict
 from flextok_pl.cost.activations import Numerics
 from flextok_pl.cost.workload import tokenizer_workload
 from flextok_pl.data import ShardDataModule, write_tokens
@@ -23,7 +24,6 @@ from flextok_pl.interop import load_pretrained, save_official, save_pretrained
 from flextok_pl.layers.embeddings import patchify, unpatchify
 from flextok_pl.models.adaptive import Quality
 from flextok_pl.models.attention_maps import register_attention
-from flextok_pl.models.config import FlexTokConfig, PriorConfig, VAEConfig, config_from_dict, config_to_dict
 from flextok_pl.models.objective import TrainingDraws, flow_loss, sample_draws
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.modules import PriorModule, TokenizerModule

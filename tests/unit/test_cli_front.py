@@ -18,8 +18,8 @@ from flextok_pl.cli.options import Options, options_of
 from flextok_pl.cli.sweep import sweep_parser
 from flextok_pl.cli.tool import tool_parser
 from flextok_pl.cli.training import CALLBACKS, FlexTokCLI
+from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig
 from flextok_pl.data import Augmentation
-from flextok_pl.models.config import FlexTokConfig, PriorConfig, VAEConfig
 
 ROOT = Path(__file__).parents[2]
 TOOLS = [name for name, command in COMMANDS.items() if command.run == "tool:run"]

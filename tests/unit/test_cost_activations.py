@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig
 from flextok_pl.cost.activations import (
     Numerics,
     prior_activations,
@@ -18,7 +19,6 @@ from flextok_pl.cost.machines import machine
 from flextok_pl.cost.meta import PeakMemory, SavedMemory, vae_step
 from flextok_pl.cost.plan import Setup, memory
 from flextok_pl.cost.workload import prior_workload, tokenizer_workload
-from flextok_pl.models.config import FlexTokConfig, PriorConfig, VAEConfig
 from flextok_pl.models.objective import flow_loss, sample_draws
 from flextok_pl.models.prior import Prior, TextStates
 from flextok_pl.models.teacher import ProjectionHead, alignment_loss

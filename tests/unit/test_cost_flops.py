@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from flextok_pl.config import FlexTokConfig, PriorConfig
 from flextok_pl.cost.flops import (
     budget_groups,
     decoder_flops,
@@ -16,7 +17,6 @@ from flextok_pl.cost.flops import (
     tokenizer_flops,
 )
 from flextok_pl.flow.nested_dropout import BUDGET_LAWS, budget_probabilities, sample_num_tokens
-from flextok_pl.models.config import FlexTokConfig, PriorConfig
 from flextok_pl.models.objective import TrainingDraws, flow_loss, sample_draws
 from flextok_pl.models.prior import Prior, TextStates
 from flextok_pl.models.teacher import ProjectionHead

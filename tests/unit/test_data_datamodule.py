@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from flextok_pl.data import Augmentation, ShardDataModule, ShardError, ShardIndex
-from flextok_pl.data.shards import Sample, shard_name, write_index, write_shard
+from flextok_pl.data.shards.writer import Sample, shard_name, write_index, write_shard
 
 
 def png(value, size=8):

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from flextok_pl.data import demo
-from flextok_pl.data.openmoji import (
+from flextok_pl.data.convert import demo
+from flextok_pl.data.convert.openmoji import (
     Picture,
     alike_pairs,
     assign_concepts,

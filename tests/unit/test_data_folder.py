@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from flextok_pl.data import ShardDataModule, ShardError, ShardIndex, write_folder
-from flextok_pl.data.captions import read_captions
+from flextok_pl.data.convert.captions import read_captions
 from flextok_pl.data.image_files import list_images
 from flextok_pl.data.pictures import open_pictures
 from flextok_pl.data.stream import ShardSet

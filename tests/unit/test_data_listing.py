@@ -6,7 +6,7 @@ import tarfile
 import pytest
 import webdataset
 
-from flextok_pl.data.listing import grouped, matching_paths, tar_members, tar_samples
+from flextok_pl.data.shards.listing import grouped, matching_paths, tar_members, tar_samples
 
 
 def write_tar(path, entries):

@@ -15,9 +15,9 @@ from PIL import Image
 
 from flextok_pl.cli import main
 from flextok_pl.data import ShardDataModule, ShardError, write_folder
-from flextok_pl.data import remote as remote_module
-from flextok_pl.data.index import INDEX_NAME
-from flextok_pl.data.sources import load_indices
+from flextok_pl.data.shards import remote as remote_module
+from flextok_pl.data.shards.index import INDEX_NAME
+from flextok_pl.data.shards.sources import load_indices
 
 
 class Server(ThreadingHTTPServer):

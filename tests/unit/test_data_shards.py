@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from flextok_pl.cli import main
-from flextok_pl.data.index import INDEX_NAME, ShardError, ShardIndex
 from flextok_pl.data.pictures import open_pictures
-from flextok_pl.data.shards import (
+from flextok_pl.data.shards.index import INDEX_NAME, ShardError, ShardIndex
+from flextok_pl.data.shards.sources import load_indices
+from flextok_pl.data.shards.writer import (
     PARTIAL_NAME,
     Sample,
     complete_shard,
@@ -23,7 +24,6 @@ from flextok_pl.data.shards import (
     write_shard,
     write_shards,
 )
-from flextok_pl.data.sources import load_indices
 
 
 def make_samples(numbers):

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from flextok_pl.data.index import ShardIndex
 from flextok_pl.data.samples import Collate
-from flextok_pl.data.shards import Sample, shard_name, write_index, write_shard
-from flextok_pl.data.sources import load_indices
+from flextok_pl.data.shards.index import ShardIndex
+from flextok_pl.data.shards.sources import load_indices
+from flextok_pl.data.shards.tars import Shard
+from flextok_pl.data.shards.writer import Sample, shard_name, write_index, write_shard
 from flextok_pl.data.stream import CachedBatches, Plan, ShardSet, StreamedBatches
-from flextok_pl.data.tars import Shard
 
 SIZES = (5, 1, 7, 4, 6)
 

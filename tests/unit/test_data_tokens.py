@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from flextok_pl.data import Augmentation, ShardDataModule, ShardError, ShardIndex, write_folder, write_tokens
-from flextok_pl.data.index import INDEX_NAME
-from flextok_pl.data.sources import load_indices
+from flextok_pl.data.shards.index import INDEX_NAME
+from flextok_pl.data.shards.sources import load_indices
 
 TOKENIZER = {"sha256": "aaaa", "vocab_size": 1000, "num_tokens": 12, "path": "tok.safetensors"}
 ENCODER = {"name": "letters"}

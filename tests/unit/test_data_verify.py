@@ -11,9 +11,9 @@ from PIL import Image
 
 from flextok_pl.cli import main
 from flextok_pl.data import ShardError, ShardIndex
-from flextok_pl.data.index import INDEX_NAME
-from flextok_pl.data.shards import Sample, write_index, write_shard
-from flextok_pl.data.stats import shard_statistics, spread
+from flextok_pl.data.shards.index import INDEX_NAME
+from flextok_pl.data.shards.stats import shard_statistics, spread
+from flextok_pl.data.shards.writer import Sample, write_index, write_shard
 
 
 def picture(number=0, size=(8, 8), kind="PNG"):
@@ -147,7 +147,7 @@ def test_shapes_that_do_not_go_into_one_batch(tmp_path, capsys):
 
 def test_keys_that_are_not_utf8(tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("flextok_pl.data.shards._check_key", lambda key: None)  # as releases before 0.2 wrote them
+        patch.setattr("flextok_pl.data.shards.writer._check_key", lambda key: None)  # as releases before 0.2 wrote them
         write_set(tmp_path, [sample("caf\udce9", 1)])
     lines, status = verify(capsys, tmp_path)
     assert (
@@ -207,7 +207,7 @@ def test_statistics_of_all_and_of_several_sets(image_shards):
 
 
 def _pictures(index):
-    from flextok_pl.data.listing import tar_samples
+    from flextok_pl.data.shards.listing import tar_samples
 
     return [dict(f)["png"] for path in index.paths for _, f in tar_samples(index.folder, path.name)]
 

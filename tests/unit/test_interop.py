@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from flextok_pl.config import FlexTokConfig, VAEConfig
 from flextok_pl.interop import (
     config_to_official,
     load_pretrained,
@@ -20,7 +21,6 @@ from flextok_pl.interop import (
     save_pretrained,
 )
 from flextok_pl.interop.official import official_name
-from flextok_pl.models.config import FlexTokConfig, VAEConfig
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
 

@@ -14,8 +14,8 @@ from torch import nn
 from torchvision import transforms
 
 from flextok_pl.callbacks import ReconstructionFID
+from flextok_pl.evaluation.reconstruction import ReconstructionStatistics
 from flextok_pl.metrics.dreamsim import DreamSim
-from flextok_pl.metrics.reconstruction import ReconstructionStatistics
 
 
 class Recorder(nn.Module):

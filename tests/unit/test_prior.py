@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flextok_pl.models.config import PriorConfig
+from flextok_pl.config import PriorConfig
 from flextok_pl.models.prior import Prior, TextStates
 from flextok_pl.models.sampling import sample_tokens, scale_at_positions
 

@@ -16,9 +16,9 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
 from flextok_pl.callbacks import EMA, GenerationFID, TokenReport
+from flextok_pl.config import FlexTokConfig, PriorConfig
 from flextok_pl.contracts import weights_hash
-from flextok_pl.data.index import ShardError
-from flextok_pl.models.config import FlexTokConfig, PriorConfig
+from flextok_pl.data.shards.index import ShardError
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.modules import PriorModule

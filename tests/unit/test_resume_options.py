@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from flextok_pl.cli import main
-from flextok_pl.models.config import FlexTokConfig, VAEConfig
+from flextok_pl.config import FlexTokConfig, VAEConfig
 from flextok_pl.models.vae import VAE
 from flextok_pl.modules import TokenizerModule
 from flextok_pl.modules.optim import warmup_cosine

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import BertTokenizerFast, T5Config, T5EncoderModel
 
-from flextok_pl.models.config import PriorConfig
+from flextok_pl.config import PriorConfig
 from flextok_pl.models.text import TextEncoder
 from flextok_pl.modules import PriorModule
 from flextok_pl.modules.saved_prior import SavedPrior

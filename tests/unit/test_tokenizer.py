@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from flextok_pl.config import FlexTokConfig, VAEConfig, config_from_dict, config_to_dict
 from flextok_pl.layers.attention import aligned_registers
 from flextok_pl.layers.embeddings import grid_positions, patchify, unpatchify
-from flextok_pl.models.config import FlexTokConfig, VAEConfig, config_from_dict, config_to_dict
 from flextok_pl.models.objective import TrainingDraws, flow_loss, sample_draws
 from flextok_pl.models.tokenizer import FlexTok
 

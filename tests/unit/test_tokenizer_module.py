@@ -14,8 +14,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
 from flextok_pl.callbacks import EMA, CodebookReport, ReconstructionFID
+from flextok_pl.config import FlexTokConfig, VAEConfig
 from flextok_pl.contracts import weights_hash
-from flextok_pl.models.config import FlexTokConfig, VAEConfig
 from flextok_pl.models.objective import sample_draws
 from flextok_pl.models.teacher import Teacher, resized_map
 from flextok_pl.models.tokenizer import FlexTok

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flextok_pl.models.config import FlexTokConfig, VAEConfig
+from flextok_pl.config import FlexTokConfig, VAEConfig
 from flextok_pl.models.vae import VAE, vae_config_from_diffusers
 
 SMALL = VAEConfig(

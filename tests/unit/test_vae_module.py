@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from flextok_pl.callbacks import EMA
-from flextok_pl.models.config import VAEConfig
+from flextok_pl.config import VAEConfig
 from flextok_pl.models.vae import VAE
 from flextok_pl.modules.vae import VAEModule, kl_divergence, psnr
 

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
-from flextok_pl.models.config import FlexTokConfig, PriorConfig
+from flextok_pl.config import FlexTokConfig, PriorConfig
 from flextok_pl.models.objective import flow_loss, sample_draws
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.teacher import ProjectionHead

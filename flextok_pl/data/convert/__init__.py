@@ -1,0 +1,1 @@
+"""From pictures of any source to shard sets."""

@@ -1,0 +1,106 @@
+"""The files of a data set by part: on this machine, or fetched from the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from flextok_pl.data.shards.listing import matching_paths
+
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "validation": "val",
+    "valid": "val",
+    "val": "val",
+    "dev": "val",
+    "test": "test",
+}
+"""Part by the word in a file's path, as in `data/train-00000-of-00010.parquet`; the Hub knows the same words
+(https://huggingface.co/docs/hub/datasets-file-names-and-splits)."""
+
+
+def find_parts(src: str, files: str, revision: str | None, split: str | None) -> dict[str, list[Path]]:
+    """The files of each part, in order; those that are on the Hub only are fetched.
+
+    Args:
+        src: id of a data set on the Hub, owner/name; or a folder, a file, or a pattern with `*` or `{a,b}`.
+        files: pattern of the paths to take, within a folder or the repository.
+        revision: branch, tag or commit on the Hub.
+        split: the only part to take.
+
+    Returns:
+        Files by `train`, `val` and `test`, or all of them as `all`.
+
+    Raises:
+        ValueError: there are none, or some are of no part.
+    """
+    if split not in (None, *SPLITS.values()):
+        raise ValueError(f"split={split} must be train, val or test")
+    from_hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", src) is not None and not Path(src).exists()
+    by_part: dict[str, list[Path]] = {}
+    for name, path in _list_hub(src, revision) if from_hub else _list_local(src):
+        if name == files or fnmatch.fnmatch(name, files):
+            by_part.setdefault(part_of(name), []).append(path)
+    if not by_part:
+        hint = "; revision=refs/convert/parquet may have some" if from_hub else ""
+        raise ValueError(f"src={src} has no files {files}{hint}")
+    if "all" in by_part and len(by_part) > 1:
+        raise ValueError(
+            f"src={src}: {by_part.pop('all')[0]} names no part, as others do ({', '.join(by_part)}); choose files"
+        )
+    if split is not None and split not in by_part:
+        raise ValueError(f"split={split} is none of the parts of src={src}: {', '.join(by_part)}")
+    chosen = {part: paths for part, paths in by_part.items() if split in (None, part)}
+    if from_hub:
+        folder = _download(src, revision, [path.as_posix() for paths in chosen.values() for path in paths])
+        chosen = {part: [folder / path for path in paths] for part, paths in chosen.items()}
+    return chosen
+
+
+def part_of(name: str) -> str:
+    """The part that a path speaks of, its last word first; `all` where it speaks of none."""
+    words = re.findall(r"[a-z]+", name.lower())
+    return next((SPLITS[word] for word in reversed(words) if word in SPLITS), "all")
+
+
+def _list_local(src: str) -> list[tuple[str, Path]]:
+    """Names by which files are chosen, and where they are."""
+    found = []
+    for path in matching_paths(src):
+        inside = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
+        found += [
+            (file.relative_to(path).as_posix() if path.is_dir() else file.name, file.absolute()) for file in inside
+        ]
+    return found
+
+
+def _list_hub(src: str, revision: str | None) -> list[tuple[str, Path]]:
+    """Names, and the same as paths within the repository."""
+    import huggingface_hub
+
+    try:
+        names = huggingface_hub.list_repo_files(src, repo_type="dataset", revision=revision)
+    except Exception as error:  # its errors come from several network libraries
+        raise ValueError(
+            f"no file or folder src={src} here, and no such data set was found on the Hub: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return [(name, Path(name)) for name in sorted(names)]
+
+
+def _download(src: str, revision: str | None, names: Sequence[str]) -> Path:
+    import huggingface_hub
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            src, repo_type="dataset", revision=revision, allow_patterns=list(names)
+        )
+    except Exception as error:  # its errors come from several network libraries
+        raise ValueError(
+            f"src={src} could not be fetched from the Hub: {type(error).__name__}: {error}; what has been is kept, and "
+            "the same command goes on"
+        ) from error
+    return Path(folder)

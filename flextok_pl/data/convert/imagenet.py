@@ -1,0 +1,318 @@
+"""ImageNet-1k (ILSVRC 2012, https://www.image-net.org/challenges/LSVRC/2012/) as shards, from its tars or its folders.
+
+A class is a WordNet synset, named by its wnid. Its index is the wnid's position in alphabetical order, which is how
+nearly all published models number the classes, and not the ILSVRC2012_ID of the development kit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import scipy.io
+from tqdm import tqdm
+
+from flextok_pl.data.convert.conversion import (
+    Conversion,
+    ImageFormat,
+    Item,
+    ItemReader,
+    OnError,
+    check_choice,
+    mixed,
+)
+from flextok_pl.data.image_files import list_images
+from flextok_pl.data.shards.index import IMAGE_EXTENSIONS, ShardIndex
+from flextok_pl.data.shards.listing import Span, listing_digest, tar_members
+from flextok_pl.data.shards.writer import run_jobs, worker_processes
+
+FOLDERS = ("", "ILSVRC/Data/CLS-LOC/")
+"""Where the folders train and val may lie; the latter as Kaggle packs them."""
+
+KAGGLE = ("LOC_synset_mapping.txt", "LOC_val_solution.csv")
+"""What Kaggle's package has in place of the development kit: the synsets, and the classes of val."""
+
+WNID, VAL_NAME = r"n\d{8}", r"ILSVRC2012_val_\d{8}"
+"""Patterns of synsets' names, and of pictures' in val."""
+
+TARS = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
+DEVKIT = "ILSVRC2012_devkit_t12"
+
+Pictures = list[tuple[str, str, Span]]
+"""Wnid (empty where only the development kit knows it), file name and place of each picture."""
+
+
+def write_imagenet(
+    src: Path | str,
+    dst: Path | str,
+    part: Literal["all", "train", "val"] = "all",
+    classes: Path | str | None = None,
+    size: int | None = None,
+    image_format: ImageFormat = "jpg",
+    quality: int = 95,
+    on_error: OnError = "raise",
+    num_workers: int | None = None,
+    samples_per_shard: int = 1000,
+    overwrite: bool = False,
+) -> dict[str, ShardIndex]:
+    """Write ImageNet-1k (ILSVRC 2012) as shards, from its tar files or its folders: `DST/train` and `DST/val`.
+
+    SRC holds ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, read without
+    unpacking; or the folders train, with one folder per wnid, and val, flat or likewise; or Kaggle's package, unpacked:
+    ILSVRC/Data/CLS-LOC, LOC_synset_mapping.txt and LOC_val_solution.csv. Where tar and folder are there, the tar is
+    read. A flat val needs the development kit, or Kaggle's two files. With either, classes are named by the first word
+    of their synset, else by their wnid. Their numbers are the positions of the wnids in alphabetical order.
+
+    Args:
+        src: folder with the tars or folders.
+        dst: where the shards go.
+        part: `train` or `val` only, or `all` there is.
+        classes: text file with one wnid per line: take these classes only, as in ImageNet-100; default those of train.
+        size: shrink pictures whose shorter side is longer than this to it, antialiased; default keeps the files' bytes.
+        image_format: format of the pictures that were shrunk; `png` is lossless.
+        quality: of `jpg` and `webp`, 1..100.
+        on_error: `raise` stops at a broken picture, `skip` leaves it out, with a message and a count in the index.
+        num_workers: processes; default one per core.
+        samples_per_shard: most pictures of a tar file.
+        overwrite: replace a set that was made with other arguments.
+
+    Returns:
+        The index by part.
+
+    Raises:
+        ValueError: an option, a file of SRC or a picture is unusable; names it.
+    """
+    src, dst = Path(src).expanduser(), Path(dst)
+    check_choice("part", part, ("all", "train", "val"))
+    conversion = Conversion(size, image_format, quality, on_error, num_workers, samples_per_shard, overwrite)
+    parts = [name for name in TARS if part in ("all", name) and _is_there(src, name)]
+    if not parts:
+        wanted = [f"{TARS[name]}, {name}/ or {FOLDERS[1]}{name}/" for name in TARS if part in ("all", name)]
+        raise ValueError(f"src={src} holds no {' and no '.join(wanted)}")
+    devkit = read_devkit(src) or read_kaggle(src)
+    pictures = {name: _with_wnids(_list_part(src, name, conversion), src, devkit) for name in parts}
+    wnids = _wnids(src, classes, pictures, devkit)
+    names = class_names(wnids, devkit)
+    result = {}
+    for name in parts:
+        items = _items(pictures[name], wnids, all_of_them=classes is None, where=f"{name} of src={src}")
+        arguments = {
+            "writer": "imagenet",
+            "part": name,
+            "source": str(src.resolve()),
+            "files": listing_digest(src, sorted({span.file for *_, span in pictures[name]})),
+            "classes": hashlib.sha256(json.dumps([wnids, names]).encode()).hexdigest(),
+        }
+        provenance = {"source": str(src.resolve()), "wnids": wnids}
+        plan = ShardIndex(dst, ("image", "label"), (), names, None, arguments, provenance)
+        result[name] = conversion.write(dst / name, items, ItemReader(src, conversion), plan, f"{name} shards")
+    return result
+
+
+@dataclass(frozen=True)
+class Devkit:
+    """What the development kit knows.
+
+    Args:
+        words: of the synsets without a narrower one, by wnid: "tench, Tinca tinca".
+        val: wnid of each validation picture, by its name without the ending.
+    """
+
+    words: dict[str, str]
+    val: dict[str, str]
+
+
+def read_devkit(src: Path) -> Devkit | None:
+    """The development kit in a folder, unpacked or not; None where there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    files = {}
+    packed = src / f"{DEVKIT}.tar.gz"
+    names = ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
+    try:
+        if packed.is_file():
+            with tarfile.open(packed, "r:gz") as tar:
+                for name in names:
+                    member = tar.extractfile(f"{DEVKIT}/data/{name}")
+                    assert member is not None, "a regular file"
+                    files[name] = member.read()
+        elif (src / DEVKIT).is_dir():
+            files = {name: (src / DEVKIT / "data" / name).read_bytes() for name in names}
+        else:
+            return None
+        # 1860 synsets, of which those that others refine are no classes.
+        synsets = np.atleast_1d(scipy.io.loadmat(io.BytesIO(files[names[0]]), squeeze_me=True)["synsets"])
+        classes = [synset for synset in synsets if int(synset["num_children"]) == 0]
+        wnids = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in classes}
+        val = {f"ILSVRC2012_val_{i:08d}": wnids[int(n)] for i, n in enumerate(files[names[1]].split(), start=1)}
+    except (OSError, EOFError, KeyError, ValueError, tarfile.TarError) as error:
+        raise ValueError(
+            f"the development kit {DEVKIT} in src={src} cannot be read ({error!r}); fetch it again"
+        ) from error
+    return Devkit({str(synset["WNID"]): str(synset["words"]) for synset in classes}, val)
+
+
+def read_kaggle(src: Path) -> Devkit | None:
+    """What the files of Kaggle's package say that stand for the development kit; None where there are none.
+
+    Raises:
+        ValueError: one is damaged; names the line.
+    """
+    if not any((src / name).is_file() for name in KAGGLE):
+        return None
+    # Boxes follow the wnid of a picture, each with a wnid of its own, all the same: "n03995372 85 1 499 272".
+    patterns = (rf"({WNID})\s+(\S.*)", rf'"?({VAL_NAME})"?,"?({WNID})\b.*|ImageId,PredictionString')
+    words, val = (_pairs(src / name, pattern) for name, pattern in zip(KAGGLE, patterns, strict=True))
+    return Devkit(words, val)
+
+
+def _pairs(file: Path, pattern: str) -> dict[str, str]:
+    """The two groups of a pattern in each line of a file, if there is one."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines() if file.is_file() else []
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} cannot be read ({error}); fetch it again") from error
+    pairs: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
+        match = re.fullmatch(pattern, line.strip())
+        if match is None:
+            raise ValueError(f"{file}, line {number}: {line[:60]!r} does not name a synset; fetch it again")
+        if match[1] is not None:
+            pairs[match[1]] = match[2]
+    return pairs
+
+
+def class_names(wnids: Sequence[str], devkit: Devkit | None) -> tuple[str, ...]:
+    """Names by which users ask for a class: the first word of its synset.
+
+    Where several classes share it in any case (crane: a bird, and a machine), the wnid follows.
+    """
+    if devkit is None:
+        return tuple(wnids)
+    first = {wnid: devkit.words.get(wnid, wnid).partition(",")[0].strip() for wnid in wnids}
+    number = Counter(name.lower() for name in first.values())
+    return tuple(name if number[name.lower()] == 1 else f"{name} ({wnid})" for wnid, name in first.items())
+
+
+def _is_there(src: Path, part: str) -> bool:
+    return (src / TARS[part]).is_file() or (src / _folder(src, part)).is_dir()
+
+
+def _folder(src: Path, part: str) -> str:
+    """The folder of a part, relative to the source; it need not be there."""
+    return next((f"{above}{part}" for above in FOLDERS if (src / above / part).is_dir()), part)
+
+
+def _list_part(src: Path, part: str, conversion: Conversion) -> Iterator[tuple[str, Span]]:
+    """Path within the part, and place, of each file."""
+    tar = TARS[part]
+    if not (src / tar).is_file():
+        folder = _folder(src, part)
+        for file in list_images(src / folder):
+            yield file, Span(f"{folder}/{file}")
+    elif part == "val":
+        yield from tar_members(src, tar)
+    else:
+        inner = list(tar_members(src, tar))
+        jobs = list(enumerate(inner))
+        for _, members in tqdm(
+            run_jobs(partial(_list_class, src), jobs, worker_processes(conversion.num_workers)),
+            total=len(jobs),
+            desc=tar,
+            unit="class",
+        ):
+            yield from members
+
+
+def _list_class(src: Path, _: int, tar: tuple[str, Span]) -> list[tuple[str, Span]]:
+    """The pictures in one of the tars within the training tar."""
+    name, place = tar
+    members = tar_members(src, place.file, place.offset, place.size)
+    return [(f"{Path(name).stem}/{Path(file).name}", span) for file, span in members]
+
+
+def _with_wnids(files: Iterator[tuple[str, Span]], src: Path, devkit: Devkit | None) -> Pictures:
+    pictures = []
+    for path, span in files:
+        folder, _, file = f"/{path}".rpartition("/")
+        wnid = folder.rpartition("/")[2]
+        stem, _, extension = file.rpartition(".")
+        if extension.lower() not in IMAGE_EXTENSIONS:
+            continue
+        if not re.fullmatch(WNID, wnid):
+            wnid = _wnid_of_val(stem, f"{span.file}: {path}", src, devkit)
+        pictures.append((wnid, file, span))
+    return pictures
+
+
+def _wnid_of_val(stem: str, where: str, src: Path, devkit: Devkit | None) -> str:
+    if re.fullmatch(VAL_NAME, stem) is None:
+        raise ValueError(
+            f"{where} lies in no folder of a synset (such as n01440764), and is no ILSVRC2012_val_<8 digits>; "
+            "other pictures are taken by `flextok data folder`"
+        )
+    if devkit is None or not devkit.val:
+        raise ValueError(
+            f"{where}: its class stands in the development kit; put {DEVKIT}.tar.gz into src={src}, or Kaggle's "
+            f"{' and '.join(KAGGLE)}"
+        )
+    if stem not in devkit.val:
+        raise ValueError(
+            f"{where}: it is none of the {len(devkit.val)} validation pictures whose classes src={src} has"
+        )
+    return devkit.val[stem]
+
+
+def _wnids(src: Path, classes: Path | str | None, pictures: dict[str, Pictures], devkit: Devkit | None) -> list[str]:
+    """The classes: those asked for, of train, of the development kit, or of the folders of val."""
+    if classes is not None:
+        try:
+            text = Path(classes).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"classes={classes} cannot be read: {error}") from error
+        wnids = [line.split()[0] for line in text.splitlines() if line.strip()]
+        wrong = [wnid for wnid in wnids if not re.fullmatch(WNID, wnid)]
+        if wrong or not wnids:
+            raise ValueError(f"classes={classes} must have one wnid per line, such as n01440764, and has {wrong[:1]}")
+        return sorted(set(wnids))
+    if "train" in pictures:
+        return sorted({wnid for wnid, *_ in pictures["train"]})
+    if (src / TARS["train"]).is_file():
+        return sorted(Path(name).stem for name, _ in tar_members(src, TARS["train"]))
+    train = src / _folder(src, "train")
+    if train.is_dir():
+        return sorted(folder.name for folder in train.iterdir() if folder.is_dir())
+    known = {} if devkit is None else devkit.words
+    return sorted(known or {wnid for wnid, *_ in pictures["val"]})
+
+
+def _items(pictures: Pictures, wnids: Sequence[str], all_of_them: bool, where: str) -> list[Item]:
+    number = {wnid: i for i, wnid in enumerate(wnids)}
+    found = {wnid for wnid, *_ in pictures}
+    more, without = sorted(found - number.keys()), sorted(number.keys() - found)
+    if more and all_of_them:
+        raise ValueError(
+            f"{where} has pictures of {len(more)} classes that train lacks, such as {more[0]}; pass the classes to "
+            "take as classes=FILE"
+        )
+    if without and not all_of_them:
+        raise ValueError(f"{where} has no pictures of {len(without)} of the classes asked for, such as {without[0]}")
+    items = []
+    for wnid, file, span in pictures:
+        if wnid in number:
+            stem, _, extension = file.rpartition(".")
+            key = f"{wnid}/{stem.replace('.', '_')}"
+            items.append(Item(key, ((extension.lower(), span),), number[wnid]))
+    return mixed(items)

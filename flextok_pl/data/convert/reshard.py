@@ -1,0 +1,333 @@
+"""WebDataset tars as a shard set: those of others, and sets of ours with other shards or smaller pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from flextok_pl.data.convert.class_names import read_class_names
+from flextok_pl.data.convert.conversion import (
+    Conversion,
+    ImageFormat,
+    Item,
+    ItemReader,
+    Labels,
+    OnError,
+    classes_of,
+    mixed,
+)
+from flextok_pl.data.shards.index import IMAGE_EXTENSIONS, INDEX_NAME, ShardIndex
+from flextok_pl.data.shards.listing import Span, listing_digest, matching_paths, tar_samples
+from flextok_pl.data.shards.sources import load_indices
+from flextok_pl.data.shards.writer import run_jobs, worker_processes
+
+_LOG = logging.getLogger(__name__)
+
+
+def write_resharded(
+    src: str,
+    dst: Path | str,
+    label_key: str | None = None,
+    caption_key: str | None = None,
+    class_names: Path | str | None = None,
+    image_key: str | None = None,
+    size: int | None = None,
+    image_format: ImageFormat = "jpg",
+    quality: int = 95,
+    on_error: OnError = "raise",
+    num_workers: int | None = None,
+    samples_per_shard: int = 1000,
+    overwrite: bool = False,
+) -> ShardIndex:
+    """Write WebDataset tars, or a shard set, as a new shard set.
+
+    Tars without an index: files whose names are alike up to the first dot are a sample, of a picture, and where there
+    are some a label (`.cls`, or a key of `.json`) and a caption (`.txt`, or a key of `.json`). Of a shard set all is
+    kept. Samples are stored in an order that mixes the tars. Keys that occur in several tars get the tar's name before
+    them.
+
+    Args:
+        src: tar files, as a folder or a pattern with `*` or `{000..099}`; or shard sets, likewise. A path that is there
+            is taken as it is written.
+        dst: folder of the new set.
+        label_key: take the label from this key of `.json`: a class index, or a name.
+        caption_key: take the caption from this key of `.json`.
+        class_names: text file with the name of each class, one per line, or a shard set that has them; default the
+            numbers or names that occur.
+        image_key: what follows the first dot of a picture's name, such as `input.jpg`, where samples have several
+            pictures or longer names; default the picture that each has.
+        size: shrink pictures whose shorter side is longer than this to it, antialiased; default keeps the files' bytes.
+        image_format: format of the pictures that were shrunk; `png` is lossless.
+        quality: of `jpg` and `webp`, 1..100.
+        on_error: `raise` stops at a broken picture, `skip` leaves it out, with a message and a count in the index.
+        num_workers: processes; default one per core.
+        samples_per_shard: most samples of a tar file.
+        overwrite: replace a set that was made with other arguments.
+
+    Returns:
+        The index of the new set.
+
+    Raises:
+        ValueError: an option, a tar or a sample is unusable; names it.
+    """
+    conversion = Conversion(size, image_format, quality, on_error, num_workers, samples_per_shard, overwrite)
+    paths = matching_paths(src)
+    foreign = {
+        "label_key": label_key,
+        "caption_key": caption_key,
+        "class_names": class_names,
+        "image_key": image_key,
+    }
+    if all(((path if path.is_dir() else path.parent) / INDEX_NAME).is_file() for path in paths):
+        for name, value in foreign.items():
+            if value is not None:
+                raise ValueError(f"{name}={value} is for tars without an {INDEX_NAME}; src={src} has one")
+        items, plan = _own(src, conversion)
+    else:
+        names = None if class_names is None else read_class_names("class_names", class_names)
+        keys = _Keys(label_key, caption_key, None if image_key is None else image_key.lower())
+        items, plan = _foreign(_tars(paths, src), conversion, keys, names)
+    return conversion.write(Path(dst), items, ItemReader(Path("/"), conversion, "image" in plan.fields), plan, "shards")
+
+
+def _tars(paths: Sequence[Path], src: str) -> list[Path]:
+    tars = [tar for path in paths for tar in (sorted(path.rglob("*.tar")) if path.is_dir() else [path])]
+    packed = [file for path in paths if path.is_dir() for file in (*path.rglob("*.tar.*"), *path.rglob("*.tgz"))]
+    if not tars:
+        held = f", but {len(packed)} compressed ones, such as {packed[0].name}; unpack them first" if packed else ""
+        raise ValueError(f"src={src} holds no .tar files{held}")
+    if packed:
+        _LOG.warning("%d compressed tars are left out, such as %s: unpack them first", len(packed), packed[0])
+    return [tar.resolve() for tar in tars]
+
+
+@dataclass(frozen=True, slots=True)
+class _Keys:
+    """Where the fields of foreign samples are, as for `write_resharded`.
+
+    Raises:
+        ValueError: `image_key` is of no picture.
+    """
+
+    label: str | None
+    caption: str | None
+    image: str | None
+
+    def __post_init__(self) -> None:
+        if self.image is not None and _ending(self.image) not in IMAGE_EXTENSIONS:
+            raise ValueError(f"image_key={self.image} must be an ending of pictures, such as png or input.jpg")
+
+
+@dataclass(frozen=True, slots=True)
+class _Raw:
+    """One sample as it lies in a tar, with what is to be read of it before any is written."""
+
+    key: str
+    files: tuple[tuple[str, Span], ...]
+    label: int | str | None = None
+    caption: str | None = None
+
+    @property
+    def where(self) -> str:
+        """Its tar and key, for people."""
+        return f"{self.files[0][1].file}, {self.key}"
+
+    @property
+    def held(self) -> str:
+        """What it has, for people."""
+        return f"it holds .{', .'.join(name for name, _ in self.files)}"
+
+
+def _own(src: str, conversion: Conversion) -> tuple[list[Item], ShardIndex]:
+    indices = load_indices(src)
+    first, size = indices[0], conversion.size
+    if size is not None and "image" not in first.fields:
+        raise ValueError(f"size={size} is for pictures, and src={src} holds {list(first.fields)}")
+    raw = _list_tars([path.resolve() for index in indices for path in index.paths], _list_tar, conversion)
+    arguments = {
+        "writer": "reshard",
+        "source": [hashlib.sha256(index.to_json().encode()).hexdigest() for index in indices],
+    }
+    side = first.image_size if size is None or first.image_size is None else min(size, first.image_size)
+    provenance = {**first.provenance, "resharded": [str(index.folder.resolve()) for index in indices]}
+    items = [Item(key, sample.files) for key, sample in zip(_keys(raw), raw, strict=True)]
+    return mixed(items), ShardIndex(first.folder, first.fields, (), first.classes, side, arguments, provenance)
+
+
+def _foreign(
+    tars: Sequence[Path], conversion: Conversion, keys: _Keys, names: tuple[str, ...] | None
+) -> tuple[list[Item], ShardIndex]:
+    raw = _list_tars(tars, partial(_list_foreign_tar, keys), conversion)
+    where = f"{tars[0].parent}"
+    labels = [sample.label for sample in raw if sample.label is not None]
+    texts = sum(sample.caption is not None for sample in raw)
+    for name, key, number, meaning in (
+        ("label", keys.label, len(labels), "-1, no class"),
+        ("caption", keys.caption, texts, "the empty one"),
+    ):
+        if key is not None and not number:
+            raise ValueError(f"{name}_key={key} is in none of the {len(raw)} samples; {_records(raw)}")
+        if 0 < number < len(raw):
+            _LOG.warning("%d of %d samples have no %s and get %s", len(raw) - number, len(raw), name, meaning)
+    classes = (classes_of(labels, where) if names is None else names) if labels else ()
+    if names is not None and not labels:
+        raise ValueError(f"class_names name {len(names)} classes, and no sample has a label; {_records(raw)}")
+    indices = Labels(classes)
+    items = []
+    for key, sample in zip(_keys(raw), raw, strict=True):
+        try:
+            label = indices.index(sample.label) if classes else None
+        except ValueError as error:
+            raise ValueError(f"{sample.where}: {error}") from error
+        picture = _picture(sample, keys.image, conversion.on_error)
+        items.append(Item(key, picture, label, (sample.caption or "") if texts else None))
+    fields = ("image", *(["label"] if classes else []), *(["text"] if texts else []))
+    arguments = {
+        "writer": "reshard",
+        "source": [str(tar) for tar in tars],
+        "files": listing_digest(Path("/"), map(str, tars)),
+        "label_key": keys.label,
+        "caption_key": keys.caption,
+        "class_names": None if names is None else list(names),
+        **({} if keys.image is None else {"image_key": keys.image}),
+    }
+    return mixed(items), ShardIndex(tars[0].parent, fields, (), classes, None, arguments, {"source": where})
+
+
+def _picture(sample: _Raw, image_key: str | None, on_error: OnError) -> tuple[tuple[str, Span], ...]:
+    """The one picture of a foreign sample, or a file that is none where the sample is to be left out.
+
+    Raises:
+        ValueError: it has no picture, or several.
+    """
+    wanted, called = (IMAGE_EXTENSIONS, "picture") if image_key is None else ((image_key,), f"picture .{image_key}")
+    found = [(name, span) for name, span in sample.files if name in wanted]
+    if len(found) > 1:
+        raise ValueError(
+            f"{sample.where}: it has several pictures ({sample.held}); name the one to take, as image_key={found[0][0]}"
+        )
+    if not found and on_error == "raise":
+        longer = [name for name, _ in sample.files if _ending(name) in IMAGE_EXTENSIONS]
+        remedy = f"give image_key={longer[0]} if all have it, or " if longer else ""
+        raise ValueError(
+            f"{sample.where}: it has no {called} ({sample.held}, named from the first dot on); {remedy}rename "
+            "the files, or pass on_error=skip"
+        )
+    return tuple((_ending(name), span) for name, span in found) or (("", sample.files[0][1]),)
+
+
+def _ending(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _records(raw: Sequence[_Raw]) -> str:
+    """What one of the samples offers for labels and captions, for people."""
+    for sample in raw:
+        files = dict(sample.files)
+        if "json" in files:
+            return f"the .json of {sample.key} has the keys {', '.join(_record(files))}"
+    return f"none has a .json, such as {raw[0].where} ({raw[0].held})" if raw else "there are none"
+
+
+def _record(files: Mapping[str, Span]) -> dict[str, Any]:
+    """The content of a sample's `.json`.
+
+    Raises:
+        ValueError: it is not JSON, or no object.
+    """
+    try:
+        record = json.loads(files["json"].read(Path("/")))
+    except ValueError as error:
+        raise ValueError(f"its .json cannot be read: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f'its .json is {str(record)[:40]!r}, and must have keys with values, such as {{"label": 3}}')
+    return record
+
+
+def _list_tars(tars: Sequence[Path], job: Callable[[int, str], list[_Raw]], conversion: Conversion) -> list[_Raw]:
+    listed: dict[int, list[_Raw]] = {}
+    jobs = [(number, str(tar)) for number, tar in enumerate(tars)]
+    for number, samples in tqdm(
+        run_jobs(job, jobs, worker_processes(conversion.num_workers)), total=len(jobs), desc="list", unit="tar"
+    ):
+        listed[number] = samples
+    return [sample for number in range(len(jobs)) for sample in listed[number]]
+
+
+def _list_tar(_: int, tar: str) -> list[_Raw]:
+    return [_Raw(key, tuple(files)) for key, files in tar_samples(Path("/"), tar)]
+
+
+def _list_foreign_tar(keys: _Keys, number: int, tar: str) -> list[_Raw]:
+    """The samples of a tar, whose files need not lie side by side."""
+    gathered: dict[str, dict[str, Span]] = {}
+    for key, entries in tar_samples(Path("/"), tar):
+        files = gathered.setdefault(key, {})
+        for extension, span in entries:
+            if extension in files:
+                raise ValueError(
+                    f"{tar} has two files {key}.{extension} (upper and lower case are one); pack it again with one of "
+                    "them, or give them different names"
+                )
+            files[extension] = span
+    samples = []
+    for key, files in gathered.items():
+        try:
+            label, caption = _annotations(files, keys)
+        except ValueError as error:
+            raise ValueError(f"{tar}, {key}: {error}") from error
+        samples.append(_Raw(key, tuple(files.items()), label, caption))
+    return samples
+
+
+def _annotations(files: Mapping[str, Span], keys: _Keys) -> tuple[int | str | None, str | None]:
+    """Label and caption of a foreign sample, None where it has none."""
+    record: dict[str, Any] = {}
+    if (keys.label is not None or keys.caption is not None) and "json" in files:
+        record = _record(files)
+    label = caption = None
+    if keys.label is not None:
+        label = _label(record.get(keys.label), f"{keys.label} of its .json")
+    elif "cls" in files:
+        label = _label(files["cls"].read(Path("/")).decode("utf-8-sig").strip(), ".cls")
+    if keys.caption is not None:
+        caption = record.get(keys.caption)
+    elif "txt" in files:
+        caption = files["txt"].read(Path("/")).decode("utf-8-sig")
+    if not isinstance(caption, str | None):
+        raise ValueError(f"its {keys.caption} {caption!r} is no text")
+    return label, caption
+
+
+def _label(value: Any, where: str) -> int | str | None:
+    """A label as a class index or a name; `10.0`, as tables of numbers have it, is 10.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int | str | None) or value == "":
+        raise ValueError(f"{where} is {value!r}, which is no class index or name")
+    whole = re.fullmatch(r"([+-]?[0-9]+)(\.0*)?", value) if isinstance(value, str) else None
+    return value if whole is None else int(whole[1])
+
+
+def _keys(raw: Sequence[_Raw]) -> list[str]:
+    """The samples' keys, with the name of their tar before them where they occur in several."""
+    keys = [sample.key.lstrip("/").replace(".", "_") for sample in raw]
+    if len(set(keys)) != len(keys):
+        tars = [sample.files[0][1].file.removesuffix(".tar") for sample in raw]
+        above = os.path.commonpath([os.path.dirname(tar) for tar in tars])
+        keys = [f"{os.path.relpath(tar, above).replace('.', '_')}/{key}" for tar, key in zip(tars, keys, strict=True)]
+    return [f"file-{key}" if key.startswith("__") else key for key in keys]

@@ -1,0 +1,1 @@
+"""Shard sets that networks write from others: latents and tokens."""

@@ -1,0 +1,121 @@
+"""Image shards -> latent shards, so that autoencoder and teacher run once and not in every epoch.
+
+Shapes in this file: B batch, S image side, (2C, h, w) posterior mean and log-variance of one image, F teacher width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from flextok_pl.contracts import Batch
+from flextok_pl.data.encode.encoded import Views, npy, require_identity, write_encoded
+from flextok_pl.data.shards.index import ShardIndex
+from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, Augmentation
+
+Encode = Callable[[Tensor], Tensor]
+"""(B, 3, S, S) in [-1, 1] -> (B, 2C, h, w), the posterior's mean and log-variance, unscaled."""
+
+Extract = Callable[[Tensor], Tensor]
+"""(B, 3, S, S) in [-1, 1] -> (B, F, h', w'), a teacher's features of patches."""
+
+
+def write_latents(
+    src: str | list[str],
+    dst: Path | str,
+    encode: Encode,
+    *,
+    source_id: Mapping[str, Any],
+    image_size: int = 256,
+    num_views: int = 1,
+    augmentation: Augmentation = DEFAULT_AUGMENTATION,
+    seed: int = 0,
+    batch_size: int = 64,
+    num_workers: int = 2,
+    extract: Extract | None = None,
+    teacher_id: Mapping[str, Any] | None = None,
+    dtype: Literal["float16", "float32"] = "float16",
+    samples_per_shard: int = 4000,
+    overwrite: bool = False,
+) -> ShardIndex:
+    """Encode image shards and write the moments, with label, text and a teacher's features, as latent shards.
+
+    View 0 of an image is its centre crop, the further ones are training augmentations; keys are `<key>_v<view>`. An
+    interrupted run is gone on with when it is repeated.
+
+    Args:
+        src: image shard set(s), as for `ShardDataModule`.
+        dst: folder of the new set.
+        encode: the autoencoder's moments; gets batches on the CPU and may move them.
+        source_id: JSON types that identify the autoencoder (path or id, checksum, scaling); goes into the index, and a
+            set made by another one is not taken for this.
+        image_size: S.
+        num_views: samples per image.
+        augmentation: of views 1, 2, ...
+        seed: of the augmentations.
+        batch_size: images per call of `encode`.
+        num_workers: processes that decode images.
+        extract: REPA's teacher, whose features of the same views are stored, too.
+        teacher_id: JSON types that identify it, with `name` and `sha256`, and decide the features; goes into the index,
+            and sets of different teachers are not read together.
+        dtype: of the stored numbers.
+        samples_per_shard: latents per tar file.
+        overwrite: replace a set that was made with other arguments.
+
+    Returns:
+        The index of the new set.
+
+    Raises:
+        ValueError: an option is out of range, the source holds no images, or what a model gave is unusable.
+    """
+    views = Views(image_size, num_views, augmentation, seed, batch_size, num_workers, samples_per_shard)
+    if dtype not in ("float16", "float32"):
+        raise ValueError(f"dtype={dtype!r} must be 'float16' or 'float32'")
+    if (extract is None) != (teacher_id is None):
+        raise ValueError("extract and teacher_id belong together: give both or none")
+    made_by, fields = {"autoencoder": dict(source_id)}, ["latent"]
+    if teacher_id is not None:
+        require_identity("teacher_id", teacher_id, {"name": str, "sha256": str})
+        made_by["teacher"] = dict(teacher_id)
+        fields.append("teacher_features")
+
+    def files(batch: Batch) -> list[dict[str, bytes]]:
+        images, keys = batch["image"], batch["key"]
+        moments = encode(images)
+        if moments.ndim != 4 or len(moments) != len(keys) or moments.shape[1] % 2:
+            raise ValueError(f"encode gave {tuple(moments.shape)} for {len(keys)} images, expected (B, 2C, h, w)")
+        samples = [{"latent.npy": array} for array in _stored(moments, keys, "moments", dtype)]
+        if extract is not None:
+            features = extract(images)
+            if features.ndim != 4 or len(features) != len(keys):
+                raise ValueError(
+                    f"extract gave {tuple(features.shape)} for {len(keys)} images, expected (B, F, h', w')"
+                )
+            for sample, array in zip(samples, _stored(features, keys, "teacher's features", dtype), strict=True):
+                sample["features.npy"] = array
+        return samples
+
+    return write_encoded(
+        src,
+        dst,
+        files,
+        views,
+        writer="latents",
+        fields=fields,
+        made_by=made_by,
+        options={"dtype": dtype},
+        overwrite=overwrite,
+    )
+
+
+def _stored(tensor: Tensor, keys: Sequence[str], name: str, dtype: str) -> list[bytes]:
+    """The checked numbers of each picture, (B, ...), as the content of a file."""
+    tensor = tensor.to("cpu", getattr(torch, dtype))
+    for key, finite in zip(keys, tensor.isfinite().flatten(1).all(1), strict=True):
+        if not finite:
+            raise ValueError(f"the {name} of {key!r} are not finite in {dtype}; try float32 or another network")
+    return [npy(array) for array in tensor.numpy()]

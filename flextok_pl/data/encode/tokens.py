@@ -1,0 +1,138 @@
+"""Image shards -> token shards, on which a prior trains without the tokenizer.
+
+Shapes in this file: B batch, S image side, K tokens of one image, L text positions, E text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flextok_pl.contracts import Batch
+from flextok_pl.data.encode.encoded import Views, npy, require_identity, write_encoded
+from flextok_pl.data.shards.index import ShardIndex
+from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, Augmentation
+
+Tokenize = Callable[[Tensor], Tensor]
+"""(B, 3, S, S) in [-1, 1] -> (B, K) int64."""
+
+EncodeText = Callable[[list[str]], tuple[Tensor, Tensor]]
+"""B captions -> states (B, L, E) and mask (B, L) bool, True where there is a state and no padding."""
+
+
+def write_tokens(
+    src: str | list[str],
+    dst: Path | str,
+    tokenize: Tokenize,
+    *,
+    tokenizer_id: Mapping[str, Any],
+    image_size: int = 256,
+    num_views: int = 1,
+    augmentation: Augmentation = DEFAULT_AUGMENTATION,
+    seed: int = 0,
+    batch_size: int = 64,
+    num_workers: int = 2,
+    encode_text: EncodeText | None = None,
+    text_encoder_id: Mapping[str, Any] | None = None,
+    samples_per_shard: int = 4000,
+    overwrite: bool = False,
+) -> ShardIndex:
+    """Tokenize image shards and write the tokens, with label and text, as token shards.
+
+    View 0 of an image is its centre crop, the further ones are training augmentations; keys are `<key>_v<view>`. An
+    interrupted run is gone on with when it is repeated.
+
+    Args:
+        src: image shard set(s), as for `ShardDataModule`.
+        dst: folder of the new set.
+        tokenize: the tokenizer; gets batches on the CPU and may move them.
+        tokenizer_id: JSON types that identify the tokenizer, with `sha256`, `vocab_size` and `num_tokens` (K); goes
+            into the index, and sets of different `sha256` are not read together.
+        image_size: S.
+        num_views: samples per image.
+        augmentation: of views 1, 2, ...
+        seed: of the augmentations.
+        batch_size: images per call of `tokenize`.
+        num_workers: processes that decode images.
+        encode_text: the text encoder, for a source with captions; its states are stored as float16.
+        text_encoder_id: JSON types that identify it, with `name`; goes into the index, and sets of different ones are
+            not read together.
+        samples_per_shard: samples per tar file.
+        overwrite: replace a set that was made with other arguments.
+
+    Returns:
+        The index of the new set.
+
+    Raises:
+        ValueError: an option is out of range, the source lacks images or captions, or what a model gave is unusable.
+    """
+    views = Views(image_size, num_views, augmentation, seed, batch_size, num_workers, samples_per_shard)
+    require_identity("tokenizer_id", tokenizer_id, {"sha256": str, "vocab_size": int, "num_tokens": int})
+    vocab_size, num_tokens = tokenizer_id["vocab_size"], tokenizer_id["num_tokens"]
+    made_by = {"tokenizer": dict(tokenizer_id)}
+    fields, needs = ["tokens"], ["image"]
+    if (encode_text is None) != (text_encoder_id is None):
+        raise ValueError("encode_text and text_encoder_id belong together: give both or none")
+    if text_encoder_id is not None:
+        require_identity("text_encoder_id", text_encoder_id, {"name": str})
+        made_by["text_encoder"] = dict(text_encoder_id)
+        fields.append("text_states")
+        needs.append("text")
+
+    def files(batch: Batch) -> list[dict[str, bytes]]:
+        tokens = _tokens(tokenize(batch["image"]), batch["key"], vocab_size, num_tokens)
+        samples = [{"tokens.npy": npy(row)} for row in tokens]
+        if encode_text is not None:
+            for sample, states in zip(samples, _states(*encode_text(batch["text"]), batch["key"]), strict=True):
+                sample["states.npy"] = npy(states)
+        return samples
+
+    return write_encoded(
+        src,
+        dst,
+        files,
+        views,
+        writer="tokens",
+        fields=fields,
+        made_by=made_by,
+        options={},
+        needs=needs,
+        overwrite=overwrite,
+    )
+
+
+def _tokens(tokens: Tensor, keys: Sequence[str], vocab_size: int, num_tokens: int) -> np.ndarray[Any, Any]:
+    """The checked tokens, (B, K), in the smaller type that holds the vocabulary."""
+    if tokens.shape != (len(keys), num_tokens) or tokens.dtype != torch.int64:
+        raise ValueError(
+            f"tokenize gave {tokens.dtype} of shape {tuple(tokens.shape)} for {len(keys)} images, expected int64 of "
+            f"shape (B, K={num_tokens})"
+        )
+    array = tokens.cpu().numpy()
+    for key, row in zip(keys, array, strict=True):
+        if row.min() < 0 or row.max() >= vocab_size:
+            raise ValueError(
+                f"the tokens of {key!r} lie in {row.min()}..{row.max()}, outside 0..{vocab_size - 1}; give the "
+                f"vocab_size of this tokenizer instead of {vocab_size}"
+            )
+    return array.astype(np.uint16 if vocab_size <= 2**16 else np.int32)
+
+
+def _states(states: Tensor, mask: Tensor, keys: Sequence[str]) -> list[np.ndarray[Any, Any]]:
+    """The checked states of each caption without padding, (L_i, E) float16."""
+    if states.ndim != 3 or len(states) != len(keys) or mask.shape != states.shape[:2] or mask.dtype != torch.bool:
+        raise ValueError(
+            f"encode_text gave states {tuple(states.shape)} and a mask {tuple(mask.shape)} of {mask.dtype} for "
+            f"{len(keys)} captions, expected (B, L, E) and (B, L) of torch.bool"
+        )
+    states, mask = states.to("cpu", torch.float16), mask.cpu()
+    kept = [row[chosen] for row, chosen in zip(states, mask, strict=True)]  # B of (L_i, E)
+    for key, rows in zip(keys, kept, strict=True):
+        if not rows.isfinite().all():
+            raise ValueError(f"the text states of {key!r} are not finite in float16; try another text encoder")
+    return [rows.numpy() for rows in kept]

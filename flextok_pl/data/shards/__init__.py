@@ -1,0 +1,1 @@
+"""The format: shard sets on disk, written, found, read, checked and counted."""

@@ -1,0 +1,133 @@
+"""From what a user writes to the shard sets that are meant: folders, patterns, URLs and commands."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import braceexpand
+
+from flextok_pl.contracts import class_difference
+from flextok_pl.data.shards.index import INDEX_NAME, MAKERS, ShardError, ShardIndex
+from flextok_pl.data.shards.listing import matching_paths
+from flextok_pl.data.shards.remote import PIPE, Remote, is_remote, require_plain_names
+
+
+def load_indices(
+    source: str | Path | list[str], cache_dir: str | Path | None = None, labels: bool = True
+) -> list[ShardIndex]:
+    """Load one or several shard sets.
+
+    Args:
+        source: a folder, an `index.json`, a pattern of such as for `matching_paths`, or a list of these. A pattern may
+            also name tar files; then the sets that they lie in are restricted to them. In place of a folder there may
+            be a URL, without `*`, or a command, see `Remote`.
+        cache_dir: where the shards of remote sets stay.
+        labels: whether classes are wanted; without, sets of different ones fit together.
+
+    Returns:
+        One index per set, in the order given.
+
+    Raises:
+        ShardError: nothing matches, a set is unusable, or the sets do not fit together.
+    """
+    entries = source if isinstance(source, list) else [str(source)]
+    indices = [index for entry in entries for index in _of_entry(str(entry), cache_dir)]
+    if not labels:
+        indices = [index.without_labels() for index in indices]
+    for other in indices[1:]:
+        require_same_kind(indices[0], other)
+    return indices
+
+
+def _of_entry(entry: str, cache_dir: str | Path | None) -> list[ShardIndex]:
+    tars: dict[str, set[str]] = {}
+    indices = []
+    for match in _places(entry):
+        if match.endswith(".tar") and not match.startswith(PIPE) and not Path(match).is_dir():
+            folder, _, name = match.rpartition("/")
+            tars.setdefault(folder, set()).add(name)
+        else:
+            indices.append(_load(match, cache_dir))
+    return indices + [_load(folder or ".", cache_dir).restricted(names) for folder, names in tars.items()]
+
+
+def _places(entry: str) -> list[str]:
+    """What an entry stands for, one by one."""
+    if is_remote(entry):
+        return [entry] if entry.startswith(PIPE) else list(braceexpand.braceexpand(entry))
+    try:
+        return [str(path) for path in matching_paths(entry)]
+    except ValueError as error:
+        raise ShardError(
+            f"{entry!r} matches no shard set: {error}. `flextok data` makes one; give the folder that holds its "
+            f"{INDEX_NAME} (often DST/train or DST/val)"
+        ) from None
+
+
+def _load(place: str, cache_dir: str | Path | None) -> ShardIndex:
+    if not is_remote(place):
+        return ShardIndex.load(place)
+    cache = None if cache_dir is None else Path(cache_dir).expanduser()
+    remote = Remote(place.removesuffix(f"/{INDEX_NAME}"), cache)
+    content = remote.read(INDEX_NAME)
+    # A set that was written again gets another folder of the cache.
+    folder = Path(tempfile.gettempdir()) if cache is None else cache / hashlib.sha256(content).hexdigest()[:16]
+    index = ShardIndex.parse(content, folder, remote.locate(INDEX_NAME), remote)
+    require_plain_names(index.shards, remote.locate(INDEX_NAME))
+    return index
+
+
+def require_same_kind(first: ShardIndex, other: ShardIndex) -> None:
+    """Check that two sets can be read together.
+
+    Raises:
+        ShardError: they differ in fields, classes, image size, or in whose latents, features, tokens or text states
+            they hold.
+    """
+    for name in ("fields", "image_size"):
+        if getattr(first, name) != getattr(other, name):
+            raise ShardError(
+                f"{first.where} and {other.where} differ in {name} ({getattr(first, name)} and "
+                f"{getattr(other, name)}); sets read together must be of one kind"
+            )
+    require_same_classes(first, other)
+    require_same_origin(first, other)
+
+
+def require_same_classes(first: ShardIndex, other: ShardIndex) -> None:
+    """Check that two sets mean the same classes by the same numbers, where both have classes.
+
+    Raises:
+        ShardError: they do not; names the classes.
+    """
+    both = "label" in first.fields and "label" in other.fields
+    difference = class_difference(first.classes, other.classes) if both else None
+    if difference is not None:
+        raise ShardError(
+            f"{first.where} and {other.where} differ in classes: {difference}. Write one again with the classes of the "
+            f"other (flextok data folder --classes {first.where}), or set data.labels=false for a model without classes"
+        )
+
+
+def _identity(maker: Mapping[str, Any] | None) -> Any:
+    """What tells a model from others: the checksum of its weights where there is one, and not where they lay."""
+    return None if maker is None else maker.get("sha256", maker)
+
+
+def require_same_origin(first: ShardIndex, other: ShardIndex) -> None:
+    """Check that one model can be trained on both sets.
+
+    Raises:
+        ShardError: they hold latents of different autoencoders, tokens of different tokenizers, and so on.
+    """
+    for field, role in MAKERS.items():
+        one, another = _identity(first.maker(field)), _identity(other.maker(field))
+        if field in first.fields and field in other.fields and one != another:
+            raise ShardError(
+                f"{first.where} and {other.where} hold {field} of different {role.replace('_', ' ')}s ({one} and "
+                f"{another}), and one model cannot read both; write one of them again (flextok data latents or tokens)"
+            )

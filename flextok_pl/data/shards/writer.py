@@ -1,0 +1,270 @@
+"""Writing shard sets: atomic, parallel, repeatable.
+
+A shard appears under its final name only when it is complete and on disk, and `index.json` comes last. While a set is
+being written its folder holds `index.json.partial` with the writer's arguments; what an interrupted run left is then
+known to be ours, and the next one goes on from it where the arguments are the same, or else replaces it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import tarfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from tqdm import tqdm
+from webdataset.writer import TarWriter
+
+from flextok_pl.data.shards.index import INDEX_NAME, ShardError, ShardIndex, ShardInfo, is_utf8
+from flextok_pl.data.shards.listing import files_in_tar, grouped
+from flextok_pl.files import whole_file
+
+PARTIAL_NAME = f"{INDEX_NAME}.partial"
+
+ItemT = TypeVar("ItemT")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample as it lies in a shard.
+
+    Args:
+        key: unique in the set, without a dot (WebDataset ends the key at the first one).
+        files: content by extension, such as `png`, `cls`, `txt`, `latent.npy`.
+    """
+
+    key: str
+    files: Mapping[str, bytes]
+
+
+def shard_name(number: int) -> str:
+    """File name of the shard with this number."""
+    return f"shard-{number:06d}.tar"
+
+
+def write_shard(path: Path, samples: Iterable[Sample]) -> ShardInfo:
+    """Write one tar file atomically; equal samples give equal bytes.
+
+    Args:
+        path: final name of the shard.
+        samples: its content, in order.
+
+    Returns:
+        Name, sample count, size and checksum.
+
+    Raises:
+        ShardError: a key that WebDataset cannot read back.
+        OSError: the disk is full, or writing failed otherwise; nothing stays behind.
+    """
+    with whole_file(path) as temporary:
+        with temporary.open("wb") as file, TarWriter(file, "", "", 0o644, encoder=False, mtime=0) as tar:
+            for sample in samples:
+                _check_key(sample.key)
+                tar.write({"__key__": sample.key, **sample.files})
+        shard = _shard_info(temporary, path.name)
+    return shard
+
+
+def _shard_info(path: Path, name: str) -> ShardInfo:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        count = sum(1 for _ in grouped(files_in_tar(file)))
+    return ShardInfo(name=name, count=count, bytes=path.stat().st_size, sha256=digest)
+
+
+def _check_key(key: str) -> None:
+    if not key or "." in key or key.startswith(("__", "/")) or not is_utf8(key):
+        raise ShardError(f"sample key {key!r} must be UTF-8, not empty, without a dot, and not start with '__' or '/'")
+
+
+def write_index(index: ShardIndex) -> None:
+    """Write `index.json` atomically, which makes the folder a finished shard set."""
+    with whole_file(index.folder / INDEX_NAME) as temporary:
+        temporary.write_text(index.to_json(), encoding="utf-8")
+    (index.folder / PARTIAL_NAME).unlink(missing_ok=True)
+
+
+def start_set(folder: Path, arguments: Mapping[str, Any], overwrite: bool) -> ShardIndex | None:
+    """Make a folder ready for a new shard set, or find that the set is there.
+
+    The shards of an interrupted run with equal arguments are kept, for `complete_shard`.
+
+    Args:
+        folder: where the set goes.
+        arguments: what decides its content, as JSON types.
+        overwrite: replace a finished set.
+
+    Returns:
+        The index of the finished and intact set that equal arguments made before, else None: write now.
+
+    Raises:
+        ShardError: the folder holds another set, a damaged one, or foreign files.
+    """
+    finished = (folder / INDEX_NAME).exists()
+    if finished and not overwrite:
+        index = ShardIndex.load(folder)
+        if json.loads(json.dumps(dict(arguments))) != index.arguments:
+            raise ShardError(
+                f"{folder} holds a shard set made with other arguments: {dict(index.arguments)} instead of "
+                f"{dict(arguments)}; choose another folder, or pass overwrite=true to replace it"
+            )
+        index.verify()
+        return index
+    folder.mkdir(parents=True, exist_ok=True)
+    ours = finished or (folder / PARTIAL_NAME).exists()
+    leftovers = list(folder.iterdir())
+    foreign = [p for p in leftovers if not (ours and _is_ours(p.name))]
+    if foreign:
+        raise ShardError(
+            f"{folder} holds files that are no part of a shard set, such as {foreign[0].name}; choose an empty folder"
+        )
+    partial, text = folder / PARTIAL_NAME, json.dumps(dict(arguments), sort_keys=True)
+    if not finished and partial.exists() and partial.read_text(encoding="utf-8") == text:
+        return None
+    partial.write_text("", encoding="utf-8")  # ours, and of no arguments until nothing of another run is left
+    (folder / INDEX_NAME).unlink(missing_ok=True)  # before its shards go
+    for path in leftovers:
+        if path.name not in (PARTIAL_NAME, INDEX_NAME):
+            path.unlink()
+    partial.write_text(text, encoding="utf-8")
+    return None
+
+
+def shard_sizes(total: int, samples_per_shard: int) -> list[int]:
+    """Samples of each shard: as few shards as that allows, alike but for one sample, the larger ones first.
+
+    Raises:
+        ValueError: `samples_per_shard` is out of range.
+    """
+    if samples_per_shard < 1:
+        raise ValueError(f"samples_per_shard={samples_per_shard} must be at least 1")
+    number = -(-total // samples_per_shard)
+    return [(total + number - 1 - i) // number for i in range(number)]
+
+
+def complete_shard(path: Path) -> ShardInfo | None:
+    """What `write_shard` returned for a shard that an interrupted run has left complete, else None: write it.
+
+    That the shard has its final name says that it was complete; whether it is still a tar file is seen here.
+    """
+    try:
+        return _shard_info(path, path.name)
+    except (FileNotFoundError, tarfile.TarError):
+        return None
+
+
+def _is_ours(name: str) -> bool:
+    plain = name.removeprefix(".").removesuffix(".tmp").removesuffix(".partial")  # `.tmp` in releases before 0.2
+    return plain == INDEX_NAME or (plain.startswith("shard-") and plain.endswith(".tar"))
+
+
+class _ShardJob(Generic[ItemT]):
+    """Writes the shard of some items, unless it is there; a plain class so that it can go to a worker process."""
+
+    def __init__(self, folder: Path, make: Callable[[Sequence[ItemT]], Iterable[Sample]], leaves_out: bool) -> None:
+        self.folder, self.make, self.leaves_out = folder, make, leaves_out
+
+    def __call__(self, number: int, items: Sequence[ItemT]) -> ShardInfo:
+        path = self.folder / shard_name(number)
+        complete = complete_shard(path)
+        if complete is not None and (self.leaves_out or complete.count == len(items)):
+            return complete
+        return write_shard(path, self.make(items))
+
+
+def write_shards(
+    folder: Path,
+    items: Sequence[ItemT],
+    make: Callable[[Sequence[ItemT]], Iterable[Sample]],
+    *,
+    leaves_out: bool = False,
+    samples_per_shard: int = 1000,
+    num_workers: int = 0,
+    description: str = "shards",
+) -> list[ShardInfo]:
+    """Write items as shards, several shards at a time; shards that an interrupted run left complete are kept.
+
+    Args:
+        folder: prepared by `start_set`.
+        items: what to write, in order.
+        make: items of one shard -> their samples; picklable where there are workers.
+        leaves_out: whether it may leave out some, so that a complete shard can hold fewer samples than items.
+        samples_per_shard: most items of a shard; the shards are alike in size, see `shard_sizes`.
+        num_workers: processes; 0 writes in this one.
+        description: text of the progress bar.
+
+    Returns:
+        The shards in order, without empty ones. The set is finished by `write_index`.
+    """
+    stops = [0, *accumulate(shard_sizes(len(items), samples_per_shard))]
+    chunks = [items[start:stop] for start, stop in pairwise(stops)]
+    job = _ShardJob(folder, make, leaves_out)
+    with tqdm(total=len(items), desc=description, unit="sample") as bar:
+        shards: dict[int, ShardInfo] = {}
+        for number, shard in run_jobs(job, list(enumerate(chunks)), num_workers):
+            shards[number] = shard
+            bar.update(len(chunks[number]))
+    for shard in shards.values():
+        if not shard.count:
+            (folder / shard.name).unlink()
+    return [shards[number] for number in range(len(chunks)) if shards[number].count]
+
+
+def run_jobs(
+    job: Callable[..., Any], arguments: Sequence[tuple[int, Any]], num_workers: int
+) -> Iterator[tuple[int, Any]]:
+    """Run `job(number, argument)` for each pair, in this process or in several; yields (number, result) as they end.
+
+    Raises:
+        ValueError: `num_workers` is out of range.
+        OSError: a worker was killed.
+    """
+    if num_workers < 0:
+        raise ValueError(f"num_workers={num_workers} must be 0 (this process) or more")
+    if num_workers == 0:
+        for number, argument in arguments:
+            yield number, job(number, argument)
+        return
+    # Forking is immediate, and safe here: the jobs use neither torch nor an accelerator.
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    context = multiprocessing.get_context(method)
+    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_end_with_parent) as pool:
+        futures: dict[Future[Any], int] = {pool.submit(job, n, argument): n for n, argument in arguments}
+        try:
+            for future in as_completed(futures):
+                yield futures.pop(future), future.result()
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "a worker process was killed, perhaps for want of memory; give a smaller num_workers (what is complete "
+                "is kept)"
+            ) from error
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _end_with_parent() -> None:
+    """Let this worker die with its parent: an orphan would write the same files as the run that goes on."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def worker_processes(num_workers: int | None) -> int:
+    """Processes for `run_jobs`: None is one per core, and one is none besides this one."""
+    wanted = os.cpu_count() or 1 if num_workers is None else num_workers
+    return 0 if wanted == 1 else wanted

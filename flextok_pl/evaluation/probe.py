@@ -1,0 +1,98 @@
+"""A classifier for the classes of any shard set: a linear probe on an extractor's features, fitted once and kept.
+
+It learns from real images and from their reconstructions. From real ones alone it would take the decoder's look, which
+all generated images share, for the mark of some class.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from flextok_pl.contracts import class_difference
+from flextok_pl.data import ShardDataModule
+from flextok_pl.evaluation.statistics_cache import keep, load_kept
+from flextok_pl.metrics.classifier import LinearProbe
+from flextok_pl.metrics.distributed import all_agree, gather_rows, rank
+from flextok_pl.metrics.features import FeatureExtractor
+from flextok_pl.metrics.images import to_uint8
+from flextok_pl.metrics.keys import key_hash
+from flextok_pl.progress import announced
+
+VERSION = 2
+"""Of what a kept probe was fitted to; a new one where that changes for the same key."""
+
+NONE = torch.zeros(0, dtype=torch.int64)
+
+
+def probe_data(source: str, image_size: int, classes: Sequence[str] = ()) -> ShardDataModule:
+    """The images that a probe is fitted to, as the test set; see `fitted_probe`.
+
+    Raises:
+        ValueError: the set is missing, or has no images, no classes or others.
+    """
+    data = ShardDataModule(test=source, image_size=image_size, eval_batch_size=64, num_workers=0)
+    index = data.shard_set("test").indices[0]
+    if "image" not in index.fields or not index.classes:
+        raise ValueError(
+            f"classifier_data={source!r} holds {list(index.fields)} and {len(index.classes)} classes: a probe needs "
+            "images with classes"
+        )
+    difference = class_difference(classes, index.classes) if classes else None
+    if difference is not None:
+        raise ValueError(
+            f"classifier_data={source!r} and the prior differ in classes: {difference}; give pictures of the prior's "
+            "classes (flextok data folder --classes)"
+        )
+    return data
+
+
+def fitted_probe(
+    source: str,
+    image_size: int,
+    extractor: FeatureExtractor,
+    reconstruct: Callable[[Tensor, list[str]], Tensor],
+    made_by: Sequence[object],
+    cache_dir: Path | None,
+    classes: Sequence[str] = (),
+) -> LinearProbe:
+    """Fit a probe, or take the one that was fitted to the same images before. All processes must call it.
+
+    Args:
+        source: image shard set with classes.
+        image_size: side in pixels at which the images are looked at.
+        extractor: of the features.
+        reconstruct: (B, 3, H, W) in [-1, 1] and keys -> the images' reconstructions.
+        made_by: JSON types that identify `reconstruct`.
+        cache_dir: where probes are kept; None for nowhere.
+        classes: names by number of the classes to tell apart; empty where they are not known.
+
+    Raises:
+        ValueError: the set is missing, or has no images, no classes or others.
+    """
+    data = probe_data(source, image_size, classes)
+    key = [VERSION, data.data_hash("test"), extractor.name, extractor.weights_hash, extractor.resize, *made_by]
+    name = f"probe_{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.pt"
+    file = None if cache_dir is None else cache_dir / name
+    device = extractor.device
+    if file is not None and all_agree(file.is_file(), device):
+        return load_kept(file, LinearProbe.from_state_dict)
+    features, labels, ids = [torch.zeros(0, extractor.dim)], [NONE], [NONE]
+    for batch in tqdm(data.test_dataloader(), desc="features for the classifier", unit="batch", leave=False):
+        for images in (batch["image"], reconstruct(batch["image"], batch["key"])):
+            features.append(extractor(to_uint8(images)).cpu())
+            labels.append(batch["label"])
+            ids.append(torch.tensor([key_hash(key) for key in batch["key"]]))
+    of_all = [gather_rows(torch.cat(parts), device) for parts in (features, labels, ids)]  # each process has a share
+    order = of_all[2].argsort(stable=True)  # an image, then its reconstruction
+    with announced("fitting the classifier to the features"):
+        probe = LinearProbe.fit(of_all[0][order], of_all[1][order], len(data.classes), extractor.name)
+    if file is not None and rank() == 0:
+        keep(file, probe.state_dict())
+    return probe

@@ -1,0 +1,133 @@
+"""Results on the terminal and on disk. A record is one number with the protocol that made it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from flextok_pl.files import write_file
+
+Record = dict[str, Any]
+"""At least `metric`, `value`, `num_samples`, `num_tokens` of a token budget, and the protocol."""
+
+
+def make_records(
+    values: Mapping[int, Mapping[str, float]], protocol: Mapping[str, Any], extra: Mapping[str, Mapping[str, Any]]
+) -> list[Record]:
+    """One record per budget and metric.
+
+    Args:
+        values: budget -> metric -> value.
+        protocol: what all of them have in common.
+        extra: metric -> what only this metric's records say.
+    """
+    return [
+        {"metric": metric, "value": value, "num_tokens": budget, **protocol, **extra.get(metric, {})}
+        for budget, metrics in values.items()
+        for metric, value in metrics.items()
+    ]
+
+
+def format_table(values: Mapping[int, Mapping[str, float]], notes: Sequence[str] = ()) -> str:
+    """A plain-text table: one line per budget, one column per metric, then the notes."""
+    metrics = list(next(iter(values.values())))
+    rows = [["tokens", *metrics]]
+    rows += [[str(budget), *(format_value(result[metric]) for metric in metrics)] for budget, result in values.items()]
+    return "\n".join([format_columns(rows), *notes])
+
+
+def format_columns(rows: Sequence[Sequence[str]]) -> str:
+    """Lines of right-aligned columns, the first under a rule."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a file that `write_json` wrote.
+
+    Raises:
+        ValueError: it is missing, or holds something else.
+    """
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as records: {error}") from error
+    if not isinstance(records, list) or not all(isinstance(r, dict) and {"metric", "value"} <= set(r) for r in records):
+        raise ValueError(f"{path} holds no list of records with metric and value, as an evaluation writes them")
+    return records
+
+
+def protocol_differences(first: Record, second: Record) -> dict[str, tuple[Any, Any]]:
+    """What two records of a metric state differently beside the value, by dotted name; what one lacks is None there."""
+    one, two = _flat(first), _flat(second)
+    names = [name for name in dict.fromkeys([*one, *two]) if name != "value"]
+    return {name: (one.get(name), two.get(name)) for name in names if one.get(name) != two.get(name)}
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in record.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def write_json(records: Sequence[Record], path: Path) -> None:
+    """Write a list of records; a value that is not a finite number raises ValueError."""
+    write_file(path, json.dumps(list(records), indent=1, allow_nan=False).encode() + b"\n")
+
+
+def write_csv(values: Mapping[int, Mapping[str, float]], num_samples: int, path: Path) -> None:
+    """Write one line per budget: `num_tokens`, `num_samples`, then the metrics."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    metrics = list(next(iter(values.values())))
+    writer.writerow(["num_tokens", "num_samples", *metrics])
+    writer.writerows([budget, num_samples, *(result[m] for m in metrics)] for budget, result in values.items())
+    write_file(path, text.getvalue().encode())
+
+
+def draw_budgets(values: Mapping[int, Mapping[str, float]]) -> tuple[Figure, dict[str, Axes]]:
+    """Draw each metric against the token budget on a log-2 axis, one panel each; returns the panels by metric."""
+    metrics = list(next(iter(values.values())))
+    budgets = list(values)
+    columns = min(4, len(metrics))
+    rows = math.ceil(len(metrics) / columns)
+    figure = Figure(figsize=(3.2 * columns, 2.6 * rows + 0.4), layout="constrained")
+    panels = {metric: figure.add_subplot(rows, columns, index + 1) for index, metric in enumerate(metrics)}
+    for metric, axes in panels.items():
+        axes.plot(budgets, [values[budget][metric] for budget in budgets], marker="o", markersize=4)
+        axes.set_xscale("log", base=2)
+        if len(budgets) <= 10:
+            axes.set_xticks(budgets, [str(budget) for budget in budgets])
+            axes.minorticks_off()
+        axes.set_title(metric, fontsize=9)
+        axes.set_xlabel("tokens", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+    return figure, panels
+
+
+def plot_budgets(values: Mapping[int, Mapping[str, float]], title: str, path: Path) -> None:
+    """Write what `draw_budgets` draws as PNG."""
+    figure, _ = draw_budgets(values)
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=10)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_file(path, buffer.getvalue())
+
+
+def format_value(value: float) -> str:
+    """Four digits."""
+    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e3 else f"{value:.4g}"

@@ -1,0 +1,45 @@
+"""Tables, files and plots of results."""
+
+import json
+
+import pytest
+
+from flextok_pl.evaluation.report import format_table, make_records, plot_budgets, write_csv, write_json
+
+VALUES = {1: {"fd": 1234.5, "mse": 0.5}, 16: {"fd": 9.87654, "mse": 0.00012}}
+
+
+def test_records_carry_the_protocol():
+    records = make_records(VALUES, {"seed": 3}, {"fd": {"full_rank": True}})
+    assert len(records) == 4
+    assert records[0] == {"metric": "fd", "value": 1234.5, "num_tokens": 1, "seed": 3, "full_rank": True}
+    assert records[3] == {"metric": "mse", "value": 0.00012, "num_tokens": 16, "seed": 3}
+
+
+def test_table():
+    lines = format_table(VALUES, ["a note"]).splitlines()
+    assert [line.split() for line in (lines[0], *lines[2:4])] == [
+        ["tokens", "fd", "mse"],
+        ["1", "1234", "0.5000"],
+        ["16", "9.8765", "0.00012"],
+    ]
+    assert len({len(line) for line in lines[:4]}) == 1 and lines[4] == "a note"
+
+
+def test_files(tmp_path):
+    write_json(make_records(VALUES, {}, {}), tmp_path / "new/rfid.json")
+    assert len(json.loads((tmp_path / "new/rfid.json").read_text())) == 4
+    write_csv(VALUES, 7, tmp_path / "rfid.csv")
+    assert (
+        tmp_path / "rfid.csv"
+    ).read_text() == "num_tokens,num_samples,fd,mse\n1,7,1234.5,0.5\n16,7,9.87654,0.00012\n"
+    plot_budgets(VALUES, "title", tmp_path / "rfid.png")
+    assert (tmp_path / "rfid.png").stat().st_size > 5000
+
+
+def test_what_is_not_a_number_is_not_written(tmp_path):
+    write_json([{"value": 1.0}], tmp_path / "rfid.json")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json([{"value": float("nan")}], tmp_path / "rfid.json")
+    assert json.loads((tmp_path / "rfid.json").read_text()) == [{"value": 1.0}]
+    assert [file.name for file in tmp_path.iterdir()] == ["rfid.json"]
