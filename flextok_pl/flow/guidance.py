@@ -65,10 +65,8 @@ def guided_field(
         scale: strength; 1 is no guidance.
 
     Raises:
-        ValueError: the kind is unknown, or, when the field is asked, the scale is NaN or infinite.
+        ValueError: when the field is asked, the scale is NaN or infinite.
     """
-    if kind not in GUIDANCE_KINDS:
-        raise ValueError(f"guidance={kind!r} is unknown; use one of {GUIDANCE_KINDS}")
     if kind == "none" or scale == 1.0:
         return conditional
     combine = AdaptiveProjectedGuidance() if kind == "apg" else classifier_free_guidance

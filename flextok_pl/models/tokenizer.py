@@ -15,8 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from flextok_pl.config import FlexTokConfig
 from flextok_pl.contracts import GuidanceScale, is_whole, weights_hash
-from flextok_pl.flow.guidance import guided_field
-from flextok_pl.flow.integrate import integrate
+from flextok_pl.flow.decoding import Decoding
 from flextok_pl.models.adaptive import Quality, searched_budgets
 from flextok_pl.models.arguments import (
     as_budgets,
@@ -313,24 +312,8 @@ class FlexTok(nn.Module):
         solver: str = "euler",
     ) -> Tensor:
         """`detokenize` without the VAE: the scaled latents, (B, C, h, w)."""
-        require_float32(self.decoder.patch_posemb.dtype, "tokenizer")
-        codes, kept = self._codes_and_budgets(tokens, num_tokens)
-        x = self._noise(len(codes), generator, noise, latent_size)
-        if self.config.objective == "mse":
-            x, num_steps, guidance_scale = torch.zeros_like(x), 1, 1.0
-        null = torch.ones(len(codes), dtype=torch.bool, device=x.device)
-        field = guided_field(
-            lambda x, t: self.decoder(x, x.new_full((len(x),), t), codes, kept).velocity,
-            lambda x, t: self.decoder(x, x.new_full((len(x),), t), codes[:, :0], null=null).velocity,
-            guidance,
-            guidance_scale,
-        )
-        if len(codes) == 0:
-            return x
-        with full_precision(self.device):
-            latents = integrate(field, x, num_steps, solver)
-        check_finite(latents, "the decoded latents", DIVERGED)
-        return latents
+        decoding = Decoding(num_steps, guidance, guidance_scale, solver)
+        return self._sample(tokens, num_tokens, decoding, generator, noise, latent_size)
 
     @torch.no_grad()
     def detokenize(
@@ -370,13 +353,38 @@ class FlexTok(nn.Module):
             ValueError: an argument does not fit the model.
         """
         vae = self.require_vae()
-        latents = self.sample_latents(
-            tokens, num_tokens, num_steps, guidance, guidance_scale, generator, noise, latent_size, solver
-        )
+        decoding = Decoding(num_steps, guidance, guidance_scale, solver)
+        latents = self._sample(tokens, num_tokens, decoding, generator, noise, latent_size)
         with full_precision(self.device):
             images = vae.decode(latents)
         check_finite(images, "the decoded images", DIVERGED)
         return images
+
+    def _sample(
+        self,
+        tokens: Tensor | Sequence[Tensor],
+        num_tokens: int | Tensor | None,
+        decoding: Decoding,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        noise: Tensor | None,
+        latent_size: tuple[int, int] | None,
+    ) -> Tensor:
+        require_float32(self.decoder.patch_posemb.dtype, "tokenizer")
+        codes, kept = self._codes_and_budgets(tokens, num_tokens)
+        x = self._noise(len(codes), generator, noise, latent_size)
+        if self.config.objective == "mse":
+            x = torch.zeros_like(x)
+        if len(codes) == 0:
+            return x
+        null = torch.ones(len(codes), dtype=torch.bool, device=x.device)
+        with full_precision(self.device):
+            latents = decoding.under(self.config.objective).sample(
+                lambda x, t: self.decoder(x, x.new_full((len(x),), t), codes, kept).velocity,
+                lambda x, t: self.decoder(x, x.new_full((len(x),), t), codes[:, :0], null=null).velocity,
+                x,
+            )
+        check_finite(latents, "the decoded latents", DIVERGED)
+        return latents
 
     def _codes_and_budgets(
         self, tokens: Tensor | Sequence[Tensor], num_tokens: int | Tensor | None

@@ -1,10 +1,12 @@
 """Rectified flow, solvers, guidance and budget laws."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
+from flextok_pl.flow.decoding import Decoding
 from flextok_pl.flow.guidance import AdaptiveProjectedGuidance, classifier_free_guidance
 from flextok_pl.flow.integrate import integrate
 from flextok_pl.flow.nested_dropout import sample_num_tokens
@@ -40,11 +42,20 @@ def test_order_of_the_solvers(solver: str, order: int) -> None:
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.05)
 
 
-def test_solver_options() -> None:
-    with pytest.raises(ValueError, match="num_steps=0"):
-        integrate(lambda x, t: x, torch.zeros(1, 1, 1, 1), 0)
-    with pytest.raises(ValueError, match="midpoint"):
-        integrate(lambda x, t: x, torch.zeros(1, 1, 1, 1), 1, "midpoint")
+@pytest.mark.parametrize("wrong", [{"num_steps": 0}, {"num_steps": 2.5}, {"guidance": "cgf"}, {"solver": "midpoint"}])
+def test_decoding_options(wrong: dict[str, Any]) -> None:
+    (name, value), *_ = wrong.items()
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
+        Decoding(**wrong)
+
+
+def test_what_is_known_of_a_decoding() -> None:
+    decoding = Decoding(num_steps=5, guidance="cfg", guidance_scale=2.0)
+    options = {"num_steps": 5, "guidance": "cfg", "guidance_scale": 2.0}
+    assert decoding.arguments == options and decoding.facts == options | {"solver": "euler"}
+    assert Decoding(solver="heun").arguments["solver"] == "heun"
+    assert decoding.under("flow") is decoding
+    assert decoding.under("mse") == Decoding(1, "none", 1.0)
 
 
 def test_classifier_free_guidance() -> None:
