@@ -1,9 +1,9 @@
 """How many tokens `tokenize(images, quality=...)` saves against one budget for all pictures.
 
-The demo tokenizer on its held-out pictures. For several targets: the mean number of tokens that the search, and a
-predictor fitted to training pictures, use; the mean error that they reach, and the share of pictures that meet the
-target; and the fixed budgets that have the same mean error, interpolated between whole budgets, and the smallest one
-that lets as many pictures meet the target, K where none does. Draws the pictures that need fewest and most.
+The demo tokenizer on its held-out pictures. For several targets: the mean number of tokens that the search uses, the
+mean error that it reaches, and the share of pictures that meet the target; and the fixed budgets that have the same
+mean error, interpolated between whole budgets, and the smallest one that lets as many pictures meet the target, K where
+none does. Draws the pictures that need fewest and most.
 
     make data && python benchmarks/adaptive_budget.py --json benchmarks/results/adaptive_budget_cpu.json
 """
@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from report import write_results
 
-from flextok_pl import DEMO_TOKENIZER, BudgetPredictor, FlexTok, Quality, ShardDataModule
-from flextok_pl.metrics.images import pairs_grid, save_png, to_uint8
+from flextok_pl import DEMO_TOKENIZER, FlexTok, Quality, ShardDataModule
+from flextok_pl.evaluation.pictures import pairs_grid, save_png
+from flextok_pl.metrics.images import to_uint8
 from flextok_pl.models.adaptive import squared_error
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -25,24 +26,17 @@ parser.add_argument("--num-steps", type=int, default=12)
 parser.add_argument(
     "--fixed", nargs="+", type=int, default=[4, 8, 16, 24, 32], help="budgets whose mean errors are targets"
 )
-parser.add_argument("--learn-from", type=int, default=500, help="training pictures of the predictor")
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 parser.add_argument("--picture", default=None, help="PNG to draw for the middle target")
 parser.add_argument("--json", default=None, help="file to write the results to")
-
-
-def pictures(options: argparse.Namespace, part: str, count: int | None) -> torch.Tensor:
-    data = ShardDataModule(
-        val=f"{options.data}/{part}", image_size=64, eval_batch_size=96, val_limit=count, num_workers=0
-    )
-    return torch.cat([batch["image"] for batch in data.val_dataloader()]).to(options.device)
 
 
 def main() -> None:
     options = parser.parse_args()
     tok = FlexTok.from_pretrained(DEMO_TOKENIZER, device=options.device)
     decoding = {"num_steps": options.num_steps, "guidance": "none", "guidance_scale": 1.0}
-    images, known = pictures(options, "val", None), pictures(options, "train", options.learn_from)
+    data = ShardDataModule(val=f"{options.data}/val", image_size=64, eval_batch_size=96, num_workers=0)
+    images = torch.cat([batch["image"] for batch in data.val_dataloader()]).to(options.device)
 
     def decode(tokens: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
         return tok.detokenize(tokens, **decoding, generator=[torch.Generator().manual_seed(0) for _ in tokens])
@@ -51,7 +45,6 @@ def main() -> None:
         return squared_error(images, decode(tokens)).cpu()  # (N,)
 
     whole = tok.tokenize(images)
-    known_codes = tok.quantizer.tokens_to_codes(tok.tokenize(known))
     grid = sorted({*range(1, 17), *range(16, tok.num_registers + 1, 4)})
     at = {budget: errors(whole[:, :budget]) for budget in grid}
     fixed = {budget: each.mean().item() for budget, each in at.items()}
@@ -76,17 +69,9 @@ def main() -> None:
     results = {}
     for budget in options.fixed:
         target = fixed[budget]
-        quality = Quality(target, **decoding)
-        searched = tok.tokenize(images, quality=quality)
-        learned = torch.tensor([len(row) for row in tok.tokenize(known, quality=quality)])
-        predictor = BudgetPredictor.fit(known_codes, learned)
-        predicted = tok.tokenize(images, quality=Quality(target, **decoding, predictor=predictor))
+        searched = tok.tokenize(images, quality=Quality(target, **decoding))
         needed = torch.tensor([len(row) for row in searched])
-        results[f"target of {budget} tokens"] = {
-            "target": target,
-            "searched": compared(searched, target),
-            "predicted": compared(predicted, target),
-        }
+        results[f"target of {budget} tokens"] = {"target": target, "searched": compared(searched, target)}
         print(budget, results[f"target of {budget} tokens"], flush=True)
         if options.picture and budget == options.fixed[len(options.fixed) // 2]:
             order = needed.argsort(stable=True)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from flextok_pl.callbacks import GenerationFID, ReconstructionFID
     from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig
     from flextok_pl.data import ShardDataModule
-    from flextok_pl.models.adaptive import BudgetPredictor, Quality
+    from flextok_pl.models.adaptive import Quality
     from flextok_pl.models.prior import Prior
     from flextok_pl.models.tokenizer import FlexTok
     from flextok_pl.models.vae import VAE
@@ -22,7 +22,6 @@ __all__ = [
     "DEMO_TOKENIZER",
     "DEMO_VAE",
     "VAE",
-    "BudgetPredictor",
     "FlexTok",
     "FlexTokConfig",
     "GenerationFID",
@@ -42,7 +41,6 @@ _HOMES = {
     "DEMO_TOKENIZER": "flextok_pl.assets",
     "DEMO_VAE": "flextok_pl.assets",
     "VAE": "flextok_pl.models.vae",
-    "BudgetPredictor": "flextok_pl.models.adaptive",
     "FlexTok": "flextok_pl.models.tokenizer",
     "FlexTokConfig": "flextok_pl.config",
     "GenerationFID": "flextok_pl.callbacks",

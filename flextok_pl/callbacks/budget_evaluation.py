@@ -32,16 +32,16 @@ from flextok_pl.callbacks.evaluation import (
 )
 from flextok_pl.callbacks.some_validations import SomeValidations
 from flextok_pl.contracts import default_budgets, run_folder
+from flextok_pl.distributed import all_agree, gather_rows
+from flextok_pl.evaluation.pictures import save_png
 from flextok_pl.evaluation.reconstruction import check_each_sample_once
 from flextok_pl.evaluation.report import format_table, make_records, plot_budgets, write_csv, write_json
 from flextok_pl.evaluation.running import Pass, StatisticsT, chosen_rows
 from flextok_pl.evaluation.statistics_cache import StatisticsCache
 from flextok_pl.evaluation.unfinished import Unfinished
-from flextok_pl.metrics.distributed import all_agree, gather_rows
+from flextok_pl.keys import choose_fraction
 from flextok_pl.metrics.feature_set import POOL_SIZE, FeatureSet
 from flextok_pl.metrics.features import FeatureExtractor, build_extractor, check_extractor
-from flextok_pl.metrics.images import save_png
-from flextok_pl.metrics.keys import choose_fraction
 from flextok_pl.precision import MEASURED_IN
 from flextok_pl.progress import announced
 

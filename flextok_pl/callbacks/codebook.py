@@ -24,10 +24,10 @@ from flextok_pl.callbacks.evaluation import (
 )
 from flextok_pl.callbacks.some_validations import SomeValidations
 from flextok_pl.contracts import run_folder
+from flextok_pl.distributed import gather_rows
+from flextok_pl.evaluation.pictures import figure_to_image, save_png
 from flextok_pl.evaluation.report import write_json
 from flextok_pl.metrics.codes import class_information, codebook_use, distinct_tokens, perplexity, position_entropy
-from flextok_pl.metrics.distributed import gather_rows
-from flextok_pl.metrics.images import figure_to_image, save_png
 from flextok_pl.precision import MEASURED_IN
 
 

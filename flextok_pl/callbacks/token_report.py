@@ -15,8 +15,8 @@ from torch import Tensor
 from flextok_pl.callbacks.charts import write_charts
 from flextok_pl.callbacks.evaluation import log_evaluation
 from flextok_pl.contracts import default_budgets
-from flextok_pl.metrics.distributed import all_reduce_sum
-from flextok_pl.metrics.images import figure_to_image
+from flextok_pl.distributed import all_reduce_sum
+from flextok_pl.evaluation.pictures import figure_to_image
 from flextok_pl.precision import accumulation_dtype
 from flextok_pl.runtime.fit_loop import step_ends
 

@@ -14,7 +14,7 @@ from flextok_pl.cli.commands import COMMANDS
 from flextok_pl.cli.tool import call, parsed, tool_parser
 from flextok_pl.cli.tools import checked_budgets, default_device
 from flextok_pl.data.conditions import class_index
-from flextok_pl.metrics.images import generation_grid, save_png
+from flextok_pl.evaluation.pictures import generation_grid, save_png
 from flextok_pl.modules.prior_base import PriorBase
 from flextok_pl.modules.saved_prior import SavedPrior
 

@@ -15,7 +15,7 @@ from flextok_pl.contracts import default_budgets, weights_hash
 from flextok_pl.data import Augmentation, ShardIndex, write_latents, write_tokens
 from flextok_pl.data.pictures import read_picture
 from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, center_crop, to_tensor
-from flextok_pl.metrics.images import reconstruction_grid, save_png
+from flextok_pl.evaluation.pictures import reconstruction_grid, save_png
 from flextok_pl.models.teacher import Teacher, resized_map
 from flextok_pl.models.text import TextEncoder
 from flextok_pl.models.tokenizer import FlexTok

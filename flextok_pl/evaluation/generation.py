@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flextok_pl.distributed import gather_objects
 from flextok_pl.evaluation.budget_statistics import BudgetStatistics
 from flextok_pl.metrics.classifier import Classifier, LinearProbe
 from flextok_pl.metrics.clip_score import CLIPScore
-from flextok_pl.metrics.distributed import gather_objects
 from flextok_pl.metrics.feature_set import FeatureSet
 from flextok_pl.metrics.features import FeatureExtractor
 from flextok_pl.metrics.inception_score import InceptionScore

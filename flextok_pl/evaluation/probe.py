@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from flextok_pl.contracts import class_difference
 from flextok_pl.data import ShardDataModule
+from flextok_pl.distributed import all_agree, gather_rows, rank
 from flextok_pl.evaluation.statistics_cache import keep, load_kept
+from flextok_pl.keys import key_hash
 from flextok_pl.metrics.classifier import LinearProbe
-from flextok_pl.metrics.distributed import all_agree, gather_rows, rank
 from flextok_pl.metrics.features import FeatureExtractor
 from flextok_pl.metrics.images import to_uint8
-from flextok_pl.metrics.keys import key_hash
 from flextok_pl.progress import announced
 
 VERSION = 2

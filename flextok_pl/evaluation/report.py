@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from flextok_pl.evaluation.pictures import save_figure
 from flextok_pl.files import write_file
 
 Record = dict[str, Any]
@@ -121,11 +121,9 @@ def draw_budgets(values: Mapping[int, Mapping[str, float]]) -> tuple[Figure, dic
 def plot_budgets(values: Mapping[int, Mapping[str, float]], title: str, path: Path) -> None:
     """Write what `draw_budgets` draws as PNG."""
     figure, _ = draw_budgets(values)
-    FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=10)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    write_file(path, buffer.getvalue())
+    figure.set_dpi(120)
+    save_figure(figure, path)
 
 
 def format_value(value: float) -> str:

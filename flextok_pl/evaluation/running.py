@@ -13,7 +13,7 @@ from flextok_pl.contracts import default_budgets
 from flextok_pl.evaluation.budget_statistics import BudgetStatistics
 from flextok_pl.evaluation.statistics_cache import StatisticsCache
 from flextok_pl.evaluation.unfinished import Unfinished
-from flextok_pl.metrics.keys import key_hash
+from flextok_pl.keys import key_hash
 
 GRID_COLUMNS = 12
 """Most columns of the grid picture; beyond, powers of two are shown."""

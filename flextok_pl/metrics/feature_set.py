@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flextok_pl.metrics.distributed import gather_rows
+from flextok_pl.distributed import gather_rows
 from flextok_pl.metrics.frechet import FeatureStatistics
 
 POOL_SIZE = 5000

@@ -10,7 +10,7 @@ import torch
 from scipy.linalg.lapack import dpstrf
 from torch import Tensor
 
-from flextok_pl.metrics.distributed import all_reduce_sum
+from flextok_pl.distributed import all_reduce_sum
 
 BLOCK = 512
 """Rows of a scatter matrix that are updated at a time."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flextok_pl.metrics.distributed import all_reduce_sum
+from flextok_pl.distributed import all_reduce_sum
 
 
 class InceptionScore:

@@ -1,15 +1,15 @@
-"""As few tokens per image as a wanted quality takes.
+"""As few tokens per image as a wanted quality takes: `FlexTok.tokenize(images, quality=...)`.
 
-`FlexTok.tokenize(images, quality=...)` searches the smallest budget by decoding, or asks a predictor that has learned
-from such searches.
+The smallest budget of each image is found by bisection. All images of a batch are decoded together, at a different
+budget each, so a search takes about log2 K batched decodings.
 
-Shapes: B batch, N images to learn from, H x W image, K registers, k budget, L FSQ levels, F predictor's features.
+Shapes: B batch, H x W image, K registers, M images that are still searched.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +37,6 @@ class Quality:
         guidance: `none`, `cfg` or `apg`.
         guidance_scale: its strength; 1 is none.
         seed: of the noise, which is the same for every image and budget.
-        predictor: says budgets without decoding; None searches them.
     """
 
     target: float
@@ -46,7 +45,6 @@ class Quality:
     guidance: str = "none"
     guidance_scale: float = 1.0
     seed: int = 0
-    predictor: BudgetPredictor | None = None
 
     def __post_init__(self) -> None:
         if math.isnan(self.target):
@@ -56,8 +54,8 @@ class Quality:
 def smallest_budgets(distance_at: Callable[[Tensor, Tensor], Tensor], target: float, count: int, most: int) -> Tensor:
     """Search by bisection, all images at once.
 
-    Quality mostly, not always, rises with the budget. What is returned has been seen to reach the target, and a budget
-    below it, to which the search came, has been seen to fail.
+    Quality mostly, not always, rises with the budget. A returned budget below K has reached the target, and the search
+    has seen some smaller budget fail.
 
     Args:
         distance_at: (M,) int64 numbers of images and (M,) budgets -> (M,) distances.
@@ -80,17 +78,17 @@ def smallest_budgets(distance_at: Callable[[Tensor, Tensor], Tensor], target: fl
 def searched_budgets(
     images: Tensor, tokens: Tensor, latent_size: tuple[int, int], quality: Quality, detokenize: Callable[..., Tensor]
 ) -> Tensor:
-    """The smallest budget at which each image reaches a quality.
+    """The smallest budget at which each image reaches a quality, as `smallest_budgets` searches it.
 
     Args:
         images: (B, 3, H, W) in [-1, 1].
         tokens: (B, K) of them.
         latent_size: (h, w) of them.
-        quality: what is to be reached.
+        quality: what they must reach.
         detokenize: a tokenizer's.
 
     Returns:
-        (B,) int64 on the CPU; see `smallest_budgets`.
+        (B,) int64 on the CPU.
     """
 
     def distance_at(which: Tensor, budgets: Tensor) -> Tensor:
@@ -108,61 +106,3 @@ def searched_budgets(
             return quality.distance(images[which], made)
 
     return smallest_budgets(distance_at, quality.target, len(tokens), tokens.shape[1])
-
-
-class BudgetPredictor:
-    """Says from an image's codes, without decoding, how many tokens it needs: ridge regression of log2 k.
-
-    It learns for one tokenizer and one `Quality`. From the share `coverage` of images that shall reach the target
-    follows a margin, measured on images that the regression has not seen.
-
-    Args:
-        weight: (F,), on codes.
-        bias: of log2 k, margin included.
-        num_registers: K.
-    """
-
-    def __init__(self, weight: Tensor, bias: float, num_registers: int) -> None:
-        self.weight, self.bias, self.num_registers = weight, bias, num_registers
-
-    @classmethod
-    def fit(
-        cls, codes: Sequence[Tensor] | Tensor, budgets: Tensor, ridge: float = 1.0, coverage: float = 0.9
-    ) -> BudgetPredictor:
-        """Learn from images whose smallest budgets are known.
-
-        Args:
-            codes: (N, K, L) quantised codes of all tokens, `tok.quantizer.tokens_to_codes(tok.tokenize(images))`.
-            budgets: (N,) int64, what `tok.tokenize(images, quality=...)` used.
-            ridge: strength of the penalty, relative to the features' mean variance.
-            coverage: share of images that shall reach the target.
-
-        Raises:
-            ValueError: fewer than 8 images, or another number of budgets.
-        """
-        codes = codes if isinstance(codes, Tensor) else torch.cat(list(codes))
-        if len(codes) < 8 or len(budgets) != len(codes):
-            raise ValueError(f"{len(codes)} codes and {len(budgets)} budgets: give at least 8 of each")
-        if not 0 < coverage < 1:
-            raise ValueError(f"coverage={coverage} must be a share in (0, 1)")
-        x, y = codes.flatten(1).cpu().double(), budgets.cpu().double().log2()
-        held_out = torch.arange(len(x)) % 4 == 3
-        weight, bias = _ridge(x[~held_out], y[~held_out], ridge)
-        margin = (y[held_out] - x[held_out] @ weight - bias).quantile(coverage)
-        weight, bias = _ridge(x, y, ridge)
-        return cls(weight, bias + float(margin), codes.shape[1])
-
-    def __call__(self, codes: Tensor) -> Tensor:
-        """(B, K, L) quantised codes -> (B,) int64 budgets."""
-        wanted = (codes.flatten(1).cpu().double() @ self.weight + self.bias).exp2()
-        return wanted.ceil().clamp(1, self.num_registers).long()
-
-
-def _ridge(x: Tensor, y: Tensor, ridge: float) -> tuple[Tensor, float]:
-    """Weight (F,) and bias of the regression of (N,) y on (N, F) x, by the N x N dual system."""
-    mean, centre = x.mean(0), float(y.mean())
-    rows = x - mean
-    penalty = ridge * float(rows.square().sum()) / len(x)
-    dual = torch.linalg.solve(rows @ rows.T + penalty * torch.eye(len(x), dtype=x.dtype), y - centre)
-    weight = rows.T @ dual
-    return weight, centre - float(mean @ weight)

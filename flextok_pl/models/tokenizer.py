@@ -221,7 +221,7 @@ class FlexTok(nn.Module):
         Args:
             images: (B, 3, H, W) in [-1, 1], of any floating type, also of NumPy; overshoots up to 2 are taken.
             num_tokens: k, default K; with `quality` the most for an image.
-            quality: take as few tokens for each image as this needs, searched with log2 k decodings or predicted.
+            quality: take as few tokens for each image as this needs, searched with log2 k decodings.
 
         Returns:
             (B, k) int64; with `quality` B tensors of (k_i,), which `detokenize` takes, too.
@@ -232,17 +232,13 @@ class FlexTok(nn.Module):
         if num_tokens is not None:
             self._check_budget(num_tokens)
         latents = self.encode_latents(images)
-        predictor = None if quality is None else quality.predictor
-        codes = self._quantized(latents, num_tokens if predictor is None else None)
+        codes = self._quantized(latents, num_tokens)
         check_finite(codes, "the encoder's codes", DIVERGED)
         tokens = self.quantizer.codes_to_tokens(codes)
         if quality is None:
             return tokens
-        if predictor is not None:  # which looks at all codes
-            budgets = predictor(codes).clamp(max=num_tokens or self.num_registers)
-        else:
-            size = (latents.shape[2], latents.shape[3])
-            budgets = searched_budgets(as_images(images).to(self.device), tokens, size, quality, self.detokenize)
+        size = (latents.shape[2], latents.shape[3])
+        budgets = searched_budgets(as_images(images).to(self.device), tokens, size, quality, self.detokenize)
         return [row[:budget] for row, budget in zip(tokens, budgets.tolist(), strict=True)]
 
     def velocity(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flextok_pl.contracts import Batch
-from flextok_pl.metrics.keys import sample_generators
+from flextok_pl.keys import sample_generators
 from flextok_pl.runtime.sharding import gradient_norm
 
 

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import optuna
 from matplotlib import pyplot
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as drawings
 from rich.table import Table
 
+from flextok_pl.evaluation.pictures import save_figure
 from flextok_pl.files import write_file
 from flextok_pl.sweeps.runner import TrialFolder
 from flextok_pl.sweeps.scaling import draw_scaling, fit_power_law
@@ -91,9 +91,9 @@ def write_results(sweep: Sweep, study: optuna.Study) -> None:
     complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
     write_file(sweep.root / "results.md", markdown_table(sweep, complete))
     if complete and sweep.curves:
-        write_file(sweep.root / "curves.png", draw_curves(sweep, complete))
+        save_figure(draw_curves(sweep, complete), sweep.root / "curves.png")
     if complete and sweep.scaling is not None:
-        write_file(sweep.root / "scaling.png", scaling_picture(sweep, complete, sweep.scaling))
+        save_figure(scaling_picture(sweep, complete, sweep.scaling), sweep.root / "scaling.png")
     if len({tuple(trial.params.items()) for trial in complete}) < 2:
         return
     for name, draw in PICTURES.items():
@@ -139,7 +139,7 @@ def markdown_table(sweep: Sweep, trials: Sequence[FrozenTrial]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def scaling_picture(sweep: Sweep, trials: Sequence[FrozenTrial], parameter: str) -> bytes:
+def scaling_picture(sweep: Sweep, trials: Sequence[FrozenTrial], parameter: str) -> Figure:
     """Metric against operations, a line for each value of a parameter, with a fitted power law if there is one."""
     groups: dict[str, list[tuple[float, float]]] = {}
     for trial in trials:
@@ -161,10 +161,9 @@ def scaling_picture(sweep: Sweep, trials: Sequence[FrozenTrial], parameter: str)
     return draw_scaling(series, sweep.metric, law)
 
 
-def draw_curves(sweep: Sweep, trials: Sequence[FrozenTrial]) -> bytes:
-    """Each curve against the token budget, a line for each trial with the spread over its seeds, as PNG."""
+def draw_curves(sweep: Sweep, trials: Sequence[FrozenTrial]) -> Figure:
+    """Each curve against the token budget, a line for each trial with the spread over its seeds."""
     figure = Figure(figsize=(4.5 * len(sweep.curves), 3.8), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     for index, curve in enumerate(sweep.curves):
         axes = figure.add_subplot(1, len(sweep.curves), index + 1)
         for trial in trials:
@@ -178,9 +177,7 @@ def draw_curves(sweep: Sweep, trials: Sequence[FrozenTrial]) -> bytes:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=7)
-    buffer = io.BytesIO()
-    canvas.print_png(buffer)  # type: ignore[no-untyped-call]
-    return buffer.getvalue()
+    return figure
 
 
 def _best(study: optuna.Study) -> list[FrozenTrial]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
@@ -86,10 +84,9 @@ def fit_power_law(flops: NDArray[np.float64], values: NDArray[np.float64]) -> Po
 
 def draw_scaling(
     series: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]], metric: str, law: PowerLaw | None
-) -> bytes:
-    """Value against operations, a line for each series, with the fit and its residuals below, as PNG."""
+) -> Figure:
+    """Value against operations, a line for each series, with the fit and its residuals below."""
     figure = Figure(figsize=(6, 5.5), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     for name, (flops, values) in series.items():
         order = np.argsort(flops)
@@ -106,6 +103,4 @@ def draw_scaling(
     below.axhline(0, color="black", linewidth=0.5)
     below.set(xlabel="operations of the training (C)", ylabel="residual, %")
     below.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    canvas.print_png(buffer)  # type: ignore[no-untyped-call]
-    return buffer.getvalue()
+    return figure

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flextok_pl.cli import main
-from flextok_pl.metrics.images import save_png
+from flextok_pl.evaluation.pictures import save_png
 
 BUDGETS, SIZE = (1, 4, 16), 64
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -1,11 +1,11 @@
-"""As few tokens as a quality takes: the search, the prediction, and both through `FlexTok.tokenize`."""
+"""As few tokens as a quality takes: the search, alone and through `FlexTok.tokenize`."""
 
 import math
 
 import pytest
 import torch
 
-from flextok_pl import BudgetPredictor, FlexTok, FlexTokConfig, Quality
+from flextok_pl import FlexTok, FlexTokConfig, Quality
 from flextok_pl.models.adaptive import smallest_budgets, squared_error
 from flextok_pl.models.perceptual import PerceptualDistance
 
@@ -85,32 +85,3 @@ def test_other_distances(tok):
     each = distance.each(batch, batch.flip(0))
     assert each.shape == (2,) and distance(batch, batch.flip(0)) == pytest.approx(float(each.mean()), rel=1e-6)
     assert len(tok.tokenize(batch, quality=Quality(1e9, distance.each, num_steps=1))[0]) == 1
-
-
-def test_a_predictor_learns_which_images_need_more(tok):
-    generator = torch.Generator().manual_seed(3)
-    codes = torch.randn(400, 16, 3, generator=generator)
-    need = 2 + codes[:, 0, 0] + 0.1 * torch.randn(400, generator=generator)
-    budgets = need.exp2().ceil().clamp(1, 16).long()
-    predictor = BudgetPredictor.fit(codes[:300], budgets[:300], ridge=0.1)
-    predicted = predictor(codes[300:])
-    assert torch.corrcoef(torch.stack([predicted.double(), budgets[300:].double()]))[0, 1] > 0.9
-    assert 0.8 < (predicted >= budgets[300:]).float().mean() < 1.0, "the coverage asked for is 0.9"
-    assert predicted.double().mean() < budgets[300:].double().quantile(0.9), "cheaper than one budget for all"
-    with pytest.raises(ValueError, match="4 codes and 4 budgets: give at least 8"):
-        BudgetPredictor.fit(codes[:4], budgets[:4])
-    with pytest.raises(ValueError, match="coverage=1.0"):
-        BudgetPredictor.fit(codes, budgets, coverage=1.0)
-
-
-def test_a_prediction_decodes_nothing(tok, monkeypatch):
-    batch = images(12)
-    codes = tok.quantizer.tokens_to_codes(tok.tokenize(batch))
-    predictor = BudgetPredictor.fit(codes, torch.arange(1, 13))
-    monkeypatch.setattr(tok, "detokenize", None)
-    tokens = tok.tokenize(batch, quality=Quality(0.1, predictor=predictor))
-    assert [len(row) for row in tokens] == predictor(codes).tolist()
-    fewer = tok.tokenize(batch, 3, quality=Quality(0.1, predictor=predictor))
-    assert [len(row) for row in fewer] == predictor(codes).clamp(max=3).tolist()
-    with pytest.raises(ValueError, match="num_tokens=0"):
-        tok.tokenize(batch, 0, quality=Quality(0.1, predictor=predictor))

@@ -13,7 +13,7 @@ from flextok_pl.data.convert.captions import read_captions
 from flextok_pl.data.image_files import list_images
 from flextok_pl.data.pictures import open_pictures
 from flextok_pl.data.stream import ShardSet
-from flextok_pl.metrics.keys import key_hash
+from flextok_pl.keys import key_hash
 
 
 def save(path, size=(12, 8), colour=(10, 20, 30), mode="RGB"):

@@ -1,11 +1,11 @@
-"""Rounding, pixel errors and the grid picture."""
+"""Rounding and pixel errors."""
 
 import math
 
 import pytest
 import torch
 
-from flextok_pl.metrics.images import PSNR_CAP, image_errors, reconstruction_grid, to_uint8
+from flextok_pl.metrics.images import PSNR_CAP, image_errors, to_uint8
 
 
 def test_every_grey_level_survives_the_way_to_float_and_back():
@@ -57,25 +57,3 @@ def test_errors_do_not_follow_autocast():
 def test_a_reconstruction_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"\(1, 3, 8, 8\).*\(1, 3, 16, 16\)"):
         image_errors(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
-
-
-def test_grid_has_originals_first_and_one_column_per_budget():
-    originals = torch.full((2, 3, 40, 48), 10, dtype=torch.uint8)
-    grid = reconstruction_grid(originals, {1: originals + 20, 16: originals + 40}, padding=3)
-    assert grid.dtype == torch.uint8
-    top = grid.shape[1] - 2 * 43
-    assert grid.shape == (3, top + 86, 3 * 51 + 3)
-    for column, level in enumerate((10, 30, 50)):
-        left = 3 + column * 51
-        for row in range(2):
-            tile = grid[:, top + row * 43 : top + row * 43 + 40, left : left + 48]
-            assert (tile == level).all()
-        assert (grid[:, :top, left : left + 48] < 128).any(), "the column has a heading"
-
-
-def test_grid_takes_model_output_and_refuses_mixed_shapes():
-    images = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
-    as_float, as_levels = (reconstruction_grid(x, {4: x}) for x in (images, to_uint8(images)))
-    assert torch.equal(as_float, as_levels)
-    with pytest.raises(ValueError, match="k=4"):
-        reconstruction_grid(images, {4: images[:, :, :16]})

@@ -20,7 +20,9 @@ def test_a_law_is_found_again(floor, scale, exponent):
     assert sorted(law.used) == list(range(9)) and law.unit == pytest.approx(1e14)
     assert (law.floor, law.scale, law.exponent) == pytest.approx((floor, scale, exponent), rel=2e-2, abs=2e-2)
     assert np.abs(law.residuals).max() < 1e-4 and law(flops) == pytest.approx(values, rel=1e-4)
-    assert draw_scaling({"a": (flops, values)}, "loss", law).startswith(b"\x89PNG")
+    above, below = draw_scaling({"a": (flops, values)}, "loss", law).axes
+    assert above.lines[0].get_label() == "a" and len(above.lines) == 2
+    assert below.lines[0].get_ydata() == pytest.approx(100 * law.residuals)
 
 
 def test_residuals_are_those_of_the_values():

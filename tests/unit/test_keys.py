@@ -2,7 +2,7 @@
 
 import torch
 
-from flextok_pl.metrics.keys import choose_fraction, images_hash, key_hash, sample_generators
+from flextok_pl.keys import choose_fraction, images_hash, key_hash, sample_generators
 
 KEYS = [f"n{i:05d}" for i in range(4000)]
 

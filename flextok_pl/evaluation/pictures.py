@@ -1,0 +1,139 @@
+"""The pictures that show results: grids of images under headings, and figures.
+
+B images, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from flextok_pl.files import whole_file
+from flextok_pl.metrics.images import to_uint8
+
+PADDING = 2
+"""White pixels between the images of a grid."""
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def reconstruction_grid(originals: Tensor, reconstructions: Mapping[int, Tensor]) -> Tensor:
+    """One row per image: the original, then its reconstruction at each budget.
+
+    Args:
+        originals: (B, 3, H, W), floating point in [-1, 1] or uint8.
+        reconstructions: token budget -> (B, 3, H, W), in the order of the columns.
+
+    Returns:
+        (3, H', W') uint8.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    columns = [("original", originals), *((f"k={budget}", images) for budget, images in reconstructions.items())]
+    for heading, images in columns:
+        if images.shape != originals.shape:
+            raise ValueError(f"{heading}: shape {tuple(images.shape)} differs from originals {tuple(originals.shape)}")
+    return _grid(columns)
+
+
+def generation_grid(names: Sequence[str], generated: Mapping[int, Tensor]) -> Tensor:
+    """One row per condition: its name, then the image at each budget.
+
+    Args:
+        names: B conditions; long ones are broken into lines, and cut where they do not fit.
+        generated: token budget -> (B, 3, H, W), floating point in [-1, 1] or uint8.
+
+    Returns:
+        (3, H', W') uint8.
+    """
+    return _grid([(f"k={budget}", images) for budget, images in generated.items()], names)
+
+
+def pairs_grid(names: Sequence[str], pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
+    """One row per name: under each heading an original and its reconstruction.
+
+    Args:
+        names: B names.
+        pairs: heading of the reconstructions -> originals and reconstructions, each (B, 3, H, W) uint8.
+
+    Returns:
+        (3, H', W') uint8.
+    """
+    columns = [
+        (heading, images)
+        for name, pair in pairs.items()
+        for heading, images in zip(("original", name), pair, strict=True)
+    ]
+    return _grid(columns, names)
+
+
+def figure_to_image(figure: Figure) -> Tensor:
+    """Draw a matplotlib figure: (3, H, W) uint8."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    return torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].copy()).permute(2, 0, 1)  # type: ignore[no-untyped-call]
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Draw a matplotlib figure into a PNG file."""
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def save_png(image: Tensor, path: Path) -> None:
+    """Write (3, H, W) uint8 as a PNG file."""
+    with whole_file(path) as temporary:
+        Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(temporary, format="png")
+
+
+def _grid(columns: Sequence[tuple[str, Tensor]], names: Sequence[str] | None = None) -> Tensor:
+    """Columns of (B, 3, H, W) images under their headings, with or without a column of names before them."""
+    batch, _, height, width = columns[0][1].shape
+    font = _fitting_font([heading for heading, _ in columns], width)
+    top = int(font.getbbox("original")[3]) + 2 * PADDING
+    first = PADDING if names is None else 2 * width + PADDING
+    size = (first + len(columns) * (width + PADDING), batch * (height + PADDING) + top)
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    points = max(8, min(16, height // 5))
+    small = ImageFont.load_default(points)
+    for row, name in enumerate(names or []):
+        text = "\n".join(_lines(name, small, 2 * width - 2 * PADDING)[: max(1, int(height / (1.4 * points)))])
+        middle = (PADDING, top + row * (height + PADDING) + height / 2)
+        draw.multiline_text(middle, text, fill="black", font=small, anchor="lm")
+    for column, (heading, images) in enumerate(columns):
+        left = first + column * (width + PADDING)
+        draw.text((left + width / 2, PADDING), heading, fill="black", font=font, anchor="ma")
+        pixels = images if images.dtype == torch.uint8 else to_uint8(images)
+        for row, picture in enumerate(pixels.permute(0, 2, 3, 1).cpu().numpy()):  # (H, W, 3)
+            canvas.paste(Image.fromarray(picture), (left, top + row * (height + PADDING)))
+    return torch.from_numpy(np.asarray(canvas).copy()).permute(2, 0, 1)
+
+
+def _fitting_font(texts: list[str], width: int) -> Font:
+    """The largest legible font whose texts fit into `width` pixels."""
+    for size in range(max(8, min(24, width // 5)), 8, -1):
+        font = ImageFont.load_default(size)
+        if max(font.getlength(text) for text in texts) <= width:
+            return font
+    return ImageFont.load_default(8)
+
+
+def _lines(text: str, font: Font, width: int) -> list[str]:
+    """Break a text into lines of at most `width` pixels, at its spaces."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
