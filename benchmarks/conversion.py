@@ -22,7 +22,7 @@ from report import median_seconds, write_results
 from flextok_pl.data import write_folder, write_imagenet
 from flextok_pl.data.convert.imagenet import TARS
 from flextok_pl.data.image_files import list_images
-from flextok_pl.data.shards.writer import run_jobs, worker_processes
+from flextok_pl.data.shards.jobs import run_jobs
 from flextok_pl.data.transforms import decode_image
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -63,7 +63,7 @@ def make_source(folder: Path, num_pictures: int) -> None:
             outer.addfile(info, buffer)
 
 
-def decode(folder: Path, _: int, names: list[str]) -> None:
+def decode(folder: Path, names: list[str]) -> None:
     for name in names:
         decode_image((folder / name).read_bytes())
 
@@ -71,7 +71,7 @@ def decode(folder: Path, _: int, names: list[str]) -> None:
 def bare(folder: Path, workers: int) -> None:
     names = list_images(folder)
     chunks = [names[i : i + 100] for i in range(0, len(names), 100)]
-    list(run_jobs(partial(decode, folder), list(enumerate(chunks)), worker_processes(workers)))
+    run_jobs(partial(decode, folder), chunks, workers, "bare", "chunk")
 
 
 def convert(write: Writer, source: Path, size: int, workers: int) -> None:

@@ -1,7 +1,7 @@
 """The options of a command, read from source code: nothing is imported, so help and a misspelt name cost no time.
 
 Functions and classes are named `module:name`. What is read is what jsonargparse finds by importing them: parameters,
-those of base classes behind `**kwargs`, fields of dataclasses, and their docstrings.
+those behind `**options` of what is called with them, fields of dataclasses, and their docstrings.
 """
 
 from __future__ import annotations
@@ -241,7 +241,17 @@ def _parameters(module: str, node: ast.FunctionDef, texts: Mapping[str, str]) ->
     }
     for each, default in zip(given.kwonlyargs, given.kw_defaults, strict=True):
         options[each.arg] = _option(module, each.annotation, default, texts.get(each.arg, ""))
-    return options
+    return options | (_handed_on(module, node, given.kwarg.arg) if given.kwarg else {})
+
+
+def _handed_on(module: str, node: ast.FunctionDef, name: str) -> Options:
+    """The options behind `**name`: those of what a function calls with them, but for those that it gives itself."""
+    for call in ast.walk(node):
+        if isinstance(call, ast.Call) and name in (ast.unparse(each.value) for each in call.keywords if not each.arg):
+            called, given = _find(module, ast.unparse(call.func)), {each.arg for each in call.keywords}
+            found = {} if called is None else _options(*called)
+            return {each: option for each, option in found.items() if each not in given and not option.positional}
+    return {}
 
 
 def _option(

@@ -275,11 +275,11 @@ def test_full_disk_while_the_index_is_written(tmp_path, monkeypatch):
     source.mkdir()
     (source / "a.jpg").write_bytes(picture())
 
-    def full(self):
+    def full(self, content):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ShardIndex, "to_json", full)
+        patch.setattr(Path, "write_bytes", full)
         with pytest.raises(OSError, match="Free some space"):
             write_folder(source, tmp_path / "dst", num_workers=0)
     assert not list((tmp_path / "dst").glob("*index.json")) and not list((tmp_path / "dst").glob(".*"))

@@ -104,7 +104,7 @@ def test_a_shard_of_which_nothing_is_left_is_no_file(tmp_path):
 def test_a_killed_worker_is_named(tmp_path):
     start_set(tmp_path, {}, overwrite=False)
     with pytest.raises(OSError, match="a worker process was killed.*smaller num_workers"):
-        write_shards(tmp_path, range(4), killed, num_workers=1)
+        write_shards(tmp_path, range(4), killed, num_workers=2)
 
 
 def killed(numbers):

@@ -1,7 +1,7 @@
 """From pictures of any source to a shard set: what all converters share.
 
-A converter lists its source, in the same order every time, and says how a sample is read; reading, checking, shrinking,
-leaving out and writing happen here, several shards at a time.
+A converter lists its source, in the same order every time, and says how a sample is read. Reading, checking, shrinking,
+leaving out and writing happen here, several shards at a time. The options of all of them are those of `Conversion`.
 """
 
 from __future__ import annotations
@@ -9,38 +9,23 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 from PIL import Image
 
 from flextok_pl.data.shards.index import IMAGE_EXTENSIONS, ShardError, ShardIndex, is_utf8
 from flextok_pl.data.shards.listing import Span
-from flextok_pl.data.shards.writer import Sample, start_set, worker_processes, write_index, write_shards
+from flextok_pl.data.shards.writer import Sample, start_set, write_index, write_shards
 from flextok_pl.data.transforms import decode_image
 
 _LOG = logging.getLogger(__name__)
 
-ImageFormat = Literal["png", "jpg", "webp"]
-OnError = Literal["raise", "skip"]
-
 ItemT = TypeVar("ItemT")
-MOST_CLASSES = 1_000_000
-"""A number above this is no class index but something else."""
-
-
-class Named(Protocol):
-    """Something that an error can name."""
-
-    @property
-    def name(self) -> str:
-        """Where it comes from, for people."""
-
-
-NamedT = TypeVar("NamedT", bound=Named)
 
 
 @dataclass(frozen=True)
@@ -48,11 +33,11 @@ class Conversion:
     """How pictures are stored, and how their set is written.
 
     Args:
-        size: shrink pictures whose shorter side is longer than this to it; None keeps the files' bytes.
-        image_format: format of the pictures that were shrunk.
+        size: shrink pictures whose shorter side is longer than this to it, antialiased; default keeps the files' bytes.
+        image_format: format of the pictures that were shrunk; `png` is lossless.
         quality: of `jpg` and `webp`, 1..100.
-        on_error: `raise` stops at a broken picture, `skip` leaves it out.
-        num_workers: processes; None is one per core.
+        on_error: `raise` stops at a broken picture, `skip` leaves it out, with a message and a count in the index.
+        num_workers: processes; default one per core.
         samples_per_shard: most samples of a tar file.
         overwrite: replace a set that was made with other arguments.
 
@@ -61,9 +46,9 @@ class Conversion:
     """
 
     size: int | None = None
-    image_format: ImageFormat = "jpg"
+    image_format: Literal["png", "jpg", "webp"] = "jpg"
     quality: int = 95
-    on_error: OnError = "raise"
+    on_error: Literal["raise", "skip"] = "raise"
     num_workers: int | None = None
     samples_per_shard: int = 1000
     overwrite: bool = False
@@ -81,22 +66,16 @@ class Conversion:
 
         `on_error` is not among them, so that a run that stopped at a broken picture can go on without it.
         """
+        shrinks = self.size is not None
         return {
             "size": self.size,
-            "image_format": self.image_format if self.size is not None else None,
-            "quality": self.quality if self.size is not None else None,
+            "image_format": self.image_format if shrinks else None,
+            "quality": self.quality if shrinks else None,
             "samples_per_shard": self.samples_per_shard,
         }
 
     def stored(self, content: bytes, extension: str) -> tuple[str, bytes]:
-        """Check a picture, and shrink it where asked.
-
-        Args:
-            content: the encoded picture.
-            extension: of its file.
-
-        Returns:
-            Extension and bytes to store.
+        """Check an encoded picture, and shrink it where asked; gives extension and bytes to store.
 
         Raises:
             ValueError: it is no complete picture.
@@ -106,29 +85,28 @@ class Conversion:
         if self.size is None or shorter <= self.size:
             return extension, content
         width, height = (round(side * self.size / shorter) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
         buffer = io.BytesIO()
-        if self.image_format == "jpg":
-            image.save(buffer, "JPEG", quality=self.quality, subsampling=0)
-        elif self.image_format == "webp":
-            image.save(buffer, "WEBP", quality=self.quality)
-        else:
-            image.save(buffer, "PNG")
+        how: dict[str, dict[str, Any]] = {
+            "jpg": {"format": "JPEG", "quality": self.quality, "subsampling": 0},
+            "webp": {"format": "WEBP", "quality": self.quality},
+            "png": {"format": "PNG"},
+        }
+        image.resize((width, height), Image.Resampling.BICUBIC).save(buffer, **how[self.image_format])
         return self.image_format, buffer.getvalue()
 
-    def samples(self, read: Callable[[NamedT], Sample], items: Iterable[NamedT]) -> Iterator[Sample]:
-        """The samples of items, without those that cannot be read where `on_error` says so.
+    def samples(self, readers: Iterable[tuple[str, Callable[[], Sample]]]) -> Iterator[Sample]:
+        """The samples of named readers, without those that cannot be read where `on_error` says so.
 
         Raises:
-            ValueError: an item cannot be read; names it.
+            ValueError: a sample cannot be read; names it.
         """
-        for item in items:
+        for name, read in readers:
             try:
-                sample = read(item)
+                sample = read()
                 if not is_utf8(sample.key):
                     raise ValueError(f"its name is not UTF-8, rename it: {sample.key!r}")
             except (ValueError, OSError) as error:
-                name = item.name.encode("utf-8", "backslashreplace").decode("utf-8")
+                name = name.encode("utf-8", "backslashreplace").decode("utf-8")
                 if self.on_error == "raise":
                     raise ValueError(f"{name}: {error}; repair or remove it, or pass on_error=skip") from error
                 _LOG.warning("left out %s: %s", name, error)
@@ -140,17 +118,26 @@ class Conversion:
         folder: Path,
         items: Sequence[ItemT],
         make: Callable[[Sequence[ItemT]], Iterable[Sample]],
-        plan: ShardIndex,
         description: str,
+        *,
+        fields: Sequence[str],
+        arguments: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+        classes: Sequence[str] = (),
+        image_size: int | None = None,
     ) -> ShardIndex:
         """Write a set, or what an interrupted run left of it, or find that it is there.
 
         Args:
             folder: of the set.
             items: what to write, in order.
-            make: items -> samples, by `samples`.
-            plan: fields, classes, arguments (without these here) and provenance of the set.
+            make: items -> samples, by `samples` or `reader`.
             description: text of the progress bar.
+            fields: as for `ShardIndex`, and so are the others.
+            arguments: without those of this object.
+            provenance: without the number of pictures that are left out.
+            classes: names by number.
+            image_size: side of the pictures.
 
         Returns:
             The index of the finished set.
@@ -160,34 +147,43 @@ class Conversion:
                 forbids it; or no item could be read.
             ValueError: the name of a class is not UTF-8.
         """
-        for name in plan.classes:
+        for name in classes:
             if not is_utf8(name):
                 raise ValueError(f"the name of class {name!r} is not UTF-8; rename its folder, or the class")
-        arguments = {**plan.arguments, **self.arguments()}
+        arguments = {**arguments, **self.arguments()}
         ready = start_set(folder, arguments, self.overwrite)
         if ready is not None:
             left_out = ready.provenance["skipped"]
             if left_out and self.on_error == "raise":
                 raise ShardError(f"{folder} is finished, but {left_out} pictures were left out; pass on_error=skip")
             return ready
-        shards = write_shards(
-            folder,
-            items,
-            make,
-            leaves_out=self.on_error == "skip",
-            samples_per_shard=self.samples_per_shard,
-            num_workers=worker_processes(self.num_workers),
-            description=description,
-        )
+        skips = self.on_error == "skip"
+        shards = write_shards(folder, items, make, description, self.num_workers, self.samples_per_shard, skips)
         skipped = len(items) - sum(shard.count for shard in shards)
-        changed = {"arguments": arguments, "provenance": {**plan.provenance, "skipped": skipped}}
-        index = ShardIndex(**{**vars(plan), **changed, "folder": folder, "shards": tuple(shards)})
-        if not index.num_samples:
+        if not shards:
             raise ShardError(f"none of the {len(items)} pictures for {folder} could be decoded")
         if skipped:
             _LOG.warning("%s: %d of %d pictures were left out", folder, skipped, len(items))
-        write_index(index)
-        return index
+        return write_index(
+            ShardIndex(
+                folder,
+                tuple(fields),
+                tuple(shards),
+                tuple(classes),
+                image_size,
+                arguments,
+                {**provenance, "skipped": skipped},
+            )
+        )
+
+    def reader(self, root: Path, needs_picture: bool = True) -> Callable[[Sequence[Item]], Iterator[Sample]]:
+        """What makes samples of items, for `write`.
+
+        Args:
+            root: what the items' files are relative to.
+            needs_picture: whether an item without a picture is broken.
+        """
+        return partial(_samples_of_items, self, partial(_read_item, self, root, needs_picture))
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,55 +209,32 @@ class Item:
         return span.file if span.size is None else f"{span.file}, {self.key}"
 
 
-class ItemReader:
-    """Makes samples of items; a plain class so that it can go to a worker process.
+def _samples_of_items(
+    conversion: Conversion, read: Callable[[Item], Sample], items: Sequence[Item]
+) -> Iterator[Sample]:
+    return conversion.samples((item.name, partial(read, item)) for item in items)
 
-    Args:
-        root: what the items' files are relative to.
-        conversion: how they are stored.
-        pictures: whether each item must have one.
-    """
 
-    def __init__(self, root: Path, conversion: Conversion, pictures: bool = True) -> None:
-        self.root, self.conversion, self.pictures = root, conversion, pictures
-
-    def __call__(self, items: Sequence[Item]) -> Iterator[Sample]:
-        """The samples of these items."""
-        return self.conversion.samples(self.read, items)
-
-    def read(self, item: Item) -> Sample:
-        """One sample.
-
-        Raises:
-            ValueError: its picture is missing or broken.
-        """
-        if self.pictures and not any(extension in IMAGE_EXTENSIONS for extension, _ in item.files):
-            raise ValueError("it has no picture")
-        files = {}
-        for extension, span in item.files:
-            content = span.read(self.root)
-            if extension in IMAGE_EXTENSIONS:
-                extension, content = self.conversion.stored(content, extension)
-            files[extension] = content
-        return Sample(item.key, {**files, **condition_files(item.label, item.caption)})
+def _read_item(conversion: Conversion, root: Path, needs_picture: bool, item: Item) -> Sample:
+    if needs_picture and not any(extension in IMAGE_EXTENSIONS for extension, _ in item.files):
+        raise ValueError("it has no picture")
+    files = {}
+    for extension, span in item.files:
+        content = span.read(root)
+        if extension in IMAGE_EXTENSIONS:
+            extension, content = conversion.stored(content, extension)
+        files[extension] = content
+    return Sample(item.key, {**files, **condition_files(item.label, item.caption)})
 
 
 def condition_files(label: int | None, caption: str | None) -> dict[str, bytes]:
-    """The files of a sample's label and caption."""
-    files = {}
-    if label is not None:
-        files["cls"] = str(label).encode()
-    if caption is not None:
-        files["txt"] = caption.encode()
-    return files
+    """The files of a sample's label and caption, where it has them."""
+    files = {"cls": None if label is None else str(label), "txt": caption}
+    return {extension: text.encode() for extension, text in files.items() if text is not None}
 
 
 def check_choice(option: str, value: str, known: Sequence[str]) -> None:
-    """Check an option that is one of several words.
-
-    Raises:
-        ValueError: it is none of them.
-    """
+    """Check an option that is one of several words."""
     if value not in known:
         raise ValueError(f"{option}={value!r} must be one of {tuple(known)}")
 
@@ -283,53 +256,3 @@ def mixed(items: Iterable[Item]) -> list[Item]:
             files = " and ".join(item.files[0][1].file for item in (one, other))
             raise ValueError(f"two samples have the key {one.key!r}, in {files}; rename one of them")
     return ordered
-
-
-def classes_of(labels: Iterable[int | str], where: str) -> tuple[str, ...]:
-    """Class names of a source that has none: the numbers up to the largest, or the words in alphabetical order.
-
-    Args:
-        labels: that occur; -1 is no class.
-        where: they come from, for errors.
-
-    Raises:
-        ValueError: they are no class indices, or numbers and words.
-    """
-    distinct = set(labels)
-    numbers = {label for label in distinct if isinstance(label, int)}
-    if numbers and numbers != distinct:
-        words = sorted(label for label in distinct if isinstance(label, str))
-        raise ValueError(f"{where} has numbers and words as labels, such as {min(numbers)} and {words[0]!r}")
-    if not numbers:
-        return tuple(sorted(map(str, distinct)))
-    if min(numbers) < -1 or max(numbers) > MOST_CLASSES:
-        raise ValueError(
-            f"{where} has labels {min(numbers)}..{max(numbers)}; class indices are 0, 1, 2, ... (or -1, no class)"
-        )
-    return tuple(str(number) for number in range(max(numbers) + 1))
-
-
-class Labels:
-    """Class indices of the labels of a source.
-
-    Args:
-        classes: names by index; where labels are indices, several classes may have the same name.
-        source: names by the source's own indices, where these are others.
-    """
-
-    def __init__(self, classes: Sequence[str], source: Sequence[str] | None = None) -> None:
-        self.count, self.numbers = len(classes), {name: i for i, name in enumerate(classes)}
-        self.source = source
-
-    def index(self, label: int | str | None) -> int:
-        """The class index of a label, which is an index, a name, or None.
-
-        Raises:
-            ValueError: there is no such class.
-        """
-        if self.source is not None and isinstance(label, int) and 0 <= label < len(self.source):
-            label = self.source[label]
-        number = -1 if label is None else self.numbers.get(label) if isinstance(label, str) else label
-        if number is None or not -1 <= number < self.count:
-            raise ValueError(f"its label {label!r} is none of the {self.count} classes")
-        return number

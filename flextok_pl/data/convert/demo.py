@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from flextok_pl.data.convert.openmoji import Picture, assign_concepts, group_names, list_pictures
 from flextok_pl.data.shards.index import ShardIndex
-from flextok_pl.data.shards.writer import Sample, run_jobs, start_set, worker_processes, write_index, write_shards
+from flextok_pl.data.shards.jobs import run_jobs
+from flextok_pl.data.shards.writer import Sample, start_set, write_index, write_shards
 
 LARGE_CONCEPT = (6, 24)
 """A concept with more pictures than this, without and with skin tones, is trained on (person, smiley, clock face,
@@ -72,19 +72,14 @@ def write_demo(
     if all(index is not None for index in ready.values()):
         return {split: index for split, index in ready.items() if index is not None}
     pictures = list_pictures()
-    rendered, thumbnails = render(pictures, size, worker_processes(num_workers))
+    rendered, thumbnails = render(pictures, size, num_workers)
     concepts = assign_concepts(pictures, thumbnails)
     splits = split_by_concept(pictures, concepts, val_fraction)
     result = {}
     for split, folder in folders.items():
         chosen = [i for i in range(len(pictures)) if splits[i] == split]
-        shards = write_shards(
-            folder,
-            _spread(chosen),
-            partial(_samples, pictures, rendered, group_names()),
-            samples_per_shard=samples_per_shard,
-            description=f"{split} shards",
-        )
+        make = partial(_samples, pictures, rendered, group_names())
+        shards = write_shards(folder, _spread(chosen), make, f"{split} shards", 0, samples_per_shard)
         provenance = {
             "credit": "All emojis designed by OpenMoji - the open-source emoji and icon project. License: CC BY-SA 4.0",
             "source": "https://openmoji.org",
@@ -92,42 +87,24 @@ def write_demo(
             "concepts": len({concepts[i] for i in chosen}),
             **versions,
         }
-        result[split] = ShardIndex(
-            folder=folder,
-            fields=("image", "label", "text"),
-            shards=tuple(shards),
-            classes=tuple(group_names()),
-            image_size=size,
-            arguments=arguments,
-            provenance=provenance,
-        )
-        write_index(result[split])
+        fields, classes = ("image", "label", "text"), tuple(group_names())
+        result[split] = write_index(ShardIndex(folder, fields, tuple(shards), classes, size, arguments, provenance))
     return result
 
 
-def render(pictures: list[Picture], size: int, num_workers: int) -> tuple[list[bytes], np.ndarray[Any, Any]]:
-    """Render all pictures on white.
-
-    Args:
-        pictures: P pictures.
-        size: side in pixels.
-        num_workers: processes, or 0.
+def render(pictures: list[Picture], size: int, num_workers: int | None) -> tuple[list[bytes], np.ndarray[Any, Any]]:
+    """Render P pictures on white.
 
     Returns:
         P PNG files of `size` x `size` RGB pixels, and the thumbnails (P, 16, 16, 3) uint8 that tell pictures apart.
     """
-    step = 64
-    chunks = [pictures[i : i + step] for i in range(0, len(pictures), step)]
-    done: dict[int, list[tuple[bytes, np.ndarray[Any, Any]]]] = {}
-    with tqdm(total=len(pictures), desc="render", unit="picture") as bar:
-        for number, chunk in run_jobs(partial(_render_chunk, size), list(enumerate(chunks)), num_workers):
-            done[number] = chunk
-            bar.update(len(chunk))
-    flat = [entry for number in range(len(chunks)) for entry in done[number]]
+    chunks = [pictures[i : i + 64] for i in range(0, len(pictures), 64)]
+    done = run_jobs(partial(_render_chunk, size), chunks, num_workers, "render", "picture", list(map(len, chunks)))
+    flat = [entry for chunk in done for entry in chunk]
     return [png for png, _ in flat], np.stack([thumbnail for _, thumbnail in flat])
 
 
-def _render_chunk(size: int, _: int, pictures: list[Picture]) -> list[tuple[bytes, np.ndarray[Any, Any]]]:
+def _render_chunk(size: int, pictures: list[Picture]) -> list[tuple[bytes, np.ndarray[Any, Any]]]:
     result = []
     for picture in pictures:
         image = _rasterize(picture, size)

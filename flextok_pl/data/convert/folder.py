@@ -11,16 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flextok_pl.data.convert.captions import read_captions
-from flextok_pl.data.convert.class_names import read_class_names
-from flextok_pl.data.convert.conversion import (
-    Conversion,
-    ImageFormat,
-    Item,
-    ItemReader,
-    OnError,
-    check_choice,
-    name_hash,
-)
+from flextok_pl.data.convert.classes import read_class_names
+from flextok_pl.data.convert.conversion import Conversion, Item, check_choice, name_hash
 from flextok_pl.data.image_files import find_images, split_ending
 from flextok_pl.data.shards.index import ShardIndex
 from flextok_pl.data.shards.listing import Span, listing_digest
@@ -31,17 +23,12 @@ _LOG = logging.getLogger(__name__)
 def write_folder(
     src: Path | str,
     dst: Path | str,
-    size: int | None = None,
-    image_format: ImageFormat = "jpg",
-    quality: int = 95,
+    *,
     labels: Literal["auto", "folders", "none"] = "auto",
     captions: Path | str | None = None,
     val_fraction: float = 0.0,
-    on_error: OnError = "raise",
-    num_workers: int | None = None,
-    samples_per_shard: int = 1000,
-    overwrite: bool = False,
     classes: list[str] | Path | str | None = None,
+    **options: Any,
 ) -> dict[str, ShardIndex]:
     """Write a folder of images as shards: `DST`, or `DST/train` and `DST/val` with `val_fraction`.
 
@@ -52,20 +39,14 @@ def write_folder(
     Args:
         src: folder of images, searched recursively.
         dst: where the shards go.
-        size: shrink pictures whose shorter side is longer than this to it, antialiased; default keeps the files' bytes.
-        image_format: format of the pictures that were shrunk; `png` is lossless.
-        quality: of `jpg` and `webp`, 1..100.
         labels: `folders` takes classes from folders, `none` stores no labels, `auto` decides by whether all pictures
             lie in folders.
         captions: `.csv` or `.tsv` with the columns file and caption, or `.jsonl` with these keys; file is relative to
             SRC, or absolute. Every picture needs an entry. A field with a comma or a quote stands in quotes.
         val_fraction: share of the pictures that goes to `DST/val`, by a hash of the file name.
-        on_error: `raise` stops at a broken picture, `skip` leaves it out, with a message and a count in the index.
-        num_workers: processes; default one per core.
-        samples_per_shard: pictures per tar file.
-        overwrite: replace a set that was made with other arguments.
         classes: names of the classes by number, so that sets converted apart number them alike: a text file with one
             per line, a shard set that has them, or a list; default the folders' names. A class may have no pictures.
+        **options: those of `Conversion`.
 
     Returns:
         The index by part: `all`, or `train` and `val`.
@@ -73,13 +54,13 @@ def write_folder(
     Raises:
         ValueError: an option, a picture or a caption is unusable; names it.
     """
+    conversion = Conversion(**options)
     src, dst = Path(src), Path(dst)
     if not src.is_dir():
         raise ValueError(f"src={src} is no folder")
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction} must be a share in [0, 1)")
     check_choice("labels", labels, ("auto", "folders", "none"))
-    conversion = Conversion(size, image_format, quality, on_error, num_workers, samples_per_shard, overwrite)
     if classes is not None and labels == "none":
         raise ValueError(f"classes={classes} and labels=none: leave one of them out")
     given = None if classes is None else read_class_names("classes", classes)
@@ -89,7 +70,7 @@ def write_folder(
     names = _classes(src, files, labels, given)
     texts = None if captions is None else _captions(src, files, Path(captions))
     items = _items(found.extensions, names, texts)
-    arguments: dict[str, Any] = {
+    arguments = {
         "writer": "folder",
         "source": str(src.resolve()),
         "files": listing_digest(src, files),
@@ -98,14 +79,16 @@ def write_folder(
         "captions": None if texts is None else hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
         "val_fraction": val_fraction,
     }
-    fields = ("image", *(["label"] if names else []), *(["text"] if texts is not None else []))
-    plan = ShardIndex(dst, fields, (), names, None, arguments, {"source": str(src.resolve())})
-    sets = {
-        part: conversion.write(
-            dst if part == "all" else dst / part, chosen, ItemReader(src, conversion), plan, f"{part} shards"
-        )
-        for part, chosen in _parts(items, val_fraction).items()
+    contents: dict[str, Any] = {
+        "fields": ("image", *(["label"] if names else []), *(["text"] if texts is not None else [])),
+        "classes": names,
+        "arguments": arguments,
+        "provenance": {"source": str(src.resolve())},
     }
+    sets = {}
+    for part, chosen in _parts(items, val_fraction).items():
+        folder = dst if part == "all" else dst / part
+        sets[part] = conversion.write(folder, chosen, conversion.reader(src), f"{part} shards", **contents)
     found.tell_rest()
     without = sorted(set(names) - {file.partition("/")[0] for file in files})
     if without:

@@ -16,25 +16,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import scipy.io
-from tqdm import tqdm
 
-from flextok_pl.data.convert.conversion import (
-    Conversion,
-    ImageFormat,
-    Item,
-    ItemReader,
-    OnError,
-    check_choice,
-    mixed,
-)
+from flextok_pl.data.convert.conversion import Conversion, Item, check_choice, mixed
 from flextok_pl.data.image_files import list_images
 from flextok_pl.data.shards.index import IMAGE_EXTENSIONS, ShardIndex
+from flextok_pl.data.shards.jobs import run_jobs
 from flextok_pl.data.shards.listing import Span, listing_digest, tar_members
-from flextok_pl.data.shards.writer import run_jobs, worker_processes
 
 FOLDERS = ("", "ILSVRC/Data/CLS-LOC/")
 """Where the folders train and val may lie; the latter as Kaggle packs them."""
@@ -56,14 +47,9 @@ def write_imagenet(
     src: Path | str,
     dst: Path | str,
     part: Literal["all", "train", "val"] = "all",
+    *,
     classes: Path | str | None = None,
-    size: int | None = None,
-    image_format: ImageFormat = "jpg",
-    quality: int = 95,
-    on_error: OnError = "raise",
-    num_workers: int | None = None,
-    samples_per_shard: int = 1000,
-    overwrite: bool = False,
+    **options: Any,
 ) -> dict[str, ShardIndex]:
     """Write ImageNet-1k (ILSVRC 2012) as shards, from its tar files or its folders: `DST/train` and `DST/val`.
 
@@ -78,13 +64,7 @@ def write_imagenet(
         dst: where the shards go.
         part: `train` or `val` only, or `all` there is.
         classes: text file with one wnid per line: take these classes only, as in ImageNet-100; default those of train.
-        size: shrink pictures whose shorter side is longer than this to it, antialiased; default keeps the files' bytes.
-        image_format: format of the pictures that were shrunk; `png` is lossless.
-        quality: of `jpg` and `webp`, 1..100.
-        on_error: `raise` stops at a broken picture, `skip` leaves it out, with a message and a count in the index.
-        num_workers: processes; default one per core.
-        samples_per_shard: most pictures of a tar file.
-        overwrite: replace a set that was made with other arguments.
+        **options: those of `Conversion`.
 
     Returns:
         The index by part.
@@ -94,7 +74,7 @@ def write_imagenet(
     """
     src, dst = Path(src).expanduser(), Path(dst)
     check_choice("part", part, ("all", "train", "val"))
-    conversion = Conversion(size, image_format, quality, on_error, num_workers, samples_per_shard, overwrite)
+    conversion = Conversion(**options)
     parts = [name for name in TARS if part in ("all", name) and _is_there(src, name)]
     if not parts:
         wanted = [f"{TARS[name]}, {name}/ or {FOLDERS[1]}{name}/" for name in TARS if part in ("all", name)]
@@ -113,9 +93,16 @@ def write_imagenet(
             "files": listing_digest(src, sorted({span.file for *_, span in pictures[name]})),
             "classes": hashlib.sha256(json.dumps([wnids, names]).encode()).hexdigest(),
         }
-        provenance = {"source": str(src.resolve()), "wnids": wnids}
-        plan = ShardIndex(dst, ("image", "label"), (), names, None, arguments, provenance)
-        result[name] = conversion.write(dst / name, items, ItemReader(src, conversion), plan, f"{name} shards")
+        result[name] = conversion.write(
+            dst / name,
+            items,
+            conversion.reader(src),
+            f"{name} shards",
+            fields=("image", "label"),
+            classes=names,
+            arguments=arguments,
+            provenance={"source": str(src.resolve()), "wnids": wnids},
+        )
     return result
 
 
@@ -226,17 +213,11 @@ def _list_part(src: Path, part: str, conversion: Conversion) -> Iterator[tuple[s
         yield from tar_members(src, tar)
     else:
         inner = list(tar_members(src, tar))
-        jobs = list(enumerate(inner))
-        for _, members in tqdm(
-            run_jobs(partial(_list_class, src), jobs, worker_processes(conversion.num_workers)),
-            total=len(jobs),
-            desc=tar,
-            unit="class",
-        ):
+        for members in run_jobs(partial(_list_class, src), inner, conversion.num_workers, tar, "class"):
             yield from members
 
 
-def _list_class(src: Path, _: int, tar: tuple[str, Span]) -> list[tuple[str, Span]]:
+def _list_class(src: Path, tar: tuple[str, Span]) -> list[tuple[str, Span]]:
     """The pictures in one of the tars within the training tar."""
     name, place = tar
     members = tar_members(src, place.file, place.offset, place.size)

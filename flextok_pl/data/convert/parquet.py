@@ -9,22 +9,15 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from flextok_pl.data.convert.class_names import read_class_names
-from flextok_pl.data.convert.conversion import (
-    Conversion,
-    ImageFormat,
-    Labels,
-    OnError,
-    classes_of,
-    condition_files,
-    name_hash,
-)
+from flextok_pl.data.convert.classes import Labels, classes_of, read_class_names
+from flextok_pl.data.convert.conversion import Conversion, condition_files, name_hash
 from flextok_pl.data.convert.hub import find_parts
 from flextok_pl.data.image_files import extension_of
 from flextok_pl.data.shards.index import IMAGE_EXTENSIONS, ShardIndex
@@ -38,20 +31,15 @@ ROWS_AT_ONCE = 32
 def write_parquet(
     src: str,
     dst: Path | str,
+    *,
     files: str = "*.parquet",
     revision: str | None = None,
     split: str | None = None,
     image_column: str | None = None,
     label_column: str = "auto",
     caption_column: str | None = None,
-    size: int | None = None,
-    image_format: ImageFormat = "jpg",
-    quality: int = 95,
-    on_error: OnError = "raise",
-    num_workers: int | None = None,
-    samples_per_shard: int = 1000,
-    overwrite: bool = False,
     classes: list[str] | Path | str | None = None,
+    **options: Any,
 ) -> dict[str, ShardIndex]:
     """Write parquet files with pictures as shards: `DST`, or `DST/train`, `DST/val` and `DST/test`.
 
@@ -68,15 +56,9 @@ def write_parquet(
         image_column: column of the pictures, encoded; default the one that is described as such, or named image.
         label_column: column of class indices or names; `auto` takes the one described as such, `none` none.
         caption_column: column of texts; default none.
-        size: shrink pictures whose shorter side is longer than this to it, antialiased; default keeps the files' bytes.
-        image_format: format of the pictures that were shrunk; `png` is lossless.
-        quality: of `jpg` and `webp`, 1..100.
-        on_error: `raise` stops at a broken picture, `skip` leaves it out, with a message and a count in the index.
-        num_workers: processes; default one per core.
-        samples_per_shard: most pictures of a tar file.
-        overwrite: replace a set that was made with other arguments.
         classes: names of the classes by number, so that sets converted apart number them alike: a text file with one
             per line, a shard set that has them, or a list; default those noted in the files, or the labels that occur.
+        **options: those of `Conversion`.
 
     Returns:
         The index by part; `all` where the files have none.
@@ -84,7 +66,7 @@ def write_parquet(
     Raises:
         ValueError: an option, a file or a row is unusable; names it. pyarrow is missing.
     """
-    conversion = Conversion(size, image_format, quality, on_error, num_workers, samples_per_shard, overwrite)
+    conversion = Conversion(**options)
     paths = find_parts(src, files, revision, split)
     features = _features(next(iter(paths.values()))[0])
     columns = _columns(features, image_column, label_column, caption_column)
@@ -105,11 +87,17 @@ def write_parquet(
             "columns": vars(columns),
             **({} if given is None else {"classes": list(given)}),
         }
-        fields = ("image", *(["label"] if names else []), *(["text"] if columns.caption else []))
-        folder = Path(dst) if part == "all" else Path(dst) / part
-        plan = ShardIndex(folder, fields, (), names, None, arguments, {"source": src, "revision": revision})
         reader = _RowReader(chosen, columns, labels, "" if part == "all" else f"{part}-", conversion)
-        result[part] = conversion.write(folder, range(reader.stops[-1]), reader, plan, f"{part} shards")
+        result[part] = conversion.write(
+            Path(dst) if part == "all" else Path(dst) / part,
+            range(reader.stops[-1]),
+            reader,
+            f"{part} shards",
+            fields=("image", *(["label"] if names else []), *(["text"] if columns.caption else [])),
+            classes=names,
+            arguments=arguments,
+            provenance={"source": src, "revision": revision},
+        )
     return result
 
 
@@ -137,20 +125,6 @@ class _Group:
     number: int
     rows: int
     first: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One row that was read, and its number among all of the part."""
-
-    path: str
-    number: int
-    values: Mapping[str, Any]
-
-    @property
-    def name(self) -> str:
-        """The file, and the number of the row in the part."""
-        return f"{self.path}, row {self.number}"
 
 
 def _open(path: Path | str) -> Any:
@@ -268,12 +242,7 @@ class _RowReader:
     """
 
     def __init__(
-        self,
-        groups: Sequence[_Group],
-        columns: _Columns,
-        labels: Labels,
-        prefix: str,
-        conversion: Conversion,
+        self, groups: Sequence[_Group], columns: _Columns, labels: Labels, prefix: str, conversion: Conversion
     ) -> None:
         self.groups, self.columns, self.prefix, self.conversion = groups, columns, prefix, conversion
         self.stops = list(accumulate(group.rows for group in groups))
@@ -281,17 +250,19 @@ class _RowReader:
 
     def __call__(self, rows: Sequence[int]) -> Iterator[Sample]:
         """The samples of rows side by side in the order of the groups."""
-        return self.conversion.samples(self._sample, self._rows(rows[0], rows[-1] + 1))
+        return self.conversion.samples(self._rows(rows[0], rows[-1] + 1))
 
-    def _rows(self, start: int, stop: int) -> Iterator[_Row]:
+    def _rows(self, start: int, stop: int) -> Iterator[tuple[str, Callable[[], Sample]]]:
         number = bisect_right(self.stops, start)
         while start < stop:
             group, end = self.groups[number], self.stops[number]
             begin = end - group.rows
-            yield from self._read(group, start - begin, min(stop, end) - begin)
+            for row, values in self._read(group, start - begin, min(stop, end) - begin):
+                yield f"{group.path}, row {row}", partial(self._sample, row, values)
             start, number = end, number + 1
 
-    def _read(self, group: _Group, start: int, stop: int) -> Iterator[_Row]:
+    def _read(self, group: _Group, start: int, stop: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """Rows of a group, and their numbers among all of the part."""
         names = [name for name in vars(self.columns).values() if name is not None]
         done = 0
         try:
@@ -299,27 +270,25 @@ class _RowReader:
                 for batch in file.iter_batches(ROWS_AT_ONCE, [group.number], names, use_threads=False):
                     first, last = max(start - done, 0), min(stop - done, len(batch))
                     if first < last:
-                        rows = batch.slice(first, last - first).to_pylist()
-                        for number, values in enumerate(rows, start=group.first + done + first):
-                            yield _Row(group.path, number, values)
+                        yield from enumerate(batch.slice(first, last - first).to_pylist(), group.first + done + first)
                     done += len(batch)
                     if done >= stop:
                         return
         except (ValueError, OSError) as error:
             raise ValueError(f"row group {group.number} of {group.path} cannot be read: {error}") from error
 
-    def _sample(self, row: _Row) -> Sample:
-        value = row.values[self.columns.image]
+    def _sample(self, row: int, values: Mapping[str, Any]) -> Sample:
+        value = values[self.columns.image]
         content = value["bytes"] if isinstance(value, dict) else value
         if content is None:
             raise ValueError("it holds no picture (perhaps the path of one)")
         extension, stored = self.conversion.stored(content, _extension(content))
         label = caption = None
         if self.columns.label is not None and self.labels.count:
-            label = self.labels.index(row.values[self.columns.label])
+            label = self.labels.index(values[self.columns.label])
         if self.columns.caption is not None:
-            caption = row.values[self.columns.caption] or ""
-        return Sample(f"{self.prefix}{row.number:09d}", {extension: stored, **condition_files(label, caption)})
+            caption = values[self.columns.caption] or ""
+        return Sample(f"{self.prefix}{row:09d}", {extension: stored, **condition_files(label, caption)})
 
 
 def _extension(content: bytes) -> str:

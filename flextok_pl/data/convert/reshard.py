@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from flextok_pl.data.convert.class_names import read_class_names
-from flextok_pl.data.convert.conversion import (
-    Conversion,
-    ImageFormat,
-    Item,
-    ItemReader,
-    Labels,
-    OnError,
-    classes_of,
-    mixed,
-)
+from flextok_pl.data.convert.classes import Labels, classes_of, read_class_names
+from flextok_pl.data.convert.conversion import Conversion, Item, mixed
 from flextok_pl.data.shards.index import IMAGE_EXTENSIONS, INDEX_NAME, ShardIndex
+from flextok_pl.data.shards.jobs import run_jobs
 from flextok_pl.data.shards.listing import Span, listing_digest, matching_paths, tar_samples
 from flextok_pl.data.shards.sources import load_indices
-from flextok_pl.data.shards.writer import run_jobs, worker_processes
 
 _LOG = logging.getLogger(__name__)
 
@@ -37,17 +25,12 @@ _LOG = logging.getLogger(__name__)
 def write_resharded(
     src: str,
     dst: Path | str,
+    *,
     label_key: str | None = None,
     caption_key: str | None = None,
     class_names: Path | str | None = None,
     image_key: str | None = None,
-    size: int | None = None,
-    image_format: ImageFormat = "jpg",
-    quality: int = 95,
-    on_error: OnError = "raise",
-    num_workers: int | None = None,
-    samples_per_shard: int = 1000,
-    overwrite: bool = False,
+    **options: Any,
 ) -> ShardIndex:
     """Write WebDataset tars, or a shard set, as a new shard set.
 
@@ -66,13 +49,7 @@ def write_resharded(
             numbers or names that occur.
         image_key: what follows the first dot of a picture's name, such as `input.jpg`, where samples have several
             pictures or longer names; default the picture that each has.
-        size: shrink pictures whose shorter side is longer than this to it, antialiased; default keeps the files' bytes.
-        image_format: format of the pictures that were shrunk; `png` is lossless.
-        quality: of `jpg` and `webp`, 1..100.
-        on_error: `raise` stops at a broken picture, `skip` leaves it out, with a message and a count in the index.
-        num_workers: processes; default one per core.
-        samples_per_shard: most samples of a tar file.
-        overwrite: replace a set that was made with other arguments.
+        **options: those of `Conversion`.
 
     Returns:
         The index of the new set.
@@ -80,7 +57,7 @@ def write_resharded(
     Raises:
         ValueError: an option, a tar or a sample is unusable; names it.
     """
-    conversion = Conversion(size, image_format, quality, on_error, num_workers, samples_per_shard, overwrite)
+    conversion = Conversion(**options)
     paths = matching_paths(src)
     foreign = {
         "label_key": label_key,
@@ -92,12 +69,13 @@ def write_resharded(
         for name, value in foreign.items():
             if value is not None:
                 raise ValueError(f"{name}={value} is for tars without an {INDEX_NAME}; src={src} has one")
-        items, plan = _own(src, conversion)
+        items, contents = _own(src, conversion)
     else:
         names = None if class_names is None else read_class_names("class_names", class_names)
         keys = _Keys(label_key, caption_key, None if image_key is None else image_key.lower())
-        items, plan = _foreign(_tars(paths, src), conversion, keys, names)
-    return conversion.write(Path(dst), items, ItemReader(Path("/"), conversion, "image" in plan.fields), plan, "shards")
+        items, contents = _foreign(_tars(paths, src), conversion, keys, names)
+    make = conversion.reader(Path("/"), needs_picture="image" in contents["fields"])
+    return conversion.write(Path(dst), items, make, "shards", **contents)
 
 
 def _tars(paths: Sequence[Path], src: str) -> list[Path]:
@@ -133,41 +111,47 @@ class _Raw:
     """One sample as it lies in a tar, with what is to be read of it before any is written."""
 
     key: str
-    files: tuple[tuple[str, Span], ...]
+    files: dict[str, Span]
     label: int | str | None = None
     caption: str | None = None
 
     @property
+    def first(self) -> Span:
+        """Where one of its files lies."""
+        return next(iter(self.files.values()))
+
+    @property
     def where(self) -> str:
         """Its tar and key, for people."""
-        return f"{self.files[0][1].file}, {self.key}"
+        return f"{self.first.file}, {self.key}"
 
     @property
     def held(self) -> str:
         """What it has, for people."""
-        return f"it holds .{', .'.join(name for name, _ in self.files)}"
+        return f"it holds .{', .'.join(self.files)}"
 
 
-def _own(src: str, conversion: Conversion) -> tuple[list[Item], ShardIndex]:
+def _own(src: str, conversion: Conversion) -> tuple[list[Item], dict[str, Any]]:
+    """The samples of shard sets, and what the new one holds."""
     indices = load_indices(src)
     first, size = indices[0], conversion.size
     if size is not None and "image" not in first.fields:
         raise ValueError(f"size={size} is for pictures, and src={src} holds {list(first.fields)}")
-    raw = _list_tars([path.resolve() for index in indices for path in index.paths], _list_tar, conversion)
-    arguments = {
-        "writer": "reshard",
-        "source": [hashlib.sha256(index.to_json().encode()).hexdigest() for index in indices],
+    raw = _list_tars([path.resolve() for index in indices for path in index.paths], None, conversion)
+    return mixed(Item(key, tuple(sample.files.items())) for key, sample in zip(_keys(raw), raw, strict=True)), {
+        "fields": first.fields,
+        "classes": first.classes,
+        "image_size": first.image_size if size is None or first.image_size is None else min(size, first.image_size),
+        "arguments": {"writer": "reshard", "source": [index.digest() for index in indices]},
+        "provenance": {**first.provenance, "resharded": [str(index.folder.resolve()) for index in indices]},
     }
-    side = first.image_size if size is None or first.image_size is None else min(size, first.image_size)
-    provenance = {**first.provenance, "resharded": [str(index.folder.resolve()) for index in indices]}
-    items = [Item(key, sample.files) for key, sample in zip(_keys(raw), raw, strict=True)]
-    return mixed(items), ShardIndex(first.folder, first.fields, (), first.classes, side, arguments, provenance)
 
 
 def _foreign(
     tars: Sequence[Path], conversion: Conversion, keys: _Keys, names: tuple[str, ...] | None
-) -> tuple[list[Item], ShardIndex]:
-    raw = _list_tars(tars, partial(_list_foreign_tar, keys), conversion)
+) -> tuple[list[Item], dict[str, Any]]:
+    """The samples of tars without an index, and what the new set holds."""
+    raw = _list_tars(tars, keys, conversion)
     where = f"{tars[0].parent}"
     labels = [sample.label for sample in raw if sample.label is not None]
     texts = sum(sample.caption is not None for sample in raw)
@@ -189,41 +173,44 @@ def _foreign(
             label = indices.index(sample.label) if classes else None
         except ValueError as error:
             raise ValueError(f"{sample.where}: {error}") from error
-        picture = _picture(sample, keys.image, conversion.on_error)
+        picture = _picture(sample, keys.image, conversion.on_error == "raise")
         items.append(Item(key, picture, label, (sample.caption or "") if texts else None))
-    fields = ("image", *(["label"] if classes else []), *(["text"] if texts else []))
-    arguments = {
-        "writer": "reshard",
-        "source": [str(tar) for tar in tars],
-        "files": listing_digest(Path("/"), map(str, tars)),
-        "label_key": keys.label,
-        "caption_key": keys.caption,
-        "class_names": None if names is None else list(names),
-        **({} if keys.image is None else {"image_key": keys.image}),
+    return mixed(items), {
+        "fields": ("image", *(["label"] if classes else []), *(["text"] if texts else [])),
+        "classes": classes,
+        "arguments": {
+            "writer": "reshard",
+            "source": [str(tar) for tar in tars],
+            "files": listing_digest(Path("/"), map(str, tars)),
+            "label_key": keys.label,
+            "caption_key": keys.caption,
+            "class_names": None if names is None else list(names),
+            **({} if keys.image is None else {"image_key": keys.image}),
+        },
+        "provenance": {"source": where},
     }
-    return mixed(items), ShardIndex(tars[0].parent, fields, (), classes, None, arguments, {"source": where})
 
 
-def _picture(sample: _Raw, image_key: str | None, on_error: OnError) -> tuple[tuple[str, Span], ...]:
+def _picture(sample: _Raw, image_key: str | None, required: bool) -> tuple[tuple[str, Span], ...]:
     """The one picture of a foreign sample, or a file that is none where the sample is to be left out.
 
     Raises:
         ValueError: it has no picture, or several.
     """
     wanted, called = (IMAGE_EXTENSIONS, "picture") if image_key is None else ((image_key,), f"picture .{image_key}")
-    found = [(name, span) for name, span in sample.files if name in wanted]
+    found = [(name, span) for name, span in sample.files.items() if name in wanted]
     if len(found) > 1:
         raise ValueError(
             f"{sample.where}: it has several pictures ({sample.held}); name the one to take, as image_key={found[0][0]}"
         )
-    if not found and on_error == "raise":
-        longer = [name for name, _ in sample.files if _ending(name) in IMAGE_EXTENSIONS]
+    if not found and required:
+        longer = [name for name in sample.files if _ending(name) in IMAGE_EXTENSIONS]
         remedy = f"give image_key={longer[0]} if all have it, or " if longer else ""
         raise ValueError(
             f"{sample.where}: it has no {called} ({sample.held}, named from the first dot on); {remedy}rename "
             "the files, or pass on_error=skip"
         )
-    return tuple((_ending(name), span) for name, span in found) or (("", sample.files[0][1]),)
+    return tuple((_ending(name), span) for name, span in found) or (("", sample.first),)
 
 
 def _ending(name: str) -> str:
@@ -233,9 +220,8 @@ def _ending(name: str) -> str:
 def _records(raw: Sequence[_Raw]) -> str:
     """What one of the samples offers for labels and captions, for people."""
     for sample in raw:
-        files = dict(sample.files)
-        if "json" in files:
-            return f"the .json of {sample.key} has the keys {', '.join(_record(files))}"
+        if "json" in sample.files:
+            return f"the .json of {sample.key} has the keys {', '.join(_record(sample.files))}"
     return f"none has a .json, such as {raw[0].where} ({raw[0].held})" if raw else "there are none"
 
 
@@ -254,22 +240,13 @@ def _record(files: Mapping[str, Span]) -> dict[str, Any]:
     return record
 
 
-def _list_tars(tars: Sequence[Path], job: Callable[[int, str], list[_Raw]], conversion: Conversion) -> list[_Raw]:
-    listed: dict[int, list[_Raw]] = {}
-    jobs = [(number, str(tar)) for number, tar in enumerate(tars)]
-    for number, samples in tqdm(
-        run_jobs(job, jobs, worker_processes(conversion.num_workers)), total=len(jobs), desc="list", unit="tar"
-    ):
-        listed[number] = samples
-    return [sample for number in range(len(jobs)) for sample in listed[number]]
+def _list_tars(tars: Sequence[Path], keys: _Keys | None, conversion: Conversion) -> list[_Raw]:
+    listed = run_jobs(partial(_list_tar, keys), [str(tar) for tar in tars], conversion.num_workers, "list", "tar")
+    return [sample for samples in listed for sample in samples]
 
 
-def _list_tar(_: int, tar: str) -> list[_Raw]:
-    return [_Raw(key, tuple(files)) for key, files in tar_samples(Path("/"), tar)]
-
-
-def _list_foreign_tar(keys: _Keys, number: int, tar: str) -> list[_Raw]:
-    """The samples of a tar, whose files need not lie side by side."""
+def _list_tar(keys: _Keys | None, tar: str) -> list[_Raw]:
+    """The samples of a tar, whose files need not lie side by side; with label and caption where there are keys."""
     gathered: dict[str, dict[str, Span]] = {}
     for key, entries in tar_samples(Path("/"), tar):
         files = gathered.setdefault(key, {})
@@ -283,10 +260,9 @@ def _list_foreign_tar(keys: _Keys, number: int, tar: str) -> list[_Raw]:
     samples = []
     for key, files in gathered.items():
         try:
-            label, caption = _annotations(files, keys)
+            samples.append(_Raw(key, files, *(() if keys is None else _annotations(files, keys))))
         except ValueError as error:
             raise ValueError(f"{tar}, {key}: {error}") from error
-        samples.append(_Raw(key, tuple(files.items()), label, caption))
     return samples
 
 
@@ -327,7 +303,7 @@ def _keys(raw: Sequence[_Raw]) -> list[str]:
     """The samples' keys, with the name of their tar before them where they occur in several."""
     keys = [sample.key.lstrip("/").replace(".", "_") for sample in raw]
     if len(set(keys)) != len(keys):
-        tars = [sample.files[0][1].file.removesuffix(".tar") for sample in raw]
+        tars = [sample.first.file.removesuffix(".tar") for sample in raw]
         above = os.path.commonpath([os.path.dirname(tar) for tar in tars])
         keys = [f"{os.path.relpath(tar, above).replace('.', '_')}/{key}" for tar, key in zip(tars, keys, strict=True)]
     return [f"file-{key}" if key.startswith("__") else key for key in keys]

@@ -9,7 +9,6 @@ Shapes in this file: B batch, S image side.
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -137,7 +136,7 @@ def write_encoded(
     for name in needs:
         if name not in indices[0].fields:
             raise ShardError(f"{indices[0].where} holds {list(indices[0].fields)}, no {name}s to encode")
-    source = [hashlib.sha256(index.to_json().encode()).hexdigest() for index in indices]
+    source = [index.digest() for index in indices]
     arguments = {"writer": writer, "source": source, **made_by, **options, **views.arguments()}
     folder = Path(dst)
     team = Team.of_environment()

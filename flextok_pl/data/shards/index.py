@@ -155,6 +155,10 @@ class ShardIndex:
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
         return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
+    def digest(self) -> str:
+        """Identifies the set: the SHA-256 of its index."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
     @classmethod
     def load(cls, path: str | Path) -> ShardIndex:
         """Read an index and check that its shards are there with the right size.

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from flextok_pl.data.shards.index import IMAGE_EXTENSIONS, ShardIndex
+from flextok_pl.data.shards.jobs import run_jobs
 from flextok_pl.data.shards.listing import Span, tar_samples
-from flextok_pl.data.shards.writer import run_jobs, worker_processes
 from flextok_pl.data.transforms import decode_image, inspect_image
 
 
@@ -73,10 +72,8 @@ def shard_statistics(
             jobs.append((path, {i for i in range(shard.count) if first + i in chosen}))
             first += shard.count
     counts = _Counts()
-    with tqdm(total=len(jobs), desc="stats", unit="shard") as bar:
-        for _, part in run_jobs(partial(_count_shard, fields), list(enumerate(jobs)), worker_processes(num_workers)):
-            counts.add(part)
-            bar.update()
+    for part in run_jobs(partial(_count_shard, fields), jobs, num_workers, "stats", "shard"):
+        counts.add(part)
     size = sum(shard.bytes for index in indices for shard in index.shards)
     record: dict[str, Any] = {"samples": total, "shards": len(jobs), "bytes": size, "fields": list(fields)}
     if "label" in fields:
@@ -101,7 +98,7 @@ def spread(counts: Mapping[Any, int]) -> dict[str, Any]:
     return {"min": values[0], "median": values[int(np.searchsorted(stops, (stops[-1] + 1) // 2))], "max": values[-1]}
 
 
-def _count_shard(fields: Sequence[str], _: int, job: tuple[Path, Collection[int]]) -> _Counts:
+def _count_shard(fields: Sequence[str], job: tuple[Path, Collection[int]]) -> _Counts:
     path, decoded = job
     counts = _Counts()
     for number, (key, found) in enumerate(tar_samples(path.parent, path.name)):

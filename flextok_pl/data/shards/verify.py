@@ -9,12 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from flextok_pl.data.samples import STACKED, Decoder
 from flextok_pl.data.shards.index import IMAGE_EXTENSIONS, INDEX_NAME, ShardError, ShardIndex, is_utf8
+from flextok_pl.data.shards.jobs import run_jobs
 from flextok_pl.data.shards.listing import tar_samples
-from flextok_pl.data.shards.writer import run_jobs, worker_processes
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,9 @@ def verify_sets(folders: Sequence[Path], num_workers: int | None = None) -> Veri
         ]
         keys: dict[str, Path] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        for path, shard in _read_shards(index, worker_processes(num_workers)):
+        numbers, counts = range(len(index.shards)), [shard.count for shard in index.shards]
+        shards = run_jobs(partial(_verify_shard, index), numbers, num_workers, str(folder), "sample", counts)
+        for path, shard in zip(index.paths, shards, strict=True):
             result.shards += 1
             result.samples += len(shard.samples)
             result.bytes += shard.bytes
@@ -114,17 +114,7 @@ def verify_sets(folders: Sequence[Path], num_workers: int | None = None) -> Veri
     return result
 
 
-def _read_shards(index: ShardIndex, num_workers: int) -> Sequence[tuple[Path, _Shard]]:
-    jobs = [(number, None) for number in range(len(index.shards))]
-    done: dict[int, _Shard] = {}
-    with tqdm(total=index.num_samples, desc=str(index.folder), unit="sample") as bar:
-        for number, shard in run_jobs(partial(_verify_shard, index), jobs, num_workers):
-            done[number] = shard
-            bar.update(index.shards[number].count)
-    return [(path, done[number]) for number, path in enumerate(index.paths)]
-
-
-def _verify_shard(index: ShardIndex, number: int, _: None) -> _Shard:
+def _verify_shard(index: ShardIndex, number: int) -> _Shard:
     expected, path = index.shards[number], index.paths[number]
     problems: list[str] = []
     findings: list[Finding] = []

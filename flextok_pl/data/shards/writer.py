@@ -9,24 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
 import tarfile
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
-from tqdm import tqdm
 from webdataset.writer import TarWriter
 
 from flextok_pl.data.shards.index import INDEX_NAME, ShardError, ShardIndex, ShardInfo, is_utf8
+from flextok_pl.data.shards.jobs import run_jobs
 from flextok_pl.data.shards.listing import files_in_tar, grouped
-from flextok_pl.files import whole_file
+from flextok_pl.files import whole_file, write_file
 
 PARTIAL_NAME = f"{INDEX_NAME}.partial"
 
@@ -86,11 +82,11 @@ def _check_key(key: str) -> None:
         raise ShardError(f"sample key {key!r} must be UTF-8, not empty, without a dot, and not start with '__' or '/'")
 
 
-def write_index(index: ShardIndex) -> None:
+def write_index(index: ShardIndex) -> ShardIndex:
     """Write `index.json` atomically, which makes the folder a finished shard set."""
-    with whole_file(index.folder / INDEX_NAME) as temporary:
-        temporary.write_text(index.to_json(), encoding="utf-8")
+    write_file(index.folder / INDEX_NAME, index.to_json(), shared=False)
     (index.folder / PARTIAL_NAME).unlink(missing_ok=True)
+    return index
 
 
 def start_set(folder: Path, arguments: Mapping[str, Any], overwrite: bool) -> ShardIndex | None:
@@ -167,29 +163,14 @@ def _is_ours(name: str) -> bool:
     return plain == INDEX_NAME or (plain.startswith("shard-") and plain.endswith(".tar"))
 
 
-class _ShardJob(Generic[ItemT]):
-    """Writes the shard of some items, unless it is there; a plain class so that it can go to a worker process."""
-
-    def __init__(self, folder: Path, make: Callable[[Sequence[ItemT]], Iterable[Sample]], leaves_out: bool) -> None:
-        self.folder, self.make, self.leaves_out = folder, make, leaves_out
-
-    def __call__(self, number: int, items: Sequence[ItemT]) -> ShardInfo:
-        path = self.folder / shard_name(number)
-        complete = complete_shard(path)
-        if complete is not None and (self.leaves_out or complete.count == len(items)):
-            return complete
-        return write_shard(path, self.make(items))
-
-
 def write_shards(
     folder: Path,
     items: Sequence[ItemT],
     make: Callable[[Sequence[ItemT]], Iterable[Sample]],
-    *,
-    leaves_out: bool = False,
-    samples_per_shard: int = 1000,
-    num_workers: int = 0,
     description: str = "shards",
+    num_workers: int | None = 0,
+    samples_per_shard: int = 1000,
+    leaves_out: bool = False,
 ) -> list[ShardInfo]:
     """Write items as shards, several shards at a time; shards that an interrupted run left complete are kept.
 
@@ -197,74 +178,33 @@ def write_shards(
         folder: prepared by `start_set`.
         items: what to write, in order.
         make: items of one shard -> their samples; picklable where there are workers.
-        leaves_out: whether it may leave out some, so that a complete shard can hold fewer samples than items.
-        samples_per_shard: most items of a shard; the shards are alike in size, see `shard_sizes`.
-        num_workers: processes; 0 writes in this one.
         description: text of the progress bar.
+        num_workers: processes, see `run_jobs`.
+        samples_per_shard: most items of a shard; the shards are alike in size, see `shard_sizes`.
+        leaves_out: whether `make` may leave out some, so that a complete shard can hold fewer samples than items.
 
     Returns:
         The shards in order, without empty ones. The set is finished by `write_index`.
     """
-    stops = [0, *accumulate(shard_sizes(len(items), samples_per_shard))]
-    chunks = [items[start:stop] for start, stop in pairwise(stops)]
-    job = _ShardJob(folder, make, leaves_out)
-    with tqdm(total=len(items), desc=description, unit="sample") as bar:
-        shards: dict[int, ShardInfo] = {}
-        for number, shard in run_jobs(job, list(enumerate(chunks)), num_workers):
-            shards[number] = shard
-            bar.update(len(chunks[number]))
-    for shard in shards.values():
+    sizes = shard_sizes(len(items), samples_per_shard)
+    chunks = [items[start:stop] for start, stop in pairwise([0, *accumulate(sizes)])]
+    job = partial(_complete_or_write, folder, make, leaves_out)
+    shards = run_jobs(job, list(enumerate(chunks)), num_workers, description, "sample", sizes)
+    for shard in shards:
         if not shard.count:
             (folder / shard.name).unlink()
-    return [shards[number] for number in range(len(chunks)) if shards[number].count]
+    return [shard for shard in shards if shard.count]
 
 
-def run_jobs(
-    job: Callable[..., Any], arguments: Sequence[tuple[int, Any]], num_workers: int
-) -> Iterator[tuple[int, Any]]:
-    """Run `job(number, argument)` for each pair, in this process or in several; yields (number, result) as they end.
-
-    Raises:
-        ValueError: `num_workers` is out of range.
-        OSError: a worker was killed.
-    """
-    if num_workers < 0:
-        raise ValueError(f"num_workers={num_workers} must be 0 (this process) or more")
-    if num_workers == 0:
-        for number, argument in arguments:
-            yield number, job(number, argument)
-        return
-    # Forking is immediate, and safe here: the jobs use neither torch nor an accelerator.
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    context = multiprocessing.get_context(method)
-    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_end_with_parent) as pool:
-        futures: dict[Future[Any], int] = {pool.submit(job, n, argument): n for n, argument in arguments}
-        try:
-            for future in as_completed(futures):
-                yield futures.pop(future), future.result()
-        except BrokenProcessPool as error:
-            raise ChildProcessError(
-                "a worker process was killed, perhaps for want of memory; give a smaller num_workers (what is complete "
-                "is kept)"
-            ) from error
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _end_with_parent() -> None:
-    """Let this worker die with its parent: an orphan would write the same files as the run that goes on."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def worker_processes(num_workers: int | None) -> int:
-    """Processes for `run_jobs`: None is one per core, and one is none besides this one."""
-    wanted = os.cpu_count() or 1 if num_workers is None else num_workers
-    return 0 if wanted == 1 else wanted
+def _complete_or_write(
+    folder: Path,
+    make: Callable[[Sequence[ItemT]], Iterable[Sample]],
+    leaves_out: bool,
+    job: tuple[int, Sequence[ItemT]],
+) -> ShardInfo:
+    number, items = job
+    path = folder / shard_name(number)
+    complete = complete_shard(path)
+    if complete is not None and (leaves_out or complete.count == len(items)):
+        return complete
+    return write_shard(path, make(items))
