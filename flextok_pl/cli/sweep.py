@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import shlex
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ from flextok_pl.sweeps.files import load_yaml
 from flextok_pl.sweeps.results import status_table, write_results
 from flextok_pl.sweeps.runner import METRICS, read_metrics
 from flextok_pl.sweeps.space import Params
-from flextok_pl.sweeps.sweep import Sweep, as_arguments
+from flextok_pl.sweeps.sweep import FLEXTOK, Sweep, as_arguments
 
 # What makes an experiment as short as can be: one step, one batch of each set, and all that is logged after it.
 ONE_STEP = {
@@ -84,11 +82,13 @@ def run(command: str, arguments: Sequence[str]) -> None:
         return
     with told_to_the_user():
         driver = Driver(sweep, lambda line: print(line, flush=True), check if rest["check"] else lambda sweep: None)
-    with _interruptible(), told_to_the_user():
-        try:
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # it does what Ctrl-C does
+    try:
+        with told_to_the_user():
             driver.run()
-        finally:
-            write_results(sweep, driver.study)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        write_results(sweep, driver.study)
     if not driver.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
         raise UserError(f"no trial has come to its end; `flextok sweep status` says why, and {sweep.root}/*/log.txt")
     print(f"results: {sweep.root / 'results.csv'}, and pictures beside it; `make tensorboard` shows the runs")
@@ -130,8 +130,8 @@ def check(sweep: Sweep) -> None:
         return
     print(f"{found}; training the first one for a step", flush=True)
     with tempfile.TemporaryDirectory(prefix="flextok-check-") as place:
-        for arguments in sweep.arguments(points[0], "check", sweep.seeds[0], Path(place)):
-            command = [sys.executable, "-m", "flextok_pl", *arguments, *as_arguments(ONE_STEP)]
+        for arguments in sweep.commands(points[0], "check", place)[: 1 + sweep.test]:
+            command = [*FLEXTOK, *arguments, *as_arguments(ONE_STEP)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise UserError(
@@ -141,11 +141,11 @@ def check(sweep: Sweep) -> None:
         logged: dict[str, Any] = {}
         for entry in read_metrics(Path(place) / "check" / f"version_{sweep.seeds[0]}" / METRICS):
             logged |= entry["metrics"]
-        if sweep.metric not in logged:
-            raise UserError(
-                f"metric={sweep.metric} is not logged; there are {', '.join(sorted(logged))}. If it only comes later "
-                "in a training, give --check false"
-            )
+    if sweep.metric not in logged:
+        raise UserError(
+            f"metric={sweep.metric} is not logged; there are {', '.join(sorted(logged))}. If it only comes later in a "
+            "training, give --check false"
+        )
 
 
 def check_points(sweep: Sweep) -> list[Params]:
@@ -161,7 +161,7 @@ def check_points(sweep: Sweep) -> list[Params]:
     with announced(f"parsing {len(points)} points of the space"):
         for point in points:
             try:
-                run_cli(CheckCLI, "fit", sweep.arguments(point, "check", sweep.seeds[0], sweep.root)[0][1:])
+                run_cli(CheckCLI, "fit", sweep.commands(point, "check", str(sweep.root))[0][1:])
             except UserError as error:
                 raise UserError(f"space: {point} cannot be trained: {error}") from error
     return points
@@ -169,22 +169,15 @@ def check_points(sweep: Sweep) -> list[Params]:
 
 def _steps_to_validation(options: Namespace) -> int:
     """Optimizer steps before the first validation; 0 where that does not follow from the options."""
-    trainer, interval = options.trainer, options.trainer.val_check_interval
-    indices = training_sets(options.data.train)
-    if isinstance(interval, int) and trainer.check_val_every_n_epoch is None:
-        batches = interval
-    elif not indices:
-        return 0
-    else:
-        launch = launch_of(options)
+    trainer, interval, launch = options.trainer, options.trainer.val_check_interval, launch_of(options)
+    indices, batches = training_sets(options.data.train), 0
+    if indices:
         processes = launch.num_nodes * (launch.devices or torch.cuda.device_count() or 1)
         batches = batches_of_an_epoch(options, processes, sum(index.num_samples for index in indices))
-        whole = batches * (trainer.check_val_every_n_epoch or 1)
-        if isinstance(interval, int):
-            batches = whole - batches + interval
-        else:
-            batches = whole - batches + int(batches * (1.0 if interval is None else interval))
-    return int(batches) // (trainer.accumulate_grad_batches or 1)
+    elif trainer.check_val_every_n_epoch is not None or not isinstance(interval, int):
+        return 0
+    first = interval if isinstance(interval, int) else int(batches * (1.0 if interval is None else interval))
+    return int(((trainer.check_val_every_n_epoch or 1) - 1) * batches + first) // launch.accumulate
 
 
 def sweep_parser(command: str, description: str) -> ArgumentParser:
@@ -196,25 +189,19 @@ def sweep_parser(command: str, description: str) -> ArgumentParser:
 
 
 def parse_sweep(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Sweep, dict[str, Any]]:
-    """The sweep of a file, and what else was given.
+    """The sweep of a file, and all that was given.
 
     Raises:
-        UserError: there is no such file, or it says what cannot be.
+        UserError: the file says what cannot be.
     """
-    if not arguments or arguments[0].startswith("-"):
-        if {"-h", "--help"} & set(arguments):
-            parser.parse_args(["--help"])
-        raise UserError("give the file of a sweep, such as experiments/sweeps/budget_law.yaml")
     file = Path(arguments[0])
-    if not file.is_file():
-        raise UserError(f"{file} is no file; give that of a sweep, such as experiments/sweeps/budget_law.yaml")
     with told_to_the_user():
         load_yaml(file)
     given = parser.instantiate_classes(parser.parse_args([f"--config={file}", *arguments[1:]])).as_dict()
-    names = {option.name for option in dataclasses.fields(Sweep)}
-    options = {name: value for name, value in given.items() if name in names}
-    experiments = options["experiment"] if isinstance(options["experiment"], list) else [options["experiment"]]
-    options["experiment"] = [str(_beside(file, each)) for each in experiments]
+    options = {option.name: given[option.name] for option in dataclasses.fields(Sweep)}
+    named = options["experiment"] if isinstance(options["experiment"], list) else [options["experiment"]]
+    beside = {each: os.path.normpath(file.parent / each) for each in named}  # or else relative to the working folder
+    options["experiment"] = [beside[each] if Path(beside[each]).is_file() else each for each in named]
     options["name"] = options["name"] or _name(file)
     try:
         return Sweep(**options), given
@@ -229,37 +216,14 @@ def _name(file: Path) -> str:
     return "/".join([*reversed(below), file.stem])
 
 
-def _beside(file: Path, experiment: str) -> Path:
-    """An experiment named relative to the sweep's file, or to the working folder."""
-    near = file.parent / experiment
-    return Path(os.path.normpath(near)) if near.is_file() else Path(experiment)
-
-
-def _some_points(sweep: Sweep) -> list[Params]:
-    """The points of a grid, or as many as trials that the search would draw knowing nothing."""
-    if sweep.search == "grid":
-        return sweep.points.grid()[: sweep.num_trials]
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=sweep.seed))
-    return [sweep.points.suggest(study.ask()) for _ in range(sweep.num_trials)]
-
-
 def _print_trials(sweep: Sweep) -> None:
-    """The commands of each trial, seed after seed, and where they would run."""
+    """The commands of each trial, seed after seed, and where they would run; drawn points as if nothing were known."""
     if sweep.launcher == "slurm":
         asked = " ".join(f"{name}={value}" for name, value in sweep.slurm.items()) or "the cluster's defaults"
         print(f"# each trial is a Slurm job, at most {sweep.workers} at a time, of {asked}")
-    for number, point in enumerate(_some_points(sweep)):
-        name = sweep.trial_folder(number, point).path.name
-        for seed in sweep.seeds:
-            for arguments in sweep.arguments(point, name, seed, sweep.root):
-                print(shlex.join(["flextok", *arguments]))
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let SIGTERM do what Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=sweep.seed))
+    grid = sweep.points.grid() if sweep.search == "grid" else []
+    for number in range(sweep.num_trials):
+        point = grid[number] if grid else sweep.points.suggest(study.ask())
+        for arguments in sweep.commands(point, sweep.trial_folder(number, point).path.name, str(sweep.root)):
+            print(shlex.join(["flextok", *arguments]))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -18,9 +16,8 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import Trial, TrialState
 
-from flextok_pl.sweeps.launch import LocalLauncher, SlurmJobs, SlurmLauncher, Succession
-from flextok_pl.sweeps.runner import TrialFolder
-from flextok_pl.sweeps.space import Params
+from flextok_pl.sweeps.launch import Launcher, LocalLauncher, SlurmLauncher, slurm_executor
+from flextok_pl.sweeps.runner import TrialFolder, exclusive
 from flextok_pl.sweeps.sweep import Sweep
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # what it would say of each trial, the driver says
@@ -42,7 +39,7 @@ def find_study(sweep: Sweep) -> optuna.Study | None:
     except KeyError:
         return None
     before = study.user_attrs.get("fixed", {})
-    if not before:  # killed between its two lines of `start_study`
+    if not before:  # killed between the two lines of `start_study`
         study.set_user_attr("fixed", sweep.fixed())
     for option, value in sweep.fixed().items():
         if json.dumps(before.get(option, value), sort_keys=True) != json.dumps(value, sort_keys=True):  # 1 is not true
@@ -61,13 +58,12 @@ def start_study(sweep: Sweep) -> optuna.Study:
     return study
 
 
-def _storage(sweep: Sweep) -> BaseStorage | str:
-    """Where Optuna keeps the trials."""
-    return sweep.storage or JournalStorage(JournalFileBackend(str(_journal(sweep))))
-
-
 def _journal(sweep: Sweep) -> Path:
     return sweep.root / "journal.log"
+
+
+def _storage(sweep: Sweep) -> BaseStorage | str:
+    return sweep.storage or JournalStorage(JournalFileBackend(str(_journal(sweep))))
 
 
 def _sampler(sweep: Sweep, existing: int) -> BaseSampler:
@@ -76,11 +72,9 @@ def _sampler(sweep: Sweep, existing: int) -> BaseSampler:
         return sweep.search
     seed = sweep.seed + existing
     if sweep.search == "tpe":
-        conditional = sweep.points.conditional
         startup = min(10, max(1, sweep.num_trials // 4))  # Optuna's own 10 would leave short searches to chance
-        return TPESampler(
-            seed=seed, n_startup_trials=startup, constant_liar=True, group=conditional, multivariate=conditional
-        )
+        some = any(parameter.when for parameter in sweep.points.parameters.values())
+        return TPESampler(seed=seed, n_startup_trials=startup, constant_liar=True, group=some, multivariate=some)
     return RandomSampler(seed=seed)
 
 
@@ -103,13 +97,14 @@ class Driver:
         self, sweep: Sweep, say: Callable[[str], None], check: Callable[[Sweep], None] = lambda sweep: None
     ) -> None:
         self.sweep, self.say = sweep, say
-        self.launcher = (
-            Succession(LocalLauncher(sweep.workers, sweep.gpus_per_trial), before=SlurmJobs())
-            if sweep.launcher == "local"
-            else Succession(
-                SlurmLauncher(sweep.root / "slurm", sweep.slurm, sweep.workers), before=LocalLauncher(sweep.workers)
-            )
-        )
+        # The other one knows of trials that were started when the sweep had that launcher.
+        self.launcher: Launcher
+        self._other: Launcher
+        if sweep.launcher == "local":
+            self.launcher, self._other = LocalLauncher(sweep.workers, sweep.gpus_per_trial), SlurmLauncher()
+        else:
+            executor = slurm_executor(sweep.root / "slurm", sweep.slurm, sweep.workers)
+            self.launcher, self._other = SlurmLauncher(executor), LocalLauncher(sweep.workers)
         study = find_study(sweep)
         if study is None:
             check(sweep)
@@ -134,7 +129,7 @@ class Driver:
                     time.sleep(self.launcher.poll_seconds)
                     self._watch()
             except KeyboardInterrupt:
-                left = self.launcher.leave([folder for _, folder in self._under_way.values()])
+                left = "; ".join(launcher.leave(folders) for launcher, folders in self._by_launcher())
                 raise ValueError(f"interrupted: {left}; the same command goes on") from None
 
     def _enqueue(self) -> None:
@@ -146,39 +141,38 @@ class Driver:
             if frozenset(point.items()) not in there:
                 self.study.enqueue_trial(point)
 
+    def _by_launcher(self) -> list[tuple[Launcher, list[TrialFolder]]]:
+        """The trials under way with whoever knows them; those that nobody has started yet are the launcher's."""
+        folders = [folder for _, folder in self._under_way.values()]
+        others = [folder for folder in folders if self._other.mark in (folder.read("job") or {})]
+        own = [folder for folder in folders if folder not in others]
+        return [(self.launcher, own), *([(self._other, others)] if others else [])]
+
     def _take_over(self) -> None:
         """Go on with the trials that an earlier process has left."""
         for frozen in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-            trial = Trial(self.study, frozen._trial_id)
-            point = self.sweep.points.suggest(trial)
-            folder = self._prepare(trial, point)
-            self._under_way[trial.number] = (trial, folder)
-            self.say(f"trial {trial.number} goes on: {folder.path.name}")
+            self._take(Trial(self.study, frozen._trial_id), "goes on")
 
     def _fill(self) -> bool:
         """Start as many trials as there is room for; whether some are still to come."""
         counted = [t for t in self.study.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
         left = self.sweep.num_trials - len(counted)
         room = self.sweep.workers - len(self._under_way)
-        new = []
-        for _ in range(min(left, room)):
-            trial = self.study.ask()
-            point = self.sweep.points.suggest(trial)
-            folder = self._prepare(trial, point)
-            self._under_way[trial.number] = (trial, folder)
-            new.append(folder)
-            self.say(f"trial {trial.number} starts: {folder.path.name}")
+        new = [self._take(self.study.ask(), "starts") for _ in range(min(left, room))]
         if new:
             self._launch(new)
         return left > 0
 
-    def _prepare(self, trial: Trial, point: Params) -> TrialFolder:
-        """Write the folder of a trial, unless it is there."""
+    def _take(self, trial: Trial, word: str) -> TrialFolder:
+        """Let a trial be under way, and write its folder unless it is there."""
+        point = self.sweep.points.suggest(trial)
         folder = self.sweep.trial_folder(trial.number, point)
         if folder.read("trial") is None:
             folder.path.mkdir(parents=True, exist_ok=True)
             (folder.path / "command.sh").write_text(self.sweep.script(point, folder.path.name))
             folder.write("trial", self.sweep.trial_plan(trial.number, point, folder.path.name))
+        self._under_way[trial.number] = (trial, folder)
+        self.say(f"trial {trial.number} {word}: {folder.path.name}")
         return folder
 
     def _launch(self, folders: list[TrialFolder]) -> None:
@@ -197,14 +191,13 @@ class Driver:
                 self._tell(trial, result)
                 del self._under_way[number]
         lost = []
-        for folder in self.launcher.gone([folder for _, folder in self._under_way.values()]):
+        for folder in [gone for launcher, folders in self._by_launcher() for gone in launcher.gone(folders)]:
             if folder.read("result") is not None:  # it ended since
                 continue
             step = folder.step()
             vain = sum(launch["step"] >= step for launch in folder.launches())
             if vain >= MOST_LAUNCHES:
-                log = folder.path / "log.txt"
-                reason = f"its process was lost {vain} times without getting beyond step {step}; see {log}"
+                reason = f"its process was lost {vain} times without getting beyond step {step}; see {folder.log}"
                 folder.write("result", {"state": "failed", "reason": reason})
             else:
                 self.say(f"{folder.path.name} is not running any more; starting it again from its last checkpoint")
@@ -214,7 +207,7 @@ class Driver:
 
     def _report(self, trial: Trial, folder: TrialFolder) -> None:
         """Tell Optuna what the first seed has measured so far, and stop the trial if that is too little."""
-        if self.sweep.pruner is None or folder.asked_to_stop:
+        if self.sweep.pruner is None or folder.stop_file.exists():
             return
         known = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
         for entry in folder.measured(f"version_{self.sweep.seeds[0]}"):
@@ -224,7 +217,7 @@ class Driver:
             trial.report(value, entry["step"])
             if trial.should_prune():
                 self.say(f"trial {trial.number} is stopped: {self.sweep.metric}={value:.6g} at step {entry['step']}")
-                folder.ask_to_stop()
+                folder.stop_file.touch()
                 return
 
     def _tell(self, trial: Trial, result: dict[str, Any]) -> None:
@@ -253,19 +246,11 @@ def _only_one(lock: Path) -> Iterator[None]:
     Raises:
         ValueError: one does.
     """
-    handle = os.open(lock, os.O_RDWR | os.O_CREAT)
     deadline = time.monotonic() + 1  # a process that was killed while it started another holds it a little longer
-    try:
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise ValueError(
-                        f"another process runs this sweep: it holds {lock}; wait for it, or end it"
-                    ) from None
-                time.sleep(0.05)
-        yield
-    finally:
-        os.close(handle)
+    while time.monotonic() < deadline:
+        with exclusive(lock) as handle:
+            if handle is not None:
+                yield
+                return
+        time.sleep(0.05)
+    raise ValueError(f"another process runs this sweep: it holds {lock}; wait for it, or end it")

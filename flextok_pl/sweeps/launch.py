@@ -10,64 +10,39 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+import submitit
+import torch
 
 from flextok_pl.sweeps.runner import Runner, TrialFolder
 
 
-class Watcher(Protocol):
-    """Knows of trials of one kind of launcher whether they are still there, whichever process started them."""
+class Launcher(ABC):
+    """Starts trials, and knows of those of its kind whether they are still there, whichever process started them."""
 
     mark: str
-    """What such a trial is known by in its `job.json`."""
-
-    def gone(self, folders: Collection[TrialFolder]) -> list[TrialFolder]:
-        """Those of these trials that neither run nor wait any more."""
-
-    def leave(self, folders: Collection[TrialFolder]) -> str:
-        """What becomes of trials under way when the sweep is interrupted; says it in a sentence."""
-
-
-class Launcher(Watcher, Protocol):
-    """Starts trials, too."""
-
+    """What a trial of this kind has in its `job.json`."""
     poll_seconds: float
-    """How often to look after them."""
+    """How often to look after trials."""
 
+    @abstractmethod
     def launch(self, folders: Sequence[TrialFolder]) -> None:
         """Start these trials, or let them wait in a queue."""
 
-
-class Succession:
-    """A launcher that goes on with a sweep of which another one may have started trials that are still there.
-
-    Args:
-        launcher: starts trials from now on, also those that it takes over once they are gone.
-        before: knows those of the other.
-    """
-
-    def __init__(self, launcher: Launcher, before: Watcher) -> None:
-        self._launcher, self._before = launcher, before
-        self.poll_seconds, self.launch = launcher.poll_seconds, launcher.launch
-
+    @abstractmethod
     def gone(self, folders: Collection[TrialFolder]) -> list[TrialFolder]:
         """Those of these trials that neither run nor wait any more."""
-        return [folder for watcher, theirs in self._parts(folders) for folder in watcher.gone(theirs)]
 
+    @abstractmethod
     def leave(self, folders: Collection[TrialFolder]) -> str:
-        """What becomes of trials under way when the sweep is interrupted; says it in a sentence."""
-        return "; ".join(watcher.leave(theirs) for watcher, theirs in self._parts(folders))
-
-    def _parts(self, folders: Collection[TrialFolder]) -> list[tuple[Watcher, list[TrialFolder]]]:
-        """Each trial with whoever knows it; those that nobody has started yet are the launcher's."""
-        before = [folder for folder in folders if self._before.mark in (folder.read("job") or {})]
-        now = [folder for folder in folders if folder not in before]
-        return [(self._launcher, now), (self._before, before)] if before else [(self._launcher, now)]
+        """Let go of these trials, as the sweep is interrupted; says in a sentence what becomes of them."""
 
 
-class LocalLauncher:
+class LocalLauncher(Launcher):
     """Each trial is a process of its own, which goes on should the sweep's end.
 
     Args:
@@ -83,15 +58,14 @@ class LocalLauncher:
 
     def __init__(self, workers: int, gpus_per_trial: int = 0) -> None:
         self.threads = max(1, (os.cpu_count() or 1) // workers)
-        self.gpus: list[str] = []
-        if gpus_per_trial:
-            visible = _gpus()
-            if len(visible) < workers * gpus_per_trial:
-                raise ValueError(
-                    f"workers={workers} x gpus_per_trial={gpus_per_trial} needs more than the {len(visible)} GPUs here"
-                )
-            groups = [visible[i * gpus_per_trial : (i + 1) * gpus_per_trial] for i in range(workers)]
-            self.gpus = [",".join(group) for group in groups]
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        visible = given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
+        if len(visible) < workers * gpus_per_trial:
+            raise ValueError(
+                f"workers={workers} x gpus_per_trial={gpus_per_trial} needs more than the {len(visible)} GPUs here"
+            )
+        groups = [visible[i * gpus_per_trial : (i + 1) * gpus_per_trial] for i in range(workers)]
+        self.gpus = [",".join(group) for group in groups if group]
         self._started: dict[Path, subprocess.Popen[bytes]] = {}
 
     def launch(self, folders: Sequence[TrialFolder]) -> None:
@@ -100,8 +74,7 @@ class LocalLauncher:
             environment = {"OMP_NUM_THREADS": str(self.threads), **os.environ}
             job: dict[str, Any] = {}
             if self.gpus:
-                taken = [(other.read("job") or {}).get("gpus") for other in self._others(folder)]
-                job["gpus"] = environment["CUDA_VISIBLE_DEVICES"] = next(g for g in self.gpus if g not in taken)
+                job["gpus"] = environment["CUDA_VISIBLE_DEVICES"] = self._free_gpus(folder)
             with (folder.path / "runner.txt").open("ab") as output:
                 self._started[folder.path] = process = subprocess.Popen(
                     [sys.executable, "-m", "flextok_pl.sweeps.runner", str(folder.path.absolute())],
@@ -113,18 +86,20 @@ class LocalLauncher:
                 )
             folder.write("job", {**job, "pid": process.pid})
 
-    def _others(self, folder: TrialFolder) -> list[TrialFolder]:
-        """The sweep's trials that run here now, also those that an earlier process of the sweep started."""
-        siblings = [TrialFolder(file.parent) for file in folder.path.parent.glob("*/job.json")]
-        return [other for other in siblings if other.path != folder.path and not self.gone([other])]
-
-    def gone(self, folders: Collection[TrialFolder]) -> list[TrialFolder]:
-        """Those of these trials that do not run any more."""
-        return [folder for folder in folders if not self._lives(folder)]
+    def _free_gpus(self, folder: TrialFolder) -> str:
+        """Those that no other trial has, be it one that an earlier process of the sweep started."""
+        others = [TrialFolder(file.parent) for file in folder.path.parent.glob("*/job.json")]
+        running = [other for other in others if other.path != folder.path and self._lives(other)]
+        taken = [(other.read("job") or {}).get("gpus") for other in running]
+        return next(gpus for gpus in self.gpus if gpus not in taken)
 
     def _lives(self, folder: TrialFolder) -> bool:
         started = self._started.get(folder.path)
         return (started is not None and started.poll() is None) or folder.running
+
+    def gone(self, folders: Collection[TrialFolder]) -> list[TrialFolder]:
+        """Those of these trials that do not run any more."""
+        return [folder for folder in folders if not self._lives(folder)]
 
     def leave(self, folders: Collection[TrialFolder]) -> str:
         """Let the trials save themselves and stop."""
@@ -140,18 +115,34 @@ class LocalLauncher:
         return "the trials under way have saved themselves"
 
 
-class SlurmJobs:
-    """Trials that are jobs of a Slurm cluster."""
+class SlurmLauncher(Launcher):
+    """Each trial is a job, and trials that start together are an array; submitit writes and submits the scripts.
+
+    At SIGUSR2, which Slurm sends before the time limit, a job saves a checkpoint and goes back into the queue by
+    itself; at SIGTERM it saves a checkpoint and is gone.
+
+    Args:
+        executor: of submitit; None to watch the jobs of an earlier process alone.
+    """
 
     mark = "job"
+    poll_seconds = 1.0
     controller_seconds = 5.0
     """How often to ask the controller at most; it serves all users."""
     grace = 15.0
     """Seconds for which a job may be missing in `squeue` before it counts as gone."""
 
-    def __init__(self) -> None:
+    def __init__(self, executor: submitit.AutoExecutor | None = None) -> None:
+        self._executor = executor
         self._missing: dict[str, float] = {}
         self._asked = -math.inf
+
+    def launch(self, folders: Sequence[TrialFolder]) -> None:
+        """Submit these trials."""
+        assert self._executor is not None
+        jobs = self._executor.submit_array([Runner(folder.path.absolute()) for folder in folders])
+        for folder, job in zip(folders, jobs, strict=True):
+            folder.write("job", {"job": job.job_id})
 
     def gone(self, folders: Collection[TrialFolder]) -> list[TrialFolder]:
         """Those of these trials that are in no queue any more."""
@@ -183,11 +174,8 @@ class SlurmJobs:
         return f"jobs go on by themselves; `scancel {jobs}` would end them" if jobs else "no job is under way"
 
 
-class SlurmLauncher(SlurmJobs):
-    """Each trial is a job, and trials that start together are an array; submitit writes and submits the scripts.
-
-    At SIGUSR2, which Slurm sends before the time limit, a job saves a checkpoint and goes back into the queue by
-    itself; at SIGTERM it saves a checkpoint and is gone.
+def slurm_executor(folder: Path, parameters: Mapping[str, Any], workers: int) -> submitit.AutoExecutor:
+    """What submits jobs.
 
     Args:
         folder: for scripts and logs of jobs; on a file system that all nodes see.
@@ -197,32 +185,11 @@ class SlurmLauncher(SlurmJobs):
     Raises:
         ValueError: there is no Slurm, or submitit does not know a parameter.
     """
-
-    poll_seconds = 1.0
-
-    def __init__(self, folder: Path, parameters: Mapping[str, Any], workers: int) -> None:
-        import submitit
-
-        super().__init__()
-        if shutil.which("sbatch") is None:
-            raise ValueError("launcher=slurm: there is no `sbatch` here; start the sweep where jobs are submitted")
-        self._executor = submitit.AutoExecutor(folder, cluster="slurm")
-        try:
-            self._executor.update_parameters(slurm_array_parallelism=workers, **parameters)
-        except (ValueError, TypeError, NameError, AssertionError) as error:  # submitit raises all of them
-            raise ValueError(f"slurm={dict(parameters)}: {error}") from error
-
-    def launch(self, folders: Sequence[TrialFolder]) -> None:
-        """Submit these trials."""
-        jobs = self._executor.submit_array([Runner(folder.path.absolute()) for folder in folders])
-        for folder, job in zip(folders, jobs, strict=True):
-            folder.write("job", {"job": job.job_id})
-
-
-def _gpus() -> list[str]:
-    """The GPUs that this process may use."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return os.environ["CUDA_VISIBLE_DEVICES"].split(",")
-    import torch
-
-    return [str(number) for number in range(torch.cuda.device_count())]
+    if shutil.which("sbatch") is None:
+        raise ValueError("launcher=slurm: there is no `sbatch` here; start the sweep where jobs are submitted")
+    executor = submitit.AutoExecutor(folder, cluster="slurm")
+    try:
+        executor.update_parameters(slurm_array_parallelism=workers, **parameters)
+    except (ValueError, TypeError, NameError, AssertionError) as error:  # submitit raises all of them
+        raise ValueError(f"slurm={dict(parameters)}: {error}") from error
+    return executor

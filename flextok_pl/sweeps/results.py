@@ -7,7 +7,7 @@ import io
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -34,38 +34,47 @@ PICTURES: dict[str, Callable[..., Any]] = {
 
 def status_table(sweep: Sweep, study: optuna.Study) -> Table:
     """All trials: state, value, how far they are, parameters, and why they failed."""
-    best = {trial.number for trial in _best(study)}
+    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    best = study.best_trial.number if complete else None
     table = Table(title=f"{sweep.name}: {sweep.direction} {sweep.metric}, {sweep.num_trials} trials")
     for column in ("trial", "state", sweep.metric, "step", "took", "parameters", ""):
         table.add_column(column, justify="left" if column in ("state", "parameters", "") else "right")
-    for trial in study.get_trials(deepcopy=False):
-        if trial.state == TrialState.WAITING:
-            continue
-        folder = sweep.trial_folder(trial.number, trial.params)
-        state = folder.read("state") or {"failures": []}
+    for trial, folder in _started(sweep, study):
+        state = folder.read("state")
         measured = [entry for seed in sweep.seeds for entry in folder.measured(f"version_{seed}")]
         seen = [entry for entry in measured if entry["stage"] == "fit"]
         value = trial.value if trial.value is not None else (seen[-1]["metrics"].get(sweep.metric) if seen else None)
-        note = trial.user_attrs.get("reason") or "; ".join(state["failures"][-1:])
+        queued = trial.state == TrialState.RUNNING and state is None and not folder.log.exists()
         table.add_row(
             str(trial.number),
-            _word(trial, folder),
+            "queued" if queued else trial.state.name.lower(),
             "" if value is None else f"{value:.6g}",
             str(seen[-1]["step"]) if seen else "",
             _duration(trial),
             sweep.title(trial.params).replace(",", ", "),
-            note,
-            style="bold green" if trial.number in best else None,
+            trial.user_attrs.get("reason") or "; ".join((state or {"failures": []})["failures"][-1:]),
+            style="bold green" if trial.number == best else None,
         )
     return table
 
 
+def _started(sweep: Sweep, study: optuna.Study) -> Iterator[tuple[FrozenTrial, TrialFolder]]:
+    for trial in study.get_trials(deepcopy=False):
+        if trial.state != TrialState.WAITING:
+            yield trial, sweep.trial_folder(trial.number, trial.params)
+
+
+def _duration(trial: FrozenTrial) -> str:
+    """Hours, minutes and seconds; of a trial that runs, so far."""
+    if trial.datetime_start is None:
+        return ""
+    taken = (trial.datetime_complete or datetime.now()) - trial.datetime_start
+    return str(timedelta(seconds=int(taken.total_seconds())))
+
+
 def rows(sweep: Sweep, study: optuna.Study) -> Iterator[dict[str, Any]]:
     """One row for each trial and seed: parameters, all last metrics, and where the run is."""
-    for trial in study.get_trials(deepcopy=False):
-        if trial.state == TrialState.WAITING:
-            continue
-        folder = sweep.trial_folder(trial.number, trial.params)
+    for trial, folder in _started(sweep, study):
         for seed in sweep.seeds:
             yield {
                 "trial": trial.number,
@@ -97,17 +106,16 @@ def write_results(sweep: Sweep, study: optuna.Study) -> None:
     if len({tuple(trial.params.items()) for trial in complete}) < 2:
         return
     for name, draw in PICTURES.items():
-        with warnings.catch_warnings(), pyplot.rc_context({"figure.figsize": (9, 5)}):
+        style = pyplot.rc_context({"figure.figsize": (9, 5), "savefig.dpi": 110, "savefig.bbox": "tight"})
+        with warnings.catch_warnings(), style:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             try:
                 draw(study, target_name=sweep.metric)
             except (ValueError, RuntimeError) as error:  # all values alike, or no parameter that all trials have
                 print(f"{name}.png is not drawn: {error}")
-                continue
-            buffer = io.BytesIO()
-            pyplot.savefig(buffer, dpi=110, bbox_inches="tight")
+            else:
+                save_figure(pyplot.gcf(), sweep.root / f"{name}.png")
             pyplot.close("all")
-        write_file(sweep.root / f"{name}.png", buffer.getvalue())
 
 
 def over_seeds(sweep: Sweep, trial: FrozenTrial, metric: str) -> tuple[float, float]:
@@ -178,21 +186,3 @@ def draw_curves(sweep: Sweep, trials: Sequence[FrozenTrial]) -> Figure:
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=7)
     return figure
-
-
-def _best(study: optuna.Study) -> list[FrozenTrial]:
-    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-    return [study.best_trial] if complete else []
-
-
-def _word(trial: FrozenTrial, folder: TrialFolder) -> str:
-    if trial.state == TrialState.RUNNING and folder.read("state") is None and not (folder.path / "log.txt").exists():
-        return "queued"
-    return trial.state.name.lower()
-
-
-def _duration(trial: FrozenTrial) -> str:
-    if trial.datetime_start is None:
-        return ""
-    seconds = int(((trial.datetime_complete or datetime.now()) - trial.datetime_start).total_seconds())
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

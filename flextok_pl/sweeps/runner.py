@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -39,15 +40,23 @@ class TrialError(Exception):
     """A command of a trial has failed; the message says why."""
 
 
+@contextlib.contextmanager
+def exclusive(lock: Path) -> Iterator[int | None]:
+    """Hold a file, as long as the yielded handle is open in any process; None where another one holds it."""
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+        else:
+            yield file.fileno()
+
+
+@dataclass(frozen=True)
 class TrialFolder:
-    """The files of a trial.
+    """The files of a trial, in its folder `path`."""
 
-    Args:
-        path: its folder.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    path: Path
 
     def read(self, name: str) -> dict[str, Any] | None:
         """The content of one of its JSON files, or None where there is none."""
@@ -61,33 +70,20 @@ class TrialFolder:
         """Write a JSON file, whole or not at all."""
         write_file(self.path / f"{name}.json", json.dumps(content, indent=2) + "\n")
 
-    def ask_to_stop(self) -> None:
-        """Let its runner stop it, as one that is not worth going on with."""
-        (self.path / "stop").touch()
+    @property
+    def stop_file(self) -> Path:
+        """Is there once its runner is to stop it, as one that is not worth going on with."""
+        return self.path / "stop"
 
     @property
-    def asked_to_stop(self) -> bool:
-        """Whether it is to be stopped."""
-        return (self.path / "stop").exists()
-
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[int | None]:
-        """Hold the trial, as long as the yielded file is open anywhere; None where another process holds it."""
-        handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield None
-            else:
-                yield handle
-        finally:
-            os.close(handle)
+    def log(self) -> Path:
+        """What its commands print."""
+        return self.path / "log.txt"
 
     @property
     def running(self) -> bool:
         """Whether a runner on this machine, or a command that it left behind, holds the trial."""
-        with self.lock() as handle:
+        with exclusive(self.path / "lock") as handle:
             return handle is None
 
     def measured(self, run: str) -> list[dict[str, Any]]:
@@ -101,13 +97,12 @@ class TrialFolder:
 
     def step(self) -> int:
         """The steps of all its runs together that have been logged or saved."""
-        return sum(_step(run) for run in self.path.glob("version_*"))
-
-
-def _step(run: Path) -> int:
-    saved = [re.fullmatch(r"step(\d+)\.ckpt", file.name) for file in run.glob("checkpoints/*")]
-    logged: list[int] = [entry["step"] for entry in read_metrics(run / METRICS)]
-    return max([0, *logged, *(int(match[1]) for match in saved if match)])
+        total = 0
+        for run in self.path.glob("version_*"):
+            saved = [re.fullmatch(r"step(\d+)\.ckpt", file.name) for file in run.glob("checkpoints/*")]
+            logged = [entry["step"] for entry in self.measured(run.name)]
+            total += max([0, *logged, *(int(match[1]) for match in saved if match)])
+        return total
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
@@ -135,7 +130,7 @@ class Runner:
     def __call__(self) -> None:
         """Run what is left to do."""
         folder = TrialFolder(self.path)
-        with folder.lock() as handle:
+        with exclusive(self.path / "lock") as handle:
             if handle is None:
                 print(f"{self.path} is already being run")
                 return
@@ -170,7 +165,7 @@ class Runner:
                 while state["finished"] < len(plan["commands"]):
                     began = time.monotonic()
                     try:
-                        ended = self._command(folder, plan, plan["commands"][state["finished"]], handle)
+                        ended = self._command(folder, plan["commands"][state["finished"]], plan["cwd"], handle)
                     finally:
                         state["seconds"] += time.monotonic() - began
                     state["finished"] += ended == "done"
@@ -186,13 +181,13 @@ class Runner:
                 if len(state["failures"]) > plan["retries"]:
                     return {"state": "failed", "seconds": state["seconds"], "reason": str(error)}
 
-    def _command(self, folder: TrialFolder, plan: Mapping[str, Any], command: Sequence[str], handle: int) -> str:
+    def _command(self, folder: TrialFolder, command: Sequence[str], cwd: str, handle: int) -> str:
         """Run a command: `done`, `stopped` as asked for by the sweep, or `interrupted` by a signal.
 
         Raises:
             TrialError: it failed.
         """
-        with (folder.path / "log.txt").open("ab") as log:
+        with folder.log.open("ab") as log:
             start = log.tell()
             # The command holds the lock, too: should this process be killed, nobody starts the trial a second time
             # before the command has ended.
@@ -201,7 +196,7 @@ class Runner:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                cwd=plan["cwd"],
+                cwd=cwd,
                 env=_environment(),
                 pass_fds=[handle],
                 preexec_fn=_leave_usr2_to_submitit,
@@ -209,20 +204,18 @@ class Runner:
         folder.write("command", {"pid": self._child.pid})
         told = False
         while self._child.poll() is None:
-            if not told and (self._interrupted or folder.asked_to_stop):
+            if not told and (self._interrupted or folder.stop_file.exists()):
                 told = True
                 self._child.terminate()
             time.sleep(0.2)
         code, self._child = self._child.returncode, None
         if code == 0:
             return "done"
-        if self._interrupted:
-            return "interrupted"
-        if folder.asked_to_stop:
+        if folder.stop_file.exists() and not self._interrupted:
             return "stopped"
-        if code in ASKED_TO_STOP:
+        if self._interrupted or code in ASKED_TO_STOP:
             return "interrupted"
-        raise TrialError(_reason(code, (folder.path / "log.txt").read_bytes()[start:].decode(errors="replace")))
+        raise TrialError(_reason(code, folder.log.read_bytes()[start:].decode(errors="replace")))
 
 
 def outcome(folder: TrialFolder, plan: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,16 +1,21 @@
-"""The search space of a sweep: what each parameter may be, and what it sets in an experiment."""
+"""The search space of a sweep: what each parameter may be, and what it sets in an experiment.
+
+Optuna draws the values. A choice is known to it by a label, so that lists, and values that Python takes for equal, can
+be searched; a parameter may exist only at some values of an earlier one.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from math import isclose
 from typing import Any
 
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import BaseTrial
 
 Value = bool | int | float | str | None
@@ -19,8 +24,14 @@ Value = bool | int | float | str | None
 Params = dict[str, Value]
 """A point of the space; parameters whose condition does not hold are not in it."""
 
+Condition = Mapping[str, tuple[Value, ...]]
+"""Earlier parameter -> the values of it at which a parameter exists."""
+
 MOST_POINTS = 100_000
 """Points of a grid, or steps of a range, above which a space is taken for a mistake."""
+
+KEYS = {"choices": {"choices"}, "options": {"options"}, "low": {"low", "high", "log", "step"}}
+"""The key that tells a kind of parameter -> all that it may have, beside `when`."""
 
 
 def as_text(value: Any) -> str:
@@ -51,88 +62,46 @@ def require_plain(where: str, options: Mapping[Any, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One of several values, or of several named sets of options.
+class Parameter:
+    """One parameter of a space.
 
     Args:
-        overrides: label -> option of the experiment -> value.
-        when: parameter -> values of it at which this one exists.
+        law: what Optuna draws from.
+        values: all of them; of a range without a step both ends.
+        when: where it exists.
+        overrides: of a choice, label -> option of the experiment -> value; a range sets the option of its own name.
+        stepped: its values are all that there are.
     """
 
-    overrides: Mapping[Value, Mapping[str, Any]]
-    when: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
+    law: CategoricalDistribution | FloatDistribution | IntDistribution
+    values: Sequence[Value]
+    when: Condition
+    overrides: Mapping[Value, Mapping[str, Any]] | None = None
+    stepped: bool = True
+
+    def exists(self, point: Mapping[str, Any]) -> bool:
+        """Whether its condition holds, given the values of earlier parameters."""
+        return all(parent in point and point[parent] in values for parent, values in self.when.items())
 
     def suggest(self, trial: BaseTrial, name: str) -> Value:
         """Let the search choose."""
-        return trial.suggest_categorical(name, self.values())
-
-    def values(self) -> list[Value]:
-        """All labels."""
-        return list(self.overrides)
-
-    def options(self, name: str, value: Value) -> Mapping[str, Any]:
-        """What a label sets."""
-        return self.overrides[value]
-
-    def exact(self, value: Value) -> Value:
-        """The label."""
-        return value
-
-    def shown(self, value: Value) -> str:
-        """A label for people."""
-        return _shown(value)
-
-
-@dataclass(frozen=True)
-class Range:
-    """A number between two others, both of which it can be.
-
-    Args:
-        low: the least; whole numbers only if both ends are, and the step.
-        high: the greatest.
-        log: search its logarithm.
-        step: only low, low + step, ...
-        when: as for `Choice`.
-    """
-
-    low: float
-    high: float
-    log: bool = False
-    step: float | None = None
-    when: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
-
-    def suggest(self, trial: BaseTrial, name: str) -> Value:
-        """Let the search choose."""
-        step = 1 if self.step is None else self.step
-        if isinstance(self.low, int) and isinstance(self.high, int) and isinstance(step, int):
-            return trial.suggest_int(name, self.low, self.high, step=step, log=self.log)
-        return self.exact(trial.suggest_float(name, self.low, self.high, step=self.step, log=self.log))
-
-    def values(self) -> list[Value]:
-        """All steps; without a step both ends."""
-        if self.step is None:
-            return [self.low, self.high]
-        return [self._value(number) for number in range(round((self.high - self.low) / self.step) + 1)]
-
-    def options(self, name: str, value: Value) -> Mapping[str, Any]:
-        """What a value sets: the option that the parameter is called after."""
-        return {name: value}
+        law = self.law
+        if isinstance(law, CategoricalDistribution):
+            return trial.suggest_categorical(name, law.choices)
+        if isinstance(law, IntDistribution):
+            return trial.suggest_int(name, law.low, law.high, step=law.step, log=law.log)
+        return self.exact(trial.suggest_float(name, law.low, law.high, step=law.step, log=law.log))
 
     def exact(self, value: Value) -> Value:
         """The step that Optuna means: adding up binary fractions, it comes to 0.30000000000000004 for 0.3."""
-        if self.step is None or not isinstance(value, float):
-            return value
-        return self._value(round((value - self.low) / self.step))
+        if isinstance(self.law, FloatDistribution) and self.law.step is not None:
+            assert isinstance(value, int | float)
+            return self.values[round((value - self.law.low) / self.law.step)]
+        return value
 
     def shown(self, value: Value) -> str:
-        """A number for people; without steps, four digits of it."""
-        return f"{value:.4g}" if isinstance(value, float) and self.step is None else _shown(value)
-
-    def _value(self, number: int) -> int | float:
-        assert self.step is not None
-        value = Decimal(str(self.low)) + number * Decimal(str(self.step))
-        whole = isinstance(self.low, int) and isinstance(self.high, int) and isinstance(self.step, int)
-        return int(value) if whole else float(value)
+        """A value for people; of a range without steps, four digits."""
+        return f"{value:.4g}" if isinstance(value, float) and not self.stepped else _shown(value)
 
 
 class Space:
@@ -150,7 +119,7 @@ class Space:
     """
 
     def __init__(self, given: Mapping[str, Any]) -> None:
-        self.parameters: dict[str, Choice | Range] = {}
+        self.parameters: dict[str, Parameter] = {}
         for name, entry in given.items():
             if not isinstance(name, str):
                 raise ValueError(f"space: {name!r} must be a text, the name of an option")
@@ -158,16 +127,11 @@ class Space:
         if not self.parameters:
             raise ValueError("space is empty; name an option of the experiment, such as model.lr: [1e-3, 3e-3]")
 
-    @property
-    def conditional(self) -> bool:
-        """Whether some parameters only exist at some values of others."""
-        return any(parameter.when for parameter in self.parameters.values())
-
     def suggest(self, trial: BaseTrial) -> Params:
         """A point that the search chooses."""
         point: Params = {}
         for name, parameter in self.parameters.items():
-            if _holds(parameter.when, point):
+            if parameter.exists(point):
                 point[name] = parameter.suggest(trial, name)
         return point
 
@@ -179,7 +143,8 @@ class Space:
         """
         result: dict[str, Any] = {}
         for name, value in point.items():
-            options = self.parameters[name].options(name, value)
+            overrides = self.parameters[name].overrides
+            options = {name: value} if overrides is None else overrides[value]
             if both := sorted(result.keys() & options):
                 raise ValueError(
                     f"space: {name}={value} and an earlier parameter both set {both[0]}; leave it in one of them, or "
@@ -202,31 +167,29 @@ class Space:
         Raises:
             ValueError: a range has no step, or there are more than `MOST_POINTS`.
         """
-        for name, parameter in self.parameters.items():
-            if isinstance(parameter, Range) and parameter.step is None:
-                raise ValueError(f"space: {name} needs a step, or choices, for search=grid")
         points: list[Params] = [{}]
         for name, parameter in self.parameters.items():
-            values = parameter.values()
-            if len(points) * len(values) > MOST_POINTS:
+            if not parameter.stepped:
+                raise ValueError(f"space: {name} needs a step, or choices, for search=grid")
+            if len(points) * len(parameter.values) > MOST_POINTS:
                 raise ValueError(
                     f"space: with {name} a grid has more than {MOST_POINTS:,} points; leave values out, or draw some "
                     "by search=random"
                 )
-            longer: list[Params] = []
-            for point in points:
-                if _holds(parameter.when, point):
-                    longer += [{**point, name: value} for value in values]
-                else:
-                    longer.append(point)
-            points = longer
+            points = [
+                longer
+                for point in points
+                for longer in (
+                    [{**point, name: value} for value in parameter.values] if parameter.exists(point) else [point]
+                )
+            ]
         return points
 
     def corners(self) -> Iterator[Params]:
         """Points in which each value occurs (of a range without steps each end), with the others' first ones."""
         seen = set()
         for name, parameter in self.parameters.items():
-            for value in parameter.values():
+            for value in parameter.values:
                 point = self._completed({name: value})
                 if frozenset(point.items()) not in seen:
                     seen.add(frozenset(point.items()))
@@ -240,50 +203,50 @@ class Space:
                 wanted = {**{parent: values[0] for parent, values in conditions.items()}, **wanted}
         point: Params = {}
         for name, parameter in self.parameters.items():
-            if _holds(parameter.when, point):
-                point[name] = wanted.get(name, parameter.values()[0])
+            if parameter.exists(point):
+                point[name] = wanted.get(name, parameter.values[0])
         return point
 
-    def _parameter(self, name: str, entry: Any) -> Choice | Range:
+    def _parameter(self, name: str, entry: Any) -> Parameter:
         if isinstance(entry, list):
             entry = {"choices": entry}
-        kinds = {"choices": set(), "options": set(), "low": {"high", "log", "step"}}
-        kind = next((kind for kind in kinds if isinstance(entry, Mapping) and kind in entry), None)
+        kind = next((kind for kind in KEYS if isinstance(entry, Mapping) and kind in entry), None)
         if kind is None:
             raise ValueError(
                 f"space: {name}={entry!r} must be a list of values, or have `choices`, `options`, or `low` and `high`"
             )
-        unknown = sorted(set(entry) - kinds[kind] - {kind, "when"})
+        unknown = sorted(set(entry) - KEYS[kind] - {"when"})
         if unknown:
             raise ValueError(f"space: {name} has {kind!r} and cannot have {unknown[0]!r} as well")
         when = self._condition(name, entry.get("when") or {})
         if kind == "low":
             return _range(name, entry, when)
-        chosen: Any = entry[kind]
+        given: Any = entry[kind]
         expected: Any = Mapping if kind == "options" else list
-        if not isinstance(chosen, expected) or not chosen:
+        if not isinstance(given, expected) or not given:
             form = "label: {option: value}" if kind == "options" else "a list of values"
-            raise ValueError(f"space: {name}.{kind}={chosen!r} must be {form}, and not empty")
+            raise ValueError(f"space: {name}.{kind}={given!r} must be {form}, and not empty")
         if kind == "choices":
-            require_plain("space", {name: chosen})
-            return Choice(dict(zip(_labels(name, chosen), ({name: value} for value in chosen), strict=True)), when)
-        for label, options in chosen.items():
-            if not isinstance(options or {}, Mapping):
-                raise ValueError(f"space: {name}.options.{label}={options!r} must be options with their values")
-            require_plain(f"space: {name}.options.{label}", options or {})
-        return Choice(
-            dict(zip(_labels(name, chosen), (options or {} for options in chosen.values()), strict=True)), when
-        )
+            require_plain("space", {name: given})
+            overrides = [{name: value} for value in given]
+        else:
+            overrides = [options or {} for options in given.values()]
+            for label, options in zip(given, overrides, strict=True):
+                if not isinstance(options, Mapping):
+                    raise ValueError(f"space: {name}.options.{label}={options!r} must be options with their values")
+                require_plain(f"space: {name}.options.{label}", options)
+        labels = _labels(name, given)
+        return Parameter(CategoricalDistribution(labels), labels, when, dict(zip(labels, overrides, strict=True)))
 
-    def _condition(self, name: str, when: Any) -> dict[str, tuple[Value, ...]]:
+    def _condition(self, name: str, when: Any) -> Condition:
         if not isinstance(when, Mapping):
             raise ValueError(f"space: {name}.when={when!r} must be parameters with their values")
         condition = {}
         for parent, values in when.items():
             found = self.parameters.get(parent)
-            if not isinstance(found, Choice):
+            if found is None or found.overrides is None:
                 raise ValueError(f"space: {name}.when names {parent!r}, which is no list of choices above it")
-            known = {as_text(label): label for label in found.values()}
+            known = {as_text(label): label for label in found.values}
             wanted = [as_text(value) for value in (values if isinstance(values, list) else [values])]
             for text in wanted:
                 if text not in known:
@@ -294,7 +257,7 @@ class Space:
         return condition
 
 
-def _range(name: str, entry: Mapping[str, Any], when: dict[str, tuple[Value, ...]]) -> Range:
+def _range(name: str, entry: Mapping[str, Any], when: Condition) -> Parameter:
     for key in ("low", "high", "step"):
         value = entry.get(key)
         if (key, value) == ("step", None):
@@ -302,22 +265,26 @@ def _range(name: str, entry: Mapping[str, Any], when: dict[str, tuple[Value, ...
         # Half of the largest, so that high - low is finite, too.
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max / 2:
             raise ValueError(f"space: {name}.{key}={value!r} must be a finite number")
-    if not isinstance(entry.get("log", False), bool):
-        raise ValueError(f"space: {name}.log={entry['log']!r} must be true or false")
     low, high, step, log = entry["low"], entry["high"], entry.get("step"), entry.get("log", False)
-    if not low <= high:
-        raise ValueError(f"space: {name}.low={low} must not be above high={high}")
-    if log and (low <= 0 or step is not None):
-        raise ValueError(f"space: {name}.log needs low={low} above 0 and no step={step}")
+    if not isinstance(log, bool):
+        raise ValueError(f"space: {name}.log={log!r} must be true or false")
+    if isinstance(step, float) and step.is_integer():
+        step = int(step)
     if step is not None and (step <= 0 or not isclose((high - low) / step, round((high - low) / step), abs_tol=1e-9)):
         raise ValueError(f"space: {name}.step={step} must be above 0 and divide high - low = {high - low:g}")
     if step is not None and (high - low) / step > MOST_POINTS:
         raise ValueError(
             f"space: {name}.step={step} makes more than {MOST_POINTS:,} steps; enlarge it, or leave it out"
         )
-    if isinstance(step, float) and step.is_integer():
-        step = int(step)
-    return Range(low, high, log, step, when)
+    whole = all(isinstance(value, int) for value in (low, high, step or 1))
+    try:
+        law = IntDistribution(low, high, log, step or 1) if whole else FloatDistribution(low, high, log, step)
+    except ValueError as error:
+        raise ValueError(f"space: {name}: {error}") from None
+    if step is None:
+        return Parameter(law, (low, high), when, stepped=False)
+    values = [Decimal(str(low)) + number * Decimal(str(step)) for number in range(round((high - low) / step) + 1)]
+    return Parameter(law, [int(value) if whole else float(value) for value in values], when)
 
 
 def _labels(name: str, values: Iterable[Any]) -> list[Value]:
@@ -346,7 +313,3 @@ def _shown(value: Value) -> str:
     """A value in few characters, but never as another one."""
     short = f"{value:.4g}" if isinstance(value, float) else str(value)
     return str(value) if isinstance(value, float) and float(short) != value else short
-
-
-def _holds(when: Mapping[str, tuple[Value, ...]], point: Mapping[str, Any]) -> bool:
-    return all(parent in point and point[parent] in values for parent, values in when.items())

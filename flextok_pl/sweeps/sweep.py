@@ -24,6 +24,9 @@ FIXED = ("experiment", "space", "overrides", "metric", "direction", "seeds", "te
 """What cannot change while a sweep goes on: its trials would no longer be comparable."""
 
 
+FLEXTOK = (sys.executable, "-m", "flextok_pl")
+
+
 @dataclass
 class Sweep:
     """A search over the options of an experiment.
@@ -82,34 +85,30 @@ class Sweep:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"trials": 1, "retries": 0, "workers": 1, "gpus_per_trial": 0}
-        for option, minimum in least.items():
+        for option, least in {"trials": 1, "retries": 0, "workers": 1, "gpus_per_trial": 0}.items():
             value = getattr(self, option)
-            if value is not None and value < minimum:
-                raise ValueError(f"{option}={value} must be at least {minimum}")
+            if value is not None and value < least:
+                raise ValueError(f"{option}={value} must be at least {least}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={self.seeds} must be different numbers, at least one")
         if self.trials is None and self.search != "grid":
             raise ValueError(f"trials=null: search={self.search} draws points without end; say how many trials")
         if self.slurm and self.launcher != "slurm":
             raise ValueError("slurm=... has no effect with launcher=local; choose --launcher slurm, or --slurm {}")
-        if self.scaling is not None:
-            if self.scaling not in self.space:
-                raise ValueError(f"scaling={self.scaling} is no parameter of space; use one of {sorted(self.space)}")
-            if self.points.parameters[self.scaling].when:
-                raise ValueError(f"scaling={self.scaling} has a `when`; name a parameter of space that each trial has")
-            if self.direction == "maximize":
-                raise ValueError(
-                    f"scaling={self.scaling} fits how a metric falls, and direction=maximize; leave scaling out, or "
-                    "choose a metric to minimize"
-                )
+        if self.scaling is not None and self.scaling not in self.space:
+            raise ValueError(f"scaling={self.scaling} is no parameter of space; use one of {sorted(self.space)}")
+        if self.scaling is not None and self.points.parameters[self.scaling].when:
+            raise ValueError(f"scaling={self.scaling} has a `when`; name a parameter of space that each trial has")
+        if self.scaling is not None and self.direction == "maximize":
+            raise ValueError(
+                f"scaling={self.scaling} fits how a metric falls, and direction=maximize; leave scaling out, or "
+                "choose a metric to minimize"
+            )
         require_plain("overrides", self.overrides)
         searched = {option for point in self.points.corners() for option in self.points.options(point)}
-        both = searched & set(self.overrides)
-        if both:
+        if both := searched & set(self.overrides):
             raise ValueError(f"{min(both)!r} is in space and in overrides; leave it in one of them")
-        taken = (searched | set(self.overrides)) & set(_own_options("", 0, Path()))
-        if taken:
+        if taken := (searched | set(self.overrides)) & set(_own_options("", 0, "")):
             raise ValueError(f"{min(taken)!r} is set by the sweep itself: it gives each trial its seeds and its folder")
         if self.search == "grid":
             self.points.grid()
@@ -145,9 +144,8 @@ class Sweep:
     def fixed(self) -> dict[str, Any]:
         """What cannot change while the sweep goes on; of experiments a checksum of what they say, comments left out."""
         said = json.dumps([load_yaml(Path(file)) for file in self.experiments], default=str)
-        options = {option: getattr(self, option) for option in FIXED}
-        found: dict[str, Any] = json.loads(json.dumps(options))
-        return {**found, "content of experiment": hashlib.sha256(said.encode()).hexdigest()[:12]}
+        options = json.loads(json.dumps({option: getattr(self, option) for option in FIXED}))
+        return {**options, "content of experiment": hashlib.sha256(said.encode()).hexdigest()[:12]}
 
     def trial_folder(self, number: int, point: Mapping[str, Any]) -> TrialFolder:
         """Where a trial lives; its name says what it is."""
@@ -163,44 +161,36 @@ class Sweep:
             "retries": self.retries,
             "cwd": str(Path.cwd()),
             "runs": [f"version_{seed}" for seed in self.seeds],
-            "commands": [
-                [sys.executable, "-m", "flextok_pl", *arguments]
-                for seed in self.seeds
-                for arguments in self.arguments(point, name, seed, self.root)
-            ],
+            "commands": [[*FLEXTOK, *arguments] for arguments in self.commands(point, name, str(self.root))],
         }
 
     def script(self, point: Params, name: str) -> str:
         """A shell script that trains a trial anew."""
+        commands = [shlex.join([*FLEXTOK, *arguments]) for arguments in self.commands(point, name, "OUT")]
         lines = [
             "#!/bin/bash",
             "# Trains this trial anew, into the folder that is given, or `again` in this one.",
             "set -e",
             'out=$(realpath -m "${1:-$(dirname "$0")/again}")',
             f"cd {shlex.quote(str(Path.cwd()))}",
+            *(command.replace("save_dir=OUT", 'save_dir="$out"') for command in commands),
         ]
-        for seed in self.seeds:
-            for arguments in self.arguments(point, name, seed, Path("OUT")):
-                command = shlex.join([sys.executable, "-m", "flextok_pl", *arguments])
-                lines.append(command.replace("save_dir=OUT", 'save_dir="$out"'))
         return "\n".join(lines) + "\n"
 
-    def arguments(self, point: Params, name: str, seed: int, root: Path) -> list[list[str]]:
-        """Those of `flextok` for one seed: a fit, and a test where the sweep asks for one.
+    def commands(self, point: Params, name: str, root: str) -> list[list[str]]:
+        """Arguments of `flextok`: for each seed those of a fit, and of a test where the sweep asks for one.
 
         Args:
             point: of the space.
             name: of the trial.
-            seed: of the training, and number of the run's version.
             root: folder for the trial's.
         """
-        options = {
-            **self.overrides,
-            **self.points.options(point),
-            **_own_options(name, seed, root),
-        }
-        shared = [f"--config={file}" for file in self.experiments] + as_arguments(options)
-        return [["fit", *shared]] + ([["test", *shared]] if self.test else [])
+        found = []
+        for seed in self.seeds:
+            options = {**self.overrides, **self.points.options(point), **_own_options(name, seed, root)}
+            shared = [f"--config={file}" for file in self.experiments] + as_arguments(options)
+            found += [["fit", *shared], *([["test", *shared]] if self.test else [])]
+        return found
 
     def title(self, point: Mapping[str, Any]) -> str:
         """What tells a point from others: `lr=0.003,width=64`."""
@@ -209,12 +199,12 @@ class Sweep:
         return ",".join(f"{short[name]}={value}" for name, value in self.points.shown(point).items())
 
 
-def _own_options(name: str, seed: int, root: Path) -> dict[str, Any]:
-    """What a sweep sets of each training, for the same arguments as `Sweep.arguments`."""
+def _own_options(name: str, seed: int, root: str) -> dict[str, Any]:
+    """What a sweep sets of each training; a run's version is its seed."""
     return {
         **dict.fromkeys(("seed_everything", "model.seed", "data.seed"), seed),
         "metrics_log": {},
-        "trainer.logger.init_args.save_dir": str(root),
+        "trainer.logger.init_args.save_dir": root,
         "trainer.logger.init_args.name": name,
         "trainer.logger.init_args.version": seed,
         "ckpt_path": "last",

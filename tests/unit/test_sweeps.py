@@ -17,7 +17,7 @@ import yaml
 from flextok_pl.cli import main
 from flextok_pl.sweeps.driver import Driver, _only_one, find_study
 from flextok_pl.sweeps.files import load_yaml
-from flextok_pl.sweeps.launch import LocalLauncher, SlurmJobs, SlurmLauncher
+from flextok_pl.sweeps.launch import LocalLauncher, SlurmLauncher, slurm_executor
 from flextok_pl.sweeps.results import rows, status_table, write_results
 from flextok_pl.sweeps.runner import TrialFolder, read_metrics
 from flextok_pl.sweeps.sweep import Sweep
@@ -333,7 +333,7 @@ def some_folders(tmp_path, count):
 
 def test_jobs_are_submitted_as_an_array_with_what_they_need(slurm, tmp_path):
     parameters = {"mem_gb": 500, "timeout_min": 60, "gpus_per_node": 8, "slurm_partition": "main"}
-    launcher = SlurmLauncher(tmp_path / "jobs", parameters, 2)
+    launcher = SlurmLauncher(slurm_executor(tmp_path / "jobs", parameters, 2))
     folders = some_folders(tmp_path, 3)
     launcher.launch(folders)
     script = (slurm / "script").read_text()
@@ -352,7 +352,7 @@ def test_jobs_are_submitted_as_an_array_with_what_they_need(slurm, tmp_path):
 )
 def test_what_submitit_does_not_know(slurm, tmp_path, parameters, message):
     with pytest.raises(ValueError, match=message):
-        SlurmLauncher(tmp_path / "jobs", parameters, 2)
+        slurm_executor(tmp_path / "jobs", parameters, 2)
 
 
 def begin(sweep):
@@ -364,8 +364,8 @@ def begin(sweep):
 
 
 def test_jobs_are_waited_for_when_a_sweep_goes_on_here(sweep, slurm, monkeypatch):
-    monkeypatch.setattr(SlurmJobs, "controller_seconds", 0.0)
-    monkeypatch.setattr(SlurmJobs, "grace", 0.2)
+    monkeypatch.setattr(SlurmLauncher, "controller_seconds", 0.0)
+    monkeypatch.setattr(SlurmLauncher, "grace", 0.2)
     begin(sweep(launcher="slurm", workers=2))
     (slurm / "queue").write_text("7_0\n7_1\n")
     ends, cancelled, new = [sweep().trial_folder(number, {"x": x}) for number, x in enumerate([3.0, 1.0, 2.0])]

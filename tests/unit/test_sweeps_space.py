@@ -94,13 +94,13 @@ def test_corners_have_each_value_and_the_conditions_that_it_needs():
 )
 def test_ranges(entry, values):
     parameter = Space({"x": entry}).parameters["x"]
-    assert parameter.values() == values
+    assert list(parameter.values) == values
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     drawn = [Space({"x": entry}).suggest(study.ask())["x"] for _ in range(50)]
     assert all(entry["low"] <= value <= entry["high"] + 1e-12 for value in drawn) and len(set(drawn)) >= 3
-    assert all(type(value) is type(parameter.values()[0]) for value in drawn)
+    assert all(type(value) is type(parameter.values[0]) for value in drawn)
     if "step" in entry:
-        assert set(drawn) <= set(parameter.values()), "no 0.30000000000000004 for 0.3"
+        assert set(drawn) <= set(parameter.values), "no 0.30000000000000004 for 0.3"
     if entry.get("log"):
         assert sum(value < 1e-3 for value in drawn) > 15
 
@@ -127,8 +127,8 @@ def test_ranges(entry, values):
         ({"x": [1e-4, 1, 1e-4]}, "x has 0.0001 and 0.0001, which are both given as 0.0001; keep one"),
         ({"x": {"options": {None: {}, "null": {}}}}, "x has None and 'null', which are both given as null"),
         ({3: [1, 2]}, "3 must be a text, the name of an option"),
-        ({"x": {"low": 3, "high": 2}}, "must not be above"),
-        ({"x": {"low": 0, "high": 2, "log": True}}, "above 0"),
+        ({"x": {"low": 3, "high": 2}}, "x: `low <= high` must hold"),
+        ({"x": {"low": 0, "high": 2, "log": True}}, "x: `low >= 1` must hold"),
         ({"x": {"low": 0, "high": 2, "step": 0.7}}, "divide"),
         ({"x": {"low": 0, "high": 2, "lgo": True}}, "'lgo'"),
         ({"x": {"choices": [1], "when": {"y": 1}}}, "names 'y', which is no list of choices above it"),
