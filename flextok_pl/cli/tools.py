@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from flextok_pl.assets import DEMO_TOKENIZER
 from flextok_pl.contracts import default_budgets, weights_hash
-from flextok_pl.data import Augmentation, ShardIndex, write_latents, write_tokens
+from flextok_pl.data import ShardIndex, write_latents, write_tokens
 from flextok_pl.data.pictures import read_picture
-from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, center_crop, to_tensor
+from flextok_pl.data.transforms import center_crop, to_tensor
 from flextok_pl.evaluation.pictures import reconstruction_grid, save_png
 from flextok_pl.models.teacher import Teacher, resized_map
 from flextok_pl.models.text import TextEncoder
@@ -27,19 +27,11 @@ def encode_shards(
     dst: str,
     *,
     vae: str,
-    image_size: int = 256,
-    num_views: int = 1,
-    augmentation: Augmentation = DEFAULT_AUGMENTATION,
-    seed: int = 0,
-    batch_size: int = 64,
-    num_workers: int = 2,
     teacher: str | None = None,
     teacher_weights: str | None = None,
     teacher_grid: int | None = None,
-    dtype: Literal["float16", "float32"] = "float16",
-    samples_per_shard: int = 4000,
-    overwrite: bool = False,
     device: str | None = None,
+    **options: Any,
 ) -> ShardIndex:
     """Encode the images of a shard set by a VAE, once, and write the posteriors' moments as a shard set.
 
@@ -50,20 +42,12 @@ def encode_shards(
         src: shard set of images.
         dst: folder of the new set.
         vae: folder or Hub id of a diffusers autoencoder, or a FlexTok `.safetensors` file whose autoencoder to use.
-        image_size: side in pixels of the pictures that are encoded.
-        num_views: latents per picture: its centre crop, and further random changes of it.
-        augmentation: those random changes.
-        seed: of the changes.
-        batch_size: pictures at a time.
-        num_workers: processes that decode pictures.
         teacher: `effnet-lite2`, or a timm vision transformer such as `vit_large_patch14_dinov2.lvd142m`.
         teacher_weights: local weights file of the teacher.
         teacher_grid: side of the stored map of features; default the teacher's own. The side of the decoder's grid of
             patches stores the least without changing the training.
-        dtype: of the stored numbers.
-        samples_per_shard: latents per tar file.
-        overwrite: replace a set that was made with other arguments.
         device: where to run the VAE; default a GPU where there is one.
+        **options: those of `write_latents`.
 
     Returns:
         The index of the new set.
@@ -72,38 +56,37 @@ def encode_shards(
     encoder = FlexTok.from_pretrained(vae).require_vae() if vae.endswith(".safetensors") else VAE.from_pretrained(vae)
     source_id = {"vae": vae, "sha256": weights_hash(encoder)}
     encoder = encoder.to(place).eval().requires_grad_(False)
-    extract: Callable[[Tensor], Tensor] | None = None
-    teacher_id = None
-    if teacher is not None:
-        if teacher_grid is not None and teacher_grid < 1:
-            raise ValueError(f"teacher_grid={teacher_grid} must be at least 1")
-        network = Teacher(teacher, teacher_weights)
-        teacher_id = {"name": teacher, "sha256": weights_hash(network), "grid": teacher_grid}
-        network = network.to(place).eval().requires_grad_(False)
-
-        def extract(images: Tensor) -> Tensor:
-            features = network(images.to(place))
-            return features if teacher_grid is None else resized_map(features, (teacher_grid, teacher_grid))
-
-    elif teacher_weights is not None or teacher_grid is not None:
-        raise ValueError(f"teacher_weights={teacher_weights!r} and teacher_grid={teacher_grid} need a teacher")
+    extract, teacher_id = _extractor(teacher, teacher_weights, teacher_grid, place)
     return write_latents(
         src,
         dst,
         lambda images: encoder.moments(images.to(place)).cpu(),
         source_id=source_id,
-        image_size=image_size,
-        num_views=num_views,
-        augmentation=augmentation,
-        seed=seed,
-        batch_size=batch_size,
-        num_workers=num_workers,
         extract=extract,
         teacher_id=teacher_id,
-        dtype=dtype,
-        samples_per_shard=samples_per_shard,
-        overwrite=overwrite,
+        **options,
     )
+
+
+def _extractor(
+    teacher: str | None, weights: str | None, grid: int | None, place: torch.device
+) -> tuple[Callable[[Tensor], Tensor] | None, dict[str, Any] | None]:
+    """What gives a teacher's features, and the teacher's identity; None without a teacher."""
+    if teacher is None:
+        if weights is not None or grid is not None:
+            raise ValueError(f"teacher_weights={weights!r} and teacher_grid={grid} need a teacher")
+        return None, None
+    if grid is not None and grid < 1:
+        raise ValueError(f"teacher_grid={grid} must be at least 1")
+    network = Teacher(teacher, weights)
+    identity = {"name": teacher, "sha256": weights_hash(network), "grid": grid}
+    network = network.to(place).eval().requires_grad_(False)
+
+    def extract(images: Tensor) -> Tensor:
+        features = network(images.to(place))
+        return features if grid is None else resized_map(features, (grid, grid))
+
+    return extract, identity
 
 
 def tokenize_shards(
@@ -112,15 +95,9 @@ def tokenize_shards(
     *,
     tokenizer: str,
     image_size: int | None = None,
-    num_views: int = 1,
-    augmentation: Augmentation = DEFAULT_AUGMENTATION,
     text_encoder: str | None = None,
-    seed: int = 0,
-    batch_size: int = 64,
-    num_workers: int = 2,
-    samples_per_shard: int = 4000,
-    overwrite: bool = False,
     device: str | None = None,
+    **options: Any,
 ) -> ShardIndex:
     """Tokenize the images of a shard set, once, and write their tokens as a shard set that priors train on.
 
@@ -132,15 +109,9 @@ def tokenize_shards(
         dst: folder of the new set.
         tokenizer: a `.safetensors` file, a folder or a Hub id.
         image_size: side in pixels of the pictures that are tokenized; default the tokenizer's own.
-        num_views: token sequences per picture: of its centre crop, and of further random changes of it.
-        augmentation: those random changes.
         text_encoder: also store the captions' states under this encoder: `minilm`, or a folder or Hub id of a T5.
-        seed: of the changes.
-        batch_size: pictures at a time.
-        num_workers: processes that decode pictures.
-        samples_per_shard: sequences per tar file.
-        overwrite: replace a set that was made with other arguments.
         device: where to run the tokenizer; default a GPU where there is one.
+        **options: those of `write_tokens`.
 
     Returns:
         The index of the new set.
@@ -156,15 +127,9 @@ def tokenize_shards(
         lambda images: tok.tokenize(images.to(place)),
         tokenizer_id=tokenizer_id,
         image_size=image_size or picture_size(tok),
-        num_views=num_views,
-        augmentation=augmentation,
-        seed=seed,
-        batch_size=batch_size,
-        num_workers=num_workers,
         encode_text=None if encoder is None else lambda texts: encoder(texts, truncate=True),
         text_encoder_id=None if encoder is None else {"name": encoder.name, "max_length": encoder.max_length},
-        samples_per_shard=samples_per_shard,
-        overwrite=overwrite,
+        **options,
     )
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from flextok_pl.data import ShardDataModule, ShardIndex, write_folder, write_latents, write_tokens
 from flextok_pl.data import samples as samples_module
-from flextok_pl.data.encode import team
+from flextok_pl.data.encode import ranks
 from flextok_pl.data.shards.index import ShardError
 from flextok_pl.data.shards.writer import PARTIAL_NAME, Sample, shard_name, write_shard
 
@@ -102,7 +102,7 @@ def together(pictures, folder, world_size, variables, kill_rank=None):
     """Run several processes at once, as torchrun or srun start them; returns their exit codes."""
 
     def child(rank):
-        team.LOOK_EVERY = 0.02
+        ranks.LOOK_EVERY = 0.02
         os.environ |= {variables[0]: str(rank), variables[1]: str(world_size)}
         write_encoded_set("tokens", pictures, folder, Model(kill_at=2 if rank == kill_rank else None))
 
@@ -119,7 +119,7 @@ def together(pictures, folder, world_size, variables, kill_rank=None):
 
 
 @pytest.mark.parametrize(
-    "world_size, variables", [(2, team.VARIABLES[0]), (3, team.VARIABLES[1]), (9, team.VARIABLES[0])]
+    "world_size, variables", [(2, ranks.VARIABLES[0]), (3, ranks.VARIABLES[1]), (9, ranks.VARIABLES[0])]
 )
 def test_several_processes_write_what_one_does(pictures, tmp_path, world_size, variables):
     write_encoded_set("tokens", pictures, tmp_path / "whole", Model())
@@ -130,9 +130,9 @@ def test_several_processes_write_what_one_does(pictures, tmp_path, world_size, v
 
 def test_one_of_several_processes_is_killed(pictures, tmp_path):
     write_encoded_set("tokens", pictures, tmp_path / "whole", Model())
-    assert together(pictures, tmp_path / "parts", 3, team.VARIABLES[0], kill_rank=1)[1] == -signal.SIGKILL
+    assert together(pictures, tmp_path / "parts", 3, ranks.VARIABLES[0], kill_rank=1)[1] == -signal.SIGKILL
     assert not (tmp_path / "parts" / "index.json").exists()
-    assert together(pictures, tmp_path / "parts", 2, team.VARIABLES[0]) == [0, 0]
+    assert together(pictures, tmp_path / "parts", 2, ranks.VARIABLES[0]) == [0, 0]
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 

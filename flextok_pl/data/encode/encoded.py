@@ -2,9 +2,8 @@
 
 All pictures follow one another once per view, in their stored order and cut into the same batches by any number of
 workers. So a set is a function of its arguments, and an interrupted run goes on with the batch in which its first
-missing shard begins.
-
-Shapes in this file: B batch, S image side.
+missing shard begins. View 0 of a picture is its centre crop, the further ones are training augmentations; keys are
+`<key>_v<view>`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,44 +21,44 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from flextok_pl.contracts import Batch
-from flextok_pl.data.encode.team import Team
+from flextok_pl.data.encode.ranks import WriterRank
 from flextok_pl.data.samples import Collate
-from flextok_pl.data.shards.index import ShardError, ShardIndex, ShardInfo
+from flextok_pl.data.shards.index import ShardError, ShardIndex
 from flextok_pl.data.shards.sources import load_indices
 from flextok_pl.data.shards.writer import Sample, complete_shard, shard_name, shard_sizes, write_index, write_shard
 from flextok_pl.data.stream import Plan, ShardSet, StreamedBatches
-from flextok_pl.data.transforms import Augmentation
+from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, Augmentation
 
 Encoder = Callable[[Batch], Iterable[dict[str, bytes]]]
 """A batch of B pictures -> for each the files of its new fields, by extension."""
 
 
 @dataclass(frozen=True)
-class Views:
-    """How the pictures of a set are gone through: all of them once per view.
-
-    View 0 of a picture is its centre crop, the further ones are training augmentations.
+class Encoding:
+    """How the pictures of a set are gone through, all of them once per view, and how the new set is written.
 
     Args:
-        image_size: S.
-        num_views: samples per picture.
-        augmentation: of views 1, 2, ...
-        seed: of the augmentations.
-        batch_size: pictures per call of the encoder.
-        num_workers: processes that decode pictures; the order does not depend on it.
+        image_size: side in pixels of the pictures that are encoded.
+        num_views: samples per picture: its centre crop, and further random changes of it.
+        augmentation: those random changes.
+        seed: of the changes.
+        batch_size: pictures at a time.
+        num_workers: processes that decode pictures; the set does not depend on it.
         samples_per_shard: samples per tar file.
+        overwrite: replace a set that was made with other arguments.
 
     Raises:
         ValueError: an option is out of range.
     """
 
-    image_size: int
-    num_views: int
-    augmentation: Augmentation
-    seed: int
-    batch_size: int
-    num_workers: int
-    samples_per_shard: int
+    image_size: int = 256
+    num_views: int = 1
+    augmentation: Augmentation = DEFAULT_AUGMENTATION
+    seed: int = 0
+    batch_size: int = 64
+    num_workers: int = 2
+    samples_per_shard: int = 4000
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         minima = {"image_size": 1, "num_views": 1, "batch_size": 1, "num_workers": 0, "samples_per_shard": 1}
@@ -70,7 +69,7 @@ class Views:
     def arguments(self) -> dict[str, Any]:
         """What of these decides the content of the set, as JSON types."""
         augmentation = vars(self.augmentation) if self.num_views > 1 else None
-        chosen = {name: value for name, value in vars(self).items() if name != "num_workers"}
+        chosen = {name: value for name, value in vars(self).items() if name not in ("num_workers", "overwrite")}
         return {**chosen, "augmentation": augmentation}
 
     def samples(self, data: ShardSet, encode: Encoder, start: int) -> Iterator[Sample]:
@@ -100,30 +99,29 @@ def write_encoded(
     src: str | list[str],
     dst: Path | str,
     encode: Encoder,
-    views: Views,
+    encoding: Encoding,
     *,
     writer: str,
     fields: Sequence[str],
     made_by: Mapping[str, Mapping[str, Any]],
     options: Mapping[str, Any],
     needs: Sequence[str] = ("image",),
-    overwrite: bool = False,
 ) -> ShardIndex:
     """Encode the pictures of a set in views and write the result, with label and text, as a new set.
 
-    Processes that torchrun or srun has started share the work, see `Team`; the set does not depend on their number.
+    Processes that torchrun or srun has started share the work, see `WriterRank`; the set does not depend on their
+    number.
 
     Args:
         src: image shard set(s), as for `ShardDataModule`.
         dst: folder of the new set; a run that was interrupted there with equal arguments is gone on with.
         encode: makes the new fields.
-        views: of the pictures, and their grouping into batches and shards.
+        encoding: views of the pictures, and their grouping into batches and shards.
         writer: name of what is written, such as `latents`.
         fields: the new fields.
         made_by: identity of the models behind `encode`, JSON types by role; part of arguments and provenance.
         options: further arguments that decide the content.
         needs: fields that the source must have.
-        overwrite: replace a set that was made with other arguments.
 
     Returns:
         The index of the new set.
@@ -137,44 +135,37 @@ def write_encoded(
         if name not in indices[0].fields:
             raise ShardError(f"{indices[0].where} holds {list(indices[0].fields)}, no {name}s to encode")
     source = [index.digest() for index in indices]
-    arguments = {"writer": writer, "source": source, **made_by, **options, **views.arguments()}
-    folder = Path(dst)
-    team = Team.of_environment()
-    ready = team.start_set(folder, arguments, overwrite)
+    arguments = {"writer": writer, "source": source, **made_by, **options, **encoding.arguments()}
+    folder, process = Path(dst), WriterRank.of_environment()
+    ready = process.start_set(folder, arguments, encoding.overwrite)
     if ready is not None:
         return ready
     data = ShardSet(indices)
-    total = data.num_samples * views.num_views
-    counts = shard_sizes(total, views.samples_per_shard)
-    mine = team.share(len(counts))
-    own = list(_leading(folder, mine, counts))
+    counts = shard_sizes(data.num_samples * encoding.num_views, encoding.samples_per_shard)
+    mine = process.share(len(counts))
+    found = (complete_shard(folder / shard_name(number), counts[number]) for number in mine)
+    own = [shard for shard in takewhile(bool, found) if shard is not None]  # what an interrupted run has left
     first = mine.start + len(own)
     done, most = (sum(counts[mine.start : stop]) for stop in (first, mine.stop))
-    with tqdm(total=most, initial=done, desc=writer, unit="sample", disable=team.rank > 0) as bar:
-        samples = _counted(views.samples(data, encode, sum(counts[:first])), bar)
+    with tqdm(total=most, initial=done, desc=writer, unit="sample", disable=process.rank > 0) as bar:
+        samples = _counted(encoding.samples(data, encode, sum(counts[:first])), bar)
         for number in range(first, mine.stop):
             own.append(write_shard(folder / shard_name(number), islice(samples, counts[number])))
-    shards = team.gather(folder, counts, own)
+    shards = process.gather(folder, counts, own)
     if shards is None:
-        return team.finished_set(folder)
+        return process.finished_set(folder)
     provenance = {**made_by, "images": [dict(index.provenance) for index in indices]}
-    kept = (name for name in indices[0].fields if name in ("label", "text"))
-    index = ShardIndex(
-        folder, (*fields, *kept), tuple(shards), indices[0].classes, views.image_size, arguments, provenance
-    )
-    if index.num_samples != total:
-        raise ShardError(f"{index.num_samples} {writer} were written instead of {total}")
-    write_index(index)
-    return index
+    contents = (*fields, *(name for name in indices[0].fields if name in ("label", "text")))
+    index = ShardIndex(folder, contents, tuple(shards), indices[0].classes, encoding.image_size, arguments, provenance)
+    if index.num_samples != sum(counts):
+        raise ShardError(f"{index.num_samples} {writer} were written instead of {sum(counts)}")
+    return write_index(index)
 
 
-def _leading(folder: Path, numbers: range, counts: Sequence[int]) -> Iterator[ShardInfo]:
-    """The first of the shards with these numbers, as far as an interrupted run has left them complete."""
-    for number in numbers:
-        shard = complete_shard(folder / shard_name(number))
-        if shard is None or shard.count != counts[number]:
-            return
-        yield shard
+def _counted(samples: Iterator[Sample], bar: tqdm[Any]) -> Iterator[Sample]:
+    for sample in samples:
+        bar.update()
+        yield sample
 
 
 def require_identity(option: str, identity: Mapping[str, Any], types: Mapping[str, type]) -> None:
@@ -195,9 +186,3 @@ def npy(array: np.ndarray[Any, Any]) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
-
-
-def _counted(samples: Iterator[Sample], bar: tqdm[Any]) -> Iterator[Sample]:
-    for sample in samples:
-        bar.update()
-        yield sample

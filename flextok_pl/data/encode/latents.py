@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from flextok_pl.contracts import Batch
-from flextok_pl.data.encode.encoded import Views, npy, require_identity, write_encoded
+from flextok_pl.data.encode.encoded import Encoding, npy, require_identity, write_encoded
 from flextok_pl.data.shards.index import ShardIndex
-from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, Augmentation
 
 Encode = Callable[[Tensor], Tensor]
 """(B, 3, S, S) in [-1, 1] -> (B, 2C, h, w), the posterior's mean and log-variance, unscaled."""
@@ -30,22 +29,14 @@ def write_latents(
     encode: Encode,
     *,
     source_id: Mapping[str, Any],
-    image_size: int = 256,
-    num_views: int = 1,
-    augmentation: Augmentation = DEFAULT_AUGMENTATION,
-    seed: int = 0,
-    batch_size: int = 64,
-    num_workers: int = 2,
     extract: Extract | None = None,
     teacher_id: Mapping[str, Any] | None = None,
     dtype: Literal["float16", "float32"] = "float16",
-    samples_per_shard: int = 4000,
-    overwrite: bool = False,
+    **options: Any,
 ) -> ShardIndex:
     """Encode image shards and write the moments, with label, text and a teacher's features, as latent shards.
 
-    View 0 of an image is its centre crop, the further ones are training augmentations; keys are `<key>_v<view>`. An
-    interrupted run is gone on with when it is repeated.
+    An interrupted run is gone on with when it is repeated.
 
     Args:
         src: image shard set(s), as for `ShardDataModule`.
@@ -53,18 +44,11 @@ def write_latents(
         encode: the autoencoder's moments; gets batches on the CPU and may move them.
         source_id: JSON types that identify the autoencoder (path or id, checksum, scaling); goes into the index, and a
             set made by another one is not taken for this.
-        image_size: S.
-        num_views: samples per image.
-        augmentation: of views 1, 2, ...
-        seed: of the augmentations.
-        batch_size: images per call of `encode`.
-        num_workers: processes that decode images.
         extract: REPA's teacher, whose features of the same views are stored, too.
         teacher_id: JSON types that identify it, with `name` and `sha256`, and decide the features; goes into the index,
             and sets of different teachers are not read together.
         dtype: of the stored numbers.
-        samples_per_shard: latents per tar file.
-        overwrite: replace a set that was made with other arguments.
+        **options: those of `Encoding`.
 
     Returns:
         The index of the new set.
@@ -72,7 +56,7 @@ def write_latents(
     Raises:
         ValueError: an option is out of range, the source holds no images, or what a model gave is unusable.
     """
-    views = Views(image_size, num_views, augmentation, seed, batch_size, num_workers, samples_per_shard)
+    encoding = Encoding(**options)
     if dtype not in ("float16", "float32"):
         raise ValueError(f"dtype={dtype!r} must be 'float16' or 'float32'")
     if (extract is None) != (teacher_id is None):
@@ -100,15 +84,7 @@ def write_latents(
         return samples
 
     return write_encoded(
-        src,
-        dst,
-        files,
-        views,
-        writer="latents",
-        fields=fields,
-        made_by=made_by,
-        options={"dtype": dtype},
-        overwrite=overwrite,
+        src, dst, files, encoding, writer="latents", fields=fields, made_by=made_by, options={"dtype": dtype}
     )
 
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from flextok_pl.contracts import Batch
-from flextok_pl.data.encode.encoded import Views, npy, require_identity, write_encoded
+from flextok_pl.data.encode.encoded import Encoding, npy, require_identity, write_encoded
 from flextok_pl.data.shards.index import ShardIndex
-from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, Augmentation
 
 Tokenize = Callable[[Tensor], Tensor]
 """(B, 3, S, S) in [-1, 1] -> (B, K) int64."""
@@ -31,21 +30,13 @@ def write_tokens(
     tokenize: Tokenize,
     *,
     tokenizer_id: Mapping[str, Any],
-    image_size: int = 256,
-    num_views: int = 1,
-    augmentation: Augmentation = DEFAULT_AUGMENTATION,
-    seed: int = 0,
-    batch_size: int = 64,
-    num_workers: int = 2,
     encode_text: EncodeText | None = None,
     text_encoder_id: Mapping[str, Any] | None = None,
-    samples_per_shard: int = 4000,
-    overwrite: bool = False,
+    **options: Any,
 ) -> ShardIndex:
     """Tokenize image shards and write the tokens, with label and text, as token shards.
 
-    View 0 of an image is its centre crop, the further ones are training augmentations; keys are `<key>_v<view>`. An
-    interrupted run is gone on with when it is repeated.
+    An interrupted run is gone on with when it is repeated.
 
     Args:
         src: image shard set(s), as for `ShardDataModule`.
@@ -53,17 +44,10 @@ def write_tokens(
         tokenize: the tokenizer; gets batches on the CPU and may move them.
         tokenizer_id: JSON types that identify the tokenizer, with `sha256`, `vocab_size` and `num_tokens` (K); goes
             into the index, and sets of different `sha256` are not read together.
-        image_size: S.
-        num_views: samples per image.
-        augmentation: of views 1, 2, ...
-        seed: of the augmentations.
-        batch_size: images per call of `tokenize`.
-        num_workers: processes that decode images.
         encode_text: the text encoder, for a source with captions; its states are stored as float16.
         text_encoder_id: JSON types that identify it, with `name`; goes into the index, and sets of different ones are
             not read together.
-        samples_per_shard: samples per tar file.
-        overwrite: replace a set that was made with other arguments.
+        **options: those of `Encoding`.
 
     Returns:
         The index of the new set.
@@ -71,7 +55,7 @@ def write_tokens(
     Raises:
         ValueError: an option is out of range, the source lacks images or captions, or what a model gave is unusable.
     """
-    views = Views(image_size, num_views, augmentation, seed, batch_size, num_workers, samples_per_shard)
+    encoding = Encoding(**options)
     require_identity("tokenizer_id", tokenizer_id, {"sha256": str, "vocab_size": int, "num_tokens": int})
     vocab_size, num_tokens = tokenizer_id["vocab_size"], tokenizer_id["num_tokens"]
     made_by = {"tokenizer": dict(tokenizer_id)}
@@ -93,16 +77,7 @@ def write_tokens(
         return samples
 
     return write_encoded(
-        src,
-        dst,
-        files,
-        views,
-        writer="tokens",
-        fields=fields,
-        made_by=made_by,
-        options={},
-        needs=needs,
-        overwrite=overwrite,
+        src, dst, files, encoding, writer="tokens", fields=fields, made_by=made_by, options={}, needs=needs
     )
 
 

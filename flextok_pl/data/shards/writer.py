@@ -147,15 +147,20 @@ def shard_sizes(total: int, samples_per_shard: int) -> list[int]:
     return [(total + number - 1 - i) // number for i in range(number)]
 
 
-def complete_shard(path: Path) -> ShardInfo | None:
+def complete_shard(path: Path, count: int | None = None) -> ShardInfo | None:
     """What `write_shard` returned for a shard that an interrupted run has left complete, else None: write it.
 
     That the shard has its final name says that it was complete; whether it is still a tar file is seen here.
+
+    Args:
+        path: of the shard.
+        count: samples that it must have, where that is known.
     """
     try:
-        return _shard_info(path, path.name)
+        shard = _shard_info(path, path.name)
     except (FileNotFoundError, tarfile.TarError):
         return None
+    return shard if count in (None, shard.count) else None
 
 
 def _is_ours(name: str) -> bool:
@@ -204,7 +209,4 @@ def _complete_or_write(
 ) -> ShardInfo:
     number, items = job
     path = folder / shard_name(number)
-    complete = complete_shard(path)
-    if complete is not None and (leaves_out or complete.count == len(items)):
-        return complete
-    return write_shard(path, make(items))
+    return complete_shard(path, None if leaves_out else len(items)) or write_shard(path, make(items))
