@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from flextok_pl.backbones.extractors import FeatureExtractor, build_extractor, check_extractor
 from flextok_pl.callbacks.charts import write_charts
 from flextok_pl.callbacks.evaluation import (
     batch_images,
@@ -41,7 +42,6 @@ from flextok_pl.evaluation.statistics_cache import StatisticsCache
 from flextok_pl.evaluation.unfinished import Unfinished
 from flextok_pl.keys import choose_fraction
 from flextok_pl.metrics.feature_set import POOL_SIZE, FeatureSet
-from flextok_pl.metrics.features import FeatureExtractor, build_extractor, check_extractor
 from flextok_pl.precision import MEASURED_IN
 from flextok_pl.progress import announced
 

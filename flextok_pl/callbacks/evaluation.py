@@ -17,10 +17,10 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from flextok_pl.backbones.extractors import FeatureExtractor
 from flextok_pl.callbacks.ema import EMA
 from flextok_pl.contracts import Reconstructor, weights_hash
 from flextok_pl.data import ShardDataModule
-from flextok_pl.metrics.features import FeatureExtractor
 from flextok_pl.runtime.sharding import CURRENT_STATE
 
 

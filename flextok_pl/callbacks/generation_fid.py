@@ -14,21 +14,21 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from tqdm import trange
 
+from flextok_pl.backbones.classifier import TimmClassifier
+from flextok_pl.backbones.clip_score import CLIPScore
+from flextok_pl.backbones.extractors import OFFLINE_EXTRACTOR, FeatureExtractor
 from flextok_pl.callbacks.budget_evaluation import BudgetEvaluation
 from flextok_pl.callbacks.evaluation import split_size
 from flextok_pl.contracts import GenerationModule, check_sampling, weights_hash
 from flextok_pl.data.conditions import class_index
 from flextok_pl.distributed import all_agree, gather_objects
-from flextok_pl.evaluation.generation import GenerationStatistics
+from flextok_pl.evaluation.generation import Classifier, GenerationStatistics
 from flextok_pl.evaluation.image_set import ImageSet, open_image_set
 from flextok_pl.evaluation.pictures import generation_grid, save_png
 from flextok_pl.evaluation.probe import fitted_probe, probe_data
 from flextok_pl.evaluation.running import Pass, first_rows
 from flextok_pl.keys import sample_generators
-from flextok_pl.metrics.classifier import Classifier, TimmClassifier
-from flextok_pl.metrics.clip_score import CLIPScore
 from flextok_pl.metrics.feature_set import POOL_SIZE, FeatureSet
-from flextok_pl.metrics.features import OFFLINE_EXTRACTOR, FeatureExtractor
 from flextok_pl.metrics.images import to_uint8
 from flextok_pl.runtime import stop_if_preempted
 

@@ -10,6 +10,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from flextok_pl.backbones.dreamsim import DreamSim, check_dreamsim
+from flextok_pl.backbones.extractors import OFFLINE_EXTRACTOR, FeatureExtractor
+from flextok_pl.backbones.lpips import LPIPS
 from flextok_pl.callbacks.budget_evaluation import BudgetEvaluation
 from flextok_pl.callbacks.evaluation import module_reconstructor
 from flextok_pl.distributed import gather_objects
@@ -17,11 +20,8 @@ from flextok_pl.evaluation.pictures import pairs_grid, reconstruction_grid
 from flextok_pl.evaluation.reconstruction import PairDistance, ReconstructionStatistics, reconstruct_at_budgets
 from flextok_pl.evaluation.running import Pass, first_rows
 from flextok_pl.keys import key_hash
-from flextok_pl.metrics.dreamsim import DreamSim, check_dreamsim
 from flextok_pl.metrics.feature_set import FeatureSet
-from flextok_pl.metrics.features import OFFLINE_EXTRACTOR, FeatureExtractor
 from flextok_pl.metrics.images import to_uint8
-from flextok_pl.metrics.lpips import LPIPS
 from flextok_pl.runtime import stop_if_preempted
 
 EXTREMES = 3

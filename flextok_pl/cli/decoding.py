@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flextok_pl.assets import DEMO_TOKENIZER
+from flextok_pl.backbones.extractors import OFFLINE_EXTRACTOR, build_extractor
 from flextok_pl.callbacks.evaluation import extractor_facts, versions
 from flextok_pl.callbacks.generation_fid import Wish, balanced_wish
 from flextok_pl.cli.tools import checked_budgets, default_device, picture_size
@@ -29,7 +30,6 @@ from flextok_pl.files import write_file
 from flextok_pl.flow.guidance import GUIDANCE_KINDS
 from flextok_pl.keys import sample_generators
 from flextok_pl.metrics.feature_set import POOL_SIZE
-from flextok_pl.metrics.features import OFFLINE_EXTRACTOR, build_extractor
 from flextok_pl.metrics.images import to_uint8
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.modules.saved_prior import SavedPrior

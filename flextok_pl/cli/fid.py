@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flextok_pl.backbones.extractors import INCEPTION, build_extractor
 from flextok_pl.callbacks.evaluation import extractor_facts, versions
 from flextok_pl.cli.tools import default_device
 from flextok_pl.data.transforms import CENTER_CROP
@@ -19,7 +20,6 @@ from flextok_pl.evaluation.report import (
     read_records,
     write_json,
 )
-from flextok_pl.metrics.features import INCEPTION, build_extractor
 
 
 def compare_images(

@@ -14,7 +14,7 @@ from flextok_pl.contracts import weights_hash
 from flextok_pl.data import ShardDataModule
 from flextok_pl.data.shards.sources import load_indices, require_same_classes
 from flextok_pl.evaluation.report import format_columns, format_value, write_json
-from flextok_pl.metrics.classifier import LinearProbe
+from flextok_pl.metrics.linear_probe import LinearProbe
 from flextok_pl.models.tokenizer import FlexTok
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flextok_pl.backbones.extractors import FeatureExtractor
 from flextok_pl.distributed import all_reduce_sum
 from flextok_pl.keys import choose_fraction, images_hash, key_hash
 from flextok_pl.metrics.feature_set import FeatureSet
-from flextok_pl.metrics.features import FeatureExtractor
 from flextok_pl.metrics.frechet import frechet_distance
 from flextok_pl.metrics.kernel import kernel_distance, kernel_facts
 

@@ -11,14 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flextok_pl.backbones.classifier import TimmClassifier
+from flextok_pl.backbones.clip_score import CLIPScore
+from flextok_pl.backbones.extractors import FeatureExtractor
 from flextok_pl.distributed import gather_objects
 from flextok_pl.evaluation.budget_statistics import BudgetStatistics
-from flextok_pl.metrics.classifier import Classifier, LinearProbe
-from flextok_pl.metrics.clip_score import CLIPScore
 from flextok_pl.metrics.feature_set import FeatureSet
-from flextok_pl.metrics.features import FeatureExtractor
 from flextok_pl.metrics.inception_score import InceptionScore
+from flextok_pl.metrics.linear_probe import LinearProbe
 from flextok_pl.metrics.manifold import DENSITY_NEIGHBOURS, NEIGHBOURS, manifold_scores
+
+Classifier = LinearProbe | TimmClassifier
+"""Says what class an image shows, from the image or from the extractor's features of it."""
 
 
 class GenerationStatistics(BudgetStatistics):

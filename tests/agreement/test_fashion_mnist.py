@@ -19,9 +19,9 @@ from torch_fidelity import calculate_metrics
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
+from flextok_pl.backbones.extractors import EfficientNetLite0Extractor
 from flextok_pl.cli import main
 from flextok_pl.evaluation import budget_statistics
-from flextok_pl.metrics.features import EfficientNetLite0Extractor
 from flextok_pl.metrics.kernel import kernel_distance
 
 DATASET = Path("/usr/share/datasets/fashion-mnist")

@@ -14,7 +14,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kernel_poly, kid_features_to_metric, mmd2
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from flextok_pl.metrics.features import build_extractor
+from flextok_pl.backbones.extractors import build_extractor
 from flextok_pl.metrics.frechet import features_to_statistics, frechet_distance
 from flextok_pl.metrics.inception_score import InceptionScore
 from flextok_pl.metrics.kernel import draw_subsets, kernel_distance

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch_fidelity import calculate_metrics
 
+from flextok_pl.backbones.extractors import build_extractor
 from flextok_pl.cli import main
 from flextok_pl.data import write_folder
-from flextok_pl.metrics.features import build_extractor
 from flextok_pl.metrics.frechet import features_to_statistics
 
 EFFNET = ("--extractor", "effnet-lite0")
@@ -152,7 +152,7 @@ def test_inception_weights_are_not_to_be_had_offline(capsys, emoji_folder, monke
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     message = refused(capsys, emoji_folder / "a", emoji_folder / "b")
-    assert "could not be downloaded" in message and "weights=" in message and "effnet-lite0" in message
+    assert "cannot be loaded" in message and "weights=PATH" in message and "effnet-lite0" in message
 
 
 def test_records_are_compared(tmp_path, emoji_folder, capsys):

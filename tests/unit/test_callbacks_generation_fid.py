@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 
 from flextok_pl.callbacks import EMA, GenerationFID
 from flextok_pl.callbacks.generation_fid import Wish
-from flextok_pl.metrics.classifier import LinearProbe
 from flextok_pl.metrics.images import to_uint8
+from flextok_pl.metrics.linear_probe import LinearProbe
 from flextok_pl.runtime import Preempted, Preemption
 
 SIDE, LENGTH, CLASSES = 16, 4, 3

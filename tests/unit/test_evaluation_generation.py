@@ -7,11 +7,11 @@ import torch.nn.functional as F
 
 from flextok_pl.evaluation.generation import GenerationStatistics
 from flextok_pl.keys import key_hash
-from flextok_pl.metrics.classifier import LinearProbe
 from flextok_pl.metrics.feature_set import FeatureSet
 from flextok_pl.metrics.frechet import features_to_statistics, frechet_distance
 from flextok_pl.metrics.inception_score import InceptionScore
 from flextok_pl.metrics.kernel import kernel_distance
+from flextok_pl.metrics.linear_probe import LinearProbe
 from flextok_pl.metrics.manifold import manifold_scores
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import torch
 
 from flextok_pl.data import ShardIndex
 from flextok_pl.evaluation.probe import fitted_probe
-from flextok_pl.metrics.classifier import LinearProbe
+from flextok_pl.metrics.linear_probe import LinearProbe
 
 
 class Thumbnail:

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flextok_pl import precision
 from flextok_pl.assets import DEMO_PRIOR, DEMO_TOKENIZER
+from flextok_pl.backbones.extractors import build_extractor
 from flextok_pl.flow.guidance import AdaptiveProjectedGuidance
 from flextok_pl.layers.embeddings import sincos_position_table
 from flextok_pl.metrics.codes import position_entropy
-from flextok_pl.metrics.features import build_extractor
 from flextok_pl.metrics.kernel import kernel_distance
 from flextok_pl.models.attention_maps import register_attention
 from flextok_pl.models.prior import Prior
@@ -219,7 +219,7 @@ WIDE_ON_THE_CPU = {
     "metrics/inception_score.py": "sums on the CPU",
     "evaluation/budget_statistics.py": "sums on the CPU",
     "evaluation/reconstruction.py": "sums on the CPU",
-    "metrics/classifier.py": "fitted on the CPU",
+    "metrics/linear_probe.py": "fitted on the CPU",
     "flow/nested_dropout.py": "probabilities for the plan, on the CPU",
     "cost/flops.py": "the plan, on the CPU",
     "data/transforms.py": "draws of a CPU generator",

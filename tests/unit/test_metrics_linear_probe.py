@@ -1,18 +1,12 @@
-"""The linear probe and timm's classifiers."""
-
-import pickle
+"""The linear probe."""
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
-from torchvision.transforms.functional import to_pil_image
 
-from flextok_pl.metrics.classifier import LinearProbe, TimmClassifier
+from flextok_pl.metrics.linear_probe import LinearProbe
 
 NO_IMAGES = torch.zeros(0)
-MODEL = "test_efficientnet"
 
 
 def _blobs(counts, dim=5, seed=0):
@@ -82,7 +76,7 @@ def test_probe_is_kept_and_repeated_exactly(tmp_path):
     features[:, 3] = 1.0  # a feature that never varies
     first, again = (LinearProbe.fit(features, labels, 2, "effnet-lite0") for _ in range(2))
     torch.save(first.state_dict(), tmp_path / "probe.pt")
-    kept = LinearProbe.from_state_dict(torch.load(tmp_path / "probe.pt", weights_only=True))
+    kept = LinearProbe(**torch.load(tmp_path / "probe.pt", weights_only=True))
     p = first.probabilities(NO_IMAGES, features)
     assert p.isfinite().all() and (kept.name, kept.num_classes) == (first.name, 2)
     for other in (again, kept):
@@ -98,59 +92,3 @@ def test_probe_refuses():
         LinearProbe.fit(features, labels, 1, "x")
     with pytest.raises(ValueError, match="l2=0"):
         LinearProbe.fit(features, labels, 2, "x", l2=0)
-
-
-@pytest.fixture(scope="module")
-def network():
-    """Random weights, with logits that tell images apart."""
-    torch.manual_seed(0)
-    network = timm.create_model(MODEL, pretrained=False).eval().requires_grad_(False)
-    network.classifier.weight *= 1000
-    return network
-
-
-@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_timm_model_from_a_file(tmp_path, network, suffix):
-    path = tmp_path / f"model.{suffix}"
-    (torch.save if suffix == "pth" else save_file)(network.state_dict(), path)
-    classifier = TimmClassifier(MODEL, path)
-    coarse = torch.rand(3, 3, 5, 5, generator=torch.Generator().manual_seed(1))
-    images = (F.interpolate(coarse, size=(64, 80), mode="bilinear") * 255).to(torch.uint8)
-    ours = classifier.probabilities(images, torch.zeros(3, 0))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(classifier.probabilities(images, torch.zeros(3, 0)), ours)
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network), is_training=False)
-    expected = network(torch.stack([transform(to_pil_image(image)) for image in images])).log_softmax(1)
-    assert (classifier.name, classifier.num_classes) == (MODEL, 1000)
-    assert ours.shape == (3, 1000) and ours.dtype == torch.float32
-    # The reference rounds to 8 bits after resizing.
-    torch.testing.assert_close(ours.log(), expected, rtol=0, atol=0.02)
-    assert (expected[0] - expected[1]).abs().max() > 0.5
-
-
-def test_timm_models_that_cannot_be_had(tmp_path, network):
-    with pytest.raises(ValueError, match=r"classifier='resnet_of_nowhere' is no model of timm"):
-        TimmClassifier("resnet_of_nowhere")
-    with pytest.raises(ValueError, match=r"weights='/nowhere/w\.pth' is not a file"):
-        TimmClassifier(MODEL, "/nowhere/w.pth")
-    with pytest.raises(ValueError, match=r"could not be read .*download this model's weights.*give the file"):
-        TimmClassifier(MODEL)
-    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"other\.pth': the weights could not be read"):
-        TimmClassifier(MODEL, tmp_path / "other.pth")
-
-
-class _Hostile:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return (open, (str(self.target), "w"))
-
-
-def test_a_timm_file_cannot_run_code(tmp_path):
-    path, target = tmp_path / "hostile.pth", tmp_path / "made"
-    path.write_bytes(pickle.dumps({"weight": _Hostile(target)}, protocol=2))
-    with pytest.raises(ValueError, match="could not be read"):
-        TimmClassifier(MODEL, path)
-    assert not target.exists()

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from flextok_pl.metrics.clip_score import CLIPScore
+from flextok_pl.backbones.clip_score import CLIPScore
 
 transformers = pytest.importorskip("transformers", reason="the extra `text` is not installed")
 CAPTIONS = ["a cat", "dog", "a caption that is longer than the model has places for text"]
@@ -62,5 +62,5 @@ def test_precision_does_not_follow_autocast(clip_folder):
 
 @pytest.mark.parametrize("model", ["openai/clip-vit-base-patch32", "/nowhere/clip"])
 def test_a_model_that_cannot_be_had(model):
-    with pytest.raises(ValueError, match=rf"(?s)model='{model}': no CLIP model .*give its folder"):
+    with pytest.raises(ValueError, match=rf"(?s)clip='{model}' cannot be loaded .*give its folder"):
         CLIPScore(model)

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import nn
 from torchvision import transforms
 
+from flextok_pl.backbones.dreamsim import DreamSim
 from flextok_pl.callbacks import ReconstructionFID
 from flextok_pl.evaluation.reconstruction import ReconstructionStatistics
-from flextok_pl.metrics.dreamsim import DreamSim
 
 
 class Recorder(nn.Module):
@@ -123,14 +123,14 @@ def test_where_weights_are(stand_in, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"dreamsim_weights='.*own' holds no folder ensemble_lora: give the folder"):
         DreamSim("ensemble", own)
     stand_in.fails = True
-    with pytest.raises(ValueError, match=r"dreamsim='ensemble': .*no network.* run it once .* as dreamsim_weights"):
+    with pytest.raises(ValueError, match=r"dreamsim='ensemble' cannot .*no network.* run it .* as dreamsim_weights"):
         DreamSim()
     assert torch.hub.get_dir() == hub
 
 
 def test_what_is_refused(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "dreamsim", None)
-    with pytest.raises(ValueError, match=r"dreamsim='ensemble' needs the package dreamsim; .*flextok_pl\[dreamsim\]"):
+    with pytest.raises(ValueError, match=r"dreamsim='ensemble' needs the package dreamsim: .*flextok_pl\[dreamsim\]"):
         DreamSim()
     with pytest.raises(ValueError, match=r"dreamsim='dino' is unknown; use one of \('ensemble'"):
         ReconstructionFID(dreamsim="dino")

@@ -1,8 +1,7 @@
-"""Extractors: names, weights files, order of distortions."""
+"""Extractors: names, order of distortions, precision."""
 
 import hashlib
 import io
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,8 @@ import torch
 import torchvision
 from PIL import Image
 
-from flextok_pl.contracts import weights_hash
-from flextok_pl.metrics.features import EXTRACTORS, build_extractor
+from flextok_pl.backbones.extractors import EXTRACTORS, build_extractor
 from flextok_pl.metrics.frechet import features_to_statistics, frechet_distance
-from flextok_pl.metrics.lpips import LPIPS
 
 
 @pytest.fixture(scope="module")
@@ -80,40 +77,12 @@ def test_only_8_bit_images_are_taken(effnet):
         effnet(torch.zeros(1, 3, 32, 32))
 
 
-def test_unknown_names_and_missing_files():
+def test_names():
     with pytest.raises(ValueError, match=r"extractor='inception'.*inception-v3-compat"):
         build_extractor("inception")
-    with pytest.raises(ValueError, match=r"weights='/nowhere/w\.pth' is not a file"):
-        build_extractor("effnet-lite0", "/nowhere/w.pth")
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
     assert set(EXTRACTORS) - {"effnet-lite0"} <= set(FEATURE_EXTRACTORS_REGISTRY)
-
-
-def test_weights_of_another_network(tmp_path):
-    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
-    for name in ("effnet-lite0", "inception-v3-compat"):
-        with pytest.raises(ValueError, match=r"other\.pth' do not fit extractor="):
-            build_extractor(name, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="TORCH_HOME"):
-        build_extractor("dinov2-vit-s-14", tmp_path / "other.pth")
-
-
-class _Hostile:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return (open, (str(self.target), "w"))
-
-
-@pytest.mark.parametrize("name", ["effnet-lite0", "inception-v3-compat"])
-def test_a_weights_file_cannot_run_code(tmp_path, name):
-    path, target = tmp_path / "hostile.pth", tmp_path / "made"
-    path.write_bytes(pickle.dumps({"weight": _Hostile(target)}, protocol=2))
-    with pytest.raises(ValueError, match="no plain file of tensors"):
-        build_extractor(name, path)
-    assert not target.exists()
 
 
 def test_a_clip_archive_is_openais_or_is_not_loaded(tmp_path, monkeypatch):
@@ -126,50 +95,9 @@ def test_a_clip_archive_is_openais_or_is_not_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.jit, "load", load)
     path = tmp_path / "ViT-B-32.pt"
     path.write_bytes(b"some program")
-    with pytest.raises(ValueError, match="not the file that OpenAI published for clip-vit-b-32: .*ViT-B-32.pt"):
+    with pytest.raises(ValueError, match=r"not the file that OpenAI published for clip-vit-b-32: .*/ViT-B-32\.pt"):
         build_extractor("clip-vit-b-32", path)
     digest = hashlib.sha256(b"some program").hexdigest()
     monkeypatch.setitem(clip.MODEL_METADATA, "clip-vit-b-32", {"hash": digest})
-    with pytest.raises(ValueError, match="do not fit .*loaded"):
+    with pytest.raises(ValueError, match=r"RuntimeError: loaded"):
         build_extractor("clip-vit-b-32", path)
-
-
-def test_hash_follows_the_weights():
-    a, b = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
-    assert weights_hash(a) != weights_hash(b)
-    b.load_state_dict(a.state_dict())
-    assert weights_hash(a) == weights_hash(b)
-
-
-def test_lpips_from_a_local_backbone(tmp_path):
-    torch.manual_seed(0)
-    torch.save(torchvision.models.alexnet(weights=None).state_dict(), tmp_path / "alexnet.pth")
-    lpips = LPIPS(tmp_path / "alexnet.pth")
-    images = (_pictures(3) * 255).to(torch.uint8)
-    brighter = images.int().add(40).clamp(0, 255).to(torch.uint8)
-    assert lpips(images, images).tolist() == [0, 0, 0]
-    distances = lpips(images, brighter)
-    assert distances.shape == (3,) and distances.dtype == torch.float64 and (distances > 0).all()
-    torch.testing.assert_close(lpips(images[1:2], brighter[1:2]), distances[1:2], rtol=1e-5, atol=1e-8)
-
-
-def test_lpips_without_weights(tmp_path, monkeypatch):
-    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"no torchvision AlexNet; fetch https://download\.pytorch\.org/.*lpips=PATH"):
-        LPIPS(tmp_path / "other.pth")
-
-    def no_network(*args, **kwargs):
-        raise OSError("no network")
-
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
-    with pytest.raises(ValueError, match=r"cannot be read \(no network\); fetch .*lpips=PATH"):
-        LPIPS()
-
-
-def test_extractors_that_cannot_download_name_the_remedy(monkeypatch):
-    def no_network(*args, **kwargs):
-        raise OSError("no network")
-
-    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", no_network)
-    with pytest.raises(ValueError, match=r"could not be downloaded \(no network\).*weights=.*effnet-lite0"):
-        build_extractor("inception-v3-compat")

