@@ -1,8 +1,8 @@
 """Speed and memory against the published implementation (apple/ml-flextok, the package `flextok`).
 
-Both sides hold the same random weights: `save_official` writes ours, and the published loader reads them. A preset with
-another autoencoder gets the published kind. First both are compared, in float32 and on the same noise; then they take
-turns at
+Both sides hold the same random weights: `save_pretrained` writes ours, and the published loader reads them. A preset
+with another autoencoder gets the published kind. First both are compared, in float32 and on the same noise; then they
+take turns at
 
 - `tokenize`: images to tokens, the autoencoder included;
 - `detokenize`: tokens to images at several budgets, with Euler steps and adaptive projected guidance at 7.5 as
@@ -25,7 +25,6 @@ import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +32,6 @@ from report import median_seconds, peak_gib, write_results
 from torch import Tensor, nn
 
 from flextok_pl.config import FlexTokConfig, VAEConfig
-from flextok_pl.interop import save_official
 from flextok_pl.layers.blocks import compile_for_all_lengths
 from flextok_pl.models.objective import flow_loss, sample_draws
 from flextok_pl.models.tokenizer import FlexTok
@@ -79,7 +77,7 @@ def official_twin(tokenizer: FlexTok, attention: str, checkpointing: bool) -> An
             "and `pip install -e ml-flextok`"
         ) from error
     with tempfile.TemporaryDirectory() as folder:
-        tensors, config = load_safetensors(save_official(tokenizer, Path(folder) / "model.safetensors"))
+        tensors, config = load_safetensors(tokenizer.save_pretrained(folder, format="official"))
     for side, trunk in (("encoder", "enc_transformer"), ("decoder", "dec_transformer")):
         config[side]["module_dict"][trunk]["use_act_checkpoint"] = checkpointing
     official = instantiate(config)
@@ -195,9 +193,9 @@ def main() -> None:
             pairs[f"k={k}"] = ours, partial(cast, official_images, official, tokens[:, :k], options.steps, side)
         race("detokenize", pairs)
     if "train" in options.parts:
-        for part in (tokenizer.train().encoder, tokenizer.decoder):
-            part.activation_checkpointing = options.checkpointing
-            if options.compile:
+        tokenizer.train().checkpoint_activations(options.checkpointing)
+        if options.compile:
+            for part in (tokenizer.encoder, tokenizer.decoder):
                 compile_for_all_lengths(part.blocks)
         theirs, pairs = partial(step, official.train(), official_loss, latents), {}
         for groups in options.budget_groups:

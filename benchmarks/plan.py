@@ -58,7 +58,7 @@ def prior(preset: str, batch: int, checkpointing: bool, chunk: str, numerics: Nu
     config, size = PriorConfig.preset(preset), None if chunk == "none" else int(chunk)
     options = {"tokenizer": None, "text_encoder": None, "loss_chunk": size}
     model = Prior(config).to(device)
-    model.activation_checkpointing = checkpointing
+    model.checkpoint_activations(checkpointing)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (batch, config.num_tokens), generator=generator).to(device)
     classes = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -74,7 +74,7 @@ def tokenizer(preset: str, batch: int, checkpointing: bool, groups: str, numeric
     config = dataclasses.replace(FlexTokConfig.preset(preset), nested_dropout="none", null_dropout=0.0)
     options = {"budget_groups": int(groups), "vae": None, "teacher": None}
     model = FlexTok(dataclasses.replace(config, vae=None)).to(device)
-    model.encoder.activation_checkpointing = model.decoder.activation_checkpointing = checkpointing
+    model.checkpoint_activations(checkpointing)
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(batch, config.latent_channels, *model.latent_size, generator=generator).to(device)
 

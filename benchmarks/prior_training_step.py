@@ -33,7 +33,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     config = PriorConfig.preset(options.preset)
     torch.manual_seed(0)  # every setting starts from the same weights
     prior = Prior(config).to(options.device)
-    prior.activation_checkpointing = options.checkpointing
+    prior.checkpoint_activations(options.checkpointing)
     optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-4)
     generator = torch.Generator().manual_seed(0)
     shape = (options.batch_size, config.num_tokens)

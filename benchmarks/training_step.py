@@ -37,9 +37,9 @@ def main() -> None:
     options = parser.parse_args()
     config = dataclasses.replace(FlexTokConfig.preset(options.preset), vae=None)
     tokenizer = FlexTok(config).to(options.device)
-    for part in (tokenizer.encoder, tokenizer.decoder):
-        part.activation_checkpointing = options.checkpointing
-        if options.compile:
+    tokenizer.checkpoint_activations(options.checkpointing)
+    if options.compile:
+        for part in (tokenizer.encoder, tokenizer.decoder):
             compile_for_all_lengths(part.blocks)
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=1e-4)
     size = (options.batch_size, config.latent_channels, *tokenizer.latent_size)

@@ -31,11 +31,12 @@ from flextok_pl.cost.activations import (
 )
 from flextok_pl.cost.flops import Flops, encoder_flops, prior_flops, projection_flops, tokenizer_flops
 from flextok_pl.cost.meta import image_work, vae_step
+from flextok_pl.interop.autoencoder import read_vae_config
 from flextok_pl.models.discriminator import PatchDiscriminator
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.teacher import PROJECTION_WIDTH, ProjectionHead, Teacher
 from flextok_pl.models.tokenizer import FlexTok
-from flextok_pl.models.vae import VAE, read_vae_config
+from flextok_pl.models.vae import VAE
 
 Inputs = Literal["images", "latents", "tokens"]
 IN_FLOAT32 = (

@@ -1,17 +1,17 @@
-"""Checkpoints: our safetensors format, and the official one in both directions."""
+"""Checkpoint formats, as translators of plain data: metadata and tensor names to a configuration and names of ours.
 
-from flextok_pl.interop.native import load_prior, save_pretrained, save_prior
-from flextok_pl.interop.official import save_official
-from flextok_pl.interop.official_config import official_to_config
-from flextok_pl.interop.official_export import config_to_official
-from flextok_pl.interop.pretrained import load_pretrained
+Tokenizers and priors are loaded and saved by `FlexTok` and `Prior` themselves, in any format listed here.
+"""
 
-__all__ = [
-    "config_to_official",
-    "load_pretrained",
-    "load_prior",
-    "official_to_config",
-    "save_official",
-    "save_pretrained",
-    "save_prior",
-]
+from flextok_pl.config import FlexTokConfig, PriorConfig
+from flextok_pl.interop.format import Format
+from flextok_pl.interop.native import Native
+from flextok_pl.interop.official import Official, config_to_official, official_to_config
+
+__all__ = ["PRIOR_FORMATS", "TOKENIZER_FORMATS", "config_to_official", "official_to_config"]
+
+TOKENIZER_FORMATS: dict[str, Format[FlexTokConfig]] = {
+    "ours": Native("flextok_pl", "model.safetensors", FlexTokConfig),
+    "official": Official(),
+}
+PRIOR_FORMATS: dict[str, Format[PriorConfig]] = {"ours": Native("flextok_pl.prior", "prior.safetensors", PriorConfig)}

@@ -1,18 +1,27 @@
-"""Checkpoints of the official code (apple/ml-flextok): the same tensors under other names."""
+"""Checkpoints of the official code (apple/ml-flextok): the same tensors under other names, with its configuration.
+
+Its configuration is in the metadata, part by part as the text of a Python literal, or in a config.json beside the
+file.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from flextok_pl.config import FlexTokConfig, VAEConfig, config_from_dict
+from flextok_pl.interop.autoencoder import DOWN_BLOCK, UP_BLOCK, vae_config_from_diffusers
+from flextok_pl.interop.format import Contents, Format
+from flextok_pl.interop.official_schema import LAWS, read, write
+from flextok_pl.interop.official_table import PARTS, TOP
+from flextok_pl.interop.plain_data import check_plain, parse_text, read_json
+from flextok_pl.interop.tensor_file import TensorFile
 
-from flextok_pl.interop.native import build_tokenizer, config_in_use
-from flextok_pl.interop.official_config import official_to_config
-from flextok_pl.interop.official_export import config_to_official
-from flextok_pl.interop.tensor_file import write_tensors
-from flextok_pl.models.tokenizer import FlexTok
+PUBLISHED_VAE = VAEConfig()
+"""The architecture that the official code builds whatever the checkpoint says."""
 
 _ENC, _DEC = "encoder.module_dict.", "decoder.module_dict."
 _PREFIXES = {
@@ -35,6 +44,36 @@ _PREFIXES = {
 """Start of a name in our state dict -> start of the official name."""
 
 
+class Official(Format[FlexTokConfig]):
+    """The format of the published tokenizers."""
+
+    companion = "config.json"
+
+    def recognises(self, file: TensorFile) -> bool:
+        """Whether its metadata have the parts of a model, or there is a config.json beside it."""
+        return bool({"encoder", "decoder"} & set(file.metadata)) or file.companion is not None
+
+    def read(
+        self, file: TensorFile, vae_config: Mapping[str, Any] | str | Path | None = None
+    ) -> Contents[FlexTokConfig]:
+        """Read the configuration from the metadata, or else from the file beside them."""
+        if {"encoder", "decoder"} & set(file.metadata):
+            official = parse_metadata(file.metadata)
+        else:
+            assert file.companion is not None
+            official = read_json(file.companion)
+        doubt = (
+            ". The file does not say what its autoencoder is, and it is taken for the published one: if it is another, "
+            "give vae_config, the diffusers AutoencoderKL configuration (a mapping or a JSON file)"
+        )
+        config = official_to_config(official, vae_config)
+        return Contents(config, official_name, _is_repa_head, doubt if vae_config is None else "")
+
+    def write(self, config: FlexTokConfig) -> tuple[dict[str, str], Callable[[str], str]]:
+        """Each part as a Python literal; the autoencoder's tensors are in the file, its architecture is not."""
+        return {key: str(value) for key, value in config_to_official(config).items()}, official_name
+
+
 def official_name(name: str) -> str:
     """The official name of a tensor of our state dict."""
     for ours, theirs in _PREFIXES.items():
@@ -43,60 +82,126 @@ def official_name(name: str) -> str:
     raise AssertionError(f"no official name for {name}")
 
 
-def read_official(
-    handle: Any,
-    file: Path,
-    official: Mapping[str, Any],
-    vae_config: Mapping[str, Any] | str | Path | None = None,
-    device: str | torch.device | None = None,
-) -> FlexTok:
-    """Load an open file of the official code.
-
-    Args:
-        handle: from `tensor_file.open_tensors`.
-        file: its path, for messages.
-        official: its configuration as plain data.
-        vae_config: see `official_to_config`.
-        device: where to put the weights.
-
-    Raises:
-        ValueError: configuration or tensors are wrong, or not what our model implements.
-    """
-    try:
-        config = official_to_config(official, vae_config)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    try:
-        return build_tokenizer(handle, file, config, official_name, _is_repa_head, device)
-    except ValueError as error:
-        if vae_config is None and "vae.vae." in str(error):
-            raise ValueError(
-                f"{error}. The file does not say what its autoencoder is, and it is not the published one: "
-                "give vae_config, the diffusers AutoencoderKL configuration (a mapping or a JSON file)"
-            ) from error
-        raise
-
-
-def save_official(tok: FlexTok, file: str | Path) -> Path:
-    """Save a tokenizer in the official format: its tensor names, its configuration as metadata, the VAE inside.
-
-    Args:
-        tok: a tokenizer with a `kl` VAE.
-        file: the `.safetensors` file.
-
-    Returns:
-        The file written.
-
-    Raises:
-        ValueError: the official format cannot express the model.
-        OSError: the folder or the disk does not take it.
-    """
-    file = Path(file).expanduser()
-    official = config_to_official(config_in_use(tok))
-    tensors = {official_name(name): tensor for name, tensor in tok.state_dict().items()}
-    write_tensors(tensors, file, {key: str(value) for key, value in official.items()})
-    return file
-
-
 def _is_repa_head(name: str) -> bool:
     return name.startswith(_DEC) and "repa" in name.removeprefix(_DEC).split(".")[0]
+
+
+def parse_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The configuration in the metadata of an official file: part -> Python literal, JSON or YAML, as plain data.
+
+    Raises:
+        ValueError: an entry is too long, or no plain data.
+    """
+    return {
+        key: parse_text(f"metadata {key!r}", text) for key, text in metadata.items() if (key, text) != ("format", "pt")
+    }
+
+
+def official_to_config(
+    official: Mapping[str, Any], vae_config: Mapping[str, Any] | str | Path | None = None
+) -> FlexTokConfig:
+    """Read an official configuration. Nothing that it names is imported.
+
+    Args:
+        official: plain data, from `parse_metadata` or a config.json.
+        vae_config: diffusers' `AutoencoderKL` configuration, or a JSON file of it; the official one does not tell the
+            architecture, and the default is the published one.
+
+    Raises:
+        ValueError: a module or option is unknown, contradicts another one, or asks for what our model lacks.
+    """
+    check_plain("the configuration", official)
+    facts = read(official, TOP, PARTS)
+    patches, grid = facts.pop("patch_sizes"), facts["grid_size"]
+    if len(patches) != 2 or len(set(patches)) != 1 or len(grid) != 2:
+        raise ValueError(f"patch_sizes={patches} and max_sizes={grid}: patches must be square, the grid 2-D")
+    for value, wanted, path in (
+        (facts.pop("register_table"), (facts["num_registers"],), "decoder.dec_registers_posemb_module.max_sizes"),
+        (facts.pop("num_levels"), len(facts["fsq_levels"]), "encoder.enc_to_latents.dim_out"),
+    ):
+        if value != wanted:
+            raise ValueError(f"{path}={value} must be {wanted}, as the number of registers and levels demand")
+    layers = facts.pop("repa_layers", ())
+    if len(layers) > 1:
+        raise ValueError(f"dec_transformer.intermediate_layers={list(layers)} has more than one layer")
+    law = "logit_normal" if facts.pop("logit_normal") else "mode" if facts["mode_scale"] else "uniform"
+    autoencoder = _vae_config(facts.pop("scaling_factor", None), facts["latent_channels"], vae_config)
+    values = {"patch_size": patches[0], "repa_layer": layers[0] if layers else None, "timestep_law": law}
+    return dataclasses.replace(config_from_dict(FlexTokConfig, {"vae": None, **facts, **values}), vae=autoencoder)
+
+
+def _vae_config(
+    scaling_factor: float | None, channels: int, vae_config: Mapping[str, Any] | str | Path | None
+) -> VAEConfig:
+    if vae_config is None:
+        if scaling_factor is None:
+            raise ValueError(
+                "vae.scaling_factor is null: give vae_config, a diffusers configuration with a scaling_factor"
+            )
+        return dataclasses.replace(PUBLISHED_VAE, latent_channels=channels, scaling_factor=float(scaling_factor))
+    given = read_json(Path(vae_config)) if isinstance(vae_config, str | Path) else dict(vae_config)
+    check_plain("vae_config", given)
+    levels = len(given.get("block_out_channels", ()))
+    values = {"down_block_types": [DOWN_BLOCK] * levels, "up_block_types": [UP_BLOCK] * levels, **given}
+    if scaling_factor is not None:
+        values["scaling_factor"] = scaling_factor
+    elif values.get("scaling_factor") is None:
+        raise ValueError("vae.scaling_factor is null: give vae_config, a diffusers configuration with a scaling_factor")
+    config = vae_config_from_diffusers(values)
+    if config.latent_channels != channels:
+        raise ValueError(f"vae_config has latent_channels={config.latent_channels}, the checkpoint {channels}")
+    return config
+
+
+def config_to_official(config: FlexTokConfig) -> dict[str, Any]:
+    """The official configuration of a model, as plain data.
+
+    Args:
+        config: of a tokenizer with a `kl` VAE.
+
+    Raises:
+        ValueError: the official code cannot express the model.
+    """
+    for name, theirs in (("layout", "registers"), ("causal_registers", True), ("objective", "flow")):
+        if getattr(config, name) != theirs:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} does not exist in the official format; it must be {theirs!r}, or "
+                "save the model in our own format"
+            )
+    facts = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    if config.nested_dropout not in LAWS:
+        warnings.warn(
+            f"nested_dropout={config.nested_dropout!r} does not exist in the official code; written as 'uniform'",
+            stacklevel=4,
+        )
+        facts["nested_dropout"] = "uniform"
+    facts |= {
+        "scaling_factor": _expressible_vae(config.vae).scaling_factor,
+        "patch_sizes": (config.patch_size,) * 2,
+        "register_table": (config.num_registers,),
+        "num_levels": len(config.fsq_levels),
+        "repa_layers": () if config.repa_layer is None else (config.repa_layer,),
+        "logit_normal": config.timestep_law == "logit_normal",
+        "mode_scale": 0.0 if config.timestep_law == "uniform" else config.mode_scale,
+    }
+    official = write(facts, TOP, PARTS)
+    if config.repa_layer is None:
+        modules = official["decoder"]["module_dict"]
+        del modules["dec_repa_unpacker"], modules["dec_transformer"]["intermediate_layer_write_key"]
+    return official
+
+
+def _expressible_vae(vae: VAEConfig | None) -> VAEConfig:
+    if vae is None or vae.kind != "kl":
+        kind = "none" if vae is None else vae.kind
+        raise ValueError(f"vae.kind={kind!r} does not exist in the official format; it needs a 'kl' autoencoder")
+    if vae.shift_factor:
+        raise ValueError(f"vae.shift_factor={vae.shift_factor} does not exist in the official format; it must be 0")
+    for name in ("block_out_channels", "layers_per_block", "norm_num_groups"):
+        if getattr(vae, name) != getattr(PUBLISHED_VAE, name):
+            warnings.warn(
+                f"vae.{name}={getattr(vae, name)}: the official code always builds an autoencoder with "
+                f"{getattr(PUBLISHED_VAE, name)}; this file needs the autoencoder's configuration beside it",
+                stacklevel=5,
+            )
+    return vae

@@ -1,21 +1,58 @@
-"""What an official configuration may say: its modules, in their order, and the options of each.
+"""A configuration that names classes, read and written by one table of its modules; nothing that it names is imported.
 
-The official code builds a model by instantiating what its configuration names. Here the names are only compared with
-those below (https://github.com/apple/ml-flextok/tree/87d00cc8babf4a25ffce0f3f0c4d8b529d3d6abf, constructors), and every
-option is either read, required to have the value that our model implements, or known to have no effect on the function.
+Each option of a module states a fact of the model, or must have the value that our model implements, or has no effect
+on the function. The names under which modules pass tensors on (`..._key`) are not followed: they differ between
+sources, and order and kinds of the modules already fix the computation.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 REQUIRED = object()
 """Default of an option that must be given."""
 
-_PRECISIONS = (None, "fp32", "float32")
+ANY = object()
+"""Of an option without effect on the function; a plain value in its place is written, and likewise any is read."""
+
+
+class Fact(NamedTuple):
+    """An option that states a fact of the model; several may state the same one, and must agree.
+
+    Attributes:
+        name: of the fact; empty for an option that is only required.
+        kind: of its values; see `_KINDS`.
+        default: of the official code.
+        written: what is written where there is no fact.
+    """
+
+    name: str
+    kind: str
+    default: Any = REQUIRED
+    written: Any = None
+
+
+class Fixed(NamedTuple):
+    """An option that must have one of the values that our model implements; the first is written."""
+
+    values: tuple[Any, ...]
+    default: Any
+
+
+class Training(NamedTuple):
+    """An option that affects training only, unless it has this value."""
+
+    neutral: Any
+
+
+class Function(NamedTuple):
+    """An option that names a function."""
+
+    target: str
 
 
 @dataclass(frozen=True)
@@ -24,285 +61,188 @@ class Module:
 
     Args:
         target: the only class it may name.
-        reads: option -> (kind, the official default or REQUIRED); see `_KINDS`.
-        fixed: option -> (the values our model implements, the official default).
-        training: option -> value that changes nothing; another one affects training only, and is warned about.
-        inert: further options without effect on the function; the names of what is passed between modules, which end in
-            `_key` or `_keys`, have none.
-        function: what the option `per_sample_op` must name.
+        options: those that are written, in order.
+        also: those that may be given, too.
     """
 
     target: str
-    reads: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
-    fixed: Mapping[str, tuple[tuple[Any, ...], Any]] = field(default_factory=dict)
-    training: Mapping[str, Any] = field(default_factory=dict)
-    inert: frozenset[str] = frozenset()
-    function: str | None = None
-
-    def read(self, path: str, values: Any, warn: Callable[[str], None]) -> dict[str, Any]:
-        """The options to read, checked.
-
-        Args:
-            path: where `values` stand in the configuration, for messages.
-            values: the module's entry, plain data.
-            warn: takes a message about an option that is not reproduced in training.
-
-        Raises:
-            ValueError: another class, an unknown option, a wrong type, or a value that our model does not implement.
-        """
-        check_target(path, values, self.target)
-        if self.function is not None:
-            check_target(f"{path}.per_sample_op", values.get("per_sample_op"), self.function)
-        for key, value in values.items():
-            if key == "_target_" or key in self.fixed or key in self.reads or key in self.inert:
-                continue
-            if key in self.training:
-                if value != self.training[key]:
-                    warn(f"{path}.{key}={value!r} is not reproduced; it only affects training")
-            elif not key.endswith(("_key", "_keys")):
-                raise ValueError(f"{path} has an unknown option {key!r}={_short(value)}; the function may depend on it")
-        for key, (allowed, default) in self.fixed.items():
-            value = values.get(key, default)
-            if not any(type(value) is type(one) and value == one for one in allowed):
-                given = "missing" if value is REQUIRED else repr(value)
-                wanted = " or ".join(map(repr, allowed))
-                raise ValueError(f"{path}.{key} is {_short(given)}; this model needs {wanted}")
-        return {
-            key: _checked(f"{path}.{key}", values.get(key, default), kind)
-            for key, (kind, default) in self.reads.items()
-        }
+    options: Mapping[str, Any] = field(default_factory=dict)
+    also: Mapping[str, Any] = field(default_factory=dict)
 
 
-def check_target(path: str, values: Any, *targets: str) -> None:
-    """Compare what an entry names with what it may name.
+@dataclass(frozen=True)
+class Sequence:
+    """Modules that work one after the other, in this order.
+
+    Args:
+        target: the only class that a configuration may name for it.
+        modules: by name.
+        aside: part of the name of modules that change nothing that is decoded: they may be missing, or others.
+        aside_targets: the classes that those may name.
+    """
+
+    target: str
+    modules: Mapping[str, Module]
+    aside: str = ""
+    aside_targets: tuple[str, ...] = ()
+
+    def is_aside(self, name: str) -> bool:
+        """Whether a module of this name changes nothing that is decoded."""
+        return bool(self.aside) and self.aside in name
+
+
+Part = Module | Sequence
+
+
+def fixed(*values: Any, default: Any = ANY) -> Fixed:
+    """An option that must have one of these values; the first is the official default unless another is given."""
+    return Fixed(values, values[0] if default is ANY else default)
+
+
+def read(official: Mapping[str, Any], target: str, parts: Mapping[str, Part]) -> dict[str, Any]:
+    """The facts that a configuration states; those that are null are left out.
+
+    Args:
+        official: plain data.
+        target: the only class that it may name.
+        parts: what it consists of.
 
     Raises:
-        ValueError: it is no mapping, or names something else.
+        ValueError: a module or option is unknown, contradicts another one, or asks for what our model lacks.
     """
+    unknown = sorted(set(official) - {"_target_", *parts})
+    if unknown:
+        raise ValueError(f"the configuration has an unknown part {unknown[0]!r}; the parts are {', '.join(parts)}")
+    _check_target("the configuration", {"_target_": target, **official}, target)
+    facts: dict[str, Any] = {}
+    stated_by: dict[str, str] = {}
+    for name, part in parts.items():
+        for path, module, entry in _entries(name, official.get(name), part):
+            for option, fact, value in _stated(path, entry, module):
+                if facts.setdefault(fact, value) != value:
+                    both = f"{stated_by[fact]}={facts[fact]} and {option}={value}"
+                    raise ValueError(f"{both} differ; this model has one value for both")
+                stated_by.setdefault(fact, option)
+    return facts
+
+
+def write(facts: Mapping[str, Any], target: str, parts: Mapping[str, Part]) -> dict[str, Any]:
+    """The configuration that states these facts."""
+    official: dict[str, Any] = {"_target_": target}
+    for name, part in parts.items():
+        if isinstance(part, Module):
+            official[name] = _written(part, facts)
+        else:
+            entries = {each: _written(module, facts) for each, module in part.modules.items()}
+            official[name] = {"_target_": part.target, "module_dict": entries}
+    return official
+
+
+def _entries(name: str, values: Any, part: Part) -> list[tuple[str, Module, Any]]:
+    """Path, module and entry of each module of a part, in our order; without those aside."""
+    if isinstance(part, Module):
+        return [(name, part, values)]
+    _check_target(name, values, part.target)
+    entries = values.get("module_dict")
+    if set(values) - {"_target_", "module_dict"} or not isinstance(entries, dict):
+        raise ValueError(f"{name} must consist of a mapping 'module_dict'; it has {sorted(values)}")
+    for each, entry in entries.items():
+        if part.is_aside(each):
+            _check_target(f"{name}.{each}", entry, *part.aside_targets)
+        elif each not in part.modules:
+            raise ValueError(f"{name} has an unknown module {each!r}; the function may depend on it")
+    found, wanted = ([each for each in names if not part.is_aside(each)] for names in (entries, part.modules))
+    if found != wanted:
+        missing = [each for each in wanted if each not in found]
+        problem = f"lacks {missing[0]!r}" if missing else f"has its modules in another order: {', '.join(found)}"
+        raise ValueError(f"{name} {problem}; they must be {', '.join(wanted)}")
+    return [(f"{name}.{each}", part.modules[each], entries[each]) for each in found]
+
+
+def _stated(path: str, values: Any, module: Module) -> list[tuple[str, str, Any]]:
+    """Option, name and value of each fact that a module's entry states; all its options are checked."""
+    _check_target(path, values, module.target)
+    options = {**module.options, **module.also}
+    for key, value in values.items():
+        if key not in options and key != "_target_" and not key.endswith(("_key", "_keys")):
+            raise ValueError(f"{path} has an unknown option {key!r}={_short(value)}; the function may depend on it")
+    stated = []
+    for key, option in options.items():
+        where, value = f"{path}.{key}", values.get(key, getattr(option, "default", None))
+        if isinstance(option, Function):
+            _check_target(where, value, option.target)
+        elif isinstance(option, Training) and key in values and value != option.neutral:
+            warnings.warn(f"{where}={value!r} is not reproduced; it only affects training", stacklevel=2)
+        elif isinstance(option, Fixed) and not any(type(value) is type(v) and value == v for v in option.values):
+            given = "missing" if value is REQUIRED else _short(value)
+            raise ValueError(f"{where} is {given}; this model needs {' or '.join(map(repr, option.values))}")
+        elif isinstance(option, Fact):
+            wanted, fits = _KINDS[option.kind]
+            if value is REQUIRED:
+                raise ValueError(f"{where} is missing; it must be {wanted}")
+            if not fits(value):
+                raise ValueError(f"{where}={_short(value)} must be {wanted}")
+            if option.name and value is not None:
+                stated.append((where, option.name, tuple(value) if isinstance(value, list) else value))
+    return stated
+
+
+def _written(module: Module, facts: Mapping[str, Any]) -> dict[str, Any]:
+    entry: dict[str, Any] = {"_target_": module.target}
+    for key, option in module.options.items():
+        if isinstance(option, Fact):
+            value = facts.get(option.name, option.written)
+            entry[key] = list(value) if isinstance(value, tuple) else value
+        elif isinstance(option, Function):
+            entry[key] = {"_target_": option.target, "_partial_": True}
+        elif isinstance(option, Fixed):
+            entry[key] = option.values[0]
+        else:
+            entry[key] = option.neutral if isinstance(option, Training) else option
+    return entry
+
+
+def _check_target(path: str, values: Any, *targets: str) -> None:
+    """Compare what an entry names with what it may name."""
     if not isinstance(values, dict):
         raise ValueError(f"{path} is a {type(values).__name__} instead of a mapping")
     named = values.get("_target_")
     if named not in targets:
-        raise ValueError(f"{path} names {_short(named)}; only {' or '.join(targets)} is known there")
+        text = named if isinstance(named, str) else repr(named)
+        raise ValueError(f"{path} names {text[:100]}; only {' or '.join(targets)} is known there")
 
 
-def _integer(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**31
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else text[:100] + "..."
+
+
+def _whole(value: Any, least: int = 1) -> bool:
+    return type(value) is int and least <= value < 2**31
 
 
 def _number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
+def _list(value: Any, least: int) -> bool:
+    return isinstance(value, list | tuple) and all(_whole(item, least) for item in value)
+
+
+LAWS = ("uniform", "pow2", "uniform_pow2")
+"""Laws of nested dropout that the official code knows."""
+
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "size": ("a positive integer", lambda v: _integer(v) and v > 0),
-    "sizes": (
-        "a list of positive integers",
-        lambda v: isinstance(v, list | tuple) and all(_integer(x) and x > 0 for x in v),
-    ),
-    "even": ("a positive even integer", lambda v: _integer(v) and v > 0 and v % 2 == 0),
-    "indices": ("a list of integers", lambda v: v is None or (isinstance(v, list | tuple) and all(map(_integer, v)))),
+    "size": ("a positive integer", _whole),
+    "size?": ("a positive integer or null", lambda v: v is None or _whole(v)),
+    "sizes": ("a list of positive integers", lambda v: _list(v, 1)),
+    "indices?": ("a list of integers", lambda v: v is None or _list(v, 0)),
+    "even": ("a positive even integer", lambda v: _whole(v) and v % 2 == 0),
     "number": ("a number", _number),
     "positive": ("a positive number", lambda v: _number(v) and v > 0),
     "positive?": ("a positive number or null", lambda v: v is None or (_number(v) and v > 0)),
     "probability": ("a probability", lambda v: _number(v) and 0 <= v <= 1),
     "flag": ("true or false", lambda v: type(v) is bool),
-    "size?": ("a positive integer or null", lambda v: v is None or (_integer(v) and v > 0)),
     "text": ("a string", lambda v: type(v) is str),
+    "law": (f"one of {LAWS}", lambda v: v in LAWS),
 }
-
-
-def _checked(path: str, value: Any, kind: str) -> Any:
-    wanted, fits = _KINDS[kind]
-    if value is REQUIRED:
-        raise ValueError(f"{path} is missing; it must be {wanted}")
-    if not fits(value):
-        raise ValueError(f"{path}={_short(value)} must be {wanted}")
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 100 else text[:100] + "..."
-
-
-_MODEL = "flextok.model"
-_PATCHING = Module(
-    f"{_MODEL}.preprocessors.patching.PatchEmbedder",
-    reads={"dim": ("size", REQUIRED), "channels_in": ("size", REQUIRED), "patch_sizes": ("sizes", REQUIRED)},
-    fixed={"flatten_patches": ((False,), True)},
-    inert=frozenset({"weight_init_style"}),
-)
-_POSITIONS = f"{_MODEL}.utils.posembs.PositionalEmbeddingAdder"
-_GRID_POSITIONS = Module(
-    _POSITIONS,
-    reads={"dim": ("size", REQUIRED), "max_sizes": ("sizes", REQUIRED)},
-    fixed={"posemb_type": (("sincos",), "sincos"), "posemb_scaling": (("absolute",), "absolute")},
-)
-_UNPACKER = Module(f"{_MODEL}.postprocessors.seq_unpacking.SequenceUnpacker")
-_PACKER = f"{_MODEL}.preprocessors.flex_seq_packing.BlockWiseSequencePacker"
-_PACKER_INERT = frozenset({"pad_to_multiple", "max_seq_len", "compile_block_mask", "return_materialized_mask"})
-_HEAD_FIXED: dict[str, tuple[tuple[Any, ...], Any]] = {
-    "use_mup_readout": ((False,), REQUIRED),
-    "proj_bias": ((True,), True),
-    "adaLN_bias": ((True,), True),
-    "dtype_override": (_PRECISIONS, None),
-}
-
-
-def _channels(direction: str) -> Module:
-    operations = f"{_MODEL}.utils.dict_ops"
-    return Module(f"{operations}.PerSampleOp", inert=frozenset({"per_sample_op"}), function=f"{operations}.{direction}")
-
-
-def _transformer(modulated: bool) -> Module:
-    """The trunk; the decoder's is modulated by time, separately for patches and registers."""
-    return Module(
-        f"{_MODEL}.trunks.transformers.FlexTransformer",
-        reads={
-            "dim": ("size", 768),
-            "depth": ("size", 12),
-            "head_dim": ("size", 64),
-            "mlp_ratio": ("positive", 4.0),
-            "intermediate_layers": ("indices", []),
-            **({"adaLN_emb_read_key": ("text", REQUIRED)} if modulated else {}),
-        },
-        fixed={
-            "qkv_bias": ((False,), False),
-            "proj_bias": ((False,), False),
-            "mlp_bias": ((False,), False),
-            "gated_mlp": ((True,), True),
-            "qk_norm": ((True,), True),
-            "score_mod_read_key": ((None,), None),
-            "rope_forward_read_key": ((None,), None),
-            "adaLN_expansion": ((2,), REQUIRED) if modulated else ((1, 2), 1),
-            **({} if modulated else {"adaLN_emb_read_key": ((None,), None)}),
-        },
-        training={"drop": 0.0, "drop_path_rate": 0.0},
-        inert=frozenset({"use_act_checkpoint", "weight_init_style", "zero_init_query_proj"}),
-    )
-
-
-ENCODER: dict[str, Module] = {
-    "enc_channels_to_last": _channels("channels_first_to_last"),
-    "enc_patch_emb": _PATCHING,
-    "enc_posemb_module": _GRID_POSITIONS,
-    "enc_register_module": Module(
-        f"{_MODEL}.preprocessors.registers.Registers1D",
-        reads={
-            "dim": ("size", REQUIRED),
-            "n_min": ("size", REQUIRED),
-            "n_max": ("size", REQUIRED),
-            "n_eval": ("size?", None),
-        },
-        fixed={
-            "ordering_mode": (("nested",), "nested"),
-            "extra_registers_write_key": ((None,), None),
-            "extra_registers_dim": ((None,), None),
-        },
-        inert=frozenset({"size_sampling_mode"}),  # of no effect where n_min = n_max
-    ),
-    "enc_seq_packer": Module(
-        _PACKER, fixed={"mask_mode": (("causal_last",), "full")}, inert=_PACKER_INERT | {"per_subseq_embs"}
-    ),
-    "enc_transformer": _transformer(modulated=False),
-    "enc_unpacker": _UNPACKER,
-    "enc_to_latents": Module(
-        f"{_MODEL}.postprocessors.heads.LinearHead",
-        reads={"dim": ("size", REQUIRED), "dim_out": ("size", REQUIRED)},
-        fixed={**_HEAD_FIXED, "adaLN_emb_read_key": ((None,), None)},
-        inert=frozenset({"weight_init_style"}),
-    ),
-}
-"""Modules of the encoder, in their order."""
-
-DECODER: dict[str, Module] = {
-    "dec_from_latents": Module(
-        f"{_MODEL}.preprocessors.linear.LinearLayer",
-        reads={"dim_in": ("size", REQUIRED), "dim": ("size", REQUIRED)},
-        fixed={"proj_bias": ((True,), True), "dtype_override": (_PRECISIONS, None)},
-        inert=frozenset({"weight_init_style"}),
-    ),
-    "dec_registers_posemb_module": Module(
-        _POSITIONS,
-        reads={"dim": ("size", REQUIRED), "max_sizes": ("sizes", REQUIRED)},
-        # With a single axis, the sum and the product over axes are the same table.
-        fixed={
-            "posemb_type": (("learnable_sum", "learnable_prod"), "sincos"),
-            "posemb_scaling": (("absolute",), "absolute"),
-        },
-    ),
-    "dec_nested_dropout": Module(
-        f"{_MODEL}.preprocessors.token_dropout.MaskedNestedDropout",
-        reads={"dim": ("size", REQUIRED), "size_sampling_mode": ("text", "uniform")},
-    ),
-    "dec_latent_dropout": Module(
-        f"{_MODEL}.preprocessors.nullcond.LearnedNullCond",
-        reads={"dim": ("size", REQUIRED), "dropout_prob": ("probability", 0.0)},
-        fixed={"replace_with_single_token": ((False,), False)},
-    ),
-    "dec_noise_channels_to_last": _channels("channels_first_to_last"),
-    "dec_noise_patch_emb": _PATCHING,
-    "dec_patches_posemb_module": _GRID_POSITIONS,
-    "dec_seq_packer": Module(
-        _PACKER, fixed={"mask_mode": (("full",), "full"), "per_subseq_embs": ((True,), False)}, inert=_PACKER_INERT
-    ),
-    "dec_time_embedder": Module(
-        f"{_MODEL}.preprocessors.time_embedding.TimestepEmbedder",
-        reads={
-            "dim": ("size", REQUIRED),
-            "frequency_embedding_size": ("even", 256),
-            "max_timestep": ("positive", 1000.0),
-        },
-        fixed={"temb_as_tokens": ((False,), False)},
-        inert=frozenset({"weight_init_style"}),
-    ),
-    "dec_transformer": _transformer(modulated=True),
-    "dec_unpacker": _UNPACKER,
-    "dec_to_patches": Module(
-        f"{_MODEL}.postprocessors.heads.ToPatchesLinearHead",
-        reads={
-            "dim": ("size", REQUIRED),
-            "channels_out": ("size", REQUIRED),
-            "patch_sizes": ("sizes", REQUIRED),
-            "adaLN_emb_read_key": ("text", REQUIRED),
-        },
-        fixed=_HEAD_FIXED,
-        inert=frozenset({"weight_init_style"}),
-    ),
-    "dec_channels_to_first": _channels("channels_last_to_first"),
-}
-"""Modules of the decoder, in their order, without those that only feed the alignment with a teacher."""
-
-WRAPPER = f"{_MODEL}.utils.wrappers.SequentialModuleDictWrapper"
-REPA_TARGETS = (_UNPACKER.target, f"{_MODEL}.postprocessors.heads.MLPHead", f"{_MODEL}.postprocessors.heads.LinearHead")
-"""What a decoder module with `repa` in its name may be: these read patches and change nothing that is decoded."""
-
-VAE = Module(
-    "flextok.vae_wrapper.StableDiffusionVAE",
-    reads={"latent_channels": ("size", 16), "scaling_factor": ("positive?", None)},
-    fixed={"dtype_override": (_PRECISIONS, "fp32"), "learnable_logvar": ((False,), False)},
-    inert=frozenset(
-        {"hf_hub_path", "sample_posterior", "logvar_init", "compile_encode_fn", "force_vae_encode", "frozen"}
-    ),
-)
-REGULARIZER = Module(
-    "flextok.regularizers.quantize_fsq.FSQ",
-    reads={"levels": ("sizes", REQUIRED)},
-    training={
-        "drop_quant_p": 0.0,
-        "corrupt_tokens_p": 0.0,
-        "min_corrupt_tokens_p": None,
-        "apply_corrupt_tokens_p": 0.2,
-    },
-    inert=frozenset({"packed_call"}),
-)
-NOISE = Module(
-    "flextok.flow_matching.noise_modules.MinRFNoiseModule",
-    reads={"ln": ("flag", True), "stratisfied": ("flag", False), "mode_scale": ("number", 0.0)},
-)
-PIPELINE = Module(
-    "flextok.flow_matching.pipelines.MinRFPipeline",
-    reads={"out_channels": ("size?", None)},
-    inert=frozenset({"_partial_"}),
-)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import json
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -33,6 +35,24 @@ def parse_text(label: str, text: str) -> Any:
             raise ValueError(f"{label} is neither a python literal nor YAML: {str(error)[:200]}") from error
     check_plain(label, value)
     return value
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file that holds a mapping of plain data.
+
+    Raises:
+        ValueError: there is no such file, or it holds something else.
+    """
+    if not file.is_file():
+        raise ValueError(f"no configuration file {str(file)!r}")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds a {type(values).__name__} instead of a mapping")
+    check_plain(str(file), values)
+    return values
 
 
 def check_plain(label: str, value: Any) -> None:

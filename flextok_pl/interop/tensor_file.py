@@ -1,96 +1,112 @@
-"""Safetensors files: opened as data, read tensor by tensor into a model, written atomically."""
+"""Safetensors files: found here or on the Hub, opened as data, written atomically."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
+import huggingface_hub
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from flextok_pl.files import whole_file
 from flextok_pl.progress import announced
 
-ModelT = TypeVar("ModelT", bound=nn.Module)
 
-_SHOWN = 5
-_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+@dataclass(frozen=True)
+class TensorFile:
+    """An open file; only its header has been read.
+
+    Args:
+        path: where it lies.
+        companion: the file beside it that may describe the model, where there is one.
+        metadata: of the header.
+        shapes: of its tensors, by name.
+        types: of its tensors, such as `F32`.
+        handle: reads a tensor, by `get_tensor(name)`.
+    """
+
+    path: Path
+    companion: Path | None
+    metadata: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    types: Mapping[str, str]
+    handle: Any
+
+
+def find_file(path_or_hub_id: str | Path, names: Sequence[str], companions: Sequence[str]) -> tuple[Path, Path | None]:
+    """A weights file and, where there is one, the file beside it; on this machine, or else on the Hub.
+
+    Args:
+        path_or_hub_id: a `.safetensors` file, a folder, or a Hub id.
+        names: of the weights file in a folder; the first that there is.
+        companions: likewise of the file beside it.
+
+    Raises:
+        ValueError: there is no such file, or the Hub does not give it.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        path = _first(path, names) or path
+    if path.is_file():
+        return path, _first(path.parent, companions)
+    name = str(path_or_hub_id)
+    if (
+        isinstance(path_or_hub_id, Path)
+        or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)
+        or name.endswith(".safetensors")
+    ):
+        raise ValueError(
+            f"no checkpoint {name!r}: give a .safetensors file, a folder with {names[0]}, or a Hub id owner/name"
+        )
+    try:
+        weights, beside = _fetched(name, names), _fetched(name, companions)
+    except Exception as error:  # its errors come from several network libraries
+        raise ValueError(
+            f"no folder {name!r} here, and it could not be fetched from the Hub: {type(error).__name__}: {error}"
+        ) from error
+    if weights is None:
+        raise ValueError(f"{name!r} of the Hub has no {' or '.join(names)}")
+    return weights, beside
+
+
+def _first(folder: Path, names: Sequence[str]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _fetched(repository: str, names: Sequence[str]) -> Path | None:
+    for name in names:
+        try:
+            return Path(huggingface_hub.hf_hub_download(repository, name))
+        except LocalEntryNotFoundError:  # a sort of the next one, but of a Hub out of reach
+            raise
+        except EntryNotFoundError:
+            continue
+    return None
 
 
 @contextmanager
-def open_tensors(file: Path) -> Iterator[Any]:
-    """A memory-mapped safetensors file; only its header is read.
+def open_tensors(path: Path, companion: Path | None = None) -> Iterator[TensorFile]:
+    """Open a safetensors file, memory-mapped.
 
     Raises:
-        ValueError: there is no such file, or it is damaged or of another format.
+        ValueError: it is damaged or of another format.
     """
-    if not file.is_file():
-        raise ValueError(f"no checkpoint file {str(file)!r}")
     try:
-        opened = safe_open(str(file), framework="pt")
+        opened = safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is no intact safetensors file: {error}") from error
-    with opened as handle, announced(f"reading {file}"):
-        yield handle
-
-
-def build_model(
-    handle: Any,
-    file: Path,
-    make: Callable[[], ModelT],
-    depths: Mapping[str, int],
-    name_in_file: Callable[[str], str] = lambda name: name,
-    ignorable: Callable[[str], bool] = lambda name: False,
-    device: str | torch.device | None = None,
-) -> ModelT:
-    """A model with the weights of an open file, in evaluation mode.
-
-    Names and shapes are compared with the configuration before any weight is read. Each tensor is then copied once,
-    from the mapped file to its place, so the peak is one copy of the weights. They become float32, as in the official
-    loader.
-
-    Args:
-        handle: from `open_tensors`.
-        file: its path, for messages.
-        make: builds what the file should hold, without weights.
-        depths: the configuration's numbers of layers, by option.
-        name_in_file: from a name in our state dict to the name in the file.
-        ignorable: tells which tensors of the file may be left over.
-        device: where to put the weights.
-
-    Raises:
-        ValueError: a tensor is missing, left over, or of another shape or type than the configuration says.
-    """
-    shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118  not a dict
-    # A depth that no file of this size can have would keep the constructor busy for hours.
-    if max(depths.values()) > len(shapes):
-        stated = " and ".join(f"{name}={depth}" for name, depth in depths.items())
-        raise ValueError(f"{file} has {len(shapes)} tensors, too few for {stated}")
-    try:
-        with torch.device("meta"):
-            model = make()
-    except (ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError) as error:
-        raise ValueError(f"{file}: its configuration describes no model: {error}") from error
-    expected = {name_in_file(name): (name, tensor) for name, tensor in model.state_dict().items()}
-    problems = _differences({name: tuple(tensor.shape) for name, (_, tensor) in expected.items()}, shapes, ignorable)
-    types = {name: handle.get_slice(name).get_dtype() for name in expected if name in shapes}
-    problems += [f"not floating point: {name} {kind}" for name, kind in types.items() if kind not in _FLOATS][:_SHOWN]
-    if problems:
-        raise ValueError(f"{file} does not fit its configuration: " + "; ".join(problems))
-    left_out = [name for name in shapes if name not in expected]
-    if left_out:
-        warnings.warn(f"{file}: the model leaves out {', '.join(left_out[:_SHOWN])}", stacklevel=2)
-    weights = {
-        ours: handle.get_tensor(theirs).to(device=device or "cpu", dtype=torch.float32, copy=True)
-        for theirs, (ours, _) in expected.items()
-    }
-    model.load_state_dict(weights, assign=True)
-    return model.eval()
+        raise ValueError(f"{path} is no intact safetensors file: {error}") from error
+    with opened as handle, announced(f"reading {path}"):
+        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118  not a dict
+        shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
+        types = {name: each.get_dtype() for name, each in slices.items()}
+        yield TensorFile(path, companion, handle.metadata() or {}, shapes, types, handle)
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
@@ -105,22 +121,3 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[s
             save_file(contiguous, temporary, metadata=dict(metadata))
         except SafetensorError as error:
             raise OSError(f"cannot write {file}: {error}") from error
-
-
-def _differences(
-    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], ignorable: Callable[[str], bool]
-) -> list[str]:
-    """One phrase per kind of difference, naming the first few tensors."""
-    missing = [name for name in wanted if name not in found]
-    extra = [name for name in found if name not in wanted and not ignorable(name)]
-    misshaped = [
-        f"{name} is {list(found[name])} instead of {list(shape)}"
-        for name, shape in wanted.items()
-        if name in found and found[name] != shape
-    ]
-    phrases = []
-    for label, names in (("missing tensors", missing), ("unexpected tensors", extra), ("wrong shapes", misshaped)):
-        if names:
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            phrases.append(f"{label}: {', '.join(names[:_SHOWN])}{more}")
-    return phrases

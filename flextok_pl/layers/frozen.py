@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-class Frozen(nn.Module):
+
+class Frozen(nn.Module, Generic[ModuleT]):
     """Holds a frozen network outside the module tree.
 
     The network is in evaluation mode and has no gradients, whatever its owner does. It follows its owner's
@@ -22,9 +24,9 @@ class Frozen(nn.Module):
         module: the network.
     """
 
-    module: nn.Module
+    module: ModuleT
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: ModuleT) -> None:
         super().__init__()
         object.__setattr__(self, "module", module.requires_grad_(False).eval())  # past nn.Module's registration
 
@@ -33,14 +35,14 @@ class Frozen(nn.Module):
             raise AttributeError(name)
         return getattr(self.module, name)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Frozen[ModuleT]:
         return self
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen[ModuleT]:
         self.module._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def requires_grad_(self, requires_grad: bool = True) -> Frozen:
+    def requires_grad_(self, requires_grad: bool = True) -> Frozen[ModuleT]:
         """Does nothing: the network stays frozen."""
         return self
 

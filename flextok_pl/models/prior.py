@@ -9,7 +9,8 @@ Shapes: B batch, K tokens, m prefix, D width, V vocabulary, T text positions, E 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 
 from flextok_pl.config import PriorConfig
 from flextok_pl.contracts import PositionScale, check_sampling, is_whole
+from flextok_pl.interop import PRIOR_FORMATS
 from flextok_pl.layers.blocks import run_block
 from flextok_pl.layers.causal import NORM_EPS, CausalBlock, KeyValueCache, TextMemory
 from flextok_pl.models.arguments import as_generators, as_ids
+from flextok_pl.models.pretrained import load_model, save_model
 from flextok_pl.models.sampling import sample_tokens, scale_at_positions
 from flextok_pl.precision import accumulation_dtype, full_precision
 
@@ -51,9 +54,6 @@ class Prior(nn.Module):
 
     Args:
         config: hyper-parameters.
-
-    Attributes:
-        activation_checkpointing: recompute the blocks in the backward pass.
     """
 
     null_text: Tensor
@@ -91,26 +91,31 @@ class Prior(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / (2 * self.config.depth) ** 0.5 if adds else 0.02)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, device: str | torch.device | None = None) -> Prior:
+    def from_pretrained(cls, path_or_hub_id: str | Path, *, device: str | torch.device | None = None) -> Prior:
         """Load a prior saved by `save_pretrained`, in evaluation mode.
 
         Args:
-            path: a `.safetensors` file, or a folder with `prior.safetensors`.
+            path_or_hub_id: a `.safetensors` file, a folder with `prior.safetensors`, or a Hub id.
             device: where to put the weights.
 
         Raises:
             ValueError: there is no such file, it is damaged, or holds something else.
         """
-        # Against the layering, as in `FlexTok.from_pretrained`: users look for it here.
-        from flextok_pl.interop import load_prior
+        return load_model(path_or_hub_id, PRIOR_FORMATS, cls, device)
 
-        return load_prior(path, device=device)
+    def save_pretrained(
+        self, path: str | Path, format: str = "ours", weights: Mapping[str, Tensor] | None = None
+    ) -> Path:
+        """Save weights and configuration in one safetensors file, atomically; see `FlexTok.save_pretrained`."""
+        return save_model(weights or self.state_dict(), self.config, path, PRIOR_FORMATS, format)
 
-    def save_pretrained(self, path: str | Path) -> Path:
-        """Save weights and config in one safetensors file, atomically; see `from_pretrained` for `path`."""
-        from flextok_pl.interop import save_prior
+    def trained_on(self, tokenizer: str, class_names: Sequence[str]) -> None:
+        """Note in the configuration the hash of the tokenizer whose tokens it learns, and the names of its classes."""
+        self.config = dataclasses.replace(self.config, tokenizer=tokenizer, class_names=tuple(class_names))
 
-        return save_prior(self, path)
+    def checkpoint_activations(self, enabled: bool = True) -> None:
+        """Recompute blocks in the backward pass instead of keeping what they computed, for less memory."""
+        self.activation_checkpointing = enabled
 
     @property
     def num_tokens(self) -> int:

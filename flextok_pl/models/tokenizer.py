@@ -5,7 +5,8 @@ Shapes: B batch, C channels, h x w latent, K registers, k <= K kept tokens, L FS
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -16,6 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from flextok_pl.config import FlexTokConfig
 from flextok_pl.contracts import GuidanceScale, is_whole, weights_hash
 from flextok_pl.flow.decoding import Decoding
+from flextok_pl.interop import TOKENIZER_FORMATS
+from flextok_pl.layers.frozen import Frozen
 from flextok_pl.models.adaptive import Quality, searched_budgets
 from flextok_pl.models.arguments import (
     as_budgets,
@@ -29,6 +32,7 @@ from flextok_pl.models.arguments import (
 from flextok_pl.models.decoder import FlowDecoder, Velocity
 from flextok_pl.models.encoder import RegisterEncoder
 from flextok_pl.models.fsq import FSQ
+from flextok_pl.models.pretrained import load_model, save_model
 from flextok_pl.models.vae import VAE
 from flextok_pl.precision import full_precision, require_float32
 
@@ -44,16 +48,17 @@ class FlexTok(nn.Module):
 
     Args:
         config: hyper-parameters.
-        vae: an autoencoder to use instead of a new one built from `config.vae`.
+        vae: an autoencoder to use instead of a new one of `config.vae`, which it replaces in the configuration, too. A
+            frozen one is not part of the state dict, but is saved.
     """
 
-    vae: VAE | None
+    vae: VAE | Frozen[VAE] | None
 
-    def __init__(self, config: FlexTokConfig, vae: VAE | None = None) -> None:
+    def __init__(self, config: FlexTokConfig, vae: VAE | Frozen[VAE] | None = None) -> None:
         super().__init__()
-        self.config = config
         if vae is None and config.vae is not None:
             vae = VAE(config.vae)
+        self.config = config if vae is None else dataclasses.replace(config, vae=vae.config)
         self.vae = vae
         self.encoder = RegisterEncoder(config)
         self.quantizer = FSQ(config.fsq_levels)
@@ -91,31 +96,42 @@ class FlexTok(nn.Module):
         """Load a tokenizer saved by this package or by the official code, in evaluation mode.
 
         Args:
-            path_or_hub_id: a `.safetensors` file, a folder with `model.safetensors`, or a Hub id.
+            path_or_hub_id: a `.safetensors` file, a folder with `model.safetensors`, or a Hub id; what is on this
+                machine comes first.
             vae_config: diffusers' `AutoencoderKL` configuration (a mapping or a JSON file) of an official
                 checkpoint whose autoencoder is not the published one.
             device: where to put the weights.
 
         Raises:
-            ValueError: the file is damaged, or is not a FlexTok this package can represent.
+            ValueError: there is no such file, it is damaged, or is not a FlexTok this package can represent.
         """
-        # The one import against the layering: loading belongs to `interop`, users look for it here.
-        from flextok_pl.interop import load_pretrained
+        return load_model(path_or_hub_id, TOKENIZER_FORMATS, cls, device, vae_config)
 
-        return load_pretrained(path_or_hub_id, vae_config=vae_config, device=device)
-
-    def save_pretrained(self, path: str | Path) -> Path:
-        """Save weights and config in one safetensors file, atomically.
+    def save_pretrained(
+        self, path: str | Path, format: str = "ours", weights: Mapping[str, Tensor] | None = None
+    ) -> Path:
+        """Save weights, autoencoder included, and configuration in one safetensors file, atomically.
 
         Args:
             path: a `.safetensors` file, or a folder that then holds `model.safetensors`.
+            format: `ours`, or `official` for the published code.
+            weights: the state dict, where the model itself holds parts of it only.
 
         Returns:
             The file written.
-        """
-        from flextok_pl.interop import save_pretrained
 
-        return save_pretrained(self, path)
+        Raises:
+            ValueError: the official format cannot express the model.
+            OSError: the folder or the disk does not take it.
+        """
+        weights = dict(self.state_dict() if weights is None else weights)
+        if isinstance(self.vae, Frozen):
+            weights |= self.vae.module.state_dict(prefix="vae.")
+        return save_model(weights, self.config, path, TOKENIZER_FORMATS, format)
+
+    def checkpoint_activations(self, enabled: bool = True) -> None:
+        """Recompute blocks in the backward pass instead of keeping what they computed, for less memory."""
+        self.encoder.activation_checkpointing = self.decoder.activation_checkpointing = enabled
 
     @property
     def num_registers(self) -> int:
@@ -152,7 +168,7 @@ class FlexTok(nn.Module):
                 "this tokenizer has no VAE (config.vae is null), so it works on latents only; "
                 "use encode / velocity / sample_latents, or build it with a VAE"
             )
-        return self.vae
+        return self.vae.module if isinstance(self.vae, Frozen) else self.vae
 
     def encode_latents(
         self, images: Tensor, sample_posterior: bool = False, generator: torch.Generator | None = None

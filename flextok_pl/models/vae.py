@@ -11,112 +11,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import diffusers  # which loads an architecture when it is first used: half a second that not every command pays
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from flextok_pl.config import VAEConfig, config_from_dict, config_to_dict
+from flextok_pl.config import VAEConfig
 from flextok_pl.files import write_file
+from flextok_pl.interop.autoencoder import read_vae_config, vae_config_from_diffusers, vae_config_to_diffusers
 from flextok_pl.models.arguments import as_images
 from flextok_pl.precision import outside_autocast, require_float32
 
-_DOWN, _UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
-_PIXEL_CLASS = "PixelAutoencoder"
 _LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution
-
-# What diffusers assumes for keys that a config.json leaves out.
-_DIFFUSERS_DEFAULTS: dict[str, Any] = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": (_DOWN,),
-    "up_block_types": (_UP,),
-    "block_out_channels": (64,),
-    "layers_per_block": 1,
-    "act_fn": "silu",
-    "latent_channels": 4,
-    "norm_num_groups": 32,
-    "scaling_factor": 0.18215,
-    "shift_factor": None,
-    "latents_mean": None,
-    "latents_std": None,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-    "mid_block_add_attention": True,
-}
-# Hints for tiling and mixed precision: they change no weight and no result.
-_DIFFUSERS_IGNORED = frozenset({"sample_size", "force_upcast"})
-
-
-def vae_config_from_diffusers(values: Mapping[str, Any]) -> VAEConfig:
-    """Read the contents of any diffusers `AutoencoderKL` config.json.
-
-    Args:
-        values: the parsed file. Keys that start with an underscore, `sample_size` and `force_upcast` do
-            not change the function and are ignored. A null `scaling_factor` or `shift_factor` claims
-            nothing, and becomes 1 or 0.
-
-    Raises:
-        ValueError: a key is unknown, or asks for something the wrapper cannot do.
-    """
-    name = values.get("_class_name", "AutoencoderKL")
-    if name != "AutoencoderKL":
-        raise ValueError(f"_class_name={name!r} is not supported; give the config of an 'AutoencoderKL'")
-    given = {key: value for key, value in values.items() if key[:1] != "_" and key not in _DIFFUSERS_IGNORED}
-    unknown = sorted(set(given) - set(_DIFFUSERS_DEFAULTS))
-    if unknown:
-        raise ValueError(f"the autoencoder config has an unknown key {unknown[0]!r}={given[unknown[0]]!r}")
-    full = _DIFFUSERS_DEFAULTS | given
-    for key in ("in_channels", "out_channels"):
-        if full.pop(key) != 3:
-            raise ValueError(f"{key}={given[key]} is not supported; images have 3 channels")
-    for key in ("latents_mean", "latents_std"):
-        if full.pop(key) is not None:
-            raise ValueError(f"{key} is not supported: latents are normalised by scaling_factor and shift_factor")
-    for key, default in (("down_block_types", _DOWN), ("up_block_types", _UP)):
-        if all(block == default for block in full[key]):
-            full[key] = ()
-    full["scaling_factor"] = 1.0 if full["scaling_factor"] is None else full["scaling_factor"]
-    full["shift_factor"] = 0.0 if full["shift_factor"] is None else full["shift_factor"]
-    return config_from_dict(VAEConfig, full)
-
-
-def read_vae_config(folder: Path) -> VAEConfig:
-    """The configuration of an autoencoder that this package or diffusers wrote to a folder.
-
-    Raises:
-        ValueError: the folder has none, or it is not supported.
-    """
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{folder} is no autoencoder: it has no config.json")
-    values = json.loads(file.read_text())
-    if values.get("_class_name") == _PIXEL_CLASS:
-        return config_from_dict(VAEConfig, {k: v for k, v in values.items() if k[0] != "_"})
-    return vae_config_from_diffusers(values)
-
-
-def _autoencoder_kl(config: VAEConfig) -> diffusers.AutoencoderKL:
-    levels = len(config.block_out_channels)
-    for name in ("down_block_types", "up_block_types"):
-        if len(getattr(config, name)) not in (0, levels):
-            raise ValueError(
-                f"{name}={getattr(config, name)} needs {levels} entries, one for each of block_out_channels="
-                f"{config.block_out_channels}, or none"
-            )
-    odd = [width for width in config.block_out_channels if width % config.norm_num_groups]
-    if odd:
-        raise ValueError(f"block_out_channels={odd[0]} must be a multiple of norm_num_groups={config.norm_num_groups}")
-    values = config_to_dict(config)
-    del values["kind"]
-    values["down_block_types"] = config.down_block_types or (_DOWN,) * levels
-    values["up_block_types"] = config.up_block_types or (_UP,) * levels
-    values["shift_factor"] = config.shift_factor or None
-    return diffusers.AutoencoderKL(in_channels=3, out_channels=3, **values)
 
 
 class VAE(nn.Module):
@@ -126,18 +34,21 @@ class VAE(nn.Module):
     and computes as the caller says.
 
     Args:
-        config: architecture and scaling; the weights are random.
-
-    Attributes:
-        config: as given.
-        vae: diffusers' `AutoencoderKL`; absent for the `pixel` kind, which has no weights.
+        config: architecture and scaling.
+        network: diffusers' `AutoencoderKL` of that architecture in place of a new one with random weights; the kind
+            `pixel` has none.
     """
 
-    def __init__(self, config: VAEConfig) -> None:
+    def __init__(self, config: VAEConfig, network: diffusers.AutoencoderKL | None = None) -> None:
         super().__init__()
         self.config = config
         if config.kind == "kl":
-            self.vae = _autoencoder_kl(config)
+            self.vae = network or diffusers.AutoencoderKL(**vae_config_to_diffusers(config))
+
+    @property
+    def network(self) -> diffusers.AutoencoderKL:
+        """Diffusers' autoencoder of the kind `kl`; state dicts and files call it `vae`, as the official ones do."""
+        return self.vae
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path) -> VAE:
@@ -169,28 +80,24 @@ class VAE(nn.Module):
         for kind in ("missing", "unexpected", "mismatched"):
             if keys := sorted(info[f"{kind}_keys"]):
                 raise ValueError(f"the autoencoder {name!r} does not fit its config: {kind} tensors {keys[:3]}")
-        model = cls.__new__(cls)
-        nn.Module.__init__(model)
-        model.config = vae_config_from_diffusers(network.config)
-        model.vae = network
-        return model
+        return cls(vae_config_from_diffusers(network.config), network)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that `from_pretrained` reads, and for the `kl` kind diffusers too."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.config.kind == "pixel":
-            values = {"_class_name": _PIXEL_CLASS, **config_to_dict(self.config)}
-            write_file(folder / "config.json", json.dumps(values, indent=2) + "\n")
+            write_file(folder / "config.json", json.dumps(vae_config_to_diffusers(self.config), indent=2) + "\n")
             return
         self.vae.register_to_config(
             scaling_factor=self.config.scaling_factor, shift_factor=self.config.shift_factor or None
         )
         self.vae.save_pretrained(str(folder), safe_serialization=True)
 
-    def rescale(self, scaling_factor: float, shift_factor: float = 0.0) -> None:
-        """Change the scaling of the latents; the weights stay."""
-        self.config = dataclasses.replace(self.config, scaling_factor=scaling_factor, shift_factor=shift_factor)
+    def rescaled(self, scaling_factor: float, shift_factor: float = 0.0) -> VAE:
+        """The same autoencoder, sharing its weights, with another scaling of the latents."""
+        config = dataclasses.replace(self.config, scaling_factor=scaling_factor, shift_factor=shift_factor)
+        return VAE(config, self.vae if config.kind == "kl" else None)
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """The pass of a training, in the precision of the caller.

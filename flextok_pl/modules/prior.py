@@ -16,7 +16,6 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from flextok_pl.config import PriorConfig, config_from_dict, config_to_dict
 from flextok_pl.contracts import Batch, run_folder
 from flextok_pl.cost.flops import prior_flops
-from flextok_pl.interop import save_prior
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.text import TextEncoder
 from flextok_pl.models.token_loss import token_loss
@@ -97,7 +96,7 @@ class PriorModule(ResumableModule, PriorBase):
         self.mup_base_width, self.seed = mup_base_width, seed
         for part in self.width_parts():
             rescale_initial_weights(part)
-        self.prior.activation_checkpointing = activation_checkpointing
+        self.prior.checkpoint_activations(activation_checkpointing)
         if compile_blocks:
             for block in self.prior.blocks:
                 block.compile()
@@ -118,7 +117,7 @@ class PriorModule(ResumableModule, PriorBase):
         if made_by is None:
             raise ValueError("these shards hold no tokens: write some (flextok data tokens), or set model.tokenizer")
         names = config.class_names or (getattr(data, "classes", ()) if self.num_classes else ())
-        self.prior.config = dataclasses.replace(config, tokenizer=made_by["sha256"], class_names=names)
+        self.prior.trained_on(made_by["sha256"], names)
 
     def frozen_weights(self) -> dict[str, str]:
         """The tokenizer's, where there is one."""
@@ -135,7 +134,7 @@ class PriorModule(ResumableModule, PriorBase):
         names = checkpoint.get(_CLASS_NAMES, ())
         self.check_classes(names, "the checkpoint")
         if names:
-            self.prior.config = dataclasses.replace(self.prior.config, class_names=tuple(names))
+            self.prior.trained_on(self.prior.config.tokenizer, names)
 
     def width_parts(self) -> list[WidthPart]:
         """The prior beside its counterpart of the base width; empty without width transfer."""
@@ -185,7 +184,7 @@ class PriorModule(ResumableModule, PriorBase):
         """Export the prior; averaging callbacks have put their weights in place by now."""
         folder, weights = run_folder(self.trainer), whole_weights(self.prior)
         if self.trainer.is_global_zero:
-            print(f"prior exported to {save_prior(self.prior, folder / 'prior.safetensors', weights)}")
+            print(f"prior exported to {self.prior.save_pretrained(folder / 'prior.safetensors', weights=weights)}")
 
 
 def build_prior(net: PriorConfig, encoder: TextEncoder | None) -> Prior:

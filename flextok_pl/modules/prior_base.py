@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, TypedDict
 
 import lightning.pytorch as pl
 import torch
@@ -57,7 +57,7 @@ class PriorBase(pl.LightningModule):
         super().__init__()
         self.prior = prior
         self.text_encoder = None if encoder is None else Frozen(encoder)
-        self.tokenizer: Frozen | None = None
+        self.tokenizer: Frozen[FlexTok] | None = None
         if (prior.config.text_width is None) != (encoder is None):
             name = None if encoder is None else encoder.name
             raise ValueError(
@@ -134,7 +134,7 @@ class PriorBase(pl.LightningModule):
         """
         if self.tokenizer is None:
             raise MisconfigurationException("images need a tokenizer: set model.tokenizer (or --tokenizer)")
-        return cast(FlexTok, self.tokenizer.module)
+        return self.tokenizer.module
 
     @property
     def condition_kind(self) -> Literal["class", "text", "none"]:

@@ -5,7 +5,6 @@ Shapes: B batch, C channels, h x w latent, K registers.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -19,7 +18,6 @@ from torch import Tensor
 from flextok_pl.config import FlexTokConfig, config_from_dict, config_to_dict
 from flextok_pl.contracts import Batch, run_folder, weights_hash
 from flextok_pl.cost.flops import tokenizer_flops
-from flextok_pl.interop import save_pretrained
 from flextok_pl.layers.blocks import compile_for_all_lengths
 from flextok_pl.layers.frozen import Frozen
 from flextok_pl.models.decoder import FlowDecoder
@@ -135,7 +133,7 @@ class TokenizerModule(ResumableModule):
         self.teacher_name, self.teacher_weights, self.repa_weight = teacher, teacher_weights, repa_weight
         self.seed = seed
         self._vae_hash: str | None = None
-        self.teacher: Frozen | None = None
+        self.teacher: Frozen[Teacher] | None = None
         if teacher is not None:
             if net.repa_layer is None:
                 raise ValueError(f"teacher={teacher!r} needs a decoder block to align: set model.net.repa_layer")
@@ -144,9 +142,9 @@ class TokenizerModule(ResumableModule):
             self.projection = ProjectionHead(net.decoder_width, self.teacher_width)
         for width_part in self.width_parts():
             rescale_initial_weights(width_part)
-        for part in (self.tokenizer.encoder, self.tokenizer.decoder):
-            part.activation_checkpointing = activation_checkpointing
-            if compile_blocks:
+        self.tokenizer.checkpoint_activations(activation_checkpointing)
+        if compile_blocks:
+            for part in (self.tokenizer.encoder, self.tokenizer.decoder):
                 compile_for_all_lengths(part.blocks)
         self.train_loss = LossBuckets(net.num_registers)
         self.val_loss = LossBuckets(net.num_registers)
@@ -192,7 +190,7 @@ class TokenizerModule(ResumableModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         latents, features = getattr(data, "autoencoder", None), getattr(data, "teacher", None)
         if latents is not None and "sha256" in latents:
-            vae = weights_hash(cast(Frozen, self.tokenizer.vae).module)
+            vae = weights_hash(self.tokenizer.require_vae())
             if latents["sha256"] != vae:
                 raise ValueError(
                     f"these are latents of autoencoder {latents}, but model.vae={self.hparams['vae']!r} is {vae}: "
@@ -327,7 +325,7 @@ class TokenizerModule(ResumableModule):
         """The autoencoder's, where it is not part of `net`."""
         if self.hparams["vae"] is None:
             return {}
-        self._vae_hash = self._vae_hash or weights_hash(cast(Frozen, self.tokenizer.vae).module)
+        self._vae_hash = self._vae_hash or weights_hash(self.tokenizer.require_vae())
         return {"vae": self._vae_hash}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -346,10 +344,9 @@ class TokenizerModule(ResumableModule):
 
     def on_train_end(self) -> None:
         """Export the tokenizer; averaging callbacks have put their weights in place by now."""
-        exported, folder = export_tokenizer(self.tokenizer), run_folder(self.trainer)
-        weights = whole_weights(exported)
+        folder, weights = run_folder(self.trainer), whole_weights(self.tokenizer)
         if self.trainer.is_global_zero:
-            path = save_pretrained(exported, folder / "tokenizer.safetensors", weights)
+            path = self.tokenizer.save_pretrained(folder / "tokenizer.safetensors", weights=weights)
             print(f"tokenizer exported to {path}")
 
 
@@ -372,14 +369,4 @@ def build_tokenizer(net: FlexTokConfig, vae: str | None) -> FlexTok:
             f"vae={vae!r} makes {autoencoder.config.latent_channels} latent channels but net.latent_channels="
             f"{net.latent_channels}; set model.net.latent_channels={autoencoder.config.latent_channels}"
         )
-    return FlexTok(dataclasses.replace(net, vae=autoencoder.config), cast(VAE, Frozen(autoencoder)))
-
-
-def export_tokenizer(tokenizer: FlexTok) -> FlexTok:
-    """The same tokenizer, sharing all weights, with its frozen autoencoder as an ordinary part that is saved."""
-    exported = copy.copy(tokenizer)
-    exported._modules = dict(tokenizer._modules)
-    vae: object = tokenizer.vae
-    if isinstance(vae, Frozen):
-        exported.vae = cast(VAE, vae.module)
-    return exported
+    return FlexTok(net, Frozen(autoencoder))

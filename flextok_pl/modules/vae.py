@@ -141,7 +141,7 @@ class VAEModule(ResumableModule):
         generator_loss = -self.discriminator(outputs).mean()
         self.discriminator.requires_grad_(True)
         real, fake = self.discriminator(torch.cat([images, outputs.detach()])).chunk(2)
-        weight = adaptive_weight(compared, generator_loss, self.vae.vae.decoder.conv_out.weight)
+        weight = adaptive_weight(compared, generator_loss, self.vae.network.decoder.conv_out.weight)
         return {"generator": generator_loss, "adaptive_weight": weight, "discriminator": hinge_loss(real, fake)}
 
     def configure_callbacks(self) -> list[Callback]:
@@ -215,7 +215,7 @@ class VAEModule(ResumableModule):
         """
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self.vae.rescale(1.0 / self.latent_std())
+        self.vae = self.vae.rescaled(1.0 / self.latent_std())
         folder = run_folder(self.trainer)
         if self.trainer.is_global_zero:
             self.vae.save_pretrained(folder / "vae")
@@ -262,8 +262,7 @@ def _images(batch: Batch) -> Tensor:
 
 def _pretrained(net: VAEConfig, init: str) -> VAE:
     vae = VAE.from_pretrained(init)
-    found = vae.config
-    vae.rescale(net.scaling_factor, net.shift_factor)  # measured anew at the end
-    if vae.config != net:
-        raise ValueError(f"init={init!r} is another autoencoder than net: {found} is not {net}")
-    return vae
+    start = vae.rescaled(net.scaling_factor, net.shift_factor)  # measured anew at the end
+    if start.config != net:
+        raise ValueError(f"init={init!r} is another autoencoder than net: {vae.config} is not {net}")
+    return start

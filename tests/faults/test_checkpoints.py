@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from flextok_pl.config import FlexTokConfig
-from flextok_pl.interop import load_pretrained, official_to_config, save_pretrained
+from flextok_pl.interop import official_to_config
 from flextok_pl.interop.plain_data import MAX_CHARACTERS, parse_text
 from flextok_pl.models.tokenizer import FlexTok
 
@@ -99,7 +99,7 @@ def test_damaged_and_foreign_files(
     FILES[kind](file, golden_dir / "model.safetensors")
     for path in (file, tmp_path):
         with pytest.raises(ValueError, match="model.safetensors is no intact safetensors file"):
-            load_pretrained(path)
+            FlexTok.from_pretrained(path)
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
@@ -107,26 +107,26 @@ def test_damaged_and_foreign_files(
 def test_no_such_checkpoint(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="no checkpoint .*Hub id"):
-        load_pretrained(path)
+        FlexTok.from_pretrained(path)
     with pytest.raises(ValueError, match="no checkpoint"):
-        load_pretrained(Path(path))
+        FlexTok.from_pretrained(Path(path))
 
 
 def test_folder_without_weights_and_unreachable_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="no checkpoint"):
-        load_pretrained(tmp_path)
+        FlexTok.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no folder 'owner/model' here, and it could not be fetched"):
-        load_pretrained("owner/model")
+        FlexTok.from_pretrained("owner/model")
 
 
 def test_another_architecture(tmp_path: Path) -> None:
     save_file({"bert.embeddings": torch.zeros(3)}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="is no FlexTok checkpoint"):
-        load_pretrained(tmp_path)
+        FlexTok.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"architectures": ["BertModel"], "hidden_size": 768}')
     with pytest.raises(ValueError, match="unknown part 'architectures'"):
-        load_pretrained(tmp_path)
+        FlexTok.from_pretrained(tmp_path)
 
 
 # Our format
@@ -154,18 +154,18 @@ def test_another_architecture(tmp_path: Path) -> None:
 def test_wrong_configurations_of_ours(config: str, message: str, tmp_path: Path) -> None:
     dummies = {f"x{i}": torch.zeros(1) for i in range(30)}  # enough tensors for the default depth
     with pytest.raises(ValueError, match=message):
-        load_pretrained(ours(tmp_path / "model.safetensors", config, dummies))
+        FlexTok.from_pretrained(ours(tmp_path / "model.safetensors", config, dummies))
 
 
 def test_version_of_the_future(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="format version '2'"):
-        load_pretrained(ours(tmp_path / "m.safetensors", "{}", version="2"))
+        FlexTok.from_pretrained(ours(tmp_path / "m.safetensors", "{}", version="2"))
 
 
 def test_vae_config_with_our_format(tmp_path: Path) -> None:
-    file = save_pretrained(FlexTok(FlexTokConfig.preset("tiny")), tmp_path)
+    file = FlexTok(FlexTokConfig.preset("tiny")).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="vae_config is for official checkpoints"):
-        load_pretrained(file, vae_config={})
+        FlexTok.from_pretrained(file, vae_config={})
 
 
 # Tensors
@@ -193,7 +193,9 @@ def test_tensors_that_do_not_fit(
     changed = dict(tensors)
     change(changed)
     with pytest.raises(ValueError, match=message):
-        load_pretrained(official(tmp_path / "m.safetensors", changed, tree), vae_config=golden_dir / "vae_config.json")
+        FlexTok.from_pretrained(
+            official(tmp_path / "m.safetensors", changed, tree), vae_config=golden_dir / "vae_config.json"
+        )
 
 
 def test_repa_heads_are_left_out(
@@ -205,13 +207,13 @@ def test_repa_heads_are_left_out(
     more = tensors | {"decoder.module_dict.dec_repa_head.mlp.0.weight": torch.zeros(2)}
     file = official(tmp_path / "m.safetensors", more, changed)
     with pytest.warns(UserWarning, match=r"leaves out .*dec_repa_head.mlp.0.weight"):
-        load_pretrained(file, vae_config=golden_dir / "vae_config.json")
+        FlexTok.from_pretrained(file, vae_config=golden_dir / "vae_config.json")
 
 
 def test_the_autoencoder_that_the_file_does_not_describe(golden_dir: Path) -> None:
     file = golden_dir / "model.safetensors"
     with pytest.raises(ValueError, match="give vae_config"):
-        load_pretrained(file)
+        FlexTok.from_pretrained(file)
     for wrong, message in (
         ({"latent_channels": 8}, "latent_channels"),
         ({"_class_name": "VQModel"}, "VQModel"),
@@ -221,7 +223,7 @@ def test_the_autoencoder_that_the_file_does_not_describe(golden_dir: Path) -> No
         (golden_dir / "state_dict_keys.json", "a list instead of a mapping"),
     ):
         with pytest.raises(ValueError, match=message):
-            load_pretrained(file, vae_config=wrong)
+            FlexTok.from_pretrained(file, vae_config=wrong)
 
 
 # Hostile text
@@ -378,4 +380,4 @@ def test_hostile_metadata_in_a_file(
     for key, text in hostile.items():
         file = official(tmp_path / f"{key}.safetensors", tensors, tree | {key: text})
         with pytest.raises(ValueError, match=f"{key}"):
-            load_pretrained(file, vae_config=golden_dir / "vae_config.json")
+            FlexTok.from_pretrained(file, vae_config=golden_dir / "vae_config.json")

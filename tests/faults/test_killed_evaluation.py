@@ -10,7 +10,6 @@ import pytest
 
 from flextok_pl.cli import main
 from flextok_pl.config import FlexTokConfig
-from flextok_pl.interop import save_pretrained
 from flextok_pl.models.tokenizer import FlexTok
 
 EXPERIMENT = Path(__file__).parents[2] / "experiments" / "tokenizer" / "tiny.yaml"
@@ -50,7 +49,7 @@ def run(*arguments: object) -> int | None:
 
 def test_killed(image_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    tokenizer = save_pretrained(FlexTok(FlexTokConfig.preset("tiny")), tmp_path / "tiny.safetensors")
+    tokenizer = FlexTok(FlexTokConfig.preset("tiny")).save_pretrained(tmp_path / "tiny.safetensors")
     home, other = tmp_path / "home", tmp_path / "other"
     assert run(image_shards, tokenizer, tmp_path / "whole", other, None) == 0
     assert run(image_shards, tokenizer, tmp_path / "after", home, 5) == -signal.SIGKILL

@@ -184,7 +184,7 @@ def test_training_step(golden: dict[str, Tensor], device: str, budget_groups: in
     tokenizer = FlexTok.from_pretrained(
         GOLDEN / "model.safetensors", vae_config=GOLDEN / "vae_config.json", device=device
     ).train()
-    tokenizer.encoder.activation_checkpointing = tokenizer.decoder.activation_checkpointing = checkpointing
+    tokenizer.checkpoint_activations(checkpointing)
     with torch.no_grad():
         latents = tokenizer.encode_latents(golden["train_images"])
     draws = TrainingDraws(

@@ -10,7 +10,8 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from flextok_pl.config import VAEConfig
-from flextok_pl.models.vae import VAE, vae_config_from_diffusers
+from flextok_pl.interop.autoencoder import vae_config_from_diffusers
+from flextok_pl.models.vae import VAE
 
 GOLDEN = Path(__file__).parent / "golden" / "flextok_a"
 
@@ -24,8 +25,7 @@ def golden() -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def model() -> VAE:
     config = vae_config_from_diffusers(json.loads((GOLDEN / "vae_config.json").read_text()))
-    model = VAE(config)
-    model.rescale(json.loads((GOLDEN / "meta.json").read_text())["set"]["scaling_factor"])
+    model = VAE(config).rescaled(json.loads((GOLDEN / "meta.json").read_text())["set"]["scaling_factor"])
     weights = load_file(GOLDEN / "model.safetensors")
     model.load_state_dict({k.removeprefix("vae."): v for k, v in weights.items() if k.startswith("vae.")})
     return model.eval()
@@ -44,7 +44,7 @@ def test_images_are_the_official_ones(model: VAE, golden: dict[str, torch.Tensor
 
 @torch.no_grad()
 def test_posterior_is_diffusers_one(model: VAE, golden: dict[str, torch.Tensor]) -> None:
-    theirs = model.vae.encode(golden["images"]).latent_dist
+    theirs = model.network.encode(golden["images"]).latent_dist
     mean, log_variance = model.moments(golden["images"]).chunk(2, dim=1)
     assert torch.equal(mean, theirs.mode())
     assert torch.equal(log_variance, theirs.logvar)

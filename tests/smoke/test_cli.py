@@ -16,7 +16,6 @@ from flextok_pl.cli import base_config, main
 from flextok_pl.config import FlexTokConfig, PriorConfig
 from flextok_pl.contracts import weights_hash
 from flextok_pl.data import ShardIndex
-from flextok_pl.interop import load_pretrained, save_pretrained
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.tokenizer import FlexTok
 
@@ -33,7 +32,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pretrained(FlexTok(FlexTokConfig.preset("tiny")), tmp_path_factory.mktemp("tok") / "tiny.safetensors")
+    return FlexTok(FlexTokConfig.preset("tiny")).save_pretrained(tmp_path_factory.mktemp("tok") / "tiny.safetensors")
 
 
 PRIOR_EXPERIMENT: dict[str, Any] = {
@@ -106,7 +105,7 @@ def test_fit_resume_validate_test(image_shards: Path, workplace: Path, capsys: p
     assert "global batch 16 = batch_size 16 x 1 devices x 1 nodes x 1 accumulated" in capsys.readouterr().out
     first = workplace / "runs" / "tokenizer" / "tiny" / "version_0"
     assert {"config.yaml", "tokenizer.safetensors", "checkpoints"} <= {path.name for path in first.iterdir()}
-    assert load_pretrained(first / "tokenizer.safetensors").config.num_registers == 16
+    assert FlexTok.from_pretrained(first / "tokenizer.safetensors").config.num_registers == 16
 
     last = str(first / "checkpoints" / "last.ckpt")
     main(tiny("fit", image_shards, "--trainer.max_steps=3", *quick[:2], "--rfid=null", "--ckpt_path", last))
@@ -128,7 +127,7 @@ def test_a_fit_of_a_baseline(name: str, image_shards: Path, workplace: Path) -> 
     registers = 64 if name == "grid_2d" else 16  # the network of `tiny` has 8 x 8 patches
     main(tiny("fit", image_shards, *over, f"--model.net.num_registers={registers}", "--trainer.max_steps=2"))
     run = workplace / "runs" / "baselines" / name / "version_0"
-    made = load_pretrained(run / "tokenizer.safetensors").config
+    made = FlexTok.from_pretrained(run / "tokenizer.safetensors").config
     published = dataclasses.replace(FlexTokConfig.preset("tiny"), num_registers=registers)
     net = yaml.safe_load((EXPERIMENTS / "baselines" / f"{name}.yaml").read_text())["model"]["init_args"]["net"]
     assert made == dataclasses.replace(published, **net | {"num_registers": registers})
@@ -261,7 +260,7 @@ def test_a_fit_by_two_processes_ends_with_its_export(image_shards: Path, workpla
     options = ["--trainer.devices=2", "--trainer.strategy=ddp_fork", "--trainer.max_steps=1", "--data.batch_size=4"]
     main(tiny("fit", image_shards, *options, "--data.num_workers=0", "--rfid.num_steps=1", "--rfid.max_samples=8"))
     run = workplace / "runs" / "tokenizer" / "tiny" / "version_0"
-    assert load_pretrained(run / "tokenizer.safetensors").config.num_registers == 16
+    assert FlexTok.from_pretrained(run / "tokenizer.safetensors").config.num_registers == 16
     assert (run / "checkpoints" / "last.ckpt").is_file()
 
 
@@ -307,7 +306,7 @@ def test_reconstruct(tiny_tokenizer: Path, workplace: Path, capsys: pytest.Captu
 
 @pytest.fixture(scope="module")
 def tiny_prior(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tok = load_pretrained(tiny_tokenizer)
+    tok = FlexTok.from_pretrained(tiny_tokenizer)
     config = PriorConfig(
         num_classes=2, vocab_size=64000, num_tokens=16, depth=1, width=32, head_dim=16, class_names=("left", "right")
     )
@@ -404,7 +403,7 @@ def test_a_prior_from_pictures_to_gfid(
 
     assert "needs --tokenizer" in error_of(capsys, "test", *base, *finished[:2])
     torch.manual_seed(17)  # a command leaves its own seed behind, and the first tokenizer may have had the same
-    other = save_pretrained(FlexTok(FlexTokConfig.preset("tiny")), workplace / "other.safetensors")
+    other = FlexTok(FlexTokConfig.preset("tiny")).save_pretrained(workplace / "other.safetensors")
     assert "tokens mean nothing" in error_of(capsys, "test", *base, *finished[:2], "--tokenizer", str(other))
     message = error_of(capsys, "fit", *base, f"--model.tokenizer={other}")
     assert "the set of token shards belongs to tokenizer" in message

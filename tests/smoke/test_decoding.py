@@ -9,7 +9,6 @@ from PIL import Image
 from flextok_pl import FlexTok, FlexTokConfig, Prior, PriorConfig
 from flextok_pl.cli import main
 from flextok_pl.contracts import weights_hash
-from flextok_pl.interop import save_pretrained
 
 EXPERIMENT = Path(__file__).parents[2] / "experiments" / "tokenizer" / "tiny.yaml"
 
@@ -21,7 +20,7 @@ def models(tmp_path_factory):
     prior = Prior(
         PriorConfig(num_classes=2, vocab_size=64000, num_tokens=16, depth=1, width=64, tokenizer=weights_hash(tok))
     )
-    return save_pretrained(tok, folder / "tiny.safetensors"), prior.save_pretrained(folder / "prior.safetensors")
+    return tok.save_pretrained(folder / "tiny.safetensors"), prior.save_pretrained(folder / "prior.safetensors")
 
 
 def sweep(shards, folder, *options):

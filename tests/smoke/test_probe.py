@@ -8,12 +8,11 @@ import torch
 from flextok_pl import FlexTok, FlexTokConfig
 from flextok_pl.cli import main
 from flextok_pl.data import write_tokens
-from flextok_pl.interop import save_pretrained
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return save_pretrained(FlexTok(FlexTokConfig.preset("tiny")), tmp_path_factory.mktemp("tok") / "tiny.safetensors")
+    return FlexTok(FlexTokConfig.preset("tiny")).save_pretrained(tmp_path_factory.mktemp("tok") / "tiny.safetensors")
 
 
 def test_accuracy_by_budget(image_shards, tokenizer, tmp_path, capsys):

@@ -21,7 +21,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from flextok_pl.callbacks.hparams import write_hparams
 from flextok_pl.cli import main
 from flextok_pl.config import FlexTokConfig
-from flextok_pl.interop import save_pretrained
 from flextok_pl.models.tokenizer import FlexTok
 
 EXPERIMENT = Path(__file__).parents[2] / "experiments" / "tokenizer" / "tiny.yaml"
@@ -32,7 +31,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 def server(image_shards, tmp_path_factory):
     """Address of a TensorBoard that shows the runs of two evaluations."""
     folder = tmp_path_factory.mktemp("place")
-    tokenizer = save_pretrained(FlexTok(FlexTokConfig.preset("tiny")), folder / "tiny.safetensors")
+    tokenizer = FlexTok(FlexTokConfig.preset("tiny")).save_pretrained(folder / "tiny.safetensors")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for steps, budgets in (("1", "[1,4,16]"), ("2", "[1,2,16]")):

@@ -169,9 +169,8 @@ def test_the_package_with_random_weights(tmp_path):
 def test_the_callback_reports_it(stand_in, image_shards, tmp_path):
     from flextok_pl import FlexTok, FlexTokConfig
     from flextok_pl.cli import main
-    from flextok_pl.interop import save_pretrained
 
-    file = save_pretrained(FlexTok(FlexTokConfig.preset("tiny")), tmp_path / "tiny.safetensors")
+    file = FlexTok(FlexTokConfig.preset("tiny")).save_pretrained(tmp_path / "tiny.safetensors")
     main(
         [
             *("test", "--config", "experiments/tokenizer/tiny.yaml", "--tokenizer", str(file)),

@@ -20,7 +20,6 @@ from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig, config_from
 from flextok_pl.cost.activations import Numerics
 from flextok_pl.cost.workload import tokenizer_workload
 from flextok_pl.data import ShardDataModule, write_tokens
-from flextok_pl.interop import load_pretrained, save_official, save_pretrained
 from flextok_pl.layers.embeddings import patchify, unpatchify
 from flextok_pl.models.adaptive import Quality
 from flextok_pl.models.attention_maps import register_attention
@@ -121,7 +120,7 @@ def test_a_mixed_batch_is_its_samples(baseline: FlexTok) -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_parts_of_a_batch_have_the_gradients_of_the_whole(baseline: FlexTok, checkpointing: bool) -> None:
-    baseline.encoder.activation_checkpointing = baseline.decoder.activation_checkpointing = checkpointing
+    baseline.checkpoint_activations(checkpointing)
     latents = drawn(8, *LATENTS)
     draws = sample_draws(baseline.config, latents, torch.Generator().manual_seed(0))
     draws = draws._replace(num_tokens=torch.tensor([1, 2, 16, 4, 8, 5, 1, 3]), null=torch.arange(8) == 3)
@@ -134,7 +133,7 @@ def test_parts_of_a_batch_have_the_gradients_of_the_whole(baseline: FlexTok, che
         unused = [name for name, p in trained.items() if p.grad is None]
         assert not unused, "DistributedDataParallel stops at parameters without gradients"
         results.append((result.loss.detach(), {name: p.grad.clone() for name, p in trained.items()}))
-    baseline.encoder.activation_checkpointing = baseline.decoder.activation_checkpointing = False
+    baseline.checkpoint_activations(False)
     (loss, gradients), (parts_loss, parts_gradients) = results
     torch.testing.assert_close(parts_loss, loss, rtol=1e-4, atol=1e-5)
     for name, gradient in gradients.items():
@@ -143,7 +142,7 @@ def test_parts_of_a_batch_have_the_gradients_of_the_whole(baseline: FlexTok, che
 
 
 def test_files_keep_the_baseline(baseline: FlexTok, tmp_path: Path) -> None:
-    loaded = load_pretrained(save_pretrained(baseline, tmp_path))
+    loaded = FlexTok.from_pretrained(baseline.save_pretrained(tmp_path))
     assert loaded.config == baseline.config and loaded.identity() == baseline.identity()
     images = drawn(2, 3, 16, 16).clamp(-1, 1)
     tokens = baseline.tokenize(images)
@@ -190,7 +189,7 @@ def test_the_official_format_has_no_baselines(name: str, tmp_path: Path) -> None
     config = dataclasses.replace(BASELINES[name], vae=vae, latent_channels=4)
     option, value = next(iter(OPTIONS[name].items()))
     with pytest.raises(ValueError, match=f"{option}={value!r} does not exist in the official format"):
-        save_official(FlexTok(config), tmp_path / "x.safetensors")
+        FlexTok(config).save_pretrained(tmp_path / "x.safetensors", format="official")
     assert not list(tmp_path.iterdir())
 
 
@@ -314,7 +313,7 @@ def test_what_reports_say_of_a_regression(tmp_path: Path) -> None:
     assert decoding_facts(published, 12, "cfg", 2.0) == asked
     assert decoding_facts(tok, 12, "cfg", 2.0) == {**asked, "num_steps": 1, "guidance": "none", "guidance_scale": 1.0}
     with pytest.raises(ValueError, match="objective='mse'.*nothing is to be chosen"):
-        compare_decodings("unread", tokenizer=str(save_pretrained(tok, tmp_path)))
+        compare_decodings("unread", tokenizer=str(tok.save_pretrained(tmp_path)))
     images = torch.zeros(1, 3, 16, 16)
     with pytest.raises(ValueError, match=r"times=\[0.9, 0.5, 0.1\].*times=\[1.0\]"):
         register_attention(tok, images)

@@ -66,7 +66,7 @@ def test_tokenizer(options: dict[str, object], half: bool, checkpointing: bool, 
     groups = 2
     config = dataclasses.replace(TOKENIZER, nested_dropout=law, null_dropout=0.0, **options)
     model = FlexTok(config)
-    model.encoder.activation_checkpointing = model.decoder.activation_checkpointing = checkpointing
+    model.checkpoint_activations(checkpointing)
     latents, saved = latents_of(config), SavedMemory(model)
     draws = sample_draws(config, latents, torch.Generator().manual_seed(0))
     if law == "uniform":  # the largest that are planned for
@@ -132,7 +132,7 @@ def test_peak_of_the_tokenizers_steps(half: bool, checkpointing: bool) -> None:
     batch = 8
     config = dataclasses.replace(TOKENIZER, nested_dropout="none", null_dropout=0.0)
     model, latents = FlexTok(config), latents_of(config, batch)
-    model.encoder.activation_checkpointing = model.decoder.activation_checkpointing = checkpointing
+    model.checkpoint_activations(checkpointing)
     draws = sample_draws(config, latents, torch.Generator().manual_seed(0))
     peak = peak_of_steps(model, lambda: flow_loss(model, latents, draws).loss.mean(), half)
     vae = VAEConfig(latent_channels=16, norm_num_groups=8, block_out_channels=(16,) * 4)
@@ -149,7 +149,7 @@ def test_peak_of_the_tokenizers_steps(half: bool, checkpointing: bool) -> None:
 def test_peak_of_the_priors_steps(half: bool, checkpointing: bool, chunk: int | None) -> None:
     batch = 8
     model, tokens = Prior(PRIOR), torch.randint(PRIOR.vocab_size, (batch, PRIOR.num_tokens))
-    model.activation_checkpointing = checkpointing
+    model.checkpoint_activations(checkpointing)
     classes = torch.zeros(batch, dtype=torch.int64)
     loss = lambda: token_loss(model.hidden(tokens, classes), model.head.weight, tokens, chunk_size=chunk).loss  # noqa: E731
     peak, how = peak_of_steps(model, loss, half), setup(half, checkpointing)

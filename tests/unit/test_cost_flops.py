@@ -51,7 +51,7 @@ def test_tokenizer_is_exact(options: dict[str, object], kept: int, checkpointing
     batch = 3
     config = dataclasses.replace(CONFIG, **options)
     model = FlexTok(config)
-    model.encoder.activation_checkpointing = model.decoder.activation_checkpointing = checkpointing
+    model.checkpoint_activations(checkpointing)
     budgets = torch.tensor([1, 1, kept])
     nowhere = torch.zeros(batch, dtype=torch.bool)
     draws = TrainingDraws(torch.randn(batch, *LATENTS), torch.rand(batch), budgets, nowhere)
@@ -68,7 +68,7 @@ def test_prior_is_exact(text: int, chunk: int | None, checkpointing: bool) -> No
     condition = {"text_width": 24} if text else {"num_classes": 3}
     config = PriorConfig(**condition, vocab_size=100, num_tokens=10, depth=3, width=64, head_dim=16)
     model, tokens = Prior(config), torch.randint(100, (batch, 10))
-    model.activation_checkpointing = checkpointing
+    model.checkpoint_activations(checkpointing)
     given = TextStates(torch.randn(batch, text, 24), torch.ones(batch, text, dtype=torch.bool))
     classes = torch.zeros(batch, dtype=torch.int64)
 

@@ -13,14 +13,8 @@ import torch
 from safetensors import safe_open
 
 from flextok_pl.config import FlexTokConfig, VAEConfig
-from flextok_pl.interop import (
-    config_to_official,
-    load_pretrained,
-    official_to_config,
-    save_official,
-    save_pretrained,
-)
-from flextok_pl.interop.official import official_name
+from flextok_pl.interop import config_to_official, official_to_config
+from flextok_pl.interop.official import official_name, parse_metadata
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
 
@@ -70,7 +64,7 @@ def assert_same(a: FlexTok, b: FlexTok) -> None:
 
 @pytest.fixture(scope="module")
 def golden(golden_dir: Path) -> FlexTok:
-    return load_pretrained(golden_dir / "model.safetensors", vae_config=golden_dir / "vae_config.json")
+    return FlexTok.from_pretrained(golden_dir / "model.safetensors", vae_config=golden_dir / "vae_config.json")
 
 
 def metadata(file: Path) -> dict[str, str]:
@@ -90,27 +84,25 @@ def test_our_format_keeps_every_bit(kind: str, tmp_path: Path) -> None:
     vae = {"kl": SMALL_VAE, "pixel": VAEConfig(kind="pixel", latent_channels=12), "none": None}[kind]
     config = dataclasses.replace(SMALL, vae=vae, latent_channels=4 if vae is None else vae.latent_channels)
     tok = small_tokenizer(config)
-    assert save_pretrained(tok, tmp_path / "folder") == tmp_path / "folder" / "model.safetensors"
-    loaded = load_pretrained(tmp_path / "folder")
+    assert tok.save_pretrained(tmp_path / "folder") == tmp_path / "folder" / "model.safetensors"
+    loaded = FlexTok.from_pretrained(tmp_path / "folder")
     assert_same(tok, loaded)
     assert not loaded.training and isinstance(loaded.config.fsq_levels, tuple)
     frozen = {name for name, parameter in loaded.named_parameters() if not parameter.requires_grad}
     assert frozen == {"encoder.patch_posemb", "decoder.patch_posemb"}
-    assert save_pretrained(tok, tmp_path / "a.safetensors") == tmp_path / "a.safetensors"
+    assert tok.save_pretrained(tmp_path / "a.safetensors") == tmp_path / "a.safetensors"
     assert_same(tok, FlexTok.from_pretrained(str(tmp_path / "a.safetensors")))
 
 
 def test_metadata_of_our_format(tmp_path: Path) -> None:
-    found = metadata(save_pretrained(small_tokenizer(), tmp_path))
+    found = metadata(small_tokenizer().save_pretrained(tmp_path))
     assert found["format"] == "flextok_pl" and found["version"] == "1"
     assert json.loads(found["config"])["grid_size"] == [3, 6]
 
 
-def test_the_scaling_measured_after_building_is_saved(tmp_path: Path) -> None:
-    vae = VAE(SMALL_VAE)
-    tok = FlexTok(SMALL, vae)
-    vae.rescale(0.25, 1.5)
-    loaded = load_pretrained(save_pretrained(tok, tmp_path))
+def test_the_configuration_is_that_of_the_autoencoder(tmp_path: Path) -> None:
+    tok = FlexTok(SMALL, VAE(SMALL_VAE).rescaled(0.25, 1.5))
+    loaded = FlexTok.from_pretrained(tok.save_pretrained(tmp_path))
     assert loaded.config.vae is not None
     assert (loaded.config.vae.scaling_factor, loaded.config.vae.shift_factor) == (0.25, 1.5)
     assert loaded.require_vae().config == loaded.config.vae
@@ -118,15 +110,15 @@ def test_the_scaling_measured_after_building_is_saved(tmp_path: Path) -> None:
 
 def test_weights_of_other_precisions_become_float32(tmp_path: Path) -> None:
     tok = small_tokenizer()
-    loaded = load_pretrained(save_pretrained(tok.bfloat16(), tmp_path))
+    loaded = FlexTok.from_pretrained(tok.bfloat16().save_pretrained(tmp_path))
     assert {tensor.dtype for tensor in loaded.state_dict().values()} == {torch.float32}
     assert torch.equal(loaded.encoder.registers, tok.encoder.registers.float())
 
 
 def test_loaded_weights_do_not_hang_on_the_file(tmp_path: Path) -> None:
     tok = small_tokenizer()
-    file = save_pretrained(tok, tmp_path)
-    loaded = load_pretrained(file)
+    file = tok.save_pretrained(tmp_path)
+    loaded = FlexTok.from_pretrained(file)
     size = file.stat().st_size
     with file.open("r+b") as handle:
         handle.seek(size // 2)
@@ -135,7 +127,7 @@ def test_loaded_weights_do_not_hang_on_the_file(tmp_path: Path) -> None:
 
 
 def test_saving_is_atomic_and_readable_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = save_pretrained(small_tokenizer(), tmp_path)
+    file = small_tokenizer().save_pretrained(tmp_path)
     mask = os.umask(0)
     os.umask(mask)
     assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~mask
@@ -146,7 +138,7 @@ def test_saving_is_atomic_and_readable_by_others(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr("flextok_pl.interop.tensor_file.save_file", full)
     with pytest.raises(OSError, match="No space left"):
-        save_pretrained(small_tokenizer(), tmp_path)
+        small_tokenizer().save_pretrained(tmp_path)
     assert file.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
@@ -184,21 +176,21 @@ def test_official_tensors_are_read_unchanged(golden: FlexTok, golden_dir: Path) 
 
 @pytest.mark.filterwarnings("ignore:vae.")
 def test_official_format_keeps_every_bit(golden: FlexTok, golden_dir: Path, tmp_path: Path) -> None:
-    file = save_official(golden, tmp_path / "official.safetensors")
-    again = load_pretrained(file, vae_config=json.loads((golden_dir / "vae_config.json").read_text()))
+    file = golden.save_pretrained(tmp_path / "official.safetensors", format="official")
+    again = FlexTok.from_pretrained(file, vae_config=json.loads((golden_dir / "vae_config.json").read_text()))
     assert_same(golden, again)
     with safe_open(str(file), "pt") as handle:
         assert set(handle.keys()) == {
             name for name, *_ in json.loads((golden_dir / "state_dict_keys.json").read_text())
         }
-    second = save_official(again, tmp_path / "second.safetensors")
+    second = again.save_pretrained(tmp_path / "second.safetensors", format="official")
     assert metadata(second) == metadata(file)
-    assert_same(again, load_pretrained(second, vae_config=golden_dir / "vae_config.json"))
+    assert_same(again, FlexTok.from_pretrained(second, vae_config=golden_dir / "vae_config.json"))
 
 
 @pytest.mark.filterwarnings("ignore:vae.")
 def test_official_metadata_is_what_their_loader_parses(golden: FlexTok, golden_dir: Path, tmp_path: Path) -> None:
-    found = metadata(save_official(golden, tmp_path / "official.safetensors"))
+    found = metadata(golden.save_pretrained(tmp_path / "official.safetensors", format="official"))
     theirs = official_tree(golden_dir)
     assert set(found) == set(theirs) and found["_target_"] == theirs["_target_"]
     for key in set(theirs) - {"_target_"}:
@@ -216,7 +208,7 @@ def test_official_metadata_is_what_their_loader_parses(golden: FlexTok, golden_d
 @pytest.mark.filterwarnings("ignore:vae.")
 def test_official_round_trip_of_another_architecture(tmp_path: Path) -> None:
     tok = small_tokenizer()
-    again = load_pretrained(save_official(tok, tmp_path / "x.safetensors"), vae_config=SMALL_VAE_FILE)
+    again = FlexTok.from_pretrained(tok.save_pretrained(tmp_path, format="official"), vae_config=SMALL_VAE_FILE)
     assert_same(tok, again)
 
 
@@ -227,12 +219,10 @@ def test_config_beside_weights_without_metadata(golden: FlexTok, golden_dir: Pat
         {official_name(k): v for k, v in golden.state_dict().items()}, tmp_path / "model.safetensors", {"format": "pt"}
     )
     (tmp_path / "config.json").write_text((golden_dir / "config.json").read_text())
-    assert_same(golden, load_pretrained(tmp_path, vae_config=golden_dir / "vae_config.json"))
+    assert_same(golden, FlexTok.from_pretrained(tmp_path, vae_config=golden_dir / "vae_config.json"))
 
 
 def test_yaml_metadata(golden_dir: Path) -> None:
-    from flextok_pl.interop.official_config import parse_metadata
-
     theirs = official_tree(golden_dir)
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in theirs.items()}
     assert parse_metadata(texts) == theirs
@@ -286,7 +276,7 @@ def test_null_scaling_factor_is_the_autoencoders(golden_dir: Path) -> None:
 )
 def test_what_the_official_format_cannot_say(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        save_official(FlexTok(dataclasses.replace(SMALL, **change)), tmp_path / "x.safetensors")
+        FlexTok(dataclasses.replace(SMALL, **change)).save_pretrained(tmp_path / "x.safetensors", format="official")
 
 
 @pytest.mark.filterwarnings("ignore:vae.")
@@ -300,7 +290,7 @@ def test_a_budget_law_the_official_code_lacks(tmp_path: Path) -> None:
 
 
 def test_hub_ids_are_fetched(golden: FlexTok, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = save_pretrained(golden, tmp_path / "hub")
+    file = golden.save_pretrained(tmp_path / "hub")
     asked = []
 
     def download(repository: str, name: str) -> str:
@@ -313,9 +303,9 @@ def test_hub_ids_are_fetched(golden: FlexTok, tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     monkeypatch.chdir(tmp_path)
-    assert_same(golden, load_pretrained("owner/model"))
+    assert_same(golden, FlexTok.from_pretrained("owner/model"))
     assert asked == [("owner/model", "model.safetensors"), ("owner/model", "config.json")]
     (tmp_path / "owner").mkdir()
-    save_pretrained(small_tokenizer(), tmp_path / "owner" / "model")
-    assert load_pretrained("owner/model").config == SMALL  # a folder here comes first
+    small_tokenizer().save_pretrained(tmp_path / "owner" / "model")
+    assert FlexTok.from_pretrained("owner/model").config == SMALL  # a folder here comes first
     assert len(asked) == 2

@@ -165,7 +165,7 @@ def test_checkpointing_leaves_gradients(checkpointing: bool) -> None:
     gradients = []
     for enabled in (False, checkpointing):
         prior = build("text").train()
-        prior.activation_checkpointing = enabled
+        prior.checkpoint_activations(enabled)
         prior(torch.ones(B, K, dtype=torch.int64), condition_of("text")).square().mean().backward()
         gradients.append([p.grad for p in prior.parameters()])
     for plain, other in zip(*gradients, strict=True):

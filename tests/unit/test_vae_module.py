@@ -102,8 +102,8 @@ def test_gradient_norm_and_learning_rate_are_those_of_the_logged_step(tmp_path: 
 def test_l2_and_no_kl(tmp_path: Path) -> None:
     model, data = module(reconstruction="l2", kl_weight=0.0), batches(1)
     model.trainer = trainer(tmp_path)
-    torch.nn.init.constant_(model.vae.vae.decoder.conv_out.weight, 0.0)
-    torch.nn.init.constant_(model.vae.vae.decoder.conv_out.bias, 0.5)
+    torch.nn.init.constant_(model.vae.network.decoder.conv_out.weight, 0.0)
+    torch.nn.init.constant_(model.vae.network.decoder.conv_out.bias, 0.5)
     model.log = model.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign, assignment]
     loss = model.training_step(data[0], 0)  # type: ignore[arg-type]
     torch.testing.assert_close(loss.detach(), (data[0]["image"] - 0.5).square().mean())
@@ -150,10 +150,10 @@ def test_accumulation_equals_the_large_batch(tmp_path: Path) -> None:
     merged = [{"image": torch.cat([a["image"], b["image"]])} for a, b in zip(data[::2], data[1::2], strict=True)]
     for given, count in ((data, 2), (merged, 1)):
         model = module(reconstruction="l2", lr=1e-2)
-        torch.nn.init.constant_(model.vae.vae.quant_conv.weight[2:], 0.0)
-        torch.nn.init.constant_(model.vae.vae.quant_conv.bias[2:], -40.0)
+        torch.nn.init.constant_(model.vae.network.quant_conv.weight[2:], 0.0)
+        torch.nn.init.constant_(model.vae.network.quant_conv.bias[2:], -40.0)
         trainer(tmp_path, max_steps=2, accumulate_grad_batches=count, gradient_clip_val=0.1).fit(model, loader(given))
-        results.append(model.vae.vae.decoder.conv_in.weight.detach())
+        results.append(model.vae.network.decoder.conv_in.weight.detach())
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
 
 
@@ -196,7 +196,7 @@ def test_export_holds_the_measured_scale(tmp_path: Path) -> None:
         means = theirs.encode(images).latent_dist.mode()
     assert 1 / theirs.config.scaling_factor == pytest.approx(means.std(correction=0).item(), rel=1e-5)
     state = theirs.state_dict()
-    assert all(torch.equal(state[name], value) for name, value in model.vae.vae.state_dict().items())
+    assert all(torch.equal(state[name], value) for name, value in model.vae.network.state_dict().items())
     assert VAE.from_pretrained(tmp_path / "vae").config == model.vae.config
 
 
@@ -206,7 +206,7 @@ def test_averaged_weights_are_exported(tmp_path: Path) -> None:
 
     class Spy(pl.Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-            seen.append(pl_module.vae.vae.decoder.conv_out.weight.detach().clone())
+            seen.append(pl_module.vae.network.decoder.conv_out.weight.detach().clone())
 
     model = module(perceptual_weight=0.1, lr=1e-2)
     run = trainer(tmp_path, max_steps=2, callbacks=[EMA(decay=0.5), Spy()])
@@ -244,8 +244,7 @@ def test_resume_repeats_nothing(tmp_path: Path) -> None:
 
 
 def test_training_starts_from_given_weights(tmp_path: Path) -> None:
-    start = VAE(NET)
-    start.rescale(0.3)
+    start = VAE(NET).rescaled(0.3)
     start.save_pretrained(tmp_path)
     model = module(init=str(tmp_path))
     assert all(map(torch.equal, model.vae.state_dict().values(), start.state_dict().values()))

@@ -1,0 +1,146 @@
+"""Models from files and back: a format of `flextok_pl.interop` says what a file holds, here the model is made of it.
+
+Names and shapes are compared with the configuration before any weight is read. Each tensor is then copied once, from
+the mapped file to its place, so the peak is one copy of the weights. They become float32, as in the official loader.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from flextok_pl.config import config_to_dict
+from flextok_pl.interop.format import ConfigT, Contents, Format
+from flextok_pl.interop.tensor_file import TensorFile, find_file, open_tensors, write_tensors
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+_SHOWN = 5
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+def load_model(
+    path_or_hub_id: str | Path,
+    formats: Mapping[str, Format[ConfigT]],
+    make: type[ModelT],
+    device: str | torch.device | None = None,
+    vae_config: Mapping[str, Any] | str | Path | None = None,
+) -> ModelT:
+    """A model with the weights of a file, in evaluation mode.
+
+    Args:
+        path_or_hub_id: a file or folder on this machine, or else a Hub id.
+        formats: those that the file may have.
+        make: the model's class, which takes a configuration.
+        device: where to put the weights.
+        vae_config: see `Format.read`.
+
+    Raises:
+        ValueError: there is no such file, it is damaged, has another format, or does not fit its own configuration.
+    """
+    names = dict.fromkeys(each.file_name for each in formats.values())
+    companions = dict.fromkeys(each.companion for each in formats.values() if each.companion)
+    path, companion = find_file(path_or_hub_id, list(names), list(companions))
+    with open_tensors(path, companion) as file:
+        format_ = next((each for each in formats.values() if each.recognises(file)), None)
+        if format_ is None:
+            beside = "".join(f", and there is no {name} beside it" for name in companions)
+            raise ValueError(
+                f"{path} is no {make.__name__} checkpoint: its metadata (keys: {sorted(file.metadata)[:8]}) do not "
+                f"tell the model{beside}; give a file that {make.__name__}.save_pretrained has written"
+            )
+        try:
+            contents = format_.read(file, vae_config)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return _build(file, contents, make, device)
+
+
+def save_model(
+    weights: Mapping[str, Tensor], config: ConfigT, path: str | Path, formats: Mapping[str, Format[ConfigT]], name: str
+) -> Path:
+    """Write a state dict and its configuration, atomically.
+
+    Args:
+        weights: the state dict.
+        config: of the model.
+        path: a `.safetensors` file, or a folder.
+        formats: those that there are.
+        name: of the wanted one.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ValueError: there is no such format, or it cannot express the model.
+        OSError: the folder or the disk does not take it.
+    """
+    if name not in formats:
+        raise ValueError(f"format={name!r} is unknown; use one of {list(formats)}")
+    path = Path(path).expanduser()
+    file = path if path.suffix == ".safetensors" else path / formats[name].file_name
+    metadata, name_in_file = formats[name].write(config)
+    write_tensors({name_in_file(ours): tensor for ours, tensor in weights.items()}, file, metadata)
+    return file
+
+
+def _build(
+    file: TensorFile,
+    contents: Contents[ConfigT],
+    make: type[ModelT],
+    device: str | torch.device | None,
+) -> ModelT:
+    # A depth that no file of this size can have would keep the constructor busy for hours.
+    for name, depth in _depths(config_to_dict(contents.config)):
+        if depth > len(file.shapes):
+            raise ValueError(f"{file.path} has {len(file.shapes)} tensors, too few for {name}={depth}")
+    try:
+        with torch.device("meta"):
+            model = make(contents.config)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError) as error:
+        raise ValueError(f"{file.path}: its configuration describes no model: {error}") from error
+    names = {ours: contents.name_in_file(ours) for ours in model.state_dict()}
+    shapes = {names[ours]: tuple(tensor.shape) for ours, tensor in model.state_dict().items()}
+    left_out = [name for name in file.shapes if name not in shapes]
+    problems = {
+        "missing tensors": [name for name in shapes if name not in file.shapes],
+        "unexpected tensors": [name for name in left_out if not contents.ignorable(name)],
+        "wrong shapes": [
+            f"{name} is {list(file.shapes[name])} instead of {list(shape)}"
+            for name, shape in shapes.items()
+            if file.shapes.get(name, shape) != shape
+        ],
+        "not floating point": [
+            f"{name} {file.types[name]}" for name in shapes if file.types.get(name, "F32") not in _FLOATS
+        ],
+    }
+    if any(problems.values()):
+        phrases = [f"{problem}: {_some(found)}" for problem, found in problems.items() if found]
+        raise ValueError(f"{file.path} does not fit its configuration: {'; '.join(phrases)}{contents.doubt}")
+    if left_out:
+        warnings.warn(f"{file.path}: the model leaves out {_some(left_out)}", stacklevel=4)
+    weights = {
+        ours: file.handle.get_tensor(theirs).to(device=device or "cpu", dtype=torch.float32, copy=True)
+        for ours, theirs in names.items()
+    }
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def _depths(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """The numbers of layers in a configuration, by option."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _depths(value)
+        elif name.endswith("depth") or name == "layers_per_block":
+            yield name, value
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(names[:_SHOWN])}{more}"
