@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
-import sys
-import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from math import ceil
@@ -18,6 +14,7 @@ import torch.distributed
 from torch.utils.data import DataLoader
 
 from flextok_pl.contracts import Batch
+from flextok_pl.data.epoch_loader import EpochLoader
 from flextok_pl.data.samples import Collate, Decoder
 from flextok_pl.data.shards.index import ShardError, ShardIndex
 from flextok_pl.data.shards.sources import load_indices, require_same_classes, require_same_kind, require_same_origin
@@ -196,34 +193,16 @@ class ShardDataModule(pl.LightningDataModule):
         return next((index.classes for index in self._first_indices()), ())
 
     def require_same_classes(self) -> None:
-        """Check that the sets of a stage mean the same classes by the same numbers, for a model of classes.
-
-        Raises:
-            ShardError: they do not; names the classes.
-        """
+        """Check that the sets of a stage mean the same classes by the same numbers, for a model of classes."""
         first, *others = self._first_indices()
         for other in others:
             require_same_classes(first, other)
 
-    @property
-    def autoencoder(self) -> Mapping[str, Any] | None:
-        """What made the latents, see `ShardIndex.maker`; None for sets without latents."""
-        return self._maker("latent")
-
-    @property
-    def teacher(self) -> Mapping[str, Any] | None:
-        """What made the teacher's features, see `ShardIndex.maker`; None for sets without them."""
-        return self._maker("teacher_features")
-
-    @property
-    def tokenizer(self) -> Mapping[str, Any] | None:
-        """What made the tokens, see `ShardIndex.maker`; None for sets without tokens."""
-        return self._maker("tokens")
-
-    @property
-    def text_encoder(self) -> Mapping[str, Any] | None:
-        """What made the text states, see `ShardIndex.maker`; None for sets without them."""
-        return self._maker("text_states")
+    # What made the fields of a stage's sets, see `ShardIndex.maker`; None for sets without the field.
+    autoencoder = property(lambda self: self._maker("latent"))
+    teacher = property(lambda self: self._maker("teacher_features"))
+    tokenizer = property(lambda self: self._maker("tokens"))
+    text_encoder = property(lambda self: self._maker("text_states"))
 
     @property
     def skipped_samples(self) -> int | None:
@@ -269,7 +248,7 @@ class ShardDataModule(pl.LightningDataModule):
         warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
         warnings.filterwarnings("ignore", message=".*does not have many workers which may be a bottleneck")
         pin_memory = torch.cuda.is_available() if self.pin_memory is None else self.pin_memory
-        return _EpochLoader(self, self._stream(split), self.num_workers, pin_memory)
+        return EpochLoader(self, self._stream(split), self.num_workers, pin_memory)
 
     def _stream(self, split: Split) -> EpochStream:
         if split not in self._streams:
@@ -319,27 +298,6 @@ class ShardDataModule(pl.LightningDataModule):
         return 0, 1
 
 
-def _outlive_warnings(worker: int) -> None:
-    """Let a worker go on where a signal tells all processes that their machine is about to be taken away.
-
-    The training then wants its batches for the rest of a step. A SIGTERM of the training itself, which sends one to
-    each worker that is left when it ends, still ends the worker; so does the training's sudden death. Processes that
-    the worker starts, such as those of `pipe:`, outlive the warning, too. Where no one can tell who sent a signal
-    (macOS), SIGTERM ends the worker whoever sent it.
-    """
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    if sys.platform != "darwin":
-
-        def end_with_the_training() -> None:
-            while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
-                pass
-            os._exit(0)
-
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # in the threads still to come, too
-        threading.Thread(target=end_with_the_training, daemon=True).start()
-
-
 class _Batches:
     """A loader in a form that Lightning takes as it is: to predict, it would build any `DataLoader` again."""
 
@@ -351,69 +309,3 @@ class _Batches:
 
     def __len__(self) -> int:
         return len(self._loader)
-
-
-class _EpochLoader(DataLoader[Batch]):
-    """A loader that tells its stream, workers included, which epoch begins, and resumes within one.
-
-    Lightning stores `state_dict` in its checkpoints and hands it back. The position is a number of samples, so that a
-    run may go on with other numbers of processes, workers and samples per batch.
-    """
-
-    def __init__(self, module: ShardDataModule, stream: EpochStream, num_workers: int, pin_memory: bool) -> None:
-        super().__init__(
-            stream,
-            batch_size=None,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            persistent_workers=num_workers > 0,
-            worker_init_fn=_outlive_warnings,
-        )
-        self.module, self.stream = module, stream
-        self.position: dict[str, int] | None = None
-        self.resume_from: dict[str, int] | None = None
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        # A generator, so that the start is decided when the first batch is asked for: a resumed Trainer makes its
-        # iterators before it has restored its progress.
-        epoch, samples = self._next_start()
-        self.stream.start_at(epoch, samples)
-        self.position = {"epoch": epoch, "samples": samples}
-        for batch in super().__iter__():
-            self.position["samples"] += self.stream.plan.together
-            yield batch
-
-    def _next_start(self) -> tuple[int, int]:
-        """Epoch at which the next pass starts, and how many of its samples have been seen.
-
-        Under a Trainer the passes are counted here: Lightning's own count runs ahead when `max_steps` ended a run
-        within an epoch.
-        """
-        state, self.resume_from = self.resume_from, None
-        trainer = self.module.trainer
-        if trainer is None or not self.stream.plan.train:
-            return self.module.epoch, 0
-        if state is None:
-            begun = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
-            return begun if self.position is None else self.position["epoch"] + 1, 0
-        within_epoch = trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0
-        if not within_epoch or not self.stream.batches_left(state["samples"]):
-            return state["epoch"] + 1, 0
-        return state["epoch"], state["samples"]
-
-    def state_dict(self) -> dict[str, int]:
-        """Where the current pass is."""
-        return {**(self.position or {"epoch": 0, "samples": 0}), "together": self.stream.plan.together}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next pass go on from a position."""
-        self.resume_from = dict(state)
-        trainer = self.module.trainer
-        if trainer is None or not self.stream.plan.train or state["together"] == self.stream.plan.together:
-            return
-        # Lightning counts batches, and these are of another size now.
-        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-        if progress.ready:
-            shift = len(self.stream) - self.stream.batches_left(state["samples"]) - progress.ready
-            for count in ("ready", "started", "processed", "completed"):
-                setattr(progress, count, getattr(progress, count) + shift)

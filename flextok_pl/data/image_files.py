@@ -37,17 +37,10 @@ _SIGNATURES = {
 
 @dataclass
 class ImageFiles:
-    """What was found under a folder.
-
-    Args:
-        src: the folder.
-        extensions: of the pictures' kinds, in lower case, by path relative to it, in order.
-        rest: number of what is no picture, by what it is.
-        example: one of the rest.
-    """
+    """What was found under a folder: the pictures, and the number and an example of what is none."""
 
     src: Path
-    extensions: dict[str, str] = field(default_factory=dict)
+    extensions: dict[str, str] = field(default_factory=dict)  # in lower case, by path relative to the folder, in order
     rest: Counter[str] = field(default_factory=Counter)
     example: str = ""
 
@@ -77,11 +70,7 @@ def extension_of(kind: str) -> str | None:
 
 
 def list_images(src: Path) -> list[str]:
-    """Paths of the images under a folder, relative to it, ordered; what else is there is logged. See `find_images`.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Paths of the images under a folder, relative to it, ordered; what else is there is logged. See `find_images`."""
     found = find_images(src)
     found.tell_rest()
     return list(found.extensions)

@@ -18,17 +18,7 @@ IntT = TypeVar("IntT", int, Tensor)
 
 
 def eval_share(num_samples: int, limit: int | None, rank: int, world_size: int) -> Sequence[int]:
-    """The samples that a rank evaluates: over all ranks each one exactly once.
-
-    Args:
-        num_samples: N.
-        limit: take only this many, evenly spread.
-        rank: of the process.
-        world_size: number of processes.
-
-    Returns:
-        Ascending sample numbers.
-    """
+    """The samples that a rank evaluates, ascending: over all ranks each one exactly once, or `limit` evenly spread."""
     chosen: Sequence[int] = range(num_samples)
     if limit is not None and limit < num_samples:
         chosen = [i * num_samples // limit for i in range(limit)]
@@ -37,15 +27,10 @@ def eval_share(num_samples: int, limit: int | None, rank: int, world_size: int) 
 
 
 def train_steps(num_samples: int, batch_size: int, world_size: int, drop_last: bool, first: int = 0) -> range:
-    """Where in the sequence each step of an epoch begins; `stop` is where the last one ends.
+    """Where in the sequence each step of an epoch begins after its `first` samples; `stop` is where the last one ends.
 
-    Args:
-        num_samples: N.
-        batch_size: samples per batch and rank.
-        world_size: number of ranks.
-        drop_last: leave out what does not fill a batch on every rank; else the last batch is smaller, and where the
-            ranks do not divide what is left some take samples from the beginning of the sequence again.
-        first: samples that the epoch has already given.
+    `drop_last` leaves out what does not fill a batch on every rank. Without it the last batch is smaller, and where the
+    ranks do not divide what is left some take samples from the beginning of the sequence again.
     """
     together, left = batch_size * world_size, num_samples - first
     stop = first + (left // together * together if drop_last else -(-left // world_size) * world_size)
@@ -93,12 +78,7 @@ class Lanes:
 
 
 class Row:
-    """Shards one after another.
-
-    Args:
-        order: numbers of the shards.
-        counts: samples of each shard, by its number.
-    """
+    """Shards one after another, given by number, with the samples of each shard by its number."""
 
     def __init__(self, order: Sequence[int], counts: Sequence[int]) -> None:
         self.order = order

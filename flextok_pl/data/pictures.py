@@ -42,11 +42,10 @@ def open_pictures(
     Raises:
         ValueError: there is nothing, or it is of another kind. A broken picture raises when its turn comes.
     """
-    for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
-        if value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size={image_size} must be at least 1 pixel, or null to take pictures as they are")
+    least = {"batch_size": (batch_size, 1), "num_workers": (num_workers, 0), "image_size": (image_size, 1)}
+    for name, (value, minimum) in least.items():
+        if value is not None and value < minimum:
+            raise ValueError(f"{name}={value} must be at least {minimum}")
     if is_remote(source):
         return _of_shards(source, image_size, batch_size, num_workers)
     path = Path(source).expanduser()
@@ -62,13 +61,7 @@ def open_pictures(
 
 
 class _Pictures(Dataset[tuple[str, Image.Image]]):
-    """Named pictures, one by one.
-
-    Args:
-        names: of the pictures, unique.
-        read: name -> RGB.
-        image_size: S, or None.
-    """
+    """Pictures by name, read one by one and cropped to `image_size` if that is given."""
 
     def __init__(self, names: Sequence[str], read: Callable[[str], Image.Image], image_size: int | None) -> None:
         self.names, self.read, self.image_size = names, read, image_size
@@ -93,11 +86,7 @@ def _collate(pictures: Sequence[tuple[str, Image.Image]]) -> Batch:
 
 
 def read_picture(path: Path) -> Image.Image:
-    """A picture from a file, as RGB.
-
-    Raises:
-        ValueError: it cannot be read, or is broken; names it.
-    """
+    """A picture from a file, as RGB; an error names the file."""
     try:
         return decode_image(path.read_bytes())
     except (ValueError, OSError) as error:

@@ -98,16 +98,15 @@ def _decode(index: ShardIndex, raw: dict[str, Any], min_side: int | None) -> Dec
                 raise ValueError("it has no picture (perhaps the shard is truncated)")
             sample["image"] = decode_image(raw[extension], min_side)
         elif name == "latent":
-            sample["latent"] = torch.from_numpy(_array(raw, "latent.npy", "f", 3))  # (2C, h, w)
+            sample["latent"] = _array(raw, "latent.npy", "f", 3)  # (2C, h, w)
         elif name == "teacher_features":
-            sample["teacher_features"] = torch.from_numpy(_array(raw, "features.npy", "f", 3))  # (F, h', w')
+            sample["teacher_features"] = _array(raw, "features.npy", "f", 3)  # (F, h', w')
         elif name == "tokens":
-            tokens = _array(raw, "tokens.npy", "iu", 1)
-            sample["tokens"] = torch.from_numpy(tokens.astype(np.int64))  # (K,)
+            sample["tokens"] = _array(raw, "tokens.npy", "iu", 1)  # (K,)
         elif name == "label":
             sample["label"] = _label(raw, len(index.classes))
         elif name == "text_states":
-            sample["text_states"] = torch.from_numpy(_array(raw, "states.npy", "f", 2))  # (L, E)
+            sample["text_states"] = _array(raw, "states.npy", "f", 2)  # (L, E)
         else:
             sample["text"] = _member(raw, "txt").decode("utf-8")
     return sample
@@ -120,7 +119,7 @@ def _member(raw: dict[str, Any], extension: str) -> bytes:
     return content
 
 
-def _array(raw: dict[str, Any], extension: str, kinds: str, ndim: int) -> np.ndarray[Any, Any]:
+def _array(raw: dict[str, Any], extension: str, kinds: str, ndim: int) -> Tensor:
     content = io.BytesIO(_member(raw, extension))
     try:
         array: np.ndarray[Any, Any] = np.lib.format.read_array(content, allow_pickle=False)
@@ -130,7 +129,7 @@ def _array(raw: dict[str, Any], extension: str, kinds: str, ndim: int) -> np.nda
         raise ValueError(f"{extension} has {array.dtype} of shape {array.shape}, expected {ndim} axes, kind {kinds!r}")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise ValueError(f"{extension} has values that are not finite")
-    return array
+    return torch.from_numpy(array if array.dtype.kind == "f" else array.astype(np.int64))
 
 
 def _label(raw: dict[str, Any], num_classes: int) -> int:
@@ -145,21 +144,13 @@ def _label(raw: dict[str, Any], num_classes: int) -> int:
 
 
 def stacked(samples: Sequence[Decoded], name: Stacked) -> Tensor:
-    """The tensors of N samples as one, (N, ...).
-
-    Raises:
-        ShardError: they differ in shape.
-    """
+    """The tensors of N samples as one, (N, ...)."""
     _require_equal_shapes(samples, name)
     return torch.stack([sample[name] for sample in samples])
 
 
 def padded(samples: Sequence[Decoded]) -> tuple[Tensor, Tensor]:
-    """The text states of B samples as float32 (B, L, E), padded with zeros to the longest, and their mask (B, L).
-
-    Raises:
-        ShardError: they differ in width.
-    """
+    """The text states of B samples as float32 (B, L, E), padded with zeros to the longest, and their mask (B, L)."""
     _require_equal_shapes(samples, "text_states", first_axis=1)
     states = [sample["text_states"].to(torch.float32) for sample in samples]
     lengths = torch.tensor([len(state) for state in states])  # (B,)

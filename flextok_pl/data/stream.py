@@ -19,7 +19,7 @@ from flextok_pl.contracts import Batch
 from flextok_pl.data.order import Lanes, Mixture, Row, eval_share, train_steps
 from flextok_pl.data.samples import STACKED, Collate, Decoded, Decoder, in_batch, stacked
 from flextok_pl.data.shards.index import ShardError, ShardIndex
-from flextok_pl.data.shards.tars import OpenShards
+from flextok_pl.data.shards.open_shards import OpenShards
 from flextok_pl.data.transforms import sample_generator
 
 Group = list[tuple[int, int]]
@@ -72,27 +72,16 @@ class ShardSet:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a process goes through a data set.
-
-    Args:
-        batch_size: samples per batch.
-        train: shuffled epochs, or an evaluation that sees every sample once.
-        rank: of this process.
-        world_size: number of processes.
-        seed: seed of the order.
-        drop_last: in training, see `train_steps`.
-        limit: in evaluation, see `eval_share`.
-        lanes: in training, see `Lanes`.
-    """
+    """How a process goes through a data set: shuffled epochs, or an evaluation that sees every sample once."""
 
     batch_size: int
     train: bool
     rank: int = 0
     world_size: int = 1
-    seed: int = 0
-    drop_last: bool = True
-    limit: int | None = None
-    lanes: int = 1
+    seed: int = 0  # of the order
+    drop_last: bool = True  # in training, see `train_steps`
+    limit: int | None = None  # in evaluation, see `eval_share`
+    lanes: int = 1  # in training, see `Lanes`
 
     @property
     def together(self) -> int:
@@ -101,13 +90,7 @@ class Plan:
 
 
 class EpochStream(IterableDataset[Batch]):
-    """What the two datasets share: batches for one reader, in an epoch that the main process sets.
-
-    Args:
-        data: the shards.
-        collate: makes batches.
-        plan: who reads what.
-    """
+    """What the two datasets share: batches for one reader, in an epoch that the main process sets."""
 
     def __init__(self, data: ShardSet, collate: Collate, plan: Plan) -> None:
         super().__init__()
@@ -157,12 +140,7 @@ class EpochStream(IterableDataset[Batch]):
 
 
 class _Groups:
-    """The group that is read in each lane, with its shards and those of the next one open.
-
-    Args:
-        shards: opens them.
-        make: gives the samples of a group, none beyond the last.
-    """
+    """The group that is read in each lane, with its shards and those of the next one open."""
 
     def __init__(self, shards: OpenShards, make: Callable[[Key], Group]) -> None:
         self.shards, self.make = shards, make
@@ -189,14 +167,7 @@ class StreamedBatches(EpochStream):
     """Reads shards as it goes; for sets of any size.
 
     Memory holds one batch, and where the samples of the current shards lie; the next shards are brought and opened in
-    the background.
-
-    Args:
-        data: the shards.
-        collate: makes batches.
-        plan: who reads what.
-        shuffle_buffer: samples of a group that is permuted in training; below 2 there is no group.
-        decoder: of the samples.
+    the background. In training, groups of about `shuffle_buffer` samples are permuted; below 2 there are none.
     """
 
     def __init__(
@@ -253,10 +224,7 @@ class StreamedBatches(EpochStream):
     def _train_group(self, epoch: int, key: Key, rows: dict[Key, Row]) -> Group:
         """The samples of a group, in the order in which the sequence takes them.
 
-        Args:
-            epoch: number of the pass.
-            key: lane and group.
-            rows: of each part of the data and pass over it, its shards in their order; missing ones are added.
+        `rows` has the shards, in their order, of each part of the data and pass over it; missing ones are added.
         """
         low, high = self.lanes.span(*key)
         group: Group = []
@@ -279,13 +247,8 @@ class StreamedBatches(EpochStream):
 class CachedBatches(EpochStream):
     """Holds the decoded samples in memory, and permutes all of them in every training epoch; for small sets.
 
-    The memory is filled once, in the main process, and shared with the workers.
-
-    Args:
-        data: the shards.
-        collate: makes batches.
-        plan: who reads what.
-        decoder: of the samples; in place of one that it skips the one before it is kept.
+    The memory is filled once, in the main process, and shared with the workers. In place of a sample that the decoder
+    skips the one before it is kept.
     """
 
     def __init__(self, data: ShardSet, collate: Collate, plan: Plan, decoder: Decoder | None = None) -> None:

@@ -103,11 +103,7 @@ def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
 
 
 def inspect_image(data: bytes) -> tuple[str, tuple[int, int]]:
-    """Format of a picture, in lower case, and its width and height as it is seen, from its header.
-
-    Raises:
-        PictureError: it has none that can be read.
-    """
+    """Format of a picture, in lower case, and its width and height as it is seen, from its header."""
     with _decoding():
         image, orientation = _open(data)
         return str(image.format).lower(), image.size[::-1] if orientation >= 5 else image.size
@@ -146,11 +142,7 @@ def _open(data: bytes) -> tuple[Image.Image, int]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a loaded picture of any mode to 8-bit RGB; see `decode_image`.
-
-    Raises:
-        PictureError: its levels have no known range.
-    """
+    """Convert a loaded picture of any mode to 8-bit RGB; see `decode_image`."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     tags = getattr(image, "tag_v2", {})  # of a TIFF
@@ -197,17 +189,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def augment(image: Image.Image, size: int, augmentation: Augmentation, generator: torch.Generator) -> Image.Image:
-    """A training picture.
-
-    Args:
-        image: RGB, H x W.
-        size: S.
-        augmentation: what may change.
-        generator: source of the draws; always seven of them, so that one option does not shift another's.
-
-    Returns:
-        RGB, S x S.
-    """
+    """A training picture, RGB H x W -> S x S; always seven draws, so that one option does not shift another's."""
     area, zoom, x, y, flip, *shift = torch.rand(7, generator=generator, dtype=torch.float64).tolist()
     low, high = augmentation.crop_scale
     side = min(image.size) * (low + (high - low) * area) ** 0.5

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from flextok_pl.data import write_folder, write_resharded
 from flextok_pl.data.convert import conversion
 from flextok_pl.data.shards.index import INDEX_NAME, ShardIndex
-from flextok_pl.data.shards.listing import tar_samples
+from flextok_pl.data.shards.tars import tar_samples
 
 NUM_PICTURES, BROKEN = 60, 17
 

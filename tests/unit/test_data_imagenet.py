@@ -10,7 +10,7 @@ from PIL import Image
 
 from flextok_pl.cli import main
 from flextok_pl.data import ShardDataModule, ShardIndex, write_imagenet
-from flextok_pl.data.shards.listing import tar_samples
+from flextok_pl.data.shards.tars import tar_samples
 
 # Not in the order of their ILSVRC2012_ID; a synset that others refine stands between them.
 SYNSETS = [

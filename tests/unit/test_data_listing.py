@@ -6,7 +6,8 @@ import tarfile
 import pytest
 import webdataset
 
-from flextok_pl.data.shards.listing import grouped, matching_paths, tar_members, tar_samples
+from flextok_pl.data.shards.listing import matching_paths
+from flextok_pl.data.shards.tars import grouped, tar_members, tar_samples
 
 
 def write_tar(path, entries):

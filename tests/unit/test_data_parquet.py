@@ -11,7 +11,7 @@ from PIL import Image
 from flextok_pl.cli import main
 from flextok_pl.data import ShardIndex, write_parquet
 from flextok_pl.data.convert.hub import part_of
-from flextok_pl.data.shards.listing import tar_samples
+from flextok_pl.data.shards.tars import tar_samples
 
 pa = pytest.importorskip("pyarrow", reason="the extra `hub` is not installed")
 pq = pytest.importorskip("pyarrow.parquet")

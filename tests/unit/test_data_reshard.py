@@ -11,7 +11,7 @@ from PIL import Image
 
 from flextok_pl.cli import main
 from flextok_pl.data import ShardDataModule, ShardIndex, write_folder, write_latents, write_resharded
-from flextok_pl.data.shards.listing import tar_samples
+from flextok_pl.data.shards.tars import tar_samples
 
 
 def picture(number, kind="JPEG", size=(8, 6)):

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from flextok_pl.data.samples import Collate
 from flextok_pl.data.shards.index import ShardIndex
+from flextok_pl.data.shards.open_shards import Shard
 from flextok_pl.data.shards.sources import load_indices
-from flextok_pl.data.shards.tars import Shard
 from flextok_pl.data.shards.writer import Sample, shard_name, write_index, write_shard
 from flextok_pl.data.stream import CachedBatches, Plan, ShardSet, StreamedBatches
 

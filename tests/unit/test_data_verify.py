@@ -207,7 +207,7 @@ def test_statistics_of_all_and_of_several_sets(image_shards):
 
 
 def _pictures(index):
-    from flextok_pl.data.shards.listing import tar_samples
+    from flextok_pl.data.shards.tars import tar_samples
 
     return [dict(f)["png"] for path in index.paths for _, f in tar_samples(index.folder, path.name)]
 

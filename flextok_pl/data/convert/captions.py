@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 COLUMNS = ("file", "caption")
+Row = tuple[int, dict[str, Any]]
+"""A line's number and its fields by name."""
 
 
 def read_captions(path: Path) -> dict[str, str]:
@@ -50,46 +52,40 @@ def read_captions(path: Path) -> dict[str, str]:
     return captions
 
 
-def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, str]]]:
+def _csv_rows(text: str) -> Iterator[Row]:
     return _table(_csv_fields(text), "put a caption with commas in quotes")
 
 
 def _csv_fields(text: str) -> Iterator[tuple[int, list[str]]]:
     reader, line = csv.reader(io.StringIO(text, newline=""), strict=True), 1
-    while True:
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise ValueError(
-                f"line {line} cannot be read: {error}; a field with a quote in it stands in quotes, and the quote twice"
-            ) from error
-        yield line, fields
-        line = reader.line_num + 1
+    try:
+        for fields in reader:
+            yield line, fields
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(
+            f"line {line} cannot be read: {error}; a field with a quote in it stands in quotes, and the quote twice"
+        ) from error
 
 
-def _tsv_rows(text: str) -> Iterator[tuple[int, dict[str, str]]]:
+def _tsv_rows(text: str) -> Iterator[Row]:
     lines = enumerate(io.StringIO(text, newline=None), start=1)
     return _table(((number, _tsv_fields(line.rstrip("\n"))) for number, line in lines), "write a tab in it as a space")
 
 
 def _tsv_fields(line: str) -> list[str]:
-    if '"' in line:
-        try:
-            return next(csv.reader([line], delimiter="\t", strict=True))
-        except csv.Error:
-            pass  # its quotes enclose no fields: they stand for themselves
-    return line.split("\t") if line else []
+    try:
+        return next(csv.reader([line], delimiter="\t", strict=True)) if '"' in line else line.split("\t")
+    except csv.Error:
+        return line.split("\t")  # its quotes enclose no fields: they stand for themselves
 
 
-def _table(rows: Iterator[tuple[int, Sequence[str]]], remedy: str) -> Iterator[tuple[int, dict[str, str]]]:
+def _table(rows: Iterator[tuple[int, list[str]]], remedy: str) -> Iterator[Row]:
     """Line and fields by name of each row after the first, which names them; empty lines are none."""
-    filled = ((line, list(fields)) for line, fields in rows if fields)
+    filled = ((line, fields) for line, fields in rows if fields not in ([], [""]))
     line, header = next(filled, (1, []))
-    twice = [name for name, number in Counter(header).items() if number > 1]
-    if twice:
-        raise ValueError(f"line {line}, the header, has the column {twice[0]!r} twice; rename or remove one")
+    if twice := _twice(header):
+        raise ValueError(f"line {line}, the header, has the column {twice!r} twice; rename or remove one")
     if not set(COLUMNS) <= set(header):
         raise ValueError(f"line {line}, the header, needs the columns file and caption; it has {header}")
     for line, fields in filled:
@@ -103,7 +99,7 @@ def _table(rows: Iterator[tuple[int, Sequence[str]]], remedy: str) -> Iterator[t
         yield line, dict(zip(header, fields, strict=True))
 
 
-def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_rows(text: str) -> Iterator[Row]:
     for number, line in enumerate(io.StringIO(text, newline=None), start=1):
         if line.strip():
             try:
@@ -116,7 +112,10 @@ def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    twice = [name for name, number in Counter(name for name, _ in pairs).items() if number > 1]
-    if twice:
-        raise ValueError(f"the key {twice[0]!r} is there twice")
+    if twice := _twice([name for name, _ in pairs]):
+        raise ValueError(f"the key {twice!r} is there twice")
     return dict(pairs)
+
+
+def _twice(names: Sequence[str]) -> str | None:
+    return next((name for name, number in Counter(names).items() if number > 1), None)

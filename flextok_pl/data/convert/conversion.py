@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 from PIL import Image
 
 from flextok_pl.data.shards.index import IMAGE_EXTENSIONS, ShardError, ShardIndex, is_utf8
-from flextok_pl.data.shards.listing import Span
+from flextok_pl.data.shards.tars import Span
 from flextok_pl.data.shards.writer import Sample, start_set, write_index, write_shards
 from flextok_pl.data.transforms import decode_image
 

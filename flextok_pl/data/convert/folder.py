@@ -15,7 +15,8 @@ from flextok_pl.data.convert.classes import read_class_names
 from flextok_pl.data.convert.conversion import Conversion, Item, check_choice, name_hash
 from flextok_pl.data.image_files import find_images, split_ending
 from flextok_pl.data.shards.index import ShardIndex
-from flextok_pl.data.shards.listing import Span, listing_digest
+from flextok_pl.data.shards.listing import listing_digest
+from flextok_pl.data.shards.tars import Span
 
 _LOG = logging.getLogger(__name__)
 

@@ -25,7 +25,8 @@ from flextok_pl.data.convert.conversion import Conversion, Item, check_choice, m
 from flextok_pl.data.image_files import list_images
 from flextok_pl.data.shards.index import IMAGE_EXTENSIONS, ShardIndex
 from flextok_pl.data.shards.jobs import run_jobs
-from flextok_pl.data.shards.listing import Span, listing_digest, tar_members
+from flextok_pl.data.shards.listing import listing_digest
+from flextok_pl.data.shards.tars import Span, tar_members
 
 FOLDERS = ("", "ILSVRC/Data/CLS-LOC/")
 """Where the folders train and val may lie; the latter as Kaggle packs them."""

@@ -16,8 +16,9 @@ from flextok_pl.data.convert.classes import Labels, classes_of, read_class_names
 from flextok_pl.data.convert.conversion import Conversion, Item, mixed
 from flextok_pl.data.shards.index import IMAGE_EXTENSIONS, INDEX_NAME, ShardIndex
 from flextok_pl.data.shards.jobs import run_jobs
-from flextok_pl.data.shards.listing import Span, listing_digest, matching_paths, tar_samples
+from flextok_pl.data.shards.listing import listing_digest, matching_paths
 from flextok_pl.data.shards.sources import load_indices
+from flextok_pl.data.shards.tars import Span, tar_samples
 
 _LOG = logging.getLogger(__name__)
 

@@ -49,20 +49,19 @@ def is_utf8(name: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
+def file_sha256(path: Path) -> str:
+    """The digest of a file, as `ShardInfo` has it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class ShardError(ValueError):
     """A shard set that is missing, incomplete, damaged or of the wrong kind."""
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One tar file of a shard set.
-
-    Args:
-        name: file name inside the set's folder.
-        count: number of samples.
-        bytes: file size.
-        sha256: digest of the file, hexadecimal.
-    """
+    """One tar file of a shard set: its name in the set's folder, number of samples, size, and hexadecimal digest."""
 
     name: str
     count: int
@@ -71,7 +70,7 @@ class ShardInfo:
 
 
 class Opener(Protocol):
-    """How the files of a set that is not in a folder here are reached; see `remote`."""
+    """How the files of a set that is not in a folder here are reached; `remote.Remote` is one."""
 
     @property
     def address(self) -> str:
@@ -167,8 +166,7 @@ class ShardIndex:
             path: a shard set's folder, or its `index.json`.
 
         Raises:
-            ShardError: there is no index, it is damaged or of another version, or a shard is missing, empty or of
-                the wrong size.
+            ShardError: there is no index, it is unusable, or a shard is missing or of the wrong size.
         """
         path = Path(path)
         file = path if path.name == INDEX_NAME else path / INDEX_NAME
@@ -179,67 +177,54 @@ class ShardIndex:
                 "the folder of a finished one (often DST/train or DST/val)"
             )
         index = cls.parse(file.read_bytes(), file.parent, str(file))
-        index._check_files()
+        for shard, place in zip(index.shards, index.paths, strict=True):
+            if not place.is_file():
+                raise ShardError(f"shard {place} is missing; restore it, or write the set again with overwrite")
+            size = place.stat().st_size
+            if size != shard.bytes:
+                raise ShardError(
+                    f"shard {place} has {size:,} bytes instead of the {shard.bytes:,} in {INDEX_NAME}: it is truncated "
+                    "or was changed; copy it again, or write the set again with overwrite"
+                )
         return index
 
     @classmethod
     def parse(cls, content: bytes, folder: Path, where: str, remote: Opener | None = None) -> ShardIndex:
-        """Read the content of an index.
-
-        Args:
-            content: of `index.json`.
-            folder: of the shards.
-            where: what the index is called in messages.
-            remote: how the shards are reached, if not in the folder.
+        """Read the content of an index, which messages call `where`.
 
         Raises:
             ShardError: it is damaged, of another version, or has no samples.
         """
         try:
-            index = cls._from_record(folder, json.loads(content.decode("utf-8")), where, remote)
+            record = json.loads(content.decode("utf-8"))
+            if (record["format"], record["version"]) != (FORMAT, FORMAT_VERSION):
+                raise ShardError(
+                    f"{where} has format {record['format']!r} version {record['version']}, this release reads "
+                    f"{FORMAT!r} version {FORMAT_VERSION}; write the set again"
+                )
+            shards = [
+                ShardInfo(str(s["name"]), int(s["count"]), int(s["bytes"]), str(s["sha256"])) for s in record["shards"]
+            ]
+            index = cls(
+                folder=folder,
+                fields=tuple(record["fields"]),
+                shards=tuple(shards),
+                classes=tuple(record["classes"]),
+                image_size=record["image_size"],
+                arguments=dict(record["arguments"]),
+                provenance=dict(record["provenance"]),
+                remote=remote,
+            )
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ShardError(f"{where} is damaged ({error!r}); write the set again with overwrite") from error
-        if index.num_samples == 0:
-            raise ShardError(f"{where} holds no samples; write the set again from a source with pictures")
-        return index
-
-    @classmethod
-    def _from_record(cls, folder: Path, record: Mapping[str, Any], where: str, remote: Opener | None) -> ShardIndex:
-        if record["format"] != FORMAT or record["version"] != FORMAT_VERSION:
-            raise ShardError(
-                f"{where} has format {record['format']!r} version {record['version']}, "
-                f"this release reads {FORMAT!r} version {FORMAT_VERSION}; write the set again"
-            )
-        unknown = sorted(set(record["fields"]) - set(FIELDS))
-        if unknown or not record["fields"]:
-            raise ShardError(f"{where}: fields {record['fields']} must be some of {FIELDS}")
-        shards = tuple(
-            ShardInfo(str(s["name"]), int(s["count"]), int(s["bytes"]), str(s["sha256"])) for s in record["shards"]
-        )
+        if not index.fields or not set(index.fields) <= set(FIELDS):
+            raise ShardError(f"{where}: fields {list(index.fields)} must be some of {FIELDS}")
         for shard in shards:
             if Path(shard.name).name != shard.name:
                 raise ShardError(f"{where}: shard name {shard.name!r} leaves the set's folder")
-        return cls(
-            folder=folder,
-            fields=tuple(record["fields"]),
-            shards=shards,
-            classes=tuple(record["classes"]),
-            image_size=record["image_size"],
-            arguments=dict(record["arguments"]),
-            provenance=dict(record["provenance"]),
-            remote=remote,
-        )
-
-    def _check_files(self) -> None:
-        for shard, path in zip(self.shards, self.paths, strict=True):
-            if not path.is_file():
-                raise ShardError(f"shard {path} is missing; restore it, or write the set again with overwrite")
-            size = path.stat().st_size
-            if size != shard.bytes:
-                raise ShardError(
-                    f"shard {path} has {size:,} bytes instead of the {shard.bytes:,} in {INDEX_NAME}: it is truncated "
-                    "or was changed; copy it again, or write the set again with overwrite"
-                )
+        if index.num_samples == 0:
+            raise ShardError(f"{where} holds no samples; write the set again from a source with pictures")
+        return index
 
     def locate(self, number: int) -> str:
         """What a shard is called in messages."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import logging
 import os
 import platform
@@ -24,7 +23,7 @@ from typing import Any
 import aiohttp
 import fsspec
 
-from flextok_pl.data.shards.index import ShardError, ShardInfo
+from flextok_pl.data.shards.index import ShardError, ShardInfo, file_sha256
 
 PIPE = "pipe:"
 NAME = "{name}"
@@ -93,10 +92,7 @@ class Remote:
     def open(self, shard: ShardInfo, folder: Path) -> BufferedReader:
         """A shard as an open file on this machine.
 
-        Args:
-            shard: what the index says of it.
-            folder: where it stays if there is a cache. Each machine downloads a shard once; the processes that want
-                it meanwhile wait.
+        With a cache it stays in the folder: each machine downloads it once, and processes that want it meanwhile wait.
 
         Raises:
             ShardError: it cannot be fetched or kept, or is not what the index says.
@@ -179,11 +175,7 @@ class Remote:
 
 
 def require_plain_names(shards: tuple[ShardInfo, ...], where: str) -> None:
-    """Check names that become part of URLs and commands.
-
-    Raises:
-        ShardError: one has other characters than letters, digits, `.`, `_` and `-`.
-    """
+    """Check names that become part of URLs and commands."""
     for shard in shards:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", shard.name):
             raise ShardError(f"{where}: shard name {shard.name!r} must be letters, digits, . _ -; write it again")
@@ -198,6 +190,4 @@ def _difference(path: Path, shard: ShardInfo) -> str | None:
     size = path.stat().st_size
     if size != shard.bytes:
         return f"{size:,} bytes came instead of the {shard.bytes:,} in the index"
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return None if digest == shard.sha256 else "its SHA-256 is not the one in the index"
+    return None if file_sha256(path) == shard.sha256 else "its SHA-256 is not the one in the index"

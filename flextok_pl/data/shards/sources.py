@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import braceexpand
 
@@ -82,12 +80,7 @@ def _load(place: str, cache_dir: str | Path | None) -> ShardIndex:
 
 
 def require_same_kind(first: ShardIndex, other: ShardIndex) -> None:
-    """Check that two sets can be read together.
-
-    Raises:
-        ShardError: they differ in fields, classes, image size, or in whose latents, features, tokens or text states
-            they hold.
-    """
+    """Check that two sets can be read together: same fields, image size, classes, and makers of what they hold."""
     for name in ("fields", "image_size"):
         if getattr(first, name) != getattr(other, name):
             raise ShardError(
@@ -99,11 +92,7 @@ def require_same_kind(first: ShardIndex, other: ShardIndex) -> None:
 
 
 def require_same_classes(first: ShardIndex, other: ShardIndex) -> None:
-    """Check that two sets mean the same classes by the same numbers, where both have classes.
-
-    Raises:
-        ShardError: they do not; names the classes.
-    """
+    """Check that two sets mean the same classes by the same numbers, where both have classes."""
     both = "label" in first.fields and "label" in other.fields
     difference = class_difference(first.classes, other.classes) if both else None
     if difference is not None:
@@ -113,19 +102,12 @@ def require_same_classes(first: ShardIndex, other: ShardIndex) -> None:
         )
 
 
-def _identity(maker: Mapping[str, Any] | None) -> Any:
-    """What tells a model from others: the checksum of its weights where there is one, and not where they lay."""
-    return None if maker is None else maker.get("sha256", maker)
-
-
 def require_same_origin(first: ShardIndex, other: ShardIndex) -> None:
-    """Check that one model can be trained on both sets.
-
-    Raises:
-        ShardError: they hold latents of different autoencoders, tokens of different tokenizers, and so on.
-    """
+    """Check that one model can be trained on both sets: their latents are of one autoencoder, and so on."""
     for field, role in MAKERS.items():
-        one, another = _identity(first.maker(field)), _identity(other.maker(field))
+        makers = first.maker(field) or {}, other.maker(field) or {}
+        # The checksum of the weights where there is one, and not where they lay.
+        one, another = (maker.get("sha256", maker or None) for maker in makers)
         if field in first.fields and field in other.fields and one != another:
             raise ShardError(
                 f"{first.where} and {other.where} hold {field} of different {role.replace('_', ' ')}s ({one} and "

@@ -13,29 +13,20 @@ import numpy as np
 
 from flextok_pl.data.shards.index import IMAGE_EXTENSIONS, ShardIndex
 from flextok_pl.data.shards.jobs import run_jobs
-from flextok_pl.data.shards.listing import Span, tar_samples
+from flextok_pl.data.shards.tars import Span, tar_samples
 from flextok_pl.data.transforms import decode_image, inspect_image
 
 
 @dataclass
 class _Counts:
-    """What was counted in one shard, or in all.
-
-    Args:
-        labels: samples by class index.
-        sizes: pictures by width and height, as they are seen.
-        formats: pictures by format of their content.
-        characters: captions by length.
-        words: captions by number of words.
-        moments: of each decoded picture the mean and the mean square of red, green and blue in [0, 1].
-    """
+    """What was counted in one shard, or in all."""
 
     labels: Counter[int] = field(default_factory=Counter)
-    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # width and height, as they are seen
     formats: Counter[str] = field(default_factory=Counter)
-    characters: Counter[int] = field(default_factory=Counter)
-    words: Counter[int] = field(default_factory=Counter)
-    moments: list[np.ndarray[Any, Any]] = field(default_factory=list)
+    characters: Counter[int] = field(default_factory=Counter)  # of captions
+    words: Counter[int] = field(default_factory=Counter)  # of captions
+    moments: list[np.ndarray[Any, Any]] = field(default_factory=list)  # per picture, mean and mean square of RGB
 
     def add(self, other: _Counts) -> None:
         for name in ("labels", "sizes", "formats", "characters", "words"):

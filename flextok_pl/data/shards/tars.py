@@ -1,120 +1,151 @@
-"""Random access to the samples of a shard, and shards that are opened ahead of their use."""
+"""The one place that parses tars: members as spans of bytes, so that a tar is read in place and in any order."""
 
 from __future__ import annotations
 
 import os
+import posixpath
+import re
 import tarfile
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import Any
-
-from flextok_pl.data.shards.index import ShardError, ShardIndex
-from flextok_pl.data.shards.listing import files_in_tar, grouped
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import IO
 
 
-class Shard:
-    """The samples of one tar file, by number.
-
-    When it is opened the headers are read and the contents skipped; of a sample nothing else is read than its files.
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes of a file: all of it, or a member of an uncompressed tar.
 
     Args:
-        index: the set.
-        number: position of the shard in it.
-
-    Raises:
-        ShardError: the tar is damaged or does not hold the number of samples that the index states.
+        file: path relative to the source.
+        offset: first byte.
+        size: number of bytes; None is up to the end.
     """
 
-    def __init__(self, index: ShardIndex, number: int) -> None:
-        self.index, self.where = index, index.locate(number)
-        try:
-            self._file = index.open(number)
-        except OSError as error:
-            raise self._unreadable(error) from error
-        try:
-            self._samples = [self._sample(key, files) for key, files in grouped(files_in_tar(self._file))]
-        except (OSError, tarfile.TarError, ValueError) as error:
-            self._file.close()
-            raise self._unreadable(error) from error
-        expected = index.shards[number].count
-        if len(self._samples) != expected:
-            self._file.close()
-            raise ShardError(
-                f"shard {self.where} holds {len(self._samples)} samples instead of the {expected} in its index: it is "
-                "truncated or was changed; copy it again, or write the set again with overwrite"
-            )
+    file: str
+    offset: int = 0
+    size: int | None = None
 
-    def _sample(self, key: str, files: list[tuple[str, tuple[int, int]]]) -> dict[str, Any]:
-        """Where the files of a sample lie."""
-        places: dict[str, Any] = dict(files)
-        if len(places) < len(files):
-            raise ValueError(f"sample {key!r} has two files of one kind, of {sorted(name for name, _ in files)}")
-        return {"__key__": key, "__url__": self.where, **places}
-
-    def read(self, sample: int) -> dict[str, Any]:
-        """A raw sample: `__key__`, `__url__`, and bytes by extension.
+    def read(self, root: Path) -> bytes:
+        """The bytes.
 
         Raises:
-            ShardError: the file cannot be read.
+            ValueError: the file ends before.
+            OSError: it cannot be read.
         """
-        raw = dict(self._samples[sample])
-        try:
-            for name, value in raw.items():
-                if isinstance(value, tuple):
-                    start, size = value
-                    raw[name] = os.pread(self._file.fileno(), size, start)
-                    if len(raw[name]) != size:
-                        raise EOFError("the file ends early")
-        except (OSError, EOFError) as error:
-            raise self._unreadable(error) from error
-        return raw
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def _unreadable(self, error: Exception) -> ShardError:
-        reason = error.args[-1] if isinstance(error, OSError) else error.args[0]
-        return ShardError(
-            f"shard {self.where} cannot be read ({reason}); copy it again, or write the set again with overwrite"
-        )
+        with (root / self.file).open("rb") as file:
+            file.seek(self.offset)
+            content = file.read() if self.size is None else file.read(self.size)
+        if self.size not in (None, len(content)):
+            raise ValueError(f"it has {len(content)} bytes of {self.size}: {self.file} is truncated")
+        return content
 
 
-class OpenShards:
-    """Shards of several sets that are held open; those asked for ahead are brought and opened in the background.
+Member = tuple[str, Span]
+"""Name of a file in a tar, or its extension in a sample, and where its content lies."""
+
+
+def files_in_tar(stream: IO[bytes], file: str = "", start: int = 0, size: int | None = None) -> Iterator[Member]:
+    """The files in an uncompressed tar, in order; a link is what it leads to, and tars may follow one another.
 
     Args:
-        shards: (set, position in it) of each shard, by the number under which it is asked for.
+        stream: an open file that can seek.
+        file: what the spans call it.
+        start: where the tar begins in it.
+        size: of the tar, in bytes; None is up to the end.
+
+    Raises:
+        tarfile.TarError: it is no tar, compressed, cut, or damaged.
+        ValueError: a link leads to nothing in it, or a file is stored with holes.
     """
+    stop = stream.seek(0, os.SEEK_END) if size is None else start + size
+    position: int | None = start
+    while position is not None:
+        stream.seek(position)
+        with tarfile.open(fileobj=stream, mode="r:") as tar:
+            by_name: dict[str, tarfile.TarInfo] = {}
+            for member in tar:
+                if (member.islnk() or member.issym()) and not by_name:
+                    by_name = {posixpath.normpath(each.name): each for each in tar.getmembers()}
+                found = _followed(member, by_name)
+                if found.issparse():
+                    raise ValueError(f"{member.name} is stored with holes; pack the tar again without --sparse")
+                if found.isreg():
+                    yield member.name.removeprefix("./"), Span(file, found.offset_data, found.size)
+            end = tar.offset
+        position = _next_tar(stream, end, stop)
 
-    def __init__(self, shards: list[tuple[ShardIndex, int]]) -> None:
-        self.shards = shards
-        self._open: dict[int, Future[Shard]] = {}
-        self._thread = ThreadPoolExecutor(1, "flextok-shards")
 
-    def __enter__(self) -> OpenShards:
-        return self
+def _next_tar(stream: IO[bytes], end: int, stop: int) -> int | None:
+    """Where the next tar begins after one whose last member ends here; a tar's end mark is a block of zeros."""
+    stream.seek(end)
+    block = stream.read(min(tarfile.BLOCKSIZE, max(stop - end, 0)))
+    if any(block) or end > stop:
+        raise tarfile.ReadError(f"what stands at byte {end:,} is no header: it is damaged")
+    if len(block) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("it has no end mark: it was cut, or if it is whole, `truncate -s +1024 FILE` adds one")
+    end += tarfile.BLOCKSIZE
+    while chunk := stream.read(min(tarfile.RECORDSIZE, stop - end)):
+        zeros = len(chunk) - len(chunk.lstrip(b"\0"))
+        if zeros < len(chunk):
+            return end + zeros // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+        end += len(chunk)
+    return None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._thread.shutdown(cancel_futures=True)
-        self.keep(())
 
-    def prepare(self, numbers: Iterable[int]) -> None:
-        """Open these shards in the background, in this order."""
-        for number in numbers:
-            if number not in self._open:
-                self._open[number] = self._thread.submit(Shard, *self.shards[number])
+def _followed(member: tarfile.TarInfo, by_name: Mapping[str, tarfile.TarInfo]) -> tarfile.TarInfo:
+    """What a hard or symbolic link leads to; anything else is itself."""
+    found: tarfile.TarInfo | None = member
+    seen = set()
+    while found is not None and (found.islnk() or found.issym()):
+        seen.add(found)
+        folder = posixpath.dirname(found.name) if found.issym() else ""
+        found = by_name.get(posixpath.normpath(posixpath.join(folder, found.linkname)))
+        found = None if found in seen else found
+    if found is None:
+        raise ValueError(
+            f"{member.name} is a link to {member.linkname}, which is not in the tar; pack it again with --dereference"
+        )
+    return found
 
-    def __getitem__(self, number: int) -> Shard:
-        """An open shard; waits for it."""
-        return self._open[number].result()
 
-    def keep(self, numbers: Iterable[int]) -> None:
-        """Close all shards but these."""
-        for number in self._open.keys() - set(numbers):
-            future = self._open.pop(number)
-            if not future.cancel() and future.exception() is None:
-                future.result().close()
+def tar_members(root: Path, file: str, offset: int = 0, size: int | None = None) -> Iterator[Member]:
+    """As `files_in_tar`, of a file whose path is relative to `root`.
+
+    Raises:
+        ValueError: it is no tar, compressed, cut, damaged, or has a file that cannot be read in place.
+    """
+    path = root / file
+    try:
+        with path.open("rb") as stream:
+            yield from files_in_tar(stream, file, offset, size)
+    except tarfile.TarError as error:
+        raise ValueError(
+            f"{path} is no complete, uncompressed tar file ({error}); fetch it again, or unpack a compressed one first"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def tar_samples(root: Path, file: str) -> Iterator[tuple[str, list[Member]]]:
+    """The samples in a WebDataset tar, as `grouped`; see `tar_members`."""
+    return grouped(tar_members(root, file))
+
+
+def grouped(files: Iterable[Member]) -> Iterator[tuple[str, list[Member]]]:
+    """The samples of WebDataset: files side by side whose names are alike up to the first dot of their last part.
+
+    Yields:
+        Key, and extension in lower case and place of each file. Hidden files and `__meta__` ones are no samples.
+    """
+    for key, entries in groupby(_with_keys(files), key=lambda entry: entry[0]):
+        yield key, [(extension, place) for _, extension, place in entries]
+
+
+def _with_keys(files: Iterable[Member]) -> Iterator[tuple[str, str, Span]]:
+    for name, place in files:
+        folder, slash, last = name.rpartition("/")
+        stem, _, extension = last.partition(".")
+        if stem and extension and not re.match(r"__[^/]*__($|/)", name):  # webdataset's own metadata
+            yield folder + slash + stem, extension.lower(), place

@@ -10,20 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from flextok_pl.data.samples import STACKED, Decoder
-from flextok_pl.data.shards.index import IMAGE_EXTENSIONS, INDEX_NAME, ShardError, ShardIndex, is_utf8
+from flextok_pl.data.shards.index import IMAGE_EXTENSIONS, INDEX_NAME, ShardError, ShardIndex, file_sha256, is_utf8
 from flextok_pl.data.shards.jobs import run_jobs
-from flextok_pl.data.shards.listing import tar_samples
+from flextok_pl.data.shards.tars import tar_samples
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong.
-
-    Args:
-        shard: path of the tar, or of the index.
-        key: of the sample; None where it is not about one.
-        problem: what is wrong.
-    """
+    """Something that is wrong with a tar or an index, or with the sample that the key names."""
 
     shard: Path
     key: str | None
@@ -35,15 +29,7 @@ class Finding:
 
 @dataclass
 class Verification:
-    """What was read of one or several sets.
-
-    Args:
-        shards: number of tar files.
-        samples: number of samples in them.
-        bytes: their size.
-        findings: what is wrong.
-        duplicates: pictures that are, byte for byte, also stored under another key.
-    """
+    """What was read of one or several sets; duplicates are pictures that another key has, too, byte for byte."""
 
     shards: int = 0
     samples: int = 0
@@ -56,10 +42,10 @@ class Verification:
 class _Shard:
     """What was read of one tar: per sample its key and the digest of its picture, and the first sample's shapes."""
 
-    samples: list[tuple[str, bytes | None]]
-    bytes: int
     findings: list[Finding]
+    samples: list[tuple[str, bytes | None]] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    bytes: int = 0
 
 
 def verify_sets(folders: Sequence[Path], num_workers: int | None = None) -> Verification:
@@ -84,67 +70,70 @@ def verify_sets(folders: Sequence[Path], num_workers: int | None = None) -> Veri
         except (ShardError, OSError) as error:
             result.findings.append(Finding(file, None, str(error)))
             continue
-        known = {shard.name for shard in index.shards}
-        result.findings += [
-            Finding(path, None, f"it is not in {INDEX_NAME}")
-            for path in sorted(folder.glob("*.tar"))
-            if path.name not in known
-        ]
-        keys: dict[str, Path] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        numbers, counts = range(len(index.shards)), [shard.count for shard in index.shards]
-        shards = run_jobs(partial(_verify_shard, index), numbers, num_workers, str(folder), "sample", counts)
-        for path, shard in zip(index.paths, shards, strict=True):
-            result.shards += 1
-            result.samples += len(shard.samples)
-            result.bytes += shard.bytes
-            result.findings += shard.findings
-            for name, shape in shard.shapes.items():
-                if shapes.setdefault(name, shape) != shape:
-                    result.findings.append(Finding(path, None, _other_shape(name, shape, shapes[name])))
-            for key, digest in shard.samples:
-                if key in keys:
-                    result.findings.append(Finding(path, key, f"the same key is in {keys[key]}"))
-                keys[key] = path
-                if digest is not None and digest in pictures:
-                    first, other = pictures[digest]
-                    result.duplicates.append(Finding(path, key, f"the same picture is {other!r} in {first}"))
-                elif digest is not None:
-                    pictures[digest] = (path, key)
+        unknown = sorted(set(folder.glob("*.tar")) - set(index.paths))
+        result.findings += [Finding(path, None, f"it is not in {INDEX_NAME}") for path in unknown]
+        _verify_set(index, num_workers, result, pictures)
     return result
+
+
+def _verify_set(
+    index: ShardIndex, num_workers: int | None, result: Verification, pictures: dict[bytes, tuple[Path, str]]
+) -> None:
+    """Read the shards of a set, and add what is found to the result and the pictures by their digests."""
+    keys: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    numbers, counts = range(len(index.shards)), [shard.count for shard in index.shards]
+    shards = run_jobs(partial(_verify_shard, index), numbers, num_workers, str(index.folder), "sample", counts)
+    for path, shard in zip(index.paths, shards, strict=True):
+        result.shards += 1
+        result.samples += len(shard.samples)
+        result.bytes += shard.bytes
+        result.findings += shard.findings
+        for name, shape in shard.shapes.items():
+            if shapes.setdefault(name, shape) != shape:
+                result.findings.append(Finding(path, None, _other_shape(name, shape, shapes[name])))
+        for key, digest in shard.samples:
+            if key in keys:
+                result.findings.append(Finding(path, key, f"the same key is in {keys[key]}"))
+            keys[key] = path
+            if digest is not None and digest in pictures:
+                first, other = pictures[digest]
+                result.duplicates.append(Finding(path, key, f"the same picture is {other!r} in {first}"))
+            elif digest is not None:
+                pictures[digest] = (path, key)
 
 
 def _verify_shard(index: ShardIndex, number: int) -> _Shard:
     expected, path = index.shards[number], index.paths[number]
-    problems: list[str] = []
-    findings: list[Finding] = []
+    if not path.is_file():
+        return _Shard([Finding(path, None, "it is missing")])
+    found: list[tuple[str | None, str]] = []  # key and problem
     samples: list[tuple[str, bytes | None]] = []
     shapes: dict[str, tuple[int, ...]] = {}
-    if not path.is_file():
-        return _Shard([], 0, [Finding(path, None, "it is missing")])
     size = path.stat().st_size
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     if size != expected.bytes:
-        problems.append(f"it has {size:,} bytes instead of {expected.bytes:,}")
-    elif digest != expected.sha256:
-        problems.append(f"it does not match its checksum in {INDEX_NAME}")
+        found.append((None, f"it has {size:,} bytes instead of {expected.bytes:,}"))
+    elif file_sha256(path) != expected.sha256:
+        found.append((None, f"it does not match its checksum in {INDEX_NAME}"))
     try:
         for key, files in tar_samples(path.parent, path.name):
             raw: dict[str, Any] = {"__key__": key, "__url__": str(path)}
             for extension, span in files:
                 if extension in raw:
-                    findings.append(Finding(path, key, f"it has two files .{extension}"))
+                    found.append((key, f"it has two files .{extension}"))
                 raw[extension] = span.read(path.parent)
             if not is_utf8(key):
-                findings.append(Finding(path, key, "its key is not UTF-8; rename its file and write the set again"))
-            findings += [Finding(path, key, problem) for problem in _problems(index, raw, shapes)]
-            samples.append((key, _picture_digest(raw)))
+                found.append((key, "its key is not UTF-8; rename its file and write the set again"))
+            found += [(key, problem) for problem in _problems(index, raw, shapes)]
+            content = next((raw[extension] for extension in IMAGE_EXTENSIONS if extension in raw), None)
+            digest = None if content is None else hashlib.blake2b(content, digest_size=16).digest()
+            samples.append((key, digest))
     except (ValueError, OSError) as error:
-        problems.append(str(error))
+        found.append((None, str(error)))
     if len(samples) != expected.count:
-        problems.append(f"it holds {len(samples)} samples instead of {expected.count}")
-    return _Shard(samples, size, [*(Finding(path, None, problem) for problem in problems), *findings], shapes)
+        found.append((None, f"it holds {len(samples)} samples instead of {expected.count}"))
+    found.sort(key=lambda entry: entry[0] is not None)  # those of the shard first
+    return _Shard([Finding(path, *entry) for entry in found], samples, shapes, size)
 
 
 def _problems(index: ShardIndex, raw: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> list[str]:
@@ -173,8 +162,3 @@ def _problems(index: ShardIndex, raw: dict[str, Any], shapes: dict[str, tuple[in
 
 def _other_shape(name: str, shape: tuple[int, ...], first: tuple[int, ...]) -> str:
     return f"its {name} have the shape {shape} instead of the {first} of the samples before"
-
-
-def _picture_digest(raw: dict[str, Any]) -> bytes | None:
-    content = next((raw[extension] for extension in IMAGE_EXTENSIONS if extension in raw), None)
-    return None if content is None else hashlib.blake2b(content, digest_size=16).digest()

@@ -7,7 +7,6 @@ known to be ours, and the next one goes on from it where the arguments are the s
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,9 +18,9 @@ from typing import Any, TypeVar
 
 from webdataset.writer import TarWriter
 
-from flextok_pl.data.shards.index import INDEX_NAME, ShardError, ShardIndex, ShardInfo, is_utf8
+from flextok_pl.data.shards.index import INDEX_NAME, ShardError, ShardIndex, ShardInfo, file_sha256, is_utf8
 from flextok_pl.data.shards.jobs import run_jobs
-from flextok_pl.data.shards.listing import files_in_tar, grouped
+from flextok_pl.data.shards.tars import files_in_tar, grouped
 from flextok_pl.files import whole_file, write_file
 
 PARTIAL_NAME = f"{INDEX_NAME}.partial"
@@ -50,13 +49,6 @@ def shard_name(number: int) -> str:
 def write_shard(path: Path, samples: Iterable[Sample]) -> ShardInfo:
     """Write one tar file atomically; equal samples give equal bytes.
 
-    Args:
-        path: final name of the shard.
-        samples: its content, in order.
-
-    Returns:
-        Name, sample count, size and checksum.
-
     Raises:
         ShardError: a key that WebDataset cannot read back.
         OSError: the disk is full, or writing failed otherwise; nothing stays behind.
@@ -72,9 +64,8 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> ShardInfo:
 
 def _shard_info(path: Path, name: str) -> ShardInfo:
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
         count = sum(1 for _ in grouped(files_in_tar(file)))
-    return ShardInfo(name=name, count=count, bytes=path.stat().st_size, sha256=digest)
+    return ShardInfo(name, count, path.stat().st_size, file_sha256(path))
 
 
 def _check_key(key: str) -> None:
@@ -136,11 +127,7 @@ def start_set(folder: Path, arguments: Mapping[str, Any], overwrite: bool) -> Sh
 
 
 def shard_sizes(total: int, samples_per_shard: int) -> list[int]:
-    """Samples of each shard: as few shards as that allows, alike but for one sample, the larger ones first.
-
-    Raises:
-        ValueError: `samples_per_shard` is out of range.
-    """
+    """Samples of each shard: as few shards as that allows, alike but for one sample, the larger ones first."""
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard={samples_per_shard} must be at least 1")
     number = -(-total // samples_per_shard)
@@ -150,11 +137,8 @@ def shard_sizes(total: int, samples_per_shard: int) -> list[int]:
 def complete_shard(path: Path, count: int | None = None) -> ShardInfo | None:
     """What `write_shard` returned for a shard that an interrupted run has left complete, else None: write it.
 
-    That the shard has its final name says that it was complete; whether it is still a tar file is seen here.
-
-    Args:
-        path: of the shard.
-        count: samples that it must have, where that is known.
+    That the shard has its final name says that it was complete; whether it is still a tar file, and of `count` samples
+    where that is given, is seen here.
     """
     try:
         shard = _shard_info(path, path.name)

@@ -1,0 +1,111 @@
+"""Random access to the samples of a shard, and shards that are opened ahead of their use."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+from flextok_pl.data.shards.index import ShardError, ShardIndex
+from flextok_pl.data.shards.tars import Member, Span, files_in_tar, grouped
+
+
+class Shard:
+    """The samples of the shard `number` of a set, by their number in it.
+
+    When it is opened the headers are read and the contents skipped; of a sample nothing else is read than its files.
+
+    Raises:
+        ShardError: the tar is damaged or does not hold the number of samples that the index states.
+    """
+
+    def __init__(self, index: ShardIndex, number: int) -> None:
+        self.index, self.where = index, index.locate(number)
+        try:
+            self._file = index.open(number)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        try:
+            self._samples = [self._sample(key, files) for key, files in grouped(files_in_tar(self._file))]
+        except (OSError, tarfile.TarError, ValueError) as error:
+            self._file.close()
+            raise self._unreadable(error) from error
+        expected = index.shards[number].count
+        if len(self._samples) != expected:
+            self._file.close()
+            raise ShardError(
+                f"shard {self.where} holds {len(self._samples)} samples instead of the {expected} in its index: it is "
+                "truncated or was changed; copy it again, or write the set again with overwrite"
+            )
+
+    def _sample(self, key: str, files: list[Member]) -> dict[str, Any]:
+        """Where the files of a sample lie."""
+        places: dict[str, Any] = dict(files)
+        if len(places) < len(files):
+            raise ValueError(f"sample {key!r} has two files of one kind, of {sorted(name for name, _ in files)}")
+        return {"__key__": key, "__url__": self.where, **places}
+
+    def read(self, sample: int) -> dict[str, Any]:
+        """A raw sample: `__key__`, `__url__`, and bytes by extension.
+
+        Raises:
+            ShardError: the file cannot be read.
+        """
+        raw = dict(self._samples[sample])
+        try:
+            for name, value in raw.items():
+                if isinstance(value, Span):
+                    raw[name] = os.pread(self._file.fileno(), value.size or 0, value.offset)
+                    if len(raw[name]) != value.size:
+                        raise EOFError("the file ends early")
+        except (OSError, EOFError) as error:
+            raise self._unreadable(error) from error
+        return raw
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _unreadable(self, error: Exception) -> ShardError:
+        reason = error.args[-1] if isinstance(error, OSError) else error.args[0]
+        return ShardError(
+            f"shard {self.where} cannot be read ({reason}); copy it again, or write the set again with overwrite"
+        )
+
+
+class OpenShards:
+    """Shards, each a set and a position in it, held open; those asked for ahead are brought in the background."""
+
+    def __init__(self, shards: list[tuple[ShardIndex, int]]) -> None:
+        self.shards = shards
+        self._open: dict[int, Future[Shard]] = {}
+        self._thread = ThreadPoolExecutor(1, "flextok-shards")
+
+    def __enter__(self) -> OpenShards:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._thread.shutdown(cancel_futures=True)
+        self.keep(())
+
+    def prepare(self, numbers: Iterable[int]) -> None:
+        """Open these shards in the background, in this order."""
+        for number in numbers:
+            if number not in self._open:
+                self._open[number] = self._thread.submit(Shard, *self.shards[number])
+
+    def __getitem__(self, number: int) -> Shard:
+        """An open shard; waits for it."""
+        return self._open[number].result()
+
+    def keep(self, numbers: Iterable[int]) -> None:
+        """Close all shards but these."""
+        for number in self._open.keys() - set(numbers):
+            future = self._open.pop(number)
+            if not future.cancel() and future.exception() is None:
+                future.result().close()
