@@ -341,7 +341,7 @@ def test_generate(
         (["--budgets", "a"], "budgets='a'"),
         (["--top-p", "0"], "top_p=0.0"),
         (["--samples", "0"], "samples=0"),
-        (["--prior", "nowhere"], "no checkpoint file"),
+        (["--prior", "nowhere"], "no checkpoint 'nowhere'"),
         (["--tokenizer", str(DEMO_TOKENIZER)], "set model.net.vocab_size"),
     ):
         assert message in error_of(capsys, *command, *arguments)
