@@ -7,9 +7,9 @@ The published architecture is described in FlexTok (https://arxiv.org/abs/2502.1
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isqrt
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -19,6 +19,23 @@ Layout = Literal["registers", "grid"]
 Objective = Literal["flow", "mse"]
 
 ConfigT = TypeVar("ConfigT", "VAEConfig", "FlexTokConfig", "PriorConfig")
+
+
+def _as_tuples(config: object, *names: str) -> None:
+    for name in names:
+        object.__setattr__(config, name, tuple(getattr(config, name)))
+
+
+def _at_least(config: object, **minima: int) -> None:
+    for name, least in minima.items():
+        if getattr(config, name) < least:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least {least}")
+
+
+def _preset(presets: Mapping[str, ConfigT], name: str) -> ConfigT:
+    if name not in presets:
+        raise ValueError(f"preset {name!r} is unknown; use one of {sorted(presets)}")
+    return presets[name]
 
 
 @dataclass(frozen=True)
@@ -58,11 +75,10 @@ class VAEConfig:
     shift_factor: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("block_out_channels", "down_block_types", "up_block_types"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        _as_tuples(self, "block_out_channels", "down_block_types", "up_block_types")
         if self.kind not in ("kl", "pixel"):
             raise ValueError(f"kind={self.kind!r} is not a known autoencoder; use 'kl' or 'pixel'")
-        if self.kind == "pixel" and 3 * isqrt(self.latent_channels // 3) ** 2 != self.latent_channels:
+        if self.kind == "pixel" and 3 * math.isqrt(self.latent_channels // 3) ** 2 != self.latent_channels:
             raise ValueError(
                 f"latent_channels={self.latent_channels} is not 3 * f**2: a 'pixel' autoencoder folds f x f "
                 "pixels of 3 channels, so use 3, 12, 27, 48, ..."
@@ -74,7 +90,7 @@ class VAEConfig:
     def downsampling(self) -> int:
         """Image pixels per latent position, along each side."""
         if self.kind == "pixel":
-            return isqrt(self.latent_channels // 3)
+            return math.isqrt(self.latent_channels // 3)
         return int(2 ** (len(self.block_out_channels) - 1))
 
 
@@ -146,19 +162,15 @@ class FlexTokConfig:
     objective: Objective = "flow"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fsq_levels", tuple(self.fsq_levels))
-        object.__setattr__(self, "grid_size", tuple(self.grid_size))
+        _as_tuples(self, "fsq_levels", "grid_size")
+        _at_least(self, encoder_head_dim=1, encoder_depth=1, decoder_head_dim=1, decoder_depth=1)
+        _at_least(self, num_registers=1, patch_size=1, latent_channels=1)
         for side in ("encoder", "decoder"):
             width, head_dim = getattr(self, f"{side}_width"), getattr(self, f"{side}_head_dim")
-            if head_dim < 1 or width % head_dim:
+            if width % head_dim:
                 raise ValueError(f"{side}_width={width} must be a multiple of {side}_head_dim={head_dim}")
             if width % 4:
                 raise ValueError(f"{side}_width={width} must be a multiple of 4 for sin-cos positions")
-            if getattr(self, f"{side}_depth") < 1:
-                raise ValueError(f"{side}_depth={getattr(self, f'{side}_depth')} must be at least 1")
-        for name in ("num_registers", "patch_size", "latent_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not self.fsq_levels or min(self.fsq_levels) < 2:
             raise ValueError(f"fsq_levels={self.fsq_levels} needs at least one entry, each 2 or more")
         if self.vae is not None and self.vae.latent_channels != self.latent_channels:
@@ -178,18 +190,13 @@ class FlexTokConfig:
         for name, known in (("layout", Layout), ("objective", Objective)):
             if getattr(self, name) not in get_args(known):
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {get_args(known)}")
-        if self.layout == "grid":
-            self._check_grid()
-
-    def _check_grid(self) -> None:
-        """Refuse what a model without registers cannot be."""
-        rows, columns = self.grid_size
-        if self.num_registers != rows * columns:
+        patches = math.prod(self.grid_size)
+        if self.layout == "grid" and self.num_registers != patches:
             raise ValueError(
                 f"num_registers={self.num_registers} with layout='grid' must be the number of patches; grid_size="
-                f"{self.grid_size} has {rows * columns} of them: set num_registers={rows * columns}"
+                f"{self.grid_size} has {patches} of them: set num_registers={patches}"
             )
-        if not self.causal_registers:
+        if self.layout == "grid" and not self.causal_registers:
             raise ValueError(
                 "causal_registers=False has no effect with layout='grid', which has no registers; leave it out"
             )
@@ -197,10 +204,7 @@ class FlexTokConfig:
     @property
     def vocab_size(self) -> int:
         """Number of distinct tokens."""
-        size = 1
-        for level in self.fsq_levels:
-            size *= level
-        return size
+        return math.prod(self.fsq_levels)
 
     @staticmethod
     def preset(name: str) -> FlexTokConfig:
@@ -209,9 +213,7 @@ class FlexTokConfig:
         Raises:
             ValueError: the name is unknown.
         """
-        if name not in _PRESETS:
-            raise ValueError(f"preset {name!r} is unknown; use one of {sorted(_PRESETS)}")
-        return _PRESETS[name]
+        return _preset(_PRESETS, name)
 
 
 def _published(encoder_depth: int, decoder_depth: int) -> FlexTokConfig:
@@ -311,11 +313,8 @@ class PriorConfig:
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "class_names", tuple(self.class_names))
-        minima = {"num_classes": 0, "vocab_size": 2, "num_tokens": 1, "depth": 1, "head_dim": 1, "null_text_length": 1}
-        for name, least in minima.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        _as_tuples(self, "class_names")
+        _at_least(self, num_classes=0, vocab_size=2, num_tokens=1, depth=1, head_dim=1, null_text_length=1)
         if self.width < 1 or self.width % self.head_dim:
             raise ValueError(f"width={self.width} must be a multiple of head_dim={self.head_dim}")
         if self.text_width is not None and self.text_width < 1:
@@ -338,9 +337,7 @@ class PriorConfig:
         Raises:
             ValueError: the name is unknown.
         """
-        if name not in _PRIOR_PRESETS:
-            raise ValueError(f"preset {name!r} is unknown; use one of {sorted(_PRIOR_PRESETS)}")
-        return _PRIOR_PRESETS[name]
+        return _preset(_PRIOR_PRESETS, name)
 
 
 _CLASS_DEPTHS = {"49m": 10, "85m": 12, "201m": 16, "393m": 20, "679m": 24, "1.33b": 30}

@@ -3,10 +3,14 @@
 Shapes: B batch, K registers.
 """
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
-BUDGET_LAWS = ("uniform", "pow2", "uniform_pow2", "exponential", "none")
+from flextok_pl.config import NestedDropoutLaw
+
+BUDGET_LAWS = get_args(NestedDropoutLaw)
 
 
 def sample_num_tokens(law: str, batch_size: int, num_registers: int, generator: torch.Generator) -> Tensor:
@@ -26,8 +30,7 @@ def sample_num_tokens(law: str, batch_size: int, num_registers: int, generator: 
     Raises:
         ValueError: the law is unknown.
     """
-    if law not in BUDGET_LAWS:
-        raise ValueError(f"nested_dropout={law!r} is unknown; use one of {BUDGET_LAWS}")
+    _check_law(law)
     device = generator.device
     if law == "none":
         return torch.full((batch_size,), num_registers, device=device)
@@ -46,18 +49,10 @@ def sample_num_tokens(law: str, batch_size: int, num_registers: int, generator: 
 def budget_probabilities(law: str, num_registers: int) -> Tensor:
     """Probability of each budget under a law of `sample_num_tokens`.
 
-    Args:
-        law: as in `sample_num_tokens`.
-        num_registers: K.
-
     Returns:
         (K+1,) float64; entry k is the probability of k tokens, that of none being 0.
-
-    Raises:
-        ValueError: the law is unknown.
     """
-    if law not in BUDGET_LAWS:
-        raise ValueError(f"nested_dropout={law!r} is unknown; use one of {BUDGET_LAWS}")
+    _check_law(law)
     probabilities = torch.zeros(num_registers + 1, dtype=torch.float64)
     if law == "none":
         probabilities[-1] = 1
@@ -71,6 +66,11 @@ def budget_probabilities(law: str, num_registers: int) -> Tensor:
         weights = choices - before if law == "uniform_pow2" else torch.ones_like(choices)
         probabilities[choices] = weights.to(probabilities.dtype)
     return probabilities / probabilities.sum()
+
+
+def _check_law(law: str) -> None:
+    if law not in BUDGET_LAWS:
+        raise ValueError(f"nested_dropout={law!r} is unknown; use one of {BUDGET_LAWS}")
 
 
 def _exponential_weights(num_registers: int) -> Tensor:

@@ -6,11 +6,14 @@ Shapes: B batch; tensors of latents are (B, ...).
 """
 
 import math
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-TIMESTEP_LAWS = ("logit_normal", "uniform", "mode")
+from flextok_pl.config import TimestepLaw
+
+TIMESTEP_LAWS = get_args(TimestepLaw)
 
 
 def interpolate(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:

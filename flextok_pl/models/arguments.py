@@ -110,6 +110,12 @@ def as_budgets(num_tokens: Any, batch_size: int) -> list[int]:
     return wanted
 
 
+def check_budget(budget: Any, most: int, name: str = "num_tokens") -> None:
+    """Refuse what is no number of tokens in 1..K."""
+    if not is_whole(budget) or not 1 <= budget <= most:
+        raise ValueError(f"{name}={budget} is not in 1..{most}, the budgets of this model")
+
+
 def as_size(size: Any, name: str) -> tuple[int, int]:
     """(height, width).
 

@@ -117,29 +117,21 @@ class FlowDecoder(nn.Module):
     def _sequence(
         self, patches: Tensor, codes: Tensor, num_tokens: Tensor | None, null: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """What the blocks compute for (B, N, D) patches, and its mask, (B, L) or None; the rest as in `forward`."""
+        """What the blocks compute for (B, N, D) patches, and its mask, (B, L) or None."""
         if self.layout == "grid":
-            return patches + self.condition_patches(codes, num_tokens, null).to(patches.dtype), None
+            return patches + self._condition_of_patches(codes, num_tokens, null).to(patches.dtype), None
         n = patches.shape[1]
-        registers, counts = self.condition(codes, num_tokens, null, n)
+        registers, counts = self._registers(codes, num_tokens, null, n)
         x = torch.cat([patches, registers.to(patches.dtype)], dim=1)  # (B, N+m', D)
         return x, None if counts is None else F.pad(counts, (n, 0), value=1.0).log()
 
-    def condition(
+    def _registers(
         self, codes: Tensor, num_tokens: Tensor | None, null: Tensor | None, num_patches: int
     ) -> tuple[Tensor, Tensor | None]:
-        """The register positions of a batch with mixed budgets, the identical ones merged.
+        """Register inputs (B, m', D) of mixed budgets, and how many registers each stands for, (B, m').
 
-        Args:
-            codes: as in `forward`.
-            num_tokens: as in `forward`.
-            null: as in `forward`.
-            num_patches: N.
-
-        Returns:
-            Register inputs (B, m', D), and how many registers each stands for, (B, m'): 1 for a kept token, K-k for the
-            first dropped one, 0 for those behind it. m' is min(m+1, K), on a GPU up to 7 more. Or (B, K, D) and None
-            where all K tokens are kept.
+        That is 1 for a kept token, K-k for the first dropped one, 0 for those behind it. m' is min(m+1, K), on a GPU up
+        to 7 more. Or (B, K, D) and None where all K tokens are kept.
         """
         m, total = codes.shape[1], self.num_registers
         whole = num_tokens is None and null is None and m == total
@@ -153,14 +145,8 @@ class FlowDecoder(nn.Module):
         counts = torch.where(place == 0, total - kept[:, None], place < 0)
         return torch.where(place[..., None] < 0, tokens, merged[:, None].to(tokens.dtype)), counts.float()
 
-    def condition_patches(self, codes: Tensor, num_tokens: Tensor | None, null: Tensor | None) -> Tensor:
-        """What the patches of a grid are given, (B, N, D): token i for patch i, or what replaces it; N is K.
-
-        Args:
-            codes: as in `forward`.
-            num_tokens: as in `forward`.
-            null: as in `forward`.
-        """
+    def _condition_of_patches(self, codes: Tensor, num_tokens: Tensor | None, null: Tensor | None) -> Tensor:
+        """What the patches of a grid are given, (B, N, D): token i for patch i, or what replaces it; N is K."""
         kept, replacement = self._replacement(codes, num_tokens, null)
         tokens = self.code_embed(codes.to(self.code_embed.weight.dtype))  # (B, m, D)
         tokens = F.pad(tokens, (0, 0, 0, self.num_registers - codes.shape[1]))  # (B, N, D)

@@ -98,13 +98,7 @@ def sample_draws(
 
 
 def draws_of_each(config: FlexTokConfig, latents: Tensor, generators: Sequence[torch.Generator]) -> TrainingDraws:
-    """Draw each image's own from its own generator, so that they do not depend on the rest of the batch.
-
-    Args:
-        config: see `sample_draws`.
-        latents: (B, C, h, w); gives shape and device.
-        generators: B CPU generators.
-    """
+    """`sample_draws` for each image from its own generator, so that they do not depend on the rest of the batch."""
     latents = latents.contiguous()  # noise fills the memory in its order, which may depend on the size of the batch
     each = [sample_draws(config, latents[i : i + 1], generator) for i, generator in enumerate(generators)]
     return TrainingDraws(*(torch.cat(parts) for parts in zip(*each, strict=True)))

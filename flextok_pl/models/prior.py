@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flextok_pl.config import PriorConfig
-from flextok_pl.contracts import PositionScale, check_sampling, is_whole
+from flextok_pl.contracts import PositionScale, check_sampling
 from flextok_pl.interop import PRIOR_FORMATS
 from flextok_pl.layers.blocks import run_block
 from flextok_pl.layers.causal import NORM_EPS, CausalBlock, KeyValueCache, TextMemory
-from flextok_pl.models.arguments import as_generators, as_ids
+from flextok_pl.models.arguments import as_generators, as_ids, check_budget
 from flextok_pl.models.pretrained import load_model, save_model
 from flextok_pl.models.sampling import sample_tokens, scale_at_positions
 from flextok_pl.precision import accumulation_dtype, full_precision
@@ -211,8 +211,7 @@ class Prior(nn.Module):
         """
         config = self.config
         length = config.num_tokens if num_tokens is None else num_tokens
-        if not is_whole(length) or not 1 <= length <= config.num_tokens:
-            raise ValueError(f"num_tokens={num_tokens} is not in 1..{config.num_tokens}, the budgets of this prior")
+        check_budget(length, config.num_tokens)
         check_sampling(temperature, top_k, top_p)
         scales = scale_at_positions(cfg_scale, config.num_tokens)
         batch = _batch_size(condition, prefix, generator)

@@ -1,5 +1,11 @@
 """FlexTok: images to 1..K ordered tokens, and back (https://arxiv.org/abs/2502.13967).
 
+What is special about it:
+- An autoencoder makes latents of an image; the registers of a ViT read them and are quantised to tokens.
+- Tokens are ordered: a register sees no later one, and training drops all tokens after a random number of them.
+- A rectified flow decodes latents from any number of first tokens, under guidance.
+- What is used computes in float32 and checks its arguments; what is trained computes as the caller says.
+
 Shapes: B batch, C channels, h x w latent, K registers, k <= K kept tokens, L FSQ levels.
 """
 
@@ -15,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from flextok_pl.config import FlexTokConfig
-from flextok_pl.contracts import GuidanceScale, is_whole, weights_hash
+from flextok_pl.contracts import GuidanceScale, weights_hash
 from flextok_pl.flow.decoding import Decoding
 from flextok_pl.interop import TOKENIZER_FORMATS
 from flextok_pl.layers.frozen import Frozen
@@ -26,10 +32,11 @@ from flextok_pl.models.arguments import (
     as_images,
     as_size,
     as_token_batch,
+    check_budget,
     check_finite,
     check_image_values,
 )
-from flextok_pl.models.decoder import FlowDecoder, Velocity
+from flextok_pl.models.decoder import FlowDecoder
 from flextok_pl.models.encoder import RegisterEncoder
 from flextok_pl.models.fsq import FSQ
 from flextok_pl.models.pretrained import load_model, save_model
@@ -42,8 +49,8 @@ DIVERGED = "the weights hold some, or have diverged: load or train others"
 class FlexTok(nn.Module):
     """The tokenizer: an autoencoder for latents, a register encoder, FSQ, and a flow decoder.
 
-    `encode_latents`, `tokenize`, `sample_latents` and `detokenize` use it: they check their arguments, and compute in
-    float32 without TF32, also under autocast. `encode`, `velocity` and `decode_velocity` are what is trained: they have
+    `encode_latents`, `tokenize`, `sample_latents` and `detokenize` use it: they compute in float32 without TF32, also
+    under autocast, and refuse values that are not finite. `encode` and `velocity` are what is trained: they have
     gradients, and compute in the precision of the caller.
 
     Args:
@@ -93,7 +100,7 @@ class FlexTok(nn.Module):
         vae_config: dict[str, Any] | str | Path | None = None,
         device: str | torch.device | None = None,
     ) -> FlexTok:
-        """Load a tokenizer saved by this package or by the official code, in evaluation mode.
+        """Load a tokenizer saved by this package or by the official code, in evaluation mode and float32.
 
         Args:
             path_or_hub_id: a `.safetensors` file, a folder with `model.safetensors`, or a Hub id; what is on this
@@ -158,11 +165,7 @@ class FlexTok(nn.Module):
         }
 
     def require_vae(self) -> VAE:
-        """The autoencoder.
-
-        Raises:
-            ValueError: this tokenizer was built without one.
-        """
+        """The autoencoder, or a `ValueError` where there is none."""
         if self.vae is None:
             raise ValueError(
                 "this tokenizer has no VAE (config.vae is null), so it works on latents only; "
@@ -209,18 +212,15 @@ class FlexTok(nn.Module):
         """
         self._check_latents(latents)
         if num_tokens is not None:
-            self._check_budget(num_tokens)
+            check_budget(num_tokens, self.num_registers)
         require_float32(self.encoder.patch_posemb.dtype, "tokenizer")
         return self.encoder(latents.float(), num_tokens)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def tokenize_latents(self, latents: Tensor, num_tokens: int | None = None) -> Tensor:
         """`tokenize` without the VAE, and without a look at the values: scaled latents (B, C, h, w) -> (B, k) int64."""
-        return self.quantizer.codes_to_tokens(self._quantized(latents, num_tokens))
-
-    def _quantized(self, latents: Tensor, num_tokens: int | None) -> Tensor:
         with full_precision(self.device):
-            return self.quantizer(self.encode(latents, num_tokens))  # type: ignore[no-any-return]
+            return self.quantizer.codes_to_tokens(self.quantizer(self.encode(latents, num_tokens)))
 
     @overload
     def tokenize(self, images: Tensor, num_tokens: int | None = None, quality: None = None) -> Tensor: ...
@@ -245,10 +245,9 @@ class FlexTok(nn.Module):
         Raises:
             ValueError: the images are no floating point around [-1, 1], or an argument does not fit the model.
         """
-        if num_tokens is not None:
-            self._check_budget(num_tokens)
         latents = self.encode_latents(images)
-        codes = self._quantized(latents, num_tokens)
+        with full_precision(self.device):
+            codes = self.quantizer(self.encode(latents, num_tokens))
         check_finite(codes, "the encoder's codes", DIVERGED)
         tokens = self.quantizer.codes_to_tokens(codes)
         if quality is None:
@@ -282,50 +281,54 @@ class FlexTok(nn.Module):
         Raises:
             ValueError: an argument does not fit the model.
         """
-        return self.decode_velocity(x_t, t, tokens_or_codes, num_tokens, null).velocity
-
-    def decode_velocity(
-        self,
-        x_t: Tensor,
-        t: Tensor | float,
-        tokens_or_codes: Tensor,
-        num_tokens: int | Tensor | None = None,
-        null: Tensor | None = None,
-    ) -> Velocity:
-        """`velocity` together with the patch features that REPA compares with a teacher."""
         self._check_latents(x_t)
         require_float32(self.decoder.patch_posemb.dtype, "tokenizer")
         codes = tokens_or_codes
         if not codes.is_floating_point():
             codes = self.quantizer.tokens_to_codes(codes)
         length = codes.shape[1]
-        self._check_budget(length, "length of tokens_or_codes")
+        check_budget(length, self.num_registers, "length of tokens_or_codes")
         if isinstance(num_tokens, int):
-            self._check_budget(num_tokens)
+            check_budget(num_tokens, self.num_registers)
             # A common budget needs no per-sample visibility: the codes are simply cut.
             codes, num_tokens = codes[:, : min(num_tokens, length)], None
         elif num_tokens is not None:
             num_tokens = num_tokens.to(codes.device)
         null = None if null is None else null.to(codes.device)
         t = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).expand(len(x_t))
-        return self.decoder(x_t, t, codes, num_tokens, null)  # type: ignore[no-any-return]
+        return self.decoder(x_t, t, codes, num_tokens, null).velocity  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def sample_latents(
         self,
         tokens: Tensor | Sequence[Tensor],
         num_tokens: int | Tensor | None = None,
-        num_steps: int = 25,
-        guidance: str = "apg",
-        guidance_scale: GuidanceScale = 7.5,
+        decoding: Decoding | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         noise: Tensor | None = None,
         latent_size: tuple[int, int] | None = None,
-        solver: str = "euler",
     ) -> Tensor:
         """`detokenize` without the VAE: the scaled latents, (B, C, h, w)."""
-        decoding = Decoding(num_steps, guidance, guidance_scale, solver)
-        return self._sample(tokens, num_tokens, decoding, generator, noise, latent_size)
+        require_float32(self.decoder.patch_posemb.dtype, "tokenizer")
+        codes, kept = self._codes_and_budgets(tokens, num_tokens)
+        x = self._noise(len(codes), generator, noise, latent_size)
+        if self.config.objective == "mse":
+            x = torch.zeros_like(x)
+        if len(codes) == 0:
+            return x
+        null = torch.ones(len(codes), dtype=torch.bool, device=x.device)
+        with full_precision(self.device):
+            latents = (
+                (decoding or Decoding())
+                .under(self.config.objective)
+                .sample(
+                    lambda x, t: self.decoder(x, x.new_full((len(x),), t), codes, kept).velocity,
+                    lambda x, t: self.decoder(x, x.new_full((len(x),), t), codes[:, :0], null=null).velocity,
+                    x,
+                )
+            )
+        check_finite(latents, "the decoded latents", DIVERGED)
+        return latents
 
     @torch.no_grad()
     def detokenize(
@@ -366,37 +369,11 @@ class FlexTok(nn.Module):
         """
         vae = self.require_vae()
         decoding = Decoding(num_steps, guidance, guidance_scale, solver)
-        latents = self._sample(tokens, num_tokens, decoding, generator, noise, latent_size)
+        latents = self.sample_latents(tokens, num_tokens, decoding, generator, noise, latent_size)
         with full_precision(self.device):
             images = vae.decode(latents)
         check_finite(images, "the decoded images", DIVERGED)
         return images
-
-    def _sample(
-        self,
-        tokens: Tensor | Sequence[Tensor],
-        num_tokens: int | Tensor | None,
-        decoding: Decoding,
-        generator: torch.Generator | Sequence[torch.Generator] | None,
-        noise: Tensor | None,
-        latent_size: tuple[int, int] | None,
-    ) -> Tensor:
-        require_float32(self.decoder.patch_posemb.dtype, "tokenizer")
-        codes, kept = self._codes_and_budgets(tokens, num_tokens)
-        x = self._noise(len(codes), generator, noise, latent_size)
-        if self.config.objective == "mse":
-            x = torch.zeros_like(x)
-        if len(codes) == 0:
-            return x
-        null = torch.ones(len(codes), dtype=torch.bool, device=x.device)
-        with full_precision(self.device):
-            latents = decoding.under(self.config.objective).sample(
-                lambda x, t: self.decoder(x, x.new_full((len(x),), t), codes, kept).velocity,
-                lambda x, t: self.decoder(x, x.new_full((len(x),), t), codes[:, :0], null=null).velocity,
-                x,
-            )
-        check_finite(latents, "the decoded latents", DIVERGED)
-        return latents
 
     def _codes_and_budgets(
         self, tokens: Tensor | Sequence[Tensor], num_tokens: int | Tensor | None
@@ -405,10 +382,10 @@ class FlexTok(nn.Module):
         rows = as_token_batch(tokens)
         lengths = [len(row) for row in rows]
         for length in set(lengths):
-            self._check_budget(length, "number of tokens given")
+            check_budget(length, self.num_registers, "number of tokens given")
         budgets = lengths if num_tokens is None else as_budgets(num_tokens, len(rows))
         for budget in set(budgets):
-            self._check_budget(budget)
+            check_budget(budget, self.num_registers)
         budgets = [min(pair) for pair in zip(budgets, lengths, strict=True)]
         if not budgets:
             return torch.zeros(0, self.num_registers, len(self.config.fsq_levels), device=self.device), None
@@ -437,10 +414,6 @@ class FlexTok(nn.Module):
             raise ValueError(f"noise has {len(noise)} entries for {batch_size} samples; give one each")
         check_finite(noise, "noise", "draw it anew")
         return noise.to(self.device, torch.float32)
-
-    def _check_budget(self, budget: int, name: str = "num_tokens") -> None:
-        if not is_whole(budget) or not 1 <= budget <= self.num_registers:
-            raise ValueError(f"{name}={budget} is not in 1..{self.num_registers}, the budgets of this tokenizer")
 
     def _check_latents(self, latents: Tensor, name: str = "latents") -> None:
         channels, patch = self.config.latent_channels, self.config.patch_size

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flextok_pl.flow.decoding import Decoding
 from flextok_pl.flow.guidance import AdaptiveProjectedGuidance
 from flextok_pl.flow.rectified import interpolate, logit_normal_from_uniform, mode_from_uniform, stratify
 from flextok_pl.interop import official
@@ -110,7 +111,8 @@ def test_hidden_states(tokenizer: FlexTok, golden: dict[str, Tensor]) -> None:
     first = tokenizer.decoder.blocks[0].register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     last = tokenizer.decoder.blocks[-1].register_forward_hook(lambda _, __, output: outputs.append(output))
     with torch.no_grad():
-        result = tokenizer.decode_velocity(golden["vel_xt"], golden["vel_t"], golden["tokens"], 4)
+        codes = tokenizer.quantizer.tokens_to_codes(golden["tokens"])[:, :4]
+        result = tokenizer.decoder(golden["vel_xt"], golden["vel_t"], codes)
     first.remove(), last.remove()
     packed_in = golden["dec_packed_in_tokens_k4"][0, : 2 * 80].view(2, 80, -1)
     assert_near(inputs[0][:, :68], packed_in[:, :68], FEATURES)  # patches and the four kept registers
@@ -132,25 +134,30 @@ def test_hidden_states(tokenizer: FlexTok, golden: dict[str, Tensor]) -> None:
     ],
 )
 def test_detokenize(tokenizer: FlexTok, golden: dict[str, Tensor], name: str, guidance: str, scale: object) -> None:
-    arguments = {"num_steps": 5, "guidance": guidance, "guidance_scale": scale, "noise": golden["detok_init_noise"]}
-    latents = tokenizer.sample_latents(golden["tokens"], **arguments)
+    decoding, noise = Decoding(num_steps=5, guidance=guidance, guidance_scale=scale), golden["detok_init_noise"]
+    latents = tokenizer.sample_latents(golden["tokens"], decoding=decoding, noise=noise)
     assert_near(latents, golden[f"detok_{name}_latents"], SAMPLES)
     if f"detok_{name}_image" in golden:
-        assert_near(tokenizer.detokenize(golden["tokens"], **arguments), golden[f"detok_{name}_image"], SAMPLES)
+        assert_near(
+            tokenizer.detokenize(golden["tokens"], noise=noise, **decoding.arguments),
+            golden[f"detok_{name}_image"],
+            SAMPLES,
+        )
 
 
 @pytest.mark.parametrize(("guidance", "scale"), [("cfg", 3.0), ("apg", 7.5)])
 def test_detokenize_ragged(tokenizer: FlexTok, golden: dict[str, Tensor], guidance: str, scale: float) -> None:
     tokens = golden["tokens"]
     theirs = golden[f"detok_k3_7_{'cfg3' if guidance == 'cfg' else 'apg7.5'}_latents"]
-    arguments = {"num_steps": 5, "guidance": guidance, "guidance_scale": scale, "noise": golden["detok_init_noise"]}
+    decoding = Decoding(num_steps=5, guidance=guidance, guidance_scale=scale)
+    arguments = {"decoding": decoding, "noise": golden["detok_init_noise"]}
     assert_near(tokenizer.sample_latents([tokens[0, :3], tokens[1, :7]], **arguments), theirs, SAMPLES)
     assert_near(tokenizer.sample_latents(tokens, torch.tensor([3, 7]), **arguments), theirs, SAMPLES)
 
 
 def test_noise_is_drawn_per_image(tokenizer: FlexTok, golden: dict[str, Tensor]) -> None:
     seed = json.loads((GOLDEN / "meta.json").read_text())["seed"] + 2
-    arguments = {"num_steps": 5, "guidance": "none", "latent_size": (16, 16)}
+    arguments = {"decoding": Decoding(num_steps=5, guidance="none"), "latent_size": (16, 16)}
     latents = tokenizer.sample_latents(golden["tokens"], generator=torch.Generator().manual_seed(seed), **arguments)
     assert_near(latents, golden["detok_all_plain_latents"], SAMPLES)
 
