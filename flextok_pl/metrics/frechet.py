@@ -34,16 +34,15 @@ class FeatureStatistics:
         self._factor: Tensor | None = None
 
     @classmethod
-    def from_moments(cls, mean: Tensor, covariance: Tensor, count: int | None = None) -> FeatureStatistics:
-        """Statistics that someone else took.
+    def from_moments(cls, mean: Tensor, covariance: Tensor) -> FeatureStatistics:
+        """Statistics that someone else took of enough samples for full rank.
 
         Args:
             mean: (D,).
-            covariance: (D, D), with the N - 1 divisor.
-            count: N; None where it is unknown, which is taken as enough for full rank.
+            covariance: (D, D).
 
         Raises:
-            ValueError: shapes that do not fit, values that are not finite, or fewer than two samples.
+            ValueError: shapes that do not fit, or values that are not finite.
         """
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise ValueError(
@@ -52,11 +51,9 @@ class FeatureStatistics:
         if not (mean.isfinite().all() and covariance.isfinite().all()):
             raise ValueError("mean or covariance hold NaN or infinite values")
         statistics = cls(len(mean))
-        statistics.count = statistics.dim + 1 if count is None else count
-        if statistics.count < 2:
-            raise ValueError(f"a covariance needs at least two samples, there are {count}")
+        statistics.count = statistics.dim + 1
         statistics.mean = mean.cpu().double()
-        statistics.scatter = covariance.cpu().double() * (statistics.count - 1)
+        statistics.scatter = covariance.cpu().double() * statistics.dim
         return statistics
 
     @property
@@ -97,27 +94,14 @@ class FeatureStatistics:
         if len(features) == 0:
             return
         rows = features.detach().cpu().double()
-        mean = rows.mean(0)
-        self._merge_centred(len(rows), mean, rows - mean)
-
-    def merge(self, other: FeatureStatistics) -> None:
-        """Add the samples that `other` has seen."""
-        if other.dim != self.dim:
-            raise ValueError(f"statistics of {other.dim} and {self.dim} features cannot be merged")
-        if other.count:
-            self.scatter += other.scatter
-            self._merge_centred(other.count, other.mean, other.mean.new_zeros(0, self.dim))
-
-    def _merge_centred(self, count: int, mean: Tensor, centred: Tensor) -> None:
-        """Add `count` samples with this mean whose scatter is centred^T centred."""
-        total = self.count + count
+        mean, total = rows.mean(0), self.count + len(rows)
         shift = mean - self.mean
-        between = shift * (self.count * count / total) ** 0.5  # scatter between the two means, as one more row
-        rows = torch.cat([centred, between[None]])
+        between = shift * (self.count * len(rows) / total) ** 0.5  # scatter between the two means, as one more row
+        centred = torch.cat([rows - mean, between[None]])
         for start in range(0, self.dim, BLOCK):  # half the work: `covariance` mirrors the lower triangle
-            columns = rows[:, : start + BLOCK]
+            columns = centred[:, : start + BLOCK]
             self.scatter[start : start + BLOCK, : start + BLOCK].addmm_(columns[:, start:].T, columns)
-        self.mean += shift * (count / total)
+        self.mean += shift * (len(rows) / total)
         self.count = total
         self._factor = None
 

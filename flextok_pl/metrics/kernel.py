@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flextok_pl.precision import accumulation_dtype
 
+SUBSETS, SUBSET_SIZE = 100, 1000
 WHOLE = 5000
 """Up to this number of samples the kernel is taken of all pairs at once, since the subsets share most of them."""
 
@@ -21,16 +22,9 @@ def polynomial_kernel(a: Tensor, b: Tensor) -> Tensor:
 
 
 def unbiased_mmd(kernel_aa: Tensor, kernel_ab: Tensor, kernel_bb: Tensor, paired: bool = False) -> Tensor:
-    """Unbiased squared maximum mean discrepancy.
+    """Unbiased squared maximum mean discrepancy: (S, S) three times -> a scalar.
 
-    Args:
-        kernel_aa: (S, S).
-        kernel_ab: (S, S).
-        kernel_bb: (S, S).
-        paired: b_i was made from a_i, so that only i != j are independent in `kernel_ab`.
-
-    Returns:
-        A scalar.
+    With `paired` b_i was made from a_i, so that only i != j are independent in `kernel_ab`.
     """
     size = len(kernel_aa)
     pairs = size * (size - 1)
@@ -40,32 +34,12 @@ def unbiased_mmd(kernel_aa: Tensor, kernel_ab: Tensor, kernel_bb: Tensor, paired
 
 
 def draw_subsets(num_a: int, num_b: int, subsets: int, size: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of index subsets without replacement, a function of the arguments only.
-
-    Args:
-        num_a: samples to choose from on one side.
-        num_b: samples to choose from on the other.
-        subsets: number of pairs.
-        size: S.
-        seed: of the draw.
-
-    Returns:
-        `subsets` pairs of (S,) int64.
-    """
+    """Pairs of (S,) int64 indices without replacement, among so many samples on either side."""
     generator = torch.Generator().manual_seed(seed)
     return [
         (torch.randperm(num_a, generator=generator)[:size], torch.randperm(num_b, generator=generator)[:size])
         for _ in range(subsets)
     ]
-
-
-SUBSETS, SUBSET_SIZE = 100, 1000
-
-
-def kernel_facts(count: int) -> str:
-    """What a record says of a distance between sets whose smaller one has `count` samples."""
-    whole = count <= SUBSET_SIZE
-    return f"cubic polynomial, {f'all {count} samples at once' if whole else f'{SUBSETS} subsets of {SUBSET_SIZE}'}"
 
 
 def kernel_distance(
@@ -115,3 +89,9 @@ def kernel_distance(
     pairs = draw_subsets(len(a), len(b), subsets, subset_size, seed)
     values = torch.stack([estimate(i, i if paired else j) for i, j in pairs])
     return float(values.mean()), float(values.std(correction=0))
+
+
+def kernel_facts(count: int) -> str:
+    """What a record says of a distance between sets whose smaller one has `count` samples."""
+    subsets = f"all {count} samples at once" if count <= SUBSET_SIZE else f"{SUBSETS} subsets of {SUBSET_SIZE}"
+    return f"cubic polynomial, {subsets}"

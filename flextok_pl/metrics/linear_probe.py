@@ -40,17 +40,10 @@ class LinearProbe:
 
     @classmethod
     @torch.inference_mode(False)
-    def fit(
-        cls,
-        features: Tensor,
-        labels: Tensor,
-        num_classes: int,
-        extractor: str,
-        l2: float = 0.1,
-        balanced: bool = True,
-        max_iterations: int = 200,
-    ) -> LinearProbe:
+    def fit(cls, features: Tensor, labels: Tensor, num_classes: int, extractor: str, l2: float = 0.1) -> LinearProbe:
         """The minimum of mean cross-entropy + l2 / 2 |weight|^2, which is unique, by L-BFGS in float64.
+
+        All classes weigh the same, however many samples they have.
 
         Args:
             features: (N, D) of real images.
@@ -58,8 +51,6 @@ class LinearProbe:
             num_classes: C.
             extractor: the name of the features' extractor.
             l2: strength of the penalty; needed, since more features than samples can be separated perfectly.
-            balanced: let all classes weigh the same, however many samples they have.
-            max_iterations: of L-BFGS.
 
         Raises:
             ValueError: a label out of range, a class without samples, or `l2` not positive.
@@ -83,12 +74,10 @@ class LinearProbe:
         class_means = torch.zeros(num_classes, rows.shape[1], dtype=torch.float64).index_add_(0, labels, centred)
         class_means /= counts[:, None]
         inputs = centred / scale
-        class_weights = 1 / counts.to(rows.dtype) if balanced else None
+        class_weights = 1 / counts.to(rows.dtype)
         weight = torch.zeros_like(class_means, requires_grad=True)
         bias = torch.zeros(num_classes, dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.LBFGS(
-            [weight, bias], max_iter=max_iterations, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
-        )
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:
             optimizer.zero_grad()

@@ -23,14 +23,8 @@ BLOCK = 1024
 """Rows of a distance matrix that are in memory at a time."""
 
 
-def neighbour_distances(features: Tensor, *ks: int) -> list[Tensor]:
-    """Distance of each sample to its k-th nearest neighbour, not counting itself: (N, D) -> one (N,) for each k."""
-    (points,), step = _on_grid(features)
-    return [step * squared.sqrt() for squared in _squared_radii(points, *ks)]
-
-
-def _on_grid(*sets: Tensor) -> tuple[list[Tensor], float]:
-    """Sets of (N, D) features as whole numbers in float64, on the CPU, and what a unit of them is.
+def _on_grid(*sets: Tensor) -> list[Tensor]:
+    """Sets of (N, D) features as whole numbers in float64, on the CPU.
 
     Squared distances between such numbers are exact in float64, in whatever order they are summed up. So the distance
     from a sample to its k-th neighbour is the same from either end, and of copies it is zero. With 2,048 features the
@@ -40,8 +34,7 @@ def _on_grid(*sets: Tensor) -> tuple[list[Tensor], float]:
     moved = [each - exact[0][0] for each in exact]
     bits = (51 - (sets[0].shape[1] - 1).bit_length()) // 2  # D (2 * 2^bits)^2 is at most 2^53
     _, exponent = math.frexp(max(float(each.abs().max()) for each in moved))
-    step = 2.0 ** (exponent - bits)
-    return [(each / step).round() for each in moved], step
+    return [(each / 2.0 ** (exponent - bits)).round() for each in moved]
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
@@ -88,7 +81,7 @@ def manifold_scores(
             f"k={k} and density_k={density_k} neighbours must be at least 1, with more samples than that on each side; "
             f"there are {len(real)} real and {len(generated)} generated"
         )
-    (real, generated), _ = _on_grid(real, generated)
+    real, generated = _on_grid(real, generated)
     real_radii, dense_radii = _squared_radii(real, k, density_k)
     (generated_radii,) = _squared_radii(generated, k)
     precise = held = 0

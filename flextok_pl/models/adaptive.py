@@ -3,7 +3,7 @@
 The smallest budget of each image is found by bisection. All images of a batch are decoded together, at a different
 budget each, so a search takes about log2 K batched decodings.
 
-Shapes: B batch, H x W image, K registers, M images that are still searched.
+Shapes: B batch, H x W image, K registers.
 """
 
 from __future__ import annotations
@@ -51,34 +51,13 @@ class Quality:
             raise ValueError(f"target={self.target} must be a number, the largest distance allowed")
 
 
-def smallest_budgets(distance_at: Callable[[Tensor, Tensor], Tensor], target: float, count: int, most: int) -> Tensor:
-    """Search by bisection, all images at once.
+def smallest_budgets(
+    images: Tensor, tokens: Tensor, latent_size: tuple[int, int], quality: Quality, detokenize: Callable[..., Tensor]
+) -> Tensor:
+    """Search by bisection, all images at once, each from the same noise at every budget.
 
     Quality mostly, not always, rises with the budget. A returned budget below K has reached the target, and the search
     has seen some smaller budget fail.
-
-    Args:
-        distance_at: (M,) int64 numbers of images and (M,) budgets -> (M,) distances.
-        target: largest distance allowed.
-        count: B.
-        most: K.
-
-    Returns:
-        (B,) int64 budgets; K where no budget that was tried reaches the target.
-    """
-    low, high = torch.ones(count, dtype=torch.int64), torch.full((count,), most)
-    while (open_ := (low < high).nonzero().flatten()).numel():
-        middle = (low[open_] + high[open_]) // 2
-        reached = distance_at(open_, middle).cpu() <= target
-        high[open_] = torch.where(reached, middle, high[open_])
-        low[open_] = torch.where(reached, low[open_], middle + 1)
-    return high
-
-
-def searched_budgets(
-    images: Tensor, tokens: Tensor, latent_size: tuple[int, int], quality: Quality, detokenize: Callable[..., Tensor]
-) -> Tensor:
-    """The smallest budget at which each image reaches a quality, as `smallest_budgets` searches it.
 
     Args:
         images: (B, 3, H, W) in [-1, 1].
@@ -88,14 +67,15 @@ def searched_budgets(
         detokenize: a tokenizer's.
 
     Returns:
-        (B,) int64 on the CPU.
+        (B,) int64 on the CPU; K where no budget that was tried reaches the target.
     """
-
-    def distance_at(which: Tensor, budgets: Tensor) -> Tensor:
-        which = which.to(tokens.device)
+    low, high = torch.ones(len(tokens), dtype=torch.int64), torch.full((len(tokens),), tokens.shape[1])
+    while (open_ := (low < high).nonzero().flatten()).numel():
+        middle = (low[open_] + high[open_]) // 2
+        which = open_.to(tokens.device)
         made = detokenize(
             tokens[which],
-            num_tokens=budgets,
+            num_tokens=middle,
             num_steps=quality.num_steps,
             guidance=quality.guidance,
             guidance_scale=quality.guidance_scale,
@@ -103,6 +83,7 @@ def searched_budgets(
             latent_size=latent_size,
         )
         with full_precision(images.device):
-            return quality.distance(images[which], made)
-
-    return smallest_budgets(distance_at, quality.target, len(tokens), tokens.shape[1])
+            reached = quality.distance(images[which], made).cpu() <= quality.target
+        high[open_] = torch.where(reached, middle, high[open_])
+        low[open_] = torch.where(reached, low[open_], middle + 1)
+    return high

@@ -25,7 +25,7 @@ from flextok_pl.contracts import GuidanceScale, weights_hash
 from flextok_pl.flow.decoding import Decoding
 from flextok_pl.interop import TOKENIZER_FORMATS
 from flextok_pl.layers.frozen import Frozen
-from flextok_pl.models.adaptive import Quality, searched_budgets
+from flextok_pl.models.adaptive import Quality, smallest_budgets
 from flextok_pl.models.arguments import (
     as_budgets,
     as_generators,
@@ -253,7 +253,7 @@ class FlexTok(nn.Module):
         if quality is None:
             return tokens
         size = (latents.shape[2], latents.shape[3])
-        budgets = searched_budgets(as_images(images).to(self.device), tokens, size, quality, self.detokenize)
+        budgets = smallest_budgets(as_images(images).to(self.device), tokens, size, quality, self.detokenize)
         return [row[:budget] for row, budget in zip(tokens, budgets.tolist(), strict=True)]
 
     def velocity(

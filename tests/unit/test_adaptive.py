@@ -10,16 +10,22 @@ from flextok_pl.models.adaptive import smallest_budgets, squared_error
 from flextok_pl.models.perceptual import PerceptualDistance
 
 
+def search(count, most, distance_at, target):
+    """The budgets of `count` images whose distances are known, and how many were decoded each time."""
+    asked = []
+
+    def detokenize(tokens, num_tokens, **options):
+        asked.append(len(tokens))
+        return num_tokens
+
+    tokens = torch.zeros(count, most, dtype=torch.int64)
+    return smallest_budgets(torch.arange(count), tokens, (4, 4), Quality(target, distance_at), detokenize), asked
+
+
 @pytest.mark.parametrize("most", [1, 2, 7, 16])
 def test_the_search_finds_the_smallest_budget(most):
     """Image i reaches the target from budget i + 1 on; those beyond K never do."""
-    asked = []
-
-    def distance_at(which, budgets):
-        asked.append(len(which))
-        return torch.where(budgets > which, 0.5, 0.6)
-
-    found = smallest_budgets(distance_at, 0.5, count=most + 2, most=most)
+    found, asked = search(most + 2, most, lambda which, budgets: torch.where(budgets > which, 0.5, 0.6), 0.5)
     assert found.tolist() == [*range(1, most + 1), most, most]
     assert len(asked) <= math.ceil(math.log2(most)) if most > 1 else not asked
     assert asked == sorted(asked, reverse=True), "images that are done are not decoded again"
@@ -27,7 +33,7 @@ def test_the_search_finds_the_smallest_budget(most):
 
 def test_the_search_is_sound_where_quality_does_not_rise_with_the_budget():
     distances = torch.rand(200, 33, generator=torch.Generator().manual_seed(0))
-    found = smallest_budgets(lambda which, k: distances[which, k], 0.3, 200, 32)
+    found, _ = search(200, 32, lambda which, k: distances[which, k], 0.3)
     reached = distances[torch.arange(200), found] <= 0.3
     assert (reached | (found == 32)).all() and reached.float().mean() > 0.5
 

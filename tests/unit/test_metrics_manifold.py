@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from flextok_pl.metrics import manifold
-from flextok_pl.metrics.manifold import manifold_scores, neighbour_distances
+from flextok_pl.metrics.manifold import manifold_scores
 
 
 def precision_recall(real, generated, k):
@@ -16,12 +16,6 @@ def precision_recall(real, generated, k):
 
 def _line(*places):
     return torch.tensor(places, dtype=torch.float64)[:, None]
-
-
-def test_neighbours_by_hand():
-    first, second = neighbour_distances(_line(0, 1, 3, 7), 1, 2)
-    assert (first.tolist(), second.tolist()) == ([1, 1, 2, 4], [3, 2, 3, 6])
-    assert neighbour_distances(_line(5, 5, 5), 2)[0].tolist() == [0, 0, 0], "copies are neighbours"
 
 
 def test_precision_and_recall_by_hand():
