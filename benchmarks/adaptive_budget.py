@@ -16,8 +16,7 @@ import torch
 from report import write_results
 
 from flextok_pl import DEMO_TOKENIZER, FlexTok, Quality, ShardDataModule
-from flextok_pl.evaluation.pictures import pairs_grid, save_png
-from flextok_pl.metrics.images import to_uint8
+from flextok_pl.evaluation.pictures import image_grid, save_png
 from flextok_pl.models.adaptive import squared_error
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -76,9 +75,9 @@ def main() -> None:
         if options.picture and budget == options.fixed[len(options.fixed) // 2]:
             order = needed.argsort(stable=True)
             chosen = torch.cat([order[:5], order[-5:]])
-            shown = to_uint8(decode([searched[i] for i in chosen.tolist()])).cpu()
+            shown = decode([searched[i] for i in chosen.tolist()])
             names = [f"{needed[i]} tokens" for i in chosen.tolist()]
-            save_png(pairs_grid(names, {"decoded": (to_uint8(images[chosen]).cpu(), shown)}), Path(options.picture))
+            save_png(image_grid([("original", images[chosen]), ("decoded", shown)], names), Path(options.picture))
     write_results("adaptive_budget", vars(options), {"fixed": fixed, **results}, options.json)
 
 

@@ -24,7 +24,7 @@ from flextok_pl.data.conditions import class_index
 from flextok_pl.distributed import all_agree, gather_objects
 from flextok_pl.evaluation.generation import Classifier, GenerationStatistics
 from flextok_pl.evaluation.image_set import ImageSet, open_image_set
-from flextok_pl.evaluation.pictures import generation_grid, save_png
+from flextok_pl.evaluation.pictures import image_grid, save_png
 from flextok_pl.evaluation.probe import fitted_probe, probe_data
 from flextok_pl.evaluation.running import Pass, first_rows
 from flextok_pl.keys import sample_generators
@@ -396,10 +396,8 @@ class GenerationFID(BudgetEvaluation[GenerationStatistics]):
 
     def _grid(self, done: Pass[GenerationStatistics]) -> Tensor:
         rows = first_rows([row for part in gather_objects(done.grid) for row in part], len(done.grid) or 1)
-        return generation_grid(
-            [name for _, name, _ in rows],
-            {budget: torch.stack([shown[budget] for *_, shown in rows]) for budget in done.columns},
-        )
+        columns = [(budget, torch.stack([shown[budget] for *_, shown in rows])) for budget in done.columns]
+        return image_grid(columns, [name for _, name, _ in rows])
 
     def _protocol(self) -> dict[str, Any]:
         return {

@@ -16,7 +16,7 @@ from flextok_pl.backbones.lpips import LPIPS
 from flextok_pl.callbacks.budget_evaluation import BudgetEvaluation
 from flextok_pl.callbacks.evaluation import module_reconstructor
 from flextok_pl.distributed import gather_objects
-from flextok_pl.evaluation.pictures import pairs_grid, reconstruction_grid
+from flextok_pl.evaluation.pictures import image_grid
 from flextok_pl.evaluation.reconstruction import PairDistance, ReconstructionStatistics, reconstruct_at_budgets
 from flextok_pl.evaluation.running import Pass, first_rows
 from flextok_pl.keys import key_hash
@@ -191,24 +191,20 @@ class ReconstructionFID(BudgetEvaluation[ReconstructionStatistics]):
 
     def _grid(self, done: Pass[ReconstructionStatistics]) -> Tensor:
         rows = first_rows([row for part in gather_objects(done.grid) for row in part], self.grid_samples)
-        return reconstruction_grid(
-            torch.stack([original for _, original, _ in rows]),
-            {budget: torch.stack([shown[budget] for *_, shown in rows]) for budget in done.columns},
-        )
+        columns = [(budget, torch.stack([shown[budget] for *_, shown in rows])) for budget in done.columns]
+        return image_grid([("original", torch.stack([original for _, original, _ in rows])), *columns])
 
     def _further_pictures(self, done: Pass[ReconstructionStatistics]) -> dict[str, Tensor]:
         parts = gather_objects(done.extremes)
         ends = [f"{end} {budget}" for end in ENDS for budget in done.columns]
         rows = {end: first_rows([row for part in parts for row in part.get(end, [])], EXTREMES) for end in ends}
         count = min(len(found) for found in rows.values())
-        names, pairs = [f"{end} {i + 1}" for end in ENDS for i in range(count)], {}
+        columns: list[tuple[str | int, Tensor]] = []
         for budget in done.columns:
             chosen = [row for end in ENDS for row in rows[f"{end} {budget}"][:count]]
-            pairs[f"k={budget}"] = (
-                torch.stack([original for _, original, _ in chosen]),
-                torch.stack([shown[budget] for *_, shown in chosen]),
-            )
-        return {"extremes.png": pairs_grid(names, pairs)}
+            columns.append(("original", torch.stack([original for _, original, _ in chosen])))
+            columns.append((budget, torch.stack([shown[budget] for *_, shown in chosen])))
+        return {"extremes.png": image_grid(columns, [f"{end} {i + 1}" for end in ENDS for i in range(count)])}
 
     def _protocol(self) -> dict[str, Any]:
         return {"num_seeds": self.num_seeds}

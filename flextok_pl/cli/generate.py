@@ -14,7 +14,7 @@ from flextok_pl.cli.commands import COMMANDS
 from flextok_pl.cli.tool import call, parsed, tool_parser
 from flextok_pl.cli.tools import checked_budgets, default_device
 from flextok_pl.data.conditions import class_index
-from flextok_pl.evaluation.pictures import generation_grid, save_png
+from flextok_pl.evaluation.pictures import image_grid, save_png
 from flextok_pl.modules.prior_base import PriorBase
 from flextok_pl.modules.saved_prior import SavedPrior
 
@@ -95,7 +95,7 @@ def generate_images(
     }
     target = Path(out).expanduser()
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_png(generation_grid(names, images), target)
+    save_png(image_grid(images.items(), names), target)
     print(f"{target}: pictures: {len(names)}, at {wanted} tokens")
 
 

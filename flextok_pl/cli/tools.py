@@ -15,7 +15,7 @@ from flextok_pl.contracts import default_budgets, weights_hash
 from flextok_pl.data import ShardIndex, write_latents, write_tokens
 from flextok_pl.data.pictures import read_picture
 from flextok_pl.data.transforms import center_crop, to_tensor
-from flextok_pl.evaluation.pictures import reconstruction_grid, save_png
+from flextok_pl.evaluation.pictures import image_grid, save_png
 from flextok_pl.models.teacher import Teacher, resized_map
 from flextok_pl.models.text import TextEncoder
 from flextok_pl.models.tokenizer import FlexTok
@@ -180,7 +180,7 @@ def reconstruct_images(
         ).cpu()
     target = Path(out).expanduser()
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_png(reconstruction_grid(originals, decoded), target)
+    save_png(image_grid([("original", originals), *decoded.items()]), target)
     print(f"{target}: pictures: {len(images)}, at {wanted} tokens")
 
 

@@ -5,7 +5,7 @@ B images, H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,55 +24,43 @@ PADDING = 2
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-def reconstruction_grid(originals: Tensor, reconstructions: Mapping[int, Tensor]) -> Tensor:
-    """One row per image: the original, then its reconstruction at each budget.
+def image_grid(columns: Iterable[tuple[str | int, Tensor]], names: Sequence[str] | None = None) -> Tensor:
+    """Columns of images under their headings, with or without a column of names before them.
 
     Args:
-        originals: (B, 3, H, W), floating point in [-1, 1] or uint8.
-        reconstructions: token budget -> (B, 3, H, W), in the order of the columns.
+        columns: heading and (B, 3, H, W) images, floating point in [-1, 1] or uint8; a heading that is a number is a
+            token budget.
+        names: B names, one for each row; long ones are broken into lines, and cut where they do not fit.
 
     Returns:
         (3, H', W') uint8.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: the columns' shapes differ.
     """
-    columns = [("original", originals), *((f"k={budget}", images) for budget, images in reconstructions.items())]
-    for heading, images in columns:
-        if images.shape != originals.shape:
-            raise ValueError(f"{heading}: shape {tuple(images.shape)} differs from originals {tuple(originals.shape)}")
-    return _grid(columns)
-
-
-def generation_grid(names: Sequence[str], generated: Mapping[int, Tensor]) -> Tensor:
-    """One row per condition: its name, then the image at each budget.
-
-    Args:
-        names: B conditions; long ones are broken into lines, and cut where they do not fit.
-        generated: token budget -> (B, 3, H, W), floating point in [-1, 1] or uint8.
-
-    Returns:
-        (3, H', W') uint8.
-    """
-    return _grid([(f"k={budget}", images) for budget, images in generated.items()], names)
-
-
-def pairs_grid(names: Sequence[str], pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
-    """One row per name: under each heading an original and its reconstruction.
-
-    Args:
-        names: B names.
-        pairs: heading of the reconstructions -> originals and reconstructions, each (B, 3, H, W) uint8.
-
-    Returns:
-        (3, H', W') uint8.
-    """
-    columns = [
-        (heading, images)
-        for name, pair in pairs.items()
-        for heading, images in zip(("original", name), pair, strict=True)
-    ]
-    return _grid(columns, names)
+    headed = [(f"k={heading}" if isinstance(heading, int) else heading, images) for heading, images in columns]
+    batch, _, height, width = shape = headed[0][1].shape
+    font = _fitting_font([heading for heading, _ in headed], width)
+    top = int(font.getbbox("original")[3]) + 2 * PADDING
+    first = PADDING if names is None else 2 * width + PADDING
+    size = (first + len(headed) * (width + PADDING), batch * (height + PADDING) + top)
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    points = max(8, min(16, height // 5))
+    small = ImageFont.load_default(points)
+    for row, name in enumerate(names or []):
+        text = "\n".join(_lines(name, small, 2 * width - 2 * PADDING)[: max(1, int(height / (1.4 * points)))])
+        middle = (PADDING, top + row * (height + PADDING) + height / 2)
+        draw.multiline_text(middle, text, fill="black", font=small, anchor="lm")
+    for column, (heading, images) in enumerate(headed):
+        if images.shape != shape:
+            raise ValueError(f"{heading}: shape {tuple(images.shape)} differs from the first one's, {tuple(shape)}")
+        left = first + column * (width + PADDING)
+        draw.text((left + width / 2, PADDING), heading, fill="black", font=font, anchor="ma")
+        pixels = images if images.dtype == torch.uint8 else to_uint8(images)
+        for row, picture in enumerate(pixels.permute(0, 2, 3, 1).cpu().numpy()):  # (H, W, 3)
+            canvas.paste(Image.fromarray(picture), (left, top + row * (height + PADDING)))
+    return torch.from_numpy(np.asarray(canvas).copy()).permute(2, 0, 1)
 
 
 def figure_to_image(figure: Figure) -> Tensor:
@@ -92,30 +80,6 @@ def save_png(image: Tensor, path: Path) -> None:
     """Write (3, H, W) uint8 as a PNG file."""
     with whole_file(path) as temporary:
         Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(temporary, format="png")
-
-
-def _grid(columns: Sequence[tuple[str, Tensor]], names: Sequence[str] | None = None) -> Tensor:
-    """Columns of (B, 3, H, W) images under their headings, with or without a column of names before them."""
-    batch, _, height, width = columns[0][1].shape
-    font = _fitting_font([heading for heading, _ in columns], width)
-    top = int(font.getbbox("original")[3]) + 2 * PADDING
-    first = PADDING if names is None else 2 * width + PADDING
-    size = (first + len(columns) * (width + PADDING), batch * (height + PADDING) + top)
-    canvas = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(canvas)
-    points = max(8, min(16, height // 5))
-    small = ImageFont.load_default(points)
-    for row, name in enumerate(names or []):
-        text = "\n".join(_lines(name, small, 2 * width - 2 * PADDING)[: max(1, int(height / (1.4 * points)))])
-        middle = (PADDING, top + row * (height + PADDING) + height / 2)
-        draw.multiline_text(middle, text, fill="black", font=small, anchor="lm")
-    for column, (heading, images) in enumerate(columns):
-        left = first + column * (width + PADDING)
-        draw.text((left + width / 2, PADDING), heading, fill="black", font=font, anchor="ma")
-        pixels = images if images.dtype == torch.uint8 else to_uint8(images)
-        for row, picture in enumerate(pixels.permute(0, 2, 3, 1).cpu().numpy()):  # (H, W, 3)
-            canvas.paste(Image.fromarray(picture), (left, top + row * (height + PADDING)))
-    return torch.from_numpy(np.asarray(canvas).copy()).permute(2, 0, 1)
 
 
 def _fitting_font(texts: list[str], width: int) -> Font:

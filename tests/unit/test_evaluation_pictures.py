@@ -6,13 +6,13 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from flextok_pl.evaluation.pictures import figure_to_image, reconstruction_grid, save_figure, save_png
+from flextok_pl.evaluation.pictures import figure_to_image, image_grid, save_figure, save_png
 from flextok_pl.metrics.images import to_uint8
 
 
 def test_grid_has_originals_first_and_one_column_per_budget():
     originals = torch.full((2, 3, 40, 48), 10, dtype=torch.uint8)
-    grid = reconstruction_grid(originals, {1: originals + 20, 16: originals + 40})
+    grid = image_grid([("original", originals), (1, originals + 20), (16, originals + 40)])
     assert grid.dtype == torch.uint8
     top = grid.shape[1] - 2 * 42
     assert grid.shape == (3, top + 84, 3 * 50 + 2)
@@ -25,10 +25,10 @@ def test_grid_has_originals_first_and_one_column_per_budget():
 
 def test_grid_takes_model_output_and_refuses_mixed_shapes():
     images = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
-    as_float, as_levels = (reconstruction_grid(x, {4: x}) for x in (images, to_uint8(images)))
+    as_float, as_levels = (image_grid([("original", x), (4, x)]) for x in (images, to_uint8(images)))
     assert torch.equal(as_float, as_levels)
     with pytest.raises(ValueError, match="k=4"):
-        reconstruction_grid(images, {4: images[:, :, :16]})
+        image_grid([("original", images), (4, images[:, :, :16])])
 
 
 def test_files_hold_what_is_drawn(tmp_path):
