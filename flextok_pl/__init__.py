@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from flextok_pl.models.tokenizer import FlexTok
     from flextok_pl.models.vae import VAE
     from flextok_pl.modules import PriorModule, TokenizerModule, VAEModule
+    from flextok_pl.runtime import Trainer
 
 __all__ = [
     "DEMO_PRIOR",
@@ -32,6 +33,7 @@ __all__ = [
     "ReconstructionFID",
     "ShardDataModule",
     "TokenizerModule",
+    "Trainer",
     "VAEConfig",
     "VAEModule",
 ]
@@ -51,6 +53,7 @@ _HOMES = {
     "ReconstructionFID": "flextok_pl.callbacks",
     "ShardDataModule": "flextok_pl.data",
     "TokenizerModule": "flextok_pl.modules",
+    "Trainer": "flextok_pl.runtime",
     "VAEConfig": "flextok_pl.config",
     "VAEModule": "flextok_pl.modules",
 }

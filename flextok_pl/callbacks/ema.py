@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from flextok_pl.runtime.fit_loop import step_ends
+from flextok_pl.runtime.lightning_internals import step_ends
 from flextok_pl.runtime.sharding import CURRENT_STATE
 
 

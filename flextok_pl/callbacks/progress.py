@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
-from flextok_pl.runtime.fit_loop import step_ends
+from flextok_pl.runtime.lightning_internals import step_ends
 
 
 def progress() -> ProgressBar:
@@ -44,9 +44,9 @@ class StepBar(TQDMProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Show an optimizer step."""
-        bar = self.train_progress_bar
-        if step_ends(pl_module) and self._should_update(trainer.global_step, bar.total):
-            bar.n = trainer.global_step
+        bar, step = self.train_progress_bar, trainer.global_step
+        if step_ends(pl_module) and self.is_enabled and (step % self.refresh_rate == 0 or step == bar.total):
+            bar.n = step
             bar.set_postfix(self.get_metrics(trainer, pl_module))
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

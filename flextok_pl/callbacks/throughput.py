@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from flextok_pl.runtime.fit_loop import step_ends
+from flextok_pl.runtime.lightning_internals import step_ends
 
 
 class Throughput(Callback):

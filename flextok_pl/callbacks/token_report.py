@@ -18,7 +18,7 @@ from flextok_pl.contracts import default_budgets
 from flextok_pl.distributed import all_reduce_sum
 from flextok_pl.evaluation.pictures import figure_to_image
 from flextok_pl.precision import accumulation_dtype
-from flextok_pl.runtime.fit_loop import step_ends
+from flextok_pl.runtime.lightning_internals import step_ends
 
 
 class PositionSums:

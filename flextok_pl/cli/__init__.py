@@ -16,14 +16,11 @@ from pathlib import Path
 from types import ModuleType
 
 from flextok_pl.cli.commands import COMMANDS
+from flextok_pl.errors import UserError, told_to_the_user
 from flextok_pl.progress import say
 
 OPTIONAL = {"optuna": "sweep"}
 """Package that a whole command needs -> the extra that installs it."""
-
-
-class UserError(Exception):
-    """Something the user can put right; shown as one line without a traceback."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,10 +56,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "30")  # seconds; a log keeps every state of a bar
     try:
-        arguments = front.answer(command, arguments[words:])
-        if "torch" not in sys.modules:
-            say(f"flextok {command}: loading ...")
-        getattr(load(f"flextok_pl.cli.{module}"), function)(command, arguments)
+        with told_to_the_user():
+            arguments = front.answer(command, arguments[words:])
+            if "torch" not in sys.modules:
+                say(f"flextok {command}: loading ...")
+            getattr(load(f"flextok_pl.cli.{module}"), function)(command, arguments)
     except UserError as error:
         if debug:
             raise

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 TRAINER = "lightning.pytorch.trainer.trainer:Trainer"
 
+GIVEN_BY_THE_SUITE = ("model", "dataloaders", "datamodule", "train_dataloaders", "val_dataloaders")
+"""Parameters of the Trainer's methods that are no options."""
+
 
 @dataclass(frozen=True)
 class Command:

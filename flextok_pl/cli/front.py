@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from flextok_pl.cli import UserError, base_config
-from flextok_pl.cli.commands import COMMANDS, TRAINER
+from flextok_pl.cli import base_config
+from flextok_pl.cli.commands import COMMANDS, GIVEN_BY_THE_SUITE, TRAINER
 from flextok_pl.cli.options import (
     Option,
     Options,
@@ -28,6 +28,7 @@ from flextok_pl.cli.options import (
     unknown,
 )
 from flextok_pl.data.shards.index import ShardError, ShardIndex
+from flextok_pl.errors import UserError
 
 MODELS = ("VAEModule", "TokenizerModule", "PriorModule")
 """The classes of `flextok_pl.modules` that `model.class_path` names."""
@@ -45,8 +46,6 @@ GENERAL = {
     ),
 }
 """Options of all trainings, which Lightning describes at length or not at all."""
-GIVEN_BY_THE_SUITE = ("model", "dataloaders", "datamodule", "train_dataloaders", "val_dataloaders")
-"""Parameters of the Trainer's methods that are no options."""
 
 SUFFIXES = (".yaml", ".yml", ".json", ".safetensors", ".ckpt", ".npz")
 """A value that ends so is a file that is read, but for `OUTPUTS`."""

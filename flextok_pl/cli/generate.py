@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flextok_pl.assets import DEMO_PRIOR, DEMO_TOKENIZER
 from flextok_pl.cli.commands import COMMANDS
-from flextok_pl.cli.tool import call, parsed, tool_parser
+from flextok_pl.cli.tool import parsed, tool_parser
 from flextok_pl.cli.tools import checked_budgets, default_device
 from flextok_pl.data.conditions import class_index
 from flextok_pl.evaluation.pictures import image_grid, save_png
@@ -27,7 +27,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     options = parsed(parser, arguments)
     for parameter, option in COMMANDS[command].repeated.items():
         options[parameter] = options.pop(option)
-    call(generate_images, options)
+    generate_images(**options)
 
 
 def generate_images(

@@ -13,11 +13,9 @@ from typing import Any, Literal
 from jsonargparse import Namespace, strip_meta
 from lightning.pytorch.cli import LightningArgumentParser
 
-from flextok_pl.cli import UserError
 from flextok_pl.cli.front import Line
-from flextok_pl.cli.launch import devices_per_node, launch_of
 from flextok_pl.cli.plan_report import describe, record
-from flextok_pl.cli.training import ParsingCLI, check_precision, run_cli
+from flextok_pl.cli.training import ParsingCLI, check_precision, launch_of, run_cli
 from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig, config_from_dict
 from flextok_pl.cost.activations import FULL, Numerics
 from flextok_pl.cost.machines import MACHINES, Machine, machine
@@ -25,7 +23,9 @@ from flextok_pl.cost.plan import Plan, Recipe, Setup, Split, largest_split, memo
 from flextok_pl.cost.workload import Inputs, Workload, prior_workload, tokenizer_workload, vae_workload
 from flextok_pl.data.shards.index import ShardIndex
 from flextok_pl.data.shards.sources import load_indices
+from flextok_pl.errors import UserError
 from flextok_pl.files import write_file
+from flextok_pl.runtime.launch import devices_per_node
 
 # Module -> its network's configuration, its workload, and what it is trained on where nothing says otherwise.
 KINDS: dict[str, tuple[type[Any], Callable[..., Workload], Inputs]] = {
@@ -99,9 +99,10 @@ class PlanCLI(ParsingCLI):
         except UserError as error:
             raise UserError(f"{error}; give an experiment by --config, such as {EXAMPLE}") from error
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        options = self.config[subcommand]
-        plan = make_plan(options, self._experiment, self._given)
+    def run(self) -> None:
+        """Print the plan."""
+        options = self.config
+        plan = make_plan(options, self.experiment, self._given)
         print(describe(plan))
         if options.json is not None:
             target = Path(options.json).expanduser()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from importlib import import_module
@@ -18,11 +18,9 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from flextok_pl.cli import UserError
 from flextok_pl.contracts import run_folder
+from flextok_pl.errors import UserError
 from flextok_pl.files import write_file
-from flextok_pl.modules.resume import Change
-from flextok_pl.runtime import newest_intact
 
 IN_FOLDERS = (TensorBoardLogger, CSVLogger)
 """Loggers that keep what is logged in the run's folder."""
@@ -89,22 +87,25 @@ class RunPlace:
         assert self.version is not None
         return self.parent / (f"version_{self.version}" if isinstance(self.version, int) else self.version)
 
-    def newest_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint of this run, or of the experiment's run that wrote the newest; sets `version`.
+    def last_checkpoints(self, goes_on: bool) -> str | None:
+        """The checkpoints' folder of this run, or, where it has no name, of the run that wrote the newest checkpoint.
 
-        `Resume` reads it whole, in one process for all.
+        Args:
+            goes_on: whether this run is to be that one; else it gets a new number.
 
-        Raises:
-            ValueError: there are some, and none is whole.
+        Returns:
+            None where there is no checkpoint, after saying so.
         """
-        if self.version is None:
-            files = [file for file in self.parent.glob("*/checkpoints/*.ckpt") if file.exists()]
-            if not files:
-                return None
-            name = max((file.stat().st_mtime_ns, file.parents[1].name) for file in files)[1]
-            number = re.fullmatch(NUMBERED, name)
-            self.version = name if number is None else int(number[1])
-        return newest_intact(self.folder / "checkpoints", contents=False)
+        runs = self.parent.glob("*") if self.version is None else [self.folder]
+        files = [file for run in runs for file in run.glob("checkpoints/*.ckpt") if file.exists()]
+        if not files:
+            without = f"no run in {self.parent} has a" if self.version is None else f"{self.folder} has no"
+            print(f"{without} checkpoint yet: starting from the beginning", flush=True)
+            return None
+        run = max((file.stat().st_mtime_ns, file.parents[1]) for file in files)[1]
+        number = re.fullmatch(NUMBERED, run.name)
+        self.version = None if not goes_on else run.name if number is None else int(number[1])
+        return str(run / "checkpoints")
 
     def settle(self, go_on: bool) -> None:
         """Choose the folder.
@@ -188,18 +189,14 @@ class RunRecord(SaveConfigCallback):
     """Writes a run's `config.yaml`, and the names that services have for it, and says what starts.
 
     Args:
-        parser: that of the subcommand.
+        parser: that of the command.
         config: what it has parsed.
         title: name of the experiment.
-
-    Attributes:
-        changes: options of the model that are others than those of the checkpoint that it goes on from.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, title: str) -> None:
         super().__init__(parser, config)
         self.title = title
-        self.changes: Sequence[Change] = ()
         self._used = torch.zeros(1, dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]  # with forks
 
     @property
@@ -234,16 +231,6 @@ class RunRecord(SaveConfigCallback):
             f"on {trainer.world_size} x {name}, precision {trainer.precision}",
             flush=True,
         )
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say from which step on which options are others, and leave lines of it in `changes.jsonl`."""
-        folder = run_folder(trainer)
-        if not trainer.is_global_zero or not self.changes:
-            return
-        with (folder / "changes.jsonl").open("a") as lines:
-            for change in self.changes:
-                print(f"from step {trainer.global_step} on: {change}", flush=True)
-                lines.write(json.dumps({"step": trainer.global_step, **change._asdict()}) + "\n")
 
     def _use(self, *arguments: Any, **_: Any) -> None:
         """Note that there is a batch."""

@@ -20,12 +20,10 @@ from optuna.trial import TrialState
 from rich.console import Console
 from rich.live import Live
 
-from flextok_pl.cli import UserError
-from flextok_pl.cli.errors import told_to_the_user
-from flextok_pl.cli.launch import launch_of
 from flextok_pl.cli.plan import KINDS, batches_of_an_epoch, training_sets
-from flextok_pl.cli.training import ParsingCLI, run_cli
+from flextok_pl.cli.training import ParsingCLI, launch_of, run_cli
 from flextok_pl.config import config_from_dict
+from flextok_pl.errors import UserError, told_to_the_user
 from flextok_pl.progress import announced
 from flextok_pl.sweeps.driver import Driver, find_study
 from flextok_pl.sweeps.files import load_yaml
@@ -51,8 +49,9 @@ ONE_STEP = {
 class CheckCLI(ParsingCLI):
     """Parses what `flextok fit` takes, and checks network, global batch and that the training comes to a validation."""
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        options = self.config[subcommand]
+    def run(self) -> None:
+        """Check."""
+        options = self.config
         kind = KINDS.get(options.model.class_path.rsplit(".", 1)[-1])
         if kind is not None:
             config_from_dict(kind[0], strip_meta(options.model.init_args).as_dict()["net"])
@@ -80,12 +79,10 @@ def run(command: str, arguments: Sequence[str]) -> None:
             check_points(sweep)
         _print_trials(sweep)
         return
-    with told_to_the_user():
-        driver = Driver(sweep, lambda line: print(line, flush=True), check if rest["check"] else lambda sweep: None)
+    driver = Driver(sweep, lambda line: print(line, flush=True), check if rest["check"] else lambda sweep: None)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # it does what Ctrl-C does
     try:
-        with told_to_the_user():
-            driver.run()
+        driver.run()
     finally:
         signal.signal(signal.SIGTERM, before)
         write_results(sweep, driver.study)
@@ -99,8 +96,7 @@ def status(command: str, arguments: Sequence[str]) -> None:
     parser = sweep_parser(command, "Show the trials of a sweep.")
     parser.add_argument("--watch", type=bool, default=False, help="Show them until all have ended.")
     sweep, rest = parse_sweep(parser, arguments)
-    with told_to_the_user():
-        study = find_study(sweep)
+    study = find_study(sweep)
     if study is None:
         raise UserError(f"{sweep.root} holds no sweep yet; start it by `flextok sweep FILE`")
     console = Console()
@@ -161,7 +157,8 @@ def check_points(sweep: Sweep) -> list[Params]:
     with announced(f"parsing {len(points)} points of the space"):
         for point in points:
             try:
-                run_cli(CheckCLI, "fit", sweep.commands(point, "check", str(sweep.root))[0][1:])
+                with told_to_the_user():
+                    run_cli(CheckCLI, "fit", sweep.commands(point, "check", str(sweep.root))[0][1:])
             except UserError as error:
                 raise UserError(f"space: {point} cannot be trained: {error}") from error
     return points
@@ -195,8 +192,7 @@ def parse_sweep(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Sweep
         UserError: the file says what cannot be.
     """
     file = Path(arguments[0])
-    with told_to_the_user():
-        load_yaml(file)
+    load_yaml(file)
     given = parser.instantiate_classes(parser.parse_args([f"--config={file}", *arguments[1:]])).as_dict()
     options = {option.name: given[option.name] for option in dataclasses.fields(Sweep)}
     named = options["experiment"] if isinstance(options["experiment"], list) else [options["experiment"]]

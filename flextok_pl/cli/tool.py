@@ -9,7 +9,6 @@ from jsonargparse import ArgumentParser
 
 from flextok_pl.cli import load
 from flextok_pl.cli.commands import COMMANDS
-from flextok_pl.cli.errors import told_to_the_user
 from flextok_pl.cli.options import options_of
 from flextok_pl.data.shards.index import ShardIndex
 
@@ -19,7 +18,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     (target,) = COMMANDS[command].options
     module, name = target.split(":")
     function = getattr(load(module), name)
-    made = call(function, parsed(tool_parser(command, function), arguments))
+    made = function(**parsed(tool_parser(command, function), arguments))
     for index in made.values() if isinstance(made, dict) else [made]:
         if isinstance(index, ShardIndex):
             print(f"{index.folder}: samples: {index.num_samples:,}, shards: {len(index.shards):,}")
@@ -37,24 +36,5 @@ def tool_parser(command: str, function: Callable[..., Any]) -> ArgumentParser:
 
 
 def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
-    """The options of a command line.
-
-    Raises:
-        UserError: an option's own values do not fit together.
-    """
-    given = parser.parse_args(list(arguments))
-    with told_to_the_user():
-        return parser.instantiate_classes(given).as_dict()  # type: ignore[no-any-return]
-
-
-def call(function: Callable[..., Any], options: dict[str, Any]) -> Any:
-    """Call a tool.
-
-    Returns:
-        What it returns.
-
-    Raises:
-        UserError: the options ask for what cannot be done.
-    """
-    with told_to_the_user():
-        return function(**options)
+    """The options of a command line."""
+    return parser.instantiate_classes(parser.parse_args(list(arguments))).as_dict()  # type: ignore[no-any-return]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,26 +28,18 @@ from flextok_pl.callbacks import (
     TokenReport,
 )
 from flextok_pl.callbacks.progress import progress
-from flextok_pl.cli import UserError, base_config, config_paths
-from flextok_pl.cli.errors import is_for_the_user, told_to_the_user
-from flextok_pl.cli.launch import launch_of
+from flextok_pl.cli import base_config, config_paths
+from flextok_pl.cli.commands import GIVEN_BY_THE_SUITE
 from flextok_pl.cli.run_place import RunPlace, RunRecord
 from flextok_pl.data import ShardDataModule
-from flextok_pl.modules.resume import ResumableModule, accepted_changes
+from flextok_pl.errors import UserError
+from flextok_pl.modules.resume import ResumableModule
 from flextok_pl.modules.saved_prior import SavedPrior
 from flextok_pl.modules.saved_tokenizer import SavedTokenizer
 from flextok_pl.precision import check_training_precision
 from flextok_pl.progress import announced, say
-from flextok_pl.runtime import (
-    Failure,
-    FitLoop,
-    Preempted,
-    Preemption,
-    Resume,
-    StepCheckpoint,
-    damage_of,
-    without_tensors,
-)
+from flextok_pl.runtime import Preemption, StepCheckpoint, Trainer, find_checkpoint, without_tensors
+from flextok_pl.runtime.launch import Launch, devices_per_node, require_processes
 
 CALLBACKS: dict[str, type[Callback]] = {
     "rfid": ReconstructionFID,
@@ -73,7 +64,7 @@ LOST_CONTACT = "Connection closed by peer|Connection reset by peer|Timed out wai
 
 HUSHED = (
     ".*LeafSpec",  # Lightning's own, at every batch
-    "The `srun` command is available",  # `Launch` refuses what needs it
+    "The `srun` command is available",  # `require_processes` refuses what needs it
     "Checkpoint directory .* exists and is not empty",  # that of the run that goes on
     "Experiment logs directory .* exists and is not empty",
     "The number of training batches .* is smaller than the logging interval",  # logs come by steps, not by epochs
@@ -87,38 +78,34 @@ class FlexTokCLI(LightningCLI):
     """LightningCLI for any of our modules on a `ShardDataModule`, with the callback groups of `CALLBACKS`.
 
     Args:
-        subcommand: the one to run; only its parser is built.
-        arguments: its arguments.
+        method: of the Trainer, to run: `fit`, `validate`, `test` or `predict`.
+        arguments: what is given to it.
         experiment: name of the experiment: the folder below the logger's `save_dir` that receives its runs.
 
     Attributes:
-        command: name of a command that takes the options of `subcommand` and does something else with them.
+        command: name of the command, where it is not the method's.
     """
 
     command: str | None = None
 
-    def __init__(self, subcommand: str, arguments: Sequence[str], experiment: str) -> None:
-        self._only, self._experiment = subcommand, experiment
-        command = self.command or subcommand
+    def __init__(self, method: str, arguments: Sequence[str], experiment: str) -> None:
+        self.method, self.experiment = method, experiment
+        self.record: RunRecord | None = None
         super().__init__(
             LightningModule,
             ShardDataModule,
+            trainer_class=Trainer,
             subclass_mode_model=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            save_config_callback=RunRecord,
-            save_config_kwargs={"title": experiment},
             trainer_defaults={"enable_model_summary": False},
-            parser_kwargs={subcommand: {"usage": f"flextok {command} --config FILE [--OPTION VALUE ...]"}},
-            args=[subcommand, *arguments],
+            parser_kwargs={"usage": f"flextok {self.command or method} --config FILE [--OPTION VALUE ...]"},
+            args=[*arguments],
+            run=False,
         )
 
-    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The subcommand to run."""
-        return {self._only: LightningCLI.subcommands()[self._only]}
-
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the callback groups, and what belongs to the whole training."""
+        """Add the callback groups, and what belongs to the whole run."""
         parser.add_argument(
             "--run", type=str | None, default=None, help="Name of the run and its folder; default: the next number."
         )
@@ -129,9 +116,9 @@ class FlexTokCLI(LightningCLI):
             help="Samples of an optimizer step over all devices that a fit is meant for; it refuses any other number.",
         )
         for name, callback in CALLBACKS.items():
-            parser.add_argument(f"--{name}", type=callback | None, default=None, help=_summary(callback))
-            parser.callback_keys.append(name)
-        if self._only != "fit":
+            parser.add_argument(f"--{name}", type=callback | None, default=None)
+        self.method_options = parser.add_method_arguments(Trainer, self.method, skip={*GIVEN_BY_THE_SUITE})
+        if self.method != "fit":
             parser.add_argument(
                 "--tokenizer",
                 type=str | None,
@@ -150,88 +137,49 @@ class FlexTokCLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
-        """Check the precision, name the runs of loggers that are not named, and put finished models in their place."""
-        config = self.config[self._only]
+        """Refuse what cannot be trained before anything is built, and find the run's folder and its checkpoint."""
+        config = self.config
         check_precision(config)
         launch = launch_of(config)
-        launch.require_processes()
-        if self._only == "fit":
+        require_processes(launch.num_nodes, launch.devices)
+        if self.method == "fit":
             launch.require_global_batch(config.global_batch_size)
-        tokenizer, prior = config.get("tokenizer"), config.get("prior")
-        if tokenizer is not None or prior is not None:
-            if config.ckpt_path is not None:
-                name = "tokenizer" if prior is None else "prior"
-                raise UserError(f"--{name} and --ckpt_path both name weights; give one of them")
-            if tokenizer is None:
-                raise UserError(f"--prior {prior} needs --tokenizer, the one whose tokens it knows, to decode images")
-            saved: type[LightningModule] = SavedTokenizer
-            options = {"path": tokenizer, "vae_config": None}
-            if prior is not None:
-                saved, options = SavedPrior, {"path": prior, "tokenizer": tokenizer, "text_encoder": None}
-            config.model = Namespace(  # type: ignore[no-untyped-call]
-                class_path=f"{saved.__module__}.{saved.__name__}",
-                init_args=Namespace(**options),  # type: ignore[no-untyped-call]
-            )
-        self._place = RunPlace(config.trainer, self._experiment, config.run)
+        else:
+            self._use_finished_models()
+        self.place = RunPlace(config.trainer, self.experiment, config.run)
         config.run = None  # the saved configuration may be given again, for another run
-        self._goes_on = str(config.get("ckpt_path")) == "last"  # which may be parsed as a path
-        if self._goes_on:
-            config.ckpt_path = self._go_on_with_the_last()
-        elif config.get("ckpt_path") is not None and Path(config.ckpt_path).exists():
-            damage = damage_of(Path(config.ckpt_path), contents=False)
-            if damage is not None:
-                raise UserError(
-                    f"ckpt_path={config.ckpt_path} is damaged ({damage}); give another file of its folder, or `last` "
-                    "for the newest whole one"
-                )
-        self._place.settle(self._goes_on and self._only == "fit")
+        goes_on = str(config.ckpt_path) == "last"  # which may be parsed as a path
+        if goes_on:
+            config.ckpt_path = self.place.last_checkpoints(self.method == "fit")
+        path = Path(config.ckpt_path or "")
+        self.checkpoint = find_checkpoint(path, contents=False) if path.name and path.exists() else None
+        self.place.settle(goes_on and self.method == "fit")
 
-    def _go_on_with_the_last(self) -> str | None:
-        """The newest whole checkpoint of the run, or of the experiment's newest run that has any."""
-        found = self._place.newest_checkpoint()
-        if found is None:
-            place = self._place
-            without = f"no run in {place.parent} has a" if place.version is None else f"{place.folder} has no"
-            print(f"{without} checkpoint yet: starting from the beginning", flush=True)
-            return None
-        if self._only != "fit":
-            self._place.version = None
-        return str(found)
-
-    def _parse_ckpt_path(self) -> None:
-        """Leave the options as they are given: Lightning puts the checkpoint's in their place, without a word."""
-
-    def after_instantiate_classes(self) -> None:
-        """Compare the model's options with the checkpoint's.
-
-        Raises:
-            ValueError: some of them must be the same.
-        """
-        config = self.config[self._only]
-        path = Path(config.get("ckpt_path") or "")
-        if not path.name or not path.exists() or not isinstance(self.model, ResumableModule):
+    def _use_finished_models(self) -> None:
+        """Put the models of `--tokenizer` and `--prior` in the place of the experiment's."""
+        config, tokenizer, prior = self.config, self.config.tokenizer, self.config.prior
+        if tokenizer is None and prior is None:
             return
-        checkpoint = without_tensors(path)
-        changes = accepted_changes(self.model, checkpoint, self._only == "fit", f"ckpt_path={path}")
-        if changes and 0 <= self.trainer.max_steps <= checkpoint["global_step"]:
-            raise ValueError(
-                f"the training of ckpt_path={path} has ended after {checkpoint['global_step']} steps, and takes no "
-                f"other options: {'; '.join(map(str, changes))}. Give the former ones, or raise trainer.max_steps"
-            )
-        if self._record is not None:
-            self._record.changes = changes
-
-    @property
-    def _record(self) -> RunRecord | None:
-        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        return next((each for each in callbacks if isinstance(each, RunRecord)), None)
+        if config.ckpt_path is not None:
+            name = "tokenizer" if prior is None else "prior"
+            raise UserError(f"--{name} and --ckpt_path both name weights; give one of them")
+        if tokenizer is None:
+            raise UserError(f"--prior {prior} needs --tokenizer, the one whose tokens it knows, to decode images")
+        saved: type[LightningModule] = SavedTokenizer
+        options = {"path": tokenizer, "vae_config": None}
+        if prior is not None:
+            saved, options = SavedPrior, {"path": prior, "tokenizer": tokenizer, "text_encoder": None}
+        config.model = Namespace(  # type: ignore[no-untyped-call]
+            class_path=f"{saved.__module__}.{saved.__name__}",
+            init_args=Namespace(**options),  # type: ignore[no-untyped-call]
+        )
 
     def instantiate_classes(self) -> None:
         """Build everything."""
-        if self.config[self._only].model.get("init_args", {}).get("compile_blocks"):
+        if self.config.model.get("init_args", {}).get("compile_blocks"):
             say("the blocks are compiled at their first use: the first steps take minutes")
         try:
-            with announced("building the model"), self._place.told_to_the_trainer():
+            with announced("building the model"), self.place.told_to_the_trainer():
                 super().instantiate_classes()
         except ValueError as error:
             # jsonargparse wraps what an optional type's constructor said into a list of what else it tried.
@@ -240,53 +188,60 @@ class FlexTokCLI(LightningCLI):
                 raise
             raise said from said.__cause__
 
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Any:
-        names = self._parser(self._only).callback_keys
-        wanted = [
-            callback
-            for name, callback in zip(names, callbacks, strict=True)
-            if callback is not None and (self._only == "fit" or name not in FIT_ONLY)
-            if config["logger"] or not isinstance(callback, LearningRateMonitor)  # which refuses to do without
-        ]
-        own_bar = any(isinstance(each, ProgressBar) for each in config["callbacks"] or [])
-        if config["enable_progress_bar"] is not False and not own_bar:
-            wanted.append(progress())
-        if self._only == "predict":
-            wanted.append(Predictions())
-        failure = Failure(lambda error: not (isinstance(error, Preempted) or is_for_the_user(error)))
-        trainer = super()._instantiate_trainer(config, [failure, *wanted])
-        trainer.fit_loop = FitLoop(trainer)
-        trainer._checkpoint_connector = Resume(trainer, or_older=self._goes_on)
-        launch_of(self.config[self._only], trainer.num_devices).require_processes()
-        return trainer
+    def instantiate_trainer(self, **_: Any) -> Trainer:
+        """The trainer with the callbacks of the groups, and what the command shows and leaves behind."""
+        options = {**self.config_init.trainer}
+        callbacks: list[Callback] = [*(options["callbacks"] or [])]
+        if options["enable_progress_bar"] is not False and not any(isinstance(e, ProgressBar) for e in callbacks):
+            callbacks.append(progress())
+        for name in CALLBACKS:
+            callback = self.config_init[name]
+            if name == "lr_monitor" and not options["logger"]:  # it refuses to do without
+                continue
+            if callback is not None and (self.method == "fit" or name not in FIT_ONLY):
+                callbacks.append(callback)
+        if self.config_init.preemption is None:
+            callbacks.append(Preemption(signals=[]))
+        if self.method == "predict":
+            callbacks.append(Predictions())
+        if not options["fast_dev_run"]:
+            self.record = RunRecord(self.parser, self.config, self.experiment)
+            callbacks.append(self.record)
+        return Trainer(**{**options, "callbacks": callbacks})
 
-    def before_fit(self) -> None:
-        """Say how many samples a step takes, now that the devices are known."""
-        config = self.config[self._only]
-        launch = launch_of(config, self.trainer.num_devices)
-        launch.require_global_batch(config.global_batch_size)
-        if self.trainer.is_global_zero:
-            print(launch, flush=True)
+    def after_instantiate_classes(self) -> None:
+        """Compare the model's options with the checkpoint's.
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        with self._place.left_clean(self._record):
-            super()._run_subcommand(subcommand)
+        Raises:
+            ValueError: some of them must be the same.
+        """
+        if self.checkpoint is not None and isinstance(self.model, ResumableModule):
+            max_steps = self.trainer.max_steps if self.method == "fit" else None
+            found = without_tensors(self.checkpoint)
+            self.model.accepted_changes(found, max_steps, f"ckpt_path={self.checkpoint}")
+
+    def run(self) -> None:
+        """Run the trainer's method."""
+        if self.method == "fit":
+            launch = launch_of(self.config, self.trainer.num_devices)
+            launch.require_global_batch(self.config.global_batch_size)
+            if self.trainer.is_global_zero:
+                print(launch, flush=True)
+        given = {name: self.config_init[name] for name in self.method_options}
+        with self.place.left_clean(self.record):
+            getattr(self.trainer, self.method)(self.model, datamodule=self.datamodule, **given)
 
 
 class ParsingCLI(FlexTokCLI):
-    """Parses what `flextok fit` takes, and builds nothing of it; a subclass's `_run_subcommand` uses the outcome."""
+    """Parses what `flextok fit` takes, and builds nothing of it; a subclass's `run` uses the outcome."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and say what is wrong in the words of this command."""
-        for each in (parser, self._parser(self._only)):
-            each.exit_on_error = False
+        parser.exit_on_error = False
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            raise UserError(str(error).replace(f"{self._only}.", "")) from error
-
-    def _set_seed(self) -> None:
-        """Nothing is drawn."""
+            raise UserError(str(error)) from error
 
     def before_instantiate_classes(self) -> None:
         """Nothing is instantiated."""
@@ -296,6 +251,18 @@ class ParsingCLI(FlexTokCLI):
 
     def after_instantiate_classes(self) -> None:
         """Nothing is compared."""
+
+
+def launch_of(options: Namespace, devices: int | None = None) -> Launch:
+    """The processes and batches that the options of a fit ask for.
+
+    Args:
+        options: of the command.
+        devices: on a node, where that is known by now; None for what the options say.
+    """
+    trainer = options.trainer
+    devices = devices_per_node(trainer.devices) if devices is None else devices
+    return Launch(int(trainer.num_nodes), devices, options.data.batch_size, trainer.accumulate_grad_batches)
 
 
 def check_precision(config: Namespace) -> str:
@@ -311,33 +278,29 @@ def check_precision(config: Namespace) -> str:
         raise UserError(str(error)) from error
 
 
-def run(subcommand: str, arguments: Sequence[str]) -> None:
-    """Run `flextok SUBCOMMAND`, with `base.yaml` under the experiment that `--config` names.
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Run `flextok fit`, `validate`, `test` or `predict`."""
+    run_cli(FlexTokCLI, command, arguments)
+
+
+def run_cli(cli: Callable[[str, Sequence[str], str], FlexTokCLI], method: str, arguments: Sequence[str]) -> None:
+    """Run a CLI with `base.yaml` under the experiment that `--config` names.
 
     Raises:
-        UserError: an option, a shard or a file is wrong.
+        UserError: another process of the run is gone.
     """
-    run_cli(FlexTokCLI, subcommand, arguments)
-
-
-def run_cli(cli: Callable[[str, Sequence[str], str], FlexTokCLI], subcommand: str, arguments: Sequence[str]) -> None:
-    """`run` with a CLI of one's own."""
-    # Options of a callback can then be given directly: `rfid: {num_steps: 10}`, without class_path and init_args.
     for message in HUSHED:
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch", "lightning.fabric"):  # whose news are of their own insides, and advertisements
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Options of a callback can then be given directly: `rfid: {num_steps: 10}`, without class_path and init_args.
     set_parsing_settings(subclasses_disabled=list(CALLBACKS.values()))
     given = [path.resolve() for path in config_paths(arguments)]
     base = base_config(given[0]) if given else None
     if base is not None and base not in given:
         arguments = ["--config", str(base), *arguments]
     try:
-        with told_to_the_user():
-            cli(subcommand, arguments, _experiment_name(given[-1], base) if given else "unnamed")
-    except Preempted as stopped:
-        print(stopped, file=sys.stderr)
-        raise SystemExit(128 + stopped.signal_number) from None
+        cli(method, arguments, _experiment_name(given[-1], base) if given else "unnamed").run()
     except RuntimeError as error:
         remedy = _remedy(error)
         if remedy is None:
@@ -362,7 +325,3 @@ def _experiment_name(file: Path, base: Path | None) -> str:
     if base is not None and file.is_relative_to(base.parent):
         return str(file.relative_to(base.parent).with_suffix(""))
     return file.stem
-
-
-def _summary(callback: type) -> str:
-    return (callback.__doc__ or callback.__name__).strip().split("\n")[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,9 +13,11 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from flextok_pl.contracts import run_folder
 from flextok_pl.modules.optim import warmup_cosine
 from flextok_pl.precision import check_training_precision
 from flextok_pl.runtime.finite import StopIfNotFinite
+from flextok_pl.runtime.lightning_internals import attached_trainer
 
 APPLIED = ("lr", "betas", "weight_decay", "warmup_steps", "min_lr_ratio")
 """Options that a training goes on with as they are given now."""
@@ -42,41 +45,13 @@ class Change(NamedTuple):
     before: Any
     now: Any
 
+    @property
+    def root(self) -> str:
+        """The option of the module that it belongs to."""
+        return self.option.partition(".")[0]
+
     def __str__(self) -> str:
         return f"model.{self.option} was {self.before!r}, and is {self.now!r} now"
-
-
-def accepted_changes(
-    module: ResumableModule, checkpoint: Mapping[str, Any], training: bool, source: object = "the checkpoint"
-) -> list[Change]:
-    """The options that a training goes on with though they differ from its checkpoint's.
-
-    Args:
-        module: has the options that are given.
-        checkpoint: has those of its module; what either of them does not know is not compared.
-        training: whether training goes on; an evaluation has no such options.
-        source: names the checkpoint in errors.
-
-    Raises:
-        ValueError: another difference changes what the model is, or what it learns.
-    """
-    now, before = dict(module.hparams), dict(checkpoint.get("hyper_parameters", {}))
-    if FROZEN in checkpoint:  # a file may lie elsewhere by now, or hold something else
-        now |= {name: f"weights {digest}" for name, digest in module.frozen_weights().items()}
-        before |= {name: f"weights {digest}" for name, digest in checkpoint[FROZEN].items()}
-    changes = list(_changes(now, before))
-    heads = {change.option: change.option.partition(".")[0] for change in changes}
-    if training:
-        refused = [change for change in changes if heads[change.option] not in (*APPLIED, *WITHOUT_EFFECT)]
-    else:
-        refused = [change for change in changes if heads[change.option] in EVALUATED]
-    if refused:
-        anew = ", or leave out ckpt_path, which starts a training of its own" if training else ""
-        raise ValueError(
-            f"{source} is of a model with other options: {'; '.join(map(str, refused))}. Give the former ones, as the "
-            f"config.yaml of its run has them{anew}"
-        )
-    return [change for change in changes if heads[change.option] in APPLIED] if training else []
 
 
 def _changes(given: Mapping[str, Any], checkpoint: Mapping[str, Any], prefix: str = "") -> Iterator[Change]:
@@ -106,6 +81,7 @@ class ResumableModule(pl.LightningModule):
     betas: tuple[float, float]
     warmup_steps: int
     min_lr_ratio: float
+    _changes: Sequence[Change] = ()
 
     def configure_callbacks(self) -> list[Callback]:
         """Check the trainer's precision, in the first hook that knows it, and give what every training needs."""
@@ -136,8 +112,46 @@ class ResumableModule(pl.LightningModule):
         Raises:
             ValueError: it is one.
         """
-        if self._trainer is not None:
-            accepted_changes(self, checkpoint, self.trainer.state.fn == TrainerFn.FITTING)
+        trainer = attached_trainer(self)
+        if trainer is not None:
+            training = trainer.state.fn == TrainerFn.FITTING
+            self._changes = self.accepted_changes(checkpoint, trainer.max_steps if training else None)
+
+    def accepted_changes(
+        self, checkpoint: Mapping[str, Any], max_steps: int | None, source: str = "the checkpoint"
+    ) -> list[Change]:
+        """The options that a training goes on with though they differ from its checkpoint's.
+
+        Args:
+            checkpoint: has the options of its module; what either of them does not know is not compared.
+            max_steps: at which the training is to end, -1 for never; None for an evaluation, which has no such options.
+            source: names the checkpoint in errors.
+
+        Raises:
+            ValueError: another difference changes what the model is, or what it learns; or the training has ended.
+        """
+        now, before = dict(self.hparams), dict(checkpoint.get("hyper_parameters", {}))
+        if FROZEN in checkpoint:  # a file may lie elsewhere by now, or hold something else
+            now |= {name: f"weights {digest}" for name, digest in self.frozen_weights().items()}
+            before |= {name: f"weights {digest}" for name, digest in checkpoint[FROZEN].items()}
+        changes = list(_changes(now, before))
+        if max_steps is None:
+            accepted, refused = [], [each for each in changes if each.root in EVALUATED]
+        else:
+            accepted = [each for each in changes if each.root in APPLIED]
+            refused = [each for each in changes if each.root not in (*APPLIED, *WITHOUT_EFFECT)]
+        if refused:
+            anew = "" if max_steps is None else ", or leave out ckpt_path, which starts a training of its own"
+            raise ValueError(
+                f"{source} is of a model with other options: {'; '.join(map(str, refused))}. Give the former ones, as "
+                f"the config.yaml of its run has them{anew}"
+            )
+        if accepted and max_steps is not None and 0 <= max_steps <= checkpoint["global_step"]:
+            raise ValueError(
+                f"the training of {source} has ended after {checkpoint['global_step']} steps, and takes no other "
+                f"options: {'; '.join(map(str, accepted))}. Give the former ones, or raise trainer.max_steps"
+            )
+        return accepted
 
     def on_train_start(self) -> None:
         """Let optimizer and schedule, which a checkpoint may have restored, have the options that are given."""
@@ -149,3 +163,17 @@ class ResumableModule(pl.LightningModule):
         ):
             group.update(given, initial_lr=base, lr=base * law(schedule.last_epoch))
         schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+        self._record_changes()
+
+    def _record_changes(self) -> None:
+        """Say from which step on which options are others, and leave lines of it in the run's `changes.jsonl`."""
+        changes, self._changes = self._changes, ()
+        if not changes:
+            return
+        folder = run_folder(self.trainer)
+        if self.trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "changes.jsonl").open("a") as lines:
+                for change in changes:
+                    print(f"from step {self.global_step} on: {change}", flush=True)
+                    lines.write(json.dumps({"step": self.global_step, **change._asdict()}) + "\n")

@@ -45,7 +45,7 @@ from flextok_pl.modules.width_transfer import (
     xavier_std,
 )
 from flextok_pl.precision import full_precision
-from flextok_pl.runtime.fit_loop import step_ends
+from flextok_pl.runtime.lightning_internals import step_ends
 from flextok_pl.runtime.sharding import gather_for_evaluation, shard, shard_again, whole_weights
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from flextok_pl.files import whole_file
 from flextok_pl.progress import announced
@@ -42,28 +41,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint as tensors and plain types, without letting it run code, be it a URL's."""
         return super().load_checkpoint(path, map_location, weights_only is not False)
-
-
-class AsyncAtomicCheckpointIO(AsyncCheckpointIO):
-    """`AtomicCheckpointIO` in the background: training goes on meanwhile, with a second copy of its state in memory."""
-
-    def __init__(self) -> None:
-        super().__init__(AtomicCheckpointIO())
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Copy a checkpoint and let it be written.
-
-        Raises:
-            OSError: an earlier one could not be written.
-        """
-        if "://" not in str(path):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)  # where `ModelCheckpoint` makes a link to it at once
-        super().save_checkpoint(checkpoint, path, storage_options)
-
-    def remove_checkpoint(self, path: Any) -> None:
-        """Remove a checkpoint once everything before this has been written, itself included."""
-        self._ensure_setup()
-        self._executor.submit(super().remove_checkpoint, path)  # type: ignore[union-attr]
 
 
 def _write(checkpoint: dict[str, Any], path: Path) -> None:
@@ -104,6 +81,30 @@ def without_tensors(path: Path) -> dict[str, Any]:
     file = path / SHARDED_FILES[1] if path.is_dir() else path
     checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     return checkpoint
+
+
+def find_checkpoint(path: Path, contents: bool = True) -> Path | None:
+    """The checkpoint to go on from.
+
+    Args:
+        path: a checkpoint, which must be whole, or a folder of them, for the newest whole one.
+        contents: see `damage_of`.
+
+    Returns:
+        Its path; None for a folder without any. A path where nothing is stays as it is, for its reader to refuse.
+
+    Raises:
+        ValueError: it is damaged, or all in the folder are.
+    """
+    if path.is_dir() and not any((path / name).exists() for name in SHARDED_FILES) and path.suffix != ".ckpt":
+        return newest_intact(path, contents)
+    damage = damage_of(path, contents) if path.exists() else None
+    if damage is not None:
+        raise ValueError(
+            f"ckpt_path={path} is damaged ({damage}); give another file of its folder, or `last` for the newest whole "
+            "one"
+        )
+    return path
 
 
 def newest_intact(folder: Path, contents: bool = True) -> Path | None:

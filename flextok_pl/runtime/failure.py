@@ -6,28 +6,25 @@ import atexit
 import subprocess
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from flextok_pl.contracts import run_folder
+from flextok_pl.errors import is_for_the_user
 
 
 class Failure(Callback):
-    """After an error, write `error_rank<n>.txt` to the run's folder, and end the processes that this one started.
+    """After an error, end the processes that this one started, and write `error_rank<n>.txt` to the run's folder.
 
+    The file is not written for what the user can put right, whose text says all.
     Lightning ends all where one of those fails, but not where the first does, which started them: they would wait in
     their next collective until its timeout. Whoever starts all processes (torchrun, srun with --kill-on-bad-exit) does
     it himself.
-
-    Args:
-        is_worth_a_file: whether a place in the program says more of an error than its text.
     """
 
-    def __init__(self, is_worth_a_file: Callable[[BaseException], bool]) -> None:
-        self.is_worth_a_file = is_worth_a_file
+    def __init__(self) -> None:
         self._folder: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -36,13 +33,12 @@ class Failure(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write, and see to the end."""
-        if self._folder is not None and isinstance(exception, Exception) and self.is_worth_a_file(exception):
+        if self._folder is not None and isinstance(exception, Exception) and not is_for_the_user(exception):
             self._folder.mkdir(parents=True, exist_ok=True)
             file = self._folder / f"error_rank{trainer.global_rank}.txt"
             file.write_text("".join(traceback.format_exception(exception)), encoding="utf-8")
-        launcher = trainer.strategy.launcher
-        if isinstance(launcher, _SubprocessScriptLauncher):
-            atexit.register(end, launcher.procs)  # once the error has been shown
+        started = getattr(trainer.strategy.launcher, "procs", ())
+        atexit.register(end, [each for each in started if isinstance(each, subprocess.Popen)])  # once that is shown
 
 
 def end(processes: Sequence[subprocess.Popen[bytes]], patience: float = 3.0) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from flextok_pl.runtime.lightning_internals import checkpoint_folder
 
 SHOWN_KEYS = 8
 
@@ -119,8 +120,7 @@ class _Step:
 
 
 def _remedy(trainer: Trainer) -> str:
-    folder = getattr(trainer.checkpoint_callback, "dirpath", None)
-    written = [file.resolve() for file in Path(folder).glob("*.ckpt")] if folder else []
+    written = [file.resolve() for file in checkpoint_folder(trainer).glob("*.ckpt")]
     newest = max(written, key=lambda file: file.stat().st_mtime_ns, default=None)
     return (
         f"last good checkpoint: {newest or 'none was written yet'}. Look at the samples, or resume "

@@ -26,32 +26,6 @@ class Launch:
     batch_size: int
     accumulate: int
 
-    def require_processes(self, environment: Mapping[str, str] = os.environ) -> None:
-        """Refuse what would wait for processes that nobody has started.
-
-        Raises:
-            ValueError: a launcher has started more or fewer processes, or there is none and there are several nodes.
-        """
-        found = _started(environment)
-        if found is None:
-            by_hand = "MASTER_ADDR" in environment and {"NODE_RANK", "GROUP_RANK"} & set(environment)
-            if self.num_nodes > 1 and not by_hand:
-                raise ValueError(
-                    f"trainer.num_nodes={self.num_nodes}, but nothing has started this command on each of the nodes: "
-                    "let srun do it (experiments/cluster/train.sbatch) or torchrun (docs/reliability.md); for this "
-                    "machine alone give --trainer.num_nodes 1"
-                )
-            return
-        launcher, started = found
-        wanted = None if self.devices is None else self.num_nodes * self.devices
-        if started == wanted or (wanted is None and started >= self.num_nodes):
-            return
-        devices = "" if self.devices is None else f" x trainer.devices={self.devices}"
-        raise ValueError(
-            f"trainer.num_nodes={self.num_nodes}{devices} needs {wanted or self.num_nodes} processes, but {launcher} "
-            f"has started {started}: let it start one for each device, or change trainer.num_nodes and trainer.devices"
-        )
-
     def require_global_batch(self, stated: int | None) -> None:
         """Refuse another number of samples to a step than the recipe is meant for.
 
@@ -90,6 +64,38 @@ class Launch:
         )
 
 
+def require_processes(num_nodes: int, devices: int | None, environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse what would wait for processes that nobody has started.
+
+    Args:
+        num_nodes: `trainer.num_nodes`.
+        devices: on each of them; None where that is not known yet.
+        environment: what a launcher says.
+
+    Raises:
+        ValueError: a launcher has started more or fewer processes, or there is none and there are several nodes.
+    """
+    found = _started(environment)
+    if found is None:
+        by_hand = "MASTER_ADDR" in environment and {"NODE_RANK", "GROUP_RANK"} & set(environment)
+        if num_nodes > 1 and not by_hand:
+            raise ValueError(
+                f"trainer.num_nodes={num_nodes}, but nothing has started this command on each of the nodes: "
+                "let srun do it (experiments/cluster/train.sbatch) or torchrun (docs/reliability.md); for this "
+                "machine alone give --trainer.num_nodes 1"
+            )
+        return
+    launcher, started = found
+    wanted = None if devices is None else num_nodes * devices
+    if started == wanted or (wanted is None and started >= num_nodes):
+        return
+    by_devices = "" if devices is None else f" x trainer.devices={devices}"
+    raise ValueError(
+        f"trainer.num_nodes={num_nodes}{by_devices} needs {wanted or num_nodes} processes, but {launcher} "
+        f"has started {started}: let it start one for each device, or change trainer.num_nodes and trainer.devices"
+    )
+
+
 def _started(environment: Mapping[str, str]) -> tuple[str, int] | None:
     """The launcher and the number of its processes, found as Lightning does; None where the training starts its own."""
     if "TORCHELASTIC_RUN_ID" in environment:
@@ -101,3 +107,14 @@ def _started(environment: Mapping[str, str]) -> tuple[str, int] | None:
     if "LOCAL_RANK" in environment and "WORLD_SIZE" in environment:  # any other, and Lightning to its own processes
         return "the launcher", int(environment["WORLD_SIZE"])
     return None
+
+
+def devices_per_node(devices: int | str | list[int]) -> int | None:
+    """How many `trainer.devices` names; None for `auto` and -1, as many as there are."""
+    if isinstance(devices, str):
+        parts = [part for part in devices.split(",") if part.strip()]
+        if "," in devices:
+            return len(parts)
+        devices = int(devices) if devices.strip().lstrip("-").isdecimal() else -1
+    number = len(devices) if isinstance(devices, list) else devices
+    return number if number > 0 else None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,21 +16,20 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from flextok_pl.contracts import run_folder
-from flextok_pl.runtime.fit_loop import step_ends
+from flextok_pl.runtime.lightning_internals import checkpoint_folder, step_ends
 
 
-class Preempted(Exception):
-    """A run was asked to stop, and has saved itself.
+class Preempted(SystemExit):
+    """A run was asked to stop, and has saved itself. Where nobody catches it, it ends the process.
 
     Args:
         message: for the user.
-        signal_number: what asked it.
+        signal_number: what asked it; the exit status is 128 more, as a shell's.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
-        self.signal_number = signal_number
+        self.code = 128 + signal_number
 
 
 class Preemption(Callback):
@@ -44,7 +43,7 @@ class Preemption(Callback):
     is, and elsewhere they stop without one.
 
     Args:
-        signals: names of the signals that announce it.
+        signals: names of the signals that announce it; none to let every signal do what it does elsewhere.
         check_every_n_steps: optimizer steps between the questions of the processes to each other; one process alone
             looks at every step.
         requeue: in a Slurm job, `scontrol requeue` it, unless it was cancelled.
@@ -125,11 +124,13 @@ class Preemption(Callback):
             self._stop_if_asked(trainer)
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
+        if not self.signals:
+            return
         received = torch.tensor(self._received, device=trainer.strategy.root_device)
         number = int(trainer.strategy.reduce(received, reduce_op="max"))  # any process may have been told
         if not number:
             return
-        path = self._checkpoint(trainer)
+        path = checkpoint_folder(trainer) / "last.ckpt"
         trainer.save_checkpoint(path)
         trainer.strategy.checkpoint_io.teardown()  # which waits for what is still being written
         within = ", within a validation that will be done anew," if trainer.validating else ","
@@ -138,14 +139,12 @@ class Preemption(Callback):
             "(--ckpt_path last)",
             number,
         )
-        if self.requeue and trainer.is_global_zero:
-            _requeue(stopped)
+        if trainer.is_global_zero:
+            print(stopped, file=sys.stderr, flush=True)
+            if self.requeue:
+                _requeue()
         trainer.strategy.barrier()
         raise stopped
-
-    def _checkpoint(self, trainer: Trainer) -> Path:
-        folder = getattr(trainer.checkpoint_callback, "dirpath", None) or run_folder(trainer) / "checkpoints"
-        return Path(folder) / "last.ckpt"
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""
@@ -168,7 +167,7 @@ def stop_if_preempted(trainer: Trainer) -> None:
             callback.look(trainer)
 
 
-def _requeue(stopped: Preempted) -> None:
+def _requeue() -> None:
     """Put this job in the queue again, if it is one of Slurm's that nobody has cancelled."""
     job = os.environ.get("SLURM_JOB_ID")
     if os.environ.get("SLURM_ARRAY_JOB_ID"):
@@ -178,7 +177,7 @@ def _requeue(stopped: Preempted) -> None:
     try:
         if "JobState=CANCELLED" in _scontrol("show", "job", "--oneliner", job):  # by scancel, which means what it says
             return
-        print(f"{stopped}; putting job {job} in the queue again", flush=True)  # now, for then Slurm ends this process
+        print(f"putting job {job} in the queue again", flush=True)  # now, for then Slurm ends this process
         _scontrol("requeue", job)
     except (OSError, subprocess.SubprocessError) as error:
         problem = getattr(error, "stderr", None) or str(error)

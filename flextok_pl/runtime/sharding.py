@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 
 from flextok_pl.files import remove, replace_folder
+from flextok_pl.runtime.lightning_internals import shard_over_all_processes
 
 CURRENT_STATE = "current_model_state"
 """Name, in a checkpoint, of the weights in training where its `state_dict` is their average."""
@@ -44,6 +45,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
     ) -> None:
+        self.writes_parts = save_distributed_checkpoint
         super().__init__("auto", 1, save_distributed_checkpoint, process_group_backend, timeout)
 
     def setup(self, trainer: pl.Trainer) -> None:
@@ -62,12 +64,12 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """Count the processes, and connect them."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        shard_over_all_processes(self)
         super().setup_environment()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write one file, or a folder of all processes' parts; its name is given when it is complete."""
-        if not self._save_distributed_checkpoint:
+        if not self.writes_parts:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         # Lightning stores the parts of `state_dict` and the optimizers; a second state rides along under a prefix.

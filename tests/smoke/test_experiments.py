@@ -12,14 +12,13 @@ import yaml
 
 from flextok_pl.cli import COMMANDS, main
 from flextok_pl.cli.front import Line, options_for
-from flextok_pl.cli.launch import devices_per_node
 from flextok_pl.cli.options import unknown
 from flextok_pl.cli.sweep import check_points, parse_sweep, sweep_parser
 from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig, config_from_dict
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
-from flextok_pl.runtime.launch import Launch
+from flextok_pl.runtime.launch import Launch, devices_per_node, require_processes
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "experiments"
@@ -169,7 +168,7 @@ def test_documented_commands_are_taken(command: str, capsys: pytest.CaptureFixtu
         trainer, data = found["trainer"], found["data"]
         devices = devices_per_node(trainer["devices"])
         launch = Launch(trainer["num_nodes"], devices, data["batch_size"], trainer["accumulate_grad_batches"])
-        launch.require_processes({})  # it can be given on one machine, without a launcher
+        require_processes(trainer["num_nodes"], devices, {})  # it can be given on one machine, without a launcher
         launch.require_global_batch(found["global_batch_size"])
     else:  # a tool's parser has no dry run
         words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
@@ -202,5 +201,5 @@ def test_documented_trainings_of_several_nodes_have_the_global_batch(
     trainer, data = found["trainer"], found["data"]
     devices = devices_per_node(trainer["devices"])
     launch = Launch(trainer["num_nodes"], devices, data["batch_size"], trainer["accumulate_grad_batches"])
-    launch.require_processes({"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": str(nodes * each)})
+    require_processes(trainer["num_nodes"], devices, {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": str(nodes * each)})
     launch.require_global_batch(found["global_batch_size"])

@@ -12,7 +12,7 @@ import jsonargparse
 import pytest
 
 import flextok_pl.modules
-from flextok_pl.cli import COMMANDS, UserError, load, main
+from flextok_pl.cli import COMMANDS, load, main
 from flextok_pl.cli.front import MODELS, answer, options_for
 from flextok_pl.cli.options import Options, options_of
 from flextok_pl.cli.sweep import sweep_parser
@@ -20,6 +20,7 @@ from flextok_pl.cli.tool import tool_parser
 from flextok_pl.cli.training import CALLBACKS, FlexTokCLI
 from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig
 from flextok_pl.data import Augmentation
+from flextok_pl.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 TOOLS = [name for name, command in COMMANDS.items() if command.run == "tool:run"]
@@ -58,7 +59,7 @@ def training_parser(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     found = []
 
     def parse_arguments(cli: FlexTokCLI, parser: Any, args: Any) -> None:
-        found.append(cli._parser(cli._only))
+        found.append(parser)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(FlexTokCLI, "parse_arguments", parse_arguments)

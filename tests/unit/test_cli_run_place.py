@@ -17,9 +17,10 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers import wandb as wandb_logger
 from lightning.pytorch.loggers.logger import Logger
 
-from flextok_pl.cli import UserError, main
+from flextok_pl.cli import main
 from flextok_pl.cli.run_place import RunPlace
 from flextok_pl.cli.training import FlexTokCLI
+from flextok_pl.errors import UserError
 from flextok_pl.runtime import AtomicCheckpointIO
 
 EXPERIMENT = Path(__file__).parents[2] / "experiments" / "tokenizer" / "tiny.yaml"
@@ -219,7 +220,7 @@ def test_a_run_with_a_name(tmp_path: Path) -> None:
     def place(run: str | None = None) -> RunPlace:
         return RunPlace(options_of(False, str(tmp_path)), "x", run)
 
-    assert place().newest_checkpoint() is None and place("mine").newest_checkpoint() is None
+    assert place().last_checkpoints(True) is None and place("mine").last_checkpoints(True) is None
     for age, name in enumerate(("mine", "7", "version_3", "version_12")):
         file = tmp_path / "x" / name / "checkpoints" / "last.ckpt"
         file.parent.mkdir(parents=True)
@@ -227,16 +228,16 @@ def test_a_run_with_a_name(tmp_path: Path) -> None:
         os.utime(file, (100 - age, 100 - age))
     for run in ("mine", "7"):
         found = place(run)
-        assert found.newest_checkpoint() == tmp_path / "x" / run / "checkpoints" / "last.ckpt"
+        assert found.last_checkpoints(True) == str(tmp_path / "x" / run / "checkpoints")
         found.settle(go_on=True)
         assert found.folder == tmp_path / "x" / run
     newest = place()
-    assert newest.newest_checkpoint() is not None and newest.version == "mine"
+    assert newest.last_checkpoints(True) is not None and newest.version == "mine"
     os.utime(tmp_path / "x" / "version_3" / "checkpoints" / "last.ckpt")
-    assert newest.newest_checkpoint() is not None
     newest = place()
-    assert newest.newest_checkpoint() is not None and newest.version == 3
+    assert newest.last_checkpoints(True) is not None and newest.version == 3
     new = place()
+    assert new.last_checkpoints(False) == str(tmp_path / "x" / "version_3" / "checkpoints")
     new.settle(go_on=False)
     assert new.version == 13
 
@@ -256,7 +257,7 @@ def test_the_last_may_be_parsed_as_a_path(image_shards: Path, workplace: Path, m
 
     def parse_as_path(cli: FlexTokCLI, *given: Any) -> None:
         parse(cli, *given)
-        cli.config.fit.ckpt_path = Path(cli.config.fit.ckpt_path)
+        cli.config.ckpt_path = Path(cli.config.ckpt_path)
 
     monkeypatch.setattr(FlexTokCLI, "parse_arguments", parse_as_path)
     fit(image_shards, 1, "--ckpt_path=last")

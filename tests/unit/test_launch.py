@@ -2,8 +2,7 @@
 
 import pytest
 
-from flextok_pl.cli.launch import devices_per_node
-from flextok_pl.runtime.launch import Launch
+from flextok_pl.runtime.launch import Launch, devices_per_node, require_processes
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "8", "RANK": "0", "LOCAL_RANK": "0"}
 SBATCH = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "run", "SLURM_NTASKS": "8"}
@@ -26,7 +25,7 @@ BY_HAND = {"MASTER_ADDR": "a", "NODE_RANK": "1"}
     ],
 )
 def test_what_can_start(environment: dict[str, str], num_nodes: int, devices: int | None) -> None:
-    Launch(num_nodes, devices, 1, 1).require_processes(environment)
+    require_processes(num_nodes, devices, environment)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +46,7 @@ def test_what_would_wait_for_ever(
     environment: dict[str, str], num_nodes: int, devices: int | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        Launch(num_nodes, devices, 1, 1).require_processes(environment)
+        require_processes(num_nodes, devices, environment)
 
 
 def test_the_global_batch() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from flextok_pl.runtime import FitLoop, Preempted, Preemption, StepCheckpoint, newest_intact
+from flextok_pl.runtime import Preempted, Preemption, StepCheckpoint, Trainer
 
 EPOCH = 5  # batches
 
@@ -87,9 +87,10 @@ def fit(
         save_on_exception=on_exception,
         **common,
     )
-    trainer = pl.Trainer(
+    trainer = Trainer(
         accelerator="cpu",
         logger=False,
+        default_root_dir=folder,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -101,11 +102,9 @@ def fit(
         ],
         **options,
     )
-    trainer.fit_loop = FitLoop(trainer)
-    found = newest_intact(folder)
     data, val = (DataLoader(TensorDataset(torch.zeros(size, 2)), 1) for size in (EPOCH, 1))
     with suppress(Killed, Preempted):
-        trainer.fit(Learner(), data, val, ckpt_path=None if found is None else str(found))
+        trainer.fit(Learner(), data, val, ckpt_path="last")
     return diary.events
 
 

@@ -1,4 +1,4 @@
-"""Which errors are the user's to put right. Those become one line; every other keeps its traceback."""
+"""Which errors are the user's to put right. The command shows those as one line; every other keeps its traceback."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-from flextok_pl.cli import UserError
-
 TALKING = ("flextok_pl", "jsonargparse", "lightning")
 """Packages whose errors about values are written for whoever gave the values."""
+
+
+class UserError(Exception):
+    """Something the user can put right."""
 
 
 @contextmanager

@@ -11,11 +11,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
-from flextok_pl.cli import UserError
-from flextok_pl.cli.errors import told_to_the_user
-from flextok_pl.cli.tool import call, parsed
+from flextok_pl.cli.tool import parsed
 from flextok_pl.cli.tools import default_device
 from flextok_pl.data import ShardDataModule, ShardError
+from flextok_pl.errors import UserError, told_to_the_user
 
 
 def function(body: str, package: str = "flextok_pl.made_up") -> Callable[[], Any]:
@@ -99,11 +98,11 @@ def tool(size: Size = Size(), name: str = "three") -> None:  # noqa: B008
 def test_tools() -> None:
     parser = ArgumentParser()
     parser.add_function_arguments(tool, as_positional=False)
-    call(tool, parsed(parser, ["--size.pixels", "1", "--name", "3"]))
-    with pytest.raises(UserError, match="pixels=0 must be at least 1"):
+    tool(**parsed(parser, ["--size.pixels", "1", "--name", "3"]))
+    with pytest.raises(UserError, match="pixels=0 must be at least 1"), told_to_the_user():
         parsed(parser, ["--size.pixels", "0"])
     with pytest.raises(ValueError, match="invalid literal"):
-        call(tool, parsed(parser, []))
+        tool(**parsed(parser, []))
 
 
 @pytest.mark.parametrize("device", ["cuda:17", "abacus"])
