@@ -74,15 +74,6 @@ class Reconstructor(Protocol):
 
 
 @runtime_checkable
-class ReconstructionModule(Protocol):
-    """What a reconstruction callback needs of a LightningModule."""
-
-    @property
-    def reconstructor(self) -> Reconstructor:
-        """The tokenizer under evaluation, with the weights now in use (raw or averaged)."""
-
-
-@runtime_checkable
 class GenerationModule(Protocol):
     """What a generation callback needs of a LightningModule."""
 

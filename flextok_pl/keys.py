@@ -1,4 +1,4 @@
-"""Decisions about a sample as pure functions of its key, so that they do not depend on batches, workers or ranks."""
+"""Random draws and choices as pure functions of text, such as a sample's key: no batch, worker or rank changes them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,26 @@ import torch
 from torch import Tensor
 
 
+def text_hash(text: str, content: bytes = b"") -> int:
+    """64 uniform bits; to sort by them mixes everything, the same way on every machine."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8)
+    digest.update(content)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def text_generator(text: str) -> torch.Generator:
+    """A fresh CPU generator, seeded by a text."""
+    return torch.Generator().manual_seed(text_hash(text) >> 1)
+
+
 def key_hash(key: str, purpose: str = "") -> int:
     """63 uniform bits from a sample key, independent for each purpose."""
-    digest = hashlib.blake2b(f"{purpose}\0{key}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return text_hash(f"{purpose}\0{key}") >> 1
 
 
 def sample_generators(keys: Sequence[str], seed: int, purpose: str = "noise") -> list[torch.Generator]:
     """One fresh CPU generator per sample, seeded by (seed, key): the same draws at every budget and on every device."""
-    return [torch.Generator().manual_seed(key_hash(key, f"{purpose} {seed}")) for key in keys]
+    return [text_generator(f"{purpose} {seed}\0{key}") for key in keys]
 
 
 def choose_fraction(keys: Sequence[str], fraction: float, purpose: str) -> Tensor:
@@ -37,9 +48,6 @@ def images_hash(images: Tensor, keys: Sequence[str], start: int = 0) -> int:
     Returns:
         The sum modulo 2**64, as tensors sum up int64.
     """
-    total = start
-    for key, image in zip(keys, images.cpu(), strict=True):
-        digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8)
-        digest.update(image.contiguous().numpy().tobytes())
-        total += int.from_bytes(digest.digest(), "little")
+    pairs = zip(keys, images.cpu().contiguous().numpy(), strict=True)
+    total = start + sum(text_hash(key, image.tobytes()) for key, image in pairs)
     return (total + 2**63) % 2**64 - 2**63

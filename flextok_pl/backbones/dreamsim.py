@@ -61,15 +61,15 @@ class DreamSim(MeasuringNetwork):
         check_dreamsim(network, weights)
         hub = Path(torch.hub.get_dir())
         folder = hub / "dreamsim" if weights is None else Path(weights)
-        folder.mkdir(parents=True, exist_ok=True)
-        # Processes would otherwise unpack over each other.
-        lock = FileLock(folder.with_name("dreamsim.lock")) if weights is None else nullcontext()
         remedy = f"run it once where there is a network, and give its folder {folder} as dreamsim_weights"
         try:
-            with Pretrained("dreamsim", network).loading(remedy, "pip install 'flextok_pl[dreamsim]'"), lock:
+            with Pretrained("dreamsim", network).loading(remedy, "pip install 'flextok_pl[dreamsim]'"):
                 from dreamsim import dreamsim
 
-                model, prepare = dreamsim(dreamsim_type=network, cache_dir=str(folder), device=str(device))
+                folder.mkdir(parents=True, exist_ok=True)
+                # Processes would otherwise unpack over each other.
+                with FileLock(folder.with_name("dreamsim.lock")) if weights is None else nullcontext():
+                    model, prepare = dreamsim(dreamsim_type=network, cache_dir=str(folder), device=str(device))
         finally:
             torch.hub.set_dir(str(hub))  # the package moves it
         super().__init__(model)

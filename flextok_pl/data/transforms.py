@@ -5,7 +5,6 @@ Shapes in this file: H x W source image, S target side.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from flextok_pl.data.metadata import orientation_of, strip_metadata, turned
+from flextok_pl.keys import text_generator
 
 with suppress(ImportError):  # an optional package: with it, Pillow reads .heic
     import pillow_heif
@@ -72,8 +72,7 @@ DEFAULT_AUGMENTATION = Augmentation()
 
 def sample_generator(seed: int, epoch: int, key: str) -> torch.Generator:
     """A generator that depends on nothing but (seed, epoch, key): not on order, rank or worker."""
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return text_generator(f"{seed}/{epoch}/{key}")
 
 
 class PictureError(ValueError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 
 import lightning.pytorch as pl
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flextok_pl.contracts import Batch
-from flextok_pl.keys import sample_generators
+from flextok_pl.keys import sample_generators, text_generator
 from flextok_pl.runtime.sharding import gradient_norm
 
 
@@ -23,9 +22,7 @@ def step_generator(module: pl.LightningModule, seed: int, *position: int) -> tor
         position: tells apart what happens in one step: the index of the batch, for the batches whose gradients are
             accumulated, and the rank, where ranks are to draw different numbers.
     """
-    text = "/".join(map(str, (seed, module.global_step, *position)))
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return text_generator("/".join(map(str, (seed, module.global_step, *position))))
 
 
 def evaluation_generators(seed: int, batch: Batch) -> list[torch.Generator]:

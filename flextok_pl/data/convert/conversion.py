@@ -6,7 +6,6 @@ leaving out and writing happen here, several shards at a time. The options of al
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from flextok_pl.data.shards.index import IMAGE_EXTENSIONS, ShardError, ShardInde
 from flextok_pl.data.shards.tars import Span
 from flextok_pl.data.shards.writer import Sample, start_set, write_index, write_shards
 from flextok_pl.data.transforms import decode_image
+from flextok_pl.keys import text_hash
 
 _LOG = logging.getLogger(__name__)
 
@@ -239,18 +239,13 @@ def check_choice(option: str, value: str, known: Sequence[str]) -> None:
         raise ValueError(f"{option}={value!r} must be one of {tuple(known)}")
 
 
-def name_hash(name: str) -> int:
-    """64 bits that depend on the name only; to sort by them mixes all kinds, the same way on every machine."""
-    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
-
-
 def mixed(items: Iterable[Item]) -> list[Item]:
     """Items in the order of their keys' hashes.
 
     Raises:
         ValueError: two have the same key.
     """
-    ordered = sorted(items, key=lambda item: name_hash(item.key))
+    ordered = sorted(items, key=lambda item: text_hash(item.key))
     for one, other in pairwise(ordered):
         if one.key == other.key:
             files = " and ".join(item.files[0][1].file for item in (one, other))

@@ -18,6 +18,7 @@ from flextok_pl.data.convert.openmoji import Picture, assign_concepts, group_nam
 from flextok_pl.data.shards.index import ShardIndex
 from flextok_pl.data.shards.jobs import run_jobs
 from flextok_pl.data.shards.writer import Sample, start_set, write_index, write_shards
+from flextok_pl.keys import text_hash
 
 LARGE_CONCEPT = (6, 24)
 """A concept with more pictures than this, without and with skin tones, is trained on (person, smiley, clock face,
@@ -139,8 +140,7 @@ def split_by_concept(pictures: list[Picture], concepts: list[str], val_fraction:
     with_class = {concept for picture, concept in zip(pictures, concepts, strict=True) if picture.group is not None}
     splits: list[str | None] = []
     for picture, concept in zip(pictures, concepts, strict=True):
-        digest = hashlib.blake2b(concept.encode(), digest_size=8).digest()
-        held_out = int.from_bytes(digest, "little") < val_fraction * 2**64
+        held_out = text_hash(concept) < val_fraction * 2**64
         large = plain[concept] > LARGE_CONCEPT[0] or members[concept] > LARGE_CONCEPT[1]
         if not held_out or large or concept not in with_class:
             splits.append("train")

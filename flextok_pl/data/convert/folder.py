@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 from flextok_pl.data.convert.captions import read_captions
 from flextok_pl.data.convert.classes import read_class_names
-from flextok_pl.data.convert.conversion import Conversion, Item, check_choice, name_hash
+from flextok_pl.data.convert.conversion import Conversion, Item, check_choice
 from flextok_pl.data.image_files import find_images, split_ending
 from flextok_pl.data.shards.index import ShardIndex
 from flextok_pl.data.shards.listing import listing_digest
 from flextok_pl.data.shards.tars import Span
+from flextok_pl.keys import text_hash
 
 _LOG = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ def _items(extensions: Mapping[str, str], classes: Sequence[str], texts: dict[st
         label = number[file.partition("/")[0]] if classes else None
         caption = None if texts is None else texts[file]
         items.append(Item(key, ((extension, Span(file)),), label, caption))
-    return sorted(items, key=lambda item: name_hash(item.name))
+    return sorted(items, key=lambda item: text_hash(item.name))
 
 
 def _parts(items: list[Item], val_fraction: float) -> dict[str, list[Item]]:
@@ -161,7 +162,7 @@ def _parts(items: list[Item], val_fraction: float) -> dict[str, list[Item]]:
     bound = int(val_fraction * 2**64)
     parts: dict[str, list[Item]] = {"train": [], "val": []}
     for item in items:
-        parts["val" if name_hash(f"val {item.name}") < bound else "train"].append(item)
+        parts["val" if text_hash(f"val {item.name}") < bound else "train"].append(item)
     empty = [part for part, chosen in parts.items() if not chosen]
     if empty:
         raise ValueError(f"val_fraction={val_fraction} of {len(items)} images leaves {empty[0]} empty; change it")

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from flextok_pl.data.convert.classes import Labels, classes_of, read_class_names
-from flextok_pl.data.convert.conversion import Conversion, condition_files, name_hash
+from flextok_pl.data.convert.conversion import Conversion, condition_files
 from flextok_pl.data.convert.hub import find_parts
 from flextok_pl.data.image_files import extension_of
 from flextok_pl.data.shards.index import IMAGE_EXTENSIONS, ShardIndex
 from flextok_pl.data.shards.listing import listing_digest
 from flextok_pl.data.shards.writer import Sample
 from flextok_pl.data.transforms import inspect_image
+from flextok_pl.keys import text_hash
 
 ROWS_AT_ONCE = 32
 
@@ -189,7 +190,7 @@ def _groups(paths: Sequence[Path], features: Mapping[str, Any]) -> list[_Group]:
         for number, count in enumerate(rows):
             groups.append(_Group(str(path), number, count, first))
             first += count
-    return sorted(groups, key=lambda group: name_hash(str(group.first)))
+    return sorted(groups, key=lambda group: text_hash(str(group.first)))
 
 
 def _classes(label: str | None, features: Mapping[str, Any], groups: Iterable[_Group]) -> tuple[str, ...]:
