@@ -10,14 +10,11 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 REQUIRED = object()
 """Default of an option that must be given."""
-
-ANY = object()
-"""Of an option without effect on the function; a plain value in its place is written, and likewise any is read."""
 
 
 class Fact(NamedTuple):
@@ -55,19 +52,23 @@ class Function(NamedTuple):
     target: str
 
 
-@dataclass(frozen=True)
 class Module:
     """One module of an official configuration.
 
     Args:
         target: the only class it may name.
-        options: those that are written, in order.
-        also: those that may be given, too.
+        options: those that are written: a `Fact`, `Fixed`, `Training` or `Function`, or a value that is written for an
+            option without effect on the function, of which any is read.
     """
 
-    target: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    also: Mapping[str, Any] = field(default_factory=dict)
+    def __init__(self, target: str, **options: Any) -> None:
+        self.target, self.options = target, options
+        self.also: dict[str, Any] = {}
+
+    def taking(self, *ignored: str, **also: Any) -> Module:
+        """Let further options be given, which are not written: some without effect, and others; returns itself."""
+        self.also |= {**dict.fromkeys(ignored), **also}
+        return self
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Sequence:
     """Modules that work one after the other, in this order.
 
     Args:
-        target: the only class that a configuration may name for it.
+        target: the only class it may name.
         modules: by name.
         aside: part of the name of modules that change nothing that is decoded: they may be missing, or others.
         aside_targets: the classes that those may name.
@@ -94,9 +95,9 @@ class Sequence:
 Part = Module | Sequence
 
 
-def fixed(*values: Any, default: Any = ANY) -> Fixed:
+def fixed(*values: Any, default: Any = ...) -> Fixed:
     """An option that must have one of these values; the first is the official default unless another is given."""
-    return Fixed(values, values[0] if default is ANY else default)
+    return Fixed(values, values[0] if default is ... else default)
 
 
 def read(official: Mapping[str, Any], target: str, parts: Mapping[str, Part]) -> dict[str, Any]:
@@ -162,7 +163,7 @@ def _entries(name: str, values: Any, part: Part) -> list[tuple[str, Module, Any]
 def _stated(path: str, values: Any, module: Module) -> list[tuple[str, str, Any]]:
     """Option, name and value of each fact that a module's entry states; all its options are checked."""
     _check_target(path, values, module.target)
-    options = {**module.options, **module.also}
+    options = module.also | module.options
     for key, value in values.items():
         if key not in options and key != "_target_" and not key.endswith(("_key", "_keys")):
             raise ValueError(f"{path} has an unknown option {key!r}={_short(value)}; the function may depend on it")
