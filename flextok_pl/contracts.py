@@ -59,18 +59,8 @@ class Reconstructor(Protocol):
     def tokenize(self, images: Tensor, num_tokens: int | None = None) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, K') int64, deterministic."""
 
-    def detokenize(
-        self,
-        tokens: Tensor | Sequence[Tensor],
-        num_tokens: int | Tensor | None = None,
-        num_steps: int = 25,
-        guidance: str = "apg",
-        guidance_scale: GuidanceScale = 7.5,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        noise: Tensor | None = None,
-        latent_size: tuple[int, int] | None = None,
-    ) -> Tensor:
-        """(B, K') int64 -> (B, 3, H, W), not clamped; `generator` may be one per sample."""
+    def detokenize(self, tokens: Tensor | Sequence[Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """(B, K') int64 -> (B, 3, H, W), not clamped, with the options of `FlexTok.detokenize`."""
 
 
 @runtime_checkable
@@ -93,16 +83,8 @@ class GenerationModule(Protocol):
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes, or empty."""
 
-    def generate_tokens(
-        self,
-        condition: Tensor | Sequence[str] | None,
-        cfg_scale: PositionScale = 1.0,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    ) -> Tensor:
-        """(B,) classes, or B texts, or None -> (B, K) int64, with the weights now in use."""
+    def generate_tokens(self, condition: Tensor | Sequence[str] | None, *args: Any, **kwargs: Any) -> Tensor:
+        """(B,) classes, or B texts, or None -> (B, K) int64, with the weights now in use; see `Prior.generate`."""
 
 
 def default_budgets(num_registers: int) -> list[int]:

@@ -22,9 +22,6 @@ def integrate(field: VelocityField, x: Tensor, num_steps: int, solver: str = "eu
         num_steps: number of steps; the times are i / num_steps.
         solver: `euler` (one evaluation a step) or `heun` (two, second order; the last step is an Euler step,
             as t = 0 is outside what models are trained on).
-
-    Returns:
-        The state at t = 0.
     """
     step = 1 / num_steps
     for i in range(num_steps, 0, -1):

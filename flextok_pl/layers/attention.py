@@ -12,15 +12,10 @@ from flextok_pl.layers.norm import layer_norm
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """Every query attends to every key that the mask leaves it.
+    """Queries (B, H, Q, d) attend to keys and values (B, H, L, d) -> (B, H, Q, d).
 
-    Args:
-        q: (B, H, Q, d).
-        k: (B, H, L, d).
-        v: (B, H, L, d).
-        scale: factor on q . k.
-        mask: (Q, L) bool, True where a query sees a key; or (B, L) added to the logits of each key: one with log(n)
-            counts as n equal keys, one with -inf is invisible.
+    The mask is (Q, L) bool, True where a query sees a key; or (B, L), added to the logits of each key: one with log(n)
+    counts as n equal keys, one with -inf is invisible.
     """
     if mask is not None and mask.is_floating_point():
         mask = mask[:, None, None, :].to(q.dtype).expand(-1, 1, q.shape[2], -1)
@@ -28,16 +23,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
 
 
 def registers_last_mask(num_patches: int, num_registers: int, causal: bool, device: torch.device) -> Tensor:
-    """Patches see patches; register i sees all patches and registers 0..i, or all registers.
+    """(N+K, N+K) bool, rows for queries, patches first.
 
-    Args:
-        num_patches: N.
-        num_registers: K.
-        causal: whether registers see no later ones.
-        device: where to make it.
-
-    Returns:
-        (N+K, N+K) bool, rows for queries, patches first.
+    Patches see patches; register i sees all patches and registers 0..i if `causal`, or else all registers.
     """
     length = num_patches + num_registers
     visible = torch.ones(length, length, dtype=torch.bool, device=device)

@@ -91,11 +91,7 @@ class AdaLNBlock(nn.Module):
 
     Differs from DiT in the order of the six parts: gates first, then shift and scale of either branch.
 
-    Args:
-        width: D.
-        head_dim: width of an attention head.
-        mlp_ratio: see `SwiGLU`.
-        registers: whether there are registers; without them all positions are patches.
+    Without `registers`, every position is a patch.
     """
 
     def __init__(self, width: int, head_dim: int, mlp_ratio: float, registers: bool = True) -> None:
@@ -108,18 +104,7 @@ class AdaLNBlock(nn.Module):
     def forward(
         self, x: Tensor, time: Tensor, num_patches: int, mask: Tensor | None = None, rows: Tensor | None = None
     ) -> Tensor:
-        """One block.
-
-        Args:
-            x: (B, L, D), the first `num_patches` positions being patches.
-            time: (B, D) time embedding.
-            num_patches: N.
-            mask: see `attention`.
-            rows: (B, Q, D), the first rows of `x`, if no others are needed; see `Block`.
-
-        Returns:
-            (B, Q, D).
-        """
+        """(B, L, D), patches first, and a (B, D) time embedding -> (B, Q, D); `rows` and `mask` as in `Block`."""
         m = Modulation(*self.adaLN_modulation(time).unflatten(-1, (self.kinds, 6, -1)).unbind(2))  # 6 x (B, 2, D)
         h = modulate(layer_norm(x), m.shift_attn, m.scale_attn, num_patches)
         queries = h if rows is None else modulate(layer_norm(rows), m.shift_attn, m.scale_attn, num_patches)
@@ -129,13 +114,9 @@ class AdaLNBlock(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, num_patches: int) -> Tensor:
-    """X * (1 + scale) + shift with one (shift, scale) for patches and one for registers.
+    """X * (1 + scale) + shift of (B, L, D).
 
-    Args:
-        x: (B, L, D).
-        shift: (B, 2, D), index 0 for the first `num_patches` positions and 1 for the others; (B, 1, D) without others.
-        scale: like `shift`.
-        num_patches: N.
+    `shift` and `scale` are (B, 2, D), index 0 for the first N positions and 1 for the others; (B, 1, D) without others.
     """
     patches = torch.addcmul(shift[:, :1], x[:, :num_patches], 1 + scale[:, :1])
     if x.shape[1] == num_patches:

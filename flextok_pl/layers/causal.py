@@ -21,15 +21,7 @@ NORM_EPS = 1e-6
 
 
 class KeyValueCache:
-    """Keys and values of one layer, in memory taken once.
-
-    Args:
-        batch_size: B.
-        num_heads: H.
-        length: most positions it will hold.
-        head_dim: d.
-        like: a tensor of the wanted device and type.
-    """
+    """Keys and values of one layer, in memory taken once for `length` positions, of the device and type of `like`."""
 
     def __init__(self, batch_size: int, num_heads: int, length: int, head_dim: int, like: Tensor) -> None:
         self._keys = like.new_empty(batch_size, num_heads, length, head_dim)
@@ -48,10 +40,7 @@ class KeyValueCache:
 class CausalAttention(nn.Module):
     """Self-attention in which a position sees itself and what came before.
 
-    Args:
-        width: D.
-        head_dim: d.
-        qk_norm: RMSNorm on the queries and keys of each head (https://arxiv.org/abs/2302.05442).
+    With `qk_norm`, RMSNorm on the queries and keys of each head (https://arxiv.org/abs/2302.05442).
     """
 
     def __init__(self, width: int, head_dim: int, qk_norm: bool) -> None:
@@ -74,26 +63,15 @@ class CausalAttention(nn.Module):
 
 
 class TextMemory(NamedTuple):
-    """What one layer's queries find in a text.
+    """What one layer's queries find in a text."""
 
-    Attributes:
-        keys: (B, H, T, d).
-        values: (B, H, T, d).
-        mask: (B, T) bool, True where there is text and no padding.
-    """
-
-    keys: Tensor
-    values: Tensor
-    mask: Tensor
+    keys: Tensor  # (B, H, T, d)
+    values: Tensor  # (B, H, T, d)
+    mask: Tensor  # (B, T) bool, True where there is text and no padding
 
 
 class CrossAttention(nn.Module):
-    """Attention over text states.
-
-    Args:
-        width: D.
-        head_dim: d.
-    """
+    """Attention over text states."""
 
     def __init__(self, width: int, head_dim: int) -> None:
         super().__init__()
@@ -116,15 +94,7 @@ class CrossAttention(nn.Module):
 
 
 class CausalBlock(nn.Module):
-    """Pre-norm block: self-attention, cross-attention where there is text, then the MLP.
-
-    Args:
-        width: D.
-        head_dim: d.
-        mlp_ratio: see `SwiGLU`.
-        qk_norm: see `CausalAttention`.
-        text: whether it attends to text.
-    """
+    """Pre-norm block: self-attention, cross-attention if it is made for `text`, then the MLP."""
 
     def __init__(self, width: int, head_dim: int, mlp_ratio: float, qk_norm: bool, text: bool) -> None:
         super().__init__()

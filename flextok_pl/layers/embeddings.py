@@ -36,15 +36,7 @@ def sincos_position_table(width: int, grid_size: tuple[int, int], base: float = 
 
 
 def grid_positions(table: Tensor, rows: int, columns: int) -> Tensor:
-    """The top-left (rows, columns) part of a position table.
-
-    Args:
-        table: (1, D, H, W).
-        rows: wanted rows, at most H.
-        columns: wanted columns, at most W.
-
-    Returns:
-        (1, rows, columns, D).
+    """The top-left part of a position table (1, D, H, W): (1, rows, columns, D).
 
     Raises:
         ValueError: the table is too small.

@@ -1,4 +1,4 @@
-"""What users give to the models, brought to the types that they compute with, or refused in words.
+"""What users give to the models, brought to the types that they compute with, or refused by a `ValueError` in words.
 
 Functions that look at values wait for a GPU: they are for what is called to use a model, not for a training step.
 
@@ -21,11 +21,7 @@ IMAGE_LIMIT = 2.0
 
 
 def as_images(images: Tensor | np.ndarray[Any, Any]) -> Tensor:
-    """(B, 3, H, W) float32, from any floating type and from NumPy; the values are not looked at.
-
-    Raises:
-        ValueError: they are no floating point, or of another shape.
-    """
+    """(B, 3, H, W) float32, from any floating type and from NumPy; the values are not looked at."""
     if isinstance(images, np.ndarray) and images.dtype.kind == "f":
         images = torch.from_numpy(images.astype(np.float32))
     if not isinstance(images, Tensor) or not images.is_floating_point():
@@ -37,11 +33,7 @@ def as_images(images: Tensor | np.ndarray[Any, Any]) -> Tensor:
 
 
 def check_image_values(images: Tensor) -> None:
-    """Take images around [-1, 1] only.
-
-    Raises:
-        ValueError: they hold NaN or infinity, or reach beyond `IMAGE_LIMIT`.
-    """
+    """Refuse images that hold NaN or infinity, or reach beyond `IMAGE_LIMIT`."""
     check_finite(images, "images", "look at the files or the model that they come from")
     largest = float(images.detach().abs().amax()) if images.numel() else 0.0
     if largest > IMAGE_LIMIT:
@@ -52,25 +44,13 @@ def check_image_values(images: Tensor) -> None:
 
 
 def check_finite(values: Tensor, name: str, remedy: str) -> None:
-    """Refuse NaN and infinity.
-
-    Raises:
-        ValueError: there is some.
-    """
+    """Refuse NaN and infinity."""
     if not values.isfinite().all():
         raise ValueError(f"{name} hold NaN or infinite values; {remedy}")
 
 
 def as_ids(ids: Any, name: str = "tokens") -> Tensor:
-    """Ids as int64, from any integer type, such as the uint16 of token shards, from NumPy and lists too.
-
-    Args:
-        ids: of any shape.
-        name: what to call them in an error.
-
-    Raises:
-        ValueError: they are no integers.
-    """
+    """Ids of any shape as int64, from any integer type, such as the uint16 of token shards, NumPy and lists too."""
     if not isinstance(ids, Tensor):
         array = np.asarray(ids)
         ids = torch.from_numpy(array.astype(np.int64)) if array.dtype.kind in "iu" else array
@@ -81,11 +61,7 @@ def as_ids(ids: Any, name: str = "tokens") -> Tensor:
 
 
 def as_token_batch(tokens: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """B rows of int64 tokens, of a (B, k) tensor or B of different lengths.
-
-    Raises:
-        ValueError: another shape, or no integers.
-    """
+    """B rows of int64 tokens, of a (B, k) tensor or B of different lengths."""
     if isinstance(tokens, Tensor | np.ndarray):
         if tokens.ndim != 2:
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}; give (B, k) or a list of 1-D tensors")
@@ -98,11 +74,7 @@ def as_token_batch(tokens: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 
 def as_budgets(num_tokens: Any, batch_size: int) -> list[int]:
-    """One budget for each sample, from one for all or one each.
-
-    Raises:
-        ValueError: no whole numbers, or another number of them.
-    """
+    """One budget for each sample, from one for all or one each."""
     budgets = as_ids(num_tokens, "num_tokens")
     wanted: list[int] = budgets.expand(batch_size).tolist() if budgets.ndim == 0 else budgets.flatten().tolist()
     if len(wanted) != batch_size:
@@ -117,11 +89,7 @@ def check_budget(budget: Any, most: int, name: str = "num_tokens") -> None:
 
 
 def as_size(size: Any, name: str) -> tuple[int, int]:
-    """(height, width).
-
-    Raises:
-        ValueError: it is something else than two positive whole numbers.
-    """
+    """(height, width), two positive whole numbers."""
     pair = list(size) if isinstance(size, Sequence) else []
     if len(pair) != 2 or not all(is_whole(side) and side > 0 for side in pair):
         raise ValueError(f"{name}={size!r} must be two whole numbers, (height, width), such as (32, 32)")
@@ -131,11 +99,7 @@ def as_size(size: Any, name: str) -> tuple[int, int]:
 def as_generators(
     generator: torch.Generator | Sequence[torch.Generator] | None, batch_size: int
 ) -> list[torch.Generator | None]:
-    """One generator for each sample, or the same one for all.
-
-    Raises:
-        ValueError: another number of them.
-    """
+    """One generator for each sample, or the same one for all."""
     generators: list[torch.Generator | None]
     generators = list(generator) if isinstance(generator, Sequence) else [generator] * batch_size
     if len(generators) != batch_size:

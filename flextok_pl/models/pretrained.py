@@ -64,7 +64,7 @@ def load_model(
 def save_model(
     weights: Mapping[str, Tensor], config: ConfigT, path: str | Path, formats: Mapping[str, Format[ConfigT]], name: str
 ) -> Path:
-    """Write a state dict and its configuration, atomically.
+    """Write a state dict and its configuration in the format of this name, atomically.
 
     Args:
         weights: the state dict.
@@ -75,10 +75,6 @@ def save_model(
 
     Returns:
         The file written.
-
-    Raises:
-        ValueError: there is no such format, or it cannot express the model.
-        OSError: the folder or the disk does not take it.
     """
     if name not in formats:
         raise ValueError(f"format={name!r} is unknown; use one of {list(formats)}")

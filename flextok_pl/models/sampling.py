@@ -23,11 +23,7 @@ BELOW_ONE = {torch.float64: 1 - 2**-40, torch.float32: 1 - 2**-20}
 
 
 def scale_at_positions(scale: PositionScale, num_tokens: int) -> list[float]:
-    """The guidance scale of each position.
-
-    Args:
-        scale: constant, numbers to interpolate, or function; 1 is no guidance.
-        num_tokens: K, of the whole sequence.
+    """The guidance scale of each of K positions; 1 is no guidance.
 
     Raises:
         ValueError: an empty sequence, or a scale that is NaN or infinite.

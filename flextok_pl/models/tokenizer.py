@@ -176,15 +176,12 @@ class FlexTok(nn.Module):
     def encode_latents(
         self, images: Tensor, sample_posterior: bool = False, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Scaled VAE latents of images.
+        """Scaled VAE latents of images, (B, C, h, w).
 
         Args:
             images: (B, 3, H, W) in [-1, 1], of any floating type, also of NumPy; overshoots up to 2 are taken.
             sample_posterior: sample the posterior instead of taking its mean.
             generator: source of that sample.
-
-        Returns:
-            (B, C, h, w).
 
         Raises:
             ValueError: the images are no floating point around [-1, 1], or do not fit the autoencoder.
@@ -198,14 +195,11 @@ class FlexTok(nn.Module):
         return latents
 
     def encode(self, latents: Tensor, num_tokens: int | None = None) -> Tensor:
-        """Codes before quantisation, with gradients.
+        """Codes before quantisation, with gradients: scaled latents (B, C, h, w) -> (B, k, L).
 
         Args:
-            latents: (B, C, h, w), scaled.
+            latents: scaled.
             num_tokens: k, default K; only the first k registers are computed, if they are causal.
-
-        Returns:
-            (B, k, L).
 
         Raises:
             ValueError: the latents do not fit the model, or k is not in 1..K.

@@ -162,26 +162,14 @@ class PriorBase(pl.LightningModule):
         top_p: float | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> Tensor:
-        """All K tokens for each condition.
-
-        Args:
-            condition: (B,) int64 classes, -1 for none; or B texts; or None where there are no conditions.
-            cfg_scale: see `Prior.generate`, as the rest.
-            temperature: likewise.
-            top_k: likewise.
-            top_p: likewise.
-            generator: one for all, or one per sample.
-
-        Returns:
-            (B, K) int64.
-        """
-        states: Condition
-        if condition is None or isinstance(condition, Tensor):
-            states = None if condition is None else condition.to(self.device)
-        else:
+        """All K tokens, (B, K), for (B,) classes, -1 for none; or B texts; or None. Options are those of `Prior.generate`."""
+        given: Condition = None
+        if isinstance(condition, Tensor):
+            given = condition.to(self.device)
+        elif condition is not None:
             with full_precision(self.device):
-                states = self._encode(condition, truncate=False)
-        return self.prior.generate(states, None, cfg_scale, temperature, top_k, top_p, prefix=None, generator=generator)
+                given = self._encode(condition, truncate=False)
+        return self.prior.generate(given, None, cfg_scale, temperature, top_k, top_p, prefix=None, generator=generator)
 
     @torch.no_grad()
     def tokens(self, batch: Batch) -> Tensor:

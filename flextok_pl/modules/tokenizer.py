@@ -121,15 +121,9 @@ class TokenizerModule(ResumableModule):
         if mup_base_width is not None:
             check_base_width(mup_base_width, math.lcm(4, net.encoder_head_dim, net.decoder_head_dim))
         self.tokenizer = build_tokenizer(net, vae)
-        self.lr = lr
-        self.betas = betas
-        self.weight_decay = weight_decay
-        self.warmup_steps = warmup_steps
-        self.min_lr_ratio = min_lr_ratio
-        self.mup_base_width = mup_base_width
-        self.timestep_shift = timestep_shift
-        self.pure_noise = pure_noise
-        self.budget_groups = budget_groups
+        self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
+        self.warmup_steps, self.min_lr_ratio, self.mup_base_width = warmup_steps, min_lr_ratio, mup_base_width
+        self.timestep_shift, self.pure_noise, self.budget_groups = timestep_shift, pure_noise, budget_groups
         self.teacher_name, self.teacher_weights, self.repa_weight = teacher, teacher_weights, repa_weight
         self.seed = seed
         self._vae_hash: str | None = None
