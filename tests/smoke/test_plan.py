@@ -128,9 +128,9 @@ def test_every_trial_of_a_sweep_on_imagenet_can_be_trained(file: Path, monkeypat
         def __init__(self, *parsed: Any) -> None:
             super().__init__([], *parsed)
 
-        def _run_subcommand(self, subcommand: str) -> None:
-            super()._run_subcommand(subcommand)
-            recipes.append(record(make_plan(self.config[subcommand], "trial", []))["recipe"])
+        def run(self) -> None:
+            super().run()
+            recipes.append(record(make_plan(self.config, "trial", []))["recipe"])
 
     monkeypatch.setattr("flextok_pl.cli.sweep.CheckCLI", PlanningCheck)
     check_points(sweep)
