@@ -1,4 +1,4 @@
-"""What the parts of the suite agree on: batches, protocols, defaults and ranges of options, the identity of a model.
+"""What the parts of the suite share: batches, protocols, defaults and ranges of options, the identity of a model.
 
 Shapes in this file: B batch, H x W image, C x h x w latent, K registers, L text positions, E text width, F teacher
 width.
@@ -100,9 +100,9 @@ def default_budgets(num_registers: int) -> list[int]:
 
 
 def class_difference(one: Sequence[str], other: Sequence[str]) -> str | None:
-    """In what two lists of class names by number differ, in words; None where they are the same.
+    """The difference between two lists of class names, in words; None where they are the same.
 
-    Names that are the classes' own numbers are none: they agree with any others, as many as they are.
+    Names that only repeat the classes' numbers agree with any list of the same length.
     """
     unnamed = any(tuple(names) == tuple(map(str, range(len(names)))) for names in (one, other))
     if tuple(one) == tuple(other) or (unnamed and len(one) == len(other)):
@@ -119,7 +119,7 @@ def class_difference(one: Sequence[str], other: Sequence[str]) -> str | None:
 
 
 def is_whole(number: object) -> bool:
-    """Whether this is an integer, of Python or of NumPy, and no bool."""
+    """Whether this is an integer, of Python or of NumPy, and not a bool."""
     return isinstance(number, Integral) and not isinstance(number, bool)
 
 
@@ -142,7 +142,7 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
 def run_folder(trainer: Any) -> Path:
     """Where a run's results go: the folder of a logger that has one, or else the trainer's `default_root_dir`.
 
-    All processes must ask, for the first one says.
+    Call it in all processes: the first one decides.
     """
     folders = [getattr(logger, "log_dir", None) for logger in trainer.loggers]
     folder = next((each for each in folders if isinstance(each, str)), trainer.default_root_dir)
@@ -152,7 +152,7 @@ def run_folder(trainer: Any) -> Path:
 def weights_hash(network: nn.Module) -> str:
     """First 16 hexadecimal digits of the SHA-256 of a network's tensors, in the order of their names.
 
-    Tells tokenizers apart: token shards and priors record it, since tokens mean nothing to another tokenizer.
+    It identifies a model: token shards and priors record that of their tokenizer, whose tokens mean nothing to another.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):

@@ -1,7 +1,7 @@
-"""Files that are there as a whole or not at all.
+"""Files that are complete or do not exist; the only writer of the suite.
 
-Everything that must survive a kill, a crash or a full disk is written here: under a temporary name beside its place,
-brought to the disk, and only then given its name. What had the name before stays until that moment.
+A file is written under a temporary name beside its place, brought to the disk, and only then given its name, so that a
+kill, a crash or a full disk leaves what had the name before.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def whole_file(path: Path, remedy: str = "run the same command again", shared: bool = False) -> Iterator[Path]:
-    """A temporary path to write; when the block ends without an error, the file gets its name.
+def whole_file(
+    path: Path, remedy: str = "run the same command again", shared: bool = False, synced: bool = True
+) -> Iterator[Path]:
+    """A temporary path to write; it gets the file's name when the block ends without an error.
 
     Args:
         path: the file's place; folders above it are made.
-        remedy: what the user can do when there is space again.
+        remedy: what the user can do after freeing space.
         shared: several processes may write this file at once; each then has a temporary file of its own.
+        synced: let it outlive a power cut; False is faster for many pictures.
 
     Raises:
         OSError: the disk is full, or writing failed otherwise; nothing temporary stays.
@@ -35,7 +38,8 @@ def whole_file(path: Path, remedy: str = "run the same command again", shared: b
         mode = temporary.stat().st_mode  # as the umask says; some libraries let only the owner read
         yield temporary
         temporary.chmod(mode)
-        _to_disk(temporary)
+        if synced:
+            _to_disk(temporary)
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -43,7 +47,8 @@ def whole_file(path: Path, remedy: str = "run the same command again", shared: b
             text = f"{os.strerror(error.errno)}: the file was not written, and one before it is as it was"
             raise OSError(error.errno, f"{text}. Free some space and {remedy}", str(path)) from error
         raise
-    _to_disk(path.parent)
+    if synced:
+        _to_disk(path.parent)
 
 
 def write_file(path: Path, content: bytes | str, shared: bool = True) -> None:
@@ -59,8 +64,8 @@ def write_file(path: Path, content: bytes | str, shared: bool = True) -> None:
 def replace_folder(path: Path, folder: Path) -> None:
     """Put a complete folder in the place of `path`, whatever is there.
 
-    A folder cannot be replaced at once. Whenever the process dies, a whole one has a name: the new one its own, or the
-    one before `NAME.before` with the same ending. None has while its files are being deleted.
+    A folder cannot be replaced in one step. Whenever the process dies, either `path` or `NAME.before`, with the same
+    ending, is a complete folder. The old one gets the temporary name before its files are deleted.
     """
     before = path.with_stem(f"{path.stem}.before")
     if os.path.lexists(path):

@@ -1,8 +1,8 @@
-"""Which precision numbers are computed in: by networks that are used, by sums, and in trainings.
+"""The precision that numbers are computed in.
 
-What is trained runs as the trainer says, under autocast. What is used does not: its results are those of float32 in
-any training. What measures or is evaluated runs in `full_precision`. The autoencoder, the teacher and the text encoder,
-which serve trainings too, run `outside_autocast` by themselves, and leave TF32 as the user has it.
+A network in training follows the trainer's precision, under autocast. A network that is only used gives the results of
+float32 in every training. What measures or is evaluated runs in `full_precision`. The autoencoder, the teacher and the
+text encoder serve trainings, too: they run `outside_autocast`, and leave TF32 as the user has set it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-_backends: Any = torch.backends  # mypy knows but some of its attributes
+_backends: Any = torch.backends  # mypy knows only some of its attributes
 # Not `allow_tf32`, torch's older interface: reading it is an error once somebody has set one of these.
 _SETTINGS = (
     _backends.cuda.matmul,
@@ -26,7 +26,7 @@ _inside: list[list[str]] = []  # what the settings were, once for each context t
 _lock = threading.Lock()
 
 WITHOUT_FLOAT64 = frozenset({"mps"})
-"""Types of devices that do not know float64."""
+"""Types of devices without float64."""
 
 TRAINING_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 """Values of `trainer.precision` that trainings take."""
@@ -40,8 +40,7 @@ _SHORT = {None: "32-true", "None": "32-true", "32": "32-true", "bf16": "bf16-mix
 def outside_autocast(device: torch.device | str) -> AbstractContextManager[Any]:
     """Float32 where weights and inputs are; TF32 as torch has it, on a GPU in convolutions only.
 
-    Args:
-        device: where the network is, or the type of that device.
+    `device` is where the network is.
     """
     kind = torch.device(device).type
     known = torch.amp.is_autocast_available(kind)  # the meta device has no autocast
@@ -52,12 +51,9 @@ def outside_autocast(device: torch.device | str) -> AbstractContextManager[Any]:
 def full_precision(device: torch.device | str) -> Iterator[None]:
     """Float32 throughout: neither autocast nor TF32 nor bfloat16, whatever the caller has set; gradients as outside.
 
-    The settings of TF32 and bfloat16 are those of the process, all threads included. When the last of these contexts
-    ends they have the values that they had, set explicitly: a later `torch.backends.fp32_precision`, which they may
-    have followed before, no longer reaches them.
-
-    Args:
-        device: where the network is, or the type of that device.
+    `device` is where the network is. The settings of TF32 and bfloat16 belong to the whole process, with all its
+    threads. When the last of these contexts ends they get back their values, set explicitly: a later
+    `torch.backends.fp32_precision`, which they may have followed before, no longer reaches them.
     """
     with _lock:
         _inside.append(_inside[0] if _inside else [setting.fp32_precision for setting in _SETTINGS])
@@ -75,20 +71,12 @@ def full_precision(device: torch.device | str) -> Iterator[None]:
 
 
 def accumulation_dtype(device: torch.device | str) -> torch.dtype:
-    """What sums and probabilities are taken in on a device: float64, or float32 where there is none, as on Apple's MPS.
-
-    Args:
-        device: where the sum is taken, or the type of that device.
-    """
+    """The type of sums and probabilities on a device: float64, or float32 where there is none, as on Apple's MPS."""
     return torch.float32 if torch.device(device).type in WITHOUT_FLOAT64 else torch.float64
 
 
 def require_float32(dtype: torch.dtype, what: str) -> None:
-    """Refuse a network whose weights have another type, for which its results would be others.
-
-    Raises:
-        ValueError: they have.
-    """
+    """Raise ValueError for a network whose weights have another type, since its results would then differ."""
     if dtype != torch.float32:
         raise ValueError(
             f"the weights of this {what} are {dtype}, but its results are those of float32: "
@@ -97,7 +85,7 @@ def require_float32(dtype: torch.dtype, what: str) -> None:
 
 
 def check_training_precision(precision: object, adversarial: bool = False) -> str:
-    """The full name of a trainer's precision that our trainings and evaluations take.
+    """The full name of a precision that our trainings and evaluations take.
 
     Args:
         precision: `trainer.precision`; None is float32.

@@ -1,4 +1,4 @@
-"""What the user hears while nothing else is to be seen."""
+"""Lines on stderr that tell the user what takes so long."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 PATIENCE_S = 5.0
-"""After so many seconds without a word, it is said what is being done."""
+"""Seconds after which a step that is still running is named."""
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that speaks for all those that torchrun, srun or a Trainer started."""
+    """Whether this process writes for all those that torchrun, srun or a Trainer started."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
 
 
@@ -25,12 +25,7 @@ def say(what: str) -> None:
 
 @contextmanager
 def announced(what: str, patience_s: float = PATIENCE_S) -> Iterator[None]:
-    """Say what is being done if it takes longer than some seconds.
-
-    Args:
-        what: such as `building the model`.
-        patience_s: how many.
-    """
+    """Name a step, such as `building the model`, if it is still running after some seconds."""
     timer = threading.Timer(patience_s, say, [f"{what} ..."])
     timer.start()
     try:

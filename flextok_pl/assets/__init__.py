@@ -1,4 +1,4 @@
-"""What ships with the package: the demo's models, whose making README.md beside it tells, and published numbers."""
+"""What ships with the package: the demo's models, and published numbers; how they were made is in README.md."""
 
 from pathlib import Path
 

@@ -20,8 +20,10 @@ class LPIPS(MeasuringNetwork):
         ValueError: the weights are missing or are another network's.
     """
 
+    name = "alex"
+
     def __init__(self, weights: Path | str | None = None) -> None:
-        super().__init__(lpips_network("alex", Pretrained("lpips_network", "alex", weights, "lpips")))
+        super().__init__(lpips_network("alex", Pretrained("lpips_network", self.name, weights, "lpips")))
 
     def __call__(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
         """Distance of each pair: (B, 3, H, W) uint8 twice -> (B,) float64 on the CPU."""

@@ -94,7 +94,6 @@ def generate_images(
         for budget in wanted
     }
     target = Path(out).expanduser()
-    target.parent.mkdir(parents=True, exist_ok=True)
     save_png(image_grid(images.items(), names), target)
     print(f"{target}: pictures: {len(names)}, at {wanted} tokens")
 

@@ -105,9 +105,7 @@ class PlanCLI(ParsingCLI):
         plan = make_plan(options, self.experiment, self._given)
         print(describe(plan))
         if options.json is not None:
-            target = Path(options.json).expanduser()
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_file(target, json.dumps(record(plan), indent=2) + "\n")
+            write_file(Path(options.json).expanduser(), json.dumps(record(plan), indent=2) + "\n")
 
 
 def run(command: str, arguments: Sequence[str]) -> None:

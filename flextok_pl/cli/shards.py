@@ -65,7 +65,6 @@ def show_statistics(
 
 
 def _write_json(path: Path, record: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 

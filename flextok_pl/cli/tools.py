@@ -179,7 +179,6 @@ def reconstruct_images(
             latent_size=(min(tok.latent_size),) * 2,
         ).cpu()
     target = Path(out).expanduser()
-    target.parent.mkdir(parents=True, exist_ok=True)
     save_png(image_grid([("original", originals), *decoded.items()]), target)
     print(f"{target}: pictures: {len(images)}, at {wanted} tokens")
 

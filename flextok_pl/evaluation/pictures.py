@@ -78,7 +78,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def save_png(image: Tensor, path: Path) -> None:
     """Write (3, H, W) uint8 as a PNG file."""
-    with whole_file(path) as temporary:
+    with whole_file(path, synced=False) as temporary:
         Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(temporary, format="png")
 
 
