@@ -10,7 +10,7 @@ from math import ceil
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch.distributed
+import torch
 from torch.utils.data import DataLoader
 
 from flextok_pl.contracts import Batch
@@ -20,6 +20,7 @@ from flextok_pl.data.shards.index import ShardError, ShardIndex
 from flextok_pl.data.shards.sources import load_indices, require_same_classes, require_same_kind, require_same_origin
 from flextok_pl.data.stream import CachedBatches, EpochStream, Plan, ShardSet, StreamedBatches
 from flextok_pl.data.transforms import CENTER_CROP, DEFAULT_AUGMENTATION, Augmentation
+from flextok_pl.distributed import rank, world_size
 from flextok_pl.progress import announced
 
 Split = Literal["train", "val", "test"]
@@ -293,9 +294,7 @@ class ShardDataModule(pl.LightningDataModule):
         """(rank, world size)."""
         if self.trainer is not None:
             return self.trainer.global_rank, self.trainer.world_size
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return 0, 1
+        return rank(), world_size()
 
 
 class _Batches:

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from flextok_pl.distributed import gather_objects
 from flextok_pl.runtime.lightning_internals import checkpoint_folder
 
 SHOWN_KEYS = 8
@@ -76,10 +77,7 @@ class StopIfNotFinite(Callback):
         asked, self._asked = self._asked, None
         if asked is None or not asked.is_bad():
             return
-        told: list[str | None] = [asked.complaint(trainer.global_rank)]
-        if trainer.world_size > 1:
-            told *= trainer.world_size
-            torch.distributed.all_gather_object(told, told[trainer.global_rank])
+        told = gather_objects(asked.complaint(trainer.global_rank))
         raise RuntimeError("; ".join(text for text in told if text is not None) + "; " + _remedy(trainer))
 
 
