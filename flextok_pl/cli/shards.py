@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from json import dumps
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,11 +61,7 @@ def show_statistics(
     record = shard_statistics(load_indices(shards), pixel_samples, num_workers)
     print("\n".join(_lines(record)))
     if json is not None:
-        _write_json(Path(json).expanduser(), record)
-
-
-def _write_json(path: Path, record: Mapping[str, Any]) -> None:
-    write_file(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        write_file(Path(json).expanduser(), dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 def _lines(record: Mapping[str, Any], prefix: str = "") -> list[str]:

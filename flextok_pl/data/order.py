@@ -44,15 +44,11 @@ class Lanes:
     The row is cut into lanes of equal length, and the sequence takes from each in turn: with as many lanes as ranks, or
     a multiple, a rank stays in lanes of its own. A lane is cut into groups, whose samples come in another order.
 
-    Args:
-        num_samples: N, of the row.
-        number: P, of lanes.
-        group_size: samples of a group, about.
     """
 
-    num_samples: int
-    number: int
-    group_size: int
+    num_samples: int  # of the row
+    number: int  # of lanes
+    group_size: int  # samples, about
 
     def place(self, position: int) -> tuple[tuple[int, int], int]:
         """The (lane, group in it) of a position of the sequence, and which of the group's samples it is."""
@@ -108,15 +104,11 @@ class Mixture:
     samples that follow one another of each part, and any stretch of the row has the parts in the epoch's shares: its
     number of samples of a part differs by less than the number of parts from the exact one.
 
-    Args:
-        sizes: samples of each part.
-        takes: samples of each part in an epoch, at least 1.
-        steps: samples of each part from the start of one epoch to that of the next.
     """
 
-    sizes: tuple[int, ...]
-    takes: tuple[int, ...]
-    steps: tuple[int, ...]
+    sizes: tuple[int, ...]  # samples of each part
+    takes: tuple[int, ...]  # samples of each part in an epoch, at least 1
+    steps: tuple[int, ...]  # samples of each part from the start of one epoch to that of the next
 
     @classmethod
     def whole(cls, size: int, length: int) -> Mixture:

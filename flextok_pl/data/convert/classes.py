@@ -27,7 +27,7 @@ def read_class_names(option: str, given: str | Path | Sequence[str]) -> tuple[st
     elif Path(given).name == INDEX_NAME or (Path(given).expanduser() / INDEX_NAME).is_file():
         where, unit, names = f"{option}={given}", "class", list(ShardIndex.load(Path(given).expanduser()).classes)
     else:
-        where, unit, names = f"{option}={given}", "line", [line.strip() for line in _text(option, given).split("\n")]
+        where, unit, names = f"{option}={given}", "line", read_lines(option, given)
     places: dict[str, int] = {}
     for place, name in enumerate(names, start=1):
         if not name:
@@ -40,11 +40,13 @@ def read_class_names(option: str, given: str | Path | Sequence[str]) -> tuple[st
     return tuple(names)
 
 
-def _text(option: str, file: str | Path) -> str:
+def read_lines(option: str, file: str | Path) -> list[str]:
+    """The lines of a UTF-8 text file without what surrounds them and without empty ones at its end."""
     try:
-        return Path(file).expanduser().read_text(encoding="utf-8-sig").rstrip()
+        text = Path(file).expanduser().read_text(encoding="utf-8-sig").rstrip()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{option}={file} cannot be read: {error}; give a text file in UTF-8, or a list") from error
+    return [line.strip() for line in text.split("\n")]
 
 
 def classes_of(labels: Iterable[int | str], where: str) -> tuple[str, ...]:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from flextok_pl.data.shards.listing import matching_paths
 
 SPLITS = {
-    "train": "train",
-    "training": "train",
-    "validation": "val",
-    "valid": "val",
-    "val": "val",
-    "dev": "val",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "val"),
     "test": "test",
 }
 """Part by the word in a file's path, as in `data/train-00000-of-00010.parquet`; the Hub knows the same words
@@ -79,28 +77,24 @@ def _list_local(src: str) -> list[tuple[str, Path]]:
 
 def _list_hub(src: str, revision: str | None) -> list[tuple[str, Path]]:
     """Names, and the same as paths within the repository."""
-    import huggingface_hub
-
-    try:
-        names = huggingface_hub.list_repo_files(src, repo_type="dataset", revision=revision)
-    except Exception as error:  # its errors come from several network libraries
-        raise ValueError(
-            f"no file or folder src={src} here, and no such data set was found on the Hub: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+    with _hub(f"no file or folder src={src} here, and no such data set was found on the Hub") as hub:
+        names = hub.list_repo_files(src, repo_type="dataset", revision=revision)
     return [(name, Path(name)) for name in sorted(names)]
 
 
 def _download(src: str, revision: str | None, names: Sequence[str]) -> Path:
+    with _hub(
+        f"src={src} could not be fetched from the Hub; what has been is kept, and the same command goes on"
+    ) as hub:
+        return Path(hub.snapshot_download(src, repo_type="dataset", revision=revision, allow_patterns=list(names)))
+
+
+@contextmanager
+def _hub(problem: str) -> Iterator[Any]:
+    """The library of the Hub, whose errors come from several network libraries and are made one."""
     import huggingface_hub
 
     try:
-        folder = huggingface_hub.snapshot_download(
-            src, repo_type="dataset", revision=revision, allow_patterns=list(names)
-        )
-    except Exception as error:  # its errors come from several network libraries
-        raise ValueError(
-            f"src={src} could not be fetched from the Hub: {type(error).__name__}: {error}; what has been is kept, and "
-            "the same command goes on"
-        ) from error
-    return Path(folder)
+        yield huggingface_hub
+    except Exception as error:
+        raise ValueError(f"{problem}: {type(error).__name__}: {error}") from error

@@ -16,11 +16,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal, cast
 
 import numpy as np
 import scipy.io
 
+from flextok_pl.data.convert.classes import read_lines
 from flextok_pl.data.convert.conversion import Conversion, Item, check_choice, mixed
 from flextok_pl.data.image_files import list_images
 from flextok_pl.data.shards.index import IMAGE_EXTENSIONS, ShardIndex
@@ -109,42 +110,29 @@ def write_imagenet(
 
 @dataclass(frozen=True)
 class Devkit:
-    """What the development kit knows.
+    """What the development kit knows."""
 
-    Args:
-        words: of the synsets without a narrower one, by wnid: "tench, Tinca tinca".
-        val: wnid of each validation picture, by its name without the ending.
-    """
-
-    words: dict[str, str]
-    val: dict[str, str]
+    words: dict[str, str]  # of the synsets without a narrower one, by wnid: "tench, Tinca tinca"
+    val: dict[str, str]  # wnid of each validation picture, by its name without the ending
 
 
 def read_devkit(src: Path) -> Devkit | None:
-    """The development kit in a folder, unpacked or not; None where there is none.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    files = {}
+    """The development kit in a folder, unpacked or not; None where there is none."""
     packed = src / f"{DEVKIT}.tar.gz"
     names = ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
     try:
         if packed.is_file():
             with tarfile.open(packed, "r:gz") as tar:
-                for name in names:
-                    member = tar.extractfile(f"{DEVKIT}/data/{name}")
-                    assert member is not None, "a regular file"
-                    files[name] = member.read()
+                meta, truth = (cast(IO[bytes], tar.extractfile(f"{DEVKIT}/data/{name}")).read() for name in names)
         elif (src / DEVKIT).is_dir():
-            files = {name: (src / DEVKIT / "data" / name).read_bytes() for name in names}
+            meta, truth = ((src / DEVKIT / "data" / name).read_bytes() for name in names)
         else:
             return None
         # 1860 synsets, of which those that others refine are no classes.
-        synsets = np.atleast_1d(scipy.io.loadmat(io.BytesIO(files[names[0]]), squeeze_me=True)["synsets"])
+        synsets = np.atleast_1d(scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
         classes = [synset for synset in synsets if int(synset["num_children"]) == 0]
         wnids = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in classes}
-        val = {f"ILSVRC2012_val_{i:08d}": wnids[int(n)] for i, n in enumerate(files[names[1]].split(), start=1)}
+        val = {f"ILSVRC2012_val_{i:08d}": wnids[int(n)] for i, n in enumerate(truth.split(), start=1)}
     except (OSError, EOFError, KeyError, ValueError, tarfile.TarError) as error:
         raise ValueError(
             f"the development kit {DEVKIT} in src={src} cannot be read ({error!r}); fetch it again"
@@ -153,11 +141,7 @@ def read_devkit(src: Path) -> Devkit | None:
 
 
 def read_kaggle(src: Path) -> Devkit | None:
-    """What the files of Kaggle's package say that stand for the development kit; None where there are none.
-
-    Raises:
-        ValueError: one is damaged; names the line.
-    """
+    """What the files of Kaggle's package say that stand for the development kit; None where there are none."""
     if not any((src / name).is_file() for name in KAGGLE):
         return None
     # Boxes follow the wnid of a picture, each with a wnid of its own, all the same: "n03995372 85 1 499 272".
@@ -260,11 +244,7 @@ def _wnid_of_val(stem: str, where: str, src: Path, devkit: Devkit | None) -> str
 def _wnids(src: Path, classes: Path | str | None, pictures: dict[str, Pictures], devkit: Devkit | None) -> list[str]:
     """The classes: those asked for, of train, of the development kit, or of the folders of val."""
     if classes is not None:
-        try:
-            text = Path(classes).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"classes={classes} cannot be read: {error}") from error
-        wnids = [line.split()[0] for line in text.splitlines() if line.strip()]
+        wnids = [line.split()[0] for line in read_lines("classes", classes) if line]
         wrong = [wnid for wnid in wnids if not re.fullmatch(WNID, wnid)]
         if wrong or not wnids:
             raise ValueError(f"classes={classes} must have one wnid per line, such as n01440764, and has {wrong[:1]}")

@@ -58,19 +58,12 @@ _ALIKE = 0.08
 
 @dataclass(frozen=True)
 class Picture:
-    """One OpenMoji picture.
+    """One OpenMoji picture."""
 
-    Args:
-        code: OpenMoji's file name without suffix: code points joined by '-'.
-        path: the SVG file.
-        caption: its English name, empty where neither Unicode nor `emoji` has one (OpenMoji's own additions).
-        group: Unicode group, or None outside Unicode's list.
-    """
-
-    code: str
-    path: Path
-    caption: str
-    group: str | None
+    code: str  # OpenMoji's file name without suffix: code points joined by '-'
+    path: Path  # of the SVG file
+    caption: str  # English name, empty where neither Unicode nor `emoji` has one (OpenMoji's own additions)
+    group: str | None  # Unicode group, or None outside Unicode's list
 
     @property
     def has_skin_tone(self) -> bool:
@@ -144,14 +137,9 @@ def name_concept(caption: str) -> str:
 
 
 def assign_concepts(pictures: Sequence[Picture], thumbnails: NDArray[np.uint8]) -> list[str]:
-    """Group the pictures into concepts.
+    """The concept of each of P pictures ordered by code, named by the plainest code among its members.
 
-    Args:
-        pictures: P pictures ordered by code.
-        thumbnails: (P, 16, 16, 3) their small renderings.
-
-    Returns:
-        For each picture its concept's name: the plainest code among its members.
+    `thumbnails` (P, 16, 16, 3) are their small renderings.
     """
     parent = list(range(len(pictures)))
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flextok_pl.data.convert.classes import Labels, classes_of, read_class_names
 from flextok_pl.data.convert.conversion import Conversion, condition_files
@@ -111,21 +111,13 @@ class _Columns:
     caption: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """A row group.
-
-    Args:
-        path: of its file.
-        number: in the file.
-        rows: how many it has.
-        first: number of its first row among all of the part.
-    """
+class _Group(NamedTuple):
+    """A row group."""
 
     path: str
-    number: int
+    number: int  # in the file
     rows: int
-    first: int
+    first: int  # number of its first row among all of the part
 
 
 def _open(path: Path | str) -> Any:
@@ -146,13 +138,16 @@ def _features(path: Path) -> dict[str, Any]:
         schema = file.schema_arrow
         notes = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     described = notes.get("info", {}).get("features", {})
-    return {name: {**_note(described.get(name)), "arrow": str(schema.field(name).type)} for name in schema.names}
-
-
-def _note(feature: Any) -> dict[str, Any]:
-    """Kind and class names of a feature, as far as they are noted."""
-    known = feature if isinstance(feature, dict) else {}
-    return {"kind": known.get("_type"), "names": known.get("names")}
+    features = {}
+    for name in schema.names:
+        noted = described.get(name)
+        known = noted if isinstance(noted, dict) else {}  # nested features are lists
+        features[name] = {
+            "kind": known.get("_type"),
+            "names": known.get("names"),
+            "arrow": str(schema.field(name).type),
+        }
+    return features
 
 
 def _columns(features: Mapping[str, Any], image: str | None, label: str, caption: str | None) -> _Columns:
@@ -209,11 +204,7 @@ def _classes(label: str | None, features: Mapping[str, Any], groups: Iterable[_G
 def _labels(
     label: str | None, features: Mapping[str, Any], found: Sequence[str], given: Sequence[str] | None
 ) -> Labels:
-    """Class indices of the labels of the files, numbered as `given` says where it is given.
-
-    Raises:
-        ValueError: the files have other classes.
-    """
+    """Class indices of the labels of the files, numbered as `given` says where it is given."""
     labels = Labels(found if given is None else given)
     if given is None or label is None:
         return labels
@@ -232,15 +223,7 @@ def _labels(
 
 
 class _RowReader:
-    """Makes samples of rows; a plain class so that it can go to a worker process.
-
-    Args:
-        groups: all row groups, in their order.
-        columns: to read.
-        labels: of the files.
-        prefix: of the keys.
-        conversion: how pictures are stored.
-    """
+    """Makes samples of the rows of ordered groups; a plain class so that it can go to a worker process."""
 
     def __init__(
         self, groups: Sequence[_Group], columns: _Columns, labels: Labels, prefix: str, conversion: Conversion

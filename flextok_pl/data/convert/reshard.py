@@ -60,12 +60,7 @@ def write_resharded(
     """
     conversion = Conversion(**options)
     paths = matching_paths(src)
-    foreign = {
-        "label_key": label_key,
-        "caption_key": caption_key,
-        "class_names": class_names,
-        "image_key": image_key,
-    }
+    foreign = {"label_key": label_key, "caption_key": caption_key, "class_names": class_names, "image_key": image_key}
     if all(((path if path.is_dir() else path.parent) / INDEX_NAME).is_file() for path in paths):
         for name, value in foreign.items():
             if value is not None:
@@ -92,11 +87,7 @@ def _tars(paths: Sequence[Path], src: str) -> list[Path]:
 
 @dataclass(frozen=True, slots=True)
 class _Keys:
-    """Where the fields of foreign samples are, as for `write_resharded`.
-
-    Raises:
-        ValueError: `image_key` is of no picture.
-    """
+    """Where the fields of foreign samples are, as for `write_resharded`."""
 
     label: str | None
     caption: str | None
@@ -193,11 +184,7 @@ def _foreign(
 
 
 def _picture(sample: _Raw, image_key: str | None, required: bool) -> tuple[tuple[str, Span], ...]:
-    """The one picture of a foreign sample, or a file that is none where the sample is to be left out.
-
-    Raises:
-        ValueError: it has no picture, or several.
-    """
+    """The one picture of a foreign sample, or a file that is none where the sample is to be left out."""
     wanted, called = (IMAGE_EXTENSIONS, "picture") if image_key is None else ((image_key,), f"picture .{image_key}")
     found = [(name, span) for name, span in sample.files.items() if name in wanted]
     if len(found) > 1:
@@ -227,11 +214,7 @@ def _records(raw: Sequence[_Raw]) -> str:
 
 
 def _record(files: Mapping[str, Span]) -> dict[str, Any]:
-    """The content of a sample's `.json`.
-
-    Raises:
-        ValueError: it is not JSON, or no object.
-    """
+    """The content of a sample's `.json`."""
     try:
         record = json.loads(files["json"].read(Path("/")))
     except ValueError as error:
@@ -287,11 +270,7 @@ def _annotations(files: Mapping[str, Span], keys: _Keys) -> tuple[int | str | No
 
 
 def _label(value: Any, where: str) -> int | str | None:
-    """A label as a class index or a name; `10.0`, as tables of numbers have it, is 10.
-
-    Raises:
-        ValueError: it is neither.
-    """
+    """A label as a class index or a name; `10.0`, as tables of numbers have it, is 10."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, bool) or not isinstance(value, int | str | None) or value == "":

@@ -169,11 +169,7 @@ def _counted(samples: Iterator[Sample], bar: tqdm[Any]) -> Iterator[Sample]:
 
 
 def require_identity(option: str, identity: Mapping[str, Any], types: Mapping[str, type]) -> None:
-    """Check that a model's identity has what it must, non-empty texts or positive whole numbers.
-
-    Raises:
-        ValueError: it has not; names the option.
-    """
+    """Check that a model's identity has what it must, non-empty texts or positive whole numbers."""
     for name, kind in types.items():
         value = identity.get(name)
         if not isinstance(value, kind) or not value > kind():
