@@ -8,7 +8,7 @@ TensorFlow-compatible resize. `effnet-lite0` needs no download: its ImageNet wei
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +28,29 @@ EXTRACTORS = (
     *(f"clip-{net}" for net in ("rn50", "rn101", "vit-b-32", "vit-b-16", "vit-l-14", "vit-l-14-336px")),
 )
 
+EFFNET_SIZE = 128
+"""A multiple of 32, as its fixed "same" padding needs; 224 costs three times as much."""
 
-class FeatureExtractor(MeasuringNetwork, ABC):
+
+class FeatureExtractor(MeasuringNetwork):
     """What a feature distance needs.
 
-    Attributes:
+    Args:
         name: one of `EXTRACTORS`.
+        network: on the CPU.
+        features: of the network and (B, 3, H, W) uint8 images on its device: (B, D).
+        resize: how images are brought to the network's size, which records state.
+
+    Attributes:
         metric_name: what the Frechet distance on these features is called.
         kernel_metric_name: what the kernel distance on them is called.
         dim: D.
-        resize: how images are brought to the network's size.
     """
 
-    def __init__(self, name: str, network: Any, resize: str) -> None:
+    def __init__(self, name: str, network: Any, features: Callable[[Any, Tensor], Tensor], resize: str) -> None:
         super().__init__(network)
         self.network.to(memory_format=torch.channels_last)  # 1.4x as fast on a CPU
-        self.name, self.resize = name, resize
+        self.name, self.resize, self._features = name, resize, features
         self.metric_name, self.kernel_metric_name = f"fd_{name.replace('-', '_')}", f"kd_{name.replace('-', '_')}"
         if name == INCEPTION:
             self.metric_name, self.kernel_metric_name = "frechet_inception_distance", "kernel_inception_distance"
@@ -58,61 +65,10 @@ class FeatureExtractor(MeasuringNetwork, ABC):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; give uint8 (B, 3, H, W)")
         with self.measuring():
-            return self._features(images.to(self.device))
-
-    @abstractmethod
-    def _features(self, images: Tensor) -> Tensor: ...
+            return self._features(self.network, images.to(self.device))
 
     def class_logits(self, features: Tensor) -> Tensor | None:
-        """(B, D) -> (B, C) that an inception score takes, or None if these features have none."""
-        return None
-
-
-class EfficientNetLite0Extractor(FeatureExtractor):
-    """Pooled 1280 features of EfficientNet-Lite0."""
-
-    input_size = 128  # a multiple of 32, as its fixed "same" padding needs; 224 costs three times as much
-
-    def __init__(self, source: Pretrained) -> None:
-        super().__init__(source.name, efficientnet_lite(source), f"bilinear antialiased {self.input_size}")
-
-    def _features(self, images: Tensor) -> Tensor:
-        x = F.interpolate(images.float(), size=(self.input_size,) * 2, mode="bilinear", antialias=True)
-        maps: Tensor = self.network.extract_features((x - 127) / 128)  # (B, 1280, 4, 4)
-        return maps.mean((2, 3))
-
-
-class TorchFidelityExtractor(FeatureExtractor):
-    """One of torch-fidelity's networks, at the layer that it uses for FID."""
-
-    def __init__(self, source: Pretrained) -> None:
-        name, path = source.name, source.weights
-        if name.startswith("dinov2") and path is not None:
-            raise ValueError(
-                f"weights={str(path)!r}: torch-fidelity reads {name} from torch.hub's folder only; set TORCH_HOME to a "
-                "folder that holds hub/facebookresearch_dinov2_main and hub/checkpoints, and leave weights out"
-            )
-        with source.loading(
-            f"download its weights where there is a network and give the file as {source.weights_option}=PATH, or use "
-            f"{source.option}={OFFLINE_EXTRACTOR!r}"
-        ):
-            from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
-
-            if path is not None and name.startswith("clip"):
-                _check_is_published(name, path)
-            elif path is not None:
-                source.state_dict(path)  # torch-fidelity's own loader would let the file run code
-            network_class = FEATURE_EXTRACTORS_REGISTRY[name]
-            layer = network_class.get_default_feature_layer_for_metric("fid")
-            network = network_class(name, [layer], feature_extractor_weights_path=None if path is None else str(path))
-        super().__init__(name, network, "torch-fidelity, TensorFlow-1 bilinear")
-
-    def _features(self, images: Tensor) -> Tensor:
-        features: Tensor = self.network(images)[0]
-        return features
-
-    def class_logits(self, features: Tensor) -> Tensor | None:
-        """Inception's logits without the bias, as TensorFlow's inception score takes them."""
+        """Inception's (B, D) -> (B, C), without the bias, as TensorFlow's inception score takes them; else None."""
         if self.name != INCEPTION:
             return None
         with self.measuring():
@@ -131,7 +87,11 @@ def build_extractor(name: str, weights: Path | str | None = None) -> FeatureExtr
         ValueError: unknown name, or missing or unfitting weights.
     """
     source = check_extractor(name, weights)
-    return EfficientNetLite0Extractor(source) if name == OFFLINE_EXTRACTOR else TorchFidelityExtractor(source)
+    if name == OFFLINE_EXTRACTOR:
+        network, resize = efficientnet_lite(source), f"bilinear antialiased {EFFNET_SIZE}"
+        return FeatureExtractor(name, network, _pooled_features, resize)
+    network = _torch_fidelity_network(source)
+    return FeatureExtractor(name, network, lambda net, images: net(images)[0], "torch-fidelity, TensorFlow-1 bilinear")
 
 
 def check_extractor(name: str, weights: Path | str | None = None) -> Pretrained:
@@ -139,6 +99,36 @@ def check_extractor(name: str, weights: Path | str | None = None) -> Pretrained:
     if name not in EXTRACTORS:
         raise ValueError(f"extractor={name!r} is unknown; use one of {', '.join(EXTRACTORS)}")
     return Pretrained("extractor", name, weights)
+
+
+def _pooled_features(network: Any, images: Tensor) -> Tensor:
+    """Of EfficientNet-Lite0: (B, 3, H, W) uint8 -> (B, 1280)."""
+    x = F.interpolate(images.float(), size=(EFFNET_SIZE, EFFNET_SIZE), mode="bilinear", antialias=True)
+    maps: Tensor = network.extract_features((x - 127) / 128)  # (B, 1280, 4, 4)
+    return maps.mean((2, 3))
+
+
+def _torch_fidelity_network(source: Pretrained) -> Any:
+    """At the layer that torch-fidelity uses for FID."""
+    name, path = source.name, source.weights
+    if name.startswith("dinov2") and path is not None:
+        raise ValueError(
+            f"weights={str(path)!r}: torch-fidelity reads {name} from torch.hub's folder only; set TORCH_HOME to a "
+            "folder that holds hub/facebookresearch_dinov2_main and hub/checkpoints, and leave weights out"
+        )
+    with source.loading(
+        f"download its weights where there is a network and give the file as {source.weights_option}=PATH, or use "
+        f"{source.option}={OFFLINE_EXTRACTOR!r}"
+    ):
+        from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+        if path is not None and name.startswith("clip"):
+            _check_is_published(name, path)
+        elif path is not None:
+            source.state_dict(path)  # torch-fidelity's own loader would let the file run code
+        network_class = FEATURE_EXTRACTORS_REGISTRY[name]
+        layer = network_class.get_default_feature_layer_for_metric("fid")
+        return network_class(name, [layer], feature_extractor_weights_path=None if path is None else str(path))
 
 
 def _check_is_published(name: str, path: Path | str) -> None:

@@ -19,7 +19,7 @@ from torch_fidelity import calculate_metrics
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from flextok_pl.backbones.extractors import EfficientNetLite0Extractor
+from flextok_pl.backbones.extractors import build_extractor
 from flextok_pl.cli import main
 from flextok_pl.evaluation import budget_statistics
 from flextok_pl.metrics.kernel import kernel_distance
@@ -50,7 +50,7 @@ class TheirEffNet(FeatureExtractorBase):
 
     def __init__(self, name, features_list, **_):
         super().__init__(name, features_list)
-        self.ours = EfficientNetLite0Extractor()
+        self.ours = build_extractor("effnet-lite0")
 
     @staticmethod
     def get_provided_features_list():
