@@ -162,7 +162,7 @@ class PriorBase(pl.LightningModule):
         top_p: float | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> Tensor:
-        """All K tokens, (B, K), for (B,) classes, -1 for none; or B texts; or None; options as of `Prior.generate`."""
+        """All K tokens, (B, K), for (B,) classes, -1 for none; or B texts; or None; see `Prior.generate`."""
         given: Condition = None
         if isinstance(condition, Tensor):
             given = condition.to(self.device)
