@@ -16,8 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from report import write_results
 
 from flextok_pl import DEMO_PRIOR, DEMO_TOKENIZER, GenerationFID, ReconstructionFID, ShardDataModule
-from flextok_pl.modules.saved_prior import SavedPrior
-from flextok_pl.modules.saved_tokenizer import SavedTokenizer
+from flextok_pl.modules.saved import SavedPrior, SavedTokenizer
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", default="data/openmoji64/val")

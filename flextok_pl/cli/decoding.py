@@ -27,12 +27,12 @@ from flextok_pl.evaluation.generation import GenerationStatistics
 from flextok_pl.evaluation.reconstruction import ReconstructionStatistics
 from flextok_pl.evaluation.report import format_columns, format_value, make_records, write_json
 from flextok_pl.files import write_file
-from flextok_pl.flow.guidance import GUIDANCE_KINDS
+from flextok_pl.flow.decoding import GUIDANCE_KINDS
 from flextok_pl.keys import sample_generators
 from flextok_pl.metrics.feature_set import POOL_SIZE
 from flextok_pl.metrics.images import to_uint8
 from flextok_pl.models.tokenizer import FlexTok
-from flextok_pl.modules.saved_prior import SavedPrior
+from flextok_pl.modules.saved import SavedPrior
 
 
 @dataclass(frozen=True)

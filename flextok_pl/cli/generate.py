@@ -16,7 +16,7 @@ from flextok_pl.cli.tools import checked_budgets, default_device
 from flextok_pl.data.conditions import class_index
 from flextok_pl.evaluation.pictures import image_grid, save_png
 from flextok_pl.modules.prior_base import PriorBase
-from flextok_pl.modules.saved_prior import SavedPrior
+from flextok_pl.modules.saved import SavedPrior
 
 
 def run(command: str, arguments: Sequence[str]) -> None:

@@ -34,8 +34,7 @@ from flextok_pl.cli.run_place import RunPlace, RunRecord
 from flextok_pl.data import ShardDataModule
 from flextok_pl.errors import UserError
 from flextok_pl.modules.resume import ResumableModule
-from flextok_pl.modules.saved_prior import SavedPrior
-from flextok_pl.modules.saved_tokenizer import SavedTokenizer
+from flextok_pl.modules.saved import SavedPrior, SavedTokenizer
 from flextok_pl.precision import check_training_precision
 from flextok_pl.progress import announced, say
 from flextok_pl.runtime import Preemption, StepCheckpoint, Trainer, find_checkpoint, without_tensors

@@ -1,15 +1,26 @@
-"""How tokens are decoded: the solver with its steps, and the guidance."""
+"""From noise to latents: solvers of the flow, guidance, and the options of one decoding.
+
+Shapes: states x and velocities are (B, C, h, w).
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flextok_pl.contracts import GuidanceScale, is_whole
-from flextok_pl.flow.guidance import GUIDANCE_KINDS, guided_field
-from flextok_pl.flow.integrate import SOLVERS, VelocityField, integrate
+from flextok_pl.precision import accumulation_dtype
+
+VelocityField = Callable[[Tensor, float], Tensor]
+"""(x, t) -> dx/dt at time t, of x's shape."""
+
+SOLVERS = ("euler", "heun")
+GUIDANCE_KINDS = ("none", "cfg", "apg")
 
 
 @dataclass(frozen=True)
@@ -18,7 +29,7 @@ class Decoding:
 
     Args:
         num_steps: of the solver.
-        guidance: one of `GUIDANCE_KINDS`.
+        guidance: one of `GUIDANCE_KINDS`: none, classifier-free, or adaptive projected guidance.
         guidance_scale: its strength, a number or a function of t; 1 is no guidance.
         solver: one of `SOLVERS`.
 
@@ -53,9 +64,75 @@ class Decoding:
         return ONE_STEP if objective == "mse" else self
 
     def sample(self, conditional: VelocityField, unconditional: VelocityField, noise: Tensor) -> Tensor:
-        """Follow the guided velocity from noise (B, C, h, w) to latents of the same shape."""
-        field = guided_field(conditional, unconditional, self.guidance, self.guidance_scale)
-        return integrate(field, noise, self.num_steps, self.solver)
+        """Follow the guided velocity from noise to latents; `unconditional` is not asked where it has no effect.
+
+        Raises:
+            ValueError: the guidance scale is NaN or infinite at some t.
+        """
+        if self.guidance == "none" or self.guidance_scale == 1.0:
+            return integrate(conditional, noise, self.num_steps, self.solver)
+        combine = AdaptiveProjectedGuidance() if self.guidance == "apg" else classifier_free_guidance
+
+        def guided(x: Tensor, t: float) -> Tensor:
+            strength = self.guidance_scale(t) if callable(self.guidance_scale) else self.guidance_scale
+            if not math.isfinite(strength):
+                raise ValueError(f"guidance_scale={strength} at t={t} must be a finite number")
+            return combine(conditional(x, t), unconditional(x, t), strength)
+
+        return integrate(guided, noise, self.num_steps, self.solver)
 
 
 ONE_STEP = Decoding(num_steps=1, guidance="none", guidance_scale=1.0)
+
+
+def integrate(field: VelocityField, x: Tensor, num_steps: int, solver: str = "euler") -> Tensor:
+    """Integrate from noise at t = 1 to data at t = 0 in equal steps; the times are i / num_steps.
+
+    `euler` asks the field once a step. `heun` is of second order and asks twice; its last step is an Euler step, as
+    t = 0 is outside what models are trained on.
+    """
+    step = 1 / num_steps
+    for i in range(num_steps, 0, -1):
+        slope = field(x, i / num_steps)
+        if solver == "heun" and i > 1:
+            slope = (slope + field(x - step * slope, (i - 1) / num_steps)) / 2
+        x = x - step * slope
+    return x
+
+
+def classifier_free_guidance(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """U + s * (c - u) (https://arxiv.org/abs/2207.12598, equation 6 with s = 1 + w)."""
+    return unconditional + scale * (conditional - unconditional)
+
+
+class AdaptiveProjectedGuidance:
+    """Adaptive projected guidance (https://arxiv.org/abs/2410.02416, algorithm 1); one object per sampling run.
+
+    Differs from the paper in working on velocities, not on predictions of the clean sample, as the official
+    FlexTok code does; the momentum buffer is kept without the clipping.
+
+    Args:
+        momentum: factor of the previous steps' difference.
+        eta: share of the component parallel to the conditional velocity that is kept.
+        norm_threshold: largest L2 norm of the difference, over one sample's (C, h, w).
+    """
+
+    def __init__(self, momentum: float = -0.5, eta: float = 0.0, norm_threshold: float = 2.5) -> None:
+        self.momentum = momentum
+        self.eta = eta
+        self.norm_threshold = norm_threshold
+        self._average: Tensor | float = 0.0
+
+    def __call__(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+        """The guided velocity of the next step."""
+        self._average = conditional - unconditional + self.momentum * self._average
+        difference = self._average
+        if self.norm_threshold > 0:
+            norm = difference.flatten(1).norm(dim=1)
+            clip = (self.norm_threshold / norm).clamp(max=1.0)
+            difference = difference * clip.view(-1, 1, 1, 1)
+        wide = accumulation_dtype(conditional.device)
+        direction = torch.nn.functional.normalize(conditional.to(wide).flatten(1), dim=1).view_as(conditional)
+        product = (difference.to(wide) * direction).flatten(1).sum(1).view(-1, 1, 1, 1)
+        parallel = (product * direction).to(difference.dtype)
+        return conditional + (scale - 1) * (difference - parallel + self.eta * parallel)

@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flextok_pl.flow.decoding import Decoding
-from flextok_pl.flow.guidance import AdaptiveProjectedGuidance
+from flextok_pl.flow.decoding import AdaptiveProjectedGuidance, Decoding
 from flextok_pl.flow.rectified import interpolate, logit_normal_from_uniform, mode_from_uniform, stratify
 from flextok_pl.interop import official
 from flextok_pl.models.objective import TrainingDraws, flow_loss

@@ -6,9 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from flextok_pl.flow.decoding import Decoding
-from flextok_pl.flow.guidance import AdaptiveProjectedGuidance, classifier_free_guidance
-from flextok_pl.flow.integrate import integrate
+from flextok_pl.flow.decoding import AdaptiveProjectedGuidance, Decoding, classifier_free_guidance, integrate
 from flextok_pl.flow.nested_dropout import sample_num_tokens
 from flextok_pl.flow.rectified import interpolate, mode_from_uniform, sample_timesteps, velocity_loss, velocity_target
 

@@ -14,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flextok_pl import precision
 from flextok_pl.assets import DEMO_PRIOR, DEMO_TOKENIZER
 from flextok_pl.backbones.extractors import build_extractor
-from flextok_pl.flow.decoding import Decoding
-from flextok_pl.flow.guidance import AdaptiveProjectedGuidance
+from flextok_pl.flow.decoding import AdaptiveProjectedGuidance, Decoding
 from flextok_pl.layers.embeddings import sincos_position_table
 from flextok_pl.metrics.codes import position_entropy
 from flextok_pl.metrics.kernel import kernel_distance

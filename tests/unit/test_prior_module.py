@@ -22,7 +22,7 @@ from flextok_pl.data.shards.index import ShardError
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.modules import PriorModule
-from flextok_pl.modules.saved_prior import SavedPrior
+from flextok_pl.modules.saved import SavedPrior
 
 K, V = 16, 30
 NET = PriorConfig(num_classes=4, vocab_size=V, num_tokens=K, depth=2, width=32, head_dim=16)

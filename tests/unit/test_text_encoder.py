@@ -11,7 +11,7 @@ from transformers import BertTokenizerFast, T5Config, T5EncoderModel
 from flextok_pl.config import PriorConfig
 from flextok_pl.models.text import TextEncoder
 from flextok_pl.modules import PriorModule
-from flextok_pl.modules.saved_prior import SavedPrior
+from flextok_pl.modules.saved import SavedPrior
 
 NET = PriorConfig(text_width=384, vocab_size=30, num_tokens=6, depth=1, width=32, head_dim=16)
 

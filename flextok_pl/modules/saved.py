@@ -1,0 +1,51 @@
+"""Finished models as LightningModules, so that they are evaluated without the experiments that trained them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+
+from flextok_pl.contracts import Batch
+from flextok_pl.models.prior import Prior
+from flextok_pl.models.text import TextEncoder
+from flextok_pl.models.tokenizer import FlexTok
+from flextok_pl.modules.prior_base import PriorBase
+
+
+class SavedTokenizer(pl.LightningModule):
+    """A tokenizer from a file or the Hub, for `validate`, `test` and `predict`; see `FlexTok.from_pretrained`."""
+
+    def __init__(self, path: str, vae_config: str | None = None) -> None:
+        super().__init__()
+        self.tokenizer = FlexTok.from_pretrained(path, vae_config=vae_config)
+
+    @property
+    def reconstructor(self) -> FlexTok:
+        """The tokenizer."""
+        return self.tokenizer
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Nothing of its own: metrics per budget are the callbacks' work."""
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Nothing of its own, likewise."""
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Tokens of a batch, (B, K) int64, with the samples' keys."""
+        return {"key": batch.get("key"), "tokens": self.tokenizer.tokenize(batch["image"])}
+
+
+class SavedPrior(PriorBase):
+    """A prior from a file with the tokenizer whose tokens it knows, for `validate`, `test` and `predict`.
+
+    Args:
+        path: see `Prior.from_pretrained`.
+        tokenizer: see `FlexTok.from_pretrained`.
+        text_encoder: in place of the name that the prior's file states, such as a local copy of the same encoder.
+    """
+
+    def __init__(self, path: str, tokenizer: str | None, text_encoder: str | None = None) -> None:
+        prior = Prior.from_pretrained(path)
+        name = text_encoder or prior.config.text_encoder
+        super().__init__(prior, tokenizer, TextEncoder(name) if name else None)
