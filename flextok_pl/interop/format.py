@@ -20,19 +20,12 @@ ConfigT = TypeVar("ConfigT", FlexTokConfig, PriorConfig)
 
 @dataclass(frozen=True)
 class Contents(Generic[ConfigT]):
-    """What a file holds.
-
-    Args:
-        config: of the model.
-        name_in_file: from a name in our state dict to the name in the file.
-        ignorable: tells which tensors of the file may be left over.
-        doubt: what may be wrong where the tensors do not fit the configuration.
-    """
+    """What a file holds."""
 
     config: ConfigT
-    name_in_file: Callable[[str], str] = lambda name: name
-    ignorable: Callable[[str], bool] = lambda name: False
-    doubt: str = ""
+    name_in_file: Callable[[str], str] = lambda name: name  # from the name in our state dict
+    ignorable: Callable[[str], bool] = lambda name: False  # which tensors of the file may be left over
+    doubt: str = ""  # what may be wrong where the tensors do not fit the configuration
 
 
 class Format(ABC, Generic[ConfigT]):

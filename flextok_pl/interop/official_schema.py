@@ -18,19 +18,12 @@ REQUIRED = object()
 
 
 class Fact(NamedTuple):
-    """An option that states a fact of the model; several may state the same one, and must agree.
+    """An option that states a fact of the model; several may state the same one, and must agree."""
 
-    Attributes:
-        name: of the fact; empty for an option that is only required.
-        kind: of its values; see `_KINDS`.
-        default: of the official code.
-        written: what is written where there is no fact.
-    """
-
-    name: str
-    kind: str
-    default: Any = REQUIRED
-    written: Any = None
+    name: str  # of the fact; empty for an option that is only required
+    kind: str  # of its values; see `_KINDS`
+    default: Any = REQUIRED  # of the official code
+    written: Any = None  # what is written where there is no fact
 
 
 class Fixed(NamedTuple):
@@ -73,19 +66,12 @@ class Module:
 
 @dataclass(frozen=True)
 class Sequence:
-    """Modules that work one after the other, in this order.
+    """Modules that work one after the other, in this order."""
 
-    Args:
-        target: the only class it may name.
-        modules: by name.
-        aside: part of the name of modules that change nothing that is decoded: they may be missing, or others.
-        aside_targets: the classes that those may name.
-    """
-
-    target: str
+    target: str  # the only class it may name
     modules: Mapping[str, Module]
-    aside: str = ""
-    aside_targets: tuple[str, ...] = ()
+    aside: str = ""  # part of the name of modules that change nothing that is decoded: they may be missing, or others
+    aside_targets: tuple[str, ...] = ()  # the classes that those may name
 
     def is_aside(self, name: str) -> bool:
         """Whether a module of this name changes nothing that is decoded."""
@@ -101,12 +87,7 @@ def fixed(*values: Any, default: Any = ...) -> Fixed:
 
 
 def read(official: Mapping[str, Any], target: str, parts: Mapping[str, Part]) -> dict[str, Any]:
-    """The facts that a configuration states; those that are null are left out.
-
-    Args:
-        official: plain data.
-        target: the only class that it may name.
-        parts: what it consists of.
+    """The facts that a configuration, plain data, states; those that are null are left out.
 
     Raises:
         ValueError: a module or option is unknown, contradicts another one, or asks for what our model lacks.

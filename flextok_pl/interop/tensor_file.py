@@ -21,23 +21,14 @@ from flextok_pl.progress import announced
 
 @dataclass(frozen=True)
 class TensorFile:
-    """An open file; only its header has been read.
-
-    Args:
-        path: where it lies.
-        companion: the file beside it that may describe the model, where there is one.
-        metadata: of the header.
-        shapes: of its tensors, by name.
-        types: of its tensors, such as `F32`.
-        handle: reads a tensor, by `get_tensor(name)`.
-    """
+    """An open file; only its header has been read."""
 
     path: Path
-    companion: Path | None
+    companion: Path | None  # the file beside it that may describe the model
     metadata: Mapping[str, str]
-    shapes: Mapping[str, tuple[int, ...]]
-    types: Mapping[str, str]
-    handle: Any
+    shapes: Mapping[str, tuple[int, ...]]  # of its tensors, by name
+    types: Mapping[str, str]  # likewise, such as `F32`
+    handle: Any  # reads a tensor, by `get_tensor(name)`
 
 
 def find_file(path_or_hub_id: str | Path, names: Sequence[str], companions: Sequence[str]) -> tuple[Path, Path | None]:

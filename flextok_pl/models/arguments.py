@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flextok_pl.config import FlexTokConfig
 from flextok_pl.contracts import is_whole
 
 IMAGE_LIMIT = 2.0
@@ -73,19 +74,42 @@ def as_token_batch(tokens: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return rows
 
 
-def as_budgets(num_tokens: Any, batch_size: int) -> list[int]:
-    """One budget for each sample, from one for all or one each."""
+def as_budgets(num_tokens: Any, lengths: Sequence[int], most: int) -> list[int]:
+    """The budget of each sample, at most the tokens that it has, from one in 1..K for all or one each; None for all."""
+    for length in set(lengths):
+        check_budget(length, most, "number of tokens given")
+    if num_tokens is None:
+        return list(lengths)
     budgets = as_ids(num_tokens, "num_tokens")
-    wanted: list[int] = budgets.expand(batch_size).tolist() if budgets.ndim == 0 else budgets.flatten().tolist()
-    if len(wanted) != batch_size:
-        raise ValueError(f"num_tokens has {len(wanted)} entries for {batch_size} samples; give one each")
-    return wanted
+    wanted: list[int] = budgets.expand(len(lengths)).tolist() if budgets.ndim == 0 else budgets.flatten().tolist()
+    if len(wanted) != len(lengths):
+        raise ValueError(f"num_tokens has {len(wanted)} entries for {len(lengths)} samples; give one each")
+    for budget in set(wanted):
+        check_budget(budget, most)
+    return [min(pair) for pair in zip(wanted, lengths, strict=True)]
 
 
 def check_budget(budget: Any, most: int, name: str = "num_tokens") -> None:
     """Refuse what is no number of tokens in 1..K."""
     if not is_whole(budget) or not 1 <= budget <= most:
         raise ValueError(f"{name}={budget} is not in 1..{most}, the budgets of this model")
+
+
+def check_latents(latents: Tensor, config: FlexTokConfig, name: str = "latents") -> None:
+    """Refuse latents (B, C, h, w) that a tokenizer cannot cut into patches."""
+    channels, patch = config.latent_channels, config.patch_size
+    if latents.ndim != 4 or latents.shape[1] != channels:
+        raise ValueError(f"{name} has shape {tuple(latents.shape)}; this tokenizer takes (B, {channels}, h, w)")
+    (h, w), (rows, columns) = latents.shape[2:], config.grid_size
+    if h % patch or w % patch:
+        raise ValueError(
+            f"{name} of {h} x {w} positions cannot be cut into patches of {patch} x {patch}; resize or crop the images"
+        )
+    if config.layout == "grid" and (h, w) != (rows * patch, columns * patch):
+        raise ValueError(
+            f"{name} of {h} x {w} positions: with layout='grid' each patch has a token, and they must be "
+            f"{rows * patch} x {columns * patch}; resize or crop the images"
+        )
 
 
 def as_size(size: Any, name: str) -> tuple[int, int]:

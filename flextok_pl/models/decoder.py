@@ -18,15 +18,10 @@ from flextok_pl.layers.norm import layer_norm
 
 
 class Velocity(NamedTuple):
-    """A decoder pass.
+    """A decoder pass."""
 
-    Attributes:
-        velocity: (B, C, h, w), noise minus clean latents.
-        patch_features: (B, N, D) patches after block `repa_layer`, or None where that is None.
-    """
-
-    velocity: Tensor
-    patch_features: Tensor | None
+    velocity: Tensor  # (B, C, h, w), noise minus clean latents
+    patch_features: Tensor | None  # (B, N, D) patches after block `repa_layer`, where there is one
 
 
 class AdaLNHead(nn.Module):

@@ -19,31 +19,22 @@ from flextok_pl.models.tokenizer import FlexTok
 
 
 class TrainingDraws(NamedTuple):
-    """Everything random in one training step.
+    """Everything random in one training step: noise and times on the latents' device, the rest on the CPU.
 
-    Attributes:
-        noise: (B, C, h, w) standard normal, or zeros for the objective `mse`, on the latents' device.
-        t: (B,) float32 flow times, on the latents' device; 1 for `mse`.
-        num_tokens: (B,) int64 budgets, on the CPU, where they decide how many registers are computed.
-        null: (B,) bool, images whose condition is dropped, on the CPU.
+    Budgets decide there how many registers are computed.
     """
 
-    noise: Tensor
-    t: Tensor
-    num_tokens: Tensor
-    null: Tensor
+    noise: Tensor  # (B, C, h, w) standard normal, or zeros for the objective `mse`
+    t: Tensor  # (B,) float32 flow times; 1 for `mse`
+    num_tokens: Tensor  # (B,) int64 budgets
+    null: Tensor  # (B,) bool, images whose condition is dropped
 
 
 class FlowLoss(NamedTuple):
-    """Result of `flow_loss`.
+    """Result of `flow_loss`."""
 
-    Attributes:
-        loss: (B,) mean squared velocity error of every image.
-        patch_features: (B, N, D) decoder features for REPA, or None where the model has no `repa_layer`.
-    """
-
-    loss: Tensor
-    patch_features: Tensor | None
+    loss: Tensor  # (B,) mean squared velocity error of every image
+    patch_features: Tensor | None  # (B, N, D) decoder features for REPA, where the model has a `repa_layer`
 
 
 def sample_draws(

@@ -30,15 +30,10 @@ from flextok_pl.precision import accumulation_dtype, full_precision
 
 
 class TextStates(NamedTuple):
-    """Texts under a text encoder.
+    """Texts under a text encoder."""
 
-    Attributes:
-        states: (B, T, E), padded.
-        mask: (B, T) bool, True where there is a state and no padding.
-    """
-
-    states: Tensor
-    mask: Tensor
+    states: Tensor  # (B, T, E), padded
+    mask: Tensor  # (B, T) bool, True where there is a state and no padding
 
 
 Condition = Tensor | tuple[Tensor, Tensor] | None
@@ -128,11 +123,7 @@ class Prior(nn.Module):
         return self.start.device
 
     def set_null_text(self, states: Tensor) -> None:
-        """Store the text encoder's states of the empty string, (T, E), as the null condition.
-
-        Raises:
-            ValueError: the model has no text, or another number or width of states.
-        """
+        """Store the text encoder's states of the empty string, (T, E), as the null condition."""
         wanted = (self.config.null_text_length, self.config.text_width)
         if tuple(states.shape) != wanted:
             raise ValueError(
@@ -159,15 +150,9 @@ class Prior(nn.Module):
         return self.head(self.hidden(tokens, condition))  # type: ignore[no-any-return]
 
     def hidden(self, tokens: Tensor, condition: Condition = None, null: Tensor | None = None) -> Tensor:
-        """The states that the head turns into logits; unchecked, for training.
+        """The states (B, k, D) that the head turns into logits; unchecked, for training.
 
-        Args:
-            tokens: (B, k) int64.
-            condition: as for `forward`.
-            null: (B,) bool, samples whose condition is dropped.
-
-        Returns:
-            (B, k, D).
+        Arguments are those of `forward`, and `null` (B,) bool, the samples whose condition is dropped.
         """
         null = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device) if null is None else null
         memories = self._memories(condition, null)
@@ -245,11 +230,7 @@ class Prior(nn.Module):
         scales: Sequence[float],
         draw: Callable[[Tensor, int], Tensor],
     ) -> None:
-        """Fill (B, k) tokens from position `first` on by what `draw` makes of (B, V) logits at a position.
-
-        Raises:
-            ValueError: logits are not finite.
-        """
+        """Fill (B, k) tokens from position `first` on by what `draw` makes of (B, V) logits at a position."""
         config, (batch, length) = self.config, tokens.shape
         guided = any(scale != 1.0 for scale in scales[first:length])
         null = torch.zeros(batch, dtype=torch.bool, device=self.device)

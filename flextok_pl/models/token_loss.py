@@ -18,17 +18,11 @@ from torch import Tensor
 
 
 class TokenLoss(NamedTuple):
-    """Result of `token_loss`.
+    """Result of `token_loss`."""
 
-    Attributes:
-        loss: scalar, the mean over positions, smoothed; only this one carries gradients.
-        nll: (..., ) negative log-likelihood in nats of each target.
-        correct: (..., ) bool, whether the target was the most likely token.
-    """
-
-    loss: Tensor
-    nll: Tensor
-    correct: Tensor
+    loss: Tensor  # scalar, the mean over positions, smoothed; only this one carries gradients
+    nll: Tensor  # (...) negative log-likelihood in nats of each target
+    correct: Tensor  # (...) bool, whether the target was the most likely token
 
 
 def token_loss(

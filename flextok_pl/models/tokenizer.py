@@ -35,6 +35,7 @@ from flextok_pl.models.arguments import (
     check_budget,
     check_finite,
     check_image_values,
+    check_latents,
 )
 from flextok_pl.models.decoder import FlowDecoder
 from flextok_pl.models.encoder import RegisterEncoder
@@ -158,11 +159,8 @@ class FlexTok(nn.Module):
 
     def identity(self) -> dict[str, Any]:
         """What token shards and priors record of the tokenizer: hash of its weights, vocabulary, number of tokens."""
-        return {
-            "sha256": weights_hash(self),
-            "vocab_size": self.config.vocab_size,
-            "num_tokens": self.num_registers,
-        }
+        config = self.config
+        return {"sha256": weights_hash(self), "vocab_size": config.vocab_size, "num_tokens": config.num_registers}
 
     def require_vae(self) -> VAE:
         """The autoencoder, or a `ValueError` where there is none."""
@@ -204,7 +202,7 @@ class FlexTok(nn.Module):
         Raises:
             ValueError: the latents do not fit the model, or k is not in 1..K.
         """
-        self._check_latents(latents)
+        check_latents(latents, self.config)
         if num_tokens is not None:
             check_budget(num_tokens, self.num_registers)
         require_float32(self.encoder.patch_posemb.dtype, "tokenizer")
@@ -229,7 +227,7 @@ class FlexTok(nn.Module):
         """Tokens of images, from the mean of the VAE's posterior: deterministic.
 
         Args:
-            images: (B, 3, H, W) in [-1, 1], of any floating type, also of NumPy; overshoots up to 2 are taken.
+            images: as for `encode_latents`.
             num_tokens: k, default K; with `quality` the most for an image.
             quality: take as few tokens for each image as this needs, searched with log2 k decodings.
 
@@ -237,7 +235,7 @@ class FlexTok(nn.Module):
             (B, k) int64; with `quality` B tensors of (k_i,), which `detokenize` takes, too.
 
         Raises:
-            ValueError: the images are no floating point around [-1, 1], or an argument does not fit the model.
+            ValueError: an argument does not fit the model.
         """
         latents = self.encode_latents(images)
         with full_precision(self.device):
@@ -275,7 +273,7 @@ class FlexTok(nn.Module):
         Raises:
             ValueError: an argument does not fit the model.
         """
-        self._check_latents(x_t)
+        check_latents(x_t, self.config)
         require_float32(self.decoder.patch_posemb.dtype, "tokenizer")
         codes = tokens_or_codes
         if not codes.is_floating_point():
@@ -374,13 +372,7 @@ class FlexTok(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Quantised codes (B, m, L), cut to the largest budget m, and the budgets (B,) where they differ."""
         rows = as_token_batch(tokens)
-        lengths = [len(row) for row in rows]
-        for length in set(lengths):
-            check_budget(length, self.num_registers, "number of tokens given")
-        budgets = lengths if num_tokens is None else as_budgets(num_tokens, len(rows))
-        for budget in set(budgets):
-            check_budget(budget, self.num_registers)
-        budgets = [min(pair) for pair in zip(budgets, lengths, strict=True)]
+        budgets = as_budgets(num_tokens, [len(row) for row in rows], self.num_registers)
         if not budgets:
             return torch.zeros(0, self.num_registers, len(self.config.fsq_levels), device=self.device), None
         padded = pad_sequence(rows, batch_first=True)  # (B, longest)
@@ -403,23 +395,8 @@ class FlexTok(nn.Module):
             generators = as_generators(generator, batch_size)
             draws = [torch.randn(shape, generator=g, device=g.device if g else self.device) for g in generators]
             noise = torch.cat(draws) if draws else torch.empty(0, *shape[1:])
-        self._check_latents(noise, "noise")
+        check_latents(noise, self.config, "noise")
         if len(noise) != batch_size:
             raise ValueError(f"noise has {len(noise)} entries for {batch_size} samples; give one each")
         check_finite(noise, "noise", "draw it anew")
         return noise.to(self.device, torch.float32)
-
-    def _check_latents(self, latents: Tensor, name: str = "latents") -> None:
-        channels, patch = self.config.latent_channels, self.config.patch_size
-        if latents.ndim != 4 or latents.shape[1] != channels:
-            raise ValueError(f"{name} has shape {tuple(latents.shape)}; this tokenizer takes (B, {channels}, h, w)")
-        if latents.shape[2] % patch or latents.shape[3] % patch:
-            raise ValueError(
-                f"{name} of {latents.shape[2]} x {latents.shape[3]} positions cannot be cut into patches of "
-                f"{patch} x {patch}; resize or crop the images"
-            )
-        if self.config.layout == "grid" and tuple(latents.shape[2:]) != self.latent_size:
-            raise ValueError(
-                f"{name} of {latents.shape[2]} x {latents.shape[3]} positions: with layout='grid' each patch has a "
-                f"token, and they must be {self.latent_size[0]} x {self.latent_size[1]}; resize or crop the images"
-            )

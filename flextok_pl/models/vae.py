@@ -55,8 +55,7 @@ class VAE(nn.Module):
         """Load a folder written by `save_pretrained` or by diffusers, or a diffusers model of the Hub.
 
         Raises:
-            ValueError: there is no such folder or model, its config is not supported, or its tensors do
-                not fit its config.
+            ValueError: there is no such model, its config is not supported, or its tensors do not fit its config.
         """
         name = str(path_or_hub_id)
         folder = Path(path_or_hub_id).expanduser()
@@ -102,24 +101,15 @@ class VAE(nn.Module):
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """The pass of a training, in the precision of the caller.
 
-        Args:
-            images: (B, 3, H, W) in [-1, 1].
-            generator: of the draw from the posterior.
-
-        Returns:
-            The moments (B, 2C, h, w), and the images decoded from a sample of that posterior, (B, 3, H, W).
+        Images (B, 3, H, W) in [-1, 1] -> the moments (B, 2C, h, w), and what a sample of that posterior decodes to.
         """
         moments = self._moments(as_images(images))
         return moments, self._decode(self.scale(moments, sample_posterior=True, generator=generator))
 
     def moments(self, images: Tensor) -> Tensor:
-        """The posterior of the latents, unscaled.
+        """The posterior of the latents, unscaled: (B, 3, H, W) in [-1, 1] -> (B, 2C, h, w).
 
-        Args:
-            images: (B, 3, H, W) in [-1, 1].
-
-        Returns:
-            (B, 2C, h, w): the mean, then the log-variance, clamped to [-30, 20] as in diffusers.
+        The mean, then the log-variance, clamped to [-30, 20] as in diffusers.
 
         Raises:
             ValueError: `images` has another shape or type, or a side that f does not divide; or the weights are not
@@ -146,15 +136,7 @@ class VAE(nn.Module):
     def scale(
         self, moments: Tensor, sample_posterior: bool = False, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Scaled latents of a posterior.
-
-        Args:
-            moments: (B, 2C, h, w) from `moments`.
-            sample_posterior: draw from the posterior instead of taking its mean.
-            generator: of that draw.
-
-        Returns:
-            (B, C, h, w).
+        """Scaled latents (B, C, h, w) of a posterior (B, 2C, h, w): its mean, or a draw from it.
 
         Raises:
             ValueError: `moments` has another number of channels.
