@@ -103,7 +103,7 @@ def timm_network(source: Pretrained, pretrained: bool = True, **options: Any) ->
     if source.weights is None or not pretrained:
         network = timm.create_model(source.name, pretrained=pretrained, **options)
     else:
-        with torch.random.fork_rng():  # so that both start with the same weights
+        with torch.random.fork_rng(devices=[]):  # so that both start with the same weights
             fresh = timm.create_model(source.name, pretrained=False, **options)
         # A state dict, even where timm's own file is NumPy's; timm before 1.0.31 needs to hear that.
         file = {"file": str(source.weights), "custom_load": False}
