@@ -17,32 +17,46 @@ REQUIRED = object()
 """Default of an option that must be given."""
 
 
-class Fact(NamedTuple):
-    """An option that states a fact of the model; several may state the same one, and must agree."""
-
-    name: str  # of the fact; empty for an option that is only required
-    kind: str  # of its values; see `_KINDS`
-    default: Any = REQUIRED  # of the official code
-    written: Any = None  # what is written where there is no fact
+def _whole(value: Any, least: int = 1) -> bool:
+    return type(value) is int and least <= value < 2**31
 
 
-class Fixed(NamedTuple):
-    """An option that must have one of the values that our model implements; the first is written."""
-
-    values: tuple[Any, ...]
-    default: Any
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
-class Training(NamedTuple):
-    """An option that affects training only, unless it has this value."""
-
-    neutral: Any
+def _list(value: Any, least: int) -> bool:
+    return isinstance(value, list | tuple) and all(_whole(item, least) for item in value)
 
 
-class Function(NamedTuple):
-    """An option that names a function."""
+LAWS = ("uniform", "pow2", "uniform_pow2")
+"""Laws of nested dropout that the official code knows."""
 
-    target: str
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "size": ("a positive integer", _whole),
+    "size?": ("a positive integer or null", lambda v: v is None or _whole(v)),
+    "sizes": ("a list of positive integers", lambda v: _list(v, 1)),
+    "indices?": ("a list of integers", lambda v: v is None or _list(v, 0)),
+    "even": ("a positive even integer", lambda v: _whole(v) and v % 2 == 0),
+    "number": ("a number", _number),
+    "positive": ("a positive number", lambda v: _number(v) and v > 0),
+    "positive?": ("a positive number or null", lambda v: v is None or (_number(v) and v > 0)),
+    "probability": ("a probability", lambda v: _number(v) and 0 <= v <= 1),
+    "flag": ("true or false", lambda v: type(v) is bool),
+    "text": ("a string", lambda v: type(v) is str),
+    "law": (f"one of {LAWS}", lambda v: v in LAWS),
+}
+
+
+class Option(NamedTuple):
+    """What an option of a module may be; made by `fact`, `fixed` or `training`."""
+
+    wanted: str  # in words
+    fits: Callable[[Any], bool]
+    default: Any  # of the official code
+    written: Any  # where it states no fact
+    fact: str = ""  # name of the fact of the model that it states; several options may state one, and must agree
+    training: bool = False  # a value that does not fit affects training only
 
 
 class Module:
@@ -50,8 +64,8 @@ class Module:
 
     Args:
         target: the only class it may name.
-        options: those that are written: a `Fact`, `Fixed`, `Training` or `Function`, or a value that is written for an
-            option without effect on the function, of which any is read.
+        options: those that are written: an `Option`, a `Module` that it consists of, or the value to write of an option
+            without effect on the function, of which any is read.
     """
 
     def __init__(self, target: str, **options: Any) -> None:
@@ -81,9 +95,24 @@ class Sequence:
 Part = Module | Sequence
 
 
-def fixed(*values: Any, default: Any = ...) -> Fixed:
-    """An option that must have one of these values; the first is the official default unless another is given."""
-    return Fixed(values, values[0] if default is ... else default)
+def fact(name: str, kind: str, default: Any = REQUIRED) -> Option:
+    """An option that states a fact of the model, by values of a kind in `_KINDS`."""
+    wanted, fits = _KINDS[kind]
+    return Option(wanted, fits, default, None, name)
+
+
+def fixed(*values: Any, default: Any = ...) -> Option:
+    """An option that must have one of these values; the first is written, and the official default by default."""
+
+    def fits(value: Any) -> bool:
+        return any(type(value) is type(one) and value == one for one in values)
+
+    return Option(" or ".join(map(repr, values)), fits, values[0] if default is ... else default, values[0])
+
+
+def training(neutral: Any) -> Option:
+    """An option that affects training only, unless it has this value, the official default."""
+    return Option(repr(neutral), lambda value: value == neutral, neutral, neutral, training=True)
 
 
 def read(official: Mapping[str, Any], target: str, parts: Mapping[str, Part]) -> dict[str, Any]:
@@ -150,37 +179,32 @@ def _stated(path: str, values: Any, module: Module) -> list[tuple[str, str, Any]
             raise ValueError(f"{path} has an unknown option {key!r}={_short(value)}; the function may depend on it")
     stated = []
     for key, option in options.items():
-        where, value = f"{path}.{key}", values.get(key, getattr(option, "default", None))
-        if isinstance(option, Function):
-            _check_target(where, value, option.target)
-        elif isinstance(option, Training) and key in values and value != option.neutral:
-            warnings.warn(f"{where}={value!r} is not reproduced; it only affects training", stacklevel=2)
-        elif isinstance(option, Fixed) and not any(type(value) is type(v) and value == v for v in option.values):
-            given = "missing" if value is REQUIRED else _short(value)
-            raise ValueError(f"{where} is {given}; this model needs {' or '.join(map(repr, option.values))}")
-        elif isinstance(option, Fact):
-            wanted, fits = _KINDS[option.kind]
+        where = f"{path}.{key}"
+        if isinstance(option, Module):
+            stated += _stated(where, values.get(key), option)
+        elif isinstance(option, Option):
+            value = values.get(key, option.default)
             if value is REQUIRED:
-                raise ValueError(f"{where} is missing; it must be {wanted}")
-            if not fits(value):
-                raise ValueError(f"{where}={_short(value)} must be {wanted}")
-            if option.name and value is not None:
-                stated.append((where, option.name, tuple(value) if isinstance(value, list) else value))
+                raise ValueError(f"{where} is missing; it must be {option.wanted}")
+            if not option.fits(value):
+                if not option.training:
+                    raise ValueError(f"{where}={_short(value)} must be {option.wanted}")
+                warnings.warn(f"{where}={value!r} is not reproduced; it only affects training", stacklevel=2)
+            if option.fact and value is not None:
+                stated.append((where, option.fact, tuple(value) if isinstance(value, list) else value))
     return stated
 
 
 def _written(module: Module, facts: Mapping[str, Any]) -> dict[str, Any]:
     entry: dict[str, Any] = {"_target_": module.target}
     for key, option in module.options.items():
-        if isinstance(option, Fact):
-            value = facts.get(option.name, option.written)
+        if isinstance(option, Module):
+            entry[key] = _written(option, facts)
+        elif isinstance(option, Option):
+            value = facts.get(option.fact, option.written)
             entry[key] = list(value) if isinstance(value, tuple) else value
-        elif isinstance(option, Function):
-            entry[key] = {"_target_": option.target, "_partial_": True}
-        elif isinstance(option, Fixed):
-            entry[key] = option.values[0]
         else:
-            entry[key] = option.neutral if isinstance(option, Training) else option
+            entry[key] = option
     return entry
 
 
@@ -197,34 +221,3 @@ def _check_target(path: str, values: Any, *targets: str) -> None:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 100 else text[:100] + "..."
-
-
-def _whole(value: Any, least: int = 1) -> bool:
-    return type(value) is int and least <= value < 2**31
-
-
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _list(value: Any, least: int) -> bool:
-    return isinstance(value, list | tuple) and all(_whole(item, least) for item in value)
-
-
-LAWS = ("uniform", "pow2", "uniform_pow2")
-"""Laws of nested dropout that the official code knows."""
-
-_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "size": ("a positive integer", _whole),
-    "size?": ("a positive integer or null", lambda v: v is None or _whole(v)),
-    "sizes": ("a list of positive integers", lambda v: _list(v, 1)),
-    "indices?": ("a list of integers", lambda v: v is None or _list(v, 0)),
-    "even": ("a positive even integer", lambda v: _whole(v) and v % 2 == 0),
-    "number": ("a number", _number),
-    "positive": ("a positive number", lambda v: _number(v) and v > 0),
-    "positive?": ("a positive number or null", lambda v: v is None or (_number(v) and v > 0)),
-    "probability": ("a probability", lambda v: _number(v) and 0 <= v <= 1),
-    "flag": ("true or false", lambda v: type(v) is bool),
-    "text": ("a string", lambda v: type(v) is str),
-    "law": (f"one of {LAWS}", lambda v: v in LAWS),
-}

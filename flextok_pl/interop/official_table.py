@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flextok_pl.interop.official_schema import REQUIRED, Fact, Fixed, Function, Module, Part, Sequence, Training, fixed
+from flextok_pl.interop.official_schema import REQUIRED, Module, Option, Part, Sequence, fact, fixed, training
 
 TOP = "flextok.flextok_wrapper.FlexTok"
 _MODEL = "flextok.model"
@@ -16,10 +16,10 @@ _OPERATIONS = f"{_MODEL}.utils.dict_ops"
 _UNPACKER = f"{_MODEL}.postprocessors.seq_unpacking.SequenceUnpacker"
 _WRAPPER = f"{_MODEL}.utils.wrappers.SequentialModuleDictWrapper"
 
-_ENCODER_WIDTH, _DECODER_WIDTH = Fact("encoder_width", "size"), Fact("decoder_width", "size")
-_CHANNELS, _PATCH_SIZES = Fact("latent_channels", "size"), Fact("patch_sizes", "sizes")
-_NUM_REGISTERS, _NUM_LEVELS = Fact("num_registers", "size"), Fact("num_levels", "size")
-_TIME = Fact("", "text", written="dec_temb")
+_ENCODER_WIDTH, _DECODER_WIDTH = fact("encoder_width", "size"), fact("decoder_width", "size")
+_CHANNELS, _PATCH_SIZES = fact("latent_channels", "size"), fact("patch_sizes", "sizes")
+_NUM_REGISTERS, _NUM_LEVELS = fact("num_registers", "size"), fact("num_levels", "size")
+_TIME = fact("", "text")._replace(written="dec_temb")
 _PRECISION = fixed(None, "fp32", "float32")
 
 # Names of what is passed between the modules.
@@ -28,11 +28,11 @@ _ENC_PATCHES, _ENC_REGISTERS = "enc_vae_latents_patched", "enc_registers"
 
 
 def _permutation(read_key: str, write_key: str, operation: str) -> Module:
-    function = Function(f"{_OPERATIONS}.{operation}")
+    function = Module(f"{_OPERATIONS}.{operation}", _partial_=True)
     return Module(f"{_OPERATIONS}.PerSampleOp", read_key=read_key, write_key=write_key, per_sample_op=function)
 
 
-def _patching(width: Fact, read_key: str, write_key: str, count_key: str) -> Module:
+def _patching(width: Option, read_key: str, write_key: str, count_key: str) -> Module:
     return Module(
         f"{_MODEL}.preprocessors.patching.PatchEmbedder",
         input_tensor_list_read_key=read_key,
@@ -45,13 +45,13 @@ def _patching(width: Fact, read_key: str, write_key: str, count_key: str) -> Mod
     ).taking("weight_init_style")
 
 
-def _positions(width: Fact, read_key: str, write_key: str, sizes: str, kind: Fixed) -> Module:
+def _positions(width: Option, read_key: str, write_key: str, sizes: str, kind: Option) -> Module:
     return Module(
         f"{_MODEL}.utils.posembs.PositionalEmbeddingAdder",
         read_key=read_key,
         write_key=write_key,
         dim=width,
-        max_sizes=Fact(sizes, "sizes"),
+        max_sizes=fact(sizes, "sizes"),
         posemb_type=kind,
         posemb_scaling=fixed("absolute"),
     )
@@ -85,10 +85,10 @@ def _transformer(side: str, name: str, **options: Any) -> Module:
         f"{_MODEL}.trunks.transformers.FlexTransformer",
         input_seq_read_key=f"{side}_packed_seq",
         output_seq_write_key=f"{side}_packed_seq",
-        dim=Fact(f"{name}_width", "size", 768),
-        depth=Fact(f"{name}_depth", "size", 12),
-        head_dim=Fact(f"{name}_head_dim", "size", 64),
-        mlp_ratio=Fact("mlp_ratio", "positive", 4.0),
+        dim=fact(f"{name}_width", "size", 768),
+        depth=fact(f"{name}_depth", "size", 12),
+        head_dim=fact(f"{name}_head_dim", "size", 64),
+        mlp_ratio=fact("mlp_ratio", "positive", 4.0),
         block_mask_read_key=f"{side}_block_mask",
         use_act_checkpoint=True,
         **options,
@@ -98,11 +98,11 @@ def _transformer(side: str, name: str, **options: Any) -> Module:
         **dict.fromkeys(("qkv_bias", "proj_bias", "mlp_bias"), fixed(False)),
         **dict.fromkeys(("gated_mlp", "qk_norm"), fixed(True)),
         **dict.fromkeys(("score_mod_read_key", "rope_forward_read_key"), fixed(None)),
-        **dict.fromkeys(("drop", "drop_path_rate"), Training(0.0)),
+        **dict.fromkeys(("drop", "drop_path_rate"), training(0.0)),
     )
 
 
-def _head(kind: str, width: Fact, key: str, **options: Any) -> Module:
+def _head(kind: str, width: Option, key: str, **options: Any) -> Module:
     return Module(
         f"{_HEADS}.{kind}",
         read_key=key,
@@ -129,7 +129,7 @@ _ENCODER = {
         size_sampling_mode="uniform",  # of no effect where n_min = n_max
         ordering_mode=fixed("nested"),
     ).taking(
-        n_eval=Fact("num_registers", "size?", None),
+        n_eval=fact("num_registers", "size?", None),
         extra_registers_write_key=fixed(None),
         extra_registers_dim=fixed(None),
     ),
@@ -137,7 +137,7 @@ _ENCODER = {
         "enc", [_ENC_PATCHES, _ENC_REGISTERS], mask_mode=fixed("causal_last", default="full")
     ).taking("per_subseq_embs"),
     "enc_transformer": _transformer("enc", "encoder").taking(
-        intermediate_layers=Fact("", "indices?", None), adaLN_expansion=fixed(1, 2), adaLN_emb_read_key=fixed(None)
+        intermediate_layers=fact("", "indices?", None), adaLN_expansion=fixed(1, 2), adaLN_emb_read_key=fixed(None)
     ),
     "enc_unpacker": _unpacker("enc", "enc_packed_seq", [_ENC_PATCHES, _ENC_REGISTERS]),
     "enc_to_latents": _head(
@@ -165,13 +165,13 @@ _DECODER = {
         f"{_MODEL}.preprocessors.token_dropout.MaskedNestedDropout",
         read_write_key=_REGISTERS,
         dim=_DECODER_WIDTH,
-        size_sampling_mode=Fact("nested_dropout", "law", "uniform"),
+        size_sampling_mode=fact("nested_dropout", "law", "uniform"),
     ),
     "dec_latent_dropout": Module(
         f"{_MODEL}.preprocessors.nullcond.LearnedNullCond",
         read_write_key=_REGISTERS,
         dim=_DECODER_WIDTH,
-        dropout_prob=Fact("null_dropout", "probability", 0.0),
+        dropout_prob=fact("null_dropout", "probability", 0.0),
     ).taking(replace_with_single_token=fixed(False)),
     "dec_noise_channels_to_last": _permutation(
         "vae_latents_noised", "vae_latents_noised_bhwc", "channels_first_to_last"
@@ -190,8 +190,8 @@ _DECODER = {
         timesteps_read_key="timesteps",
         time_embedding_write_key="dec_temb",
         dim=_DECODER_WIDTH,
-        frequency_embedding_size=Fact("time_frequencies", "even", 256),
-        max_timestep=Fact("max_timestep", "positive", 1000.0),
+        frequency_embedding_size=fact("time_frequencies", "even", 256),
+        max_timestep=fact("max_timestep", "positive", 1000.0),
     ).taking("weight_init_style", temb_as_tokens=fixed(False)),
     "dec_transformer": _transformer(
         "dec",
@@ -200,7 +200,7 @@ _DECODER = {
         adaLN_packing_fn_read_key="emb_packing_fn",
         adaLN_expansion=fixed(2, default=REQUIRED),
         intermediate_layer_write_key="dec_packed_seq_repa_layer",
-        intermediate_layers=Fact("repa_layers", "indices?", None),
+        intermediate_layers=fact("repa_layers", "indices?", None),
     ),
     "dec_repa_unpacker": _unpacker("dec", "dec_packed_seq_repa_layer", ["dec_patches_repa_layer"]),
     "dec_unpacker": _unpacker("dec", "dec_packed_seq", [_PATCHES, _REGISTERS]),
@@ -223,8 +223,8 @@ PARTS: dict[str, Part] = {
         vae_latents_write_key="vae_latents",
         images_reconst_write_key="rgb_reconst",
         vae_kl_loss_write_key="kl_loss",
-        latent_channels=Fact("latent_channels", "size", 16),
-        scaling_factor=Fact("scaling_factor", "positive?", None),
+        latent_channels=fact("latent_channels", "size", 16),
+        scaling_factor=fact("scaling_factor", "positive?", None),
         dtype_override=fixed("fp32", "float32", None),
         sample_posterior=False,
         force_vae_encode=True,
@@ -238,10 +238,10 @@ PARTS: dict[str, Part] = {
         latents_read_key=_ENC_REGISTERS,
         quants_write_key="enc_registers_quant",
         tokens_write_key="tokens",
-        levels=Fact("fsq_levels", "sizes"),
-        drop_quant_p=Training(0.0),
+        levels=fact("fsq_levels", "sizes"),
+        drop_quant_p=training(0.0),
         packed_call=False,
-    ).taking(corrupt_tokens_p=Training(0.0), min_corrupt_tokens_p=Training(None), apply_corrupt_tokens_p=Training(0.2)),
+    ).taking(corrupt_tokens_p=training(0.0), min_corrupt_tokens_p=training(None), apply_corrupt_tokens_p=training(0.2)),
     "flow_matching_noise_module": Module(
         "flextok.flow_matching.noise_modules.MinRFNoiseModule",
         clean_images_read_key="vae_latents",
@@ -249,9 +249,9 @@ PARTS: dict[str, Part] = {
         noise_write_key="flow_noise",
         timesteps_write_key="timesteps",
         sigmas_write_key="sigmas",
-        ln=Fact("logit_normal", "flag", True),
-        stratisfied=Fact("stratified", "flag", False),
-        mode_scale=Fact("mode_scale", "number", 0.0),
+        ln=fact("logit_normal", "flag", True),
+        stratisfied=fact("stratified", "flag", False),
+        mode_scale=fact("mode_scale", "number", 0.0),
     ),
     "pipeline": Module(
         "flextok.flow_matching.pipelines.MinRFPipeline",
@@ -261,6 +261,6 @@ PARTS: dict[str, Part] = {
         timesteps_read_key="timesteps",
         noised_images_read_key="vae_latents_noised",
         reconst_write_key="vae_latents_reconst",
-        out_channels=Fact("latent_channels", "size?", None),
+        out_channels=fact("latent_channels", "size?", None),
     ),
 }
