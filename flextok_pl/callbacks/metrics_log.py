@@ -19,20 +19,9 @@ class MetricsLog(Callback):
     In a fit `train/flops` is added for modules that state `flops_per_sample`: the operations of the training so far.
     """
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write a line."""
-        if not trainer.sanity_checking:
-            self._write(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write a line."""
-        self._write(trainer, pl_module)
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write a line."""
-        self._write(trainer, pl_module)
-
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
         file = run_folder(trainer) / "metrics.jsonl"
         if not trainer.is_global_zero:
             return
@@ -50,3 +39,5 @@ class MetricsLog(Callback):
                 if lines.read(1) != b"\n":
                     lines.write(b"\n")
             lines.write(json.dumps(entry).encode() + b"\n")
+
+    on_validation_end = on_train_end = on_test_end = _write

@@ -34,15 +34,7 @@ class Predictions(Callback):
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("w")
 
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         """Write a batch."""
         assert self._file is not None
         keys: Sequence[str] = outputs["key"]

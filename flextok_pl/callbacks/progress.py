@@ -40,9 +40,7 @@ class StepBar(TQDMProgressBar):
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         """The bar goes on."""
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Show an optimizer step."""
         bar, step = self.train_progress_bar, trainer.global_step
         if step_ends(pl_module) and self.is_enabled and (step % self.refresh_rate == 0 or step == bar.total):
@@ -99,7 +97,7 @@ class StepLines(ProgressBar):
             print(f"step {trainer.global_step}  {'  '.join(shown)}", flush=True)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Print a line, if it is time."""
         self._images += len(next(value for value in batch.values() if value is not None)) * trainer.world_size

@@ -92,17 +92,6 @@ def base_config(experiment: Path) -> Path | None:
     return None
 
 
-def config_paths(arguments: Sequence[str]) -> list[Path]:
-    """The files given by `--config`, in their order."""
-    paths = []
-    for i, argument in enumerate(arguments):
-        if argument in ("-c", "--config") and i + 1 < len(arguments):
-            paths.append(Path(arguments[i + 1]))
-        elif argument.startswith("--config="):
-            paths.append(Path(argument.removeprefix("--config=")))
-    return paths
-
-
 def _underscored(argument: str) -> str:
     """`--num-tokens=1` -> `--num_tokens=1`: both spellings are taken."""
     match = re.match(r"--[a-zA-Z][\w.-]*", argument)

@@ -18,48 +18,51 @@ class Command:
     Args:
         summary: one line of help.
         options: functions and classes, `module:name`, whose parameters are its options.
-        added: functions that give its parser further options.
         run: `module:function` of `flextok_pl.cli` that takes the command and its arguments; by default the one function
             of `options` is called with the options.
         groups: it takes the groups of a training, too: trainer, data, model and callbacks.
         inputs: options that name shard sets, folders or files which must be there, or patterns and URLs of such.
-        former: name that an option once had, or has in other commands -> its name.
-        repeated: parameter -> the option that adds one value to it, and may be given several times.
+        former: name that an option once had, or has in other commands, or for one value of several -> its name.
     """
 
     summary: str
     options: tuple[str, ...]
     run: str = "tool:run"
-    added: tuple[str, ...] = ()
     groups: bool = False
     inputs: tuple[str, ...] = ()
     former: Mapping[str, str] = field(default_factory=dict)
-    repeated: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether its options stand in a file, which is its one argument without a name."""
+        return self.run.startswith("sweep:")
 
 
-def _training(summary: str, method: str, *added: str, run: str = "training:run") -> Command:
-    return Command(summary, (f"{TRAINER}.{method}",), run, added, groups=True)
+def _training(summary: str, method: str, *options: str, run: str = "training:run") -> Command:
+    return Command(summary, (f"{TRAINER}.{method}", f"{TRAINING}:RunOptions", *options), run, groups=True)
 
 
-EVALUATION = "flextok_pl.cli.training:FlexTokCLI.add_arguments_to_parser"
+TRAINING = "flextok_pl.cli.training"
+FINISHED = f"{TRAINING}:FinishedModels"
 SWEEP = "flextok_pl.sweeps.sweep:Sweep"
 
 COMMANDS = {
     "fit": _training("train a model", "fit"),
-    "validate": _training("evaluate on the validation set, cheaply", "validate", EVALUATION),
-    "test": _training("evaluate in full: every metric at every token budget", "test", EVALUATION),
-    "predict": _training("write the tokens of pictures, or those that a prior generates", "predict", EVALUATION),
+    "validate": _training("evaluate on the validation set, cheaply", "validate", FINISHED),
+    "test": _training("evaluate in full: every metric at every token budget", "test", FINISHED),
+    "predict": _training("write the tokens of pictures, or those that a prior generates", "predict", FINISHED),
     "sweep": Command(
         "search over the options of an experiment, here or on a Slurm cluster",
-        (SWEEP,),
+        (SWEEP, "flextok_pl.cli.sweep:SweepOptions"),
         "sweep:run",
-        ("flextok_pl.cli.sweep:run",),
     ),
-    "sweep status": Command("show the trials of a sweep", (SWEEP,), "sweep:status", ("flextok_pl.cli.sweep:status",)),
+    "sweep status": Command(
+        "show the trials of a sweep", (SWEEP, "flextok_pl.cli.sweep:StatusOptions"), "sweep:status"
+    ),
     "plan": _training(
         "say whether a training fits a machine, and how long it takes",
         "fit",
-        "flextok_pl.cli.plan:PlanCLI.add_arguments_to_parser",
+        "flextok_pl.cli.plan:PlanOptions",
         run="plan:run",
     ),
     "data demo": Command(
@@ -132,9 +135,7 @@ COMMANDS = {
     "generate": Command(
         "show generated images at several token budgets, as one picture",
         ("flextok_pl.cli.generate:generate_images",),
-        "generate:run",
-        former={"num_tokens": "budgets"},
-        repeated={"classes": "class", "texts": "text"},
+        former={"num_tokens": "budgets", "class": "classes", "text": "texts"},
     ),
     "reconstruct": Command(
         "show images at several token budgets, as one picture",
@@ -143,3 +144,24 @@ COMMANDS = {
         former={"ckpt": "tokenizer", "num_tokens": "budgets"},
     ),
 }
+
+GROUPS = {
+    "rfid": ("flextok_pl.callbacks", "ReconstructionFID"),
+    "gfid": ("flextok_pl.callbacks", "GenerationFID"),
+    "codebook": ("flextok_pl.callbacks", "CodebookReport"),
+    "positions": ("flextok_pl.callbacks", "TokenReport"),
+    "metrics_log": ("flextok_pl.callbacks", "MetricsLog"),
+    "throughput": ("flextok_pl.callbacks", "Throughput"),
+    "lr_monitor": ("lightning.pytorch.callbacks", "LearningRateMonitor"),
+    "hparams": ("flextok_pl.callbacks", "HParams"),
+    "checkpoint": ("flextok_pl.runtime", "StepCheckpoint"),
+    "best": ("flextok_pl.runtime", "StepCheckpoint"),
+    # Last, so that it swaps the raw weights back after every other callback has evaluated the averaged ones.
+    "ema": ("flextok_pl.callbacks", "EMA"),
+    # After it, so that a checkpoint holds the step's average.
+    "preemption": ("flextok_pl.runtime", "Preemption"),
+}
+"""Group of a training's options -> the callback that takes them: `null` leaves it out, `{}` takes its defaults."""
+
+FIT_ONLY = frozenset({"throughput", "lr_monitor", "hparams", "checkpoint", "best", "ema", "preemption"})
+"""Groups of which an evaluation takes no notice."""

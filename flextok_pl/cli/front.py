@@ -5,9 +5,10 @@ The parser of a command has the last word. What is let through here it may still
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from glob import has_magic
 from pathlib import Path
@@ -16,15 +17,13 @@ from typing import Any, NoReturn
 import yaml
 
 from flextok_pl.cli import base_config
-from flextok_pl.cli.commands import COMMANDS, GIVEN_BY_THE_SUITE, TRAINER
+from flextok_pl.cli.commands import COMMANDS, GIVEN_BY_THE_SUITE, GROUPS, TRAINER
 from flextok_pl.cli.options import (
     Option,
     Options,
-    added_options,
     describe,
     description_of,
     options_of,
-    table_of,
     unknown,
 )
 from flextok_pl.data.shards.index import ShardError, ShardIndex
@@ -37,10 +36,6 @@ GENERAL = {
     "config": Option("FILE", help="the experiment's file; may be given several times, the last has the last word"),
     "print_config": Option("", help="print the whole configuration, and stop"),
     "seed_everything": Option("int | bool", "0", "seed of all that draws at random"),
-    "run": Option("str | null", help="name of the run and its folder; the next number if there is none"),
-    "global_batch_size": Option(
-        "int | null", help="samples of an optimizer step that a fit is meant for, over all devices"
-    ),
     "ckpt_path": Option(
         "str | null", help="checkpoint to go on from, or `last` for the newest of the experiment's runs"
     ),
@@ -56,37 +51,29 @@ MODEL_FILES = ("tokenizer", "prior", "vae", "ckpt_path", "weights", "teacher_wei
 """Options that name a file or folder, where their value looks like a path; else it may be the id of a model."""
 
 
-@dataclass
-class Line:
-    """The arguments of a command.
+Named = list[tuple[str, str | None]]
+"""Options and values, in their order; no value for an option that stands alone."""
 
-    Args:
-        named: option and value, in their order; no value for an option that stands alone.
-        free: what has no name.
-    """
 
-    named: list[tuple[str, str | None]] = field(default_factory=list)
-    free: list[str] = field(default_factory=list)
+def read(arguments: Sequence[str]) -> tuple[Named, list[str]]:
+    """Tell options and their values from what has no name; each option takes one value."""
+    named: Named = []
+    free, rest = [], list(arguments)
+    while rest:
+        first = rest.pop(0)
+        if not first.startswith("-") or not first.lstrip("-")[:1].isalpha():
+            free.append(first)
+            continue
+        name, equals, value = first.lstrip("-").partition("=")
+        name = {"c": "config", "h": "help"}.get(name, name)
+        takes_next = not equals and name != "print_config" and rest and not rest[0].startswith("--")
+        named.append((name, value if equals else rest.pop(0) if takes_next else None))
+    return named, free
 
-    @classmethod
-    def read(cls, arguments: Sequence[str]) -> Line:
-        """Tell options and their values from what has no name; each option takes one value."""
-        line = cls()
-        rest = list(arguments)
-        while rest:
-            first = rest.pop(0)
-            if not first.startswith("-") or not first.lstrip("-")[:1].isalpha():
-                line.free.append(first)
-                continue
-            name, equals, value = first.lstrip("-").partition("=")
-            name = {"c": "config", "h": "help"}.get(name, name)
-            takes_next = not equals and name != "print_config" and rest and not rest[0].startswith("--")
-            line.named.append((name, value if equals else rest.pop(0) if takes_next else None))
-        return line
 
-    def last(self, name: str) -> str | None:
-        """The value of an option that was given last."""
-        return next((value for given, value in reversed(self.named) if given == name), None)
+def given_files(named: Named) -> list[Path]:
+    """The files of `--config`."""
+    return [Path(value).expanduser() for name, value in named if name == "config" and value is not None]
 
 
 def answer(name: str, arguments: Sequence[str]) -> list[str]:
@@ -97,34 +84,37 @@ def answer(name: str, arguments: Sequence[str]) -> list[str]:
         arguments: of the command, with underscores.
 
     Returns:
-        The arguments, former names replaced.
+        The arguments, each by its present name; what a training or a sweep takes without one comes first.
 
     Raises:
         SystemExit: help was asked for (0), or there is no such option (2).
         UserError: a file or a folder is missing, or a file holds an option that does not exist.
     """
-    command, line = COMMANDS[name], Line.read(arguments)
-    files = _files(name, line)
-    options = options_for(name, _model_class(line, files))
-    is_dry = any(given == "print_config" for given, _ in line.named)
-    for given, value in line.named:
+    command = COMMANDS[name]
+    named, free = read(arguments)
+    paths = [Path(each) for each in free[:1]] if command.is_sweep else given_files(named)
+    base = base_config(paths[0]) if paths and command.groups else None
+    files = [(path, _content(path)) for path in ([] if base is None else [base]) + paths]
+    options = options_for(name, _model_class(named, files))
+    for given, value in named:
         if given == "help" or given.endswith(".help"):
             print("\n".join(_help(name, options, given.removesuffix("help").rstrip("."), value)))
             raise SystemExit(0)
-    line = _renamed(line, command.former, options)
-    for given, _ in line.named:
+    named = [(command.former.get(given, given), value) for given, value in named]
+    for given, _ in named:
         wrong = unknown(given.rstrip("+"), options)
         if wrong is not None:
             _refuse(name, wrong)
-    if not command.groups:
-        _check_complete(name, line, options)
+    if command.is_sweep and not free:
+        _refuse(name, "FILE is missing")
+    if not (command.groups or command.is_sweep):
+        named, free = _all_named(name, named, free, options), []
     for file, content in files:
         _check_names(file, content, options, options)
-    if not is_dry:
-        _check_inputs(line, options, command.inputs)
-    if command.groups and not is_dry:
-        _check_shards(name, line, files)
-    return line.free + [_spelled(given, value, options) for given, value in line.named]
+    if not any(given == "print_config" for given, _ in named):
+        _check_inputs(named, command.inputs)
+        _check_shards(name, named, files)
+    return free + [_spelled(given, value, options) for given, value in named]
 
 
 def options_for(name: str, model: str | None = None) -> Options:
@@ -133,17 +123,14 @@ def options_for(name: str, model: str | None = None) -> Options:
     own: Options = {}
     for target in command.options:
         own |= {each: option for each, option in options_of(target).items() if each not in GIVEN_BY_THE_SUITE}
-    for target in command.added:
-        own |= added_options(target)
-    own |= {command.repeated[each]: replace(own.pop(each), kind="str") for each in command.repeated}
-    if not command.groups:
-        is_sweep = command.run.startswith("sweep:")
+    if command.is_sweep:
         file = Option("FILE", None, "the sweep's file", {}, positional=True)
-        of_file = {"file": file, "config": Option("FILE"), "print_config": GENERAL["print_config"]}
-        return of_file | own if is_sweep else own
+        return {"file": file, "config": Option("FILE"), "print_config": GENERAL["print_config"]} | own
+    if not command.groups:
+        return own
     callbacks = {
         group: Option(help=description_of(target).split("\n\n")[0], below=options_of(target))
-        for group, target in table_of("flextok_pl.cli.training:CALLBACKS").items()
+        for group, target in ((name, ":".join(place)) for name, place in GROUPS.items())
     }
     groups = {
         "model": Option(
@@ -194,60 +181,47 @@ def _help(name: str, options: Options, group: str, value: str | None) -> list[st
     command = COMMANDS[name]
     words = [each.upper() + " ..." * option.several for each, option in options.items() if option.positional]
     lines = [f"usage: flextok {' '.join([name, *words])} [--OPTION VALUE ...]", ""]
-    lines += _about_training(name) if command.groups else [description_of(command.options[0]), ""]
+    if command.groups:
+        lines += [
+            f"{command.summary[0].upper()}{command.summary[1:]}.",
+            "",
+            f"flextok {name} --GROUP.help lists the options of a group, such as rfid; null in its place leaves it out.",
+            f"flextok {name} --model.help CLASS lists those of a model: {', '.join(MODELS)}.",
+            "",
+        ]
+    else:
+        lines += [description_of(command.options[0]), ""]
     closed = set(options) - {"trainer", "data"} if command.groups else set()
     lines += describe({each: replace(o, below=None) if each in closed else o for each, o in options.items()})
     more = [each for each in COMMANDS if each.startswith(f"{name} ")]
     return lines + [""] * bool(more) + [f"flextok {each}: {COMMANDS[each].summary}" for each in more]
 
 
-def _about_training(name: str) -> list[str]:
-    summary = COMMANDS[name].summary
-    return [
-        f"{summary[0].upper()}{summary[1:]}.",
-        "",
-        f"flextok {name} --GROUP.help lists the options of a group, such as rfid; null in its place leaves it out.",
-        f"flextok {name} --model.help CLASS lists those of a model: {', '.join(MODELS)}.",
-        "",
-    ]
-
-
-def _model_class(line: Line, files: Sequence[tuple[Path, Any]]) -> str | None:
+def _model_class(named: Named, files: Sequence[tuple[Path, Any]]) -> str | None:
     """Name of the model's class, if it is one of ours."""
     found = [content["model"].get("class_path") for _, content in files if isinstance(content.get("model"), dict)]
-    found += [value for name, value in line.named if name in ("model", "model.class_path")]
+    found += [value for name, value in named if name in ("model", "model.class_path")]
     last = next((str(each) for each in reversed(found) if each is not None), "")
     module, _, name = last.rpartition(".")
     return name if name in MODELS and module in ("", "flextok_pl", "flextok_pl.modules") else None
 
 
-def _renamed(line: Line, former: Mapping[str, str], options: Options) -> Line:
-    """Present names for former ones; what need not be named loses its name, and comes in order."""
-    named = [(former.get(name, name), value) for name, value in line.named]
-    positional = {name for name, option in options.items() if option.positional}
-    by_name = {name: value for name, value in named if name in positional and value is not None}
-    if not by_name:
-        return Line(named, line.free)
-    free = list(line.free)
-    ordered = [
-        by_name[name] if name in by_name else free.pop(0)
-        for name in options
-        if name in by_name or (name in positional and free)
-    ]
-    return Line([each for each in named if each[0] not in by_name], ordered + free)
-
-
-def _check_complete(name: str, line: Line, options: Options) -> None:
-    """Check that everything is given that must be, and nothing in vain."""
-    positional = [each for each, option in options.items() if option.positional]
-    if len(line.free) < len(positional):
-        _refuse(name, f"{positional[len(line.free)].upper()} is missing")
-    if len(line.free) > len(positional) and not any(options[each].several for each in positional):
-        _refuse(name, f"{line.free[len(positional)]!r} is one argument too many")
-    in_file = COMMANDS[name].run.startswith("sweep:")
+def _all_named(name: str, named: Named, free: list[str], options: Options) -> Named:
+    """Name what has no name by the options that need none, in their order; several values of a list become one."""
+    rest, free = list(named), list(free)
     for each, option in options.items():
-        if option.default is None and not option.positional and not in_file and line.last(each) is None:
-            _refuse(name, f"--{each} is missing")
+        values = [value for given, value in rest if given == each and value is not None]
+        if option.positional and (option.several or not values):
+            values, free = (values + free, []) if option.several else (free[:1], free[1:])
+        if option.default is None and not values:
+            _refuse(name, f"{each.upper() if option.positional else f'--{each}'} is missing")
+        if values and (option.positional or option.several):
+            is_list = option.several and not values[0].startswith("[")
+            whole = json.dumps(values, separators=(",", ":")) if is_list else values[-1]
+            rest = [pair for pair in rest if pair[0] != each] + [(each, whole)]
+    if free:
+        _refuse(name, f"{free[0]!r} is one argument too many")
+    return rest
 
 
 def _refuse(name: str, wrong: str) -> NoReturn:
@@ -260,17 +234,6 @@ def _spelled(name: str, value: str | None, options: Options) -> str:
     if value is None and name in options and options[name].kind == "bool":
         value = "true"
     return f"--{name}" if value is None else f"--{name}={value}"
-
-
-def _files(name: str, line: Line) -> list[tuple[Path, Any]]:
-    """The files that hold options, and what they hold."""
-    if COMMANDS[name].run.startswith("sweep:"):
-        given = line.free[:1]
-    else:
-        given = [value for each, value in line.named if each == "config" and value is not None]
-    paths = [Path(each).expanduser() for each in given]
-    base = base_config(paths[0]) if paths and COMMANDS[name].groups else None
-    return [(path, _content(path)) for path in ([base] if base is not None else []) + paths]
 
 
 def _content(file: Path) -> dict[str, Any]:
@@ -313,42 +276,23 @@ def _check_names(file: Path, content: Mapping[str, Any], level: Options, options
             _check_names(nested, _content(nested), below, options, f"{path}{name}.")
 
 
-def _check_inputs(line: Line, options: Options, inputs: Sequence[str]) -> None:
+def _check_inputs(named: Named, inputs: Sequence[str]) -> None:
     """Check that files and folders are there.
 
     Raises:
         UserError: one is not.
     """
-    positional = [name for name, option in options.items() if option.positional]
-    several = [name for name in positional if options[name].several]
-    names = several * len(line.free) if several else positional
-    for name, value in [*zip(names, line.free, strict=False), *line.named]:
+    for name, value in named:
         last = name.rpartition(".")[2]
-        is_file = value is not None and value.endswith(SUFFIXES) and last not in OUTPUTS
-        is_model = value is not None and value.startswith(("/", "./", "../", "~")) and last in MODEL_FILES
-        if (name in inputs or is_file or is_model) and value is not None and _is_missing(value):
-            raise UserError(f"{name}={value}: there is no such file or folder")
+        for place in _places(value):
+            is_file = str(place).endswith(SUFFIXES) and last not in OUTPUTS
+            is_model = str(place).startswith(("/", "./", "../", "~")) and last in MODEL_FILES
+            if (name in inputs or is_file or is_model) and _is_missing(place):
+                raise UserError(f"{name}={place}: there is no such file or folder")
 
 
-def _places(source: Any) -> list[Any]:
-    """The sets that are named; a list may be written as a text, which may also be the name of one folder."""
-    if isinstance(source, str) and source.startswith("[") and not Path(source).expanduser().exists():
-        try:
-            source = yaml.safe_load(source)
-        except yaml.YAMLError:
-            return [source]
-    return source if isinstance(source, list) else [source]
-
-
-def _is_missing(value: str) -> bool:
-    """Whether a value names a place here that is not there; patterns, URLs and commands may name anything."""
-    if has_magic(value) or "{" in value or ":" in value:
-        return False
-    return not Path(value).expanduser().exists()
-
-
-def _check_shards(name: str, line: Line, files: Sequence[tuple[Path, Any]]) -> None:
-    """Check that the shard sets that a command reads are there.
+def _check_shards(name: str, named: Named, files: Sequence[tuple[Path, Any]]) -> None:
+    """Check that the shard sets that a training reads are there.
 
     Raises:
         UserError: one is not.
@@ -357,7 +301,7 @@ def _check_shards(name: str, line: Line, files: Sequence[tuple[Path, Any]]) -> N
     for file, content in files:
         data = content.get("data") or {}
         given |= _content(file.parent / data) if isinstance(data, str) else data
-    for each, value in line.named:
+    for each, value in named:
         if each == "data" and value is not None:
             whole = _content(Path(value).expanduser()) if value.endswith(SUFFIXES[:3]) else yaml.safe_load(value)
             given |= whole if isinstance(whole, dict) else {}
@@ -366,8 +310,25 @@ def _check_shards(name: str, line: Line, files: Sequence[tuple[Path, Any]]) -> N
     wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test" if given.get("test") else "val",)}
     for split in wanted.get(name, ()):
         for place in _places(given.get(split)):
-            if isinstance(place, str) and _is_missing(place):
+            if _is_missing(place):
                 try:
                     ShardIndex.load(place)
                 except ShardError as error:
                     raise UserError(f"data.{split}: {error}") from error
+
+
+def _places(value: Any) -> list[Any]:
+    """What is named; a list may be written as a text, which may also be the name of one folder."""
+    if isinstance(value, str) and value.startswith("[") and not Path(value).expanduser().exists():
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError:
+            return [value]
+    return value if isinstance(value, list) else [value]
+
+
+def _is_missing(place: Any) -> bool:
+    """Whether a place here is named that is not there; patterns, URLs and commands may name anything."""
+    if not isinstance(place, str) or has_magic(place) or "{" in place or ":" in place:
+        return False
+    return not Path(place).expanduser().exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -10,24 +9,11 @@ import torch
 from torch import Tensor
 
 from flextok_pl.assets import DEMO_PRIOR, DEMO_TOKENIZER
-from flextok_pl.cli.commands import COMMANDS
-from flextok_pl.cli.tool import parsed, tool_parser
 from flextok_pl.cli.tools import checked_budgets, default_device
 from flextok_pl.data.conditions import class_index
 from flextok_pl.evaluation.pictures import image_grid, save_png
 from flextok_pl.modules.prior_base import PriorBase
 from flextok_pl.modules.saved import SavedPrior
-
-
-def run(command: str, arguments: Sequence[str]) -> None:
-    """Run `flextok generate`."""
-    parser = tool_parser(command, generate_images)
-    for option in COMMANDS[command].repeated.values():
-        parser.add_argument(f"--{option}", action="append", type=str)
-    options = parsed(parser, arguments)
-    for parameter, option in COMMANDS[command].repeated.items():
-        options[parameter] = options.pop(option)
-    generate_images(**options)
 
 
 def generate_images(
@@ -54,8 +40,9 @@ def generate_images(
     A picture depends on its condition, the seed and its number among those of its condition only.
 
     Args:
-        classes: number or name of a class, for a prior of classes; default all of up to 16 classes, else the first 8.
-        texts: a text, for a prior of texts; the empty text is no condition.
+        classes: number or name of a class, for a prior of classes (or `--class`, once or several times); default all
+            of up to 16 classes, else the first 8.
+        texts: a text, for a prior of texts (or `--text`, once or several times); the empty text is no condition.
         prior: a `.safetensors` file that training left; default the demo prior of this package.
         tokenizer: the tokenizer whose tokens it knows; default the demo tokenizer.
         budgets: numbers of tokens, such as 1,8,64; default 1, 2, 4, ... up to all.

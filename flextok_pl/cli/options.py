@@ -56,8 +56,8 @@ class Option:
 
     @property
     def several(self) -> bool:
-        """Whether it takes all values that stand without a name."""
-        return self.positional and self.kind.startswith("list")
+        """Whether it takes any number of values, and nothing else."""
+        return self.kind.startswith("list[") and self.kind.removesuffix(" | null").endswith("]")
 
 
 def options_of(target: str) -> Options:
@@ -65,37 +65,10 @@ def options_of(target: str) -> Options:
     return _options(*_definition(target))
 
 
-def added_options(target: str) -> Options:
-    """Name -> option, of each call `parser.add_argument("--name", ...)` in a function's body."""
-    options = {}
-    for node in ast.walk(_definition(target)[1]):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "parser.add_argument":
-            facts = {each.arg: each.value for each in node.keywords}
-            for name in node.args:
-                if isinstance(name, ast.Constant):
-                    options[str(name.value).lstrip("-")] = Option(
-                        ast.unparse(facts["type"]).replace("None", "null") if "type" in facts else "",
-                        ast.unparse(facts["default"]).replace("None", "null") if "default" in facts else "null",
-                        _plain(facts.get("help")),
-                        {} if "type" in facts else None,
-                    )
-    return options
-
-
 def description_of(target: str) -> str:
     """What its docstring says before the parameters."""
     found = parse(ast.get_docstring(_definition(target)[1]) or "")
     return "\n\n".join(text for text in (found.short_description, found.long_description) if text)
-
-
-def table_of(target: str) -> dict[str, str]:
-    """Key -> `module:name`, of a dictionary of classes at the top of a module."""
-    module, _, name = target.partition(":")
-    for node in _tree(module).body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict) and ast.unparse(node.target) == name:
-            pairs = zip(node.value.keys, node.value.values, strict=True)
-            return {ast.literal_eval(key): f"{module}:{ast.unparse(value)}" for key, value in pairs if key is not None}
-    raise ValueError(f"{target} is not defined there")
 
 
 def unknown(name: str, options: Options) -> str | None:
@@ -279,9 +252,3 @@ def _texts(node: ast.ClassDef | ast.FunctionDef) -> dict[str, str]:
     """Parameter -> what the docstring says of it."""
     found = parse(ast.get_docstring(node) or "").params
     return {each.arg_name: " ".join((each.description or "").split()) for each in found}
-
-
-def _plain(text: ast.expr | None) -> str:
-    """A string's constant parts."""
-    parts = text.values if isinstance(text, ast.JoinedStr) else [text]
-    return "".join(str(each.value) if isinstance(each, ast.Constant) else "..." for each in parts if each is not None)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +14,12 @@ from typing import Any, Literal
 from jsonargparse import Namespace, strip_meta
 from lightning.pytorch.cli import LightningArgumentParser
 
-from flextok_pl.cli.front import Line
+from flextok_pl.cli.front import read
 from flextok_pl.cli.plan_report import describe, record
 from flextok_pl.cli.training import ParsingCLI, check_precision, launch_of, run_cli
 from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig, config_from_dict
 from flextok_pl.cost.activations import FULL, Numerics
-from flextok_pl.cost.machines import MACHINES, Machine, machine
+from flextok_pl.cost.machines import Machine, machine
 from flextok_pl.cost.plan import Plan, Recipe, Setup, Split, largest_split, memory, speed
 from flextok_pl.cost.workload import Inputs, Workload, prior_workload, tokenizer_workload, vae_workload
 from flextok_pl.data.shards.index import ShardIndex
@@ -35,13 +36,37 @@ KINDS: dict[str, tuple[type[Any], Callable[..., Workload], Inputs]] = {
 }
 EXAMPLE = "experiments/tokenizer/d18_d28_imagenet.yaml"
 FIELDS: dict[str, Inputs] = {"tokens": "tokens", "latent": "latents", "image": "images"}
-OWN = (
-    *("devices", "num_nodes", "machine", "mfu", "strategy", "inputs", "num_samples", "peak_tflops", "memory_gib"),
-    "json",
-)
-"""Options that a fit does not take."""
 STRATEGIES = {"ddp": "ddp", "fsdp": "fsdp2"}
 """What a fit calls them."""
+
+
+@dataclass
+class PlanOptions:
+    """Options that a fit does not take.
+
+    Args:
+        devices: how many on a node; default the experiment's own.
+        num_nodes: how many nodes; default 1 with --devices, else the experiment's own.
+        machine: each of the devices, such as h100, a100-80g or cpu; any other name lists what there is.
+        mfu: share of the peak at which operations run.
+        strategy: in place of trainer.strategy.
+        inputs: what the training shards hold; default: see data.train, or else images, for a prior tokens.
+        num_samples: training samples in an epoch; default: see data.train, where it is on this machine.
+        peak_tflops: in place of the machine's.
+        memory_gib: in place of the machine's.
+        json: file to write the plan to.
+    """
+
+    devices: int | None = None
+    num_nodes: int | None = None
+    machine: str = "h100"
+    mfu: float = 0.4
+    strategy: Literal["ddp", "fsdp"] | None = None
+    inputs: Inputs | None = None
+    num_samples: int | None = None
+    peak_tflops: float | None = None
+    memory_gib: float | None = None
+    json: str | None = None
 
 
 class PlanCLI(ParsingCLI):
@@ -61,36 +86,7 @@ class PlanCLI(ParsingCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of the plan to those of a fit."""
         super().add_arguments_to_parser(parser)
-        known = ", ".join(MACHINES)
-        parser.add_argument(
-            "--devices", type=int | None, default=None, help="How many on a node; default the experiment's own."
-        )
-        parser.add_argument(
-            "--num_nodes",
-            type=int | None,
-            default=None,
-            help="How many nodes; default 1 with --devices, else the experiment's own.",
-        )
-        parser.add_argument("--machine", type=str, default="h100", help=f"Each of them: {known}.")
-        parser.add_argument("--mfu", type=float, default=0.4, help="Share of the peak at which operations run.")
-        parser.add_argument(
-            "--strategy", type=Literal["ddp", "fsdp"] | None, default=None, help="In place of trainer.strategy."
-        )
-        parser.add_argument(
-            "--inputs",
-            type=Literal["images", "latents", "tokens"] | None,
-            default=None,
-            help="What the training shards hold; default: see data.train, or else images, for a prior tokens.",
-        )
-        parser.add_argument(
-            "--num_samples",
-            type=int | None,
-            default=None,
-            help="Training samples in an epoch; default: see data.train, where it is on this machine.",
-        )
-        parser.add_argument("--peak_tflops", type=float | None, default=None, help="In place of the machine's.")
-        parser.add_argument("--memory_gib", type=float | None, default=None, help="In place of the machine's.")
-        parser.add_argument("--json", type=str | None, default=None, help="File to write the plan to.")
+        parser.add_class_arguments(PlanOptions, None)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; what is missing is mostly an experiment."""
@@ -186,7 +182,7 @@ def _advice(options: Namespace, given: Sequence[str], setup: Setup, split: Split
     }
     if options.strategy not in (None, _strategy(options.trainer.strategy)):
         decided["trainer.strategy"] = STRATEGIES[options.strategy]
-    kept = [(name, value) for name, value in Line.read(given).named if name not in OWN]
+    kept = [(name, value) for name, value in read(given)[0] if name not in PlanOptions.__dataclass_fields__]
     return [part for name, value in [*kept, *decided.items()] for part in (f"--{name}", value) if part is not None]
 
 

@@ -117,16 +117,13 @@ class RunPlace:
             UserError: it is one.
         """
         if self.version is None:
-            self.version = max(self._numbers(), default=-1) + 1
+            found = [re.fullmatch(NUMBERED, folder.name) for folder in self.parent.glob("version_*")]
+            self.version = max((int(match[1]) for match in found if match is not None), default=-1) + 1
         if not go_on and (self.folder / "config.yaml").exists():
             raise UserError(
                 f"{self.folder} holds a run already; go on with it (--ckpt_path last), or give another --run (or "
                 "trainer.logger.init_args.version)"
             )
-
-    def _numbers(self) -> list[int]:
-        found = [re.fullmatch(NUMBERED, folder.name) for folder in self.parent.glob("version_*")]
-        return [int(match[1]) for match in found if match is not None]
 
     @contextmanager
     def told_to_the_trainer(self) -> Iterator[None]:
@@ -197,12 +194,8 @@ class RunRecord(SaveConfigCallback):
     def __init__(self, parser: LightningArgumentParser, config: Namespace, title: str) -> None:
         super().__init__(parser, config)
         self.title = title
-        self._used = torch.zeros(1, dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]  # with forks
-
-    @property
-    def used(self) -> bool:
-        """Whether the run has come to its first batch, in any process of this machine."""
-        return bool(self._used)
+        # Whether the run has come to its first batch, in any process of this machine.
+        self.used = torch.zeros((), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the files."""
@@ -232,10 +225,9 @@ class RunRecord(SaveConfigCallback):
             flush=True,
         )
 
-    def _use(self, *arguments: Any, **_: Any) -> None:
-        """Note that there is a batch."""
-        if not arguments[0].sanity_checking:
-            self._used[:] = True
+    def _use(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        if not trainer.sanity_checking:
+            self.used.fill_(True)
 
     on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _use
 

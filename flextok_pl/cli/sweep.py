@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,34 @@ class CheckCLI(ParsingCLI):
             )
 
 
+@dataclass
+class SweepOptions:
+    """What belongs to this start of a sweep.
+
+    Args:
+        dry_run: print the commands of the trials, and stop.
+        check: first check all values, and train a step if local.
+    """
+
+    dry_run: bool = False
+    check: bool = True
+
+
+@dataclass
+class StatusOptions:
+    """What belongs to a look at a sweep.
+
+    Args:
+        watch: show the trials until all have ended.
+    """
+
+    watch: bool = False
+
+
 def run(command: str, arguments: Sequence[str]) -> None:
     """Run `flextok sweep`."""
     parser = sweep_parser(command, "Search over the options of an experiment; each trial is a `flextok fit`.")
-    parser.add_argument("--dry_run", type=bool, default=False, help="Print the commands of the trials, and stop.")
-    parser.add_argument("--check", type=bool, default=True, help="First check all values, and train a step if local.")
+    parser.add_class_arguments(SweepOptions, None)
     sweep, rest = parse_sweep(parser, arguments)
     if rest["dry_run"]:
         if rest["check"]:
@@ -94,7 +118,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
 def status(command: str, arguments: Sequence[str]) -> None:
     """Run `flextok sweep status`."""
     parser = sweep_parser(command, "Show the trials of a sweep.")
-    parser.add_argument("--watch", type=bool, default=False, help="Show them until all have ended.")
+    parser.add_class_arguments(StatusOptions, None)
     sweep, rest = parse_sweep(parser, arguments)
     study = find_study(sweep)
     if study is None:

@@ -9,7 +9,6 @@ from jsonargparse import ArgumentParser
 
 from flextok_pl.cli import load
 from flextok_pl.cli.commands import COMMANDS
-from flextok_pl.cli.options import options_of
 from flextok_pl.data.shards.index import ShardIndex
 
 
@@ -25,13 +24,9 @@ def run(command: str, arguments: Sequence[str]) -> None:
 
 
 def tool_parser(command: str, function: Callable[..., Any]) -> ArgumentParser:
-    """The parser of a function's parameters; a required list takes one or more values."""
+    """The parser of a function's parameters, each by its name."""
     parser = ArgumentParser(prog=f"flextok {command}", description=COMMANDS[command].summary)
-    several = [name for name, option in options_of(COMMANDS[command].options[0]).items() if option.several]
-    for name in several:
-        parser.add_argument(name, nargs="+", type=str)
-    skip: set[str | int] = {*several, *COMMANDS[command].repeated}
-    parser.add_function_arguments(function, as_positional=True, skip=skip)
+    parser.add_function_arguments(function, as_positional=False)
     return parser
 
 

@@ -6,30 +6,22 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, Namespace, set_parsing_settings
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch.distributed import DistError
 
 import flextok_pl.modules  # noqa: F401  makes the modules known by their bare class names
-from flextok_pl.callbacks import (
-    EMA,
-    CodebookReport,
-    GenerationFID,
-    HParams,
-    MetricsLog,
-    Predictions,
-    ReconstructionFID,
-    Throughput,
-    TokenReport,
-)
+from flextok_pl.callbacks import Predictions
 from flextok_pl.callbacks.progress import progress
-from flextok_pl.cli import base_config, config_paths
-from flextok_pl.cli.commands import GIVEN_BY_THE_SUITE
+from flextok_pl.cli import base_config, load
+from flextok_pl.cli.commands import FIT_ONLY, GIVEN_BY_THE_SUITE, GROUPS
+from flextok_pl.cli.front import given_files, read
 from flextok_pl.cli.run_place import RunPlace, RunRecord
 from flextok_pl.data import ShardDataModule
 from flextok_pl.errors import UserError
@@ -37,26 +29,11 @@ from flextok_pl.modules.resume import ResumableModule
 from flextok_pl.modules.saved import SavedPrior, SavedTokenizer
 from flextok_pl.precision import check_training_precision
 from flextok_pl.progress import announced, say
-from flextok_pl.runtime import Preemption, StepCheckpoint, Trainer, find_checkpoint, without_tensors
+from flextok_pl.runtime import Preemption, Trainer, find_checkpoint, without_tensors
 from flextok_pl.runtime.launch import Launch, devices_per_node, require_processes
 
-CALLBACKS: dict[str, type[Callback]] = {
-    "rfid": ReconstructionFID,
-    "gfid": GenerationFID,
-    "codebook": CodebookReport,
-    "positions": TokenReport,
-    "metrics_log": MetricsLog,
-    "throughput": Throughput,
-    "lr_monitor": LearningRateMonitor,
-    "hparams": HParams,
-    "checkpoint": StepCheckpoint,
-    "best": StepCheckpoint,
-    # Last, so that it swaps the raw weights back after every other callback has evaluated the averaged ones.
-    "ema": EMA,
-    # After it, so that a checkpoint holds the step's average.
-    "preemption": Preemption,
-}
-"""Optional callbacks, each a top-level group of options: `null` leaves it out, `{}` takes its defaults."""
+CALLBACKS: dict[str, type[Callback]] = {name: getattr(load(place), kind) for name, (place, kind) in GROUPS.items()}
+"""The callbacks of the groups of options."""
 
 LOST_CONTACT = "Connection closed by peer|Connection reset by peer|Timed out waiting|caused pair closure|Broken pipe"
 """What Gloo says of a process that is gone; NCCL's errors are of a class of their own."""
@@ -70,7 +47,32 @@ HUSHED = (
 )
 """Warnings that nobody can act on."""
 
-FIT_ONLY = frozenset({"throughput", "lr_monitor", "hparams", "checkpoint", "best", "ema", "preemption"})
+
+@dataclass
+class RunOptions:
+    """What belongs to the whole run.
+
+    Args:
+        run: name of the run and its folder; the next number if there is none.
+        global_batch_size: samples of an optimizer step over all devices that a fit is meant for; it refuses any other
+            number.
+    """
+
+    run: str | None = None
+    global_batch_size: int | None = None
+
+
+@dataclass
+class FinishedModels:
+    """What is evaluated in place of the experiment's model.
+
+    Args:
+        tokenizer: this tokenizer (a .safetensors file, a folder or a Hub id).
+        prior: this prior (a .safetensors file) with that tokenizer.
+    """
+
+    tokenizer: str | None = None
+    prior: str | None = None
 
 
 class FlexTokCLI(LightningCLI):
@@ -105,31 +107,12 @@ class FlexTokCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callback groups, and what belongs to the whole run."""
-        parser.add_argument(
-            "--run", type=str | None, default=None, help="Name of the run and its folder; default: the next number."
-        )
-        parser.add_argument(
-            "--global_batch_size",
-            type=int | None,
-            default=None,
-            help="Samples of an optimizer step over all devices that a fit is meant for; it refuses any other number.",
-        )
+        parser.add_class_arguments(RunOptions, None)
         for name, callback in CALLBACKS.items():
             parser.add_argument(f"--{name}", type=callback | None, default=None)
         self.method_options = parser.add_method_arguments(Trainer, self.method, skip={*GIVEN_BY_THE_SUITE})
         if self.method != "fit":
-            parser.add_argument(
-                "--tokenizer",
-                type=str | None,
-                default=None,
-                help="Evaluate this tokenizer (a .safetensors file, a folder or a Hub id) in place of the model.",
-            )
-            parser.add_argument(
-                "--prior",
-                type=str | None,
-                default=None,
-                help="Evaluate this prior (a .safetensors file) with that tokenizer in place of the model.",
-            )
+            parser.add_class_arguments(FinishedModels, None)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what `flextok` was given, which need not be `sys.argv`."""
@@ -242,14 +225,10 @@ class ParsingCLI(FlexTokCLI):
         except ArgumentError as error:
             raise UserError(str(error)) from error
 
-    def before_instantiate_classes(self) -> None:
-        """Nothing is instantiated."""
+    def _build_nothing(self) -> None:
+        pass
 
-    def instantiate_classes(self) -> None:
-        """Nothing is instantiated."""
-
-    def after_instantiate_classes(self) -> None:
-        """Nothing is compared."""
+    before_instantiate_classes = instantiate_classes = after_instantiate_classes = _build_nothing
 
 
 def launch_of(options: Namespace, devices: int | None = None) -> Launch:
@@ -268,13 +247,10 @@ def check_precision(config: Namespace) -> str:
     """The full name of the trainer's precision.
 
     Raises:
-        UserError: it does not suit the model.
+        ValueError: it does not suit the model.
     """
     adversarial = bool(config.model.get("init_args", {}).get("gan_weight"))
-    try:
-        return check_training_precision(config.trainer.precision, adversarial)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    return check_training_precision(config.trainer.precision, adversarial)
 
 
 def run(command: str, arguments: Sequence[str]) -> None:
@@ -294,7 +270,7 @@ def run_cli(cli: Callable[[str, Sequence[str], str], FlexTokCLI], method: str, a
         logging.getLogger(name).setLevel(logging.WARNING)
     # Options of a callback can then be given directly: `rfid: {num_steps: 10}`, without class_path and init_args.
     set_parsing_settings(subclasses_disabled=list(CALLBACKS.values()))
-    given = [path.resolve() for path in config_paths(arguments)]
+    given = [path.resolve() for path in given_files(read(arguments)[0])]
     base = base_config(given[0]) if given else None
     if base is not None and base not in given:
         arguments = ["--config", str(base), *arguments]

@@ -65,20 +65,14 @@ class StopIfNotFinite(Callback):
                 + _remedy(trainer)
             )
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Spend no validation on such a step."""
-        self._look(trainer)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export nothing after such a step."""
-        self._look(trainer)
-
-    def _look(self, trainer: Trainer) -> None:
+    def _look(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         asked, self._asked = self._asked, None
         if asked is None or not asked.is_bad():
             return
         told = gather_objects(asked.complaint(trainer.global_rank))
         raise RuntimeError("; ".join(text for text in told if text is not None) + "; " + _remedy(trainer))
+
+    on_validation_start = on_train_end = _look  # no validation and no export after such a step
 
 
 class _Step:

@@ -64,7 +64,7 @@ class Preemption(Callback):
         self.signals = [signal.Signals[name] for name in signals]
         self.check_every_n_steps, self.requeue = check_every_n_steps, requeue
         self._received = 0
-        self._shared_batches, self._can_leave = 0, False
+        self._shared_batches, self._can_leave = 0.0, False
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -76,39 +76,28 @@ class Preemption(Callback):
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = self._received or number
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Look whether a signal has come.
 
         Raises:
             Preempted: one has.
         """
-        if not step_ends(pl_module):  # a checkpoint would lose the gradients
-            return
-        if trainer.world_size == 1 or trainer.global_step % self.check_every_n_steps == 0:
+        due = trainer.world_size == 1 or trainer.global_step % self.check_every_n_steps == 0
+        if due and step_ends(pl_module):  # else a checkpoint would lose the gradients
             self._stop_if_asked(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out how many batches all processes have: some may have one more, after which nobody answers them."""
-        batches = torch.tensor(sum(trainer.num_val_batches), device=trainer.strategy.root_device)
-        self._shared_batches = int(trainer.strategy.reduce(batches, reduce_op="min"))
+        batches = torch.tensor(float(sum(trainer.num_val_batches)), device=trainer.strategy.root_device)
+        self._shared_batches = float(trainer.strategy.reduce(batches, reduce_op="min"))
 
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         """Allow the validation of a training to be left."""
         self._can_leave = trainer.state.fn == TrainerFn.FITTING and batch_idx < self._shared_batches
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Look whether a signal has come, as after an optimizer step."""
         if self._can_leave:
             self._stop_if_asked(trainer)
@@ -146,18 +135,13 @@ class Preemption(Callback):
         trainer.strategy.barrier()
         raise stopped
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def teardown(self, *_: Any, **__: Any) -> None:
         """Give the signals back."""
-        self._release()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
-        self._release()
-
-    def _release(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+    on_exception = teardown
 
 
 def stop_if_preempted(trainer: Trainer) -> None:

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from flextok_pl.cli import COMMANDS, main
-from flextok_pl.cli.front import Line, options_for
+from flextok_pl.cli.front import options_for, read
 from flextok_pl.cli.options import unknown
 from flextok_pl.cli.sweep import check_points, parse_sweep, sweep_parser
 from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig, config_from_dict
@@ -172,9 +172,10 @@ def test_documented_commands_are_taken(command: str, capsys: pytest.CaptureFixtu
         launch.require_global_batch(found["global_batch_size"])
     else:  # a tool's parser has no dry run
         words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
-        options = options_for(" ".join(arguments[:words]))
-        named = Line.read([argument.replace("-", "_").replace("__", "--", 1) for argument in arguments[words:]]).named
-        assert [unknown(name, options) for name, _ in named] == [None] * len(named)
+        command = " ".join(arguments[:words])
+        options, former = options_for(command), COMMANDS[command].former
+        named, _ = read([argument.replace("-", "_").replace("__", "--", 1) for argument in arguments[words:]])
+        assert [unknown(former.get(name, name), options) for name, _ in named] == [None] * len(named)
 
 
 def started_by_launchers() -> list[str]:

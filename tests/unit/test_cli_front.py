@@ -211,26 +211,30 @@ def test_what_only_a_class_decides_is_let_through() -> None:
     ]
     assert answer("fit", [*given, "--print_config"]) == [*given, "--print_config"]
     assert answer("fit", ["--model=mine.Model", "--model.nosuch=1"]) == ["--model=mine.Model", "--model.nosuch=1"]
-    assert answer("data verify", ["s3://bucket/set"]) == ["s3://bucket/set"]
-    assert answer("data verify", ["no/{a,b}/*"]) == ["no/{a,b}/*"]
+    assert answer("data verify", ["s3://bucket/set"]) == ["--shards=s3://bucket/set"]
+    assert answer("data verify", ["no/{a,b}/*"]) == ["--shards=no/{a,b}/*"]
 
 
 @pytest.mark.parametrize(
     ("name", "given", "expected"),
     [
-        ("data tokens", "--ckpt t --src tests --dst out", "tests out --tokenizer=t"),
-        ("data tokens", "--tokenizer t --dst out tests --num_views 10", "tests out --tokenizer=t --num_views=10"),
+        ("data tokens", "--ckpt t --src tests --dst out", "--tokenizer=t --src=tests --dst=out"),
+        (
+            "data tokens",
+            "--tokenizer t --dst out tests --num_views 10",
+            "--tokenizer=t --num_views=10 --src=tests --dst=out",
+        ),
         (
             "reconstruct",
             "pyproject.toml Makefile --ckpt t --num_tokens 1,4",
-            "pyproject.toml Makefile --tokenizer=t --budgets=1,4",
+            '--tokenizer=t --budgets=1,4 --images=["pyproject.toml","Makefile"]',
         ),
-        ("generate", "--num_tokens 1 --class a --class b", "--budgets=1 --class=a --class=b"),
-        ("data reshard", "tests out --classes LICENSE", "tests out --class_names=LICENSE"),
-        ("fid", "--reference tests --images docs", "docs tests"),
+        ("generate", "--num_tokens 1 --class a --class b", '--budgets=1 --classes=["a","b"]'),
+        ("data reshard", "tests out --classes LICENSE", "--class_names=LICENSE --src=tests --dst=out"),
+        ("fid", "--reference tests --images docs", "--images=docs --reference=tests"),
         ("sweep", "experiments/sweeps/tiny.yaml --dry_run", "experiments/sweeps/tiny.yaml --dry_run=true"),
-        ("data folder", "tests out --overwrite --size 3", "tests out --overwrite=true --size=3"),
-        ("data folder", "tests out --overwrite false", "tests out --overwrite=false"),
+        ("data folder", "tests out --overwrite --size 3", "--overwrite=true --size=3 --src=tests --dst=out"),
+        ("data folder", "tests out --overwrite false", "--overwrite=false --src=tests --dst=out"),
     ],
 )
 def test_former_and_other_spellings(name: str, given: str, expected: str) -> None:

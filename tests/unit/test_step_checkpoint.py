@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 from torch.utils.data import DataLoader, TensorDataset
 
 from flextok_pl.runtime import Preempted, Preemption, StepCheckpoint, Trainer
@@ -106,6 +107,12 @@ def fit(
     with suppress(Killed, Preempted):
         trainer.fit(Learner(), data, val, ckpt_path="last")
     return diary.events
+
+
+def test_python_programs_save_as_the_experiments_do() -> None:
+    base = yaml.safe_load((Path(__file__).parents[2] / "experiments" / "base.yaml").read_text())
+    facts = [vars(each) for each in (StepCheckpoint(**base["checkpoint"]), StepCheckpoint.of_newest())]
+    assert str(facts[0]) == str(facts[1])
 
 
 def steps_saved(folder: Path) -> set[int]:
