@@ -22,16 +22,26 @@ import pytest
 import torch
 from PIL import Image
 
+from torch.utils.data import _utils
+
 from flextok_pl.cli import main
 from flextok_pl.data import write_folder
 from flextok_pl.data.convert.demo import render
 from flextok_pl.data.convert.openmoji import list_pictures
 
 
+gc.freeze()  # nothing imported so far is garbage, and a sixth of the tests' time would go into looking for it
+_utils.MP_STATUS_CHECK_INTERVAL = 0.5  # seconds that torch waits for processes of a loader which an error has left
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Hide GPUs but for `-m gpu`: other tests expect a CPU's values, and start more processes than there are GPUs."""
     if "gpu" not in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or nanobind takes it for leaks
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
