@@ -21,14 +21,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
 from torch.utils.data import _utils
 
 from flextok_pl.cli import main
 from flextok_pl.data import write_folder
 from flextok_pl.data.convert.demo import render
 from flextok_pl.data.convert.openmoji import list_pictures
-
 
 gc.freeze()  # nothing imported so far is garbage, and a sixth of the tests' time would go into looking for it
 _utils.MP_STATUS_CHECK_INTERVAL = 0.5  # seconds that torch waits for processes of a loader which an error has left

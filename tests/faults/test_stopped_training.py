@@ -114,11 +114,13 @@ def whole(image_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return state(folder)
 
 
-@pytest.mark.parametrize(("step", "batch"), [(0, 1), (2, 2), (4, 1), (10, 2)])
-def test_killed(step: int, batch: int, image_shards: Path, tmp_path: Path, whole: dict[str, torch.Tensor]) -> None:
-    """At the first batch of all, within an accumulation, right after a checkpoint, and within the third epoch."""
+@pytest.mark.parametrize(("step", "batch", "workers"), [(0, 1, 2), (2, 2, 0), (10, 2, 3)])
+def test_killed(
+    step: int, batch: int, workers: int, image_shards: Path, tmp_path: Path, whole: dict[str, torch.Tensor]
+) -> None:
+    """At the first batch of all, within an accumulation, and within the third epoch; resumed with other workers."""
     assert train(tmp_path, options(image_shards), at_step(step, batch, kill)) == -signal.SIGKILL
-    assert train(tmp_path, options(image_shards)) == 0
+    assert train(tmp_path, options(image_shards, workers)) == 0
     assert_equal(tmp_path, whole)
 
 
@@ -148,34 +150,26 @@ def in_hook(name: str, step: int, action: Callable[[], Any]) -> Callable[[], Any
     return prepare
 
 
-def entries(folder: Path) -> list[dict[str, Any]]:
-    """The lines of the run's `metrics.jsonl`."""
-    return [json.loads(line) for line in (run_of(folder) / "metrics.jsonl").read_text().splitlines()]
+def logged(folder: Path) -> dict[str, Any]:
+    """The metrics of each validation by step, those of the HParams tab, and the losses by flow time and by budget."""
+    found: dict[str, Any] = {"parts": {}, "shown": {}}
+    for line in (run_of(folder) / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        validated = {name: value for name, value in entry["metrics"].items() if name.startswith("val/")}
+        found.setdefault(f"step {entry['step']}", {}).update(validated)
+    for place, kept, prefix in (("hparams", "shown", "val/"), ("", "parts", "train/loss_")):
+        events = EventAccumulator(str(run_of(folder) / place)).Reload()
+        tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(prefix)]
+        found[kept] = {tag: [event.value for event in events.Scalars(tag)] for tag in tags}
+    return found
 
 
-def validated(folder: Path) -> dict[int, dict[str, float]]:
-    """The metrics of each validation, by step; also what the HParams tab shows of the last one."""
-    found: dict[int, dict[str, float]] = {}
-    for entry in entries(folder):
-        found.setdefault(entry["step"], {}).update(entry["metrics"])
-    shown = EventAccumulator(str(run_of(folder) / "hparams")).Reload()
-    values = {name: event.value for name in shown.Tags()["scalars"] for event in shown.Scalars(name)}
-    return {
-        step: {name: value for name, value in metrics.items() if name.startswith("val/")}
-        for step, metrics in {**found, -1: values}.items()
-    }
-
-
-def step_of_best(folder: Path) -> int:
-    step: int = torch.load(run_of(folder) / "checkpoints" / "best.ckpt", weights_only=True)["global_step"]
-    return step
-
-
-def losses_by_part(folder: Path) -> dict[str, list[float]]:
-    """The logged training losses by flow time and by budget."""
-    events = EventAccumulator(str(run_of(folder))).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("train/loss_")]
-    return {tag: [event.value for event in events.Scalars(tag)] for tag in tags}
+def assert_same_run(folder: Path, whole: Path) -> None:
+    """It has ended, measured and kept what the other one has."""
+    assert_equal(folder, state(whole, 10), 10)
+    assert logged(folder) == logged(whole)
+    best = [torch.load(run_of(each) / "checkpoints" / "best.ckpt", weights_only=True) for each in (folder, whole)]
+    assert best[0]["global_step"] == best[1]["global_step"]
 
 
 @pytest.fixture(scope="module")
@@ -183,13 +177,13 @@ def validated_whole(image_shards: Path, tmp_path_factory: pytest.TempPathFactory
     """The folder of a training with validations that nobody disturbed."""
     folder = tmp_path_factory.mktemp("validated")
     assert train(folder, validating_options(image_shards)) == 0
+    found = logged(folder)
+    assert found["parts"] and all("val/loss" in found[name] for name in ("shown", "step 2", "step 6", "step 10"))
     return folder
 
 
-@pytest.mark.parametrize(
-    ("hook", "step"),
-    [("validation_step", 6), ("validation_step", 10), ("on_validation_end", 10), ("on_train_end", 10)],
-)
+# What comes after a checkpoint at each moment of a training is told apart in tests/unit/test_step_checkpoint.py.
+@pytest.mark.parametrize(("hook", "step"), [("validation_step", 6), ("on_train_end", 10)])
 def test_killed_after_a_checkpoint(
     hook: str, step: int, image_shards: Path, tmp_path: Path, validated_whole: Path
 ) -> None:
@@ -199,10 +193,7 @@ def test_killed_after_a_checkpoint(
     saved = torch.load(run_of(tmp_path) / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == step and not (run_of(tmp_path) / "tokenizer.safetensors").exists()
     assert train(tmp_path, arguments) == 0
-    assert_equal(tmp_path, state(validated_whole, 10), 10)
-    assert validated(tmp_path) == validated(validated_whole)
-    assert all("val/loss" in metrics for metrics in validated(tmp_path).values())
-    assert step_of_best(tmp_path) == step_of_best(validated_whole)
+    assert_same_run(tmp_path, validated_whole)
 
 
 def test_preempted_within_a_validation(image_shards: Path, tmp_path: Path, validated_whole: Path) -> None:
@@ -219,48 +210,7 @@ def test_preempted_within_a_validation(image_shards: Path, tmp_path: Path, valid
     saved = torch.load(run_of(tmp_path) / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 6 and not (run_of(tmp_path) / "tokenizer.safetensors").exists()
     assert train(tmp_path, arguments) == 0
-    assert_equal(tmp_path, state(validated_whole, 10), 10)
-    assert validated(tmp_path) == validated(validated_whole)
-    assert step_of_best(tmp_path) == step_of_best(validated_whole)
-
-
-def test_killed_at_the_end_of_an_epoch(image_shards: Path, tmp_path: Path) -> None:
-    """Before the validation that comes after each, which `best` then looks at; it is validated once, in its epoch."""
-    arguments = [*validating_options(image_shards), "--trainer.val_check_interval", "1.0", "--trainer.max_steps", "8"]
-    whole = tmp_path / "whole"
-    assert train(whole, arguments) == 0 and step_of_best(whole) == 8
-
-    def moments(folder: Path) -> list[tuple[int, int]]:
-        return [(entry["step"], entry["epoch"]) for entry in entries(folder) if "val/loss" in entry["metrics"]]
-
-    at_the_end = (8, 2)
-    assert moments(whole) == [(4, 0), (8, 1), at_the_end]
-    for step in (4, 8):
-        killed = tmp_path / f"killed {step}"
-        assert train(killed, arguments, in_hook("validation_step", step, kill)) == -signal.SIGKILL
-        assert train(killed, arguments) == 0
-        assert_equal(killed, state(whole, 8), 8)
-        assert validated(killed) == validated(whole) and step_of_best(killed) == 8
-        assert train(killed, arguments) == 0
-        assert moments(killed) == moments(whole), "nothing was left to validate"
-
-
-def test_killed_between_two_logs(image_shards: Path, tmp_path: Path, validated_whole: Path) -> None:
-    """The losses of all ten steps are in the mean that the last logs."""
-    arguments = validating_options(image_shards)
-    assert train(tmp_path, arguments, at_step(5, 1, kill)) == -signal.SIGKILL
-    assert train(tmp_path, arguments) == 0
-    assert_equal(tmp_path, state(validated_whole, 10), 10)
-    assert losses_by_part(tmp_path) == losses_by_part(validated_whole) != {}
-
-
-@pytest.mark.parametrize("num_workers", [0, 3])
-def test_killed_and_resumed_with_other_workers(
-    num_workers: int, image_shards: Path, tmp_path: Path, whole: dict[str, torch.Tensor]
-) -> None:
-    assert train(tmp_path, options(image_shards), at_step(7, 1, kill)) == -signal.SIGKILL
-    assert train(tmp_path, options(image_shards, num_workers)) == 0
-    assert_equal(tmp_path, whole)
+    assert_same_run(tmp_path, validated_whole)
 
 
 @pytest.mark.long
@@ -291,8 +241,7 @@ def test_killed_at_twenty_random_moments(image_shards: Path, tmp_path: Path, who
     assert after_a_checkpoint >= 5, "some kills came after a checkpoint"
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-@pytest.mark.parametrize("whom", ["the training", "its loader processes, too"])
+@pytest.mark.parametrize(("name", "whom"), [("SIGTERM", "the training"), ("SIGUSR1", "its loader processes, too")])
 def test_preempted(name: str, whom: str, image_shards: Path, tmp_path: Path, whole: dict[str, torch.Tensor]) -> None:
     number = signal.Signals[name]
 
@@ -402,9 +351,6 @@ def test_a_damaged_checkpoint(
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
-    arguments = [*options(image_shards), "--ckpt_path", str(newest)]
-    assert train(tmp_path, arguments) == 1
-    assert "is damaged" in capfd.readouterr().err
     assert train(tmp_path, options(image_shards)) == 0
     printed = capfd.readouterr()
     assert "step0000006.ckpt is damaged" in printed.err and "going back to step0000004.ckpt" in printed.err

@@ -138,9 +138,8 @@ def test_the_export_is_the_average_and_says_what_it_knows(tmp_path: Path) -> Non
 
 
 def test_a_resumed_fit_repeats_an_uninterrupted_one(tmp_path: Path) -> None:
-    whole = fit(tmp_path / "whole", module(), 10)
     saving = ModelCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=5, save_top_k=-1)
-    fit(tmp_path / "again", module(), 10, callbacks=[saving])
+    whole = fit(tmp_path / "whole", module(), 10, callbacks=[saving])
     checkpoint = tmp_path / "saved" / "step=5.ckpt"
     network = PriorModule.load_from_checkpoint(checkpoint, weights_only=True)
     assert network.prior.config.num_tokens == K and network.lr == 3e-3

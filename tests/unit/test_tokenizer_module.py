@@ -163,16 +163,6 @@ def test_frozen_parts_are_neither_averaged_nor_stored(tmp_path: Path) -> None:
     assert not [name for state in ("state_dict", "current_model_state") for name in stored[state] if "vae" in name]
 
 
-def test_a_resumed_fit_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
-    whole = fit(tmp_path / "whole", module(tmp_path), 10)
-    checkpoint = ModelCheckpoint(tmp_path / "checkpoints", save_top_k=-1, every_n_train_steps=5)
-    fit(tmp_path / "first", module(tmp_path), 10, callbacks=[checkpoint])
-    (half,) = (tmp_path / "checkpoints").glob("*step=5*.ckpt")
-    losses = Losses()
-    trainer(tmp_path / "second", 10, [losses]).fit(module(tmp_path), loader(), loader(1), ckpt_path=half)
-    assert losses.values == whole[5:]
-
-
 def test_a_validation_does_not_depend_on_the_batches(tmp_path: Path) -> None:
     """11 pictures in batches of 2 and of 5, in either order."""
     pictures = [*Pictures(2)[0]["image"], *Pictures(2)[1]["image"][:3]]
