@@ -6,10 +6,11 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 # Before torch is imported, here or in a child: the tests' models are too small to share between threads, and threads
@@ -24,9 +25,12 @@ from PIL import Image
 from torch.utils.data import _utils
 
 from flextok_pl.cli import main
+from flextok_pl.config import FlexTokConfig
 from flextok_pl.data import write_folder
 from flextok_pl.data.convert.demo import render
 from flextok_pl.data.convert.openmoji import list_pictures
+from flextok_pl.models.tokenizer import FlexTok
+from flextok_pl.sweeps.sweep import as_arguments
 
 gc.freeze()  # nothing imported so far is garbage, and a sixth of the tests' time would go into looking for it
 _utils.MP_STATUS_CHECK_INTERVAL = 0.5  # seconds that torch waits for processes of a loader which an error has left
@@ -110,6 +114,29 @@ def image_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shards = tmp_path_factory.mktemp("shards")
     write_folder(folder, shards, val_fraction=0.4, num_workers=1)
     return shards
+
+
+TINY = Path(__file__).parents[1] / "experiments" / "tokenizer" / "tiny.yaml"
+Arguments = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="session")
+def tiny(image_shards: Path) -> Arguments:
+    """Arguments of a command on the tiny experiment and `image_shards`; options have their dotted names."""
+
+    def arguments(command: str, options: Mapping[str, Any] | None = None, *more: str) -> list[str]:
+        given = {f"data.{part}": str(image_shards / part) for part in ("train", "val")}
+        given |= {"trainer.enable_progress_bar": False, "trainer.enable_model_summary": False}
+        given |= {"model.warmup_steps": 0} if command == "fit" else {}
+        return [command, f"--config={TINY}", *as_arguments(given | dict(options or {})), *more]
+
+    return arguments
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a tokenizer of the tiny experiment before any training."""
+    return FlexTok(FlexTokConfig.preset("tiny")).save_pretrained(tmp_path_factory.mktemp("tiny") / "tiny.safetensors")
 
 
 @pytest.fixture(scope="session")

@@ -110,7 +110,7 @@ def together(pictures, folder, world_size, variables, kill_rank=None):
     for process in reversed(processes):  # the first one, which makes the folder ready, comes last
         process.start()
     for rank, process in enumerate(processes):
-        process.join(5 if kill_rank is not None and rank != kill_rank else 60)
+        process.join(1 if kill_rank is not None and rank != kill_rank else 60)
     codes = [process.exitcode for process in processes]
     for process in processes:  # as torchrun and srun do when one dies
         process.kill()

@@ -5,18 +5,17 @@ import multiprocessing
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flextok_pl.cli import main
-from flextok_pl.config import FlexTokConfig
 from flextok_pl.models.tokenizer import FlexTok
 
-EXPERIMENT = Path(__file__).parents[2] / "experiments" / "tokenizer" / "tiny.yaml"
 BUDGETS = [1, 4, 16]
 
 
-def evaluate(shards: Path, tokenizer: Path, folder: Path, home: Path, kill_at: int | None) -> None:
+def evaluate(arguments: list[str], folder: Path, home: Path, kill_at: int | None) -> None:
     """Run the command; SIGKILL comes at the given decoding."""
     os.environ["HOME"] = str(home)
     decode, decoded = FlexTok.detokenize, []
@@ -28,15 +27,7 @@ def evaluate(shards: Path, tokenizer: Path, folder: Path, home: Path, kill_at: i
         return decode(self, *args, **kwargs)
 
     FlexTok.detokenize = detokenize
-    main(
-        [
-            "test",
-            *("--config", str(EXPERIMENT), "--tokenizer", str(tokenizer)),
-            *("--data.train", str(shards / "train"), "--data.val", str(shards / "val"), "--data.eval_batch_size", "5"),
-            *("--rfid.budgets", str(BUDGETS), "--rfid.num_steps", "1", "--rfid.save_every_minutes", "0"),
-            *("--rfid.output_dir", str(folder), "--trainer.enable_progress_bar", "false"),
-        ]
-    )
+    main([*arguments, f"--rfid.output_dir={folder}"])
     (folder / "decoded").write_text(str(len(decoded)))
 
 
@@ -47,14 +38,15 @@ def run(*arguments: object) -> int | None:
     return process.exitcode
 
 
-def test_killed(image_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed(tiny: Any, tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    tokenizer = FlexTok(FlexTokConfig.preset("tiny")).save_pretrained(tmp_path / "tiny.safetensors")
+    options = {"tokenizer": str(tiny_tokenizer), "data.eval_batch_size": 5, "rfid.save_every_minutes": 0}
+    test = tiny("test", options | {"rfid.budgets": BUDGETS, "rfid.num_steps": 1})
     home, other = tmp_path / "home", tmp_path / "other"
-    assert run(image_shards, tokenizer, tmp_path / "whole", other, None) == 0
-    assert run(image_shards, tokenizer, tmp_path / "after", home, 5) == -signal.SIGKILL
+    assert run(test, tmp_path / "whole", other, None) == 0
+    assert run(test, tmp_path / "after", home, 5) == -signal.SIGKILL
     assert len(list(home.rglob("unfinished_*"))) == 1
-    assert run(image_shards, tokenizer, tmp_path / "after", home, None) == 0
+    assert run(test, tmp_path / "after", home, None) == 0
     assert not list(home.rglob("unfinished_*"))
     whole, after = (json.loads((tmp_path / name / "rfid.json").read_text()) for name in ("whole", "after"))
     assert after == whole, "bit-equal"

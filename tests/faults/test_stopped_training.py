@@ -28,19 +28,16 @@ from flextok_pl.cli import main
 from flextok_pl.files import remove, replace_folder
 from flextok_pl.modules import TokenizerModule
 from flextok_pl.runtime import AtomicCheckpointIO, Preemption, damage_of, newest_intact
+from flextok_pl.sweeps.sweep import as_arguments
 
-EXPERIMENT = Path(__file__).parents[2] / "experiments" / "tokenizer" / "tiny.yaml"
 STEPS, SAVED_EVERY = 12, 2  # an epoch has seven batches: three steps of two, and one of the seventh
 
 
-def options(shards: Path, num_workers: int = 2) -> list[str]:
-    return [
-        *("--config", str(EXPERIMENT), "--data.train", str(shards / "train"), "--data.val", "null"),
-        *("--data.batch_size", "3", "--data.num_workers", str(num_workers), "--data.image_size", "32"),
-        *("--trainer.max_steps", str(STEPS), "--trainer.accumulate_grad_batches", "2", "--model.warmup_steps", "2"),
-        *("--checkpoint.every_n_train_steps", str(SAVED_EVERY), "--trainer.enable_progress_bar", "false"),
-        *("--rfid", "null", "--codebook", "null", "--ckpt_path", "last", "--trainer.enable_model_summary", "false"),
-    ]
+def options(tiny: Any, num_workers: int = 2) -> list[str]:
+    given = {"data.val": None, "data.batch_size": 3, "data.num_workers": num_workers, "data.image_size": 32}
+    given |= {"trainer.max_steps": STEPS, "trainer.accumulate_grad_batches": 2, "model.warmup_steps": 2}
+    given |= {"checkpoint.every_n_train_steps": SAVED_EVERY, "rfid": None, "codebook": None, "ckpt_path": "last"}
+    return tiny("fit", given)
 
 
 def train(folder: Path, arguments: list[str], prepare: Callable[[], Any] | None = None) -> int:
@@ -51,7 +48,7 @@ def train(folder: Path, arguments: list[str], prepare: Callable[[], Any] | None 
         warnings.showwarning = lambda message, *_: print(message, file=sys.stderr)  # pytest keeps them else
         if prepare is not None:
             prepare()
-        main(["fit", *arguments])
+        main(arguments)
 
     folder.mkdir(exist_ok=True)
     process = multiprocessing.get_context("fork").Process(target=child)
@@ -107,31 +104,26 @@ def assert_equal(folder: Path, whole: dict[str, torch.Tensor], steps: int = STEP
 
 
 @pytest.fixture(scope="module")
-def whole(image_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+def whole(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """The end of a training that nobody disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    assert train(folder, options(image_shards)) == 0
+    assert train(folder, options(tiny)) == 0
     return state(folder)
 
 
 @pytest.mark.parametrize(("step", "batch", "workers"), [(0, 1, 2), (2, 2, 0), (10, 2, 3)])
-def test_killed(
-    step: int, batch: int, workers: int, image_shards: Path, tmp_path: Path, whole: dict[str, torch.Tensor]
-) -> None:
+def test_killed(step: int, batch: int, workers: int, tiny: Any, tmp_path: Path, whole: dict[str, torch.Tensor]) -> None:
     """At the first batch of all, within an accumulation, and within the third epoch; resumed with other workers."""
-    assert train(tmp_path, options(image_shards), at_step(step, batch, kill)) == -signal.SIGKILL
-    assert train(tmp_path, options(image_shards, workers)) == 0
+    assert train(tmp_path, options(tiny), at_step(step, batch, kill)) == -signal.SIGKILL
+    assert train(tmp_path, options(tiny, workers)) == 0
     assert_equal(tmp_path, whole)
 
 
-def validating_options(shards: Path) -> list[str]:
+def validating_options(tiny: Any, shards: Path) -> list[str]:
     """Ten steps, with a validation of three batches after the second of an epoch's four: a checkpoint precedes it."""
-    return [
-        *(*options(shards, 0), "--data.val", str(shards / "val"), "--trainer.max_steps", "10"),
-        *("--data.eval_batch_size", "6", "--trainer.limit_val_batches", "1.0"),
-        *("--trainer.val_check_interval", "4", "--metrics_log", "{}", "--best.monitor", "val/loss"),
-        *("--best.filename", "best"),
-    ]
+    more = {"data.val": str(shards / "val"), "trainer.max_steps": 10, "data.eval_batch_size": 6, "metrics_log": {}}
+    more |= {"trainer.limit_val_batches": 1.0, "trainer.val_check_interval": 4}
+    return [*options(tiny, 0), *as_arguments(more | {"best.monitor": "val/loss", "best.filename": "best"})]
 
 
 def in_hook(name: str, step: int, action: Callable[[], Any]) -> Callable[[], Any]:
@@ -173,10 +165,10 @@ def assert_same_run(folder: Path, whole: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def validated_whole(image_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def validated_whole(tiny: Any, image_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a training with validations that nobody disturbed."""
     folder = tmp_path_factory.mktemp("validated")
-    assert train(folder, validating_options(image_shards)) == 0
+    assert train(folder, validating_options(tiny, image_shards)) == 0
     found = logged(folder)
     assert found["parts"] and all("val/loss" in found[name] for name in ("shown", "step 2", "step 6", "step 10"))
     return folder
@@ -185,10 +177,10 @@ def validated_whole(image_shards: Path, tmp_path_factory: pytest.TempPathFactory
 # What comes after a checkpoint at each moment of a training is told apart in tests/unit/test_step_checkpoint.py.
 @pytest.mark.parametrize(("hook", "step"), [("validation_step", 6), ("on_train_end", 10)])
 def test_killed_after_a_checkpoint(
-    hook: str, step: int, image_shards: Path, tmp_path: Path, validated_whole: Path
+    hook: str, step: int, tiny: Any, image_shards: Path, tmp_path: Path, validated_whole: Path
 ) -> None:
     """What was to come after it still does: the validation of its step and, at the last one, the export."""
-    arguments = validating_options(image_shards)
+    arguments = validating_options(tiny, image_shards)
     assert train(tmp_path, arguments, in_hook(hook, step, kill)) == -signal.SIGKILL
     saved = torch.load(run_of(tmp_path) / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == step and not (run_of(tmp_path) / "tokenizer.safetensors").exists()
@@ -196,9 +188,9 @@ def test_killed_after_a_checkpoint(
     assert_same_run(tmp_path, validated_whole)
 
 
-def test_preempted_within_a_validation(image_shards: Path, tmp_path: Path, validated_whole: Path) -> None:
+def test_preempted_within_a_validation(tiny: Any, image_shards: Path, tmp_path: Path, validated_whole: Path) -> None:
     """It is left at once, though the averaged weights are in place, and what it had measured is measured anew."""
-    arguments, seen = validating_options(image_shards), []
+    arguments, seen = validating_options(tiny, image_shards), []
 
     def announce() -> None:
         seen.append(1)
@@ -214,10 +206,10 @@ def test_preempted_within_a_validation(image_shards: Path, tmp_path: Path, valid
 
 
 @pytest.mark.long
-def test_killed_at_twenty_random_moments(image_shards: Path, tmp_path: Path, whole: dict[str, torch.Tensor]) -> None:
+def test_killed_at_twenty_random_moments(tiny: Any, tmp_path: Path, whole: dict[str, torch.Tensor]) -> None:
     """Up to three kills to a training, at any moment, loading and saving included; twenty in all."""
     started = time.monotonic()
-    assert train(tmp_path / "timed", options(image_shards)) == 0
+    assert train(tmp_path / "timed", options(tiny)) == 0
     duration, generator = time.monotonic() - started, random.Random(0)
     kills = after_a_checkpoint = 0
     for attempt in itertools.count():
@@ -230,7 +222,7 @@ def test_killed_at_twenty_random_moments(image_shards: Path, tmp_path: Path, who
             def later(delay: float = delay) -> None:
                 threading.Thread(target=lambda: (time.sleep(delay), kill()), daemon=True).start()
 
-            code = train(folder, options(image_shards), later if of_this < 3 else None)
+            code = train(folder, options(tiny), later if of_this < 3 else None)
             if code == 0:
                 break
             assert code == -signal.SIGKILL
@@ -242,7 +234,7 @@ def test_killed_at_twenty_random_moments(image_shards: Path, tmp_path: Path, who
 
 
 @pytest.mark.parametrize(("name", "whom"), [("SIGTERM", "the training"), ("SIGUSR1", "its loader processes, too")])
-def test_preempted(name: str, whom: str, image_shards: Path, tmp_path: Path, whole: dict[str, torch.Tensor]) -> None:
+def test_preempted(name: str, whom: str, tiny: Any, tmp_path: Path, whole: dict[str, torch.Tensor]) -> None:
     number = signal.Signals[name]
 
     def announce() -> None:
@@ -255,33 +247,23 @@ def test_preempted(name: str, whom: str, image_shards: Path, tmp_path: Path, who
         os.setpgrp()
         at_step(5, 1, announce)()
 
-    assert train(tmp_path, options(image_shards), announced) == 128 + number
+    assert train(tmp_path, options(tiny), announced) == 128 + number
     run = run_of(tmp_path)
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 6, "the accumulated step is finished first"
     assert not (run / "tokenizer.safetensors").exists(), "nothing half trained is exported"
     assert not (run / "error_rank0.txt").exists(), "it is no error"
-    assert train(tmp_path, options(image_shards)) == 0
+    assert train(tmp_path, options(tiny)) == 0
     assert_equal(tmp_path, whole)
 
 
 def test_ranks_leave_a_validation_together(
-    image_shards: Path, tmp_path: Path, start_ranks: Any, capfd: pytest.CaptureFixture[str]
+    tiny: Any, image_shards: Path, tmp_path: Path, start_ranks: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """One of them is told, and the other one has a batch more, after which nobody would answer it."""
-    arguments = [
-        *("fit", *validating_options(image_shards), "--trainer.devices", "2", "--trainer.accelerator", "cpu"),
-        *(
-            "--data.batch_size",
-            "2",
-            "--data.val_limit",
-            "13",
-            "--data.eval_batch_size",
-            "3",
-            "--rfid",
-            "{num_steps: 1}",
-        ),
-    ]
+    more = {"trainer.devices": 2, "trainer.accelerator": "cpu", "data.batch_size": 2, "data.val_limit": 13}
+    more |= {"data.eval_batch_size": 3, "rfid": {"num_steps": 1}}
+    arguments = [*validating_options(tiny, image_shards), *as_arguments(more)]
 
     def prepare(rank: int) -> None:
         in_hook("validation_step", 2, lambda: rank == 1 and os.kill(os.getpid(), signal.SIGUSR1))()
@@ -294,10 +276,10 @@ def test_ranks_leave_a_validation_together(
     assert saved["global_step"] == 2 and saved["loops"]["fit_loop"]["epoch_loop.state_dict"]["validating"]
 
 
-def test_asynchronous_saving(image_shards: Path, tmp_path: Path, whole: dict[str, torch.Tensor]) -> None:
+def test_asynchronous_saving(tiny: Any, tmp_path: Path, whole: dict[str, torch.Tensor]) -> None:
     """What is still being written, on a slow disk, when the signal comes is waited for."""
     plugin = [{"class_path": "flextok_pl.runtime.AsyncAtomicCheckpointIO"}]
-    arguments = [*options(image_shards), "--trainer.plugins", json.dumps(plugin)]
+    arguments = [*options(tiny), "--trainer.plugins", json.dumps(plugin)]
 
     def announced_with_a_slow_disk() -> None:
         at_step(7, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))()
@@ -318,7 +300,7 @@ def test_asynchronous_saving(image_shards: Path, tmp_path: Path, whole: dict[str
 
 
 def test_preempted_under_slurm(
-    image_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """`scontrol` stands in here; the real one is asked in `tests/slurm`. A job that is cancelled stays away."""
     scontrol = tmp_path / "bin" / "scontrol"
@@ -333,25 +315,25 @@ def test_preempted_under_slurm(
     }.items():
         monkeypatch.setenv(name, value)
     announced = at_step(1, 1, lambda: os.kill(os.getpid(), signal.SIGUSR1))
-    assert train(tmp_path / "run", options(image_shards), announced) == 128 + signal.SIGUSR1
+    assert train(tmp_path / "run", options(tiny), announced) == 128 + signal.SIGUSR1
     assert (tmp_path / "asked").read_text() == "show job --oneliner 7_3\nrequeue 7_3\n"
     scontrol.write_text("#!/bin/sh\necho JobState=CANCELLED; test $1 = show\n")
-    assert train(tmp_path / "cancelled", options(image_shards), announced) == 128 + signal.SIGUSR1
+    assert train(tmp_path / "cancelled", options(tiny), announced) == 128 + signal.SIGUSR1
     said = capfd.readouterr()
     assert said.out.count("in the queue again") == 1 and "requeue" not in said.err
 
 
 def test_a_damaged_checkpoint(
-    image_shards: Path, tmp_path: Path, whole: dict[str, torch.Tensor], capfd: pytest.CaptureFixture[str]
+    tiny: Any, tmp_path: Path, whole: dict[str, torch.Tensor], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(tmp_path, options(image_shards), at_step(7, 1, kill)) == -signal.SIGKILL
+    assert train(tmp_path, options(tiny), at_step(7, 1, kill)) == -signal.SIGKILL
     checkpoints = run_of(tmp_path) / "checkpoints"
     newest = checkpoints / "step0000006.ckpt"
     assert (checkpoints / "last.ckpt").resolve() == newest and (checkpoints / "step0000004.ckpt").is_file()
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
-    assert train(tmp_path, options(image_shards)) == 0
+    assert train(tmp_path, options(tiny)) == 0
     printed = capfd.readouterr()
     assert "step0000006.ckpt is damaged" in printed.err and "going back to step0000004.ckpt" in printed.err
     assert "going on with" in printed.out and "step0000004.ckpt" in printed.out
@@ -359,17 +341,17 @@ def test_a_damaged_checkpoint(
 
 
 def test_a_loader_process_dies(
-    image_shards: Path, tmp_path: Path, whole: dict[str, torch.Tensor], capfd: pytest.CaptureFixture[str]
+    tiny: Any, tmp_path: Path, whole: dict[str, torch.Tensor], capfd: pytest.CaptureFixture[str]
 ) -> None:
     def kill_worker() -> None:
         worker = multiprocessing.active_children()[0]
         worker.kill()
         worker.join()
 
-    assert train(tmp_path, options(image_shards), at_step(5, 1, kill_worker)) == 1
+    assert train(tmp_path, options(tiny), at_step(5, 1, kill_worker)) == 1
     message = capfd.readouterr().err
     assert "a process that loads data died" in message and "lower data.num_workers" in message
-    assert train(tmp_path, options(image_shards)) == 0
+    assert train(tmp_path, options(tiny)) == 0
     assert_equal(tmp_path, whole)
 
 
@@ -478,7 +460,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk(
-    image_shards: Path, small_disk: Path, whole: dict[str, torch.Tensor], capfd: pytest.CaptureFixture[str]
+    tiny: Any, small_disk: Path, whole: dict[str, torch.Tensor], capfd: pytest.CaptureFixture[str]
 ) -> None:
     filler = small_disk / "filler"
 
@@ -486,14 +468,14 @@ def test_a_full_disk(
         room = shutil.disk_usage(small_disk).free
         filler.write_bytes(bytes(room - 500_000))
 
-    assert train(small_disk, options(image_shards), at_step(5, 1, fill)) == 1
+    assert train(small_disk, options(tiny), at_step(5, 1, fill)) == 1
     message = capfd.readouterr().err
     assert "No space left on device" in message and "go on with --ckpt_path last" in message, message
     checkpoints = run_of(small_disk) / "checkpoints"
     assert [damage_of(file) for file in checkpoints.glob("*.ckpt")] == [None, None, None]
     assert not list(checkpoints.glob(".*")), "nothing half written stays"
     filler.unlink()
-    assert train(small_disk, options(image_shards)) == 0
+    assert train(small_disk, options(tiny)) == 0
     assert_equal(small_disk, whole)
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "experiments" / "cluster" / "train.sbatch"
-STEPS = 200
+STEPS = 100
 ENDED = ("FAILED", "CANCELLED", "TIMEOUT")
 
 

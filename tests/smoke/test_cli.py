@@ -12,12 +12,13 @@ import yaml
 from PIL import Image
 
 from flextok_pl.assets import DEMO_TOKENIZER
-from flextok_pl.cli import base_config, main
+from flextok_pl.cli import UserError, base_config, main
 from flextok_pl.config import FlexTokConfig, PriorConfig
 from flextok_pl.contracts import weights_hash
-from flextok_pl.data import ShardIndex
+from flextok_pl.data import ShardDataModule, ShardIndex
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.tokenizer import FlexTok
+from flextok_pl.sweeps.sweep import as_arguments
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "experiments"
@@ -28,11 +29,6 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to run in."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture(scope="module")
-def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return FlexTok(FlexTokConfig.preset("tiny")).save_pretrained(tmp_path_factory.mktemp("tok") / "tiny.safetensors")
 
 
 PRIOR_EXPERIMENT: dict[str, Any] = {
@@ -55,24 +51,6 @@ PRIOR_EXPERIMENT: dict[str, Any] = {
     "gfid": {"num_steps": 1, "budgets": [1, 16], "max_samples": 6, "grid_samples": 2},
     "positions": {},
 }
-
-
-def tiny(command: str, shards: Path, *more: str) -> list[str]:
-    return [
-        command,
-        "--config",
-        str(EXPERIMENTS / "tokenizer" / "tiny.yaml"),
-        "--data.train",
-        str(shards / "train"),
-        "--data.val",
-        str(shards / "val"),
-        "--trainer.enable_progress_bar",
-        "false",
-        "--trainer.enable_model_summary",
-        "false",
-        *(["--model.warmup_steps=0"] if command == "fit" else []),
-        *more,
-    ]
 
 
 def parsed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -98,51 +76,47 @@ def test_unknown_commands(arguments: list[str], capsys: pytest.CaptureFixture[st
     assert f"error: {' '.join(arguments)!r} is none of the commands above" in error_of(capsys, *arguments)
 
 
-def test_fit_resume_validate_test(image_shards: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    quick = ["--rfid.extractor=effnet-lite0", "--rfid.num_steps=1", "--rfid.fit-budgets=[1]", "--rfid.budgets=[1,16]"]
-    short = ["--trainer.max_steps=2", "--trainer.val_check_interval=1"]
-    main(tiny("fit", image_shards, *short, *quick, "--global_batch_size=16"))
+def test_fit_resume_validate_test(tiny: Any, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = {"rfid.extractor": "effnet-lite0", "rfid.num_steps": 1, "rfid.budgets": [1, 16]}
+    own = [{"class_path": "ModelCheckpoint", "init_args": {"dirpath": "mine", "every_n_train_steps": 1}}]
+    short = {"trainer.max_steps": 2, "trainer.val_check_interval": 1, "global_batch_size": 16}
+    main(tiny("fit", quick | short | {"trainer.callbacks": own, "rfid.fit-budgets": [1]}))
     assert "global batch 16 = batch_size 16 x 1 devices x 1 nodes x 1 accumulated" in capsys.readouterr().out
     first = workplace / "runs" / "tokenizer" / "tiny" / "version_0"
     assert {"config.yaml", "tokenizer.safetensors", "checkpoints"} <= {path.name for path in first.iterdir()}
     assert FlexTok.from_pretrained(first / "tokenizer.safetensors").config.num_registers == 16
+    assert list((workplace / "mine").glob("*.ckpt")), "users' callbacks stay free"
 
     last = str(first / "checkpoints" / "last.ckpt")
-    main(tiny("fit", image_shards, "--trainer.max_steps=3", *quick[:2], "--rfid=null", "--ckpt_path", last))
+    main(tiny("fit", {"trainer.max_steps": 3, "rfid": None, "ckpt_path": last}))
     second = first.with_name("version_1")
     assert (second / "checkpoints" / "step0000003.ckpt").is_file(), "each run has its own directory, and goes on from 2"
 
     # The saved configuration is whole: it needs no base.
     main(["validate", "--config", str(first / "config.yaml"), "--ckpt_path", last, "--trainer.limit_val_batches=1"])
     capsys.readouterr()
-    main(tiny("test", image_shards, *quick, "--tokenizer", str(first / "tokenizer.safetensors")))
-    assert "tokens" in capsys.readouterr().out
-    results = list(workplace.glob("runs/**/rfid.json"))
-    assert results, "no report of the test"
+    main(tiny("test", quick | {"tokenizer": str(first / "tokenizer.safetensors")}))
+    shown = capsys.readouterr().out
+    *_, file = sorted(first.parent.glob("version_*/rfid.json"))
+    records = json.loads(file.read_text())
+    assert {record["num_tokens"] for record in records} == {1, 16}
+    assert all(record["metric"] in shown for record in records), "the table has what the file has"
 
 
 @pytest.mark.parametrize("name", ["fixed_length", "grid_2d", "mse_decoder", "full_attention_registers"])
-def test_a_fit_of_a_baseline(name: str, image_shards: Path, workplace: Path) -> None:
-    over = ["--config", str(EXPERIMENTS / "baselines" / f"{name}.yaml"), "--rfid.max_samples=4"]
+def test_a_fit_of_a_baseline(name: str, tiny: Any, workplace: Path) -> None:
+    """Priors of their tokens are trained in tests/unit/test_baselines.py."""
+    file = EXPERIMENTS / "baselines" / f"{name}.yaml"
     registers = 64 if name == "grid_2d" else 16  # the network of `tiny` has 8 x 8 patches
-    main(tiny("fit", image_shards, *over, f"--model.net.num_registers={registers}", "--trainer.max_steps=2"))
+    options = {"model.net.num_registers": registers, "trainer.max_steps": 2, "rfid.max_samples": 4}
+    main(tiny("fit", {}, f"--config={file}", *as_arguments(options)))
     run = workplace / "runs" / "baselines" / name / "version_0"
+    net = yaml.safe_load(file.read_text())["model"]["init_args"]["net"] | {"num_registers": registers}
     made = FlexTok.from_pretrained(run / "tokenizer.safetensors").config
-    published = dataclasses.replace(FlexTokConfig.preset("tiny"), num_registers=registers)
-    net = yaml.safe_load((EXPERIMENTS / "baselines" / f"{name}.yaml").read_text())["model"]["init_args"]["net"]
-    assert made == dataclasses.replace(published, **net | {"num_registers": registers})
+    assert made == dataclasses.replace(FlexTokConfig.preset("tiny"), **net)
     records = json.loads((run / "rfid_fit" / "rfid.json").read_text())
     assert {record["num_tokens"] for record in records} == ({1, 8, 64} if registers == 64 else {1, 4, 16})
     assert {record["num_steps"] for record in records} == {1 if name == "mse_decoder" else 2}
-
-    tokens, config = workplace / "tokens", workplace / "prior.yaml"
-    source = [str(image_shards / "train"), str(tokens), "--tokenizer", str(run / "tokenizer.safetensors")]
-    main(["data", "tokens", *source, "--num-workers", "0"])
-    config.write_text(yaml.safe_dump(PRIOR_EXPERIMENT | {"trainer": {"max_steps": 1, "val_check_interval": 1}}))
-    options = [f"--model.tokenizer={run / 'tokenizer.safetensors'}", f"--model.net.num_tokens={registers}"]
-    shards = [f"--data.train={tokens}", f"--data.val={image_shards / 'val'}"]
-    main(["fit", "--config", str(EXPERIMENTS / "base.yaml"), "--config", str(config), *options, *shards])
-    assert (workplace / "runs" / "prior" / "version_0" / "prior.safetensors").is_file()
 
 
 def test_experiments_differ_from_the_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,12 +158,6 @@ def test_where_the_base_is_looked_for(tmp_path: Path) -> None:
     assert base_config(tmp_path / "a" / "b" / "x.yaml") is None
 
 
-def test_users_callbacks_stay_free(image_shards: Path, workplace: Path) -> None:
-    callback = '[{"class_path": "ModelCheckpoint", "init_args": {"dirpath": "mine", "every_n_train_steps": 1}}]'
-    main(tiny("fit", image_shards, "--trainer.max_steps=1", f"--trainer.callbacks={callback}", "--rfid=null"))
-    assert list((workplace / "mine").glob("*.ckpt"))
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -208,9 +176,9 @@ def test_users_callbacks_stay_free(image_shards: Path, workplace: Path) -> None:
     ],
 )
 def test_wrong_options_of_a_fit(
-    arguments: list[str], message: str, image_shards: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, tiny: Any, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert message in error_of(capsys, *tiny("fit", image_shards, *arguments))
+    assert message in error_of(capsys, *tiny("fit", {}, *arguments))
 
 
 @pytest.mark.parametrize(
@@ -238,16 +206,13 @@ def test_precisions_that_do_not_train(
         assert message in error and "use bf16-mixed" in error, command
 
 
-def test_an_evaluation_by_two_processes_is_that_of_one(
-    image_shards: Path, tiny_tokenizer: Path, workplace: Path
-) -> None:
+def test_an_evaluation_by_two_processes_is_that_of_one(tiny: Any, tiny_tokenizer: Path, workplace: Path) -> None:
     """18 samples in batches of 4 by two workers each: neither batches nor processes come out even."""
     values = {}
-    for name, devices in (("one", "1"), ("two", "2")):
-        options = ["--trainer.devices", devices, "--trainer.strategy", "auto" if devices == "1" else "ddp_fork"]
-        options += ["--data.eval_batch_size", "4", "--data.num_workers", "2", "--rfid.output_dir", name]
-        options += ["--tokenizer", str(tiny_tokenizer), "--rfid.num_steps", "1", "--rfid.cache_dir", "null"]
-        main(tiny("test", image_shards, *options))
+    for name, devices, strategy in (("one", 1, "auto"), ("two", 2, "ddp_fork")):
+        options = {"trainer.devices": devices, "trainer.strategy": strategy, "tokenizer": str(tiny_tokenizer)}
+        options |= {"data.eval_batch_size": 4, "data.num_workers": 2, "rfid.output_dir": name}
+        main(tiny("test", options | {"rfid.num_steps": 1, "rfid.cache_dir": None}))
         records = json.loads((workplace / name / "rfid.json").read_text())
         values[name] = {(r["metric"], r["num_tokens"]): r["value"] for r in records}
         assert {r["num_samples"] for r in records} == {18}
@@ -256,26 +221,15 @@ def test_an_evaluation_by_two_processes_is_that_of_one(
         assert (workplace / "one" / picture).read_bytes() == (workplace / "two" / picture).read_bytes()
 
 
-def test_a_fit_by_two_processes_ends_with_its_export(image_shards: Path, workplace: Path) -> None:
-    options = ["--trainer.devices=2", "--trainer.strategy=ddp_fork", "--trainer.max_steps=1", "--data.batch_size=4"]
-    main(tiny("fit", image_shards, *options, "--data.num_workers=0", "--rfid.num_steps=1", "--rfid.max_samples=8"))
-    run = workplace / "runs" / "tokenizer" / "tiny" / "version_0"
-    assert FlexTok.from_pretrained(run / "tokenizer.safetensors").config.num_registers == 16
-    assert (run / "checkpoints" / "last.ckpt").is_file()
-
-
-def test_wrong_tokenizer(image_shards: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    message = error_of(capsys, *tiny("test", image_shards, "--tokenizer", "nowhere"))
+def test_wrong_tokenizer(tiny: Any, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = error_of(capsys, *tiny("test", {"tokenizer": "nowhere"}))
     assert "no checkpoint 'nowhere'" in message and "Union" not in message
-    message = error_of(capsys, *tiny("test", image_shards, "--tokenizer", "a", "--ckpt_path", "b"))
-    assert "give one of them" in message
+    assert "give one of them" in error_of(capsys, *tiny("test", {"tokenizer": "a", "ckpt_path": "b"}))
 
 
-def test_debug_shows_the_error_itself(image_shards: Path, workplace: Path) -> None:
-    from flextok_pl.cli import UserError
-
+def test_debug_shows_the_error_itself(tiny: Any, workplace: Path) -> None:
     with pytest.raises(UserError, match="batch_size=0"):
-        main(tiny("fit", image_shards, "--data.batch_size=0", "--debug"))
+        main(tiny("fit", {"data.batch_size": 0}, "--debug"))
 
 
 def test_reconstruct(tiny_tokenizer: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -411,14 +365,19 @@ def test_a_prior_from_pictures_to_gfid(
 
 
 def test_predictions_are_functions_of_the_key(
-    tiny_prior: Path, tiny_tokenizer: Path, image_shards: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Any,
+    tiny_prior: Path,
+    tiny_tokenizer: Path,
+    image_shards: Path,
+    workplace: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Of a prior by batches of 2 and of 5 and by two processes, and of a tokenizer."""
-    finished, written = ["--prior", str(tiny_prior), "--tokenizer", str(tiny_tokenizer)], []
-    two = ["--trainer.devices=2", "--trainer.strategy=ddp_fork"]
-    for options in (finished, finished, [*finished, *two], finished[2:]):
-        size = 5 if len(written) == 1 else 2
-        main(tiny("predict", image_shards, f"--data.eval_batch_size={size}", "--rfid=null", *options))
+    tokenizer, written = {"tokenizer": str(tiny_tokenizer), "rfid": None}, []
+    prior = tokenizer | {"prior": str(tiny_prior)}
+    two = {"trainer.devices": 2, "trainer.strategy": "ddp_fork"}
+    for size, options in ((2, prior), (5, prior), (2, prior | two), (2, tokenizer)):
+        main(tiny("predict", options | {"data.eval_batch_size": size}))
         files = (workplace / "runs" / "tokenizer" / "tiny" / f"version_{len(written)}").glob("predictions/*.jsonl")
         lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
         written.append({line["key"]: line["tokens"] for line in lines})
@@ -434,53 +393,29 @@ def test_predictions_are_functions_of_the_key(
 
 
 def test_data_tools(
-    tiny_tokenizer: Path, image_shards: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Any, tiny_tokenizer: Path, image_shards: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Pictures become shards, and shards latents and features, which replace pictures and teacher."""
     (workplace / "pictures").mkdir()
     Image.new("RGB", (40, 40), "red").save(workplace / "pictures" / "a.png")
     main(["data", "folder", "pictures", "shards", "--num-workers", "1"])
-    assert (workplace / "shards" / "index.json").is_file()
+    assert ShardIndex.load(workplace / "shards").num_samples == 1
     assert "nowhere" in error_of(capsys, "data", "folder", "nowhere", "elsewhere")
 
-    sizes = ["--image-size", "32", "--num-workers", "0", "--batch-size", "8"]
-    main(
-        [
-            "data",
-            "latents",
-            str(image_shards / "val"),
-            "latents",
-            "--vae",
-            str(tiny_tokenizer),
-            "--num-views",
-            "2",
-            *sizes,
-        ]
-    )
-    from flextok_pl.data import ShardDataModule, ShardIndex
-
-    count = ShardIndex.load(image_shards / "val").num_samples
-    assert ShardIndex.load(workplace / "latents").num_samples == 2 * count
-    data = ShardDataModule(val="latents", image_size=32, batch_size=4, num_workers=0)
-    data.setup("validate")
-    assert next(iter(data.val_dataloader()))["latent"].shape == (4, 24, 16, 16)
-    assert "/nowhere" in error_of(capsys, "data", "latents", str(image_shards / "val"), "x", "--vae", "/nowhere")
-
-
-def test_latents_and_features_replace_pictures_and_teacher(
-    tiny_tokenizer: Path, image_shards: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = [str(image_shards / "train"), "latents", "--vae", str(tiny_tokenizer), "--image-size", "32"]
-    write = ["data", "latents", *source, "--num-workers", "0", "--teacher-grid", "8"]
+    source = ["data", "latents", str(image_shards / "train"), "latents", "--image-size", "32", "--num-workers", "0"]
+    assert "/nowhere" in error_of(capsys, *source, "--vae", "/nowhere")
+    write = [*source, "--vae", str(tiny_tokenizer), "--teacher-grid", "8", "--num-views", "2"]
     assert "teacher_grid=8 need a teacher" in error_of(capsys, *write)
     assert "teacher='nosuch' cannot be loaded" in error_of(capsys, *write, "--teacher", "nosuch")
     assert "teacher_grid=0 must be" in error_of(capsys, *write, "--teacher", "effnet-lite2", "--teacher-grid", "0")
     main([*write, "--teacher", "effnet-lite2"])
+    assert ShardIndex.load(workplace / "latents").num_samples == 2 * 22
+    data = ShardDataModule(val="latents", image_size=32, eval_batch_size=4, num_workers=0)
+    assert next(iter(data.val_dataloader()))["latent"].shape == (4, 24, 16, 16)
 
-    sets = ["--data.train=latents", "--data.val=latents", "--trainer.max_steps=2", "--trainer.log_every_n_steps=1"]
-    model = ["--model.net.repa_layer=0", "--model.teacher=effnet-lite2", f"--model.vae={tiny_tokenizer}", "--rfid=null"]
-    fit = tiny("fit", image_shards, *sets, *model)
-    main([*fit, "--codebook=null", "--metrics_log={}"])
-    log = next((workplace / "runs").rglob("metrics.jsonl")).read_text()
-    assert "train/repa" in log
-
+    options = {"data.train": "latents", "data.val": "latents", "trainer.max_steps": 2, "trainer.log_every_n_steps": 1}
+    options |= {"model.net.repa_layer": 0, "model.teacher": "effnet-lite2", "model.vae": str(tiny_tokenizer)}
+    fit = tiny("fit", options | {"rfid": None, "codebook": None, "metrics_log": {}})
+    main(fit)
+    assert "train/repa" in next((workplace / "runs").rglob("metrics.jsonl")).read_text()
     assert "features of the teacher" in error_of(capsys, *fit, "--model.teacher=vit_tiny_patch16_224")

@@ -35,17 +35,8 @@ def tokenizer_fit(shards: Path, folder: Path) -> list[str]:
             "17",
             "--trainer.limit_val_batches",
             "1.0",
-        ),  # two batches on one rank, three on the other
-        *(
-            "--rfid.num_steps",
-            "1",
-            "--rfid.max_samples",
-            "null",
-            "--rfid.cache_dir",
-            "null",
-            "--rfid.fit_budgets",
-            "[4]",
-        ),
+        ),  # two batches on one, three on the other
+        *("--rfid.num_steps=1", "--rfid.max_samples=null", "--rfid.cache_dir=null", "--rfid.fit_budgets=[4]"),
         *("--model.budget_groups", "2", "--trainer.accumulate_grad_batches", "2", "--model.mup_base_width", "32"),
     ]
 
@@ -153,6 +144,8 @@ def test_two_processes_train_as_one(
             assert values[0] == pytest.approx(values[1], rel=1e-3)
             assert {r["num_samples"] for each in records for r in each} == {17}
 
+    if make is prior_fit:
+        return  # what follows is the strategy's, whatever the module
     # Sharded training goes on from its own checkpoint, be it the last, and from its parts, and alone.
     for step in (4, 2):
         steps = [*arguments, "--ckpt_path", str(runs["fsdp2"] / "checkpoints" / f"step000000{step}.ckpt")]
