@@ -18,7 +18,7 @@ from flextok_pl.data.epoch_loader import EpochLoader
 from flextok_pl.data.samples import Collate, Decoder
 from flextok_pl.data.shards.index import ShardError, ShardIndex
 from flextok_pl.data.shards.sources import load_indices, require_same_classes, require_same_kind, require_same_origin
-from flextok_pl.data.stream import CachedBatches, EpochStream, Plan, ShardSet, StreamedBatches
+from flextok_pl.data.stream import CachedBatches, EpochPlan, EpochStream, ShardSet, StreamedBatches
 from flextok_pl.data.transforms import CENTER_CROP, DEFAULT_AUGMENTATION, Augmentation
 from flextok_pl.distributed import rank, world_size
 from flextok_pl.progress import announced
@@ -259,7 +259,7 @@ class ShardDataModule(pl.LightningDataModule):
     def _make_stream(self, split: Split) -> EpochStream:
         data, train = self.shard_set(split), split == "train"
         rank, world_size = self._position()
-        plan = Plan(
+        plan = EpochPlan(
             batch_size=self.batch_size if train else self.eval_batch_size,
             train=train,
             rank=rank,

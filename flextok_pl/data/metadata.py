@@ -1,8 +1,8 @@
 """A picture's file without what does not decide its pixels, and the orientation that it states.
 
-Pillow reads densities, comments and all of EXIF when it opens or turns a picture, and fails where they are damaged
-though every pixel is there. So they are taken out first, and nothing but the orientation is read of them. Nothing here
-raises: damaged metadata say nothing, and a file that cannot be followed stays as it is.
+Pillow reads densities, comments and all of EXIF when it opens a PNG, TIFF or AVIF or turns a picture, and fails where
+they are damaged though every pixel is there. So they are taken out first, and nothing but the orientation is read of
+them. Nothing here raises: damaged metadata say nothing, and a file that cannot be followed stays as it is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from PIL import Image
@@ -47,9 +47,7 @@ class Stripped(NamedTuple):
 
 
 def strip_metadata(data: bytes) -> Stripped:
-    """Take the metadata out of a JPEG, PNG, TIFF or AVIF file; others stay as they are."""
-    if data[:2] == b"\xff\xd8":
-        return _strip_jpeg(data)
+    """Take the metadata out of a PNG, TIFF or AVIF file; others stay as they are."""
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         return _strip_png(data)
     if data[4:8] == b"ftyp":
@@ -86,36 +84,6 @@ def _cut(data: bytes, spans: Sequence[tuple[int, int]]) -> bytes:
     edges = [0, *(edge for span in spans for edge in span), len(data)]
     pieces = [data[start:stop] for start, stop in zip(edges[::2], edges[1::2], strict=True)]
     return b"".join(pieces) if spans else data
-
-
-def _strip_jpeg(data: bytes) -> Stripped:
-    """Drops comments and APP1 to APP15 but APP14, which states how colours are stored."""
-    exif = xmp = b""
-    spans = []
-    for marker, start, stop in _segments(data):
-        if marker == 0xFE or (0xE1 <= marker <= 0xEF and marker != 0xEE):
-            spans.append((start, stop))
-            content = data[start + 4 : stop]
-            if marker == 0xE1 and content.startswith(b"Exif\0\0"):
-                exif = exif or content
-            elif marker == 0xE1 and content.startswith(b"http://ns.adobe.com/xap/1.0/\0"):
-                xmp = xmp or content
-    return Stripped(_cut(data, spans), exif, xmp)
-
-
-def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Marker, start and end of each segment before a JPEG's first scan (ITU-T T.81, B.1.1)."""
-    start = 2
-    while start + 4 <= len(data) and data[start] == 0xFF:
-        marker = data[start + 1]
-        if marker == 0xFF:  # a fill byte
-            start += 1
-            continue
-        stop = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
-        if marker < 0xC0 or 0xD0 <= marker <= 0xDA or not start + 4 <= stop <= len(data):
-            return
-        yield marker, start, stop
-        start = stop
 
 
 def _strip_png(data: bytes) -> Stripped:

@@ -71,7 +71,7 @@ class ShardSet:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EpochPlan:
     """How a process goes through a data set: shuffled epochs, or an evaluation that sees every sample once."""
 
     batch_size: int
@@ -92,7 +92,7 @@ class Plan:
 class EpochStream(IterableDataset[Batch]):
     """What the two datasets share: batches for one reader, in an epoch that the main process sets."""
 
-    def __init__(self, data: ShardSet, collate: Collate, plan: Plan) -> None:
+    def __init__(self, data: ShardSet, collate: Collate, plan: EpochPlan) -> None:
         super().__init__()
         self.data, self.collate, self.plan = data, collate, plan
         self.mixture = data.mixture(data.num_samples)
@@ -174,7 +174,7 @@ class StreamedBatches(EpochStream):
         self,
         data: ShardSet,
         collate: Collate,
-        plan: Plan,
+        plan: EpochPlan,
         shuffle_buffer: int = 1000,
         decoder: Decoder | None = None,
     ) -> None:
@@ -251,7 +251,7 @@ class CachedBatches(EpochStream):
     skips the one before it is kept.
     """
 
-    def __init__(self, data: ShardSet, collate: Collate, plan: Plan, decoder: Decoder | None = None) -> None:
+    def __init__(self, data: ShardSet, collate: Collate, plan: EpochPlan, decoder: Decoder | None = None) -> None:
         super().__init__(data, collate, plan)
         self.cache = self._decoded(decoder or Decoder())
         # (N, 2C, h, w), (N, F, h', w'), (N, K)

@@ -105,7 +105,8 @@ def inspect_image(data: bytes) -> tuple[str, tuple[int, int]]:
     """Format of a picture, in lower case, and its width and height as it is seen, from its header."""
     with _decoding():
         image, orientation = _open(data)
-        return str(image.format).lower(), image.size[::-1] if orientation >= 5 else image.size
+        name = "jpeg" if image.format == "MPO" else str(image.format).lower()  # a JPEG with others behind it
+        return name, image.size[::-1] if orientation >= 5 else image.size
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from flextok_pl.data import Augmentation, ShardDataModule, ShardError, ShardIndex
+from flextok_pl.data.encode.encoded import npy
 from flextok_pl.data.shards.writer import Sample, shard_name, write_index, write_shard
 
 
@@ -32,6 +33,11 @@ def write_images(folder, count, per_shard=5, image_size=8, classes=("only",)):
     ]
     write_index(ShardIndex(folder, ("image", "label", "text"), tuple(shards), classes, image_size))
     return str(folder)
+
+
+def write_latent(folder, **options):
+    shard = write_shard(folder / shard_name(0), [Sample("k", {"latent.npy": npy(np.zeros((2, 1, 1), np.float32))})])
+    write_index(ShardIndex(folder, ("latent",), (shard,), **options))
 
 
 @pytest.fixture(scope="module")
@@ -219,10 +225,7 @@ def test_augmentation_is_for_training_only(folders):
         ({"val_limit": 0}, "val_limit=0"),
         ({"eval_batch_size": 0}, "eval_batch_size=0"),
         ({"max_skipped": -1}, "max_skipped=-1"),
-        (
-            {"train_weights": [1.0, 2.0]},
-            r"train_weights=\[1.0, 2.0\] must be one positive number for each of the 1",
-        ),
+        ({"train_weights": [1.0, 2.0]}, r"train_weights=\[1.0, 2.0\] must be one positive number for each of the 1"),
         ({"train_weights": [0.0]}, r"train_weights=\[0.0\]"),
     ],
 )
@@ -246,10 +249,7 @@ def test_missing_split_and_too_large_batch(folders):
 
 
 def test_latents_of_another_image_size(tmp_path):
-    buffer = io.BytesIO()
-    np.save(buffer, np.zeros((2, 1, 1), np.float32))
-    shard = write_shard(tmp_path / shard_name(0), [Sample("k", {"latent.npy": buffer.getvalue()})])
-    write_index(ShardIndex(tmp_path, ("latent",), (shard,), image_size=64))
+    write_latent(tmp_path, image_size=64)
     with pytest.raises(ShardError, match="image_size=64"):
         ShardDataModule(str(tmp_path), image_size=32).setup("fit")
 
@@ -260,11 +260,7 @@ def test_enlarging_warns(folders):
 
 
 def test_token_shards(tmp_path):
-    samples = []
-    for n in range(3):
-        buffer = io.BytesIO()
-        np.save(buffer, np.arange(n, n + 4, dtype=np.uint16))
-        samples.append(Sample(f"t{n}", {"tokens.npy": buffer.getvalue()}))
+    samples = [Sample(f"t{n}", {"tokens.npy": npy(np.arange(n, n + 4, dtype=np.uint16))}) for n in range(3)]
     shard = write_shard(tmp_path / shard_name(0), samples)
     write_index(ShardIndex(tmp_path, ("tokens",), (shard,), image_size=64))
     for cache in (False, True):
@@ -290,10 +286,7 @@ def test_weighted_sets(folders, tmp_path, cache):
 
 
 def test_weighted_sets_must_be_of_one_kind(folders, tmp_path):
-    buffer = io.BytesIO()
-    np.save(buffer, np.zeros((2, 1, 1), np.float32))
-    shard = write_shard(tmp_path / shard_name(0), [Sample("k", {"latent.npy": buffer.getvalue()})])
-    write_index(ShardIndex(tmp_path, ("latent",), (shard,)))
+    write_latent(tmp_path)
     with pytest.raises(ShardError, match="differ in fields"):
         module([[folders[0], str(tmp_path)], folders[1]], train_weights=[1, 1]).setup("fit")
 

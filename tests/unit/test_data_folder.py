@@ -336,23 +336,17 @@ def test_every_kind_of_picture_reaches_a_batch(tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"size": 0},
-        {"quality": 0},
-        {"val_fraction": 1.0},
-        {"image_format": "bmp"},
-        {"labels": "x"},
-        {"on_error": "x"},
-        {"samples_per_shard": 0},
-        {"num_workers": -1},
-        {"captions": "missing.csv"},
-    ],
-)
-def test_bad_options_are_named(classes, tmp_path, options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        write_folder(classes, tmp_path / "dst", **{"num_workers": 0, **options})
+BAD = {"size": 0, "quality": 0, "val_fraction": 1.0, "image_format": "bmp", "labels": "x", "on_error": "x"}
+BAD |= {"samples_per_shard": 0, "num_workers": -1, "captions": "missing.csv"}
+
+
+@pytest.mark.parametrize("option", BAD)
+def test_bad_options_are_named(classes, tmp_path, option):
+    """Those of all converters, too; and a name that is none is refused before anything is read."""
+    with pytest.raises(ValueError, match=option):
+        write_folder(classes, tmp_path / "dst", **{"num_workers": 0, option: BAD[option]})
+    with pytest.raises(TypeError, match=f"un{option}"):
+        write_folder(classes, tmp_path / "dst", **{f"un{option}": BAD[option]})
 
 
 def test_empty_or_missing_folder(tmp_path):

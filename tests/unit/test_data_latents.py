@@ -1,4 +1,4 @@
-"""Latent shards: moments as the encoder gave them, views, and what belongs to which autoencoder."""
+"""Latent shards: moments as the encoder gave them, and what belongs to which autoencoder. Views: as of tokens."""
 
 import pytest
 import torch
@@ -47,23 +47,6 @@ def test_view_zero_is_the_encoded_centre_crop(images, tmp_path, dtype, tolerance
     assert (latents["latent"] - encode(source["image"])).abs().max() <= tolerance
 
 
-def test_views_are_training_augmentations(images, tmp_path):
-    augmentation = Augmentation(translate=0.3, scale=(0.6, 0.9))
-    index = write(images, tmp_path / "a", num_views=3, augmentation=augmentation, samples_per_shard=10)
-    assert [shard.count for shard in index.shards] == [9, 8, 8, 8]
-    batch = load(tmp_path / "a")
-    latents = dict(zip(batch["key"], batch["latent"], strict=True))
-    assert len(latents) == 33
-    stem = "a/0"
-    assert not torch.equal(latents[f"{stem}_v1"], latents[f"{stem}_v0"])
-    assert not torch.equal(latents[f"{stem}_v1"], latents[f"{stem}_v2"])
-    # The draws depend on seed, view and key: not on batches or workers.
-    other = write(images, tmp_path / "b", num_views=3, augmentation=augmentation, batch_size=3, num_workers=1)
-    assert other.num_samples == 33
-    batch = load(tmp_path / "b")
-    assert all(torch.equal(latent, latents[key]) for key, latent in zip(batch["key"], batch["latent"], strict=True))
-
-
 def extract(images):
     return torch.nn.functional.avg_pool2d(images, 2)[:, :2]  # (B, 2, 4, 4)
 
@@ -89,13 +72,8 @@ def test_sets_of_different_makers_are_not_read_together(images, tmp_path):
     write(images, tmp_path / "a", source_id={"vae": "here", "sha256": "1"}, **teacher)
     write(images, tmp_path / "b", source_id={"vae": "there", "sha256": "1"}, **teacher)
     write(images, tmp_path / "c", source_id={"vae": "here", "sha256": "2"}, **teacher)
-    write(
-        images,
-        tmp_path / "d",
-        source_id={"vae": "here", "sha256": "1"},
-        extract=extract,
-        teacher_id={**TEACHER, "sha256": "b"},
-    )
+    other_teacher = {**teacher, "teacher_id": {**TEACHER, "sha256": "b"}}
+    write(images, tmp_path / "d", source_id={"vae": "here", "sha256": "1"}, **other_teacher)
     data = ShardDataModule(train=str(tmp_path / "{a,b}"), image_size=8)
     assert data.num_samples("train") == 0 and data.autoencoder["vae"] == "here" and data.teacher == TEACHER
     for other, message in (("c", "latent of different autoencoders"), ("d", "features of different teachers")):
@@ -104,18 +82,6 @@ def test_sets_of_different_makers_are_not_read_together(images, tmp_path):
         with pytest.raises(ShardError, match=message):
             data = ShardDataModule(train=str(tmp_path / "a"), val=str(tmp_path / other), image_size=8)
             data.setup("fit")
-
-
-def test_rerun_and_another_autoencoder(images, tmp_path):
-    calls = []
-    write(images, tmp_path)
-    same = write_latents(images, tmp_path, calls.append, source_id={"vae": "pool"}, image_size=8, num_workers=0)
-    assert same.num_samples == 11 and not calls
-    with pytest.raises(ShardError, match="overwrite"):
-        write(images, tmp_path, source_id={"vae": "other"})
-    assert (
-        write(images, tmp_path, source_id={"vae": "other"}, overwrite=True).provenance["autoencoder"]["vae"] == "other"
-    )
 
 
 @pytest.mark.parametrize(
@@ -129,11 +95,9 @@ def test_rerun_and_another_autoencoder(images, tmp_path):
     ],
     ids=["flat", "one too few", "odd channels", "infinite", "beyond float16"],
 )
-def test_unusable_moments_leave_nothing_half_written(images, tmp_path, broken, message):
+def test_unusable_moments(images, tmp_path, broken, message):
     with pytest.raises(ValueError, match=message):
         write_latents(images, tmp_path, broken, source_id={}, image_size=8, num_workers=0)
-    assert not list(tmp_path.glob("*.tar")) and not (tmp_path / "index.json").exists()
-    assert write(images, tmp_path).num_samples == 11  # the same folder can be used at once
 
 
 @pytest.mark.parametrize(
@@ -158,13 +122,6 @@ def test_features_of_an_unknown_teacher(images, tmp_path):
         write(images, tmp_path, extract=extract, teacher_id={"name": "pool"})
 
 
-def test_latents_of_latents_are_refused(images, tmp_path):
-    write(images, tmp_path / "a")
-    with pytest.raises(ShardError, match="no images to encode"):
-        write(str(tmp_path / "a"), tmp_path / "b")
-
-
-@pytest.mark.parametrize("options", [{"num_views": 0}, {"batch_size": 0}, {"samples_per_shard": 0}, {"dtype": "int8"}])
-def test_bad_options_are_named(images, tmp_path, options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        write(images, tmp_path, **options)
+def test_numbers_of_another_type(images, tmp_path):
+    with pytest.raises(ValueError, match="dtype='int8'"):
+        write(images, tmp_path, dtype="int8")

@@ -209,7 +209,6 @@ def test_pyarrow_is_missing(tmp_path, monkeypatch):
         ({"image_column": "caption"}, "image_column=caption holds string"),
         ({"caption_column": "label"}, "caption_column=label holds int64"),
         ({"label_column": "image"}, "label_column=image holds struct"),
-        ({"samples_per_shard": 0}, "samples_per_shard=0"),
     ],
 )
 def test_bad_options_are_named(tmp_path, options, message):

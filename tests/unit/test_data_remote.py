@@ -229,23 +229,13 @@ def test_fit_and_test_from_urls(tmp_path, monkeypatch, image_shards):
     data = {"train": [url, command], "train_weights": [3, 1], "val": f"file://{image_shards}/val"}
     data |= {"cache_dir": "cache", "fast_decode": True, "on_error": "skip"}
     Path("data.yaml").write_text(json.dumps({"data": data, "trainer": {"enable_progress_bar": False}}))
-    main(
-        [
-            "fit",
-            "--config",
-            str(experiment),
-            "--config",
-            "data.yaml",
-            "--trainer.max_steps",
-            "2",
-            "--model.warmup_steps=0",
-        ]
-    )
+    options = ["--config", str(experiment), "--config", "data.yaml"]
+    main(["fit", *options, "--trainer.max_steps", "2", "--model.warmup_steps=0"])
     assert len(list(Path("cache").glob("*/*.tar"))) == 2  # both training sets are the same one, which is kept once
     (tokenizer,) = Path("runs").rglob("tokenizer.safetensors")
     with monkeypatch.context() as patch:
         patch.setattr(remote_module.Remote, "_fetch", _only_indices(remote_module.Remote._fetch))
-        main(["test", "--config", str(experiment), "--config", "data.yaml", "--tokenizer", str(tokenizer)])
+        main(["test", *options, "--tokenizer", str(tokenizer)])
 
 
 def _only_indices(real):

@@ -204,13 +204,13 @@ def test_tars_of_one_name_in_several_folders(tmp_path):
         (
             {"a.json": b'{"text": "x"}'},
             {"label_key": "kind"},
-            "label_key=kind is in none of the 1 samples; the .json of",
+            "label_key=kind is in none of the 1 samples; the",
         ),
         ({"a.txt": b"x"}, {"label_key": "kind"}, r"none has a \.json, such as .*x\.tar, a \(it holds \.jpg, \.txt\)"),
         (
             {"a.json": b"[1]"},
             {"label_key": "kind"},
-            r"x\.tar, a: its \.json is '\[1\]', and must have keys with values",
+            r"x\.tar, a: its \.json is '\[1\]', and must have keys",
         ),
         ({"a.json": b"null"}, {"caption_key": "text"}, r"its \.json is 'None', and must have keys"),
         ({"a.json": b"{"}, {"caption_key": "text"}, r"its \.json cannot be read: Expecting property name"),

@@ -34,11 +34,9 @@ def write_set(folder, count=10, workers=0, overwrite=False, per_shard=4):
     arguments = {"count": count, "per_shard": per_shard}
     ready = start_set(folder, arguments, overwrite)
     if ready is None:
-        shards = write_shards(
-            folder, range(count), make_samples, leaves_out=True, samples_per_shard=per_shard, num_workers=workers
-        )
-        ready = ShardIndex(folder, ("label", "text"), tuple(shards), ("only",), None, arguments, {"by": "test"})
-        write_index(ready)
+        shards = write_shards(folder, range(count), make_samples, "shards", workers, per_shard, leaves_out=True)
+        contents = ("label", "text"), tuple(shards), ("only",), None, arguments, {"by": "test"}
+        ready = write_index(ShardIndex(folder, *contents))
     return ready
 
 

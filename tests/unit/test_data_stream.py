@@ -1,6 +1,5 @@
 """Who reads what: exactly once, equal shares, the same order for the same seed."""
 
-import io
 import multiprocessing
 import tracemalloc
 from collections import Counter
@@ -12,12 +11,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from flextok_pl.data.encode.encoded import npy
 from flextok_pl.data.samples import Collate
 from flextok_pl.data.shards.index import ShardIndex
 from flextok_pl.data.shards.open_shards import Shard
 from flextok_pl.data.shards.sources import load_indices
 from flextok_pl.data.shards.writer import Sample, shard_name, write_index, write_shard
-from flextok_pl.data.stream import CachedBatches, Plan, ShardSet, StreamedBatches
+from flextok_pl.data.stream import CachedBatches, EpochPlan, ShardSet, StreamedBatches
 
 SIZES = (5, 1, 7, 4, 6)
 
@@ -29,15 +29,11 @@ def write_latent_set(folder, sizes=SIZES, letter="k"):
     for shard, size in enumerate(sizes):
         samples = []
         for _ in range(size):
-            buffer = io.BytesIO()
-            np.save(buffer, np.full((2, 1, 1), number, dtype=np.float16))
-            files = {"latent.npy": buffer.getvalue(), "cls": str(number % 3).encode()}
+            files = {"latent.npy": npy(np.full((2, 1, 1), number, np.float16)), "cls": str(number % 3).encode()}
             samples.append(Sample(f"{letter}{number}", files))
             number += 1
         shards.append(write_shard(folder / shard_name(shard), samples))
-    index = ShardIndex(folder, ("latent", "label"), tuple(shards), ("a", "b", "c"), image_size=8)
-    write_index(index)
-    return index
+    return write_index(ShardIndex(folder, ("latent", "label"), tuple(shards), ("a", "b", "c"), image_size=8))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +51,7 @@ def batches(cls, data, plan, epoch=0, num_workers=0, start=0):
 
 @pytest.mark.parametrize("cls", [StreamedBatches, CachedBatches])
 def test_batches_hold_what_was_written(cls, data):
-    for batch in batches(cls, data, Plan(4, train=True)):
+    for batch in batches(cls, data, EpochPlan(4, train=True)):
         numbers = [int(key[1:]) for key in batch["key"]]
         assert batch["latent"].dtype == torch.float32 and batch["latent"].shape == (4, 2, 1, 1)
         assert batch["latent"][:, 0, 0, 0].tolist() == numbers
@@ -68,7 +64,7 @@ def test_readers_together_see_everything_once(cls, data, world_size, num_workers
     for train in (False, True):
         keys = Counter()
         for rank in range(world_size):
-            plan = Plan(2, train=train, rank=rank, world_size=world_size)
+            plan = EpochPlan(2, train=train, rank=rank, world_size=world_size)
             found = batches(cls, data, plan, num_workers=num_workers)
             assert len(found) == len(cls(data, Collate(8, None, 0), plan))
             keys.update(key for batch in found for key in batch["key"])
@@ -80,7 +76,7 @@ def test_readers_together_see_everything_once(cls, data, world_size, num_workers
 @pytest.mark.parametrize("cls", [StreamedBatches, CachedBatches])
 def test_order_follows_seed_and_epoch(cls, data):
     def order(seed, epoch):
-        return [key for batch in batches(cls, data, Plan(3, train=True, seed=seed), epoch) for key in batch["key"]]
+        return [key for batch in batches(cls, data, EpochPlan(3, train=True, seed=seed), epoch) for key in batch["key"]]
 
     assert order(0, 0) == order(0, 0)
     assert order(0, 0) != order(0, 1)
@@ -89,7 +85,7 @@ def test_order_follows_seed_and_epoch(cls, data):
 
 def test_evaluation_keeps_the_stored_order(data):
     for cls in (StreamedBatches, CachedBatches):
-        found = batches(cls, data, Plan(4, train=False, limit=7))
+        found = batches(cls, data, EpochPlan(4, train=False, limit=7))
         assert [key for batch in found for key in batch["key"]] == [f"k{i * 23 // 7}" for i in range(7)]
 
 
@@ -97,7 +93,7 @@ def test_evaluation_keeps_the_stored_order(data):
 @pytest.mark.parametrize("lanes", [1, 4])
 @pytest.mark.parametrize("train", [True, False])
 def test_workers_do_not_matter_nor_where_a_pass_goes_on(cls, lanes, train, data):
-    plan = Plan(2, train=train, lanes=lanes)
+    plan = EpochPlan(2, train=train, lanes=lanes)
     whole = [batch["key"] for batch in batches(cls, data, plan, 4)]
     assert len(whole) == (11 if train else 12)
     for num_workers in (0, 1, 3):
@@ -113,7 +109,7 @@ def test_ranks_do_not_matter_to_a_step(cls, lanes, data):
     steps = {}
     for world_size in (1, 2, 4):
         ranks = [
-            batches(cls, data, Plan(4 // world_size, True, rank, world_size, lanes=lanes), 1, num_workers=2)
+            batches(cls, data, EpochPlan(4 // world_size, True, rank, world_size, lanes=lanes), 1, num_workers=2)
             for rank in range(world_size)
         ]
         steps[world_size] = [{key for batch in step for key in batch["key"]} for step in zip(*ranks, strict=True)]
@@ -122,9 +118,11 @@ def test_ranks_do_not_matter_to_a_step(cls, lanes, data):
 
 @pytest.mark.parametrize("cls", [StreamedBatches, CachedBatches])
 def test_a_pass_goes_on_with_other_ranks_and_batches(cls, data):
-    plans = [Plan(3, train=True, rank=rank, world_size=2, lanes=2) for rank in range(2)]
+    plans = [EpochPlan(3, train=True, rank=rank, world_size=2, lanes=2) for rank in range(2)]
     first = [key for plan in plans for batch in batches(cls, data, plan, 1)[:2] for key in batch["key"]]
-    rest = [key for batch in batches(cls, data, Plan(5, train=True, lanes=2), 1, 3, start=12) for key in batch["key"]]
+    rest = [
+        key for batch in batches(cls, data, EpochPlan(5, train=True, lanes=2), 1, 3, start=12) for key in batch["key"]
+    ]
     assert len(first) == 12 and len(rest) == 10 and not set(first) & set(rest)
 
 
@@ -135,7 +133,7 @@ def test_as_many_lanes_as_ranks_keep_a_rank_in_its_own_shards(tmp_path, monkeypa
     per_rank = []
     for rank in range(4):
         opened.clear()
-        plan = Plan(10, train=True, rank=rank, world_size=4, lanes=4)
+        plan = EpochPlan(10, train=True, rank=rank, world_size=4, lanes=4)
         list(StreamedBatches(data, Collate(8, None, 0), plan, shuffle_buffer=100))
         per_rank.append(set(opened))
         assert len(opened) == len(per_rank[-1]) == 10, "each shard is opened once"
@@ -144,14 +142,14 @@ def test_as_many_lanes_as_ranks_keep_a_rank_in_its_own_shards(tmp_path, monkeypa
 
 def test_fewer_samples_than_batches_need_when_the_last_is_kept(data):
     for cls in (StreamedBatches, CachedBatches):
-        plans = [Plan(64, train=True, rank=rank, world_size=2, drop_last=False) for rank in range(2)]
+        plans = [EpochPlan(64, train=True, rank=rank, world_size=2, drop_last=False) for rank in range(2)]
         keys = Counter(key for plan in plans for batch in batches(cls, data, plan) for key in batch["key"])
         assert keys.total() == 24 and len(keys) == 23  # one of 23 samples twice, so that both ranks have 12
 
 
 @pytest.mark.parametrize("size", [0, 3, 100])
 def test_groups_are_permuted_and_keep_every_sample(data, size):
-    stream = StreamedBatches(data, Collate(8, None, 0), Plan(23, train=True), shuffle_buffer=size)
+    stream = StreamedBatches(data, Collate(8, None, 0), EpochPlan(23, train=True), shuffle_buffer=size)
     (batch,) = DataLoader(stream, batch_size=None)
     numbers = [int(key[1:]) for key in batch["key"]]
     assert sorted(numbers) == list(range(23))
@@ -175,7 +173,7 @@ def test_a_resumed_epoch_reads_what_it_delivers_and_opens_no_shard_before_it(tmp
     real_open = Shard.__init__
     monkeypatch.setattr(Shard, "__init__", lambda self, *given: opened.append(given) or real_open(self, *given))
     monkeypatch.setattr(Shard, "read", lambda self, sample: read.append(sample) or real_read(self, sample))
-    stream = StreamedBatches(data, Collate(8, None, 0), Plan(10, train=True), shuffle_buffer=200)
+    stream = StreamedBatches(data, Collate(8, None, 0), EpochPlan(10, train=True), shuffle_buffer=200)
     stream.start_at(0, 7550)
     next(iter(stream))
     assert len(read) == 10 and 0 < len(opened) <= 2 * 5  # of 200: this group of 4 and the next, not all aligned
@@ -189,7 +187,7 @@ def test_memory_does_not_grow_with_the_set(tmp_path):
     sets = {copies: linked_set(tmp_path / str(copies), copies) for copies in (20, 200)}
 
     def peak(copies):
-        stream = StreamedBatches(sets[copies], Collate(8, None, 0), Plan(10, train=True), 200, only_key)
+        stream = StreamedBatches(sets[copies], Collate(8, None, 0), EpochPlan(10, train=True), 200, only_key)
         tracemalloc.start()
         assert sum(len(batch["key"]) for batch in stream) == 50 * copies
         result = tracemalloc.get_traced_memory()[1]
@@ -223,7 +221,7 @@ def test_weights_hold_and_nothing_comes_twice_before_all(tmp_path, cls, world_si
     for epoch in range(5):
         before = seen.copy()
         for rank in range(world_size):
-            plan = Plan(4, train=True, rank=rank, world_size=world_size)
+            plan = EpochPlan(4, train=True, rank=rank, world_size=world_size)
             found = batches(cls, data, plan, epoch, num_workers)
             assert len(found) == len(cls(data, Collate(8, None, 0), plan)) == 12 // world_size
             seen.update(key for batch in found for key in batch["key"])

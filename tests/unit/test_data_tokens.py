@@ -119,12 +119,8 @@ def test_bytes_do_not_depend_on_workers_or_batches(images, tmp_path):
 
 @pytest.mark.parametrize("vocab_size, dtype", [(1000, "uint16"), (65536, "uint16"), (65537, "int32")])
 def test_stored_type_follows_the_vocabulary(images, tmp_path, vocab_size, dtype):
-    index = write(
-        images,
-        tmp_path,
-        tokenize=lambda x: torch.full((len(x), 3), vocab_size - 1),
-        tokenizer_id={"sha256": "b", "vocab_size": vocab_size, "num_tokens": 3},
-    )
+    identity = {"sha256": "b", "vocab_size": vocab_size, "num_tokens": 3}
+    index = write(images, tmp_path, tokenize=lambda x: torch.full((len(x), 3), vocab_size - 1), tokenizer_id=identity)
     stored = arrays(index, "tokens.npy")["a/8_v0"]
     assert stored.dtype == dtype and stored.tolist() == [vocab_size - 1] * 3
     assert load(tmp_path)[0]["tokens"].unique().tolist() == [vocab_size - 1]

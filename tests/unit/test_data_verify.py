@@ -11,8 +11,10 @@ from PIL import Image
 
 from flextok_pl.cli import main
 from flextok_pl.data import ShardError, ShardIndex
+from flextok_pl.data.encode.encoded import npy
 from flextok_pl.data.shards.index import INDEX_NAME
 from flextok_pl.data.shards.stats import shard_statistics, spread
+from flextok_pl.data.shards.tars import tar_samples
 from flextok_pl.data.shards.writer import Sample, write_index, write_shard
 
 
@@ -116,9 +118,7 @@ def test_equal_pictures_among_sets(tmp_path, capsys):
 
 def test_tokens_that_their_tokenizer_does_not_have(tmp_path, capsys):
     def tokens(key, *values):
-        buffer = io.BytesIO()
-        np.save(buffer, np.array(values, np.int32))
-        return Sample(key, {"tokens.npy": buffer.getvalue()})
+        return Sample(key, {"tokens.npy": npy(np.array(values, np.int32))})
 
     info = write_shard(tmp_path / "shard-000000.tar", [tokens("a", 0, 7), tokens("b", 8, 0), tokens("c", 0, -1)])
     maker = {"tokenizer": {"sha256": "x", "vocab_size": 8, "num_tokens": 2}}
@@ -130,9 +130,7 @@ def test_tokens_that_their_tokenizer_does_not_have(tmp_path, capsys):
 
 def test_shapes_that_do_not_go_into_one_batch(tmp_path, capsys):
     def latent(key, side):
-        buffer = io.BytesIO()
-        np.save(buffer, np.zeros((2, side, side), np.float16))
-        return Sample(key, {"latent.npy": buffer.getvalue()})
+        return Sample(key, {"latent.npy": npy(np.zeros((2, side, side), np.float16))})
 
     shards = [[latent("a", 4), latent("b", 8)], [latent("c", 8)]]
     infos = tuple(write_shard(tmp_path / f"shard-{i:06d}.tar", samples) for i, samples in enumerate(shards))
@@ -207,8 +205,6 @@ def test_statistics_of_all_and_of_several_sets(image_shards):
 
 
 def _pictures(index):
-    from flextok_pl.data.shards.tars import tar_samples
-
     return [dict(f)["png"] for path in index.paths for _, f in tar_samples(index.folder, path.name)]
 
 

@@ -26,7 +26,7 @@ from flextok_pl.data.samples import Collate
 from flextok_pl.data.shards.index import ShardError, ShardIndex
 from flextok_pl.data.shards.sources import load_indices
 from flextok_pl.data.shards.writer import Sample, complete_shard, shard_name, shard_sizes, write_index, write_shard
-from flextok_pl.data.stream import Plan, ShardSet, StreamedBatches
+from flextok_pl.data.stream import EpochPlan, ShardSet, StreamedBatches
 from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, Augmentation
 
 Encoder = Callable[[Batch], Iterable[dict[str, bytes]]]
@@ -82,7 +82,7 @@ class Encoding:
 
     def _view(self, data: ShardSet, encode: Encoder, view: int, first: int) -> Iterator[Sample]:
         collate = Collate(self.image_size, self.augmentation if view else None, self.seed)
-        stream = StreamedBatches(data, collate, Plan(self.batch_size, train=False))
+        stream = StreamedBatches(data, collate, EpochPlan(self.batch_size, train=False))
         stream.start_at(view, first)
         for batch in DataLoader(stream, batch_size=None, num_workers=self.num_workers):
             with torch.inference_mode():
