@@ -17,9 +17,8 @@ import torch
 from report import measure_apart, peak_gib, synchronize, write_results
 
 from flextok_pl.config import FlexTokConfig, PriorConfig
-from flextok_pl.cost.activations import Numerics
+from flextok_pl.cost.count import Count, Numerics
 from flextok_pl.cost.machines import machine
-from flextok_pl.cost.meta import PeakMemory, SavedMemory
 from flextok_pl.cost.plan import Setup, memory
 from flextok_pl.cost.workload import Workload, prior_workload, tokenizer_workload
 from flextok_pl.models.objective import flow_loss, sample_draws
@@ -56,7 +55,7 @@ parser.add_argument("--json", default=None, help="file to write the results to")
 def prior(preset: str, batch: int, checkpointing: bool, chunk: str, numerics: Numerics, device: str):
     """(workload, model, loss of a step)."""
     config, size = PriorConfig.preset(preset), None if chunk == "none" else int(chunk)
-    options = {"tokenizer": None, "text_encoder": None, "loss_chunk": size}
+    options = {"tokenizer": None, "text_encoder": None, "loss_chunk": size, "activation_checkpointing": checkpointing}
     model = Prior(config).to(device)
     model.checkpoint_activations(checkpointing)
     generator = torch.Generator().manual_seed(0)
@@ -72,7 +71,7 @@ def prior(preset: str, batch: int, checkpointing: bool, chunk: str, numerics: Nu
 def tokenizer(preset: str, batch: int, checkpointing: bool, groups: str, numerics: Numerics, device: str):
     """(workload, model, loss of a step), from latents and with all tokens, the most that a step can take."""
     config = dataclasses.replace(FlexTokConfig.preset(preset), nested_dropout="none", null_dropout=0.0)
-    options = {"budget_groups": int(groups), "vae": None, "teacher": None}
+    options = {"budget_groups": int(groups), "vae": None, "teacher": None, "activation_checkpointing": checkpointing}
     model = FlexTok(dataclasses.replace(config, vae=None)).to(device)
     model.checkpoint_activations(checkpointing)
     generator = torch.Generator().manual_seed(0)
@@ -107,7 +106,7 @@ def measure(setting: str, device: str) -> dict[str, float]:
     optimizer.zero_grad()
     states = [value for state in optimizer.state.values() for value in state.values()]
     lasting = sum(t.nbytes for t in [*model.parameters(), *model.buffers(), *states])
-    seen = PeakMemory()
+    seen = Count()
     if kept != "compiled":  # a compiled block takes its memory past the dispatcher
         with seen:
             take_steps(model, loss_of, 2, half, device, optimizer)
@@ -130,6 +129,25 @@ def measure(setting: str, device: str) -> dict[str, float]:
         **{f"{name}_gib": value / 2**30 for name, value in measured.items()},
         **{f"planned_over_{name}": planned[name] / value for name, value in measured.items()},
     }
+
+
+class SavedMemory(torch.autograd.graph.saved_tensors_hooks):
+    """Bytes that autograd keeps of the forward passes under this context, each storage once, and parameters aside."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        known = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+        self.total = 0
+        self._kept: list[torch.Tensor] = []  # so that no address is given to another storage
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                known.add(storage.data_ptr())
+                self.total += storage.nbytes()
+                self._kept.append(tensor)
+            return tensor
+
+        super().__init__(pack, lambda tensor: tensor)
 
 
 def take_steps(

@@ -16,7 +16,7 @@ import torch
 from report import peak_gib, synchronize, write_results
 
 from flextok_pl.config import FlexTokConfig
-from flextok_pl.cost.flops import tokenizer_flops
+from flextok_pl.cost.models import tokenizer_flops
 from flextok_pl.layers.blocks import compile_for_all_lengths
 from flextok_pl.models.objective import flow_loss, sample_draws
 from flextok_pl.models.tokenizer import FlexTok

@@ -18,9 +18,9 @@ from flextok_pl.cli.front import read
 from flextok_pl.cli.plan_report import describe, record
 from flextok_pl.cli.training import ParsingCLI, check_precision, launch_of, run_cli
 from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig, config_from_dict
-from flextok_pl.cost.activations import FULL, Numerics
+from flextok_pl.cost.count import FULL, Numerics
 from flextok_pl.cost.machines import Machine, machine
-from flextok_pl.cost.plan import Plan, Recipe, Setup, Split, largest_split, memory, speed
+from flextok_pl.cost.plan import Recipe, Setup, Split, TrainingPlan, largest_split, memory, speed
 from flextok_pl.cost.workload import Inputs, Workload, prior_workload, tokenizer_workload, vae_workload
 from flextok_pl.data.shards.index import ShardIndex
 from flextok_pl.data.shards.sources import load_indices
@@ -109,7 +109,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     run_cli(partial(PlanCLI, arguments), "fit", arguments)
 
 
-def make_plan(options: Namespace, experiment: str, given: Sequence[str]) -> Plan:
+def make_plan(options: Namespace, experiment: str, given: Sequence[str]) -> TrainingPlan:
     """The plan of a parsed experiment.
 
     Args:
@@ -154,7 +154,7 @@ def make_plan(options: Namespace, experiment: str, given: Sequence[str]) -> Plan
     batch_size = 1 if split is None else split.batch_size
     peak = options.peak_tflops or device.peak_tflops(numerics.autocast)
     switched = dataclasses.replace(setup, checkpointing=not setup.checkpointing)
-    return Plan(
+    return TrainingPlan(
         experiment=experiment,
         machine_name=options.machine,
         inputs=inputs,

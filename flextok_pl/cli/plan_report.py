@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from flextok_pl.cost.plan import USABLE, Memory, Plan, fits
+from flextok_pl.cost.plan import USABLE, Memory, TrainingPlan, fits
 
 GIB = 2**30
 LABELS = {
@@ -25,7 +25,7 @@ LABELS = {
 }
 
 
-def describe(plan: Plan) -> str:
+def describe(plan: TrainingPlan) -> str:
     """The plan for a terminal."""
     setup = plan.setup
     peak = "an unknown peak" if plan.peak_tflops is None else f"{plan.peak_tflops:g} TFLOP/s"
@@ -48,7 +48,7 @@ def _row(label: str, value: str, remark: str = "") -> str:
     return f"  {label:<34}{value:>12}  {remark}".rstrip()
 
 
-def _parameters(plan: Plan) -> Iterator[str]:
+def _parameters(plan: TrainingPlan) -> Iterator[str]:
     size = plan.workload.parameters
     yield "parameters"
     yield _row("trained", f"{size.trained:,}")
@@ -60,7 +60,7 @@ def _parameters(plan: Plan) -> Iterator[str]:
         yield _row(f"frozen {name}", f"{network.parameters:,}")
 
 
-def _memory(plan: Plan) -> Iterator[str]:
+def _memory(plan: TrainingPlan) -> Iterator[str]:
     own, machine = plan.own, plan.setup.machine
     yield f"memory of a device in GiB, batch_size {plan.recipe.batch_size}"
     for name, label in LABELS.items():
@@ -75,7 +75,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield _row("at the peak", _gib(own.total), f"{share:.0%} of the device: {verdict} ({USABLE:.0%} are usable)")
 
 
-def _activation_remark(plan: Plan) -> str:
+def _activation_remark(plan: TrainingPlan) -> str:
     this, other = ("with", "without") if plan.setup.checkpointing else ("without", "with")
     if plan.switched.activations == plan.own.activations:
         return ""
@@ -84,7 +84,7 @@ def _activation_remark(plan: Plan) -> str:
     return f"{this} activation checkpointing{compiled}; {_gib(switched)} {other} it"
 
 
-def _split(plan: Plan) -> Iterator[str]:
+def _split(plan: TrainingPlan) -> Iterator[str]:
     recipe, setup, split = plan.recipe, plan.setup, plan.split
     own = f"{recipe.batch_size} x {recipe.devices} devices x {recipe.accumulate}"
     other = "" if recipe.own_batch == recipe.global_batch else f" are {recipe.own_batch}, which a fit refuses"
@@ -101,7 +101,7 @@ def _split(plan: Plan) -> Iterator[str]:
         yield "  which srun (experiments/cluster/train.sbatch) or torchrun (docs/reliability.md) starts on each node"
 
 
-def _remedies(plan: Plan) -> str:
+def _remedies(plan: TrainingPlan) -> str:
     ways = []
     if plan.setup.strategy == "ddp":
         ways.append("--strategy fsdp")
@@ -110,7 +110,7 @@ def _remedies(plan: Plan) -> str:
     return " or ".join([*ways, "devices with more memory"])
 
 
-def _time(plan: Plan) -> Iterator[str]:
+def _time(plan: TrainingPlan) -> Iterator[str]:
     flops, total = plan.speed.flops, plan.recipe.global_batch
     yield "operations"
     yield _row("per sample, forward", _tera(flops.forward))
@@ -149,7 +149,7 @@ def _tera(value: float) -> str:
     return f"{value / 1e6:.4g} MFLOP"
 
 
-def record(plan: Plan) -> dict[str, Any]:
+def record(plan: TrainingPlan) -> dict[str, Any]:
     """The plan as plain JSON types; bytes and operations as they are."""
     flops, total, workload = plan.speed.flops, plan.recipe.global_batch, plan.workload
     frozen = plan.speed.frozen
@@ -183,5 +183,5 @@ def record(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _bytes(plan: Plan, needed: Memory) -> dict[str, float | bool]:
+def _bytes(plan: TrainingPlan, needed: Memory) -> dict[str, float | bool]:
     return {**asdict(needed), "total": needed.total, "fits": fits(needed, plan.setup.machine)}

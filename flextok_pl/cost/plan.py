@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from flextok_pl.cost.activations import FULL, Numerics
-from flextok_pl.cost.flops import Flops
+from flextok_pl.cost.count import FULL, Flops, Numerics
 from flextok_pl.cost.machines import Machine
 from flextok_pl.cost.workload import Workload
 
@@ -230,7 +229,7 @@ def speed(
         raise ValueError(f"mfu={utilisation} must be in (0, 1], a share of the device's peak")
     flops = workload.flops(batch_size)
     frozen = {name: network.flops for name, network in workload.frozen.items() if network.flops}
-    computed = flops.training + (flops.recomputed if setup.checkpointing else 0.0) + sum(frozen.values())
+    computed = flops.training + flops.recomputed + sum(frozen.values())
     if peak_tflops is None:
         return Speed(flops, frozen, None, None)
     seconds = computed * global_batch / (setup.devices * peak_tflops * 1e12 * utilisation)
@@ -238,7 +237,7 @@ def speed(
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """What `flextok plan` finds out.
 
     Attributes:

@@ -21,20 +21,21 @@ import torch
 from torch import nn
 
 from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig
-from flextok_pl.cost.activations import (
-    Activations,
-    Numerics,
+from flextok_pl.cost.count import Activations, Flops, Numerics, count_activations, count_flops, image_work
+from flextok_pl.cost.models import (
+    encoder,
     prior_activations,
-    projection_activations,
+    prior_flops,
+    projection,
     token_loss_bytes,
     tokenizer_activations,
+    tokenizer_flops,
+    vae_cost,
 )
-from flextok_pl.cost.flops import Flops, encoder_flops, prior_flops, projection_flops, tokenizer_flops
-from flextok_pl.cost.meta import image_work, vae_step
 from flextok_pl.interop.autoencoder import read_vae_config
 from flextok_pl.models.discriminator import PatchDiscriminator
 from flextok_pl.models.prior import Prior
-from flextok_pl.models.teacher import PROJECTION_WIDTH, ProjectionHead, Teacher
+from flextok_pl.models.teacher import ProjectionHead, Teacher
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
 
@@ -47,7 +48,7 @@ TEXT_LENGTH = 128  # positions of a padded text, the most that `TextEncoder` mak
 
 
 @dataclass(frozen=True)
-class Frozen:
+class FrozenNetwork:
     """A network that is used and not trained.
 
     Attributes:
@@ -102,7 +103,7 @@ class Workload:
     flops: Callable[[int], Flops]
     activations: Callable[[int], Activations]
     loss_bytes: Callable[[int], float] = lambda batch_size: 0.0
-    frozen: Mapping[str, Frozen] = field(default_factory=dict)
+    frozen: Mapping[str, FrozenNetwork] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -123,16 +124,16 @@ def tokenizer_workload(
     """
     if inputs == "tokens":
         raise ValueError("inputs='tokens': a tokenizer trains on images or latents")
-    groups = options["budget_groups"]
+    groups, checkpointing = options["budget_groups"], options["activation_checkpointing"]
     frozen, notes = {}, []
     with torch.device("meta"):
         autoencoder = _autoencoder(options["vae"], net)
         model = FlexTok(dataclasses.replace(net, vae=None))
         parts: list[nn.Module] = [model]
-        patches = (size // autoencoder.downsampling // net.patch_size) ** 2
-        if patches > prod(net.grid_size):
+        grid = _grid(size, autoencoder, net)
+        if prod(grid) > prod(net.grid_size):
             raise ValueError(f"data.image_size={size} gives more patches than net.grid_size={net.grid_size} has")
-        if net.layout == "grid" and patches < prod(net.grid_size):
+        if net.layout == "grid" and prod(grid) < prod(net.grid_size):
             raise ValueError(
                 f"data.image_size={size} gives fewer patches than net.grid_size={net.grid_size} has, and net.layout="
                 "'grid' needs them all"
@@ -148,12 +149,12 @@ def tokenizer_workload(
             else:
                 notes.append("the teacher's features are read with the latents, which must hold them")
             parts.append(ProjectionHead(net.decoder_width, dim))
-            shape = (net.decoder_width, PROJECTION_WIDTH, dim, patches)
-            extra, more = projection_flops(*shape), projection_activations(*shape, numerics)
+            part = projection(net.decoder_width, dim, grid)
+            extra, more = count_flops(part, 1), count_activations(part, 1, numerics)
     return Workload(
         _parameters(parts, [*model.encoder.blocks, *model.decoder.blocks]),
-        flops=lambda batch: tokenizer_flops(net, batch, groups, patches) + extra,
-        activations=lambda batch: tokenizer_activations(net, numerics, batch, groups, patches) + more * batch,
+        flops=lambda batch: tokenizer_flops(net, batch, groups, grid, checkpointing) + extra,
+        activations=lambda batch: tokenizer_activations(net, numerics, batch, groups, grid) + more * batch,
         frozen=frozen,
         notes=tuple(notes),
     )
@@ -165,7 +166,6 @@ def prior_workload(
     """The training of a `PriorModule`; arguments as for `tokenizer_workload`, `inputs` being `tokens` or `images`."""
     if inputs == "latents":
         raise ValueError("inputs='latents': a prior trains on tokens or images")
-    text = 0 if net.text_width is None else TEXT_LENGTH
     frozen, notes = {}, []
     with torch.device("meta"):
         model = Prior(net)
@@ -176,9 +176,9 @@ def prior_workload(
             if inputs == "images":
                 vae = tokenizer.require_vae()
                 flops, working = image_work(vae.moments, size)
-                patches = (size // vae.config.downsampling // tokenizer.config.patch_size) ** 2
-                work = (flops + encoder_flops(tokenizer.config, net.num_tokens, patches).forward, working)
-            frozen["tokenizer"] = Frozen(_count(tokenizer), *work)
+                part = encoder(tokenizer.config, net.num_tokens, _grid(size, vae.config, tokenizer.config))
+                work = (flops + count_flops(part, tokenizer.config.encoder_depth).forward, working)
+            frozen["tokenizer"] = FrozenNetwork(_count(tokenizer), *work)
             notes += [IN_FLOAT32] if work and numerics.autocast else []
         elif name is not None:
             notes.append(f"the tokenizer {name} is not on this machine and its name tells no architecture: not counted")
@@ -189,8 +189,8 @@ def prior_workload(
         parameters = dataclasses.replace(parameters, cast=parameters.cast - model.head.weight.numel())
     return Workload(
         parameters,
-        flops=lambda batch: prior_flops(net, text),
-        activations=lambda batch: prior_activations(net, numerics, text) * batch,
+        flops=lambda batch: prior_flops(net, TEXT_LENGTH, options["activation_checkpointing"]),
+        activations=lambda batch: prior_activations(net, numerics, TEXT_LENGTH) * batch,
         loss_bytes=lambda batch: token_loss_bytes(net, batch, options["loss_chunk"], numerics),
         frozen=frozen,
         notes=tuple(notes),
@@ -207,7 +207,7 @@ def vae_workload(options: Mapping[str, Any], net: VAEConfig, size: int, inputs: 
         discriminator = PatchDiscriminator(options["discriminator_width"]) if options["gan_weight"] else None
         if discriminator is not None:
             parts.append(discriminator)
-        flops, peak = vae_step(model, discriminator, size)
+        flops, peak = vae_cost(model, discriminator, size)
     notes = ["the activations are those of float32"] if numerics.autocast else []
     if options["perceptual_weight"]:
         notes.append(f"the perceptual network {options['perceptual_network']} is not counted")
@@ -232,6 +232,12 @@ def _parameters(parts: Sequence[nn.Module], blocks: Sequence[nn.Module]) -> Para
     )
 
 
+def _grid(size: int, vae: VAEConfig, net: FlexTokConfig) -> tuple[int, int]:
+    """Rows and columns of patches of images of S pixels."""
+    side = size // vae.downsampling // net.patch_size
+    return side, side
+
+
 def _count(module: nn.Module) -> int:
     return sum(tensor.numel() for tensor in [*module.parameters(), *module.buffers()])
 
@@ -251,19 +257,19 @@ def _autoencoder(name: str | None, net: FlexTokConfig) -> VAEConfig:
 
 
 @cache
-def _frozen_vae(config: VAEConfig, size: int | None) -> Frozen:
+def _frozen_vae(config: VAEConfig, size: int | None) -> FrozenNetwork:
     """An autoencoder that encodes images of S pixels, or that is only there."""
     with torch.device("meta"):
         vae = VAE(config)
-        return Frozen(_count(vae), *(() if size is None else image_work(vae.moments, size)))
+        return FrozenNetwork(_count(vae), *(() if size is None else image_work(vae.moments, size)))
 
 
 @cache
-def _frozen_teacher(name: str) -> tuple[Frozen, int]:
+def _frozen_teacher(name: str) -> tuple[FrozenNetwork, int]:
     """A teacher at work, and F."""
     with torch.device("meta"):
         teacher = Teacher(name, pretrained=False)
-        return Frozen(_count(teacher), *image_work(teacher.network, teacher.image_size)), teacher.dim
+        return FrozenNetwork(_count(teacher), *image_work(teacher.network, teacher.image_size)), teacher.dim
 
 
 def _tokenizer(name: str) -> FlexTok | None:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
 from flextok_pl.config import PriorConfig, config_from_dict, config_to_dict
 from flextok_pl.contracts import Batch, run_folder
-from flextok_pl.cost.flops import prior_flops
+from flextok_pl.cost.models import prior_flops
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.text import TextEncoder
 from flextok_pl.models.token_loss import token_loss
@@ -103,7 +103,7 @@ class PriorModule(ResumableModule, PriorBase):
 
     @property
     def flops_per_sample(self) -> float:
-        """Floating-point operations of a training step per sample, as MFU counts them; see `flextok_pl.cost.flops`.
+        """Floating-point operations of a training step per sample, as MFU counts them; see `flextok_pl.cost.models`.
 
         Embeddings, the text encoder and its states, and recomputation count for nothing.
         """

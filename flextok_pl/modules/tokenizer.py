@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flextok_pl.config import FlexTokConfig, config_from_dict, config_to_dict
 from flextok_pl.contracts import Batch, run_folder, weights_hash
-from flextok_pl.cost.flops import tokenizer_flops
+from flextok_pl.cost.models import tokenizer_flops
 from flextok_pl.layers.blocks import compile_for_all_lengths
 from flextok_pl.layers.frozen import Frozen
 from flextok_pl.models.decoder import FlowDecoder
@@ -150,7 +150,7 @@ class TokenizerModule(ResumableModule):
 
     @property
     def flops_per_sample(self) -> float:
-        """Floating-point operations of a training step per image, as MFU counts them; see `flextok_pl.cost.flops`.
+        """Floating-point operations of a training step per image, as MFU counts them; see `flextok_pl.cost.models`.
 
         Expected over the budgets of the training, at the model's own image size. Frozen networks, the projection to
         the teacher and recomputation count for nothing.

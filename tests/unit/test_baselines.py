@@ -17,7 +17,7 @@ from flextok_pl.callbacks import ReconstructionFID
 from flextok_pl.callbacks.evaluation import decoding_facts
 from flextok_pl.cli.decoding import compare_decodings
 from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig, config_from_dict, config_to_dict
-from flextok_pl.cost.activations import Numerics
+from flextok_pl.cost.count import Numerics
 from flextok_pl.cost.workload import tokenizer_workload
 from flextok_pl.data import ShardDataModule, write_tokens
 from flextok_pl.layers.embeddings import patchify, unpatchify
@@ -265,7 +265,7 @@ def test_a_grid_has_one_size() -> None:
     for call in calls:
         with pytest.raises(ValueError, match="layout='grid' each patch has a token, and they must be 8 x 8"):
             call()
-    options = {"budget_groups": 1, "vae": None, "teacher": None}
+    options = {"budget_groups": 1, "vae": None, "teacher": None, "activation_checkpointing": False}
     with pytest.raises(ValueError, match=r"data.image_size=8 gives fewer patches.*layout='grid'"):
         tokenizer_workload(options, tok.config, 8, "images", Numerics())
     images = torch.zeros(1, 3, 16, 16)

@@ -221,7 +221,7 @@ WIDE_ON_THE_CPU = {
     "evaluation/reconstruction.py": "sums on the CPU",
     "metrics/linear_probe.py": "fitted on the CPU",
     "flow/nested_dropout.py": "probabilities for the plan, on the CPU",
-    "cost/flops.py": "the plan, on the CPU",
+    "cost/models.py": "the plan, on the CPU",
     "data/transforms.py": "draws of a CPU generator",
 }
 """Files that name float64, and why they may."""

@@ -1,0 +1,201 @@
+"""Counting what runs, on tensors without values: operations by torch's formulas, bytes by the tensors' storages.
+
+A model is counted with one and with two blocks; each further block costs the same. Operations are counted on the meta
+device. Memory is counted on fake tensors of the CPU, since those of the meta device know neither autocast nor the
+attention kernels that keep no scores.
+
+Shapes: B batch.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+FULL = 4  # bytes of a float32
+Step = Callable[[int], Tensor]
+"""A forward pass over B samples, up to a scalar."""
+Part = Callable[[int, bool], Step]
+"""Makes a model of that many blocks, with activation checkpointing or without, and gives its step."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of a training step, or of a part of it.
+
+    Matrix products, convolutions and attention count, a multiplication with its addition as two; norms, activations
+    and embeddings do not, as is the custom for MFU (PaLM, https://arxiv.org/abs/2204.02311, appendix B). Attention
+    counts all pairs of query and key that the code hands to the kernel, also where a causal kernel skips half of them.
+
+    Attributes:
+        forward: of the forward pass.
+        backward: of the backward pass.
+        recomputed: of the forward passes that activation checkpointing repeats.
+    """
+
+    forward: float = 0.0
+    backward: float = 0.0
+    recomputed: float = 0.0
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.forward + other.forward, self.backward + other.backward, self.recomputed + other.recomputed)
+
+    def __mul__(self, factor: float) -> Flops:
+        return Flops(self.forward * factor, self.backward * factor, self.recomputed * factor)
+
+    @property
+    def training(self) -> float:
+        """Of a training step, as MFU counts them: without what is recomputed."""
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """How numbers are stored in training.
+
+    Attributes:
+        compute: bytes of a number that a product takes or gives: 4, or 2 under autocast.
+        fused_norms: RMSNorm runs as one kernel, as on a GPU, and does not keep the normalised values.
+    """
+
+    compute: int = FULL
+    fused_norms: bool = True
+
+    @property
+    def autocast(self) -> bool:
+        """Whether products run in half precision."""
+        return self.compute < FULL
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that a part of a model keeps for the backward pass.
+
+    Attributes:
+        kept: without activation checkpointing.
+        inputs: with it: the inputs of blocks, and all outside of blocks.
+        largest_block: what one block keeps while it is computed again.
+    """
+
+    kept: float = 0.0
+    inputs: float = 0.0
+    largest_block: float = 0.0
+
+    def __add__(self, other: Activations) -> Activations:
+        largest = max(self.largest_block, other.largest_block)
+        return Activations(self.kept + other.kept, self.inputs + other.inputs, largest)
+
+    def __mul__(self, factor: float) -> Activations:
+        """For `factor` images."""
+        return Activations(self.kept * factor, self.inputs * factor, self.largest_block * factor)
+
+
+class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Operations that run in this context on any device, and the memory of the tensors that they make.
+
+    What was there before, and what kernels use inside, is not seen.
+
+    Attributes:
+        operations: floating-point operations so far; see `Flops`.
+        backward: those that the backward pass will take. A product costs as much again for each factor with a gradient.
+        alive: bytes that the tensors hold now.
+        peak: the most that they held at one time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations = self.backward = self.alive = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run an operation and take note of what it made."""
+        kwargs = kwargs or {}
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        result = func(*args, **kwargs)
+        if func.overloadpacket in flop_registry:
+            operations = flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
+            self.operations += operations
+            factors = [value for value in args if isinstance(value, Tensor) and value.ndim > 1]  # no biases
+            self.backward += operations * sum(factor.requires_grad for factor in factors)
+        for storage in _storages(result):
+            if storage._cdata not in given | self._known:  # and else a view
+                self._add(storage)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._known.add(key)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.alive -= size
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    return [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+def count_flops(part: Part, depth: int, checkpointing: bool = False) -> Flops:
+    """Operations of a part of a model on one sample.
+
+    Args:
+        part: the part.
+        depth: its number of blocks.
+        checkpointing: whether blocks are computed again in the backward pass.
+    """
+
+    def of_blocks(blocks: int) -> Flops:
+        with torch.device("meta"):
+            step = part(blocks, checkpointing)
+        with torch.enable_grad(), Count() as count:
+            loss = step(1)
+            flops = Flops(count.operations, count.backward)
+            if checkpointing:
+                loss.backward()  # type: ignore[no-untyped-call]
+                flops += Flops(recomputed=count.operations - flops.training)
+        return flops
+
+    first = of_blocks(1)
+    return first + (of_blocks(2) + first * -1) * (depth - 1)
+
+
+def count_activations(part: Part, depth: int, numerics: Numerics) -> Activations:
+    """What a part of a model keeps of one sample; the rest as in `count_flops`."""
+    with FakeTensorMode():
+        kept, more_kept, inputs, more_inputs = (
+            _kept(part, blocks, checkpointing, numerics) for checkpointing in (False, True) for blocks in (1, 2)
+        )
+    block = more_kept - kept
+    return Activations(kept + block * (depth - 1), inputs + (more_inputs - inputs) * (depth - 1), block)
+
+
+def _kept(part: Part, blocks: int, checkpointing: bool, numerics: Numerics) -> int:
+    """What a second sample adds to what is there after a forward pass: copies of weights do not count."""
+    step, alive = part(blocks, checkpointing), list[int]()
+    for batch in (1, 2):
+        with Count() as count, torch.autocast("cpu", torch.bfloat16, enabled=numerics.autocast):
+            loss = step(batch)
+            alive.append(count.alive - loss.nbytes)
+    return alive[1] - alive[0]
+
+
+def image_work(call: Callable[[Tensor], object], image_size: int) -> tuple[float, float]:
+    """(operations, bytes at the peak) of a network on the meta device over one image, without gradients."""
+    images = torch.empty(1, 3, image_size, image_size, device="meta")
+    with torch.no_grad(), Count() as count:
+        call(images)
+    return float(count.operations), float(count.peak)

@@ -1,0 +1,307 @@
+"""Costs that are counted from configurations against those of real steps."""
+
+import dataclasses
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig
+from flextok_pl.cost.count import Count, Flops, Numerics, count_activations, count_flops
+from flextok_pl.cost.machines import machine
+from flextok_pl.cost.models import (
+    budget_groups,
+    decoder,
+    encoder,
+    prior_activations,
+    prior_flops,
+    projection,
+    token_loss_bytes,
+    tokenizer_activations,
+    tokenizer_flops,
+)
+from flextok_pl.cost.plan import Setup, memory
+from flextok_pl.cost.workload import prior_workload, tokenizer_workload
+from flextok_pl.flow.nested_dropout import BUDGET_LAWS, budget_probabilities, sample_num_tokens
+from flextok_pl.models.objective import TrainingDraws, flow_loss, sample_draws
+from flextok_pl.models.prior import Prior, TextStates
+from flextok_pl.models.teacher import ProjectionHead, alignment_loss
+from flextok_pl.models.token_loss import token_loss
+from flextok_pl.models.tokenizer import FlexTok
+
+CONFIG = dataclasses.replace(
+    FlexTokConfig.preset("tiny"), vae=None, encoder_width=32, decoder_width=64, decoder_depth=3, grid_size=(4, 4)
+)
+LATENTS, GRID = (12, 8, 8), (4, 4)
+
+
+def counted(forward) -> tuple[int, int]:
+    """(forward, backward); attention as plain products, since the count of fused kernels includes what they repeat."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        loss = forward()
+        first = counter.get_total_flops()
+        loss.backward()
+    return first, counter.get_total_flops() - first
+
+
+def tokenizer_step(model: FlexTok, draws: TrainingDraws, groups: int = 1) -> tuple[int, int]:
+    latents = torch.randn(draws.noise.shape)
+    return counted(lambda: flow_loss(model, latents, draws, budget_groups=groups).loss.mean())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kept", [1, 5, 16])
+@pytest.mark.parametrize("options", [{}, {"causal_registers": False}, {"layout": "grid"}])
+def test_tokenizer_is_exact(options: dict[str, object], kept: int, checkpointing: bool) -> None:
+    batch = 3
+    config = dataclasses.replace(CONFIG, **options)
+    model = FlexTok(config)
+    model.checkpoint_activations(checkpointing)
+    budgets = torch.tensor([1, 1, kept])
+    nowhere = torch.zeros(batch, dtype=torch.bool)
+    draws = TrainingDraws(torch.randn(batch, *LATENTS), torch.rand(batch), budgets, nowhere)
+    planned = count_flops(encoder(config, kept, GRID), config.encoder_depth, checkpointing)
+    planned = (planned + count_flops(decoder(config, kept, GRID), config.decoder_depth, checkpointing)) * batch
+    assert tokenizer_step(model, draws) == (planned.forward, planned.backward + planned.recomputed)
+    always = dataclasses.replace(config, nested_dropout="none", null_dropout=0.0)
+    if kept == config.num_registers:
+        assert tokenizer_flops(always, checkpointing=checkpointing) * batch == planned
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("chunk", [None, 7])
+@pytest.mark.parametrize("text", [0, 5])
+def test_prior_is_exact(text: int, chunk: int | None, checkpointing: bool) -> None:
+    batch = 2
+    condition = {"text_width": 24} if text else {"num_classes": 3}
+    config = PriorConfig(**condition, vocab_size=100, num_tokens=10, depth=3, width=64, head_dim=16)
+    model, tokens = Prior(config), torch.randint(100, (batch, 10))
+    model.checkpoint_activations(checkpointing)
+    given = TextStates(torch.randn(batch, text, 24), torch.ones(batch, text, dtype=torch.bool))
+    classes = torch.zeros(batch, dtype=torch.int64)
+
+    def loss():
+        hidden = model.hidden(tokens, given if text else classes)
+        return token_loss(hidden, model.head.weight, tokens, chunk_size=chunk).loss
+
+    planned = prior_flops(config, text, checkpointing) * batch
+    # A chunked loss makes its gradients in the forward pass: only the sum is comparable.
+    assert sum(counted(loss)) == planned.training + planned.recomputed
+
+
+def test_projection_is_exact() -> None:
+    head, features = ProjectionHead(64, 120), torch.randn(2, 16, 64, requires_grad=True)
+    planned = count_flops(projection(64, 120, GRID), 1) * 2
+    assert counted(lambda: head(features).sum()) == (planned.forward, planned.backward)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal_registers": False}, {"layout": "grid"}, {"num_registers": 2}])
+def test_three_numbers_of_registers_tell_all(options: dict[str, object]) -> None:
+    config = dataclasses.replace(CONFIG, nested_dropout="uniform", null_dropout=0.3, **options)
+    total = Flops()
+    for kept, share in enumerate(budget_groups(config, 1, 1)[0].longest.tolist()):
+        if share:
+            total += count_flops(encoder(config, kept, GRID), config.encoder_depth) * share
+            total += count_flops(decoder(config, kept, GRID), config.decoder_depth) * share
+    found = tokenizer_flops(config)
+    assert (found.forward, found.backward) == pytest.approx((total.forward, total.backward), rel=1e-12)
+
+
+@pytest.mark.parametrize("law", BUDGET_LAWS)
+@pytest.mark.parametrize("num_registers", [16, 12])
+def test_probabilities_are_those_of_the_draws(law: str, num_registers: int) -> None:
+    draws = sample_num_tokens(law, 40_000, num_registers, torch.Generator().manual_seed(0))
+    observed = draws.bincount(minlength=num_registers + 1) / len(draws)
+    planned = budget_probabilities(law, num_registers)
+    assert planned.sum() == pytest.approx(1.0)
+    assert (observed - planned).abs().max() < 0.01
+
+
+def test_unknown_law() -> None:
+    with pytest.raises(ValueError, match="nested_dropout='half' is unknown"):
+        budget_probabilities("half", 8)
+
+
+@pytest.mark.parametrize("law", ["uniform", "pow2"])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_longest_budgets_of_a_sorted_batch(law: str, groups: int) -> None:
+    config, batch, steps = dataclasses.replace(CONFIG, nested_dropout=law, null_dropout=0.2), 7, 4000
+    generator = torch.Generator().manual_seed(0)
+    kept = sample_num_tokens(law, batch * steps, config.num_registers, generator)
+    kept[torch.rand(len(kept), generator=generator) < config.null_dropout] = 0
+    parts = kept.view(steps, batch).sort(dim=1).values.chunk(groups, dim=1)
+    planned = budget_groups(config, batch, groups)
+    assert [group.size for group in planned] == [part.shape[1] for part in parts]
+    registers = torch.arange(config.num_registers + 1, dtype=torch.float64)
+    for group, part in zip(planned, parts, strict=True):
+        assert group.longest.sum() == pytest.approx(1.0)
+        observed = part[:, -1].clamp(min=1).double().mean().item()
+        assert float(group.longest @ registers) == pytest.approx(observed, rel=0.02)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_expectation_is_the_mean_of_real_steps(groups: int) -> None:
+    batch, steps = 8, 25
+    config = dataclasses.replace(CONFIG, nested_dropout="uniform", null_dropout=0.2)
+    model, latents, generator = FlexTok(config), torch.randn(batch, *LATENTS), torch.Generator().manual_seed(0)
+    total = sum(sum(tokenizer_step(model, sample_draws(config, latents, generator), groups)) for _ in range(steps))
+    planned = tokenizer_flops(config, batch, groups)
+    assert planned.training == pytest.approx(total / steps / batch, rel=0.03)
+
+
+def test_groups_and_short_budgets_cost_less() -> None:
+    costs = [tokenizer_flops(CONFIG, 64, groups).training for groups in (1, 2, 4)]
+    assert costs == sorted(costs, reverse=True)
+    alone = dataclasses.replace(CONFIG, nested_dropout="none", null_dropout=0.0)
+    assert tokenizer_flops(alone, 64, 4).training == pytest.approx(tokenizer_flops(alone).training)
+    assert tokenizer_flops(alone).training > costs[0]
+
+
+def test_prior_agrees_with_six_operations_per_weight() -> None:
+    config = PriorConfig.preset("49m")  # PaLM's formula, https://arxiv.org/abs/2204.02311, appendix B
+    weights = config.depth * (4 * config.width**2 + 3 * config.width * 1706) + config.width * config.vocab_size
+    palm = config.num_tokens * (6 * weights + 12 * config.depth * config.width * config.num_tokens)
+    assert prior_flops(config).training == palm
+
+
+# Memory
+
+BATCH = 4
+TOKENIZER = FlexTokConfig(
+    vae=None,
+    encoder_width=128,
+    encoder_depth=3,
+    decoder_width=192,
+    decoder_depth=4,
+    num_registers=64,
+    grid_size=(8, 8),
+    repa_layer=None,
+)
+PRIOR = PriorConfig(num_classes=3, vocab_size=1000, num_tokens=64, depth=4, width=128, head_dim=32)
+PRIORS = {
+    "class": PRIOR,
+    "normalised": dataclasses.replace(PRIOR, qk_norm=True),
+    "text": dataclasses.replace(PRIOR, num_classes=0, text_width=24),
+}
+
+
+def autocast(half: bool):
+    return torch.autocast("cpu", torch.bfloat16) if half else nullcontext()
+
+
+def linear_bytes(module: nn.Module, half: bool) -> int:
+    """What autocast's copies of the weights take; autograd keeps them, too."""
+    return half * 2 * sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def bytes_kept(forward, half: bool) -> int:
+    with Count() as count, autocast(half):
+        result = forward()
+        return count.alive - result.nbytes
+
+
+def latents_of(config: FlexTokConfig, batch: int = BATCH) -> torch.Tensor:
+    return torch.randn(batch, config.latent_channels, *(side * config.patch_size for side in config.grid_size))
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("law", ["none", "uniform"])
+@pytest.mark.parametrize("options", [{}, {"causal_registers": False}, {"layout": "grid"}, {"objective": "mse"}])
+def test_tokenizer(options: dict[str, object], half: bool, checkpointing: bool, law: str) -> None:
+    groups = 2
+    config = dataclasses.replace(TOKENIZER, nested_dropout=law, null_dropout=0.0, **options)
+    model = FlexTok(config)
+    model.checkpoint_activations(checkpointing)
+    latents = latents_of(config)
+    draws = sample_draws(config, latents, torch.Generator().manual_seed(0))
+    if law == "uniform":  # the largest that are planned for
+        draws = draws._replace(num_tokens=torch.tensor([57, 58, 64, 64]))
+    kept = bytes_kept(lambda: flow_loss(model, latents, draws, budget_groups=groups).loss, half)
+    planned = tokenizer_activations(config, Numerics(2 if half else 4, fused_norms=False), BATCH, groups)
+    activations = planned.inputs if checkpointing else planned.kept
+    assert activations + linear_bytes(model, half) == pytest.approx(kept, rel=0.05)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("name", PRIORS)
+def test_prior(name: str, half: bool) -> None:
+    config, length = PRIORS[name], 20
+    model = Prior(config)
+    tokens = torch.randint(config.vocab_size, (BATCH, config.num_tokens))
+    condition = torch.zeros(BATCH, dtype=torch.int64)
+    if name == "text":
+        condition = TextStates(torch.randn(BATCH, length, 24), torch.ones(BATCH, length, dtype=torch.bool))
+    kept = bytes_kept(lambda: model.hidden(tokens, condition), half)
+    planned = prior_activations(config, Numerics(2 if half else 4, fused_norms=False), length) * BATCH
+    copies = linear_bytes(model, half) - linear_bytes(model.head, half)
+    assert planned.kept + copies == pytest.approx(kept, rel=0.02)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_projection_to_the_teacher(half: bool) -> None:
+    width, features, patches = 96, 120, 64
+    head = ProjectionHead(width, features)
+    inputs = torch.randn(BATCH, patches, width, requires_grad=True)
+    kept = bytes_kept(lambda: alignment_loss(head(inputs), torch.randn(BATCH, features, 8, 8)), half) + inputs.nbytes
+    planned = count_activations(projection(width, features, (8, 8)), 1, Numerics(2 if half else 4)) * BATCH
+    assert planned.kept + linear_bytes(head, half) == pytest.approx(kept, rel=0.05)
+
+
+def peak_of_steps(model: nn.Module, loss_of, half: bool) -> int:
+    """Peak of three steps in Lightning's order: gradients go after the next forward pass."""
+    with Count() as seen:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        for _ in range(3):
+            with autocast(half):
+                loss = loss_of()
+            optimizer.zero_grad()
+            loss.backward()
+            del loss
+            optimizer.step()
+    return seen.peak + sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+
+
+def setup(half: bool, checkpointing: bool) -> Setup:
+    numerics = Numerics(2 if half else 4, fused_norms=False)
+    return Setup(machine("cpu"), 1, numerics, checkpointing=checkpointing, averaged=False)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_peak_of_the_tokenizers_steps(half: bool, checkpointing: bool) -> None:
+    batch = 8
+    config = dataclasses.replace(TOKENIZER, nested_dropout="none", null_dropout=0.0)
+    model, latents = FlexTok(config), latents_of(config, batch)
+    model.checkpoint_activations(checkpointing)
+    draws = sample_draws(config, latents, torch.Generator().manual_seed(0))
+    peak = peak_of_steps(model, lambda: flow_loss(model, latents, draws).loss.mean(), half)
+    vae = VAEConfig(latent_channels=16, norm_num_groups=8, block_out_channels=(16,) * 4)
+    net = dataclasses.replace(config, vae=vae)
+    options = {"budget_groups": 1, "vae": None, "teacher": None, "activation_checkpointing": checkpointing}
+    how = setup(half, checkpointing)
+    planned = memory(tokenizer_workload(options, net, 128, "latents", how.numerics), how, batch)
+    assert planned.total - planned.frozen == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("chunk", [None, 64])
+def test_peak_of_the_priors_steps(half: bool, checkpointing: bool, chunk: int | None) -> None:
+    batch = 8
+    model, tokens = Prior(PRIOR), torch.randint(PRIOR.vocab_size, (batch, PRIOR.num_tokens))
+    model.checkpoint_activations(checkpointing)
+    classes = torch.zeros(batch, dtype=torch.int64)
+    loss = lambda: token_loss(model.hidden(tokens, classes), model.head.weight, tokens, chunk_size=chunk).loss  # noqa: E731
+    peak, how = peak_of_steps(model, loss, half), setup(half, checkpointing)
+    options = {"loss_chunk": chunk, "tokenizer": None, "text_encoder": None, "activation_checkpointing": checkpointing}
+    planned = memory(prior_workload(options, PRIOR, 256, "tokens", how.numerics), how, batch)
+    assert planned.total == pytest.approx(peak, rel=0.15)
+
+
+def test_the_logits_are_most_of_an_unchunked_loss() -> None:
+    whole, chunked = (token_loss_bytes(PRIOR, 64, chunk, Numerics()) for chunk in (None, 64))
+    assert whole > 10 * chunked > 0
