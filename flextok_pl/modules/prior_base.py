@@ -25,17 +25,11 @@ from flextok_pl.precision import full_precision
 
 
 class TokenOutputs(TypedDict):
-    """What a step returns, for callbacks.
+    """What a step returns, for callbacks."""
 
-    Attributes:
-        loss: scalar.
-        nll: (B, K) nats per token.
-        correct: (B, K) bool, whether the token was the most likely one.
-    """
-
-    loss: Tensor
-    nll: Tensor
-    correct: Tensor
+    loss: Tensor  # scalar
+    nll: Tensor  # (B, K) nats per token
+    correct: Tensor  # (B, K) bool, whether the token was the most likely one
 
 
 class PriorBase(pl.LightningModule):

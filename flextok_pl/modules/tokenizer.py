@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -192,12 +192,13 @@ class TokenizerModule(ResumableModule):
                 )
         if self.teacher_name is None or stage != "fit":
             return
-        teacher = None
-        if features is None or self.teacher_weights is not None:  # else the name tells which weights they are
-            teacher = Teacher(self.teacher_name, self.teacher_weights)
         if features is None:
-            self.teacher = Frozen(cast(Teacher, teacher))
-        elif features["name"] != self.teacher_name or (teacher and features["sha256"] != weights_hash(teacher)):
+            self.teacher = Frozen(Teacher(self.teacher_name, self.teacher_weights))
+            return
+        same = features["name"] == self.teacher_name
+        if same and self.teacher_weights is not None:  # else the name tells which weights they are
+            same = features["sha256"] == weights_hash(Teacher(self.teacher_name, self.teacher_weights))
+        if not same:
             raise ValueError(
                 f"the shards hold features of the teacher {features}, but model.teacher={self.teacher_name!r} with "
                 f"model.teacher_weights={self.teacher_weights!r} is another; set them to the former, or write the "
@@ -326,7 +327,7 @@ class TokenizerModule(ResumableModule):
         """Keep the losses, of all processes, that wait for the next log."""
         super().on_save_checkpoint(checkpoint)
         reduce = self.trainer.strategy.reduce
-        waiting = cast(dict[str, Tensor], self.train_loss.metric_state)
+        waiting: dict[str, Any] = self.train_loss.metric_state
         checkpoint["train_loss"] = {n: reduce(value.clone(), reduce_op="sum").cpu() for n, value in waiting.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

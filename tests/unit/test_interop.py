@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from flextok_pl.config import FlexTokConfig, VAEConfig
+from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig
 from flextok_pl.interop import config_to_official, official_to_config
 from flextok_pl.interop.official import official_name, parse_metadata
+from flextok_pl.layers.frozen import Frozen
+from flextok_pl.models.prior import Prior
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
 
@@ -287,6 +289,29 @@ def test_a_budget_law_the_official_code_lacks(tmp_path: Path) -> None:
             config_to_official(config)["decoder"]["module_dict"]["dec_nested_dropout"]["size_sampling_mode"]
             == "uniform"
         )
+
+
+def test_a_format_that_there_is_not(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="format='theirs' is unknown; use one of .'ours', 'official'."):
+        small_tokenizer().save_pretrained(tmp_path, format="theirs")
+
+
+def test_priors_are_fetched_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prior = Prior(PriorConfig(vocab_size=8, num_tokens=4, depth=1, width=32, head_dim=16))
+    file = prior.save_pretrained(tmp_path)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, name: str(tmp_path / name))
+    monkeypatch.chdir(tmp_path)
+    loaded = Prior.from_pretrained("owner/prior")
+    assert file.name == "prior.safetensors" and loaded.config == prior.config
+    assert all(map(torch.equal, loaded.state_dict().values(), prior.state_dict().values()))
+
+
+def test_a_frozen_autoencoder_is_saved(tmp_path: Path) -> None:
+    vae = VAE(SMALL_VAE)
+    tok = FlexTok(SMALL, Frozen(vae))
+    assert not any(name.startswith("vae.") for name in tok.state_dict())
+    loaded = FlexTok.from_pretrained(tok.save_pretrained(tmp_path))
+    assert all(map(torch.equal, loaded.require_vae().state_dict().values(), vae.state_dict().values()))
 
 
 def test_hub_ids_are_fetched(golden: FlexTok, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
