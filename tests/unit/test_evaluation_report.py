@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from PIL import Image
 
-from flextok_pl.evaluation.report import format_table, make_records, plot_budgets, write_csv, write_json
+from flextok_pl.evaluation.report import draw_budgets, format_table, make_records, plot_budgets, write_csv, write_json
 
 VALUES = {1: {"fd": 1234.5, "mse": 0.5}, 16: {"fd": 9.87654, "mse": 0.00012}}
 
@@ -33,8 +34,11 @@ def test_files(tmp_path):
     assert (
         tmp_path / "rfid.csv"
     ).read_text() == "num_tokens,num_samples,fd,mse\n1,7,1234.5,0.5\n16,7,9.87654,0.00012\n"
+    figure, panels = draw_budgets(VALUES)
+    drawn = {metric: dict(zip(*axes.lines[0].get_data(), strict=True)) for metric, axes in panels.items()}
+    assert drawn == {metric: {k: values[metric] for k, values in VALUES.items()} for metric in ("fd", "mse")}
     plot_budgets(VALUES, "title", tmp_path / "rfid.png")
-    assert (tmp_path / "rfid.png").stat().st_size > 5000
+    assert Image.open(tmp_path / "rfid.png").size == tuple(figure.get_size_inches() * figure.dpi)
 
 
 def test_what_is_not_a_number_is_not_written(tmp_path):
