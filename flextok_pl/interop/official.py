@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from flextok_pl.config import FlexTokConfig, VAEConfig, config_from_dict
-from flextok_pl.interop.autoencoder import DOWN_BLOCK, UP_BLOCK, vae_config_from_diffusers
+from flextok_pl.interop.autoencoder import (
+    DOWN_BLOCK,
+    UP_BLOCK,
+    vae_config_from_diffusers,
+    vae_config_to_diffusers,
+)
 from flextok_pl.interop.format import Contents, Format
 from flextok_pl.interop.official_schema import LAWS, read, write
 from flextok_pl.interop.official_table import PARTS, TOP
@@ -134,11 +139,7 @@ def _vae_config(
     scaling_factor: float | None, channels: int, vae_config: Mapping[str, Any] | str | Path | None
 ) -> VAEConfig:
     if vae_config is None:
-        if scaling_factor is None:
-            raise ValueError(
-                "vae.scaling_factor is null: give vae_config, a diffusers configuration with a scaling_factor"
-            )
-        return dataclasses.replace(PUBLISHED_VAE, latent_channels=channels, scaling_factor=float(scaling_factor))
+        vae_config = vae_config_to_diffusers(PUBLISHED_VAE) | {"latent_channels": channels, "scaling_factor": None}
     given = read_json(Path(vae_config)) if isinstance(vae_config, str | Path) else dict(vae_config)
     check_plain("vae_config", given)
     levels = len(given.get("block_out_channels", ()))

@@ -118,19 +118,15 @@ class FlexTok(nn.Module):
     def save_pretrained(
         self, path: str | Path, format: str = "ours", weights: Mapping[str, Tensor] | None = None
     ) -> Path:
-        """Save weights, autoencoder included, and configuration in one safetensors file, atomically.
+        """Save weights, autoencoder included, and configuration in one safetensors file, atomically; returns the file.
 
         Args:
             path: a `.safetensors` file, or a folder that then holds `model.safetensors`.
             format: `ours`, or `official` for the published code.
             weights: the state dict, where the model itself holds parts of it only.
 
-        Returns:
-            The file written.
-
         Raises:
             ValueError: the official format cannot express the model.
-            OSError: the folder or the disk does not take it.
         """
         weights = dict(self.state_dict() if weights is None else weights)
         if isinstance(self.vae, Frozen):
