@@ -2,11 +2,10 @@
 
 from flextok_pl.callbacks.codebook import CodebookReport
 from flextok_pl.callbacks.ema import EMA
-from flextok_pl.callbacks.generation_fid import GenerationFID
+from flextok_pl.callbacks.fid import GenerationFID, ReconstructionFID
 from flextok_pl.callbacks.hparams import HParams
 from flextok_pl.callbacks.metrics_log import MetricsLog
 from flextok_pl.callbacks.predictions import Predictions
-from flextok_pl.callbacks.reconstruction_fid import ReconstructionFID
 from flextok_pl.callbacks.throughput import Throughput
 from flextok_pl.callbacks.token_report import TokenReport
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,27 +13,26 @@ from lightning.pytorch import LightningModule, Trainer
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from flextok_pl.callbacks.evaluation import (
-    batch_images,
-    check_images,
-    checkpoint_facts,
-    evaluated_step,
+from flextok_pl.callbacks.evaluation import EvaluationCallback, Split
+from flextok_pl.callbacks.trainer_facts import (
     log_evaluation,
-    model_hashes,
-    module_reconstructor,
-    versions,
-    weights_in_use,
+    model_facts,
+    require_image_shards,
+    source_of,
+    tokenizer_of,
 )
-from flextok_pl.callbacks.some_validations import SomeValidations
 from flextok_pl.contracts import run_folder
 from flextok_pl.distributed import gather_rows
+from flextok_pl.evaluation.options import validations_between
 from flextok_pl.evaluation.pictures import figure_to_image, save_png
+from flextok_pl.evaluation.protocol import versions
 from flextok_pl.evaluation.report import write_json
 from flextok_pl.metrics.codes import class_information, codebook_use, distinct_tokens, perplexity, position_entropy
 from flextok_pl.precision import MEASURED_IN
 
 
-class CodebookReport(SomeValidations):
+@dataclass(eq=False)
+class CodebookReport(EvaluationCallback):
     """Report the use of the codebook over a validation or test set.
 
     Scalars, under the split: `codes/distinct`, `codes/use` (fraction of the vocabulary, where the tokenizer's config
@@ -50,86 +51,46 @@ class CodebookReport(SomeValidations):
         ValueError: an option is out of range.
     """
 
-    def __init__(
-        self,
-        every_n_validations: int = 1,
-        max_batches: int | None = None,
-        output_dir: Path | str | None = None,
-        every_n_epochs: int | None = None,
-    ) -> None:
-        super().__init__(every_n_validations, every_n_epochs)
-        if max_batches is not None and max_batches < 1:
-            raise ValueError(f"max_batches={max_batches} must be at least 1")
-        self.max_batches = max_batches
-        self.output_dir = None if output_dir is None else Path(output_dir)
+    every_n_validations: int = 1
+    max_batches: int | None = None
+    output_dir: Path | str | None = None
+    every_n_epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        self.every_n_validations = validations_between(self.every_n_validations, self.every_n_epochs)
+        if self.max_batches is not None and self.max_batches < 1:
+            raise ValueError(f"max_batches={self.max_batches} must be at least 1")
         self.values: dict[str, float] = {}
         """Tag -> value of the latest report."""
         self._tokens: list[Tensor] = []
         self._labels: list[Tensor] = []
-        self._due = False
-        self._checkpoint: dict[str, Any] | None = None
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier run's checkpoint, and its validations."""
-        super().setup(trainer, pl_module, stage)
-        self._checkpoint = None
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Remember the step whose weights are evaluated."""
-        self._checkpoint = checkpoint_facts(checkpoint)
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a module without tokens, and a validation set without images."""
-        module_reconstructor(pl_module)
-        check_images(trainer)
+        tokenizer_of(pl_module)
+        require_image_shards(trainer)
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def begin(self, trainer: Trainer, pl_module: LightningModule, split: Split) -> None:
         """Forget the tokens of the pass before."""
         self._tokens, self._labels = [], []
-        self._due = self.is_due(trainer)
 
-    on_test_epoch_start = on_validation_epoch_start
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def measure(self, pl_module: LightningModule, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Tokenize one batch."""
-        if self._due and (self.max_batches is None or batch_idx < self.max_batches):
-            images, _ = batch_images(batch, dataloader_idx)
-            self._tokens.append(module_reconstructor(pl_module).tokenize(images).cpu())
+        if self.max_batches is None or batch_idx < self.max_batches:
+            images = batch["image"]
+            self._tokens.append(tokenizer_of(pl_module).tokenize(images).cpu())
             self._labels.append(batch["label"].cpu() if "label" in batch else torch.full((len(images),), -1))
 
-    on_test_batch_end = on_validation_batch_end
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report on the tokens of all processes."""
-        super().on_validation_epoch_end(trainer, pl_module)
-        self._report(trainer, pl_module, "val")
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report on the tokens of all processes, and leave files."""
-        self._report(trainer, pl_module, "test")
-
-    def _report(self, trainer: Trainer, pl_module: LightningModule, split: Literal["val", "test"]) -> None:
-        if not self._due:
-            return
-        reconstructor = module_reconstructor(pl_module)
-        device = trainer.strategy.root_device
+    def report(self, trainer: Trainer, pl_module: LightningModule, split: Split) -> None:
+        """Report on the tokens of all processes; a test leaves files."""
+        tokenizer, device = tokenizer_of(pl_module), trainer.strategy.root_device
         none = torch.zeros(0, dtype=torch.int64)
-        tokens = gather_rows(
-            torch.cat(self._tokens or [none.reshape(0, reconstructor.num_registers)]), device
-        )  # (N, K)
+        tokens = gather_rows(torch.cat(self._tokens or [none.reshape(0, tokenizer.num_registers)]), device)  # (N, K)
         labels = gather_rows(torch.cat(self._labels or [none]), device)  # (N,)
         if len(tokens) == 0:
             return
         entropy = position_entropy(tokens)
-        vocab_size = getattr(getattr(reconstructor, "config", None), "vocab_size", None)
+        vocab_size = getattr(getattr(tokenizer, "config", None), "vocab_size", None)
         tell = split == "test" and bool((labels >= 0).any())  # twenty permutations are too many for every validation
         information = class_information(tokens, labels) if tell else None
         totals = {
@@ -142,19 +103,18 @@ class CodebookReport(SomeValidations):
         self.values = {f"{split}/codes/{name}": value for name, value in totals.items()}
         picture = plot_positions(entropy, information, len(tokens), vocab_size)
         pictures = {f"{split}/codes/entropy_by_position": picture}
-        histograms = {f"{split}/codes/tokens": tokens}
-        log_evaluation(trainer, pl_module, self.values, pictures, self._checkpoint, histograms)
-        folder = self.output_dir or run_folder(trainer)
+        log_evaluation(
+            trainer, pl_module, self.values, pictures, self._loaded, histograms={f"{split}/codes/tokens": tokens}
+        )
+        folder = run_folder(trainer) if self.output_dir is None else Path(self.output_dir)
         if split == "test" and trainer.is_global_zero:
             protocol = {
                 "num_samples": len(tokens),
                 "split": split,
-                "reference": getattr(trainer.datamodule, "sources", {}).get(split),  # type: ignore[attr-defined]
+                "reference": source_of(trainer, split),
                 "vocab_size": vocab_size,
                 "precision": MEASURED_IN,
-                "model_weights": weights_in_use(trainer, self._checkpoint),
-                "step": evaluated_step(trainer, self._checkpoint),
-                **model_hashes(pl_module),
+                **model_facts(trainer, pl_module, self._loaded),
                 "versions": versions(),
             }
             rows = {"position_entropy": entropy, "class_information": information}

@@ -1,202 +1,115 @@
-"""What the evaluation callbacks share: checks of module, data and batch, and the facts that a protocol states."""
+"""A callback that evaluates while batches are evaluated, in some of a training's validations and in any outside it.
+
+All work is done between the batches, because Lightning's weight averaging swaps the raw weights back at the end of the
+epoch.
+"""
 
 from __future__ import annotations
 
-import math
-import shutil
-import subprocess
-from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, Literal
 
-import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
 
-from flextok_pl.backbones.extractors import FeatureExtractor
-from flextok_pl.callbacks.ema import EMA
-from flextok_pl.contracts import Reconstructor, weights_hash
-from flextok_pl.data import ShardDataModule
-from flextok_pl.runtime.sharding import CURRENT_STATE
+from flextok_pl.callbacks.trainer_facts import checkpoint_facts, require_images
+
+Split = Literal["val", "test"]
 
 
-def module_reconstructor(pl_module: LightningModule) -> Reconstructor:
-    """The tokenizer of a module.
+class EvaluationCallback(Callback):
+    """Takes part in every n-th validation of a training, counted over its interruptions, and in any outside a training.
 
-    Raises:
-        MisconfigurationException: it has none.
+    Attributes:
+        every_n_validations: n; 0 for none of a training.
     """
-    reconstructor = getattr(pl_module, "reconstructor", None)
-    if not isinstance(reconstructor, Reconstructor):
-        raise MisconfigurationException(
-            f"{type(pl_module).__name__} has no `reconstructor` that can tokenize and detokenize, so it has no token "
-            "budgets to evaluate: use this callback with a TokenizerModule, and remove it for a VAE"
-        )
-    return reconstructor
 
+    every_n_validations: int
+    _validations = 0  # that the training has finished
+    _takes_part = False  # in the evaluation that runs
+    _loaded: dict[str, Any] | None = None  # `checkpoint_facts` of the checkpoint that the run has loaded
 
-def model_hashes(pl_module: LightningModule) -> dict[str, str]:
-    """`weights_hash` of the tokenizer, as token shards name it, and of the prior; of the module if it has neither."""
-    parts = {"tokenizer_hash": module_reconstructor(pl_module), "prior_hash": getattr(pl_module, "prior", None)}
-    known = {name: weights_hash(part) for name, part in parts.items() if isinstance(part, nn.Module)}
-    return known or {"module_hash": weights_hash(pl_module)}
+    @abstractmethod
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse, before the first step, what would stop the first validation.
 
+        Raises:
+            ValueError: an option does not fit the module, or names what is not there.
+            MisconfigurationException: the module or the validation set lacks what is looked at.
+        """
 
-def extractor_facts(network: FeatureExtractor) -> dict[str, str]:
-    """What a protocol states of the features."""
-    return {
-        "extractor": network.name,
-        "extractor_weights_hash": network.weights_hash,
-        "extractor_resize": network.resize,
-    }
+    @abstractmethod
+    def begin(self, trainer: Trainer, pl_module: LightningModule, split: Split) -> None:
+        """Start an evaluation, and forget one that was interrupted."""
 
+    @abstractmethod
+    def measure(self, pl_module: LightningModule, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Measure a batch with images and keys."""
 
-def bits_per_token(reconstructor: Reconstructor) -> float | None:
-    """log2 of the vocabulary, the most that a token can say; None where the tokenizer does not state it."""
-    vocab_size = getattr(getattr(reconstructor, "config", None), "vocab_size", None)
-    return None if vocab_size is None else math.log2(vocab_size)
+    @abstractmethod
+    def report(self, trainer: Trainer, pl_module: LightningModule, split: Split) -> None:
+        """Add up all processes, log, and leave files."""
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier run."""
+        self._loaded = None
+        if stage == "fit":
+            self._validations = 0
 
-def decoding_facts(
-    reconstructor: Reconstructor, num_steps: int, guidance: str, guidance_scale: float
-) -> dict[str, Any]:
-    """What a protocol states of the decoding, given what was asked for: a tokenizer that regresses takes one step."""
-    if getattr(getattr(reconstructor, "config", None), "objective", "flow") == "mse":
-        num_steps, guidance, guidance_scale = 1, "none", 1.0
-    return {"num_steps": num_steps, "solver": "euler", "guidance": guidance, "guidance_scale": guidance_scale}
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Remember what says which weights are evaluated, and at which step."""
+        self._loaded = checkpoint_facts(checkpoint)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out before the first step what would stop the first validation."""
+        if self.every_n_validations:
+            self.check(trainer, pl_module)
 
-def split_size(trainer: Trainer, split: str) -> int:
-    """Samples in a split, over all processes.
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start, if this validation is one to take part in."""
+        n = self.every_n_validations
+        is_due = trainer.state.fn != TrainerFn.FITTING or (n > 0 and (self._validations + 1) % n == 0)
+        self._takes_part = is_due and not trainer.sanity_checking
+        if self._takes_part:
+            self.begin(trainer, pl_module, "val")
 
-    Raises:
-        MisconfigurationException: the data cannot say.
-    """
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    if not hasattr(data, "num_samples"):
-        raise MisconfigurationException(
-            "evaluation checks that each sample is seen exactly once: give the trainer a data module with "
-            "num_samples(split), such as ShardDataModule, instead of plain loaders"
-        )
-    return int(data.num_samples(split))
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start."""
+        self._takes_part = True
+        self.begin(trainer, pl_module, "test")
 
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Measure one batch."""
+        if self._takes_part:
+            require_images(batch, dataloader_idx)
+            self.measure(pl_module, batch, batch_idx)
 
-def batch_images(batch: Any, dataloader_idx: int = 0) -> tuple[Tensor, list[str]]:
-    """Images (B, 3, H, W) in [-1, 1] and keys of an evaluation batch.
+    on_test_batch_end = on_validation_batch_end
 
-    Raises:
-        MisconfigurationException: there are none, or there are several loaders.
-    """
-    if dataloader_idx:
-        raise MisconfigurationException("evaluation takes one dataloader per split; combine the shard sets into one")
-    missing = [name for name in ("image", "key") if not isinstance(batch, Mapping) or name not in batch]
-    if missing:
-        held = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-        raise _without_images("an evaluation batch", missing, held)
-    return batch["image"], list(batch["key"])
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report, and count the validation."""
+        if not trainer.sanity_checking:
+            self._validations += 1
+        if self._takes_part:
+            self.report(trainer, pl_module, "val")
 
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report."""
+        self.report(trainer, pl_module, "test")
 
-def check_images(trainer: Trainer) -> None:
-    """Refuse a validation set of shards without images.
+    def state_dict(self) -> dict[str, Any]:
+        """The count of validations."""
+        return {"validations": self._validations}
 
-    Raises:
-        MisconfigurationException: it is one.
-    """
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    if isinstance(data, ShardDataModule) and data.sources["val"] is not None:
-        for index in data.shard_set("val").indices:
-            if "image" not in index.fields:
-                raise _without_images(str(index.where), ["image"], sorted(index.fields))
-
-
-def _without_images(source: str, missing: Sequence[str], held: object) -> MisconfigurationException:
-    return MisconfigurationException(
-        f"{source} has no {' and no '.join(missing)}, it holds {held}: evaluate on shards with images (data.val and "
-        "data.test), also where training reads latents or tokens"
-    )
-
-
-def checkpoint_facts(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """What a protocol needs of a loaded checkpoint: whether it holds averaged weights, and its step."""
-    return {"averaged": CURRENT_STATE in checkpoint, "global_step": int(checkpoint.get("global_step", 0))}
-
-
-def weights_in_use(trainer: Trainer, loaded: Mapping[str, Any] | None) -> str:
-    """Name the weights that the module has while batches are evaluated.
-
-    Args:
-        trainer: the running trainer.
-        loaded: `checkpoint_facts` of what it has loaded since its setup, if anything.
-
-    Returns:
-        `ema`, `raw`, `initial` (an average that has not been updated yet holds the weights that training started from)
-        or `loaded` (the module's own, about which the trainer knows nothing more).
-    """
-    average = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
-    if trainer.state.fn == TrainerFn.FITTING:
-        if average is None:
-            return "raw"
-        return "ema" if average.num_updates else "initial"
-    from_average = average is not None and average.in_place if loaded is None else loaded["averaged"]
-    return "ema" if from_average else "loaded"
-
-
-def evaluated_step(trainer: Trainer, loaded: Mapping[str, Any] | None) -> int:
-    """The training step whose weights are evaluated; 0 where nobody knows."""
-    return trainer.global_step or (0 if loaded is None else int(loaded["global_step"]))
-
-
-def log_evaluation(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    scalars: Mapping[str, float],
-    pictures: Mapping[str, Tensor],
-    loaded: Mapping[str, Any] | None,
-    histograms: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Give results to the loggers, and during a fit to the trainer, so that a checkpoint can be chosen by them.
-
-    Args:
-        trainer: the running trainer.
-        pl_module: its module.
-        scalars: tag -> value, equal on all ranks.
-        pictures: tag -> (3, H, W) uint8.
-        loaded: `checkpoint_facts`, or None.
-        histograms: tag -> values, of any shape.
-    """
-    in_fit = trainer.state.fn == TrainerFn.FITTING
-    if in_fit:
-        pl_module.log_dict(dict(scalars), sync_dist=True)
-    step = evaluated_step(trainer, loaded)
-    for logger in trainer.loggers:
-        if not in_fit:  # Lightning would print every one of them in a table of its own
-            logger.log_metrics(dict(scalars), step=step)
-        if not trainer.is_global_zero:
-            continue
-        if isinstance(logger, TensorBoardLogger):
-            for tag, picture in pictures.items():
-                logger.experiment.add_image(tag, picture, step)
-            for tag, values in (histograms or {}).items():
-                logger.experiment.add_histogram(tag, values, step)
-        elif isinstance(logger, WandbLogger):
-            for tag, picture in pictures.items():
-                logger.log_image(tag, [picture.permute(1, 2, 0).cpu().numpy()], step)
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that a number depends on, and the commit where they run from a checkout."""
-    found = {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
-    for package in ("flextok_pl", "lightning", "torchmetrics", "torch-fidelity"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    checkout = Path(__file__).parents[2]
-    if (checkout / ".git").exists() and shutil.which("git"):
-        asked = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude=*"]
-        found["commit"] = subprocess.run(asked, capture_output=True, text=True).stdout.strip() or "unknown"
-    return found
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._validations = state_dict["validations"]

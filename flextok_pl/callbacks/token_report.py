@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from flextok_pl.callbacks.charts import write_charts
-from flextok_pl.callbacks.evaluation import log_evaluation
+from flextok_pl.callbacks.trainer_facts import log_evaluation
 from flextok_pl.contracts import default_budgets
 from flextok_pl.distributed import all_reduce_sum
 from flextok_pl.evaluation.pictures import figure_to_image

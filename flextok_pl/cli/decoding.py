@@ -2,57 +2,38 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from torch import Tensor
 from tqdm import tqdm
 
 from flextok_pl.assets import DEMO_TOKENIZER
 from flextok_pl.backbones.extractors import OFFLINE_EXTRACTOR, build_extractor
-from flextok_pl.callbacks.evaluation import extractor_facts, versions
-from flextok_pl.callbacks.generation_fid import Wish, balanced_wish
 from flextok_pl.cli.tools import checked_budgets, default_device, picture_size
-from flextok_pl.contracts import weights_hash
+from flextok_pl.contracts import Batch
 from flextok_pl.data.pictures import open_pictures
 from flextok_pl.data.transforms import CENTER_CROP
-from flextok_pl.evaluation.generation import GenerationStatistics
-from flextok_pl.evaluation.reconstruction import ReconstructionStatistics
+from flextok_pl.evaluation.budget_evaluation import decode
+from flextok_pl.evaluation.generation import balanced_prompt, generate_tokens
+from flextok_pl.evaluation.generation_statistics import GenerationStatistics
+from flextok_pl.evaluation.pictures import save_figure
+from flextok_pl.evaluation.protocol import data_hash_text, extractor_facts, model_hashes, versions
+from flextok_pl.evaluation.reconstruction_statistics import ReconstructionStatistics
 from flextok_pl.evaluation.report import format_columns, format_value, make_records, write_json
-from flextok_pl.files import write_file
-from flextok_pl.flow.decoding import GUIDANCE_KINDS
-from flextok_pl.keys import sample_generators
+from flextok_pl.flow.decoding import GUIDANCE_KINDS, Decoding
 from flextok_pl.metrics.feature_set import POOL_SIZE
 from flextok_pl.metrics.images import to_uint8
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.modules.saved import SavedPrior
 
-
-@dataclass(frozen=True)
-class Setting:
-    """How tokens are decoded.
-
-    Args:
-        num_steps: of the Euler solver.
-        guidance: `none`, `cfg` or `apg`.
-        guidance_scale: its strength; 1 with `none`.
-    """
-
-    num_steps: int
-    guidance: str
-    guidance_scale: float
-
-    @property
-    def guided(self) -> str:
-        """Guidance and its strength, as a label."""
-        return "none" if self.guidance == "none" else f"{self.guidance} {self.guidance_scale:g}"
+Cell = tuple[Decoding, int]
+"""How many tokens are decoded, and how."""
+Statistics = ReconstructionStatistics[Cell] | GenerationStatistics[Cell]
 
 
 def compare_decodings(
@@ -100,7 +81,12 @@ def compare_decodings(
         out: folder of the results.
         device: default a GPU where there is one.
     """
-    settings = _settings(num_steps or [5, 10, 25], guidance or list(GUIDANCE_KINDS), guidance_scale or [1.5, 3.0, 7.5])
+    decodings = [
+        Decoding(steps, kind, scale)
+        for kind in guidance or GUIDANCE_KINDS
+        for scale in ([1.0] if kind == "none" else guidance_scale or [1.5, 3.0, 7.5])
+        for steps in num_steps or [5, 10, 25]
+    ]
     place = default_device(device)
     source = None if prior is None else SavedPrior(prior, tokenizer or str(DEMO_TOKENIZER)).eval().to(place)
     if source is not None and source.condition_kind == "text":
@@ -117,106 +103,101 @@ def compare_decodings(
     known = (network.metric_name, network.kernel_metric_name)
     if chosen not in known:
         raise ValueError(f"metric={metric!r} must be one of {known}, which are smallest where they are best")
-
     loader, count = open_pictures(reference, picture_size(tok), batch_size, num_workers)
-    share = min(1.0, POOL_SIZE / max(1, count))
-    kind: type[ReconstructionStatistics | GenerationStatistics]
     kind = ReconstructionStatistics if source is None else GenerationStatistics
-    first = kind(wanted, network, share)
-    statistics = {settings[0]: first, **{s: kind(wanted, network, share, real=first.real) for s in settings[1:]}}
-    for each in statistics.values():
-        if isinstance(each, ReconstructionStatistics) and isinstance(first, ReconstructionStatistics):
-            each.images = first.images  # real pictures are counted once
-    done = 0
-    with tqdm(total=count * len(settings) * len(wanted), desc="decoding", unit="picture") as bar:
-        for batch in loader:
-            images, keys = batch["image"].to(place), batch["key"]
-            originals = to_uint8(images)
-            first.update_real(originals, keys)
-            if source is None:
-                tokens = tok.tokenize(images, num_tokens=wanted[-1])
-            else:
-                wishes = [balanced_wish(done + i, source.num_classes) for i in range(len(keys))]
-                keys = [wish.key for wish in wishes]
-                tokens = _generated(source, wishes, cfg_scale, temperature, seed)
-            done += len(keys)
-            for setting, each in statistics.items():
-                for budget in wanted:
-                    noise = sample_generators(keys, seed)
-                    made = to_uint8(tok.detokenize(tokens, num_tokens=budget, generator=noise, **asdict(setting)))
-                    if isinstance(each, ReconstructionStatistics):
-                        each.update_reconstructions(budget, originals, made, keys)
-                    else:
-                        each.update_generated(budget, made, keys)
-                    bar.update(len(keys))
-
-    values = {setting: each.values(seed) for setting, each in statistics.items()}
+    cells = list(itertools.product(decodings, wanted))
+    statistics: Statistics = kind(cells, network, min(1.0, POOL_SIZE / max(1, count)))
+    model = tok if source is None else source
+    with tqdm(total=count * len(cells), desc="decoding", unit="picture") as bar:
+        for done in _measure(statistics, model, loader, seed, cfg_scale, temperature):
+            bar.update(done)
     protocol = {
         "num_samples": count,
         "reference": reference,
-        "data_hash": f"{first.data_hash % 2**64:016x}",
-        "image_size": first.image_size,
+        "data_hash": data_hash_text(statistics.data_hash),
+        "image_size": statistics.image_size,
         "crop": CENTER_CROP,
         **extractor_facts(network),
-        "solver": "euler",
         "seed": seed,
-        "tokenizer_hash": weights_hash(tok),
+        **model_hashes(tok, None if source is None else source.prior),
+        **({} if source is None else {"cfg_scale": cfg_scale, "temperature": temperature}),
         "device": place.type,
         "versions": versions(),
     }
-    if source is not None:
-        protocol |= {"prior_hash": weights_hash(source.prior), "cfg_scale": cfg_scale, "temperature": temperature}
-    folder = Path(out).expanduser()
-    records = [
-        record for s, found in values.items() for record in make_records(found, {**asdict(s), **protocol}, first.how)
+    table = _write(statistics, protocol, chosen, Path(out).expanduser())
+    print(format_columns([["tokens", "steps", "guidance", chosen], *table]))
+    print(f"best of {len(decodings)} combinations on {count} pictures; all numbers: {Path(out).expanduser()}")
+
+
+def _measure(
+    statistics: Statistics,
+    model: FlexTok | SavedPrior,
+    loader: Iterable[Batch],
+    seed: int,
+    cfg_scale: float,
+    temperature: float,
+) -> Iterator[int]:
+    """Tokenize each picture, or generate the tokens of another one, once, and decode them in every cell.
+
+    Yields:
+        The number of images that were decoded at a time.
+    """
+    tok = model if isinstance(model, FlexTok) else model.reconstructor
+    numbers, most = itertools.count(), max(budget for _, budget in statistics.made)
+    for batch in loader:
+        images, keys = batch["image"].to(tok.device), batch["key"]
+        originals = to_uint8(images)
+        statistics.update_real(originals, keys)
+        if isinstance(model, FlexTok):
+            tokens = tok.tokenize(images, num_tokens=most)
+        else:
+            prompts = [balanced_prompt(next(numbers), model.num_classes) for _ in keys]
+            keys = [prompt.key for prompt in prompts]
+            tokens = generate_tokens(model, prompts, seed, cfg_scale, temperature)
+        for how, budget in statistics.made:
+            made = decode(tok, tokens, budget, how, keys, seed)
+            if isinstance(statistics, ReconstructionStatistics):
+                statistics.update_reconstructions((how, budget), originals, made, keys)
+            else:
+                statistics.update_generated((how, budget), made, keys)
+            yield len(keys)
+
+
+def _write(statistics: Statistics, protocol: Mapping[str, Any], metric: str, folder: Path) -> list[list[str]]:
+    """Write all numbers, a picture of them and the best decoding at each budget; returns the latter as a table."""
+    values = statistics.values(protocol["seed"])
+    table: dict[int, dict[Decoding, float]] = {}
+    records = []
+    for (how, budget), found in values.items():
+        table.setdefault(budget, {})[how] = found[metric]
+        records += make_records({budget: found}, {**how.facts, **protocol}, statistics.how)
+    best = {budget: min(found, key=found.__getitem__) for budget, found in table.items()}
+    schedule = [
+        {"num_tokens": budget, **how.facts, "metric": metric, "value": table[budget][how], **protocol}
+        for budget, how in best.items()
     ]
     write_json(records, folder / "decoding.json")
-    table = {budget: {setting: found[budget][chosen] for setting, found in values.items()} for budget in wanted}
-    best = {budget: min(found, key=lambda setting: found[setting]) for budget, found in table.items()}
-    schedule = [
-        {"num_tokens": budget, **asdict(setting), "metric": chosen, "value": table[budget][setting], **protocol}
-        for budget, setting in best.items()
-    ]
     write_json(schedule, folder / "schedule.json")
-    write_file(folder / "decoding.png", _heat_maps(table, chosen))
-    rows = [[str(k), str(s.num_steps), s.guided, format_value(table[k][s])] for k, s in best.items()]
-    print(format_columns([["tokens", "steps", "guidance", chosen], *rows]))
-    print(f"best of {len(settings)} combinations on {count} pictures; all numbers: {folder}")
+    save_figure(_heat_maps(table, metric), folder / "decoding.png")
+    return [[str(k), str(how.num_steps), _guided(how), format_value(table[k][how])] for k, how in best.items()]
 
 
-def _settings(num_steps: Sequence[int], guidance: Sequence[str], scales: Sequence[float]) -> list[Setting]:
-    for kind in guidance:
-        if kind not in GUIDANCE_KINDS:
-            raise ValueError(f"guidance={kind!r} is unknown; use some of {list(GUIDANCE_KINDS)}")
-    if min(num_steps) < 1:
-        raise ValueError(f"num_steps={list(num_steps)} must be at least 1")
-    return [
-        Setting(steps, kind, scale)
-        for kind in guidance
-        for scale in ([1.0] if kind == "none" else scales)
-        for steps in num_steps
-    ]
+def _guided(how: Decoding) -> str:
+    """Guidance and its strength, as a label."""
+    return "none" if how.guidance == "none" else f"{how.guidance} {how.guidance_scale:g}"
 
 
-def _generated(source: SavedPrior, wishes: Sequence[Wish], cfg_scale: float, temperature: float, seed: int) -> Tensor:
-    """(B, K) tokens."""
-    classes = torch.tensor([wish.label for wish in wishes]) if source.num_classes else None
-    generators = sample_generators([wish.key for wish in wishes], seed, "tokens")
-    return source.generate_tokens(classes, cfg_scale, temperature=temperature, generator=generators)
-
-
-def _heat_maps(table: Mapping[int, Mapping[Setting, float]], metric: str) -> bytes:
-    """One map per budget, guidance by steps, with its numbers and a frame around the best, as PNG."""
-    settings = list(next(iter(table.values())))
-    rows = list(dict.fromkeys(setting.guided for setting in settings))
-    columns = list(dict.fromkeys(setting.num_steps for setting in settings))
+def _heat_maps(table: Mapping[int, Mapping[Decoding, float]], metric: str) -> Figure:
+    """One map per budget, guidance by steps, with its numbers and a frame around the best."""
+    decodings = list(next(iter(table.values())))
+    rows = list(dict.fromkeys(_guided(setting) for setting in decodings))
+    columns = list(dict.fromkeys(setting.num_steps for setting in decodings))
     width, height = 1.0 + 0.6 * len(columns), 0.8 + 0.25 * len(rows)
     across = max(1, min(len(table), int(8 / width)))
     down = -(-len(table) // across)
     figure = Figure(figsize=(max(4.0, width * across), height * down + 0.4), dpi=120, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     for index, (budget, found) in enumerate(table.items()):
-        values = {(setting.guided, setting.num_steps): value for setting, value in found.items()}
+        values = {(_guided(setting), setting.num_steps): value for setting, value in found.items()}
         cells = np.array([[values[row, steps] for steps in columns] for row in rows])
         axes = figure.add_subplot(down, across, index + 1)
         axes.imshow(cells, cmap="viridis_r", aspect="auto")
@@ -232,6 +213,4 @@ def _heat_maps(table: Mapping[int, Mapping[Setting, float]], metric: str) -> byt
         i, j = divmod(int(cells.argmin()), len(columns))
         axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2, clip_on=False))
     figure.suptitle(f"{metric}; smaller is better, the smallest framed", fontsize=9)
-    buffer = io.BytesIO()
-    canvas.print_png(buffer)  # type: ignore[no-untyped-call]
-    return buffer.getvalue()
+    return figure

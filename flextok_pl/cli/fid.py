@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from flextok_pl.backbones.extractors import INCEPTION, build_extractor
-from flextok_pl.callbacks.evaluation import extractor_facts, versions
 from flextok_pl.cli.tools import default_device
 from flextok_pl.data.transforms import CENTER_CROP
-from flextok_pl.evaluation.generation import GenerationStatistics
+from flextok_pl.evaluation.generation_statistics import GenerationStatistics
 from flextok_pl.evaluation.image_set import ONLY, open_image_set
+from flextok_pl.evaluation.protocol import extractor_facts, versions
 from flextok_pl.evaluation.report import (
     Record,
     format_columns,

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flextok_pl.callbacks.evaluation import versions
 from flextok_pl.cli.tools import checked_budgets, default_device, picture_size
 from flextok_pl.contracts import weights_hash
 from flextok_pl.data import ShardDataModule
 from flextok_pl.data.shards.sources import load_indices, require_same_classes
+from flextok_pl.evaluation.protocol import versions
 from flextok_pl.evaluation.report import format_columns, format_value, write_json
 from flextok_pl.metrics.linear_probe import LinearProbe
 from flextok_pl.models.tokenizer import FlexTok

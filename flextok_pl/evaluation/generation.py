@@ -1,190 +1,266 @@
-"""Quality of generated images at several token budgets, accumulated batch by batch and added up over processes.
+"""Generated images at several token budgets: distances to real ones, scores, agreement with what was asked for.
 
-B images, D features, C classes.
+All K tokens of a sample are generated once; its image at a budget is decoded from the first of them, as a prefix of a
+sample is a sample. Tokens and noise depend on the seed and the sample's key only, so that results do not depend on
+batch size or ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+from urllib.parse import quote
 
 import torch
 from torch import Tensor
+from tqdm import trange
 
 from flextok_pl.backbones.classifier import TimmClassifier
 from flextok_pl.backbones.clip_score import CLIPScore
-from flextok_pl.backbones.extractors import FeatureExtractor
-from flextok_pl.distributed import gather_objects
-from flextok_pl.evaluation.budget_statistics import BudgetStatistics
-from flextok_pl.metrics.feature_set import FeatureSet
-from flextok_pl.metrics.inception_score import InceptionScore
-from flextok_pl.metrics.linear_probe import LinearProbe
-from flextok_pl.metrics.manifold import DENSITY_NEIGHBOURS, NEIGHBOURS, manifold_scores
+from flextok_pl.contracts import GenerationModule, PositionScale
+from flextok_pl.data.conditions import class_index
+from flextok_pl.distributed import all_agree, rank, world_size
+from flextok_pl.evaluation.budget_evaluation import BudgetEvaluation, Context, decode, stacked
+from flextok_pl.evaluation.generation_statistics import Classifier, GenerationStatistics
+from flextok_pl.evaluation.image_set import open_image_set
+from flextok_pl.evaluation.options import PROBE, GenerationOptions
+from flextok_pl.evaluation.pictures import image_grid, save_png
+from flextok_pl.evaluation.probe import fitted_probe
+from flextok_pl.evaluation.protocol import model_hashes
+from flextok_pl.keys import sample_generators
+from flextok_pl.metrics.feature_set import POOL_SIZE, FeatureSet
+from flextok_pl.metrics.images import to_uint8
 
-Classifier = LinearProbe | TimmClassifier
-"""Says what class an image shows, from the image or from the extractor's features of it."""
 
+class Prompt(NamedTuple):
+    """What one image is generated for.
 
-class GenerationStatistics(BudgetStatistics):
-    """Everything that per-budget metrics of generated images need.
-
-    Args:
-        budgets: numbers of tokens.
-        extractor: of the features whose distances are taken.
-        pool_fraction: share of the generated images whose features are kept for the kernel distance and the manifolds.
-        classifier: says what class an image shows, or None to leave agreement with the asked class out.
-        real: features of all real images from an earlier run, or None to take them now.
-        clip: the score of images and captions, or None to leave it out.
-        inception_splits: parts over which an inception score is averaged.
-        real_pool_fraction: share of the real images whose features are kept; None for the same as of the generated.
+    Attributes:
+        key: seeds the sample.
+        label: class that is asked for, -1 for none.
+        text: caption that is asked for.
     """
 
-    def __init__(
-        self,
-        budgets: Sequence[int],
-        extractor: FeatureExtractor,
-        pool_fraction: float = 1.0,
-        classifier: Classifier | None = None,
-        real: FeatureSet | None = None,
-        clip: CLIPScore | None = None,
-        inception_splits: int = 10,
-        real_pool_fraction: float | None = None,
-    ) -> None:
-        self._probe = classifier if isinstance(classifier, LinearProbe) else None
-        names = {"class_agreement": classifier, "class_mean_agreement": self._probe, "clip_score": clip}
-        measured = [name for name, source in names.items() if source is not None]
-        super().__init__(budgets, extractor, pool_fraction, real_pool_fraction, real, measured)
-        self._size: list[int] = []
-        self._classifier = classifier
-        self._clip = clip
-        logits = extractor.class_logits(torch.zeros(0, extractor.dim))  # (0, C) or None
-        self._score_name, num_classes = "", 0
-        if logits is not None:
-            self._score_name, num_classes = "inception_score", logits.shape[1]
-        elif classifier is not None:
-            self._score_name, num_classes = f"score_{classifier.name}", classifier.num_classes
-        self._scores = {budget: InceptionScore(num_classes, inception_splits) for budget in budgets if num_classes}
+    key: str
+    label: int = -1
+    text: str = ""
 
-    @property
-    def image_size(self) -> list[int]:
-        """[H, W] of the images; empty before the first."""
-        return self._size
 
-    @property
-    def how(self) -> dict[str, dict[str, Any]]:
-        """Metric -> what its records say of how it was computed."""
-        near = {name: {"neighbours": NEIGHBOURS} for name in ("precision", "recall")}
-        near |= {name: {"neighbours": DENSITY_NEIGHBOURS} for name in ("density", "coverage")}
-        return super().how | near
+class GenerationEvaluation(BudgetEvaluation[GenerationStatistics[int]]):
+    """An evaluation of generated images; see `BudgetEvaluation`."""
 
-    def update_real(self, images: Tensor, keys: Sequence[str]) -> None:
-        """Add (B, 3, H, W) uint8 real images with their keys.
+    heading: ClassVar[str] = "generated images"
+    picture: ClassVar[str] = "gfid_grid.png"
+    tag: ClassVar[str] = "generated/"
+    saved: ClassVar[tuple[str, ...]] = ("ids", "rows", "prompts")
 
-        Raises:
-            ValueError: the images have another size than those before.
-        """
-        self.check_size(list(images.shape[2:]))
-        self._add_real(images, keys)
+    options: GenerationOptions
+    prompts: list[tuple[str, int, str]]
+    """What is still to be generated, beside what comes with the batches."""
 
-    def update_generated(
-        self,
-        budget: int,
-        images: Tensor,
-        keys: Sequence[str],
-        labels: Tensor | None = None,
-        captions: Sequence[str] | None = None,
-    ) -> None:
-        """Add images generated at one budget.
+    def __init__(self, options: GenerationOptions, device: torch.device | str = "cpu") -> None:
+        super().__init__(options, device)
+        self.classifier: Classifier | None = None  # a probe is fitted by the first start
+        if options.classifier not in (None, PROBE):
+            self.classifier = TimmClassifier(options.classifier, options.classifier_weights)
+        self.clip = None if options.clip is None else CLIPScore(options.clip)
+        self.reference = None if options.reference is None else open_image_set(str(options.reference), self.extractor)
+        self._of_reference: tuple[FeatureSet, dict[str, Any]] | None = None
 
-        Args:
-            budget: number of tokens.
-            images: (B, 3, H, W) uint8.
-            keys: B keys, unique among the generated images of a budget.
-            labels: (B,) int64, the class that was asked for, -1 for none; or None.
-            captions: B texts that were asked for, or None.
-
-        Raises:
-            ValueError: the images have another size than those before, or the classifier lacks a label's class.
-        """
-        self.check_size(list(images.shape[2:]))
-        features = self._extractor(images)
-        ids = self._add_made(budget, features, keys)
-        logits = self._extractor.class_logits(features)
-        if logits is not None:
-            self._scores[budget].update(logits.cpu().double().softmax(1), ids)
-        if self._classifier is not None:
-            probabilities = self._classifier.probabilities(images, features)
-            if logits is None:
-                self._scores[budget].update(probabilities, ids)
-            if labels is not None:
-                self._add_agreement(budget, probabilities, features, labels.cpu())
-        if self._clip is not None and captions is not None:
-            self._add_values(budget, "clip_score", self._clip(images, captions))
-
-    def all_reduce(self, device: torch.device) -> None:
-        """Replace these statistics by those of all processes.
-
-        Args:
-            device: where the process group communicates.
-
-        Raises:
-            ValueError: the processes have images of different sizes.
-        """
-        for size in gather_objects(self._size):
-            self.check_size(size)
-        super().all_reduce(device)
-        for score in self._scores.values():
-            score.all_reduce(device)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything measured so far, as plain types and tensors that `load_state_dict` takes."""
-        scores = {budget: score.state_dict() for budget, score in self._scores.items()}
-        return super().state_dict() | {"size": self._size, "scores": scores}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what statistics made with the same arguments had measured."""
-        super().load_state_dict(state)
-        self._size = state["size"]
-        for budget, score in self._scores.items():
-            score.load_state_dict(state["scores"][budget])
-
-    def values(self, kernel_seed: int = 0) -> dict[int, dict[str, float]]:
-        """Metrics by budget, each only where there are enough samples for it.
-
-        The Frechet and the kernel distance; the inception score where the extractor has class logits, else the same
-        score of the classifier under its own name; precision, recall, density and coverage; and of the images for which
-        a class or a caption was asked, the share whose most probable class is that one, the share whose nearest class
-        mean is, and the mean CLIP score.
-        """
-        results: dict[int, dict[str, float]] = {}
-        real = self.real.pool()
-        for budget, features in self.made.items():
-            result = self._distances(budget, kernel_seed, paired=False)
-            if self._scores and self._scores[budget].count:
-                result[self._score_name], _ = self._scores[budget].compute()
-            pool = features.pool()
-            if min(len(real), len(pool)) > DENSITY_NEIGHBOURS:
-                result |= manifold_scores(real, pool)
-            results[budget] = result | self._means(budget)
-        return results
-
-    def _add_agreement(self, budget: int, probabilities: Tensor, features: Tensor, labels: Tensor) -> None:
-        if len(labels) and int(labels.max()) >= probabilities.shape[1]:
+    def start(self, model: GenerationModule, context: Context) -> None:
+        """See `BudgetEvaluation`; the model is a prior with the tokenizer that decodes its tokens."""
+        options, module = self.options, model
+        self.module = module
+        self._has_classes = module.condition_kind == "class"
+        self._asks_for_data = module.condition_kind == "text" or (self._has_classes and options.conditions == "data")
+        num_made = self._number_to_make(context)
+        if self._has_classes:
+            self._shown({})  # which finds unknown classes
+        if options.classifier_data is not None and self.classifier is None:
+            self.classifier = self._fitted_probe(options.classifier_data, context.image_size)
+        judge, clip = self.classifier, self.clip
+        if judge is not None and self._has_classes and judge.num_classes != module.num_classes:
             raise ValueError(
-                f"label {int(labels.max())} is none of the {probabilities.shape[1]} classes of the classifier; use one "
-                "of the data's own classes, such as a probe"
+                f"classifier={options.classifier!r} tells {judge.num_classes} classes apart, and the prior knows "
+                f"{module.num_classes}: their numbers mean different classes; give a classifier of the prior's classes"
             )
-        asked = labels >= 0
-        self._add_values(budget, "class_agreement", (probabilities.argmax(1).cpu() == labels)[asked])
-        if self._probe is not None:
-            self._add_values(budget, "class_mean_agreement", (self._probe.nearest_class(features) == labels)[asked])
+        reference, reference_facts = self._reference_features()
+        facts = {
+            "conditions": options.conditions,
+            "cfg_scale": options.cfg_scale,
+            "temperature": options.temperature,
+            "top_k": options.top_k,
+            "top_p": options.top_p,
+            "classifier": None if judge is None else judge.name,
+            "classifier_data": options.classifier_data,
+            "classifier_weights_hash": getattr(judge, "weights_hash", None),
+            "clip": None if clip is None else str(options.clip),
+            "clip_weights_hash": None if clip is None else clip.weights_hash,
+            **reference_facts,
+        }
+        mine = range(rank(), num_made or 0, world_size())
+        self.prompts = [(*balanced_prompt(i, module.num_classes),) for i in mine]
+        self._start(module.reconstructor, context, facts, num_made, reference)
+        if reference is not None:
+            self.statistics.check_size(reference_facts["reference"]["image_size"])
+        self._folder = None if options.images_dir is None or context.in_fit else Path(options.images_dir).expanduser()
+        if self._folder is not None and not self.ids:
+            written = any(self._folder.glob("k=*/*.png"))
+            if not all_agree(not written, self.device):
+                raise ValueError(
+                    f"images_dir={str(self._folder)!r} holds images of an earlier evaluation, which would be taken "
+                    "for this one's: name another folder, or remove it"
+                )
 
-    def check_size(self, size: list[int]) -> None:
-        """Take only images of this [H, W], where it is not empty.
+    def _number_to_make(self, context: Context) -> int | None:
+        """How many images are generated over all processes; None for one for each real one."""
+        options, expected = self.options, context.num_samples
+        if self._asks_for_data:
+            if options.num_samples is not None:
+                raise ValueError(
+                    f"num_samples={options.num_samples} is for balanced classes; with conditions of the data one image "
+                    "is generated for each real one: leave it out"
+                )
+            return None
+        if expected < world_size():
+            raise ValueError(
+                f"the {context.split} set has {expected} samples, with which the {world_size()} processes start to "
+                "generate: use fewer devices, or a larger set"
+            )
+        total = options.num_samples or expected
+        return min(total, options.max_samples) if context.in_fit and options.max_samples else total
 
-        Raises:
-            ValueError: others came before.
-        """
-        if self._size and size and self._size != size:
-            raise ValueError(f"images of {self._size} and {size} pixels are mixed; resize them to one size")
-        self._size = self._size or size
+    def _fitted_probe(self, source: str, image_size: int | None) -> Classifier:
+        """The probe, which knows how the tokenizer's images look, decoded as generated ones are."""
+        if image_size is None:
+            raise ValueError("classifier='probe' looks at images of one size, which the context does not state")
+        options, tokenizer = self.options, self.module.reconstructor
+
+        def reconstruct(images: Tensor, keys: list[str]) -> Tensor:
+            tokens = tokenizer.tokenize(images.to(self.device))
+            return decode(tokenizer, tokens, tokenizer.num_registers, options.decoding, keys, options.seed)
+
+        digest = model_hashes(tokenizer).get("tokenizer_hash", type(tokenizer).__name__)
+        made_by = [digest, options.num_steps, options.guidance, options.guidance_scale, options.seed]
+        names, folder = self.module.class_names, options.cache_folder
+        return fitted_probe(source, image_size, self.extractor, reconstruct, made_by, folder, names)
+
+    def _reference_features(self) -> tuple[FeatureSet | None, dict[str, Any]]:
+        """Features of the reference where there is one, and what records state of it."""
+        if self.reference is None:
+            return None, {}
+        if self._of_reference is None:
+            share = min(1.0, POOL_SIZE / max(1, self.reference.num_pictures))
+            statistics = GenerationStatistics[int]([], self.extractor, real_pool_fraction=share)
+            facts = self.reference.add_to(statistics, "reference")
+            self._of_reference = statistics.real, {**facts, "image_size": statistics.image_size}
+        return self._of_reference[0], {"reference": self._of_reference[1]}
+
+    def _statistics(self, pool_fraction: float, real: FeatureSet | None) -> GenerationStatistics[int]:
+        num_made = self.num_made or self.context.num_samples * self.fraction
+        pool = min(1.0, POOL_SIZE / num_made)
+        return GenerationStatistics(
+            self.budgets, self.extractor, pool, self.classifier, real, self.clip, real_pool_fraction=pool_fraction
+        )
+
+    def _measure(self, batch: Mapping[str, Any]) -> None:
+        if batch["key"]:
+            self.statistics.update_real(to_uint8(batch["image"]), batch["key"])
+        if self._asks_for_data:
+            self.prompts += self._prompts_of(batch)
+        if rank() == 0 and not self.rows:
+            self._draw_rows(batch)
+        size = self.options.batch_size
+        parts = -(-len(self.prompts) // size)
+        for _ in trange(parts, desc="generating", unit="batch", leave=False, disable=parts < 2 or rank() > 0):
+            part = [Prompt(*entry) for entry in self.prompts[:size]]
+            keys, labels = [prompt.key for prompt in part], torch.tensor([prompt.label for prompt in part])
+            texts = [prompt.text for prompt in part] if self.module.condition_kind == "text" else None
+            for budget, images in self._images(part, self.budgets).items():
+                self.statistics.update_generated(budget, images, keys, labels, texts)
+                if self._folder is not None:
+                    for key, pixels in zip(keys, images, strict=True):
+                        save_png(pixels, self._folder / f"k={budget:03d}" / f"{quote(key, safe=' ')}.png")
+            self.prompts = self.prompts[size:]
+            self._save_if_due()
+            self.context.pause()
+
+    def _images(self, prompts: Sequence[Prompt], budgets: Sequence[int]) -> dict[int, Tensor]:
+        """One rollout, decoded at each budget: (B, 3, H, W) uint8."""
+        options, keys = self.options, [prompt.key for prompt in prompts]
+        sampling = (options.cfg_scale, options.temperature, options.top_k, options.top_p)
+        tokens = generate_tokens(self.module, prompts, options.seed, *sampling)
+        return {k: decode(self.tokenizer, tokens, k, options.decoding, keys, options.seed) for k in budgets}
+
+    def _prompts_of(self, batch: Mapping[str, Any]) -> list[tuple[str, int, str]]:
+        """One per real sample of a batch, of its class or its caption."""
+        kind = self.module.condition_kind
+        needed = "label" if kind == "class" else "text"
+        if needed not in batch:
+            raise ValueError(
+                f"conditions of the data need a {needed} in each sample; these shards hold {sorted(batch)}"
+            )
+        keys = batch["key"]
+        labels = batch["label"].tolist() if "label" in batch else [-1] * len(keys)
+        texts = batch["text"] if kind == "text" else [""] * len(keys)
+        return list(zip(keys, labels, texts, strict=True))
+
+    def _shown(self, batch: Mapping[str, Any]) -> list[tuple[str, Prompt]]:
+        """Name and prompt of the grid picture's rows, which are the same at every validation."""
+        options, module = self.options, self.module
+        if module.condition_kind == "none":
+            return [("", Prompt(f"row {i}")) for i in range(options.grid_samples)]
+        if module.condition_kind == "text":
+            captions = options.shown or [text for *_, text in self._prompts_of(batch)][: options.grid_samples]
+            return [(str(text), Prompt(f"row {i}", text=str(text))) for i, text in enumerate(captions)]
+        classes, names = module.num_classes, module.class_names
+        rows = min(options.grid_samples, classes)
+        try:
+            shown = options.shown or [i * classes // rows for i in range(rows)]
+            labels = [class_index(entry, names, classes) for entry in shown]
+        except ValueError as error:
+            raise ValueError(f"gfid.shown={options.shown}: {error}") from error
+        return [(names[n] if names else f"class {n}", Prompt(f"row {i}", n)) for i, n in enumerate(labels)]
+
+    def _draw_rows(self, batch: Mapping[str, Any]) -> None:
+        shown = self._shown(batch)
+        if shown:
+            images = self._images([prompt for _, prompt in shown], self.columns)
+            for i, (name, _) in enumerate(shown):
+                self.rows.append((i, name, {budget: pixels[i].cpu() for budget, pixels in images.items()}))
+
+    def _pictures(self) -> dict[str, Tensor]:
+        rows = self._rows_of_all(len(self.rows) or 1)
+        return {self.picture: image_grid(stacked(rows, self.columns), [name for _, name, _ in rows])}
+
+    def _measured(self) -> str:
+        real = f"{self.statistics.real.statistics.count} real ones of {self.context.split}"
+        reference = real if self.options.reference is None else f"reference {self.options.reference}"
+        return f"{self.statistics.num_images} generated images, {reference}, cfg {self.options.cfg_scale}"
+
+
+def generate_tokens(
+    module: GenerationModule,
+    prompts: Sequence[Prompt],
+    seed: int,
+    cfg_scale: PositionScale = 1.0,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Tensor:
+    """All K tokens for each prompt, (B, K), drawn by its key and the seed."""
+    condition: Tensor | list[str] | None = None
+    if module.condition_kind == "class":
+        condition = torch.tensor([prompt.label for prompt in prompts])
+    elif module.condition_kind == "text":
+        condition = [prompt.text for prompt in prompts]
+    generators = sample_generators([prompt.key for prompt in prompts], seed, "tokens")
+    return module.generate_tokens(condition, cfg_scale, temperature, top_k, top_p, generators)
+
+
+def balanced_prompt(number: int, num_classes: int) -> Prompt:
+    """That of the image of this number when each class has its turn; without a class where there are none."""
+    classes = max(1, num_classes)
+    key = f"class {number % classes} sample {number // classes}"
+    return Prompt(key, number % classes if num_classes else -1)

@@ -14,8 +14,9 @@ from tqdm import tqdm
 from flextok_pl.backbones.extractors import FeatureExtractor
 from flextok_pl.contracts import Batch
 from flextok_pl.data.pictures import ARRAY, open_pictures, read_arrays
-from flextok_pl.evaluation.generation import GenerationStatistics
-from flextok_pl.evaluation.reconstruction import check_each_sample_once
+from flextok_pl.evaluation.generation_statistics import GenerationStatistics
+from flextok_pl.evaluation.protocol import data_hash_text
+from flextok_pl.evaluation.statistics import check_each_sample_once
 from flextok_pl.keys import images_hash, key_hash
 from flextok_pl.metrics.frechet import FeatureStatistics
 from flextok_pl.metrics.images import to_uint8
@@ -43,7 +44,7 @@ class ImageSet:
     loader: DataLoader[Batch] | None
     num_pictures: int
 
-    def add_to(self, statistics: GenerationStatistics, side: Literal["images", "reference"]) -> dict[str, Any]:
+    def add_to(self, statistics: GenerationStatistics[int], side: Literal["images", "reference"]) -> dict[str, Any]:
         """Measure the set, as the images of the budget `ONLY` or as the real ones.
 
         Returns:
@@ -69,7 +70,7 @@ class ImageSet:
             check_each_sample_once(torch.tensor(ids), self.num_pictures, False, self.source)
             if self.num_pictures < 2:
                 raise ValueError(f"{self.source} has {self.num_pictures} image; a distance needs two on either side")
-            facts |= {"num_samples": self.num_pictures, "pixels_hash": f"{digest % 2**64:016x}"}
+            facts |= {"num_samples": self.num_pictures, "pixels_hash": data_hash_text(digest)}
         if self.given is not None:
             features.statistics = self.given
             facts["statistics_sha256"] = hashlib.sha256(Path(self.source).expanduser().read_bytes()).hexdigest()

@@ -6,8 +6,6 @@ all generated images share, for the mark of some class.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from flextok_pl.backbones.extractors import FeatureExtractor
 from flextok_pl.contracts import class_difference
 from flextok_pl.data import ShardDataModule
 from flextok_pl.distributed import all_agree, gather_rows, rank
-from flextok_pl.evaluation.statistics_cache import keep, load_kept
+from flextok_pl.evaluation.kept_files import keep, kept_file, load_kept
 from flextok_pl.keys import key_hash
 from flextok_pl.metrics.images import to_uint8
 from flextok_pl.metrics.linear_probe import LinearProbe
@@ -68,7 +66,7 @@ def fitted_probe(
         source: image shard set with classes.
         image_size: side in pixels at which the images are looked at.
         extractor: of the features.
-        reconstruct: (B, 3, H, W) in [-1, 1] and keys -> the images' reconstructions.
+        reconstruct: (B, 3, H, W) in [-1, 1] and keys -> the images' reconstructions, likewise, uint8.
         made_by: JSON types that identify `reconstruct`.
         cache_dir: where probes are kept; None for nowhere.
         classes: names by number of the classes to tell apart; empty where they are not known.
@@ -78,15 +76,14 @@ def fitted_probe(
     """
     data = probe_data(source, image_size, classes)
     key = [VERSION, data.data_hash("test"), extractor.name, extractor.weights_hash, extractor.resize, *made_by]
-    name = f"probe_{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.pt"
-    file = None if cache_dir is None else cache_dir / name
+    file = None if cache_dir is None else kept_file(cache_dir, "probe_", key)
     device = extractor.device
     if file is not None and all_agree(file.is_file(), device):
         return load_kept(file, lambda state: LinearProbe(**state))
     features, labels, ids = [torch.zeros(0, extractor.dim)], [NONE], [NONE]
     for batch in tqdm(data.test_dataloader(), desc="features for the classifier", unit="batch", leave=False):
-        for images in (batch["image"], reconstruct(batch["image"], batch["key"])):
-            features.append(extractor(to_uint8(images)).cpu())
+        for pixels in (to_uint8(batch["image"]), reconstruct(batch["image"], batch["key"])):
+            features.append(extractor(pixels).cpu())
             labels.append(batch["label"])
             ids.append(torch.tensor([key_hash(key) for key in batch["key"]]))
     of_all = [gather_rows(torch.cat(parts), device) for parts in (features, labels, ids)]  # each process has a share

@@ -7,17 +7,64 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
-from flextok_pl.evaluation.pictures import save_figure
+from flextok_pl.evaluation.pictures import save_figure, save_png
 from flextok_pl.files import write_file
 
 Record = dict[str, Any]
 """At least `metric`, `value`, `num_samples`, `num_tokens` of a token budget, and the protocol."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """What an evaluation has found.
+
+    Args:
+        values: budget -> metric -> value.
+        protocol: what all records state beside their value.
+        by_metric: metric -> what only its records state.
+        pictures: file name -> (3, H, W) uint8.
+        title: what was measured, and how, in a few words.
+        notes: what a reader of the numbers has to know.
+    """
+
+    values: dict[int, dict[str, float]]
+    protocol: dict[str, Any]
+    by_metric: dict[str, dict[str, Any]]
+    pictures: dict[str, Tensor]
+    title: str
+    notes: list[str]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Their names."""
+        return list(next(iter(self.values.values())))
+
+    @property
+    def records(self) -> list[Record]:
+        """One record per budget and metric."""
+        records, bits = make_records(self.values, self.protocol, self.by_metric), self.protocol["bits_per_token"]
+        return [r if bits is None else {**r, "bits_per_image": r["num_tokens"] * bits} for r in records]
+
+    def table(self, folder: Path) -> str:
+        """The values as text, and where the rest was written."""
+        return format_table(self.values, [f"{self.title}; protocol and pictures: {folder}", *self.notes])
+
+    def write(self, folder: Path, name: str, whole: bool = True) -> None:
+        """Write the records and the pictures, and of a whole evaluation a table and charts, too."""
+        write_json(self.records, folder / f"{name}.json")
+        for file, picture in self.pictures.items():
+            save_png(picture, folder / file)
+        if whole:
+            write_csv(self.values, self.protocol["num_samples"], folder / f"{name}.csv")
+            plot_budgets(self.values, self.title, folder / f"{name}.png")
 
 
 def make_records(

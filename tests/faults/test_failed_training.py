@@ -21,7 +21,7 @@ PLACES: dict[str, tuple[type, str]] = {
     "set-up": (TokenizerModule, "setup"),
     "training": (TokenizerModule, "training_step"),
     "validation": (TokenizerModule, "validation_step"),
-    "evaluation": (ReconstructionFID, "_finish"),
+    "evaluation": (ReconstructionFID, "report"),
     "test": (TokenizerModule, "test_step"),
 }
 

@@ -15,7 +15,7 @@ from torchvision import transforms
 
 from flextok_pl.backbones.dreamsim import DreamSim
 from flextok_pl.callbacks import ReconstructionFID
-from flextok_pl.evaluation.reconstruction import ReconstructionStatistics
+from flextok_pl.evaluation.reconstruction_statistics import ReconstructionStatistics
 
 
 class Recorder(nn.Module):

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from flextok_pl.callbacks import ReconstructionFID
-from flextok_pl.callbacks.evaluation import decoding_facts
 from flextok_pl.cli.decoding import compare_decodings
 from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig, config_from_dict, config_to_dict
 from flextok_pl.cost.count import Numerics
 from flextok_pl.cost.workload import tokenizer_workload
 from flextok_pl.data import ShardDataModule, write_tokens
+from flextok_pl.evaluation.protocol import decoding_facts
+from flextok_pl.flow.decoding import Decoding
 from flextok_pl.layers.embeddings import patchify, unpatchify
 from flextok_pl.models.adaptive import Quality
 from flextok_pl.models.attention_maps import register_attention
@@ -310,8 +311,9 @@ def test_a_regression_decodes_in_one_step_without_noise() -> None:
 def test_what_reports_say_of_a_regression(tmp_path: Path) -> None:
     tok, published = randomized(BASELINES["regression"]), randomized(PUBLISHED)
     asked = {"num_steps": 12, "solver": "euler", "guidance": "cfg", "guidance_scale": 2.0}
-    assert decoding_facts(published, 12, "cfg", 2.0) == asked
-    assert decoding_facts(tok, 12, "cfg", 2.0) == {**asked, "num_steps": 1, "guidance": "none", "guidance_scale": 1.0}
+    assert decoding_facts(published, Decoding(12, "cfg", 2.0)) == asked
+    one_step = {"num_steps": 1, "guidance": "none", "guidance_scale": 1.0}
+    assert decoding_facts(tok, Decoding(12, "cfg", 2.0)) == asked | one_step
     with pytest.raises(ValueError, match="objective='mse'.*nothing is to be chosen"):
         compare_decodings("unread", tokenizer=str(tok.save_pretrained(tmp_path)))
     images = torch.zeros(1, 3, 16, 16)
@@ -395,7 +397,7 @@ def error_of(tok: FlexTok, images: Tensor) -> float:
 @pytest.mark.parametrize("name", ["grid", "full attention", "regression", "fixed length"])
 def test_from_pictures_to_a_prior(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training, evaluation at every budget, the exported file, and a prior of its tokens."""
-    monkeypatch.setattr("flextok_pl.callbacks.budget_evaluation.build_extractor", lambda *_: MeanColours())
+    monkeypatch.setattr("flextok_pl.evaluation.budget_evaluation.build_extractor", lambda *_: MeanColours())
     torch.manual_seed(0)
     data = Pictures()
     module = TokenizerModule(BASELINES[name], lr=1e-3, warmup_steps=2, budget_groups=2)

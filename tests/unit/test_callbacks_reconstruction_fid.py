@@ -115,10 +115,10 @@ class TinyExtractor:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, request):
-    monkeypatch.setattr("flextok_pl.callbacks.budget_evaluation.build_extractor", lambda name, weights: TinyExtractor())
+    monkeypatch.setattr("flextok_pl.evaluation.budget_evaluation.build_extractor", lambda *_: TinyExtractor())
     TinyExtractor.seen = 0
     if "files" not in request.node.name:  # a plot takes longer than all the rest
-        monkeypatch.setattr("flextok_pl.callbacks.budget_evaluation.plot_budgets", lambda *args: None)
+        monkeypatch.setattr("flextok_pl.evaluation.report.plot_budgets", lambda *args: None)
 
 
 def trainer_for(tmp_path, callback, **options):
@@ -363,9 +363,9 @@ def test_modules_and_batches_that_do_not_fit(tmp_path):
     with pytest.raises(MisconfigurationException, match="num_samples"):
         loader = DataLoader(pictures(4), batch_size=2)
         trainer_for(tmp_path, ReconstructionFID()).test(StripModule(), loader, verbose=False)
-    with pytest.raises(MisconfigurationException, match="budgets holds 9, but the tokenizer has 8"):
+    with pytest.raises(ValueError, match="budgets holds 9, but the tokenizer has 8"):
         evaluate(tmp_path, budgets=[1, 9])
-    with pytest.raises(MisconfigurationException, match="rfid.fit_budgets holds 9"):
+    with pytest.raises(ValueError, match="rfid.fit_budgets holds 9"):
         trainer_for(tmp_path, ReconstructionFID(fit_budgets=[1, 9])).fit(StripModule(), Pictures(pictures(4)))
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from flextok_pl.evaluation.generation import GenerationStatistics
+from flextok_pl.evaluation.generation_statistics import GenerationStatistics
 from flextok_pl.keys import key_hash
 from flextok_pl.metrics.feature_set import FeatureSet
 from flextok_pl.metrics.frechet import features_to_statistics, frechet_distance

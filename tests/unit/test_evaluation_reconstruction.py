@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flextok_pl.evaluation.reconstruction import ReconstructionStatistics
+from flextok_pl.evaluation.reconstruction_statistics import ReconstructionStatistics
 from flextok_pl.metrics.kernel import kernel_distance
 
 

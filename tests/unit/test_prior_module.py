@@ -203,7 +203,7 @@ class Measured(Sequences):
 def test_what_is_measured_does_not_depend_on_the_trainers_precision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: str
 ) -> None:
-    monkeypatch.setattr("flextok_pl.callbacks.budget_evaluation.plot_budgets", lambda *args: None)  # slow
+    monkeypatch.setattr("flextok_pl.evaluation.report.plot_budgets", lambda *args: None)  # slow
     images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     made_by = FlexTok.from_pretrained(tokenizer).identity()
     found = []

@@ -200,7 +200,7 @@ class Measured(pl.LightningDataModule):
 def test_what_is_measured_does_not_depend_on_the_trainers_precision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flextok_pl.callbacks.budget_evaluation.plot_budgets", lambda *args: None)  # slow
+    monkeypatch.setattr("flextok_pl.evaluation.report.plot_budgets", lambda *args: None)  # slow
     found = []
     for precision in ("32-true", "bf16-mixed"):
         rfid = ReconstructionFID([1, 8], num_steps=1, cache_dir=None, output_dir=tmp_path / precision)

@@ -6,7 +6,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from flextok_pl.callbacks import CodebookReport, GenerationFID, ReconstructionFID
-from flextok_pl.callbacks.some_validations import SomeValidations
+from flextok_pl.callbacks.evaluation import EvaluationCallback
+
+SAMPLE = {"image": torch.zeros(3, 2, 2), "key": "one"}
 
 
 class Nothing(LightningModule):
@@ -26,21 +28,28 @@ class Nothing(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-class Diary(SomeValidations):
+class Diary(EvaluationCallback):
     """Remembers the steps of its validations."""
 
-    def __init__(self, every, former=None):
-        super().__init__(every, former)
-        self.steps = []
+    def __init__(self, every):
+        self.every_n_validations, self.steps, self.reported = every, [], 0
 
-    def on_validation_epoch_start(self, trainer, pl_module):
-        if self.is_due(trainer):
-            self.steps.append(trainer.global_step)
+    def check(self, trainer, pl_module):
+        pass
+
+    def begin(self, trainer, pl_module, split):
+        self.steps.append(trainer.global_step)
+
+    def measure(self, pl_module, batch, batch_idx):
+        pass
+
+    def report(self, trainer, pl_module, split):
+        self.reported += 1
 
 
 def fit(tmp_path, diary, steps=6, ckpt_path=None):
     """An epoch has three steps, and a validation is due after each."""
-    loader = DataLoader(torch.zeros(3, 1))
+    loader = DataLoader([SAMPLE] * 3)
     trainer = Trainer(
         accelerator="cpu",
         callbacks=[diary],
@@ -59,12 +68,14 @@ def fit(tmp_path, diary, steps=6, ckpt_path=None):
 def test_validations_are_counted_over_an_interruption(tmp_path):
     diary = Diary(2)
     fit(tmp_path, diary)
-    assert diary.steps == [2, 4, 6], "not those of every second epoch, nor the one before training"
+    assert diary.reported == 3 and diary.steps == [2, 4, 6], (
+        "not those of every second epoch, nor the one before training"
+    )
     fit(tmp_path, Diary(2), steps=3).save_checkpoint(tmp_path / "three.ckpt")
     diary = Diary(2)
     trainer = fit(tmp_path, diary, ckpt_path=tmp_path / "three.ckpt")
     assert diary.steps == [4, 6]
-    trainer.validate(Nothing(), DataLoader(torch.zeros(1, 1)), verbose=False)
+    trainer.validate(Nothing(), DataLoader([SAMPLE]), verbose=False)
     assert diary.steps == [4, 6, 6], "outside a training always"
 
 

@@ -7,20 +7,36 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from flextok_pl.backbones.extractors import FeatureExtractor
-from flextok_pl.distributed import all_reduce_sum
+from flextok_pl.distributed import all_reduce_sum, gather_objects
 from flextok_pl.keys import choose_fraction, images_hash, key_hash
 from flextok_pl.metrics.feature_set import FeatureSet
 from flextok_pl.metrics.frechet import frechet_distance
 from flextok_pl.metrics.kernel import kernel_distance, kernel_facts
 
+BudgetT = TypeVar("BudgetT")
+"""A number of tokens; or what else tells sets of made images apart, such as a number of tokens and how to decode it."""
 
-class BudgetStatistics(ABC):
+
+class Accumulator(Protocol):
+    """What is summed up over batches and processes, and can be saved in between."""
+
+    def all_reduce(self, device: torch.device) -> None:
+        """Replace what was summed up by that of all processes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types and tensors that `load_state_dict` takes."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+
+
+class BudgetStatistics(ABC, Generic[BudgetT]):
     """Features of real images, and at each budget features of made images and sums of values per image.
 
     Args:
@@ -30,41 +46,40 @@ class BudgetStatistics(ABC):
         real_pool_fraction: share of the real ones, likewise; None for the same.
         real: features of all real images from an earlier run, or None to take them now.
         names: of the values whose means over images are taken.
+        further: by name what else is summed up.
 
     Attributes:
         real: features of the real images.
         made: features of the made images by budget.
         data_hash: of the real images, see `images_hash`.
+        image_size: [H, W] of all images; empty before the first.
     """
 
     def __init__(
         self,
-        budgets: Sequence[int],
+        budgets: Sequence[BudgetT],
         extractor: FeatureExtractor,
         pool_fraction: float,
         real_pool_fraction: float | None,
         real: FeatureSet | None,
         names: Sequence[str],
+        further: Mapping[str, Accumulator],
     ) -> None:
-        self.budgets = list(budgets)
         self.real = FeatureSet(extractor.dim) if real is None else real
+        self.made = {budget: FeatureSet(extractor.dim) for budget in budgets}
         self.data_hash = 0
+        self.image_size: list[int] = []
         self._extractor = extractor
         self._pool_fraction = pool_fraction
         self._real_pool_fraction = pool_fraction if real_pool_fraction is None else real_pool_fraction
         self._real_is_complete = real is not None
-        self.made = {budget: FeatureSet(extractor.dim) for budget in budgets}
         self._sums = {budget: {name: torch.zeros(2, dtype=torch.float64) for name in names} for budget in budgets}
+        self._further = further
 
     @property
     def num_images(self) -> int:
         """Made images that every budget has."""
         return min(features.statistics.count for features in self.made.values())
-
-    @property
-    @abstractmethod
-    def image_size(self) -> list[int]:
-        """[H, W] of the images; empty before the first."""
 
     @property
     def how(self) -> dict[str, dict[str, Any]]:
@@ -73,19 +88,41 @@ class BudgetStatistics(ABC):
         return {self._extractor.kernel_metric_name: {"kernel": kernel_facts(smallest)}}
 
     @abstractmethod
-    def update_real(self, images: Tensor, keys: Sequence[str]) -> None:
-        """Add (B, 3, H, W) uint8 real images with their keys."""
-
-    @abstractmethod
-    def values(self, kernel_seed: int = 0) -> dict[int, dict[str, float]]:
+    def values(self, kernel_seed: int = 0) -> dict[BudgetT, dict[str, float]]:
         """Metrics by budget."""
+
+    def update_real(self, images: Tensor, keys: Sequence[str]) -> None:
+        """Add (B, 3, H, W) uint8 real images with their keys.
+
+        Raises:
+            ValueError: the images have another size than those before.
+        """
+        self.check_size(list(images.shape[2:]))
+        self.data_hash = images_hash(images, keys, self.data_hash)
+        if not self._real_is_complete:
+            _add_features(self.real, self._extractor(images), keys, self._real_pool_fraction)
+
+    def check_size(self, size: list[int]) -> None:
+        """Take only images of this [H, W], where it is not empty.
+
+        Raises:
+            ValueError: others came before.
+        """
+        if self.image_size and size and self.image_size != size:
+            raise ValueError(f"images of {self.image_size} and {size} pixels are mixed; resize them to one size")
+        self.image_size = self.image_size or size
 
     def all_reduce(self, device: torch.device) -> None:
         """Replace these statistics by those of all processes.
 
         Args:
             device: where the process group communicates.
+
+        Raises:
+            ValueError: the processes have images of different sizes.
         """
+        for size in gather_objects(self.image_size):
+            self.check_size(size)
         self.data_hash = int(all_reduce_sum(torch.tensor(self.data_hash), device).item())
         if not self._real_is_complete:
             self.real.all_reduce(device)
@@ -93,14 +130,18 @@ class BudgetStatistics(ABC):
         for budget, sums in self._sums.items():
             self._sums[budget] = {name: all_reduce_sum(total, device) for name, total in sums.items()}
             self.made[budget].all_reduce(device)
+        for each in self._further.values():
+            each.all_reduce(device)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything measured so far, as plain types and tensors that `load_state_dict` takes."""
         return {
             "data_hash": self.data_hash,
+            "size": self.image_size,
             "real": None if self._real_is_complete else self.real.state_dict(),
             "made": {budget: features.state_dict() for budget, features in self.made.items()},
             "sums": self._sums,
+            "further": {name: each.state_dict() for name, each in self._further.items()},
         }
 
     def has_all_of(self, state: Mapping[str, Any]) -> bool:
@@ -109,27 +150,23 @@ class BudgetStatistics(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what statistics made with the same arguments had measured."""
-        self.data_hash = state["data_hash"]
+        self.data_hash, self.image_size = state["data_hash"], state["size"]
         if not self._real_is_complete:
             self.real = FeatureSet.from_state_dict(state["real"])
         self.made = {budget: FeatureSet.from_state_dict(features) for budget, features in state["made"].items()}
         self._sums = state["sums"]
+        for name, each in self._further.items():
+            each.load_state_dict(state["further"][name])
 
-    def _add_real(self, images: Tensor, keys: Sequence[str]) -> None:
-        """Add (B, 3, H, W) uint8 with their keys."""
-        self.data_hash = images_hash(images, keys, self.data_hash)
-        if not self._real_is_complete:
-            _add_features(self.real, self._extractor(images), keys, self._real_pool_fraction)
-
-    def _add_made(self, budget: int, rows: Tensor, keys: Sequence[str]) -> Tensor:
+    def _add_made(self, budget: BudgetT, rows: Tensor, keys: Sequence[str]) -> Tensor:
         """Add (B, D) features of made images, and return the (B,) int64 ids that the keys stand for."""
         return _add_features(self.made[budget], rows, keys, self._pool_fraction)
 
-    def _add_values(self, budget: int, name: str, values: Tensor) -> None:
+    def _add_values(self, budget: BudgetT, name: str, values: Tensor) -> None:
         """Add the values of (B,) images to their sum and count."""
         self._sums[budget][name] += torch.tensor([float(values.sum()), len(values)], dtype=torch.float64)
 
-    def _distances(self, budget: int, kernel_seed: int, paired: bool) -> dict[str, float]:
+    def _distances(self, budget: BudgetT, kernel_seed: int, paired: bool) -> dict[str, float]:
         """Frechet and kernel distance from the real images, each only where it has two samples on either side."""
         made, distances = self.made[budget], {}
         if min(self.real.statistics.count, made.statistics.count) > 1:
@@ -140,7 +177,7 @@ class BudgetStatistics(ABC):
             distances[self._extractor.kernel_metric_name] = kernel
         return distances
 
-    def _means(self, budget: int) -> dict[str, float]:
+    def _means(self, budget: BudgetT) -> dict[str, float]:
         """Mean of each value that any image has."""
         totals = {name: total.tolist() for name, total in self._sums[budget].items()}
         return {name: total / count for name, (total, count) in totals.items() if count}
@@ -151,3 +188,29 @@ def _add_features(features: FeatureSet, rows: Tensor, keys: Sequence[str], pool_
     ids = torch.tensor([key_hash(key) for key in keys], dtype=torch.int64)
     features.update(rows, ids, choose_fraction(keys, pool_fraction, "pool"))
     return ids
+
+
+def check_each_sample_once(seen: Tensor, expected: int, may_stop_early: bool, source: str) -> int:
+    """Count samples.
+
+    Args:
+        seen: (N,) int64, hashes of the keys of all that were seen, by whichever process.
+        expected: samples in the data set.
+        may_stop_early: whether fewer are in order, because the user limits the number of batches.
+        source: what to call the data in an error.
+
+    Raises:
+        RuntimeError: a sample came twice, or some did not come.
+    """
+    repeated = len(seen) - len(torch.unique(seen))
+    if repeated:
+        raise RuntimeError(
+            f"{repeated} of {len(seen)} samples of {source} repeat a key: a sampler pads ranks, or keys are not "
+            "unique; no number is reported"
+        )
+    if len(seen) > expected or (len(seen) < expected and not may_stop_early):
+        raise RuntimeError(
+            f"{source} gave {len(seen)} samples, {expected} were expected: evaluation must see each sample exactly "
+            "once (no drop_last, no skipped errors); no number is reported"
+        )
+    return len(seen)

@@ -1,0 +1,148 @@
+"""Evaluation by token budget, during a fit and in a test: a trainer's batches for `evaluation`, and logs of results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from flextok_pl.callbacks.charts import write_charts
+from flextok_pl.callbacks.evaluation import EvaluationCallback, Split
+from flextok_pl.callbacks.trainer_facts import (
+    generator_of,
+    is_limited,
+    log_evaluation,
+    model_facts,
+    require_image_shards,
+    source_of,
+    split_size,
+    tokenizer_of,
+)
+from flextok_pl.contracts import run_folder
+from flextok_pl.evaluation.budget_evaluation import BudgetEvaluation, Context
+from flextok_pl.evaluation.generation import GenerationEvaluation
+from flextok_pl.evaluation.options import EvaluationOptions, GenerationOptions, ReconstructionOptions
+from flextok_pl.evaluation.reconstruction import ReconstructionEvaluation
+from flextok_pl.evaluation.report import Results
+from flextok_pl.progress import announced
+from flextok_pl.runtime import stop_if_preempted
+
+
+class BudgetEvaluationCallback(EvaluationOptions, EvaluationCallback):
+    """Hands batches to an evaluation, and logs its results. The options are the callback's own fields."""
+
+    results: Results | None = None
+    """Of the latest evaluation."""
+    kind: ClassVar[type[BudgetEvaluation[Any]]]
+    """What evaluates."""
+    model_of: ClassVar[Callable[[LightningModule], Any]]
+    """What of a module it evaluates."""
+    _evaluation: BudgetEvaluation[Any] | None = None
+
+    @property
+    def values(self) -> dict[int, dict[str, float]]:
+        """Budget -> metric -> value of the latest evaluation."""
+        return {} if self.results is None else self.results.values
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Load the networks that measure, so that missing weights stop a run before it starts."""
+        super().setup(trainer, pl_module, stage)
+        if self._evaluation is None and stage != "predict" and (stage != "fit" or self.every_n_validations):
+            with announced(f"loading {self.extractor}"):
+                self._evaluation = self.kind(self, trainer.strategy.root_device)
+
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start an evaluation in vain, which finds out what does not fit."""
+        self.begin(trainer, pl_module, "val")
+        require_image_shards(trainer)
+
+    def begin(self, trainer: Trainer, pl_module: LightningModule, split: Split) -> None:
+        """Start an evaluation."""
+        model = type(self).model_of(pl_module)
+        data, in_fit = trainer.datamodule, trainer.state.fn == TrainerFn.FITTING  # type: ignore[attr-defined]
+        context = Context(
+            num_samples=split_size(trainer, split),
+            split=split,
+            limited=is_limited(trainer, split),
+            image_size=getattr(data, "image_size", None),
+            data_hash=data.data_hash(split) if hasattr(data, "data_hash") else None,
+            facts={
+                "reference": source_of(trainer, split),
+                "crop": getattr(data, "crop", None),
+                **model_facts(trainer, pl_module, self._loaded, hashed=not in_fit),
+            },
+            in_fit=in_fit,
+            pause=partial(stop_if_preempted, trainer),
+        )
+        self._running.start(model, context)
+
+    def measure(self, pl_module: LightningModule, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Hand a batch over."""
+        self._running.update(batch)
+
+    def report(self, trainer: Trainer, pl_module: LightningModule, split: Split) -> None:
+        """Log the results, and leave files."""
+        evaluation = self._running
+        results = evaluation.finish()
+        if results is None:
+            return
+        self.results = results
+        values, title = results.values, f"{split}: {evaluation.heading}"
+        tags = {
+            metric: {k: f"{split}/{evaluation.tag}{metric}/k={k:03d}" for k in values} for metric in results.metrics
+        }
+        scalars = {tag: values[k][metric] for metric, by_budget in tags.items() for k, tag in by_budget.items()}
+        grid = {f"{split}/{evaluation.heading}": results.pictures[evaluation.picture]}
+        log_evaluation(trainer, pl_module, scalars, grid, self._loaded)
+        history = {metric: list(by_budget.values()) for metric, by_budget in tags.items()}
+        curves = {metric: {k: found[metric] for k, found in values.items()} for metric in tags}
+        write_charts(trainer, self.name, title, "token budget", history, curves)
+        in_fit = evaluation.context.in_fit
+        folder = run_folder(trainer) if self.output_dir is None else Path(self.output_dir)
+        folder = folder / f"{self.name}_fit" if in_fit else folder
+        if trainer.is_global_zero:
+            results.write(folder, self.name, whole=not in_fit)
+            print(f"\n{results.table(folder)}", flush=True)
+        evaluation.forget()
+
+    @property
+    def _running(self) -> BudgetEvaluation[Any]:
+        assert self._evaluation is not None
+        return self._evaluation
+
+
+class ReconstructionFID(ReconstructionOptions, BudgetEvaluationCallback):
+    """Measure reconstructions at several token budgets: feature distances, and errors of pixels and perception.
+
+    Errors are MAE, MSE, PSNR and SSIM, and LPIPS and DreamSim where they are asked for.
+
+    Works on any module with a `reconstructor` that can tokenize and detokenize. The arguments are the fields of
+    `ReconstructionOptions`.
+
+    `trainer.validate` and `trainer.test` measure the full grid on all samples and leave `rfid.json` (one record per
+    number, with its protocol), `rfid.csv`, `rfid.png`, `grid.png`, and `extremes.png` with the images whose squared
+    error is smallest and largest at each budget. Validations of a fit measure a cheap subset, for the logger,
+    `rfid_fit/rfid.json` and `rfid_fit/grid.png`.
+    """
+
+    kind = ReconstructionEvaluation
+    model_of = tokenizer_of
+
+
+class GenerationFID(GenerationOptions, BudgetEvaluationCallback):
+    """Measure generated images at several token budgets: distances to real ones, scores, agreement with the condition.
+
+    Works on any module with a prior that generates tokens and a tokenizer that decodes them. The arguments are the
+    fields of `GenerationOptions`.
+
+    `trainer.validate` and `trainer.test` measure the full grid and leave `gfid.json` (one record per number, with its
+    protocol), `gfid.csv`, `gfid.png` and `gfid_grid.png`: fixed conditions and seeds, one row each, one column per
+    budget. Validations of a fit measure less, for the logger and `gfid_fit/`.
+    """
+
+    kind = GenerationEvaluation
+    model_of = generator_of

@@ -1,0 +1,331 @@
+"""An evaluation at several token budgets: it takes batches, whoever gives them, and ends with a number per budget.
+
+Each sample is measured exactly once over all processes, and an evaluation that was killed goes on where it was. What is
+measured are reconstructions (`reconstruction.py`) or generated images (`generation.py`).
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from flextok_pl.backbones.extractors import build_extractor
+from flextok_pl.contracts import Reconstructor, default_budgets
+from flextok_pl.distributed import all_agree, gather_objects, gather_rows, rank, world_size
+from flextok_pl.evaluation.kept_files import keep, kept_file, load_kept
+from flextok_pl.evaluation.options import EvaluationOptions
+from flextok_pl.evaluation.protocol import bits_per_token, data_hash_text, decoding_facts, extractor_facts, versions
+from flextok_pl.evaluation.report import Results
+from flextok_pl.evaluation.statistics import BudgetStatistics, check_each_sample_once
+from flextok_pl.flow.decoding import Decoding
+from flextok_pl.keys import choose_fraction, key_hash, sample_generators
+from flextok_pl.metrics.feature_set import POOL_SIZE, FeatureSet
+from flextok_pl.metrics.images import to_uint8
+from flextok_pl.precision import MEASURED_IN
+from flextok_pl.progress import announced
+
+GRID_COLUMNS = 12
+"""Most columns of the grid picture; beyond, powers of two are shown."""
+
+GridRow = tuple[Any, Any, dict[int, Tensor]]
+"""What orders the row, what stands at its left, and its images by budget, (3, H, W) uint8."""
+
+StatisticsT = TypeVar("StatisticsT", bound=BudgetStatistics[int])
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an evaluation is told of its data and its model.
+
+    Args:
+        num_samples: of the data, over all processes.
+        split: `val` or `test`.
+        limited: only some of the batches will be given.
+        image_size: of the data in pixels; only a probe needs it.
+        data_hash: identity of the data; None keeps nothing of it on disk.
+        facts: what records state of data and model.
+        in_fit: it is a validation of a training, which measures less and leaves fewer files.
+        pause: called between decodings; may raise, to leave the evaluation.
+    """
+
+    num_samples: int
+    split: Literal["val", "test"] = "test"
+    limited: bool = False
+    image_size: int | None = None
+    data_hash: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    in_fit: bool = False
+    pause: Callable[[], None] = lambda: None
+
+
+class BudgetEvaluation(ABC, Generic[StatisticsT]):
+    """What evaluations of reconstructions and of generated images share: `start`, `update` by batches, `finish`.
+
+    Args:
+        options: what is measured, and how.
+        device: of the networks that measure, and where processes communicate.
+
+    Raises:
+        ValueError: weights of a network are missing, or do not fit.
+    """
+
+    heading: ClassVar[str]
+    """Of charts, and of the grid picture in TensorBoard."""
+    picture: ClassVar[str]
+    """The file of the grid picture."""
+    tag: ClassVar[str] = ""
+    """Between the split and the metric in a scalar's name."""
+    saved: ClassVar[tuple[str, ...]] = ("ids", "rows")
+    """Attributes of plain types that a killed evaluation needs to go on, beside the statistics."""
+
+    context: Context
+    budgets: list[int]
+    statistics: StatisticsT
+    ids: list[int]
+    """Of the samples that are done."""
+    rows: list[GridRow]
+    """Of the grid picture."""
+    num_made: int | None
+    """Images to make over all processes, where that is not one of each sample."""
+
+    def __init__(self, options: EvaluationOptions, device: torch.device | str = "cpu") -> None:
+        self.options, self.device = options, torch.device(device)
+        self.extractor = build_extractor(options.extractor, options.weights).to(self.device)
+
+    @abstractmethod
+    def start(self, model: Any, context: Context) -> None:
+        """Begin to measure a model, or go on where a killed evaluation was.
+
+        Raises:
+            ValueError: the model and the options do not fit, or a file in `cache_dir` is damaged.
+        """
+
+    def _start(
+        self,
+        tokenizer: Reconstructor,
+        context: Context,
+        facts: Mapping[str, Any],
+        num_made: int | None = None,
+        reference: FeatureSet | None = None,
+    ) -> None:
+        """Begin anew, or where a killed evaluation was.
+
+        Args:
+            tokenizer: decodes at every budget.
+            context: what is known of data and model.
+            facts: what only records of this kind of evaluation state.
+            num_made: images to make over all processes; None for one of each sample.
+            reference: features of real images that are not those of the data.
+        """
+        options, expected = self.options, context.num_samples
+        self.tokenizer, self.context, self.num_made = tokenizer, context, num_made
+        self.budgets = options.budgets_up_to(tokenizer.num_registers, context.in_fit)
+        self.fraction = min(1.0, (options.max_samples or expected) / expected) if context.in_fit else 1.0
+        self.ids, self.rows = [], []
+        self._done_before: set[int] = set()  # by an earlier run, and not come across yet
+        self._facts = {
+            "split": context.split,
+            "samples_in_split": expected,
+            **extractor_facts(self.extractor),
+            **decoding_facts(tokenizer, options.decoding),
+            "seed": options.seed,
+            "precision": MEASURED_IN,
+            "device": self.device.type,
+            "bits_per_token": bits_per_token(tokenizer),
+            "model_weights": "loaded",
+            **context.facts,
+            **facts,
+            "versions": versions(),
+        }
+        pool = min(1.0, POOL_SIZE / (expected * self.fraction))
+        folder = options.cache_folder if context.data_hash else None
+        self._kept: Path | None = None  # features of the real images
+        if folder is not None and reference is None and not context.limited:
+            network = self.extractor
+            identity = [context.data_hash, network.name, network.weights_hash, network.resize, expected]
+            self._kept = kept_file(folder, "", [*identity, self.fraction, pool])
+            if all_agree(self._kept.is_file(), self.device):
+                reference = load_kept(self._kept, FeatureSet.from_state_dict)
+        self.statistics = self._statistics(pool, reference)
+        self._unfinished: Path | None = None  # the state of this evaluation
+        if folder is not None and not context.in_fit and options.save_every_minutes is not None:
+            self._go_on(folder)
+
+    def _go_on(self, folder: Path) -> None:
+        identity = {
+            **self._facts,
+            "kind": self.options.name,
+            "options": self.options.identity,
+            "data": self.context.data_hash,
+            "process": [rank(), world_size()],
+        }
+        self._unfinished, self._saved_at = kept_file(folder, "unfinished_", identity), time.monotonic()
+        state = load_kept(self._unfinished, dict) if self._unfinished.is_file() else None
+        if state is not None and self.statistics.has_all_of(state["statistics"]):
+            self.statistics.load_state_dict(state.pop("statistics"))
+            vars(self).update(state)
+            self._done_before = set(self.ids)
+            if rank() == 0:
+                name, count = self.options.name, len(self.ids)
+                print(f"{name} goes on after {count} samples of an evaluation that did not finish ({self._unfinished})")
+
+    def _save_if_due(self) -> None:
+        minutes = self.options.save_every_minutes
+        if self._unfinished is not None and minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes:
+            state = {name: getattr(self, name) for name in self.saved}
+            keep(self._unfinished, {"statistics": self.statistics.state_dict(), **state})
+            self._saved_at = time.monotonic()
+
+    def forget(self) -> None:
+        """Delete the state from which a later run would go on: the results are written."""
+        if self._unfinished is not None:
+            self._unfinished.unlink(missing_ok=True)
+
+    @abstractmethod
+    def _statistics(self, pool_fraction: float, real: FeatureSet | None) -> StatisticsT:
+        """Empty statistics that keep this share of the real images' features, or have those of all already."""
+
+    @abstractmethod
+    def _measure(self, batch: Mapping[str, Any]) -> None:
+        """Measure the samples of a batch, which may be none."""
+
+    @abstractmethod
+    def _pictures(self) -> dict[str, Tensor]:
+        """File name -> (3, H, W) uint8; called by all processes."""
+
+    @abstractmethod
+    def _measured(self) -> str:
+        """What was measured, in a few words."""
+
+    def update(self, batch: Mapping[str, Any]) -> None:
+        """Measure those samples of a batch that a killed evaluation has not measured before.
+
+        Args:
+            batch: at least `image`, (B, 3, H, W) in [-1, 1], and `key`, B texts.
+        """
+        keys = batch["key"]
+        hashes = [key_hash(key) for key in keys]
+        new = torch.tensor([number not in self._done_before for number in hashes], dtype=torch.bool)
+        self.ids += [number for number in hashes if number not in self._done_before]
+        self._done_before.difference_update(hashes)  # a key that comes twice is then found out
+        chosen = new & choose_fraction(keys, self.fraction, "subset")
+        numbers = chosen.nonzero().flatten().tolist()
+        rows = {
+            name: value[chosen.to(value.device)] if isinstance(value, Tensor) else [value[i] for i in numbers]
+            for name, value in batch.items()
+            if value is not None
+        }
+        self._measure(rows)
+        self._save_if_due()
+
+    def finish(self) -> Results | None:
+        """Add up all processes, each of which must call this; None where too few images were measured.
+
+        Raises:
+            RuntimeError: a sample was missing or came twice, or cached features are of other images.
+        """
+        context, statistics = self.context, self.statistics
+        ids = gather_rows(torch.tensor(self.ids, dtype=torch.int64), self.device)
+        seen = check_each_sample_once(ids, context.num_samples, context.limited, f"the {context.split} set")
+        statistics.all_reduce(self.device)
+        count = statistics.num_images
+        if count < 2:
+            if rank() == 0:
+                warnings.warn(
+                    f"{self.options.name} has {count} images to measure ({seen} samples were read), a distance needs "
+                    f"two: raise max_samples={self.options.max_samples} or limit_{context.split}_batches",
+                    stacklevel=2,
+                )
+            return None
+        if self.num_made not in (None, count):
+            raise RuntimeError(
+                f"{count} images were generated, {self.num_made} were to be: a process of {world_size()} had no sample "
+                f"of the {context.split} set, with which it starts; no number is reported: use fewer devices"
+            )
+        if rank() == 0 and self._kept is not None and seen == context.num_samples:
+            _store_or_check(self._kept, statistics.real, statistics.data_hash)
+        with announced("computing the distances"):
+            return self._results(statistics.values(self.options.seed), seen)
+
+    def _results(self, values: dict[int, dict[str, float]], seen: int) -> Results:
+        statistics, network, expected = self.statistics, self.extractor, self.context.num_samples
+        count = statistics.num_images
+        full_rank = statistics.real.statistics.full_rank and count > network.dim
+        protocol = {
+            "num_samples": count,
+            "samples_read": seen,
+            "complete": self.fraction == 1 and seen == expected,
+            "data_hash": data_hash_text(statistics.data_hash),
+            "image_size": statistics.image_size,
+            **self._facts,
+        }
+        steps, guidance, weights = (self._facts[name] for name in ("num_steps", "guidance", "model_weights"))
+        notes = []
+        if not full_rank:
+            notes.append(
+                f"{network.metric_name} of {count} images and {network.dim} features compares with other values of "
+                f"{count} images only: the covariance is singular; prefer {network.kernel_metric_name}."
+            )
+        if seen < expected:
+            notes.append(f"limit_{self.context.split}_batches: only {seen} of {expected} samples were read.")
+        return Results(
+            values,
+            protocol,
+            {network.metric_name: {"full_rank": full_rank}, **statistics.how},
+            self._pictures(),
+            f"{self._measured()}, {steps} steps, guidance {guidance}, weights {weights}",
+            notes,
+        )
+
+    @property
+    def columns(self) -> list[int]:
+        """The budgets that the grid picture shows."""
+        if len(self.budgets) <= GRID_COLUMNS:
+            return self.budgets
+        return [budget for budget in default_budgets(self.budgets[-1]) if budget in self.budgets][-GRID_COLUMNS:]
+
+    def _rows_of_all(self, count: int) -> list[GridRow]:
+        """The first rows of the grid picture over all processes."""
+        return first_rows([row for part in gather_objects(self.rows) for row in part], count)
+
+
+def decode(
+    tokenizer: Reconstructor, tokens: Tensor, budget: int, decoding: Decoding, keys: Sequence[str], seed: int
+) -> Tensor:
+    """Decode tokens (B, K) at a budget, from noise that is a function of (seed, key) only: (B, 3, H, W) uint8."""
+    noise = sample_generators(keys, seed)
+    return to_uint8(tokenizer.detokenize(tokens, num_tokens=budget, generator=noise, **decoding.arguments))
+
+
+def first_rows(rows: list[GridRow], count: int) -> list[GridRow]:
+    """The rows that come first, which are the same whoever saw which sample."""
+    return sorted(rows, key=lambda row: row[0])[:count]
+
+
+def stacked(rows: Sequence[GridRow], columns: Sequence[int]) -> list[tuple[str | int, Tensor]]:
+    """Each budget with the rows' images, (B, 3, H, W) uint8."""
+    return [(budget, torch.stack([images[budget] for *_, images in rows])) for budget in columns]
+
+
+def _store_or_check(file: Path, features: FeatureSet, pixel_hash: int) -> None:
+    """Keep features of real images; where they came from the file, check that they were of the images now evaluated.
+
+    Raises:
+        RuntimeError: the images have changed under the same data hash. The file is deleted.
+    """
+    if not file.is_file():
+        keep(file, {**features.state_dict(), "pixel_hash": torch.tensor(pixel_hash)})
+    elif load_kept(file, lambda state: state["pixel_hash"]).item() != pixel_hash:
+        file.unlink()
+        raise RuntimeError(
+            f"the cached statistics {file} were of other images, so no number is reported; the file is deleted: run "
+            "again"
+        )

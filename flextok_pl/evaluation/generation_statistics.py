@@ -1,0 +1,137 @@
+"""Quality of generated images at several token budgets, accumulated batch by batch and added up over processes.
+
+B images, D features, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flextok_pl.backbones.classifier import TimmClassifier
+from flextok_pl.backbones.clip_score import CLIPScore
+from flextok_pl.backbones.extractors import FeatureExtractor
+from flextok_pl.evaluation.statistics import BudgetStatistics, BudgetT
+from flextok_pl.metrics.feature_set import FeatureSet
+from flextok_pl.metrics.inception_score import InceptionScore
+from flextok_pl.metrics.linear_probe import LinearProbe
+from flextok_pl.metrics.manifold import DENSITY_NEIGHBOURS, NEIGHBOURS, manifold_scores
+
+Classifier = LinearProbe | TimmClassifier
+"""Says what class an image shows, from the image or from the extractor's features of it."""
+
+
+class GenerationStatistics(BudgetStatistics[BudgetT]):
+    """Everything that per-budget metrics of generated images need.
+
+    Args:
+        budgets: numbers of tokens.
+        extractor: of the features whose distances are taken.
+        pool_fraction: share of the generated images whose features are kept for the kernel distance and the manifolds.
+        classifier: says what class an image shows, or None to leave agreement with the asked class out.
+        real: features of all real images from an earlier run, or None to take them now.
+        clip: the score of images and captions, or None to leave it out.
+        inception_splits: parts over which an inception score is averaged.
+        real_pool_fraction: share of the real images whose features are kept; None for the same as of the generated.
+    """
+
+    def __init__(
+        self,
+        budgets: Sequence[BudgetT],
+        extractor: FeatureExtractor,
+        pool_fraction: float = 1.0,
+        classifier: Classifier | None = None,
+        real: FeatureSet | None = None,
+        clip: CLIPScore | None = None,
+        inception_splits: int = 10,
+        real_pool_fraction: float | None = None,
+    ) -> None:
+        self._probe = classifier if isinstance(classifier, LinearProbe) else None
+        names = {"class_agreement": classifier, "class_mean_agreement": self._probe, "clip_score": clip}
+        measured = [name for name, source in names.items() if source is not None]
+        self._classifier, self._clip = classifier, clip
+        logits = extractor.class_logits(torch.zeros(0, extractor.dim))  # (0, C) or None
+        self._score_name, num_classes = "", 0
+        if logits is not None:
+            self._score_name, num_classes = "inception_score", logits.shape[1]
+        elif classifier is not None:
+            self._score_name, num_classes = f"score_{classifier.name}", classifier.num_classes
+        self._scores = {budget: InceptionScore(num_classes, inception_splits) for budget in budgets if num_classes}
+        scores = {f"score {budget}": score for budget, score in self._scores.items()}
+        super().__init__(budgets, extractor, pool_fraction, real_pool_fraction, real, measured, scores)
+
+    @property
+    def how(self) -> dict[str, dict[str, Any]]:
+        """See `BudgetStatistics`."""
+        near = {name: {"neighbours": NEIGHBOURS} for name in ("precision", "recall")}
+        near |= {name: {"neighbours": DENSITY_NEIGHBOURS} for name in ("density", "coverage")}
+        return super().how | near
+
+    def update_generated(
+        self,
+        budget: BudgetT,
+        images: Tensor,
+        keys: Sequence[str],
+        labels: Tensor | None = None,
+        captions: Sequence[str] | None = None,
+    ) -> None:
+        """Add images generated at one budget.
+
+        Args:
+            budget: number of tokens.
+            images: (B, 3, H, W) uint8.
+            keys: B keys, unique among the generated images of a budget.
+            labels: (B,) int64, the class that was asked for, -1 for none; or None.
+            captions: B texts that were asked for, or None.
+
+        Raises:
+            ValueError: the images have another size than those before, or the classifier lacks a label's class.
+        """
+        self.check_size(list(images.shape[2:]))
+        features = self._extractor(images)
+        ids = self._add_made(budget, features, keys)
+        logits = self._extractor.class_logits(features)
+        if logits is not None:
+            self._scores[budget].update(logits.cpu().double().softmax(1), ids)
+        if self._classifier is not None:
+            probabilities = self._classifier.probabilities(images, features)
+            if logits is None:
+                self._scores[budget].update(probabilities, ids)
+            if labels is not None:
+                self._add_agreement(budget, probabilities, features, labels.cpu())
+        if self._clip is not None and captions is not None:
+            self._add_values(budget, "clip_score", self._clip(images, captions))
+
+    def values(self, kernel_seed: int = 0) -> dict[BudgetT, dict[str, float]]:
+        """Metrics by budget, each only where there are enough samples for it.
+
+        The Frechet and the kernel distance; the inception score where the extractor has class logits, else the same
+        score of the classifier under its own name; precision, recall, density and coverage; and of the images for which
+        a class or a caption was asked, the share whose most probable class is that one, the share whose nearest class
+        mean is, and the mean CLIP score.
+        """
+        results: dict[BudgetT, dict[str, float]] = {}
+        real = self.real.pool()
+        for budget, features in self.made.items():
+            result = self._distances(budget, kernel_seed, paired=False)
+            if self._scores and self._scores[budget].count:
+                result[self._score_name], _ = self._scores[budget].compute()
+            pool = features.pool()
+            if min(len(real), len(pool)) > DENSITY_NEIGHBOURS:
+                result |= manifold_scores(real, pool)
+            results[budget] = result | self._means(budget)
+        return results
+
+    def _add_agreement(self, budget: BudgetT, probabilities: Tensor, features: Tensor, labels: Tensor) -> None:
+        if len(labels) and int(labels.max()) >= probabilities.shape[1]:
+            raise ValueError(
+                f"label {int(labels.max())} is none of the {probabilities.shape[1]} classes of the classifier; use one "
+                "of the data's own classes, such as a probe"
+            )
+        asked = labels >= 0
+        self._add_values(budget, "class_agreement", (probabilities.argmax(1).cpu() == labels)[asked])
+        if self._probe is not None:
+            self._add_values(budget, "class_mean_agreement", (self._probe.nearest_class(features) == labels)[asked])

@@ -1,0 +1,149 @@
+"""Reconstruction quality at several token budgets, accumulated batch by batch and added up over processes.
+
+B images, N of all batches and processes, H x W pixels, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from flextok_pl.backbones.extractors import FeatureExtractor
+from flextok_pl.distributed import all_reduce_sum, gather_objects
+from flextok_pl.evaluation.statistics import BudgetStatistics, BudgetT
+from flextok_pl.metrics.feature_set import FeatureSet
+from flextok_pl.metrics.images import image_errors
+
+
+class PairDistance(Protocol):
+    """A distance of each image from another.
+
+    Attributes:
+        name: of its network.
+        weights_hash: digest of the network's parameters.
+    """
+
+    name: str
+    weights_hash: str
+
+    def __call__(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 twice -> (B,) float64 on the CPU."""
+
+
+class ImageMoments:
+    """Variance of a set of images of one size around their mean image, in float64, on the [0, 1] scale."""
+
+    def __init__(self) -> None:
+        self._totals = torch.zeros(2, dtype=torch.float64)  # images, and the sum of the squares of their pixels
+        self._sum = torch.zeros((), dtype=torch.float64)
+
+    def update(self, images: Tensor) -> None:
+        """Add (B, 3, H, W) uint8."""
+        squares = float(images.to(torch.int64).square().sum()) / 255**2
+        self._totals += torch.tensor([len(images), squares], dtype=torch.float64)
+        self._sum = self._sum + images.sum(0, dtype=torch.int64).cpu().double() / 255
+
+    def all_reduce(self, device: torch.device) -> None:
+        """Replace these moments by those of the images of all processes."""
+        shape = max((tuple(each) for each in gather_objects(list(self._sum.shape))), key=len)  # one may have no images
+        self._sum = all_reduce_sum(self._sum.expand(shape).contiguous(), device)
+        self._totals = all_reduce_sum(self._totals, device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors that `load_state_dict` takes."""
+        return {"totals": self._totals, "sum": self._sum}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what other moments had summed up."""
+        self._totals, self._sum = state["totals"], state["sum"]
+
+    @property
+    def variance(self) -> float:
+        """Mean over pixels and channels of the variance over images (divisor N)."""
+        count, squares = self._totals
+        mean = self._sum / count
+        return float(squares / (count * mean.numel()) - mean.square().mean())
+
+
+class ReconstructionStatistics(BudgetStatistics[BudgetT]):
+    """Everything that per-budget reconstruction metrics need.
+
+    Args:
+        budgets: numbers of tokens.
+        extractor: of the features whose distances are taken.
+        pool_fraction: share of the samples whose features are kept for the kernel distance.
+        perceptual: metric -> distance whose mean over images is taken.
+        real: features of all originals from an earlier run, or None to take them now.
+    """
+
+    def __init__(
+        self,
+        budgets: Sequence[BudgetT],
+        extractor: FeatureExtractor,
+        pool_fraction: float = 1.0,
+        perceptual: Mapping[str, PairDistance] | None = None,
+        real: FeatureSet | None = None,
+    ) -> None:
+        self._perceptual = dict(perceptual or {})
+        names = ("mae", "mse", "psnr", "ssim", *self._perceptual, "seed_variance")
+        self._originals = ImageMoments()
+        super().__init__(budgets, extractor, pool_fraction, None, real, names, {"originals": self._originals})
+
+    @property
+    def how(self) -> dict[str, dict[str, Any]]:
+        """See `BudgetStatistics`."""
+        ((name, facts),) = super().how.items()
+        return {name: {"kernel": f"{facts['kernel']}, originals and reconstructions paired"}} | {
+            metric: {f"{metric}_network": distance.name, f"{metric}_weights_hash": distance.weights_hash}
+            for metric, distance in self._perceptual.items()
+        }
+
+    def update_real(self, images: Tensor, keys: Sequence[str]) -> None:
+        """See `BudgetStatistics`."""
+        super().update_real(images, keys)
+        self._originals.update(images)
+
+    def update_reconstructions(
+        self,
+        budget: BudgetT,
+        originals: Tensor,
+        reconstructions: Tensor,
+        keys: Sequence[str],
+        from_other_noise: Sequence[Tensor] = (),
+    ) -> dict[str, Tensor]:
+        """Add reconstructions at one budget.
+
+        Args:
+            budget: number of tokens.
+            originals: (B, 3, H, W) uint8.
+            reconstructions: (B, 3, H, W) uint8.
+            keys: B sample keys.
+            from_other_noise: further reconstructions, likewise, for the variance of pixels over noise.
+
+        Returns:
+            (B,) values by name.
+        """
+        errors = image_errors(originals, reconstructions)
+        for name, distance in self._perceptual.items():
+            errors[name] = distance(originals, reconstructions)
+        if from_other_noise:
+            levels = torch.stack([reconstructions, *from_other_noise]).cpu().double() / 255
+            errors["seed_variance"] = levels.var(0).flatten(1).mean(1)
+        for name, values in errors.items():
+            self._add_values(budget, name, values)
+        self._add_made(budget, self._extractor(reconstructions), keys)
+        return errors
+
+    def values(self, kernel_seed: int = 0) -> dict[BudgetT, dict[str, float]]:
+        """Metrics by budget: distances first (absent below two images), then pixel metrics as means over images."""
+        results: dict[BudgetT, dict[str, float]] = {}
+        variance = self._originals.variance
+        for budget in self.made:
+            result = self._distances(budget, kernel_seed, paired=True) | self._means(budget)
+            if variance > 0:
+                result["mse_over_variance"] = result["mse"] / variance
+            results[budget] = result
+        return results
