@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,12 +14,12 @@ from jsonargparse import Namespace, strip_meta
 from lightning.pytorch.cli import LightningArgumentParser
 
 from flextok_pl.cli.front import read
-from flextok_pl.cli.plan_report import describe, record
+from flextok_pl.cli.plan_report import describe
 from flextok_pl.cli.training import ParsingCLI, check_precision, launch_of, run_cli
 from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig, config_from_dict
 from flextok_pl.cost.count import FULL, Numerics
 from flextok_pl.cost.machines import Machine, machine
-from flextok_pl.cost.plan import Recipe, Setup, Split, TrainingPlan, largest_split, memory, speed
+from flextok_pl.cost.plan import Recipe, Setup, plan_training
 from flextok_pl.cost.workload import Inputs, Workload, prior_workload, tokenizer_workload, vae_workload
 from flextok_pl.data.shards.index import ShardIndex
 from flextok_pl.data.shards.sources import load_indices
@@ -101,7 +100,7 @@ class PlanCLI(ParsingCLI):
         plan = make_plan(options, self.experiment, self._given)
         print(describe(plan))
         if options.json is not None:
-            write_file(Path(options.json).expanduser(), json.dumps(record(plan), indent=2) + "\n")
+            write_file(Path(options.json).expanduser(), json.dumps(plan, indent=2) + "\n")
 
 
 def run(command: str, arguments: Sequence[str]) -> None:
@@ -109,8 +108,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
     run_cli(partial(PlanCLI, arguments), "fit", arguments)
 
 
-def make_plan(options: Namespace, experiment: str, given: Sequence[str]) -> TrainingPlan:
-    """The plan of a parsed experiment.
+def make_plan(options: Namespace, experiment: str, given: Sequence[str]) -> dict[str, Any]:
+    """The plan of a parsed experiment, as `--json` writes it; see `plan_training`.
 
     Args:
         options: what `flextok plan` was given.
@@ -126,59 +125,47 @@ def make_plan(options: Namespace, experiment: str, given: Sequence[str]) -> Trai
     for option in ("devices", "num_nodes", "num_samples"):
         if options[option] is not None and options[option] < 1:
             raise ValueError(f"{option}={options[option]} must be at least 1")
-    indices = training_sets(options.data.train)
-    recipe = _recipe(options, indices)
-    num_nodes = options.num_nodes or (1 if options.devices else options.trainer.num_nodes)
-    devices = num_nodes * (options.devices or devices_per_node(options.trainer.devices) or 1)
-    device = _device(options)
-    whole = check_precision(options) == "32-true"
-    numerics = Numerics(FULL if whole else FULL // 2, fused_norms=options.machine != "cpu")
     arguments = strip_meta(options.model.init_args).as_dict()
+    setup, indices = _setup(options, arguments), training_sets(options.data.train)
     config, workload_of, usual = KINDS[name]
     net = config_from_dict(config, arguments.pop("net"))
     inputs = options.inputs or next(
         (kind for field, kind in FIELDS.items() if indices and field in indices[0].fields), usual
     )
-    workload = workload_of(arguments, net, options.data.image_size, inputs, numerics)
-    setup = Setup(
-        machine=device,
-        devices=devices,
-        numerics=numerics,
+    workload = workload_of(arguments, net, options.data.image_size, inputs, setup.numerics)
+    peak = options.peak_tflops or setup.machine.peak_tflops(setup.numerics.autocast)
+    plan = plan_training(workload, setup, _recipe(options, indices), options.mfu, peak)
+    return {
+        "experiment": experiment,
+        "machine": {"name": options.machine, **asdict(setup.machine), "peak_tflops": peak},
+        "inputs": inputs,
+        "fit": [] if plan["split"] is None else _fit_arguments(options, given, setup, plan["split"]),
+        **plan,
+    }
+
+
+def _setup(options: Namespace, arguments: dict[str, Any]) -> Setup:
+    num_nodes = options.num_nodes or (1 if options.devices else options.trainer.num_nodes)
+    whole = check_precision(options) == "32-true"
+    return Setup(
+        machine=_device(options),
+        devices=num_nodes * (options.devices or devices_per_node(options.trainer.devices) or 1),
+        numerics=Numerics(FULL if whole else FULL // 2, fused_norms=options.machine != "cpu"),
         num_nodes=num_nodes,
         strategy=options.strategy or _strategy(options.trainer.strategy),
         checkpointing=bool(arguments.get("activation_checkpointing")),
         compiled=bool(arguments.get("compile_blocks")),
         averaged=options.ema is not None,
     )
-    split = largest_split(workload, setup, recipe.global_batch, recipe.batch_size)
-    batch_size = 1 if split is None else split.batch_size
-    peak = options.peak_tflops or device.peak_tflops(numerics.autocast)
-    switched = dataclasses.replace(setup, checkpointing=not setup.checkpointing)
-    return TrainingPlan(
-        experiment=experiment,
-        machine_name=options.machine,
-        inputs=inputs,
-        recipe=recipe,
-        setup=setup,
-        workload=workload,
-        own=memory(workload, setup, recipe.batch_size),
-        switched=memory(workload, switched, recipe.batch_size),
-        split=split,
-        needed=memory(workload, setup, batch_size),
-        speed=speed(workload, setup, batch_size, recipe.global_batch, options.mfu, peak),
-        utilisation=options.mfu,
-        peak_tflops=peak,
-        advice=() if split is None else tuple(_advice(options, given, setup, split)),
-    )
 
 
-def _advice(options: Namespace, given: Sequence[str], setup: Setup, split: Split) -> list[str]:
-    """Arguments of a fit: what was given, and all that the plan decides."""
+def _fit_arguments(options: Namespace, given: Sequence[str], setup: Setup, split: dict[str, Any]) -> list[str]:
+    """What was given, and all that the plan decides."""
     decided = {
         "trainer.num_nodes": str(setup.num_nodes),
         "trainer.devices": str(setup.devices // setup.num_nodes),
-        "data.batch_size": str(split.batch_size),
-        "trainer.accumulate_grad_batches": str(split.accumulate),
+        "data.batch_size": str(split["batch_size"]),
+        "trainer.accumulate_grad_batches": str(split["accumulate"]),
     }
     if options.strategy not in (None, _strategy(options.trainer.strategy)):
         decided["trainer.strategy"] = STRATEGIES[options.strategy]
@@ -191,7 +178,7 @@ def _device(options: Namespace) -> Machine:
     for name in ("peak_tflops", "memory_gib"):
         if options[name] is not None and options[name] <= 0:
             raise ValueError(f"{name}={options[name]} must be positive")
-    return device if options.memory_gib is None else dataclasses.replace(device, memory_gib=options.memory_gib)
+    return device if options.memory_gib is None else replace(device, memory_gib=options.memory_gib)
 
 
 def training_sets(source: str | list[str] | None) -> list[ShardIndex]:

@@ -182,7 +182,7 @@ def tokenizer_flops(
     """
     parts = budget_groups(config, batch_size, groups)
     longest = torch.stack([group.longest * (group.size / batch_size) for group in parts]).sum(0)
-    coding, decoding = _at_every_budget(config, lambda part, depth: count_flops(part, depth, checkpointing), 2, grid)
+    coding, decoding = _flops_at_every_budget(_shape(config), grid, checkpointing)
     return Flops(*(longest @ coding).tolist()) + Flops(*(longest @ decoding).tolist())
 
 
@@ -206,7 +206,7 @@ def tokenizer_activations(
         groups: as for `tokenizer_flops`.
         grid: as for `tokenizer_flops`.
     """
-    coding, decoding = _kept_at_every_budget(config, numerics, grid)
+    coding, decoding = _kept_at_every_budget(_shape(config), grid, numerics)
     total = Activations()
     for group in budget_groups(config, batch_size, groups):
         longest = int(torch.searchsorted(group.longest.cumsum(0), 1 - RARE))
@@ -215,8 +215,18 @@ def tokenizer_activations(
     return total
 
 
+def _shape(config: FlexTokConfig) -> FlexTokConfig:
+    """The configuration without what changes no cost of an image, so that the trials of a sweep are counted once."""
+    return replace(config, vae=None, repa_layer=None, nested_dropout="none", null_dropout=0.0, objective="flow")
+
+
 @lru_cache(maxsize=64)
-def _kept_at_every_budget(config: FlexTokConfig, numerics: Numerics, grid: Grid | None) -> tuple[Tensor, Tensor]:
+def _flops_at_every_budget(config: FlexTokConfig, grid: Grid | None, checkpointing: bool) -> tuple[Tensor, Tensor]:
+    return _at_every_budget(config, lambda part, depth: count_flops(part, depth, checkpointing), 2, grid)
+
+
+@lru_cache(maxsize=64)
+def _kept_at_every_budget(config: FlexTokConfig, grid: Grid | None, numerics: Numerics) -> tuple[Tensor, Tensor]:
     return _at_every_budget(config, lambda part, depth: count_activations(part, depth, numerics), 1, grid)
 
 

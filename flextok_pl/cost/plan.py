@@ -7,10 +7,10 @@ at the end of the forward pass, or what a frozen network holds while it works, o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
-from flextok_pl.cost.count import FULL, Flops, Numerics
+from flextok_pl.cost.count import FULL, Numerics
 from flextok_pl.cost.machines import Machine
 from flextok_pl.cost.workload import Workload
 
@@ -64,11 +64,6 @@ class Recipe:
     accumulate: int
     max_steps: int
     global_batch: int
-
-    @property
-    def own_batch(self) -> int:
-        """Samples of an optimizer step on its own devices, which a fit compares with what is stated."""
-        return self.batch_size * self.devices * self.accumulate
 
 
 @dataclass(frozen=True)
@@ -184,95 +179,61 @@ def largest_split(workload: Workload, setup: Setup, global_batch: int, most: int
     return None
 
 
-@dataclass(frozen=True)
-class Speed:
-    """What a step costs and how long it takes.
+def plan_training(
+    workload: Workload, setup: Setup, recipe: Recipe, utilisation: float, peak_tflops: float | None
+) -> dict[str, Any]:
+    """All that a plan finds out, as plain JSON types: bytes, operations, seconds; None where something is unknown.
 
-    Attributes:
-        flops: of the trained model, per sample.
-        frozen: of frozen networks, per sample, by name.
-        seconds: of an optimizer step; None where the peak is unknown.
-        reported_mfu: what `train/mfu` then shows: without frozen networks and what is recomputed.
-    """
-
-    flops: Flops
-    frozen: dict[str, float]
-    seconds: float | None
-    reported_mfu: float | None
-
-    def images_per_s(self, global_batch: int) -> float | None:
-        """Samples per second over all devices."""
-        return None if self.seconds is None else global_batch / self.seconds
-
-    def days(self, steps: int) -> float | None:
-        """Duration of a training."""
-        return None if self.seconds is None or steps < 1 else steps * self.seconds / SECONDS_PER_DAY
-
-
-def speed(
-    workload: Workload, setup: Setup, batch_size: int, global_batch: int, utilisation: float, peak_tflops: float | None
-) -> Speed:
-    """The time of a step in which every operation that is computed runs at a share of the peak.
+    A step takes the time in which all operations that are computed run at a share of the peak. Of these
+    `train/mfu` counts neither those of frozen networks nor what is recomputed.
 
     Args:
         workload: the training step.
         setup: how it is run.
-        batch_size: B, samples on a device at a time.
-        global_batch: samples of an optimizer step.
+        recipe: the experiment's steps.
         utilisation: share of the peak, in (0, 1].
         peak_tflops: of one device.
 
     Raises:
-        ValueError: the share is out of range.
+        ValueError: the share is out of range, or the devices cannot share the global batch.
     """
     if not 0.0 < utilisation <= 1.0:
         raise ValueError(f"mfu={utilisation} must be in (0, 1], a share of the device's peak")
-    flops = workload.flops(batch_size)
+    split = largest_split(workload, setup, recipe.global_batch, recipe.batch_size)
+    flops = workload.flops(1 if split is None else split.batch_size)
     frozen = {name: network.flops for name, network in workload.frozen.items() if network.flops}
-    computed = flops.training + flops.recomputed + sum(frozen.values())
-    if peak_tflops is None:
-        return Speed(flops, frozen, None, None)
-    seconds = computed * global_batch / (setup.devices * peak_tflops * 1e12 * utilisation)
-    return Speed(flops, frozen, seconds, utilisation * flops.training / computed)
+    counted, total = flops.training + sum(frozen.values()), recipe.global_batch
+    computed, seconds = counted + flops.recomputed, None
+    if peak_tflops is not None:
+        seconds = computed * total / (setup.devices * peak_tflops * 1e12 * utilisation)
 
+    def needed(batch_size: int, setup: Setup = setup) -> dict[str, Any]:
+        found = memory(workload, setup, batch_size)
+        return {**asdict(found), "lasting": found.lasting, "total": found.total, "fits": fits(found, setup.machine)}
 
-@dataclass(frozen=True)
-class TrainingPlan:
-    """What `flextok plan` finds out.
-
-    Attributes:
-        experiment: its name.
-        machine_name: the machine's.
-        inputs: what the training shards hold.
-        recipe: the experiment's steps.
-        setup: how it is run.
-        workload: what is run.
-        own: memory of a device with the experiment's own batch.
-        switched: the same, were activation checkpointing switched.
-        split: how the global batch fits on these devices; None where it does not.
-        needed: memory with that split, or with one sample where there is none.
-        speed: time of its steps.
-        utilisation: share of the peak.
-        peak_tflops: of a device.
-        advice: arguments of a fit with this split; empty where there is none.
-    """
-
-    experiment: str
-    machine_name: str
-    inputs: str
-    recipe: Recipe
-    setup: Setup
-    workload: Workload
-    own: Memory
-    switched: Memory
-    split: Split | None
-    needed: Memory
-    speed: Speed
-    utilisation: float
-    peak_tflops: float | None
-    advice: tuple[str, ...] = ()
-
-    @property
-    def batch_size(self) -> int:
-        """Samples on a device at a time, as planned."""
-        return 1 if self.split is None else self.split.batch_size
+    return {
+        "devices": setup.devices,
+        "num_nodes": setup.num_nodes,
+        "strategy": setup.strategy,
+        "activation_checkpointing": setup.checkpointing,
+        "compile_blocks": setup.compiled,
+        "parameters": {
+            "trained": workload.parameters.trained,
+            "fixed": workload.parameters.fixed,
+            "averaged": workload.parameters.total * setup.averaged,
+            "frozen": {name: network.parameters for name, network in workload.frozen.items()},
+        },
+        "recipe": {**asdict(recipe), "memory": needed(recipe.batch_size)},
+        "recipe_with_checkpointing_switched": {
+            "memory": needed(recipe.batch_size, replace(setup, checkpointing=not setup.checkpointing))
+        },
+        "split": None if split is None else {**asdict(split), "memory": needed(split.batch_size)},
+        "flops_per_sample": {**asdict(flops), "frozen": frozen},
+        "flops_per_step": counted * total,
+        "mfu": utilisation,
+        "train_mfu": None if seconds is None else utilisation * flops.training / computed,
+        "seconds_per_step": seconds,
+        "images_per_s": None if seconds is None else total / seconds,
+        "days": None if seconds is None or recipe.max_steps < 1 else recipe.max_steps * seconds / SECONDS_PER_DAY,
+        "notes": list(workload.notes),
+    }

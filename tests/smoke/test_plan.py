@@ -12,7 +12,6 @@ import yaml
 
 from flextok_pl.cli import main
 from flextok_pl.cli.plan import PlanCLI, make_plan
-from flextok_pl.cli.plan_report import record
 from flextok_pl.cli.sweep import CheckCLI, check_points, parse_sweep, sweep_parser
 from flextok_pl.config import FlexTokConfig, PriorConfig
 from flextok_pl.cost.machines import MACHINES
@@ -130,7 +129,7 @@ def test_every_trial_of_a_sweep_on_imagenet_can_be_trained(file: Path, monkeypat
 
         def run(self) -> None:
             super().run()
-            recipes.append(record(make_plan(self.config, "trial", []))["recipe"])
+            recipes.append(make_plan(self.config, "trial", [])["recipe"])
 
     monkeypatch.setattr("flextok_pl.cli.sweep.CheckCLI", PlanningCheck)
     check_points(sweep)
