@@ -21,46 +21,31 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def all_reduce_sum(tensor: Tensor, device: torch.device) -> Tensor:
-    """The sum over processes, of the same shape, on the CPU.
-
-    Args:
-        tensor: of equal shape and type on every process.
-        device: where the process group communicates.
-    """
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum over processes, on the CPU, of a tensor that has the same shape and type on each."""
     if world_size() == 1:
         return tensor
-    moved = tensor.to(device, copy=True)
+    accelerator = torch.accelerator.current_accelerator()
+    on_cpu = accelerator is None or dist.get_backend() == "gloo"
+    moved = tensor.to("cpu" if on_cpu else accelerator, copy=True)  # where the process group communicates
     dist.all_reduce(moved)
     return moved.cpu()
 
 
-def all_agree(flag: bool, device: torch.device) -> bool:
+def all_agree(flag: bool) -> bool:
     """Whether `flag` holds on every process."""
-    return int(all_reduce_sum(torch.tensor(int(flag)), device).item()) == world_size()
+    return all(gather_objects(flag))
 
 
-def gather_rows(rows: Tensor, device: torch.device) -> Tensor:
-    """Rows of all processes in the order of rank: (N_r, ...) -> (sum of N_r, ...), on the CPU.
-
-    Args:
-        rows: any number of rows, also none; the other dimensions equal on every process.
-        device: where the process group communicates.
-    """
+def gather_rows(rows: Tensor) -> Tensor:
+    """Rows of all processes in the order of rank: (N_r, ...) -> (sum of N_r, ...), on the CPU; some may have none."""
     if world_size() == 1:
         return rows
-    counts = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor(len(rows), device=device))
-    sizes = [int(count.item()) for count in counts]
-    padded = torch.zeros(max(sizes), *rows.shape[1:], dtype=rows.dtype, device=device)  # collectives need equal shapes
-    padded[: len(rows)] = rows.to(device)
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:size].cpu() for part, size in zip(parts, sizes, strict=True)])
+    return torch.cat(gather_objects(rows.cpu().clone()))  # pickled, a view would take its whole storage along
 
 
 def gather_objects(value: T) -> list[T]:
-    """One picklable value per process, in the order of rank; for small things."""
+    """One picklable value per process, in the order of rank."""
     if world_size() == 1:
         return [value]
     values = [value] * world_size()

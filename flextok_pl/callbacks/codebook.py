@@ -83,10 +83,10 @@ class CodebookReport(EvaluationCallback):
 
     def report(self, trainer: Trainer, pl_module: LightningModule, split: Split) -> None:
         """Report on the tokens of all processes; a test leaves files."""
-        tokenizer, device = tokenizer_of(pl_module), trainer.strategy.root_device
+        tokenizer = tokenizer_of(pl_module)
         none = torch.zeros(0, dtype=torch.int64)
-        tokens = gather_rows(torch.cat(self._tokens or [none.reshape(0, tokenizer.num_registers)]), device)  # (N, K)
-        labels = gather_rows(torch.cat(self._labels or [none]), device)  # (N,)
+        tokens = gather_rows(torch.cat(self._tokens or [none.reshape(0, tokenizer.num_registers)]))  # (N, K)
+        labels = gather_rows(torch.cat(self._labels or [none]))  # (N,)
         if len(tokens) == 0:
             return
         entropy = position_entropy(tokens)

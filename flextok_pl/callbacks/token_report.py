@@ -50,15 +50,9 @@ class PositionSums:
         self.sums = sums if self.count == 0 else self.sums + sums
         self.count += len(nll)
 
-    def means(self, device: torch.device) -> tuple[Tensor, int]:
-        """(2, K) bits and accuracy by position and the number of sequences, over all processes; starts anew.
-
-        Args:
-            device: where the process group communicates.
-        """
-        total = all_reduce_sum(
-            torch.cat([self.sums.flatten(), torch.tensor([self.count], dtype=self.sums.dtype)]), device
-        )
+    def means(self) -> tuple[Tensor, int]:
+        """(2, K) bits and accuracy by position and the number of sequences, over all processes; starts anew."""
+        total = all_reduce_sum(torch.cat([self.sums.flatten(), torch.tensor([self.count], dtype=self.sums.dtype)]))
         means = total[:-1].view(2, -1) / total[-1]
         self.sums, self.count = self.sums[:, :0], 0
         return torch.stack([means[0] / math.log(2), means[1]]), int(total[-1])
@@ -84,7 +78,7 @@ class TokenReport(Callback):
         """Add a batch, and report at the end of a window."""
         self._train.update(outputs)
         if step_ends(pl_module) and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            values = _at_positions("train", self._train.means(trainer.strategy.root_device)[0])
+            values = _at_positions("train", self._train.means()[0])
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step)
 
@@ -109,7 +103,7 @@ class TokenReport(Callback):
         """Report on all processes' sequences."""
         if trainer.sanity_checking:
             return
-        means, sequences = self._val.means(trainer.strategy.root_device)
+        means, sequences = self._val.means()
         values = _at_positions("val", means)
         picture = plot_positions(means, f"{sequences} sequences")
         log_evaluation(trainer, pl_module, values, {"val/tokens_by_position": picture}, None)

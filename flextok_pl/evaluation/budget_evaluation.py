@@ -152,7 +152,7 @@ class BudgetEvaluation(ABC, Generic[StatisticsT]):
             network = self.extractor
             identity = [context.data_hash, network.name, network.weights_hash, network.resize, expected]
             self._kept = kept_file(folder, "", [*identity, self.fraction, pool])
-            if all_agree(self._kept.is_file(), self.device):
+            if all_agree(self._kept.is_file()):
                 reference = load_kept(self._kept, FeatureSet.from_state_dict)
         self.statistics = self._statistics(pool, reference)
         self._unfinished: Path | None = None  # the state of this evaluation
@@ -233,9 +233,9 @@ class BudgetEvaluation(ABC, Generic[StatisticsT]):
             RuntimeError: a sample was missing or came twice, or cached features are of other images.
         """
         context, statistics = self.context, self.statistics
-        ids = gather_rows(torch.tensor(self.ids, dtype=torch.int64), self.device)
+        ids = gather_rows(torch.tensor(self.ids, dtype=torch.int64))
         seen = check_each_sample_once(ids, context.num_samples, context.limited, f"the {context.split} set")
-        statistics.all_reduce(self.device)
+        statistics.all_reduce()
         count = statistics.num_images
         if count < 2:
             if rank() == 0:

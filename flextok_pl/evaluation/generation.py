@@ -107,7 +107,7 @@ class GenerationEvaluation(BudgetEvaluation[GenerationStatistics[int]]):
         self._folder = None if options.images_dir is None or context.in_fit else Path(options.images_dir).expanduser()
         if self._folder is not None and not self.ids:
             written = any(self._folder.glob("k=*/*.png"))
-            if not all_agree(not written, self.device):
+            if not all_agree(not written):
                 raise ValueError(
                     f"images_dir={str(self._folder)!r} holds images of an earlier evaluation, which would be taken "
                     "for this one's: name another folder, or remove it"

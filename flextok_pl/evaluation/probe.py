@@ -77,8 +77,7 @@ def fitted_probe(
     data = probe_data(source, image_size, classes)
     key = [VERSION, data.data_hash("test"), extractor.name, extractor.weights_hash, extractor.resize, *made_by]
     file = None if cache_dir is None else kept_file(cache_dir, "probe_", key)
-    device = extractor.device
-    if file is not None and all_agree(file.is_file(), device):
+    if file is not None and all_agree(file.is_file()):
         return load_kept(file, lambda state: LinearProbe(**state))
     features, labels, ids = [torch.zeros(0, extractor.dim)], [NONE], [NONE]
     for batch in tqdm(data.test_dataloader(), desc="features for the classifier", unit="batch", leave=False):
@@ -86,7 +85,7 @@ def fitted_probe(
             features.append(extractor(pixels).cpu())
             labels.append(batch["label"])
             ids.append(torch.tensor([key_hash(key) for key in batch["key"]]))
-    of_all = [gather_rows(torch.cat(parts), device) for parts in (features, labels, ids)]  # each process has a share
+    of_all = [gather_rows(torch.cat(parts)) for parts in (features, labels, ids)]  # each process has a share
     order = of_all[2].argsort(stable=True)  # an image, then its reconstruction
     with announced("fitting the classifier to the features"):
         probe = LinearProbe.fit(of_all[0][order], of_all[1][order], len(data.classes), extractor.name)

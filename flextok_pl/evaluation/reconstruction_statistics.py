@@ -46,11 +46,11 @@ class ImageMoments:
         self._totals += torch.tensor([len(images), squares], dtype=torch.float64)
         self._sum = self._sum + images.sum(0, dtype=torch.int64).cpu().double() / 255
 
-    def all_reduce(self, device: torch.device) -> None:
+    def all_reduce(self) -> None:
         """Replace these moments by those of the images of all processes."""
         shape = max((tuple(each) for each in gather_objects(list(self._sum.shape))), key=len)  # one may have no images
-        self._sum = all_reduce_sum(self._sum.expand(shape).contiguous(), device)
-        self._totals = all_reduce_sum(self._totals, device)
+        self._sum = all_reduce_sum(self._sum.expand(shape).contiguous())
+        self._totals = all_reduce_sum(self._totals)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors that `load_state_dict` takes."""

@@ -26,7 +26,7 @@ BudgetT = TypeVar("BudgetT")
 class Accumulator(Protocol):
     """What is summed up over batches and processes, and can be saved in between."""
 
-    def all_reduce(self, device: torch.device) -> None:
+    def all_reduce(self) -> None:
         """Replace what was summed up by that of all processes."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -112,26 +112,23 @@ class BudgetStatistics(ABC, Generic[BudgetT]):
             raise ValueError(f"images of {self.image_size} and {size} pixels are mixed; resize them to one size")
         self.image_size = self.image_size or size
 
-    def all_reduce(self, device: torch.device) -> None:
+    def all_reduce(self) -> None:
         """Replace these statistics by those of all processes.
-
-        Args:
-            device: where the process group communicates.
 
         Raises:
             ValueError: the processes have images of different sizes.
         """
         for size in gather_objects(self.image_size):
             self.check_size(size)
-        self.data_hash = int(all_reduce_sum(torch.tensor(self.data_hash), device).item())
+        self.data_hash = int(all_reduce_sum(torch.tensor(self.data_hash)).item())
         if not self._real_is_complete:
-            self.real.all_reduce(device)
+            self.real.all_reduce()
             self._real_is_complete = True
         for budget, sums in self._sums.items():
-            self._sums[budget] = {name: all_reduce_sum(total, device) for name, total in sums.items()}
-            self.made[budget].all_reduce(device)
+            self._sums[budget] = {name: all_reduce_sum(total) for name, total in sums.items()}
+            self.made[budget].all_reduce()
         for each in self._further.values():
-            each.all_reduce(device)
+            each.all_reduce()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything measured so far, as plain types and tensors that `load_state_dict` takes."""

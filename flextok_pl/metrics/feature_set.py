@@ -50,15 +50,11 @@ class FeatureSet:
         rows, ids = self._joined()
         return rows[ids.argsort()]
 
-    def all_reduce(self, device: torch.device) -> None:
-        """Replace this set by that of all processes.
-
-        Args:
-            device: where the process group communicates.
-        """
-        self.statistics.all_reduce(device)
+    def all_reduce(self) -> None:
+        """Replace this set by that of all processes."""
+        self.statistics.all_reduce()
         rows, ids = self._joined()
-        self._rows, self._ids = [gather_rows(rows, device)], [gather_rows(ids, device)]
+        self._rows, self._ids = [gather_rows(rows)], [gather_rows(ids)]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that `from_state_dict` takes."""

@@ -105,19 +105,15 @@ class FeatureStatistics:
         self.count = total
         self._factor = None
 
-    def all_reduce(self, device: torch.device) -> None:
-        """Replace these statistics by those of the samples of all processes; a no-op outside torch.distributed.
-
-        Args:
-            device: where the process group communicates.
-        """
-        totals = all_reduce_sum(torch.cat([self.mean * self.count, self.mean.new_tensor([self.count])]), device)
+    def all_reduce(self) -> None:
+        """Replace these statistics by those of the samples of all processes; a no-op outside torch.distributed."""
+        totals = all_reduce_sum(torch.cat([self.mean * self.count, self.mean.new_tensor([self.count])]))
         count = int(totals[-1].item())
         if count == 0:
             return
         mean = totals[:-1] / count
         shift = self.mean - mean
-        self.scatter = all_reduce_sum(self.scatter.addr_(shift, shift, alpha=float(self.count)), device)
+        self.scatter = all_reduce_sum(self.scatter.addr_(shift, shift, alpha=float(self.count)))
         self.count, self.mean, self._factor = count, mean, None
 
     def covariance_factor(self) -> Tensor:

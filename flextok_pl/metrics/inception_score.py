@@ -54,13 +54,9 @@ class InceptionScore:
         rows = torch.cat([p, -torch.special.entr(p).sum(1, keepdim=True), p.new_ones(len(p), 1)], 1)  # (B, C + 2)
         self._sums.index_add_(0, ids.cpu() % len(self._sums), rows)
 
-    def all_reduce(self, device: torch.device) -> None:
-        """Replace the samples by those of all processes.
-
-        Args:
-            device: where the process group communicates.
-        """
-        self._sums = all_reduce_sum(self._sums, device)
+    def all_reduce(self) -> None:
+        """Replace the samples by those of all processes."""
+        self._sums = all_reduce_sum(self._sums)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that `load_state_dict` takes."""

@@ -14,7 +14,6 @@ from flextok_pl.metrics.kernel import kernel_distance
 from flextok_pl.metrics.linear_probe import LinearProbe
 from flextok_pl.metrics.manifold import manifold_scores
 
-CPU = torch.device("cpu")
 COUNT, BUDGETS = 24, (1, 8)
 KEYS = [f"picture{i}" for i in range(COUNT)]
 LABELS = torch.arange(COUNT) % 3
@@ -192,7 +191,7 @@ def _process(rank, folder):
         empty.update_real(REAL, KEYS)
         empty.update_generated(2, MADE[1], KEYS)
     for each in (statistics, empty):
-        each.all_reduce(CPU)
+        each.all_reduce()
     facts = (statistics.values(), statistics.num_images, statistics.data_hash, statistics.image_size)
     torch.save([facts, (empty.values(), empty.num_images, empty.image_size)], f"{folder}/{rank}.pt")
     dist.destroy_process_group()
