@@ -237,11 +237,7 @@ def _spelled(name: str, value: str | None, options: Options) -> str:
 
 
 def _content(file: Path) -> dict[str, Any]:
-    """What a YAML file holds.
-
-    Raises:
-        UserError: there is no such file, or it holds something else.
-    """
+    """What a YAML file holds."""
     if not file.is_file():
         raise UserError(f"there is no file {file}")
     try:
@@ -254,11 +250,7 @@ def _content(file: Path) -> dict[str, Any]:
 
 
 def _check_names(file: Path, content: Mapping[str, Any], level: Options, options: Options, path: str = "") -> None:
-    """Check the names in a file, and in those that it names in place of a group.
-
-    Raises:
-        UserError: an option does not exist, or such a file.
-    """
+    """Check the names in a file, and in those that it names in place of a group."""
     for name, value in content.items():
         if name in ("class_path", "dict_kwargs"):
             continue
@@ -277,11 +269,7 @@ def _check_names(file: Path, content: Mapping[str, Any], level: Options, options
 
 
 def _check_inputs(named: Named, inputs: Sequence[str]) -> None:
-    """Check that files and folders are there.
-
-    Raises:
-        UserError: one is not.
-    """
+    """Check that files and folders are there."""
     for name, value in named:
         last = name.rpartition(".")[2]
         for place in _places(value):
@@ -292,11 +280,7 @@ def _check_inputs(named: Named, inputs: Sequence[str]) -> None:
 
 
 def _check_shards(name: str, named: Named, files: Sequence[tuple[Path, Any]]) -> None:
-    """Check that the shard sets that a training reads are there.
-
-    Raises:
-        UserError: one is not.
-    """
+    """Check that the shard sets that a training reads are there."""
     given: dict[str, Any] = {}
     for file, content in files:
         data = content.get("data") or {}
