@@ -89,26 +89,30 @@ class Decoder:
         return None
 
 
+ArrayField = Literal[Stacked, "text_states"]
+ARRAYS: dict[ArrayField, tuple[str, str, int]] = {
+    "latent": ("latent.npy", "f", 3),  # (2C, h, w)
+    "teacher_features": ("features.npy", "f", 3),  # (F, h', w')
+    "tokens": ("tokens.npy", "iu", 1),  # (K,)
+    "text_states": ("states.npy", "f", 2),  # (L, E)
+}
+"""File, kinds of numbers and number of axes of the fields that are arrays."""
+
+
 def _decode(index: ShardIndex, raw: dict[str, Any], min_side: int | None) -> Decoded:
     sample: Decoded = {"key": raw["__key__"]}
-    for name in index.fields:
-        if name == "image":
-            extension = next((e for e in IMAGE_EXTENSIONS if e in raw), None)
-            if extension is None:
-                raise ValueError("it has no picture (perhaps the shard is truncated)")
-            sample["image"] = decode_image(raw[extension], min_side)
-        elif name == "latent":
-            sample["latent"] = _array(raw, "latent.npy", "f", 3)  # (2C, h, w)
-        elif name == "teacher_features":
-            sample["teacher_features"] = _array(raw, "features.npy", "f", 3)  # (F, h', w')
-        elif name == "tokens":
-            sample["tokens"] = _array(raw, "tokens.npy", "iu", 1)  # (K,)
-        elif name == "label":
-            sample["label"] = _label(raw, len(index.classes))
-        elif name == "text_states":
-            sample["text_states"] = _array(raw, "states.npy", "f", 2)  # (L, E)
-        else:
-            sample["text"] = _member(raw, "txt").decode("utf-8")
+    for name, (extension, kinds, ndim) in ARRAYS.items():
+        if name in index.fields:
+            sample[name] = _array(raw, extension, kinds, ndim)
+    if "image" in index.fields:
+        extension = next((each for each in IMAGE_EXTENSIONS if each in raw), "")
+        if not extension:
+            raise ValueError("it has no picture (perhaps the shard is truncated)")
+        sample["image"] = decode_image(raw[extension], min_side)
+    if "label" in index.fields:
+        sample["label"] = _label(raw, len(index.classes))
+    if "text" in index.fields:
+        sample["text"] = _member(raw, "txt").decode("utf-8")
     return sample
 
 
@@ -158,9 +162,7 @@ def padded(samples: Sequence[Decoded]) -> tuple[Tensor, Tensor]:
     return batch, torch.arange(batch.shape[1]) < lengths[:, None]
 
 
-def _require_equal_shapes(
-    samples: Sequence[Decoded], name: Literal[Stacked, "text_states"], first_axis: int = 0
-) -> None:
+def _require_equal_shapes(samples: Sequence[Decoded], name: ArrayField, first_axis: int = 0) -> None:
     for sample in samples:
         if sample[name].shape[first_axis:] != samples[0][name].shape[first_axis:]:
             shapes = [f"{s['key']!r} has {tuple(s[name].shape)}" for s in (samples[0], sample)]
