@@ -116,9 +116,9 @@ def measure(setting: str, device: str) -> dict[str, float]:
     setup = Setup(machine("cpu"), 1, numerics, checkpointing=checkpointing, compiled=kept == "compiled", averaged=False)
     needed = memory(workload, setup, batch)
     planned = {
-        "kept": needed.activations + needed.cast_weights,
-        "live": needed.total - needed.frozen,
-        "resident": needed.total - needed.frozen,
+        "kept": needed["activations"] + needed["cast_weights"],
+        "live": needed["total"] - needed["frozen"],
+        "resident": needed["total"] - needed["frozen"],
     }
     measured = {"kept": saved.total, "live": lasting + seen.peak, "resident": resident * 2**30}
     if kept == "compiled":  # the process holds the compiler, too

@@ -213,7 +213,7 @@ class FlexTokConfig:
         Raises:
             ValueError: the name is unknown.
         """
-        return _preset(_PRESETS, name)
+        return _preset(TOKENIZER_PRESETS, name)
 
 
 def _published(encoder_depth: int, decoder_depth: int) -> FlexTokConfig:
@@ -234,7 +234,7 @@ _DEMO_VAE = VAEConfig(
     scaling_factor=1.0,
 )
 
-_PRESETS = {
+TOKENIZER_PRESETS = {
     "d12_d12": _published(12, 12),
     "d18_d18": _published(18, 18),
     "d18_d28": _published(18, 28),
@@ -337,12 +337,12 @@ class PriorConfig:
         Raises:
             ValueError: the name is unknown.
         """
-        return _preset(_PRIOR_PRESETS, name)
+        return _preset(PRIOR_PRESETS, name)
 
 
 _CLASS_DEPTHS = {"49m": 10, "85m": 12, "201m": 16, "393m": 20, "679m": 24, "1.33b": 30}
 _TEXT_DEPTHS = {"113m_text": 12, "382m_text": 18, "1.15b_text": 26, "3.06b_text": 36}
-_PRIOR_PRESETS = {
+PRIOR_PRESETS = {
     **{n: PriorConfig(num_classes=1000, depth=d, width=64 * d) for n, d in _CLASS_DEPTHS.items()},
     **{n: PriorConfig(text_width=2048, depth=d, width=64 * d) for n, d in _TEXT_DEPTHS.items()},
 }

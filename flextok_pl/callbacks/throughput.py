@@ -29,6 +29,8 @@ class Throughput(Callback):
         every_n_steps: optimizer steps in a window; None takes the trainer's `log_every_n_steps`.
     """
 
+    clock = staticmethod(time.perf_counter)
+
     def __init__(self, every_n_steps: int | None = None) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps} must be at least 1")
@@ -47,14 +49,14 @@ class Throughput(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Take the time that the batch was waited for."""
-        self._started = time.perf_counter()
+        self._started = self.clock()
         self._waited += self._started - (self._started if self._ended is None else self._ended)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Take the time of the step, and log at the end of a window."""
-        self._ended = time.perf_counter()
+        self._ended = self.clock()
         self._computed += self._ended - self._started
         self._images += len(next(value for value in batch.values() if value is not None))
         if not step_ends(pl_module):

@@ -1,12 +1,12 @@
 """Will a training fit, and how long will it take: the arithmetic over a workload and a machine.
 
 Memory is that of the moment with most of it. Parameters, gradients, optimizer states and averages are there at all
-times: Lightning clears the gradients of a step only after the next forward pass. With them are either the activations,
-at the end of the forward pass, or what a frozen network holds while it works, or the optimizer's own working memory.
+times: Lightning clears the gradients of a step only after the next forward pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -66,54 +66,13 @@ class Recipe:
     global_batch: int
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one device, by what they hold.
+def memory(workload: Workload, setup: Setup, batch_size: int) -> dict[str, float]:
+    """Bytes of a training step on one device with B samples, by what they hold.
 
-    Attributes:
-        weights: parameters and buffers of the model.
-        gradients: of its trained parameters.
-        gradient_buckets: the copy of the gradients that ddp sends.
-        optimizer: AdamW's two states.
-        averaged: the averaged copy of the model.
-        frozen: networks that are used and not trained.
-        cast_weights: half-precision copies that autocast makes.
-        gathered: what fsdp holds of its blocks while it computes with them.
-        activations: kept for the backward pass.
-        recomputed: one block's activations, computed again in the backward pass.
-        loss: logits and other buffers of the loss.
-        frozen_work: the most that a frozen network holds at work, before the activations are there.
-        optimizer_work: working memory of the update, after the activations are gone.
+    `lasting` is what is there at all times, `total` the most at one time. The buffers of the loss and the activations
+    of a block that is computed again are there one after the other, and so are all that the backward pass needs, what
+    a frozen network holds at work, and the optimizer's working memory.
     """
-
-    weights: float
-    gradients: float
-    gradient_buckets: float
-    optimizer: float
-    averaged: float
-    frozen: float
-    cast_weights: float
-    gathered: float
-    activations: float
-    recomputed: float
-    loss: float
-    frozen_work: float
-    optimizer_work: float
-
-    @property
-    def lasting(self) -> float:
-        """What is there at all times."""
-        return self.weights + self.gradients + self.gradient_buckets + self.optimizer + self.averaged + self.frozen
-
-    @property
-    def total(self) -> float:
-        """The most at one time."""
-        computing = self.cast_weights + self.gathered + self.activations + max(self.loss, self.recomputed)
-        return self.lasting + max(computing, self.frozen_work, self.optimizer_work)
-
-
-def memory(workload: Workload, setup: Setup, batch_size: int) -> Memory:
-    """What a training step needs on one device with B samples."""
     numerics, alone = setup.numerics, setup.devices == 1
     shares = setup.devices if setup.strategy == "fsdp" else 1
     size = workload.parameters
@@ -125,26 +84,35 @@ def memory(workload: Workload, setup: Setup, batch_size: int) -> Memory:
     activations, kept = workload.activations(batch_size), 1.0
     if setup.compiled:
         kept = COMPILED_AUTOCAST if numerics.autocast else COMPILED
-    return Memory(
-        weights=model,
-        gradients=trained,
-        gradient_buckets=0.0 if alone or setup.strategy == "fsdp" else trained,
-        optimizer=ADAM_STATES * trained,
-        averaged=model if setup.averaged else 0.0,
-        frozen=float(FULL * sum(network.parameters for network in workload.frozen.values())),
-        cast_weights=float(numerics.compute * size.cast) if numerics.autocast and not sharded else 0.0,
-        gathered=whole + numerics.compute * size.largest_block if sharded else 0.0,
-        activations=activations.inputs if setup.checkpointing else activations.kept * kept,
-        recomputed=activations.largest_block * kept if setup.checkpointing else 0.0,
-        loss=workload.loss_bytes(batch_size),
-        frozen_work=batch_size * max((network.working_bytes for network in workload.frozen.values()), default=0.0),
-        optimizer_work=trained if setup.machine.foreach else 0.0,
-    )
+    lasting = {
+        "weights": model,
+        "gradients": trained,
+        "gradient_buckets": 0.0 if alone or setup.strategy == "fsdp" else trained,  # the copy that ddp sends
+        "optimizer": ADAM_STATES * trained,
+        "averaged": model if setup.averaged else 0.0,
+        "frozen": float(FULL * sum(network.parameters for network in workload.frozen.values())),
+    }
+    computing = {
+        "cast_weights": float(numerics.compute * size.cast) if numerics.autocast and not sharded else 0.0,
+        "gathered": whole + numerics.compute * size.largest_block if sharded else 0.0,
+        "activations": activations.inputs if setup.checkpointing else activations.kept * kept,
+    }
+    last = {
+        "recomputed": activations.largest_block * kept if setup.checkpointing else 0.0,
+        "loss": workload.loss_bytes(batch_size),
+    }
+    apart = {
+        "frozen_work": batch_size * max((network.working_bytes for network in workload.frozen.values()), default=0.0),
+        "optimizer_work": trained if setup.machine.foreach else 0.0,
+    }
+    always = sum(lasting.values())
+    most = max(sum(computing.values()) + max(last.values()), *apart.values())
+    return {**lasting, **computing, **last, **apart, "lasting": always, "total": always + most}
 
 
-def fits(needed: Memory, machine: Machine) -> bool:
+def fits(needed: Mapping[str, float], machine: Machine) -> bool:
     """Whether a step's memory is at most the usable part of a device's."""
-    return needed.total <= USABLE * machine.memory_gib * 2**30
+    return needed["total"] <= USABLE * machine.memory_gib * 2**30
 
 
 @dataclass(frozen=True)
@@ -209,7 +177,7 @@ def plan_training(
 
     def needed(batch_size: int, setup: Setup = setup) -> dict[str, Any]:
         found = memory(workload, setup, batch_size)
-        return {**asdict(found), "lasting": found.lasting, "total": found.total, "fits": fits(found, setup.machine)}
+        return {**found, "fits": fits(found, setup.machine)}
 
     return {
         "devices": setup.devices,

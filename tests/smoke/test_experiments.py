@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from flextok_pl import config
 from flextok_pl.cli import COMMANDS, main
 from flextok_pl.cli.front import options_for, read
 from flextok_pl.cli.options import unknown
@@ -107,27 +108,24 @@ def test_networks_can_be_built(name: str) -> None:
             VAE(config_from_dict(VAEConfig, values))
 
 
-@pytest.mark.parametrize("name", ["d12_d12", "d18_d18", "d18_d28"])
-def test_published_networks_are_the_presets(name: str) -> None:
-    values = yaml.safe_load((EXPERIMENTS / "nets" / f"{name}.yaml").read_text())
-    assert config_from_dict(FlexTokConfig, values) == FlexTokConfig.preset(name)
+PRESETS = {f"nets/{name}.yaml": preset for name, preset in config.TOKENIZER_PRESETS.items()} | {
+    f"nets/prior_{name}.yaml": preset for name, preset in config.PRIOR_PRESETS.items()
+}
 
 
-PRIORS = [name for name in names("nets") if re.fullmatch(r"nets/prior_[\d.]+[mb](_text)?\.yaml", name)]
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_are_their_files(name: str) -> None:
+    preset, values = PRESETS[name], yaml.safe_load((EXPERIMENTS / name).read_text())
+    if name == "nets/demo.yaml":  # whose experiment loads the autoencoder
+        values["vae"] = yaml.safe_load((EXPERIMENTS / "nets" / "vae_demo.yaml").read_text())
+    assert config_from_dict(type(preset), values) == preset
 
 
-def test_every_preset_of_the_prior_has_a_file() -> None:
-    assert len(PRIORS) == 10
-
-
-@pytest.mark.parametrize("name", PRIORS)
-def test_priors_are_the_presets(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    file = EXPERIMENTS / name
-    preset = PriorConfig.preset(file.stem.removeprefix("prior_"))
-    assert config_from_dict(PriorConfig, yaml.safe_load(file.read_text())) == preset
-    experiment = EXPERIMENTS / "prior" / ("text_t5.yaml" if file.stem.endswith("text") else "imagenet_class.yaml")
-    found = parsed(capsys, ["fit", "--config", str(experiment), "--model.net", str(file)])
-    assert found["model"]["init_args"]["net"]["depth"] == preset.depth
+def test_networks_without_a_preset() -> None:
+    others = {"prior_demo_class", "prior_demo_text", "prior_tiny", "vae_c16", "vae_demo"}
+    assert set(names("nets")) - set(PRESETS) == {f"nets/{name}.yaml" for name in others}
+    published = yaml.safe_load((EXPERIMENTS / "nets" / "vae_c16.yaml").read_text())
+    assert config_from_dict(VAEConfig, published) == FlexTokConfig.preset("d18_d28").vae
 
 
 @pytest.mark.parametrize("name", names("sweeps", "sweeps/full"))

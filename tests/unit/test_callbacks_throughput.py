@@ -18,9 +18,6 @@ class Clock:
     def __init__(self):
         self.now = 100.0
 
-    def perf_counter(self):
-        return self.now
-
     def sleep(self, seconds):
         self.now += seconds
 
@@ -55,15 +52,15 @@ class SlowModule(LightningModule):
 
 
 @pytest.fixture
-def logged(tmp_path, monkeypatch):
+def logged(tmp_path):
     """Trains with given seconds to load a sample and to take a step; returns what was logged."""
 
     def train(data_seconds, step_seconds, every_n_steps=4, **options):
-        clock, logger = Clock(), CSVLogger(tmp_path)
-        monkeypatch.setattr("flextok_pl.callbacks.throughput.time", clock)
+        clock, logger, callback = Clock(), CSVLogger(tmp_path), Throughput(every_n_steps)
+        callback.clock = lambda: clock.now
         Trainer(
             accelerator="cpu",
-            callbacks=[Throughput(every_n_steps)],
+            callbacks=[callback],
             logger=logger,
             max_epochs=2,
             log_every_n_steps=50,
