@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flextok_pl.callbacks.evaluation import EvaluationCallback, Split
 from flextok_pl.callbacks.trainer_facts import (
-    log_evaluation,
+    log_results,
     model_facts,
     require_image_shards,
     source_of,
@@ -103,9 +103,8 @@ class CodebookReport(EvaluationCallback):
         self.values = {f"{split}/codes/{name}": value for name, value in totals.items()}
         picture = plot_positions(entropy, information, len(tokens), vocab_size)
         pictures = {f"{split}/codes/entropy_by_position": picture}
-        log_evaluation(
-            trainer, pl_module, self.values, pictures, self._loaded, histograms={f"{split}/codes/tokens": tokens}
-        )
+        histograms = {f"{split}/codes/tokens": tokens}
+        log_results(trainer, pl_module, self.step_of(trainer), self.values, pictures, histograms)
         folder = run_folder(trainer) if self.output_dir is None else Path(self.output_dir)
         if split == "test" and trainer.is_global_zero:
             protocol = {
@@ -114,7 +113,9 @@ class CodebookReport(EvaluationCallback):
                 "reference": source_of(trainer, split),
                 "vocab_size": vocab_size,
                 "precision": MEASURED_IN,
-                **model_facts(trainer, pl_module, self._loaded),
+                **model_facts(pl_module),
+                "model_weights": self.weights_of(trainer),
+                "step": self.step_of(trainer),
                 "versions": versions(),
             }
             rows = {"position_entropy": entropy, "class_information": information}

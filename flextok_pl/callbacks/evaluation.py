@@ -13,7 +13,9 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from flextok_pl.callbacks.trainer_facts import checkpoint_facts, require_images
+from flextok_pl.callbacks.ema import EMA
+from flextok_pl.callbacks.trainer_facts import require_images
+from flextok_pl.runtime.sharding import CURRENT_STATE
 
 Split = Literal["val", "test"]
 
@@ -28,7 +30,8 @@ class EvaluationCallback(Callback):
     every_n_validations: int
     _validations = 0  # that the training has finished
     _takes_part = False  # in the evaluation that runs
-    _loaded: dict[str, Any] | None = None  # `checkpoint_facts` of the checkpoint that the run has loaded
+    _loaded_step = 0  # of the checkpoint that the run has loaded, if any
+    _loaded_average: bool | None = None  # whether its weights are averaged ones
 
     @abstractmethod
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -53,13 +56,30 @@ class EvaluationCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier run."""
-        self._loaded = None
+        self._loaded_step, self._loaded_average = 0, None
         if stage == "fit":
             self._validations = 0
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Remember what says which weights are evaluated, and at which step."""
-        self._loaded = checkpoint_facts(checkpoint)
+        self._loaded_step, self._loaded_average = int(checkpoint.get("global_step", 0)), CURRENT_STATE in checkpoint
+
+    def step_of(self, trainer: Trainer) -> int:
+        """The training step whose weights are evaluated; 0 where nobody knows."""
+        return trainer.global_step or self._loaded_step
+
+    def weights_of(self, trainer: Trainer) -> str:
+        """Name the weights that the module has while batches are evaluated.
+
+        Returns:
+            `ema`, `raw`, `initial` (an average that has not been updated yet holds the weights that training started
+            from) or `loaded` (the module's own, about which the trainer knows nothing more).
+        """
+        average = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
+        if trainer.state.fn == TrainerFn.FITTING:
+            return "raw" if average is None else "ema" if average.num_updates else "initial"
+        in_place = average is not None and average.in_place
+        return "ema" if (in_place if self._loaded_average is None else self._loaded_average) else "loaded"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out before the first step what would stop the first validation."""

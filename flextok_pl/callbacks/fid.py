@@ -15,7 +15,7 @@ from flextok_pl.callbacks.evaluation import EvaluationCallback, Split
 from flextok_pl.callbacks.trainer_facts import (
     generator_of,
     is_limited,
-    log_evaluation,
+    log_results,
     model_facts,
     require_image_shards,
     source_of,
@@ -73,7 +73,9 @@ class BudgetEvaluationCallback(EvaluationOptions, EvaluationCallback):
             facts={
                 "reference": source_of(trainer, split),
                 "crop": getattr(data, "crop", None),
-                **model_facts(trainer, pl_module, self._loaded, hashed=not in_fit),
+                **({} if in_fit else model_facts(pl_module)),
+                "model_weights": self.weights_of(trainer),
+                "step": self.step_of(trainer),
             },
             in_fit=in_fit,
             pause=partial(stop_if_preempted, trainer),
@@ -97,7 +99,7 @@ class BudgetEvaluationCallback(EvaluationOptions, EvaluationCallback):
         }
         scalars = {tag: values[k][metric] for metric, by_budget in tags.items() for k, tag in by_budget.items()}
         grid = {f"{split}/{evaluation.heading}": results.pictures[evaluation.picture]}
-        log_evaluation(trainer, pl_module, scalars, grid, self._loaded)
+        log_results(trainer, pl_module, self.step_of(trainer), scalars, grid)
         history = {metric: list(by_budget.values()) for metric, by_budget in tags.items()}
         curves = {metric: {k: found[metric] for k, found in values.items()} for metric in tags}
         write_charts(trainer, self.name, title, "token budget", history, curves)

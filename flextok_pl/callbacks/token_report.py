@@ -13,25 +13,21 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from flextok_pl.callbacks.charts import write_charts
-from flextok_pl.callbacks.trainer_facts import log_evaluation
+from flextok_pl.callbacks.trainer_facts import log_results
 from flextok_pl.contracts import default_budgets
 from flextok_pl.distributed import all_reduce_sum
 from flextok_pl.evaluation.pictures import figure_to_image
 from flextok_pl.precision import accumulation_dtype
 from flextok_pl.runtime.lightning_internals import step_ends
 
+NAMES = ("bits", "accuracy")
+
 
 class PositionSums:
-    """Sums of the loss and of hits at each position.
-
-    Attributes:
-        sums: (2, K) float64: nats and hits.
-        count: sequences.
-    """
+    """Sums of nats, of hits and of ones at each position, over sequences."""
 
     def __init__(self) -> None:
-        self.sums = torch.zeros(2, 0, dtype=torch.float64)
-        self.count = 0
+        self._sums: Tensor | None = None  # (3, K) float64
 
     def update(self, outputs: Any) -> None:
         """Add what a step returned.
@@ -46,19 +42,15 @@ class PositionSums:
             )
         nll, correct = outputs["nll"].detach(), outputs["correct"]  # (B, K)
         wide = accumulation_dtype(nll.device)
-        sums = torch.stack([nll.sum(0, dtype=wide), correct.sum(0, dtype=wide)]).cpu().double()
-        self.sums = sums if self.count == 0 else self.sums + sums
-        self.count += len(nll)
+        sums = torch.stack([each.sum(0, dtype=wide) for each in (nll, correct, torch.ones_like(nll))]).cpu().double()
+        self._sums = sums if self._sums is None else self._sums + sums
 
     def means(self) -> tuple[Tensor, int]:
         """(2, K) bits and accuracy by position and the number of sequences, over all processes; starts anew."""
-        total = all_reduce_sum(torch.cat([self.sums.flatten(), torch.tensor([self.count], dtype=self.sums.dtype)]))
-        means = total[:-1].view(2, -1) / total[-1]
-        self.sums, self.count = self.sums[:, :0], 0
-        return torch.stack([means[0] / math.log(2), means[1]]), int(total[-1])
-
-
-NAMES = ("bits", "accuracy")
+        assert self._sums is not None
+        nats, hits, count = all_reduce_sum(self._sums)
+        self._sums = None
+        return torch.stack([nats / count / math.log(2), hits / count]), int(count[0])
 
 
 class TokenReport(Callback):
@@ -106,7 +98,7 @@ class TokenReport(Callback):
         means, sequences = self._val.means()
         values = _at_positions("val", means)
         picture = plot_positions(means, f"{sequences} sequences")
-        log_evaluation(trainer, pl_module, values, {"val/tokens_by_position": picture}, None)
+        log_results(trainer, pl_module, trainer.global_step, values, {"val/tokens_by_position": picture})
         history = {name: [tag for tag in values if name in tag] for name in NAMES}
         curves = {name: dict(enumerate(row.tolist(), 1)) for name, row in zip(NAMES, means, strict=True)}
         write_charts(trainer, "positions", "val: tokens", "position", history, curves)

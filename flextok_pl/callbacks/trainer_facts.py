@@ -11,11 +11,9 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from flextok_pl.callbacks.ema import EMA
 from flextok_pl.contracts import GenerationModule, Reconstructor, weights_hash
 from flextok_pl.data import ShardDataModule
 from flextok_pl.evaluation.protocol import model_hashes
-from flextok_pl.runtime.sharding import CURRENT_STATE
 
 
 def tokenizer_of(pl_module: LightningModule) -> Reconstructor:
@@ -107,60 +105,18 @@ def _without_images(source: str, missing: Sequence[str], held: object) -> Miscon
     )
 
 
-def checkpoint_facts(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """What a protocol needs of a loaded checkpoint: whether it holds averaged weights, and its step."""
-    return {"averaged": CURRENT_STATE in checkpoint, "global_step": int(checkpoint.get("global_step", 0))}
+def model_facts(pl_module: LightningModule) -> dict[str, str]:
+    """The hashes of the weights of a module's tokenizer and prior, or of the module where they have none."""
+    hashes = model_hashes(tokenizer_of(pl_module), getattr(pl_module, "prior", None))
+    return hashes or {"module_hash": weights_hash(pl_module)}
 
 
-def model_facts(
-    trainer: Trainer, pl_module: LightningModule, loaded: Mapping[str, Any] | None, hashed: bool = True
-) -> dict[str, Any]:
-    """What a protocol states of the model.
-
-    Args:
-        trainer: the running trainer.
-        pl_module: its module.
-        loaded: `checkpoint_facts` of what it has loaded since its setup, if anything.
-        hashed: also the hashes of the weights of its tokenizer and prior, or of the module where they have none.
-    """
-    hashes: dict[str, str] = {}
-    if hashed:
-        hashes = model_hashes(tokenizer_of(pl_module), getattr(pl_module, "prior", None))
-        hashes = hashes or {"module_hash": weights_hash(pl_module)}
-    return hashes | {"model_weights": weights_in_use(trainer, loaded), "step": evaluated_step(trainer, loaded)}
-
-
-def weights_in_use(trainer: Trainer, loaded: Mapping[str, Any] | None) -> str:
-    """Name the weights that the module has while batches are evaluated.
-
-    Args:
-        trainer: the running trainer.
-        loaded: `checkpoint_facts` of what it has loaded since its setup, if anything.
-
-    Returns:
-        `ema`, `raw`, `initial` (an average that has not been updated yet holds the weights that training started from)
-        or `loaded` (the module's own, about which the trainer knows nothing more).
-    """
-    average = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
-    if trainer.state.fn == TrainerFn.FITTING:
-        if average is None:
-            return "raw"
-        return "ema" if average.num_updates else "initial"
-    from_average = average is not None and average.in_place if loaded is None else loaded["averaged"]
-    return "ema" if from_average else "loaded"
-
-
-def evaluated_step(trainer: Trainer, loaded: Mapping[str, Any] | None) -> int:
-    """The training step whose weights are evaluated; 0 where nobody knows."""
-    return trainer.global_step or (0 if loaded is None else int(loaded["global_step"]))
-
-
-def log_evaluation(
+def log_results(
     trainer: Trainer,
     pl_module: LightningModule,
+    step: int,
     scalars: Mapping[str, float],
     pictures: Mapping[str, Tensor],
-    loaded: Mapping[str, Any] | None,
     histograms: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Give results to the loggers, and during a fit to the trainer, so that a checkpoint can be chosen by them.
@@ -168,15 +124,14 @@ def log_evaluation(
     Args:
         trainer: the running trainer.
         pl_module: its module.
+        step: of the training, whose weights were evaluated.
         scalars: tag -> value, equal on all ranks.
         pictures: tag -> (3, H, W) uint8.
-        loaded: `checkpoint_facts`, or None.
         histograms: tag -> values, of any shape.
     """
     in_fit = trainer.state.fn == TrainerFn.FITTING
     if in_fit:
         pl_module.log_dict(dict(scalars), sync_dist=True)
-    step = evaluated_step(trainer, loaded)
     for logger in trainer.loggers:
         if not in_fit:  # Lightning would print every one of them in a table of its own
             logger.log_metrics(dict(scalars), step=step)

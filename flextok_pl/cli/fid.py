@@ -10,7 +10,7 @@ from flextok_pl.backbones.extractors import INCEPTION, build_extractor
 from flextok_pl.cli.tools import default_device
 from flextok_pl.data.transforms import CENTER_CROP
 from flextok_pl.evaluation.generation_statistics import GenerationStatistics
-from flextok_pl.evaluation.image_set import ONLY, open_image_set
+from flextok_pl.evaluation.image_set import ONLY, ImageSet
 from flextok_pl.evaluation.protocol import extractor_facts, versions
 from flextok_pl.evaluation.report import (
     Record,
@@ -60,22 +60,12 @@ def compare_images(
     if pool_size < 2:
         raise ValueError(f"pool_size={pool_size} must be at least 2")
     network = build_extractor(extractor, weights).to(default_device(device))
-    sides = {
-        "images": open_image_set(images, network, image_size, batch_size, num_workers),
-        "reference": open_image_set(reference, network, image_size, batch_size, num_workers),
-    }
-    shares = {name: min(1.0, pool_size / max(1, side.num_pictures)) for name, side in sides.items()}
+    sides = [ImageSet(each, network, image_size, batch_size, num_workers) for each in (images, reference)]
+    pools = [min(1.0, pool_size / max(1, side.num_pictures)) for side in sides]
     statistics = GenerationStatistics(
-        [ONLY],
-        network,
-        shares["images"],
-        real_pool_fraction=shares["reference"],
-        inception_splits=inception_splits,
+        [ONLY], network, pools[0], real_pool_fraction=pools[1], inception_splits=inception_splits
     )
-    facts = {
-        "images": sides["images"].add_to(statistics, "images"),
-        "reference": sides["reference"].add_to(statistics, "reference"),
-    }
+    facts = {"images": sides[0].add_to(statistics, "images"), "reference": sides[1].add_to(statistics, "reference")}
     values = statistics.values(seed)[ONLY]
     full_rank = all(features.statistics.full_rank for features in (statistics.real, statistics.made[ONLY]))
     protocol = {
@@ -99,10 +89,8 @@ def compare_images(
             f"images, the number of features, and its covariance is singular; prefer {network.kernel_metric_name}"
         )
     if json is not None:
-        records = [
-            {"metric": m, "value": value, **protocol, **statistics.how.get(m, {})} for m, value in values.items()
-        ]
-        write_json(records, Path(json))
+        how = statistics.how
+        write_json([{"metric": m, "value": v, **protocol, **how.get(m, {})} for m, v in values.items()], Path(json))
 
 
 def compare_records(first: str, second: str) -> None:

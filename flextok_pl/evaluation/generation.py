@@ -23,7 +23,7 @@ from flextok_pl.data.conditions import class_index
 from flextok_pl.distributed import all_agree, rank, world_size
 from flextok_pl.evaluation.budget_evaluation import BudgetEvaluation, Context, decode, stacked
 from flextok_pl.evaluation.generation_statistics import Classifier, GenerationStatistics
-from flextok_pl.evaluation.image_set import open_image_set
+from flextok_pl.evaluation.image_set import ImageSet
 from flextok_pl.evaluation.options import PROBE, GenerationOptions
 from flextok_pl.evaluation.pictures import image_grid, save_png
 from flextok_pl.evaluation.probe import fitted_probe
@@ -65,7 +65,7 @@ class GenerationEvaluation(BudgetEvaluation[GenerationStatistics[int]]):
         if options.classifier not in (None, PROBE):
             self.classifier = TimmClassifier(options.classifier, options.classifier_weights)
         self.clip = None if options.clip is None else CLIPScore(options.clip)
-        self.reference = None if options.reference is None else open_image_set(str(options.reference), self.extractor)
+        self.reference = None if options.reference is None else ImageSet(str(options.reference), self.extractor)
         self._of_reference: tuple[FeatureSet, dict[str, Any]] | None = None
 
     def start(self, model: GenerationModule, context: Context) -> None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from flextok_pl.backbones.extractors import FeatureExtractor
-from flextok_pl.contracts import Batch
 from flextok_pl.data.pictures import ARRAY, open_pictures, read_arrays
 from flextok_pl.evaluation.generation_statistics import GenerationStatistics
 from flextok_pl.evaluation.protocol import data_hash_text
@@ -28,21 +25,42 @@ ONLY = 0
 """The one budget of images that have none."""
 
 
-@dataclass
 class ImageSet:
-    """A set of images: statistics that someone took, or pictures to take them from, or both.
+    """A set of images, not yet read: statistics that someone took, or pictures to take them from, or both.
+
+    Args:
+        source: as `open_pictures` takes it, or a `.npz` file with `mu` and `sigma`, too, which serve the Frechet
+            distance.
+        network: of whose features the statistics are.
+        image_size: side of the centre square to take of each picture; None takes them as they are.
+        batch_size: pictures at a time.
+        num_workers: processes that decode.
 
     Attributes:
-        source: where it is.
-        given: the statistics, which serve the Frechet distance.
-        loader: of the pictures, which serve all else.
         num_pictures: their number.
+
+    Raises:
+        ValueError: there is nothing, or statistics of another network.
     """
 
-    source: str
-    given: FeatureStatistics | None
-    loader: DataLoader[Batch] | None
-    num_pictures: int
+    def __init__(
+        self,
+        source: str,
+        network: FeatureExtractor,
+        image_size: int | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+    ) -> None:
+        self.source, self._file = source, Path(source).expanduser()
+        arrays = read_arrays(self._file, MOMENTS) if self._file.suffix == ".npz" else {ARRAY: None}
+        self._moments = self._loader = None
+        self.num_pictures = 0
+        if set(MOMENTS) <= set(arrays):
+            self._moments = _statistics_of(self._file, arrays, network)
+        elif ARRAY not in arrays:
+            raise ValueError(f"{source} holds {sorted(arrays)}; needed are pictures ({ARRAY}) or mu and sigma")
+        if ARRAY in arrays:
+            self._loader, self.num_pictures = open_pictures(source, image_size, batch_size, num_workers)
 
     def add_to(self, statistics: GenerationStatistics[int], side: Literal["images", "reference"]) -> dict[str, Any]:
         """Measure the set, as the images of the budget `ONLY` or as the real ones.
@@ -55,60 +73,30 @@ class ImageSet:
         """
         features = statistics.real if side == "reference" else statistics.made[ONLY]
         facts: dict[str, Any] = {"source": self.source, "num_samples": None}
-        if self.loader is not None:
+        if self._loader is not None:
             ids: list[int] = []
             digest = 0
-            for batch in tqdm(self.loader, desc=f"features of the {side}", unit="batch", leave=False):
+            for batch in tqdm(self._loader, desc=f"features of the {side}", unit="batch", leave=False):
                 pixels, keys = to_uint8(batch["image"]), batch["key"]
+                digest = images_hash(pixels, keys, digest)
                 if side == "reference":
                     statistics.update_real(pixels, keys)
-                    digest = statistics.data_hash
                 else:
                     statistics.update_generated(ONLY, pixels, keys)
-                    digest = images_hash(pixels, keys, digest)
                 ids += [key_hash(key) for key in keys]
             check_each_sample_once(torch.tensor(ids), self.num_pictures, False, self.source)
             if self.num_pictures < 2:
                 raise ValueError(f"{self.source} has {self.num_pictures} image; a distance needs two on either side")
             facts |= {"num_samples": self.num_pictures, "pixels_hash": data_hash_text(digest)}
-        if self.given is not None:
-            features.statistics = self.given
-            facts["statistics_sha256"] = hashlib.sha256(Path(self.source).expanduser().read_bytes()).hexdigest()
+        if self._moments is not None:
+            features.statistics = self._moments
+            facts["statistics_sha256"] = hashlib.sha256(self._file.read_bytes()).hexdigest()
         return facts
-
-
-def open_image_set(
-    source: str, network: FeatureExtractor, image_size: int | None = None, batch_size: int = 64, num_workers: int = 0
-) -> ImageSet:
-    """A set, not yet read.
-
-    Args:
-        source: as `open_pictures` takes it, or a `.npz` file with `mu` and `sigma`.
-        network: of whose features the statistics are.
-        image_size: side of the centre square to take of each picture; None takes them as they are.
-        batch_size: pictures at a time.
-        num_workers: processes that decode.
-
-    Raises:
-        ValueError: there is nothing, or statistics of another network.
-    """
-    path = Path(source).expanduser()
-    given, has_pictures = None, True
-    if path.suffix == ".npz":
-        arrays = read_arrays(path, MOMENTS)
-        has_pictures = ARRAY in arrays
-        if set(MOMENTS) <= set(arrays):
-            given = _statistics_of(path, arrays, network)
-        elif not has_pictures:
-            raise ValueError(f"{source} holds {sorted(arrays)}; needed are pictures ({ARRAY}) or mu and sigma")
-    loader, count = open_pictures(source, image_size, batch_size, num_workers) if has_pictures else (None, 0)
-    return ImageSet(source, given, loader, count)
 
 
 def _statistics_of(path: Path, arrays: dict[str, Any], network: FeatureExtractor) -> FeatureStatistics:
     try:
-        mean, covariance = (torch.from_numpy(arrays[name]) for name in MOMENTS)
-        statistics = FeatureStatistics.from_moments(mean, covariance)
+        statistics = FeatureStatistics.from_moments(*(torch.from_numpy(arrays[name]) for name in MOMENTS))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
     if statistics.dim != network.dim:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -55,7 +53,9 @@ class Results:
 
     def table(self, folder: Path) -> str:
         """The values as text, and where the rest was written."""
-        return format_table(self.values, [f"{self.title}; protocol and pictures: {folder}", *self.notes])
+        rows = [[str(k), *(format_value(found[m]) for m in self.metrics)] for k, found in self.values.items()]
+        table = format_columns([["tokens", *self.metrics], *rows])
+        return "\n".join([table, f"{self.title}; protocol and pictures: {folder}", *self.notes])
 
     def write(self, folder: Path, name: str, whole: bool = True) -> None:
         """Write the records and the pictures, and of a whole evaluation a table and charts, too."""
@@ -63,7 +63,10 @@ class Results:
         for file, picture in self.pictures.items():
             save_png(picture, folder / file)
         if whole:
-            write_csv(self.values, self.protocol["num_samples"], folder / f"{name}.csv")
+            count = self.protocol["num_samples"]
+            rows = [[k, count, *(found[m] for m in self.metrics)] for k, found in self.values.items()]
+            lines = [",".join(map(str, row)) for row in [["num_tokens", "num_samples", *self.metrics], *rows]]
+            write_file(folder / f"{name}.csv", "\n".join([*lines, ""]))
             plot_budgets(self.values, self.title, folder / f"{name}.png")
 
 
@@ -82,14 +85,6 @@ def make_records(
         for budget, metrics in values.items()
         for metric, value in metrics.items()
     ]
-
-
-def format_table(values: Mapping[int, Mapping[str, float]], notes: Sequence[str] = ()) -> str:
-    """A plain-text table: one line per budget, one column per metric, then the notes."""
-    metrics = list(next(iter(values.values())))
-    rows = [["tokens", *metrics]]
-    rows += [[str(budget), *(format_value(result[metric]) for metric in metrics)] for budget, result in values.items()]
-    return "\n".join([format_columns(rows), *notes])
 
 
 def format_columns(rows: Sequence[Sequence[str]]) -> str:
@@ -132,16 +127,6 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def write_json(records: Sequence[Record], path: Path) -> None:
     """Write a list of records; a value that is not a finite number raises ValueError."""
     write_file(path, json.dumps(list(records), indent=1, allow_nan=False).encode() + b"\n")
-
-
-def write_csv(values: Mapping[int, Mapping[str, float]], num_samples: int, path: Path) -> None:
-    """Write one line per budget: `num_tokens`, `num_samples`, then the metrics."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    metrics = list(next(iter(values.values())))
-    writer.writerow(["num_tokens", "num_samples", *metrics])
-    writer.writerows([budget, num_samples, *(result[m] for m in metrics)] for budget, result in values.items())
-    write_file(path, text.getvalue().encode())
 
 
 def draw_budgets(values: Mapping[int, Mapping[str, float]]) -> tuple[Figure, dict[str, Axes]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,19 +23,6 @@ BudgetT = TypeVar("BudgetT")
 """A number of tokens; or what else tells sets of made images apart, such as a number of tokens and how to decode it."""
 
 
-class Accumulator(Protocol):
-    """What is summed up over batches and processes, and can be saved in between."""
-
-    def all_reduce(self) -> None:
-        """Replace what was summed up by that of all processes."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain types and tensors that `load_state_dict` takes."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
-
-
 class BudgetStatistics(ABC, Generic[BudgetT]):
     """Features of real images, and at each budget features of made images and sums of values per image.
 
@@ -46,7 +33,7 @@ class BudgetStatistics(ABC, Generic[BudgetT]):
         real_pool_fraction: share of the real ones, likewise; None for the same.
         real: features of all real images from an earlier run, or None to take them now.
         names: of the values whose means over images are taken.
-        further: by name what else is summed up.
+        further: by name what else is summed up over batches and processes, and saved.
 
     Attributes:
         real: features of the real images.
@@ -63,7 +50,7 @@ class BudgetStatistics(ABC, Generic[BudgetT]):
         real_pool_fraction: float | None,
         real: FeatureSet | None,
         names: Sequence[str],
-        further: Mapping[str, Accumulator],
+        further: Mapping[str, Any],
     ) -> None:
         self.real = FeatureSet(extractor.dim) if real is None else real
         self.made = {budget: FeatureSet(extractor.dim) for budget in budgets}

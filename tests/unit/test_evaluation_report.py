@@ -5,9 +5,10 @@ import json
 import pytest
 from PIL import Image
 
-from flextok_pl.evaluation.report import draw_budgets, format_table, make_records, plot_budgets, write_csv, write_json
+from flextok_pl.evaluation.report import Results, draw_budgets, make_records, write_json
 
 VALUES = {1: {"fd": 1234.5, "mse": 0.5}, 16: {"fd": 9.87654, "mse": 0.00012}}
+PROTOCOL = {"num_samples": 7, "bits_per_token": None}
 
 
 def test_records_carry_the_protocol():
@@ -17,28 +18,28 @@ def test_records_carry_the_protocol():
     assert records[3] == {"metric": "mse", "value": 0.00012, "num_tokens": 16, "seed": 3}
 
 
-def test_table():
-    lines = format_table(VALUES, ["a note"]).splitlines()
+def test_table(tmp_path):
+    lines = Results(VALUES, PROTOCOL, {}, {}, "a title", ["a note"]).table(tmp_path).splitlines()
     assert [line.split() for line in (lines[0], *lines[2:4])] == [
         ["tokens", "fd", "mse"],
         ["1", "1234", "0.5000"],
         ["16", "9.8765", "0.00012"],
     ]
-    assert len({len(line) for line in lines[:4]}) == 1 and lines[4] == "a note"
+    assert len({len(line) for line in lines[:4]}) == 1
+    assert lines[4:] == [f"a title; protocol and pictures: {tmp_path}", "a note"]
 
 
 def test_files(tmp_path):
-    write_json(make_records(VALUES, {}, {}), tmp_path / "new/rfid.json")
-    assert len(json.loads((tmp_path / "new/rfid.json").read_text())) == 4
-    write_csv(VALUES, 7, tmp_path / "rfid.csv")
-    assert (
-        tmp_path / "rfid.csv"
-    ).read_text() == "num_tokens,num_samples,fd,mse\n1,7,1234.5,0.5\n16,7,9.87654,0.00012\n"
+    results = Results(VALUES, PROTOCOL | {"bits_per_token": 10.0}, {}, {}, "a title", [])
+    results.write(tmp_path / "new", "rfid")
+    records = json.loads((tmp_path / "new/rfid.json").read_text())
+    assert [record["bits_per_image"] for record in records] == [10, 10, 160, 160]
+    written = (tmp_path / "new/rfid.csv").read_text()
+    assert written == "num_tokens,num_samples,fd,mse\n1,7,1234.5,0.5\n16,7,9.87654,0.00012\n"
     figure, panels = draw_budgets(VALUES)
     drawn = {metric: dict(zip(*axes.lines[0].get_data(), strict=True)) for metric, axes in panels.items()}
     assert drawn == {metric: {k: values[metric] for k, values in VALUES.items()} for metric in ("fd", "mse")}
-    plot_budgets(VALUES, "title", tmp_path / "rfid.png")
-    assert Image.open(tmp_path / "rfid.png").size == tuple(figure.get_size_inches() * figure.dpi)
+    assert Image.open(tmp_path / "new/rfid.png").size == tuple(figure.get_size_inches() * figure.dpi)
 
 
 def test_what_is_not_a_number_is_not_written(tmp_path):
