@@ -1,6 +1,7 @@
 """Imports point one way, and Lightning stays out of the models."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -79,6 +80,25 @@ def test_no_circle() -> None:
         for file in python_files()
     }
     assert len(list(TopologicalSorter(graph).static_order())) >= len(graph)
+
+
+def test_the_drawing_is_the_code() -> None:
+    """docs/architecture.md draws the imports that do not follow from others; `base` stands for single files."""
+    graph: dict[str, set[str]] = {}
+    for file in python_files():
+        part = part_of(file)
+        if part.startswith("__"):
+            continue
+        parts = {module.split(".")[1] for module, _ in imports(file) if module.startswith("flextok_pl.")}
+        name, *named = ("base" if part in LAYERS[0] else part for part in (part, *parts))
+        graph.setdefault(name, set()).update({*named} - {name})
+
+    def below(part: str) -> set[str]:
+        return graph[part].union(*map(below, graph[part]))
+
+    direct = {(part, low) for part in graph for low in graph[part] if not any(low in below(b) for b in graph[part])}
+    drawing = (PACKAGE.parent / "docs" / "architecture.md").read_text().split("```mermaid")[1].split("```")[0]
+    assert set(re.findall(r"(\w+) --> (\w+)", drawing)) == direct
 
 
 @pytest.mark.parametrize("file", python_files(), ids=lambda file: str(file.relative_to(PACKAGE)))
