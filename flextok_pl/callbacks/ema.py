@@ -22,9 +22,9 @@ from flextok_pl.runtime.sharding import CURRENT_STATE
 class EMA(Callback):
     """Average the trained weights, evaluate and export the average, and keep it in checkpoints.
 
-    During a validation, and from the end of a fit on, the module holds the average. A checkpoint's `state_dict` is the
+    The module holds the average during a validation, and from the end of a fit on. A checkpoint's `state_dict` is the
     average, so that whoever loads it gets what was evaluated; the weights in training are its `current_model_state`.
-    Lightning's `EMAWeightAveraging` writes the same, but copies the whole module, which sharded ones do not bear.
+    Lightning's `EMAWeightAveraging` writes the same, but deep-copies the whole module, which fails for a sharded one.
 
     Args:
         decay: share of the average that stays at an update; the first update copies the weights.
@@ -43,16 +43,13 @@ class EMA(Callback):
     def __init__(self, decay: float = 0.999, update_every_n_steps: int = 1, update_starting_at_step: int = 0) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay={decay} must be in [0, 1)")
-        for name, value, least in (
-            ("update_every_n_steps", update_every_n_steps, 1),
-            ("update_starting_at_step", update_starting_at_step, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
+        if update_every_n_steps < 1:
+            raise ValueError(f"update_every_n_steps={update_every_n_steps} must be at least 1")
+        if update_starting_at_step < 0:
+            raise ValueError(f"update_starting_at_step={update_starting_at_step} must be at least 0")
         self.decay = decay
         self.update_every_n_steps, self.update_starting_at_step = update_every_n_steps, update_starting_at_step
-        self.num_updates = 0
-        self.in_place = False
+        self.num_updates, self.in_place = 0, False
         self._weights: dict[str, Tensor] | None = None  # the average; the weights in training while that is in place
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -153,7 +150,7 @@ class EMA(Callback):
 
 
 def _trained(module: LightningModule) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of each trained parameter; of a sharded one its sharded self, though it be gathered now."""
+    """Name and value of each trained parameter; a sharded one that is gathered now is sharded again before."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
@@ -166,5 +163,5 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered on the CPU, which all processes must ask for."""
+    """A sharded tensor gathered on the CPU; all processes must call this."""
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor

@@ -40,22 +40,22 @@ class Throughput(Callback):
         self._clear()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the time between epochs count for nothing."""
+        """Leave out the time between epochs."""
         self._ended = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the time of a validation count for nothing."""
+        """Leave out the time of a validation."""
         self._ended = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Take the time that the batch was waited for."""
+        """Add the time spent waiting for the batch."""
         self._started = self.clock()
         self._waited += self._started - (self._started if self._ended is None else self._ended)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take the time of the step, and log at the end of a window."""
+        """Add the time of the step, and log at the end of a window."""
         self._ended = self.clock()
         self._computed += self._ended - self._started
         self._images += len(next(value for value in batch.values() if value is not None))

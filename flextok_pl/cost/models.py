@@ -80,7 +80,8 @@ def projection(width: int, features: int, grid: Grid) -> Part:
         head = ProjectionHead(width, features)
 
         def step(batch: int) -> Tensor:
-            patches = next(head.parameters()).new_empty(batch, grid[0] * grid[1], width, requires_grad=True)
+            patches = next(head.parameters()).new_empty(()).expand(batch, grid[0] * grid[1], width)  # the decoder's own
+            patches.requires_grad_()
             return alignment_loss(head(patches), patches.new_empty(batch, features, *grid))
 
         return step

@@ -1,4 +1,4 @@
-"""Stage 0: train the image autoencoder.
+"""Stage 0: train the image autoencoder, and its discriminator beside it by the same optimizer.
 
 Shapes in this file: B batch, H x W image, C x h x w latent.
 """
