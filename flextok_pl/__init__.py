@@ -39,27 +39,21 @@ __all__ = [
 ]
 
 _HOMES = {
-    "DEMO_PRIOR": "flextok_pl.assets",
-    "DEMO_TOKENIZER": "flextok_pl.assets",
-    "DEMO_VAE": "flextok_pl.assets",
-    "VAE": "flextok_pl.models.vae",
-    "FlexTok": "flextok_pl.models.tokenizer",
-    "FlexTokConfig": "flextok_pl.config",
-    "GenerationFID": "flextok_pl.callbacks",
-    "Prior": "flextok_pl.models.prior",
-    "PriorConfig": "flextok_pl.config",
-    "PriorModule": "flextok_pl.modules",
-    "Quality": "flextok_pl.models.adaptive",
-    "ReconstructionFID": "flextok_pl.callbacks",
-    "ShardDataModule": "flextok_pl.data",
-    "TokenizerModule": "flextok_pl.modules",
-    "Trainer": "flextok_pl.runtime",
-    "VAEConfig": "flextok_pl.config",
-    "VAEModule": "flextok_pl.modules",
+    "assets": ("DEMO_PRIOR", "DEMO_TOKENIZER", "DEMO_VAE"),
+    "callbacks": ("GenerationFID", "ReconstructionFID"),
+    "config": ("FlexTokConfig", "PriorConfig", "VAEConfig"),
+    "data": ("ShardDataModule",),
+    "models.adaptive": ("Quality",),
+    "models.prior": ("Prior",),
+    "models.tokenizer": ("FlexTok",),
+    "models.vae": ("VAE",),
+    "modules": ("PriorModule", "TokenizerModule", "VAEModule"),
+    "runtime": ("Trainer",),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

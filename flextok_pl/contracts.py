@@ -23,29 +23,17 @@ the last; or a function of the position 0..K-1."""
 
 
 class Batch(TypedDict, total=False):
-    """One collated batch of a `ShardDataModule`; the keys present depend on the shards.
+    """One collated batch of a `ShardDataModule`; the keys present depend on the shards."""
 
-    Attributes:
-        image: (B, 3, H, W) float32 in [-1, 1].
-        latent: (B, 2C, h, w) float32, the VAE posterior's mean and log-variance, unscaled.
-        teacher_features: (B, F, h', w') float32, a map of REPA's teacher's patch features, precomputed.
-        tokens: (B, K) int64.
-        label: (B,) int64 class index.
-        text: B captions.
-        text_states: (B, L, E) float32, the captions' states under a text encoder, padded.
-        text_mask: (B, L) bool, True where there is a state and no padding.
-        key: B sample keys, unique in the data set.
-    """
-
-    image: Tensor
-    latent: Tensor
-    teacher_features: Tensor
-    tokens: Tensor
-    label: Tensor
-    text: list[str]
-    text_states: Tensor
-    text_mask: Tensor
-    key: list[str]
+    image: Tensor  # (B, 3, H, W) float32 in [-1, 1]
+    latent: Tensor  # (B, 2C, h, w) float32, the VAE posterior's mean and log-variance, unscaled
+    teacher_features: Tensor  # (B, F, h', w') float32, a map of the REPA teacher's patch features, precomputed
+    tokens: Tensor  # (B, K) int64
+    label: Tensor  # (B,) int64 class index
+    text: list[str]  # B captions
+    text_states: Tensor  # (B, L, E) float32, the captions' states under a text encoder, padded
+    text_mask: Tensor  # (B, L) bool, False for padding
+    key: list[str]  # B sample keys, unique in the data set
 
 
 @runtime_checkable
@@ -88,13 +76,7 @@ class GenerationModule(Protocol):
 
 
 def default_budgets(num_registers: int) -> list[int]:
-    """Powers of two up to and including `num_registers`: 1, 2, 4, ..., K.
-
-    Raises:
-        ValueError: `num_registers` is below 1.
-    """
-    if num_registers < 1:
-        raise ValueError(f"num_registers={num_registers} must be at least 1")
+    """Powers of two below `num_registers`, and that number itself: 1, 2, 4, ..., K."""
     powers = [2**i for i in range(num_registers.bit_length()) if 2**i < num_registers]
     return [*powers, num_registers]
 
@@ -124,11 +106,7 @@ def is_whole(number: object) -> bool:
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Refuse settings from which no token could be drawn.
-
-    Raises:
-        ValueError: one is out of range.
-    """
+    """Refuse sampling options out of range."""
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature} must be 0 (the most likely token) or more, and finite")
     if top_k is not None and (not is_whole(top_k) or top_k < 1):
@@ -152,7 +130,7 @@ def run_folder(trainer: Any) -> Path:
 def weights_hash(network: nn.Module) -> str:
     """First 16 hexadecimal digits of the SHA-256 of a network's tensors, in the order of their names.
 
-    It identifies a model: token shards and priors record that of their tokenizer, whose tokens mean nothing to another.
+    It identifies a model: token shards and priors record the hash of their tokenizer.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):

@@ -29,7 +29,7 @@ def whole_file(
         synced: let it outlive a power cut; False is faster for many pictures.
 
     Raises:
-        OSError: the disk is full, or writing failed otherwise; nothing temporary stays.
+        OSError: writing failed; nothing temporary stays.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial" if shared else f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,11 +52,7 @@ def whole_file(
 
 
 def write_file(path: Path, content: bytes | str, shared: bool = True) -> None:
-    """Write a small file as `whole_file` does; text as UTF-8.
-
-    Raises:
-        OSError: see `whole_file`.
-    """
+    """Write a small file as `whole_file` does; text as UTF-8."""
     with whole_file(path, shared=shared) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def text_hash(text: str, content: bytes = b"") -> int:
-    """64 uniform bits; to sort by them mixes everything, the same way on every machine."""
+    """64 uniform bits: sorting by them shuffles in the same way on every machine."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8)
     digest.update(content)
     return int.from_bytes(digest.digest(), "little")
@@ -38,15 +38,9 @@ def choose_fraction(keys: Sequence[str], fraction: float, purpose: str) -> Tenso
 
 
 def images_hash(images: Tensor, keys: Sequence[str], start: int = 0) -> int:
-    """64 signed bits from keys and pixels, which identify a data set whatever its order and batches.
+    """64 signed bits from B keys and (B, 3, H, W) uint8 images; identify a data set whatever its order and batches.
 
-    Args:
-        images: (B, 3, H, W) uint8.
-        keys: B sample keys.
-        start: the hash of other samples of the set.
-
-    Returns:
-        The sum modulo 2**64, as tensors sum up int64.
+    `start` is the hash of its other samples: samples add up modulo 2**64, as tensors sum int64.
     """
     pairs = zip(keys, images.cpu().contiguous().numpy(), strict=True)
     total = start + sum(text_hash(key, image.tobytes()) for key, image in pairs)

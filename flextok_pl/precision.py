@@ -1,8 +1,8 @@
 """The precision that numbers are computed in.
 
-A network in training follows the trainer's precision, under autocast. A network that is only used gives the results of
-float32 in every training. What measures or is evaluated runs in `full_precision`. The autoencoder, the teacher and the
-text encoder serve trainings, too: they run `outside_autocast`, and leave TF32 as the user has set it.
+A network in training follows the trainer's precision, under autocast. Frozen networks give the results of float32 in
+every training: evaluation and metrics run in `full_precision`; the autoencoder, the teacher and the text encoder run
+`outside_autocast`, and leave TF32 as the user has set it.
 """
 
 from __future__ import annotations
@@ -85,17 +85,9 @@ def require_float32(dtype: torch.dtype, what: str) -> None:
 
 
 def check_training_precision(precision: object, adversarial: bool = False) -> str:
-    """The full name of a precision that our trainings and evaluations take.
+    """`trainer.precision`, where None is float32, as one of `TRAINING_PRECISIONS`; ValueError for any other.
 
-    Args:
-        precision: `trainer.precision`; None is float32.
-        adversarial: whether an autoencoder is trained against a discriminator.
-
-    Returns:
-        One of `TRAINING_PRECISIONS`.
-
-    Raises:
-        ValueError: it is another one, or does not suit the training.
+    `adversarial` says that an autoencoder is trained against a discriminator.
     """
     name = _SHORT.get(None if precision is None else str(precision), str(precision))
     if name in ("bf16-true", "16-true"):

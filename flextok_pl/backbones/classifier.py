@@ -13,18 +13,7 @@ from flextok_pl.backbones.pretrained import MeasuringNetwork, Pretrained
 class TimmClassifier(MeasuringNetwork):
     """A model of timm with its own preprocessing; its classes are in ImageNet's order if it was trained on that.
 
-    The model moves to where the images are.
-
-    Args:
-        name: as `timm.list_models()` has it, with or without a tag.
-        weights: a local file for it (`.safetensors` or PyTorch's); None lets timm find or download its own.
-
-    Attributes:
-        name: part of the metrics' names.
-        num_classes: C.
-
-    Raises:
-        ValueError: unknown model, or weights that are missing or do not fit.
+    It moves to where the images are. `name` is one of `timm.list_models()`, with or without a tag.
     """
 
     def __init__(self, name: str, weights: Path | str | None = None) -> None:
@@ -35,7 +24,7 @@ class TimmClassifier(MeasuringNetwork):
 
             network, data = timm_network(source)
         super().__init__(network)
-        self.name = name.replace(".", "_")
+        self.name = name.replace(".", "_")  # part of the metrics' names
         self.num_classes: int = network.num_classes
         self._preprocess = timm.data.create_transform(**data, is_training=False)
 

@@ -14,11 +14,7 @@ from flextok_pl.backbones.pretrained import MeasuringNetwork, Pretrained
 class CLIPScore(MeasuringNetwork):
     """A CLIP model of `transformers`, which moves to where the images are.
 
-    Args:
-        model: a local folder, or a name on the Hugging Face hub such as `openai/clip-vit-base-patch16`.
-
-    Raises:
-        ValueError: `transformers` is missing, or the model cannot be read.
+    `model` is a local folder, or a name on the Hugging Face hub such as `openai/clip-vit-base-patch16`.
     """
 
     def __init__(self, model: Path | str) -> None:

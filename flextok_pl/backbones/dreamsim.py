@@ -22,11 +22,7 @@ NETWORKS = ("ensemble", "dino_vitb16", "dinov2_vitb14", "clip_vitb32", "open_cli
 
 
 def check_dreamsim(network: str | None, weights: Path | str | None) -> None:
-    """Check options without loading anything.
-
-    Raises:
-        ValueError: the network is unknown, or the weights are for none or are no folder that holds them.
-    """
+    """Check options without loading anything."""
     if network is None:
         if weights is not None:
             raise ValueError(f"dreamsim_weights={str(weights)!r} are for no network: set dreamsim to one of {NETWORKS}")
@@ -44,15 +40,9 @@ def check_dreamsim(network: str | None, weights: Path | str | None) -> None:
 class DreamSim(MeasuringNetwork):
     """Perceptual distance of image pairs.
 
-    The package loads its networks for one device, and parts of them stay there.
-
-    Args:
-        network: one of `NETWORKS`. All but the two CLIP ones and `synclr_vitb16` also fetch DINO's code by torch.hub.
-        weights: a folder with the unpacked weights; None takes `dreamsim` in torch.hub's folder, or downloads there.
-        device: where to compute.
-
-    Raises:
-        ValueError: the package is missing, or the weights are.
+    The package loads its networks for one device, and parts of them stay there. Without a folder of unpacked weights it
+    takes `dreamsim` in torch.hub's folder, or downloads there. All networks but the two CLIP ones and `synclr_vitb16`
+    also fetch DINO's code by torch.hub.
     """
 
     def __init__(

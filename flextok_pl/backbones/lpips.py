@@ -1,4 +1,4 @@
-"""LPIPS (https://arxiv.org/abs/1801.03924) with AlexNet, as torchmetrics computes it, from a file or a download."""
+"""LPIPS (https://arxiv.org/abs/1801.03924) with AlexNet, as torchmetrics computes it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,7 @@ from flextok_pl.backbones.pretrained import MeasuringNetwork, Pretrained
 
 
 class LPIPS(MeasuringNetwork):
-    """Perceptual distance of image pairs.
-
-    Args:
-        weights: torchvision's AlexNet state dict; None takes torch.hub's cache or downloads it.
-
-    Raises:
-        ValueError: the weights are missing or are another network's.
-    """
+    """Perceptual distance of image pairs; `weights` is torchvision's AlexNet state dict."""
 
     name = "alex"
 

@@ -23,11 +23,7 @@ LPIPS_URLS = {
 class FeatureMaps(nn.Module):
     """A network that gives feature maps, with images in [-1, 1] brought to the values that it takes.
 
-    Args:
-        network: (B, 3, H, W) -> a list of (B, D, h, w).
-        mean: of the values that the network takes, one for each colour.
-        std: their standard deviation.
-        scale: what half the range of images is in those values; 0.5 for images in [0, 1].
+    `mean` and `std` are those of its values, for each colour; `scale` is half their range, 0.5 for images in [0, 1].
     """
 
     mean: Tensor
@@ -47,9 +43,7 @@ class FeatureMaps(nn.Module):
 def efficientnet_lite(source: Pretrained, pretrained: bool = True) -> Any:
     """`effnet-lite0` or `effnet-lite2`, trained on ImageNet (Apache-2.0); packages carry code and weights.
 
-    Args:
-        source: with a name of these two; its file holds a state dict of `efficientnet_lite_pytorch`.
-        pretrained: False leaves the weights as they are made, for counting on the meta device.
+    `pretrained=False` leaves the weights as they are made, for counting on the meta device.
     """
     with source.loading(f"leave {source.weights_option} out for the weights of its package"):
         from efficientnet_lite_pytorch import EfficientNet
@@ -64,11 +58,9 @@ def efficientnet_lite(source: Pretrained, pretrained: bool = True) -> Any:
 
 
 class EfficientNetMaps(nn.Module):
-    """The last feature map of each resolution of an EfficientNet-Lite, from H/2 to H/32.
+    """The last feature map of each resolution of an EfficientNet-Lite, from H/2 to H/32, or to H/16 without the `last`.
 
-    Args:
-        network: the EfficientNet-Lite, whose layers this shares.
-        last: False stops at H/16.
+    It shares the network's layers.
     """
 
     def __init__(self, network: Any, last: bool = True) -> None:
@@ -93,10 +85,7 @@ class EfficientNetMaps(nn.Module):
 def timm_network(source: Pretrained, pretrained: bool = True, **options: Any) -> tuple[Any, dict[str, Any]]:
     """A network of timm, and what timm says of its images: size, interpolation, mean and standard deviation in [0, 1].
 
-    Args:
-        source: a name as timm has it, with or without a tag; its file is a state dict, `.safetensors` or PyTorch's.
-        pretrained: False leaves the weights as they are made.
-        options: of `timm.create_model`.
+    A file of weights is a state dict, `.safetensors` or PyTorch's; `options` are those of `timm.create_model`.
     """
     import timm
 
@@ -130,11 +119,7 @@ class VisionTransformerMap(nn.Module):
 def lpips_network(net: Literal["alex", "vgg"], source: Pretrained) -> nn.Module:
     """LPIPS (https://arxiv.org/abs/1801.03924): two batches in [-1, 1] -> (B, 1, 1, 1).
 
-    The calibrated linear layers come with torchmetrics; the network under them is torchvision's.
-
-    Args:
-        net: AlexNet or VGG16.
-        source: its file is the state dict of torchvision's network.
+    The calibrated linear layers come with torchmetrics; the network under them, and its file, are torchvision's.
     """
     url = LPIPS_URLS[net]
     place = Path(torch.hub.get_dir()) / "checkpoints"

@@ -1,8 +1,8 @@
-"""How a pretrained network is asked for, found and used.
+"""Finding, loading and using a pretrained network.
 
 Its weights come from a local file, from a package that carries them, or from a download (torch.hub or the Hugging Face
-Hub). A local file is read as tensors, so it cannot run code. Whatever is missing becomes one `ValueError`, which names
-the option, its value and a remedy.
+Hub). A local file is read as tensors, so it cannot run code. Anything missing becomes one `ValueError`, which names the
+option, its value and a remedy.
 """
 
 from __future__ import annotations
@@ -22,22 +22,12 @@ from flextok_pl.precision import full_precision
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A pretrained network as a user asks for it.
+    """A pretrained network as a user asks for it."""
 
-    Args:
-        option: the option that names it, such as `teacher`.
-        name: the option's value, such as `effnet-lite2`.
-        weights: a local file with the weights; None takes those of a package, or downloads them.
-        weights_option: the option that gives this file, such as `teacher_weights`.
-
-    Raises:
-        ValueError: there is no such file.
-    """
-
-    option: str
-    name: str
-    weights: Path | str | None = None
-    weights_option: str = "weights"
+    option: str  # that names it, such as `teacher`
+    name: str  # the option's value, such as `effnet-lite2`
+    weights: Path | str | None = None  # a local file; None takes the weights of a package, or downloads them
+    weights_option: str = "weights"  # the option that gives this file, such as `teacher_weights`
 
     def __post_init__(self) -> None:
         if self.weights is not None and not Path(self.weights).is_file():
@@ -48,14 +38,9 @@ class Pretrained:
 
     @contextmanager
     def loading(self, remedy: str, install: str = "pip install 'flextok_pl[demo]'") -> Iterator[None]:
-        """Where a library looks for the network: turn its errors, of whatever kind, into one.
+        """Turn all errors of a library that loads the network into one ValueError.
 
-        Args:
-            remedy: what the user can do about missing or wrong weights.
-            install: the command that installs a missing package.
-
-        Raises:
-            ValueError: a package or the weights are missing, or the weights are another network's.
+        It states the `remedy` for missing or wrong weights, or the command that installs a missing package.
         """
         given = "" if self.weights is None else f", {self.weights_option}={str(self.weights)!r}"
         try:
@@ -77,20 +62,11 @@ class Pretrained:
 
 
 class MeasuringNetwork:
-    """A pretrained network that measures images: frozen, and in full precision whatever its caller has set.
-
-    Args:
-        network: on the CPU; it is frozen in place.
-
-    Attributes:
-        network: the network, in evaluation mode.
-        weights_hash: digest of its parameters, which records state.
-        device: where it is.
-    """
+    """A pretrained network, made on the CPU, that measures images: frozen in place, and always in full precision."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network: Any = network.eval().requires_grad_(False)
-        self.weights_hash = weights_hash(network)
+        self.weights_hash = weights_hash(network)  # records state it
         self.device = torch.device("cpu")
 
     def to(self, device: torch.device | str) -> Self:

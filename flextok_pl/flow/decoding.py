@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -25,22 +25,12 @@ GUIDANCE_KINDS = ("none", "cfg", "apg")
 
 @dataclass(frozen=True)
 class Decoding:
-    """The options of one decoding; the defaults are those of the published models.
+    """The options of one decoding; the defaults are those of the published models."""
 
-    Args:
-        num_steps: of the solver.
-        guidance: one of `GUIDANCE_KINDS`: none, classifier-free, or adaptive projected guidance.
-        guidance_scale: its strength, a number or a function of t; 1 is no guidance.
-        solver: one of `SOLVERS`.
-
-    Raises:
-        ValueError: an option is unknown or out of range.
-    """
-
-    num_steps: int = 25
-    guidance: str = "apg"
-    guidance_scale: GuidanceScale = 7.5
-    solver: str = "euler"
+    num_steps: int = 25  # of the solver
+    guidance: str = "apg"  # one of `GUIDANCE_KINDS`: none, classifier-free, or adaptive projected guidance
+    guidance_scale: GuidanceScale = 7.5  # 1 is no guidance
+    solver: str = "euler"  # one of `SOLVERS`
 
     def __post_init__(self) -> None:
         if not is_whole(self.num_steps) or self.num_steps < 1:
@@ -60,15 +50,11 @@ class Decoding:
         return {name: value for name, value in asdict(self).items() if (name, value) != ("solver", "euler")}
 
     def under(self, objective: str) -> Decoding:
-        """What a tokenizer of this objective does when asked for it: one that regresses takes one step, unguided."""
+        """How a tokenizer of this objective decodes: one that regresses takes a single step without guidance."""
         return ONE_STEP if objective == "mse" else self
 
     def sample(self, conditional: VelocityField, unconditional: VelocityField, noise: Tensor) -> Tensor:
-        """Follow the guided velocity from noise to latents; `unconditional` is not asked where it has no effect.
-
-        Raises:
-            ValueError: the guidance scale is NaN or infinite at some t.
-        """
+        """Follow the guided velocity from noise to latents; `unconditional` is called only where it has an effect."""
         if self.guidance == "none" or self.guidance_scale == 1.0:
             return integrate(conditional, noise, self.num_steps, self.solver)
         combine = AdaptiveProjectedGuidance() if self.guidance == "apg" else classifier_free_guidance
@@ -105,23 +91,18 @@ def classifier_free_guidance(conditional: Tensor, unconditional: Tensor, scale: 
     return unconditional + scale * (conditional - unconditional)
 
 
+@dataclass
 class AdaptiveProjectedGuidance:
     """Adaptive projected guidance (https://arxiv.org/abs/2410.02416, algorithm 1); one object per sampling run.
 
     Differs from the paper in working on velocities, not on predictions of the clean sample, as the official
     FlexTok code does; the momentum buffer is kept without the clipping.
-
-    Args:
-        momentum: factor of the previous steps' difference.
-        eta: share of the component parallel to the conditional velocity that is kept.
-        norm_threshold: largest L2 norm of the difference, over one sample's (C, h, w).
     """
 
-    def __init__(self, momentum: float = -0.5, eta: float = 0.0, norm_threshold: float = 2.5) -> None:
-        self.momentum = momentum
-        self.eta = eta
-        self.norm_threshold = norm_threshold
-        self._average: Tensor | float = 0.0
+    momentum: float = -0.5  # factor of the previous steps' difference
+    eta: float = 0.0  # share of the component parallel to the conditional velocity that is kept
+    norm_threshold: float = 2.5  # largest L2 norm of the difference, over one sample's (C, h, w)
+    _average: Tensor | float = field(default=0.0, init=False)
 
     def __call__(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
         """The guided velocity of the next step."""

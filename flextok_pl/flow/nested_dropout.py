@@ -9,26 +9,17 @@ import torch
 from torch import Tensor
 
 from flextok_pl.config import NestedDropoutLaw
+from flextok_pl.contracts import default_budgets
 
 BUDGET_LAWS = get_args(NestedDropoutLaw)
 
 
 def sample_num_tokens(law: str, batch_size: int, num_registers: int, generator: torch.Generator) -> Tensor:
-    """Draw a token budget for every image.
+    """Draw a token budget for every image: (B,) int64 in 1..K, on the generator's device.
 
-    Args:
-        law: `uniform` over 1..K; `pow2` over 1, 2, 4, ..., K; `uniform_pow2` uniform and then rounded up to a
-            power of two (at most K); `exponential` with P(k) proportional to 2**(-8 k / K), so that short budgets
-            are frequent; `none` always K.
-        batch_size: B.
-        num_registers: K.
-        generator: source of the draw; its device decides where the draw happens.
-
-    Returns:
-        (B,) int64 in 1..K, on the generator's device.
-
-    Raises:
-        ValueError: the law is unknown.
+    The laws are `uniform` over 1..K; `pow2` over 1, 2, 4, ..., K; `uniform_pow2` uniform and then rounded up to a power
+    of two (at most K); `exponential` with P(k) proportional to 2**(-8 k / K), so that short budgets are frequent; and
+    `none`, always K.
     """
     _check_law(law)
     device = generator.device
@@ -37,7 +28,7 @@ def sample_num_tokens(law: str, batch_size: int, num_registers: int, generator: 
     if law == "exponential":
         weights = _exponential_weights(num_registers).to(device)
         return 1 + torch.multinomial(weights, batch_size, replacement=True, generator=generator)
-    choices = _powers_of_two(num_registers).to(device)
+    choices = torch.tensor(default_budgets(num_registers), device=device)
     if law == "pow2":
         return choices[torch.randint(len(choices), (batch_size,), generator=generator, device=device)]
     k = torch.randint(1, num_registers + 1, (batch_size,), generator=generator, device=device)
@@ -47,11 +38,7 @@ def sample_num_tokens(law: str, batch_size: int, num_registers: int, generator: 
 
 
 def budget_probabilities(law: str, num_registers: int) -> Tensor:
-    """Probability of each budget under a law of `sample_num_tokens`.
-
-    Returns:
-        (K+1,) float64; entry k is the probability of k tokens, that of none being 0.
-    """
+    """(K+1,) float64: entry k is the probability of k tokens under a law of `sample_num_tokens`, that of 0 being 0."""
     _check_law(law)
     probabilities = torch.zeros(num_registers + 1, dtype=torch.float64)
     if law == "none":
@@ -61,7 +48,7 @@ def budget_probabilities(law: str, num_registers: int) -> Tensor:
     elif law == "uniform":
         probabilities[1:] = 1
     else:
-        choices = _powers_of_two(num_registers)
+        choices = torch.tensor(default_budgets(num_registers))
         before = torch.cat([choices.new_zeros(1), choices[:-1]])
         weights = choices - before if law == "uniform_pow2" else torch.ones_like(choices)
         probabilities[choices] = weights.to(probabilities.dtype)
@@ -75,8 +62,3 @@ def _check_law(law: str) -> None:
 
 def _exponential_weights(num_registers: int) -> Tensor:
     return torch.exp2(-8.0 * torch.arange(1, num_registers + 1) / num_registers)
-
-
-def _powers_of_two(num_registers: int) -> Tensor:
-    """1, 2, 4, ... and K, which need not be one."""
-    return torch.tensor([2**i for i in range(num_registers.bit_length()) if 2**i < num_registers] + [num_registers])

@@ -41,23 +41,12 @@ def sample_timesteps(
     shift: float = 1.0,
     stratified: bool = False,
 ) -> Tensor:
-    """Draw training timesteps.
+    """Draw training timesteps: (B,) float32 in (0, 1), on the generator's device.
 
-    Args:
-        law: `logit_normal` is sigmoid(N(0, 1)), `uniform` is U(0, 1), `mode` is the Stable Diffusion 3 law
-            (https://arxiv.org/abs/2403.03206, equation 20), as `mode_from_uniform`.
-        batch_size: B.
-        generator: source of the draw; its device decides where the draw happens.
-        mode_scale: s of the `mode` law.
-        shift: t -> shift * t / (1 + (shift - 1) * t); above 1 it spends more of the training on noisy inputs
-            (Stable Diffusion 3, equation 23).
-        stratified: one draw in each of B equal quantiles instead of B independent ones.
-
-    Returns:
-        (B,) float32 in (0, 1), on the generator's device.
-
-    Raises:
-        ValueError: the law is unknown.
+    The laws are `logit_normal`, sigmoid(N(0, 1)); `uniform`, U(0, 1); and `mode`, the Stable Diffusion 3 law
+    (https://arxiv.org/abs/2403.03206, equation 20) with s = `mode_scale`, as `mode_from_uniform`. A `shift` above 1
+    spends more of the training on noisy inputs (equation 23 there). `stratified` takes one draw in each of B equal
+    quantiles instead of B independent ones.
     """
     if law not in TIMESTEP_LAWS:
         raise ValueError(f"timestep_law={law!r} is unknown; use one of {TIMESTEP_LAWS}")

@@ -31,16 +31,12 @@ _DEFAULTS: dict[str, Any] = {
     "use_post_quant_conv": True,
     "mid_block_add_attention": True,
 }
-# Hints for tiling and mixed precision: they change no weight and no result.
+# Hints for tiling and mixed precision: they change no weight and no result, nor do keys with an underscore.
 _IGNORED = frozenset({"sample_size", "force_upcast"})
 
 
 def read_vae_config(folder: Path) -> VAEConfig:
-    """The configuration of an autoencoder that this package or diffusers wrote to a folder.
-
-    Raises:
-        ValueError: the folder has none, or it is not supported.
-    """
+    """The configuration of an autoencoder that this package or diffusers wrote to a folder."""
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} is no autoencoder: it has no config.json")
@@ -53,13 +49,8 @@ def read_vae_config(folder: Path) -> VAEConfig:
 def vae_config_from_diffusers(values: Mapping[str, Any]) -> VAEConfig:
     """Read the contents of any diffusers `AutoencoderKL` config.json.
 
-    Args:
-        values: the parsed file. Keys that start with an underscore, `sample_size` and `force_upcast` do
-            not change the function and are ignored. A null `scaling_factor` or `shift_factor` claims
-            nothing, and becomes 1 or 0.
-
-    Raises:
-        ValueError: a key is unknown, or asks for something our autoencoder cannot do.
+    A null `scaling_factor` or `shift_factor` becomes 1 or 0. ValueError for an unknown key, or for one that asks for
+    something our autoencoder cannot do.
     """
     name = values.get("_class_name", "AutoencoderKL")
     if name != "AutoencoderKL":
@@ -84,11 +75,7 @@ def vae_config_from_diffusers(values: Mapping[str, Any]) -> VAEConfig:
 
 
 def vae_config_to_diffusers(config: VAEConfig) -> dict[str, Any]:
-    """Arguments of diffusers' `AutoencoderKL`; for the kind `pixel`, what `read_vae_config` reads.
-
-    Raises:
-        ValueError: the entries of `config` contradict each other.
-    """
+    """Arguments of diffusers' `AutoencoderKL`; for the kind `pixel`, what `read_vae_config` reads."""
     values = config_to_dict(config)
     if config.kind == "pixel":
         return {"_class_name": _PIXEL_CLASS, **values}

@@ -29,15 +29,10 @@ class Contents(Generic[ConfigT]):
 
 
 class Format(ABC, Generic[ConfigT]):
-    """One way to keep a model in a safetensors file.
+    """One way to keep a model in a safetensors file."""
 
-    Attributes:
-        file_name: of the file in a folder.
-        companion: name of a file beside it that may describe the model.
-    """
-
-    file_name: str = "model.safetensors"
-    companion: str | None = None
+    file_name: str = "model.safetensors"  # in a folder
+    companion: str | None = None  # a file beside it that may describe the model
 
     @abstractmethod
     def recognises(self, file: TensorFile) -> bool:
@@ -45,21 +40,11 @@ class Format(ABC, Generic[ConfigT]):
 
     @abstractmethod
     def read(self, file: TensorFile, vae_config: Mapping[str, Any] | str | Path | None = None) -> Contents[ConfigT]:
-        """What an open file holds.
+        """What an open file of this format holds; ValueError where it describes no model of ours.
 
-        Args:
-            file: one that it recognises.
-            vae_config: what the user says of an autoencoder that the file does not describe: diffusers' configuration
-                or a JSON file of it.
-
-        Raises:
-            ValueError: the description is wrong, or not of a model of ours.
+        `vae_config` describes an autoencoder that the file does not: diffusers' configuration or a JSON file of it.
         """
 
     @abstractmethod
     def write(self, config: ConfigT) -> tuple[dict[str, str], Callable[[str], str]]:
-        """Metadata that describe a model, and the names of its tensors in the file, by their name in our state dict.
-
-        Raises:
-            ValueError: the format cannot express the model.
-        """
+        """Metadata that describe a model, and the names of its tensors in the file, by their name in our state dict."""

@@ -16,13 +16,7 @@ _MAX_CONFIG_CHARACTERS = 100_000
 
 
 class Native(Format[ConfigT]):
-    """Our format for one kind of model.
-
-    Args:
-        kind: what the metadata call it.
-        file_name: in a folder.
-        config_type: of its configuration.
-    """
+    """Our format for one kind of model."""
 
     def __init__(self, kind: str, file_name: str, config_type: type[ConfigT]) -> None:
         self.kind, self.file_name = kind, file_name

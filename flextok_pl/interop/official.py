@@ -26,7 +26,7 @@ from flextok_pl.interop.plain_data import check_plain, parse_text, read_json
 from flextok_pl.interop.tensor_file import TensorFile
 
 PUBLISHED_VAE = VAEConfig()
-"""The architecture that the official code builds whatever the checkpoint says."""
+"""The architecture that the official code builds for every checkpoint."""
 
 _ENC, _DEC = "encoder.module_dict.", "decoder.module_dict."
 _PREFIXES = {
@@ -92,11 +92,7 @@ def _is_repa_head(name: str) -> bool:
 
 
 def parse_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The configuration in the metadata of an official file: part -> Python literal, JSON or YAML, as plain data.
-
-    Raises:
-        ValueError: an entry is too long, or no plain data.
-    """
+    """The configuration in the metadata of an official file: part -> Python literal, JSON or YAML, as plain data."""
     return {
         key: parse_text(f"metadata {key!r}", text) for key, text in metadata.items() if (key, text) != ("format", "pt")
     }
@@ -105,15 +101,10 @@ def parse_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
 def official_to_config(
     official: Mapping[str, Any], vae_config: Mapping[str, Any] | str | Path | None = None
 ) -> FlexTokConfig:
-    """Read an official configuration. Nothing that it names is imported.
+    """Read an official configuration, plain data from `parse_metadata` or a config.json.
 
-    Args:
-        official: plain data, from `parse_metadata` or a config.json.
-        vae_config: diffusers' `AutoencoderKL` configuration, or a JSON file of it; the official one does not tell the
-            architecture, and the default is the published one.
-
-    Raises:
-        ValueError: a module or option is unknown, contradicts another one, or asks for what our model lacks.
+    It does not tell the architecture of the autoencoder: without `vae_config`, as in `Format.read`, that is the
+    published one. ValueError for an option that is unknown, contradicts another, or asks for what our model lacks.
     """
     check_plain("the configuration", official)
     facts = read(official, TOP, PARTS)
@@ -155,14 +146,7 @@ def _vae_config(
 
 
 def config_to_official(config: FlexTokConfig) -> dict[str, Any]:
-    """The official configuration of a model, as plain data.
-
-    Args:
-        config: of a tokenizer with a `kl` VAE.
-
-    Raises:
-        ValueError: the official code cannot express the model.
-    """
+    """The official configuration of a model, as plain data; ValueError where the official code cannot express it."""
     for name, theirs in (("layout", "registers"), ("causal_registers", True), ("objective", "flow")):
         if getattr(config, name) != theirs:
             raise ValueError(

@@ -60,12 +60,10 @@ class Option(NamedTuple):
 
 
 class Module:
-    """One module of an official configuration.
+    """One module of an official configuration, which may name the class `target` only.
 
-    Args:
-        target: the only class it may name.
-        options: those that are written: an `Option`, a `Module` that it consists of, or the value to write of an option
-            without effect on the function, of which any is read.
+    Its options, those that are written, are each an `Option`; a `Module` that it consists of; or the value to write of
+    an option without effect on the function, which may have any value when read.
     """
 
     def __init__(self, target: str, **options: Any) -> None:
@@ -73,7 +71,7 @@ class Module:
         self.also: dict[str, Any] = {}
 
     def taking(self, *ignored: str, **also: Any) -> Module:
-        """Let further options be given, which are not written: some without effect, and others; returns itself."""
+        """Accept further options, which are not written: `ignored` ones without effect, and others; returns itself."""
         self.also |= {**dict.fromkeys(ignored), **also}
         return self
 
@@ -84,11 +82,11 @@ class Sequence:
 
     target: str  # the only class it may name
     modules: Mapping[str, Module]
-    aside: str = ""  # part of the name of modules that change nothing that is decoded: they may be missing, or others
+    aside: str = ""  # part of the name of modules that do not change what is decoded: any or none may be there
     aside_targets: tuple[str, ...] = ()  # the classes that those may name
 
     def is_aside(self, name: str) -> bool:
-        """Whether a module of this name changes nothing that is decoded."""
+        """Whether a module of this name does not change what is decoded."""
         return bool(self.aside) and self.aside in name
 
 
@@ -116,11 +114,7 @@ def training(neutral: Any) -> Option:
 
 
 def read(official: Mapping[str, Any], target: str, parts: Mapping[str, Part]) -> dict[str, Any]:
-    """The facts that a configuration, plain data, states; those that are null are left out.
-
-    Raises:
-        ValueError: a module or option is unknown, contradicts another one, or asks for what our model lacks.
-    """
+    """The facts that a configuration, plain data, states; those that are null are left out."""
     unknown = sorted(set(official) - {"_target_", *parts})
     if unknown:
         raise ValueError(f"the configuration has an unknown part {unknown[0]!r}; the parts are {', '.join(parts)}")

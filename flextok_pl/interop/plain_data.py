@@ -17,12 +17,7 @@ _MAX_DEPTH = 20
 def parse_text(label: str, text: str) -> Any:
     """Dicts, lists, strings, numbers, booleans and None, from a python literal or else YAML (and so JSON).
 
-    Args:
-        label: what the text is, for messages.
-        text: at most 50,000 characters.
-
-    Raises:
-        ValueError: the text is too long, too deeply nested, or holds anything else.
+    `label` names the text in the ValueError for one that is too long, too deeply nested, or holds anything else.
     """
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"{label} has {len(text)} characters; a configuration has at most {MAX_CHARACTERS}")
@@ -38,11 +33,7 @@ def parse_text(label: str, text: str) -> Any:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file that holds a mapping of plain data.
-
-    Raises:
-        ValueError: there is no such file, or it holds something else.
-    """
+    """A JSON file that holds a mapping of plain data."""
     if not file.is_file():
         raise ValueError(f"no configuration file {str(file)!r}")
     try:
@@ -56,11 +47,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def check_plain(label: str, value: Any) -> None:
-    """Refuse values that are not plain data, or too many or too deep to be a configuration.
-
-    Raises:
-        ValueError: says what was found.
-    """
+    """Refuse values that are not plain data, or too many or too deep to be a configuration."""
     waiting, seen = [(value, 0)], 0
     while waiting:  # aliases of YAML can make a small text an enormous tree, so visits are counted
         node, depth = waiting.pop()

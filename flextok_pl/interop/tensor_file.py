@@ -32,15 +32,9 @@ class TensorFile:
 
 
 def find_file(path_or_hub_id: str | Path, names: Sequence[str], companions: Sequence[str]) -> tuple[Path, Path | None]:
-    """A weights file and, where there is one, the file beside it; on this machine, or else on the Hub.
+    """A weights file and, if there is one, the file beside it; on this machine, or else on the Hub.
 
-    Args:
-        path_or_hub_id: a `.safetensors` file, a folder, or a Hub id.
-        names: of the weights file in a folder; the first that there is.
-        companions: likewise of the file beside it.
-
-    Raises:
-        ValueError: there is no such file, or the Hub does not give it.
+    `names` and `companions` are the names that they may have in a folder, in order of preference.
     """
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
@@ -84,11 +78,7 @@ def _fetched(repository: str, names: Sequence[str]) -> Path | None:
 
 @contextmanager
 def open_tensors(path: Path, companion: Path | None = None) -> Iterator[TensorFile]:
-    """Open a safetensors file, memory-mapped.
-
-    Raises:
-        ValueError: it is damaged or of another format.
-    """
+    """Open a safetensors file, memory-mapped; ValueError where it is damaged or of another format."""
     try:
         opened = safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
@@ -101,11 +91,7 @@ def open_tensors(path: Path, companion: Path | None = None) -> Iterator[TensorFi
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file under a temporary name, then move it to its own: a reader never sees half of it.
-
-    Raises:
-        OSError: the folder or the disk does not take it; what was there before stays.
-    """
+    """Write a safetensors file as `whole_file` does: a reader never sees half of it."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole_file(file, shared=True) as temporary:
         try:

@@ -1,5 +1,11 @@
 """Pre-norm Transformer blocks, plain and conditioned on time.
 
+What is special about them:
+- Norms have no parameters and linear maps no biases; queries and keys are normalised; the MLP is gated.
+- Time shifts, scales and gates patches and registers by values of their own, which start at zero.
+- A block computes only the rows that its caller needs, which saves most of the last one.
+- A compiled block is used for gradients only; without them it runs uncompiled.
+
 Shapes: B batch, L sequence, Q query rows, D width, N patches.
 """
 
@@ -17,9 +23,9 @@ from flextok_pl.layers.norm import layer_norm
 def run_block(block: nn.Module, checkpointing: bool, *arguments: object) -> Tensor:
     """`block(*arguments)`; with `checkpointing` the backward pass computes it again instead of keeping activations.
 
-    A compiled block runs as it is where no gradients are asked for. Evaluation asks for other lengths, precisions and
-    masks, single images, or one position at a time: each would be compiled anew, and from the eighth on nothing would,
-    in training neither.
+    A compiled block runs uncompiled without gradients. Evaluation has other lengths, precisions and masks, single
+    images, or one position at a time: each would be compiled anew, and after eight torch compiles no more, in training
+    neither.
     """
     if not torch.is_grad_enabled():
         return block._call_impl(*arguments)  # type: ignore[no-any-return, no-untyped-call]
@@ -58,8 +64,8 @@ class Block(nn.Module):
     """Pre-norm block: x + attention, then x + MLP.
 
     With `rows`, those of `x` that a caller needs, keys and values are of the whole sequence, but queries, projections
-    and the MLP are computed for these rows only. They are given, not as a slice: on a GPU Inductor fails on changing
-    bounds, in its analysis of memory coalescing (torch 2.11).
+    and the MLP are computed for these rows only. They are a tensor, not a slice of `x`: on a GPU Inductor fails on
+    changing bounds, in its analysis of memory coalescing (torch 2.11).
     """
 
     def __init__(self, width: int, head_dim: int, mlp_ratio: float) -> None:

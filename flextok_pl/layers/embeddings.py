@@ -36,11 +36,7 @@ def sincos_position_table(width: int, grid_size: tuple[int, int], base: float = 
 
 
 def grid_positions(table: Tensor, rows: int, columns: int) -> Tensor:
-    """The top-left part of a position table (1, D, H, W): (1, rows, columns, D).
-
-    Raises:
-        ValueError: the table is too small.
-    """
+    """The top-left part of a position table (1, D, H, W): (1, rows, columns, D); ValueError where it is too small."""
     if rows > table.shape[2] or columns > table.shape[3]:
         raise ValueError(
             f"an input of {rows} x {columns} patches is larger than the position table of "

@@ -11,17 +11,11 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class Frozen(nn.Module, Generic[ModuleT]):
-    """Holds a frozen network outside the module tree.
+    """Holds a network outside the module tree and freezes it in place.
 
-    The network is in evaluation mode and has no gradients, whatever its owner does. It follows its owner's
-    `.to()`, but is in neither `parameters()` nor `state_dict()`, and a deep copy shares it, so that
-    checkpoints do not store it and weight averaging does not double it. Attributes and calls are passed on.
-
-    Args:
-        module: the network; it is frozen in place.
-
-    Attributes:
-        module: the network.
+    The network stays in evaluation mode and has no gradients. It follows its owner's `.to()`, but is in neither
+    `parameters()` nor `state_dict()`, and a deep copy shares it, so that checkpoints do not store it and weight
+    averaging does not double it. Attributes and calls are passed on.
     """
 
     module: ModuleT

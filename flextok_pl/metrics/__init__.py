@@ -1,1 +1,1 @@
-"""Feature extractors, distances, pixel and token statistics, and reports of them."""
+"""Distances between sets of features, and statistics of pixels and tokens."""

@@ -17,15 +17,7 @@ def distinct_tokens(tokens: Tensor) -> int:
 
 
 def codebook_use(tokens: Tensor, vocab_size: int) -> float:
-    """Fraction of the vocabulary that occurs at least once.
-
-    Args:
-        tokens: (N, K) int64.
-        vocab_size: V.
-
-    Raises:
-        ValueError: a token lies outside 0..V-1.
-    """
+    """Fraction of the vocabulary that occurs at least once among (N, K) tokens."""
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
         raise ValueError(f"tokens span {int(tokens.min())}..{int(tokens.max())}, outside vocab_size={vocab_size}")
     return distinct_tokens(tokens) / vocab_size
@@ -45,20 +37,10 @@ def position_entropy(tokens: Tensor) -> Tensor:
 def class_information(tokens: Tensor, labels: Tensor, permutations: int = 20, seed: int = 0) -> Tensor:
     """Mutual information in bits between the class and the id at each position, corrected for few samples.
 
-    The plug-in estimate H(id) + H(class) - H(id, class) is far above zero even for ids that know nothing of the class,
-    since most of them occur once. What it gives on average for permuted labels is therefore taken off.
-
-    Args:
-        tokens: (N, K) int64.
-        labels: (N,) int64 classes; samples with -1 are left out.
-        permutations: of the labels.
-        seed: of the permutations.
-
-    Returns:
-        (K,) float64, about zero where the id tells nothing, at most the entropy of the classes.
-
-    Raises:
-        ValueError: no sample has a class.
+    (N, K) and (N,) int64, whose samples with class -1 are left out, -> (K,) float64: about zero where the id tells
+    nothing, at most the entropy of the classes. The plug-in estimate H(id) + H(class) - H(id, class) is far above zero
+    even for ids that are independent of the class, since most of them occur once; so its mean over permutations of the
+    labels is subtracted.
     """
     tokens, labels = tokens[labels >= 0], labels[labels >= 0]
     if len(labels) == 0:

@@ -1,4 +1,4 @@
-"""What is kept of a set of images for distances: statistics of all features, and a pool of the features themselves.
+"""A set of images as distances need it: statistics of all features, and a pool of the features themselves.
 
 M pooled samples, D features.
 """
@@ -16,11 +16,7 @@ POOL_SIZE = 5000
 
 
 class FeatureSet:
-    """Features of one set of images.
-
-    Args:
-        dim: D.
-    """
+    """Features of one set of images."""
 
     def __init__(self, dim: int) -> None:
         self.statistics = FeatureStatistics(dim)
@@ -28,12 +24,9 @@ class FeatureSet:
         self._ids: list[Tensor] = []
 
     def update(self, features: Tensor, ids: Tensor, pooled: Tensor) -> None:
-        """Add features.
+        """Add (B, D) features of samples with (B,) int64 ids, unique in the set and the same in every process.
 
-        Args:
-            features: (B, D).
-            ids: (B,) int64, unique in the set and the same in every process.
-            pooled: (B,) bool, which samples belong to the pool.
+        `pooled` (B,) says which samples belong to the pool.
         """
         rows = features.cpu()
         self.statistics.update(rows)
@@ -46,7 +39,7 @@ class FeatureSet:
         return sum(map(len, self._ids))
 
     def pool(self) -> Tensor:
-        """(M, D), ordered by id, so that it does not depend on who saw a sample when."""
+        """(M, D), ordered by id, so that it does not depend on which process saw a sample when."""
         rows, ids = self._joined()
         return rows[ids.argsort()]
 

@@ -20,10 +20,7 @@ class FeatureStatistics:
     """Count, mean and covariance of features, updated batch by batch in float64 on the CPU.
 
     The scatter around the running mean is updated as in Chan, Golub & LeVeque (1979), so nothing cancels when the mean
-    is large against the spread. Memory is D x D, whatever N is. Of `scatter` only the lower triangle is complete.
-
-    Args:
-        dim: D.
+    is large against the spread. Memory is D x D for any N. Of `scatter` only the lower triangle is complete.
     """
 
     def __init__(self, dim: int) -> None:
@@ -35,15 +32,7 @@ class FeatureStatistics:
 
     @classmethod
     def from_moments(cls, mean: Tensor, covariance: Tensor) -> FeatureStatistics:
-        """Statistics that someone else took of enough samples for full rank.
-
-        Args:
-            mean: (D,).
-            covariance: (D, D).
-
-        Raises:
-            ValueError: shapes that do not fit, or values that are not finite.
-        """
+        """Published statistics, a (D,) mean and a (D, D) covariance, of enough samples for full rank."""
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise ValueError(
                 f"mean {tuple(mean.shape)}, covariance {tuple(covariance.shape)}: they are (D,) and (D, D)"
@@ -58,11 +47,7 @@ class FeatureStatistics:
 
     @property
     def covariance(self) -> Tensor:
-        """(D, D) float64, with the N - 1 divisor.
-
-        Raises:
-            ValueError: fewer than two samples.
-        """
+        """(D, D) float64, with the N - 1 divisor."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least two samples, there are {self.count}")
         lower = self.scatter.tril() / (self.count - 1)
@@ -79,14 +64,7 @@ class FeatureStatistics:
         return min(self.dim, max(self.count - 1, 0))
 
     def update(self, features: Tensor) -> None:
-        """Add features.
-
-        Args:
-            features: (B, D), any floating type.
-
-        Raises:
-            ValueError: wrong shape, or values that are not finite.
-        """
+        """Add (B, D) features of any floating type."""
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise ValueError(f"features have shape {tuple(features.shape)}; these statistics take (B, {self.dim})")
         if not features.isfinite().all():
@@ -154,17 +132,8 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
     tr (C_a C_b)^(1/2) is the sum of the square roots of the eigenvalues of L_a^T C_b L_a, which is symmetric, positive
     semi-definite and no larger than the rank of C_a. Singular covariances need no added diagonal: eigenvalues beyond
-    the smaller of the two ranks are zero, and left out because the root would magnify their rounding.
-
-    Args:
-        a: the reference; its factorisation is kept, so comparing many sets with one `a` is cheap.
-        b: statistics of as many features.
-
-    Returns:
-        The distance; tiny negative values are rounding.
-
-    Raises:
-        ValueError: different numbers of features, or fewer than two samples.
+    the smaller of the two ranks are zero, and left out because the root would magnify their rounding. Tiny negative
+    distances are rounding, too. The factorisation of `a` is kept, so comparing many sets with one `a` is cheap.
     """
     if a.dim != b.dim:
         raise ValueError(f"statistics of {a.dim} and {b.dim} features cannot be compared; use one extractor for both")

@@ -16,17 +16,7 @@ PSNR_CAP = 100.0
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Bring images to 8 bits by rounding to the nearest grey level; the only place in the suite that does it.
-
-    Args:
-        images: (..., H, W) floating point in [-1, 1]; what lies outside is clamped.
-
-    Returns:
-        Of the same shape, uint8.
-
-    Raises:
-        ValueError: the images are not floating point, or hold NaN or infinity.
-    """
+    """Bring images in [-1, 1], clamped, to 8 bits by rounding to the nearest grey level; only this function does it."""
     if not images.is_floating_point():
         raise ValueError(f"images have dtype {images.dtype}; give floating point in [-1, 1]")
     if not images.isfinite().all():
@@ -35,18 +25,9 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def image_errors(originals: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
-    """Errors of each image on the [0, 1] scale.
+    """Errors of each image on the [0, 1] scale: (B, 3, H, W) uint8 twice -> values of (B,) float64 on the CPU.
 
-    Args:
-        originals: (B, 3, H, W) uint8.
-        reconstructions: (B, 3, H, W) uint8.
-
-    Returns:
-        `mae`, `mse`, `psnr` (dB, peak 1, at most `PSNR_CAP`) and `ssim` (11 x 11 Gaussian window of sigma 1.5), each
-        (B,) float64 on the CPU.
-
-    Raises:
-        ValueError: shapes or types differ.
+    They are `mae`, `mse`, `psnr` (dB, peak 1, at most `PSNR_CAP`) and `ssim` (11 x 11 Gaussian window of sigma 1.5).
     """
     if originals.dtype != torch.uint8 or reconstructions.dtype != torch.uint8:
         raise ValueError(f"images have dtype {originals.dtype} and {reconstructions.dtype}; bring both to uint8")

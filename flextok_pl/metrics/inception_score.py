@@ -16,13 +16,6 @@ class InceptionScore:
     """The score of each of several parts of the samples, and their mean.
 
     A sample's split is its id modulo S, so the score depends neither on order nor on batches or processes.
-
-    Args:
-        num_classes: C.
-        splits: S.
-
-    Raises:
-        ValueError: S is below 1.
     """
 
     def __init__(self, num_classes: int, splits: int = 10) -> None:
@@ -36,15 +29,7 @@ class InceptionScore:
         return int(self._sums[:, -1].sum())
 
     def update(self, probabilities: Tensor, ids: Tensor) -> None:
-        """Add samples.
-
-        Args:
-            probabilities: (B, C), each row adding up to 1.
-            ids: (B,) int64, uniform over the integers, as hashes of keys are.
-
-        Raises:
-            ValueError: another number of classes, or rows that are no distributions, as logits are not.
-        """
+        """Add (B, C) probabilities of samples with (B,) int64 ids, uniform over the integers, as hashes of keys are."""
         classes = self._sums.shape[1] - 2
         if probabilities.ndim != 2 or probabilities.shape[1] != classes:
             raise ValueError(f"probabilities have shape {tuple(probabilities.shape)}; this score takes (B, {classes})")
@@ -67,11 +52,7 @@ class InceptionScore:
         self._sums = state["sums"]
 
     def compute(self) -> tuple[float, float]:
-        """Mean and standard deviation (divisor S) over the splits that have samples.
-
-        Raises:
-            ValueError: there are no samples.
-        """
+        """Mean and standard deviation (divisor S) over the splits that have samples."""
         if self.count == 0:
             raise ValueError("an inception score needs at least one sample")
         sums = self._sums[self._sums[:, -1] > 0]

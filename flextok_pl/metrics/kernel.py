@@ -45,25 +45,13 @@ def draw_subsets(num_a: int, num_b: int, subsets: int, size: int, seed: int) -> 
 def kernel_distance(
     a: Tensor, b: Tensor, subsets: int = SUBSETS, subset_size: int = SUBSET_SIZE, seed: int = 0, paired: bool = False
 ) -> tuple[float, float]:
-    """Mean and standard deviation of the squared discrepancy over random subsets.
+    """Mean and standard deviation of the squared discrepancy over random subsets of (N, D) and (M, D) features.
 
     With no more than `subset_size` samples on a side there is one estimate only, from as many as the smaller side has.
     Memory is float64 for three kernel matrices of S x S, or of N x N where N is no more than `WHOLE`.
 
-    Args:
-        a: (N, D) features.
-        b: (M, D) features.
-        subsets: number of subset pairs.
-        subset_size: S.
-        seed: of the subsets.
-        paired: row i of `b` was made from row i of `a`, as a reconstruction is. The usual estimate, which takes the two
-            sides as independent, would then be too small by about 2 / S of the kernel's range, and often negative.
-
-    Returns:
-        Mean and standard deviation.
-
-    Raises:
-        ValueError: different numbers of features, fewer than two samples, or pairs of different numbers.
+    With `paired`, row i of `b` was made from row i of `a`, as a reconstruction is. The usual estimate, which takes the
+    two sides as independent, would then be too small by about 2 / S of the kernel's range, and often negative.
     """
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"{a.shape[1]} and {b.shape[1]} features cannot be compared; use one extractor for both")

@@ -15,23 +15,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class LinearProbe:
-    """Multinomial logistic regression on standardised features, and the class means of the same features.
+    """Multinomial logistic regression on standardised features, and the class means of the same features; float64."""
 
-    Args:
-        name: `probe_` and the extractor's name; part of the metrics' names.
-        mean: (D,) float64, of all real features.
-        scale: (D,) float64, their standard deviation.
-        weight: (C, D) float64.
-        bias: (C,) float64.
-        class_means: (C, D) float64, less `mean`.
-    """
-
-    name: str
-    mean: Tensor
-    scale: Tensor
-    weight: Tensor
-    bias: Tensor
-    class_means: Tensor
+    name: str  # `probe_` and the extractor's name; part of the metrics' names
+    mean: Tensor  # (D,) of all real features
+    scale: Tensor  # (D,) their standard deviation
+    weight: Tensor  # (C, D)
+    bias: Tensor  # (C,)
+    class_means: Tensor  # (C, D) less `mean`
 
     @property
     def num_classes(self) -> int:
@@ -43,17 +34,9 @@ class LinearProbe:
     def fit(cls, features: Tensor, labels: Tensor, num_classes: int, extractor: str, l2: float = 0.1) -> LinearProbe:
         """The minimum of mean cross-entropy + l2 / 2 |weight|^2, which is unique, by L-BFGS in float64.
 
-        All classes weigh the same, however many samples they have.
-
-        Args:
-            features: (N, D) of real images.
-            labels: (N,) int64 in 0..C-1; samples with -1 count for the mean and the scale only.
-            num_classes: C.
-            extractor: the name of the features' extractor.
-            l2: strength of the penalty; needed, since more features than samples can be separated perfectly.
-
-        Raises:
-            ValueError: a label out of range, a class without samples, or `l2` not positive.
+        All classes weigh the same, however many samples they have; of (N, D) real images and (N,) labels, samples with
+        -1 count for the mean and the scale only. The penalty is needed, as more features than samples can be separated
+        perfectly.
         """
         if l2 <= 0:
             raise ValueError(f"l2={l2} must be positive")
@@ -92,19 +75,12 @@ class LinearProbe:
         return cls(name, mean, scale, weight.detach(), bias.detach(), class_means)
 
     def probabilities(self, images: Tensor, features: Tensor) -> Tensor:
-        """The extractor's (B, D) -> (B, C) float32 on the CPU; the images are not looked at."""
+        """The extractor's (B, D) -> (B, C) float32 on the CPU; images are not used."""
         logits = F.linear(self._centred(features) / self.scale, self.weight, self.bias)
         return logits.softmax(1).float()
 
     def nearest_class(self, features: Tensor) -> Tensor:
-        """The class whose mean has the largest cosine with each feature vector, both less the mean of all real ones.
-
-        Args:
-            features: (B, D).
-
-        Returns:
-            (B,) int64 on the CPU.
-        """
+        """(B, D) -> (B,) int64 on the CPU: the class whose mean has the largest cosine, both less the real mean."""
         means = F.normalize(self.class_means)
         return F.linear(self._centred(features), means).argmax(1)  # a row's own length changes no decision
 

@@ -53,24 +53,14 @@ def _squared_radii(points: Tensor, *ks: int) -> list[Tensor]:
 def manifold_scores(
     real: Tensor, generated: Tensor, k: int = NEIGHBOURS, density_k: int = DENSITY_NEIGHBOURS
 ) -> dict[str, float]:
-    """Four shares and counts of samples in manifolds.
+    """Four shares and counts of samples in manifolds, of (N, D) real and (M, D) generated features.
+
+    `precision` is the share of generated samples in the real manifold; `recall` the share of real samples in the
+    generated one; `density` the real balls that hold a generated sample, on average over those samples and over
+    `density_k`, about 1 for equal distributions; `coverage` the share of real balls that hold a generated sample. They
+    depend on N and M, so compare at equal numbers only; a larger k makes precision and recall larger.
 
     Memory is `BLOCK` x max(N, M) float64.
-
-    Args:
-        real: (N, D) features.
-        generated: (M, D) features.
-        k: neighbours that a ball of precision and recall reaches; more make both values larger.
-        density_k: likewise of density and coverage.
-
-    Returns:
-        `precision`, the share of generated samples in the real manifold; `recall`, the share of real samples in the
-        generated one; `density`, real balls that hold a generated sample, on average over those samples and over
-        `density_k`, about 1 for equal distributions; `coverage`, the share of real balls that hold a generated sample.
-        They depend on N and M, so compare at equal numbers only.
-
-    Raises:
-        ValueError: different numbers of features, or a side with too few samples.
     """
     if real.shape[1] != generated.shape[1]:
         raise ValueError(

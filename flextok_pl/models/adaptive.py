@@ -1,4 +1,4 @@
-"""As few tokens per image as a wanted quality takes: `FlexTok.tokenize(images, quality=...)`.
+"""As few tokens per image as a given quality needs: `FlexTok.tokenize(images, quality=...)`.
 
 The smallest budget of each image is found by bisection. All images of a batch are decoded together, at a different
 budget each, so a search takes about log2 K batched decodings.
@@ -54,20 +54,11 @@ class Quality:
 def smallest_budgets(
     images: Tensor, tokens: Tensor, latent_size: tuple[int, int], quality: Quality, detokenize: Callable[..., Tensor]
 ) -> Tensor:
-    """Search by bisection, all images at once, each from the same noise at every budget.
+    """Search by bisection, all images at once, each from the same noise at every budget: (B,) int64 on the CPU.
 
-    Quality mostly, not always, rises with the budget. A returned budget below K has reached the target, and the search
-    has seen some smaller budget fail.
-
-    Args:
-        images: (B, 3, H, W) in [-1, 1].
-        tokens: (B, K) of them.
-        latent_size: (h, w) of them.
-        quality: what they must reach.
-        detokenize: a tokenizer's.
-
-    Returns:
-        (B,) int64 on the CPU; K where no budget that was tried reaches the target.
+    Takes (B, 3, H, W) images in [-1, 1], their (B, K) tokens and the (h, w) of their latents. Quality mostly, not
+    always, rises with the budget. A budget below K has reached the target, and the search has seen some smaller budget
+    fail; K is also the answer where no budget that was tried reaches the target.
     """
     low, high = torch.ones(len(tokens), dtype=torch.int64), torch.full((len(tokens),), tokens.shape[1])
     while (open_ := (low < high).nonzero().flatten()).numel():

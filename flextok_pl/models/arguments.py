@@ -1,6 +1,6 @@
-"""What users give to the models, brought to the types that they compute with, or refused by a `ValueError` in words.
+"""Convert what users give to the models to the types that these compute with, or raise a `ValueError` that helps.
 
-Functions that look at values wait for a GPU: they are for what is called to use a model, not for a training step.
+Functions that look at values wait for a GPU: call them where a model is used, not in a training step.
 
 Shapes: B batch, H x W image, k tokens.
 """
@@ -18,7 +18,7 @@ from flextok_pl.config import FlexTokConfig
 from flextok_pl.contracts import is_whole
 
 IMAGE_LIMIT = 2.0
-"""Largest absolute value in an image: bicubic resizing overshoots [-1, 1] by up to 0.9, pixels in 0..255 are beyond."""
+"""Largest absolute value in an image: bicubic resizing overshoots [-1, 1] by up to 0.9; 0..255 lies far beyond."""
 
 
 def as_images(images: Tensor | np.ndarray[Any, Any]) -> Tensor:

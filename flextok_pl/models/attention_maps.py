@@ -22,19 +22,9 @@ def register_attention(
 ) -> Tensor:
     """Share of the patches' attention that each token gets in each block, with all K tokens kept.
 
-    Args:
-        tok: a tokenizer with an autoencoder.
-        images: (B, 3, H, W) in [-1, 1].
-        times: T flow times at which their noised latents are looked at, 1 being pure noise.
-        generator: of the noise.
-
-    Returns:
-        (T, M, K) float32 on the CPU: means over images, heads and patches. A row sums up to the share that does not go
-        to the patches themselves.
-
-    Raises:
-        ValueError: a time is outside [0, 1], or not the one that a tokenizer with `objective="mse"` knows; or the
-            tokens have no positions of their own.
+    Takes a tokenizer with an autoencoder, (B, 3, H, W) images in [-1, 1], and T flow times, 1 being pure noise, for
+    their noised latents. Returns (T, M, K) float32 on the CPU: means over images, heads and patches. A row sums up to
+    the share that does not go to the patches themselves.
     """
     if tok.config.layout == "grid":
         raise ValueError(

@@ -1,5 +1,11 @@
 """The flow decoder: noised latents and tokens in, velocity out.
 
+What is special about it:
+- Any number of first tokens decodes: learned vectors stand for those that are missing, or for the whole condition.
+- All missing tokens of an image cost one position, whatever their number, and each image has a budget of its own.
+- Attention is full over patches and tokens; time modulates the two kinds of position separately.
+- The last block computes patches only, as the head reads nothing else.
+
 Shapes: B batch, C channels, h x w latent, N patches, K registers, k kept tokens, m = max k of the batch, m' computed
 registers, D width.
 """
@@ -77,22 +83,13 @@ class FlowDecoder(nn.Module):
 
     def forward(
         self,
-        x_t: Tensor,
-        t: Tensor,
-        codes: Tensor,
-        num_tokens: Tensor | None = None,
-        null: Tensor | None = None,
+        x_t: Tensor,  # (B, C, h, w) noised latents
+        t: Tensor,  # (B,) float32, 1 being pure noise
+        codes: Tensor,  # (B, m, number of FSQ levels) quantised; m = 0 is enough where `null` holds for every sample
+        num_tokens: Tensor | None = None,  # (B,) int64 kept tokens, at most m; None keeps all m
+        null: Tensor | None = None,  # (B,) bool, True for the unconditional branch; None for nowhere
     ) -> Velocity:
-        """Velocity of `x_t` at time `t`.
-
-        Args:
-            x_t: (B, C, h, w) noised latents.
-            t: (B,) float32, 1 being pure noise.
-            codes: (B, m, number of FSQ levels) quantised codes of at least the largest budget in use; m = 0
-                is enough where `null` holds for every sample.
-            num_tokens: (B,) int64 kept tokens, at most m; None keeps all m.
-            null: (B,) bool, True for the unconditional branch; None for nowhere.
-        """
+        """Velocity of `x_t` at time `t`."""
         patches = self.patch_embed(patchify(x_t, self.patch_size))  # (B, H, W, D)
         grid = patches.shape[1:3]
         patches = (patches + grid_positions(self.patch_posemb, *grid)).flatten(1, 2)  # (B, N, D)

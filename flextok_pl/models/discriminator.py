@@ -15,11 +15,7 @@ class PatchDiscriminator(nn.Module):
 
     4x4 convolutions, of which the first `num_layers` have stride 2; widths double up to 8 times the first. Group norm
     stands in for pix2pix's batch norm: real and reconstructed images then do not see each other's statistics, and
-    there are no running averages to synchronise.
-
-    Args:
-        width: channels of the first layer, a multiple of 4.
-        num_layers: layers with stride 2; at 3 a patch is 70 x 70 pixels.
+    there are no running averages to synchronise. With 3 layers of stride 2, a patch is 70 x 70 pixels.
     """
 
     def __init__(self, width: int = 64, num_layers: int = 3) -> None:
@@ -52,15 +48,8 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
 def adaptive_weight(reconstruction_loss: Tensor, generator_loss: Tensor, last_layer: Tensor) -> Tensor:
     """The share of the adversarial loss that gives it the reconstruction's gradient norm.
 
-    VQGAN (https://arxiv.org/abs/2012.09841, eq. 7), with the 1e-4 and the bound of its published code.
-
-    Args:
-        reconstruction_loss: scalar, all that compares pixels or features.
-        generator_loss: scalar.
-        last_layer: the decoder's last weight, where both gradients are compared.
-
-    Returns:
-        Scalar without gradient.
+    A scalar without gradient, as in VQGAN (https://arxiv.org/abs/2012.09841, eq. 7), with the 1e-4 and the bound of its
+    published code. Both gradients are compared at the decoder's last weight.
     """
     (of_reconstruction,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
     (of_generator,) = torch.autograd.grad(generator_loss, last_layer, retain_graph=True)

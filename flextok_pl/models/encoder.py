@@ -1,5 +1,10 @@
 """The register encoder: latents in, ordered codes out.
 
+What is special about it:
+- Learned registers, not the patches, become tokens, so their number does not depend on the size of the image.
+- They are ordered: each sees all patches and the registers before it, and patches see patches only.
+- The first k codes therefore cost k registers, not K; the last block computes the registers alone.
+
 Shapes: B batch, C channels, h x w latent, N patches, K registers, k <= K of them, D width.
 """
 
@@ -16,9 +21,8 @@ from flextok_pl.layers.norm import layer_norm
 class RegisterEncoder(nn.Module):
     """ViT whose learned registers read the patches, causally among themselves (FlexTok, section 3.1).
 
-    Register i sees all patches and registers 0..i, and no patch sees a register, so the first k codes do
-    not depend on the later registers and can be computed alone. In the baselines `causal_registers=False` and
-    `layout="grid"` they do depend on all positions, and the last block only is computed for them alone.
+    Register i sees all patches and registers 0..i. In the baselines `causal_registers=False` and `layout="grid"` codes
+    depend on all positions, and k of them save work in the last block only.
     """
 
     def __init__(self, config: FlexTokConfig) -> None:
@@ -41,15 +45,7 @@ class RegisterEncoder(nn.Module):
         self.head = nn.Linear(width, len(config.fsq_levels))
 
     def forward(self, latents: Tensor, num_tokens: int | None = None) -> Tensor:
-        """The first `num_tokens` codes, before quantisation.
-
-        Args:
-            latents: (B, C, h, w), scaled.
-            num_tokens: k, default K; causal registers after them are not computed.
-
-        Returns:
-            (B, k, number of FSQ levels).
-        """
+        """The first `num_tokens` codes before quantisation: (B, C, h, w) -> (B, k, number of FSQ levels)."""
         patches = self.patch_embed(patchify(latents, self.patch_size))  # (B, H, W, D)
         patches = patches + grid_positions(self.patch_posemb, patches.shape[1], patches.shape[2])
         x, mask, coded = self._sequence(patches.flatten(1, 2), num_tokens or self.num_registers)

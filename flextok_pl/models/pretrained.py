@@ -1,4 +1,4 @@
-"""Models from files and back: a format of `flextok_pl.interop` says what a file holds, here the model is made of it.
+"""Load and save models: a format of `flextok_pl.interop` says what a file holds, and the model is built from it here.
 
 Names and shapes are compared with the configuration before any weight is read. Each tensor is then copied once, from
 the mapped file to its place, so the peak is one copy of the weights. They become float32, as in the official loader.
@@ -31,17 +31,9 @@ def load_model(
     device: str | torch.device | None = None,
     vae_config: Mapping[str, Any] | str | Path | None = None,
 ) -> ModelT:
-    """A model with the weights of a file, in evaluation mode.
+    """A model of class `make`, in evaluation mode, from a file or folder on this machine, or else from the Hub.
 
-    Args:
-        path_or_hub_id: a file or folder on this machine, or else a Hub id.
-        formats: those that the file may have.
-        make: the model's class, which takes a configuration.
-        device: where to put the weights.
-        vae_config: see `Format.read`.
-
-    Raises:
-        ValueError: there is no such file, it is damaged, has another format, or does not fit its own configuration.
+    ValueError where there is no such file, or it is damaged, has another format, or does not fit its configuration.
     """
     names = dict.fromkeys(each.file_name for each in formats.values())
     companions = dict.fromkeys(each.companion for each in formats.values() if each.companion)
@@ -64,18 +56,7 @@ def load_model(
 def save_model(
     weights: Mapping[str, Tensor], config: ConfigT, path: str | Path, formats: Mapping[str, Format[ConfigT]], name: str
 ) -> Path:
-    """Write a state dict and its configuration in the format of this name, atomically.
-
-    Args:
-        weights: the state dict.
-        config: of the model.
-        path: a `.safetensors` file, or a folder.
-        formats: those that there are.
-        name: of the wanted one.
-
-    Returns:
-        The file written.
-    """
+    """Write a state dict and its configuration to a `.safetensors` file or a folder, atomically; returns the file."""
     if name not in formats:
         raise ValueError(f"format={name!r} is unknown; use one of {list(formats)}")
     path = Path(path).expanduser()

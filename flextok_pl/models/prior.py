@@ -46,9 +46,6 @@ class Prior(nn.Module):
     Position 0 is the start token, position i > 0 holds token i-1; the output at position i predicts token i. The null
     condition of guidance is a class embedding of its own, or the text encoder's states of the empty string, which
     `set_null_text` stores in the model.
-
-    Args:
-        config: hyper-parameters.
     """
 
     null_text: Tensor

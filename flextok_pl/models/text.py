@@ -23,18 +23,10 @@ OFFLINE_ENCODER = "minilm"
 
 
 class TextEncoder(nn.Module):
-    """Texts to one state per token.
+    """Texts to one float32 state per token: `minilm`, or a T5 or BERT-like encoder that transformers can load.
 
-    Args:
-        name: `minilm`, or a T5 or BERT-like encoder: a local folder or Hub id that transformers can load.
-        max_length: most tokens of a text, special ones included; at most what the encoder was made for.
-        dtype: of its weights; the states are float32 always. T5 overflows in float16, hence no such choice.
-
-    Attributes:
-        width: E.
-
-    Raises:
-        ValueError: a package or the weights are missing, or an option is out of range.
+    `max_length` is the most tokens of a text, special ones included; at most what the encoder was made for. `dtype` is
+    that of its weights: T5 overflows in float16, so that is not a choice.
     """
 
     def __init__(self, name: str, max_length: int = 128, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
@@ -66,12 +58,7 @@ class TextEncoder(nn.Module):
     def forward(self, texts: Sequence[str], truncate: bool = False) -> TextStates:
         """Encode texts; the empty string has states, too: those of the special tokens.
 
-        Args:
-            texts: B strings.
-            truncate: cut texts that are too long, with a warning, instead of refusing them.
-
-        Raises:
-            ValueError: a text has more tokens than the encoder takes.
+        `truncate` cuts texts that are too long, with a warning, instead of refusing them.
         """
         tokens: list[list[int]] = [self.tokenizer(text, truncation=False).input_ids for text in texts]
         for text, ids in zip(texts, tokens, strict=True):

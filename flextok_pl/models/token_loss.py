@@ -28,14 +28,10 @@ class TokenLoss(NamedTuple):
 def token_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float = 0.0, chunk_size: int | None = 512
 ) -> TokenLoss:
-    """Cross-entropy of `hidden @ weight.T` against tokens.
+    """Cross-entropy of `hidden @ weight.T`, (..., D) and (V, D), against (...) int64 targets.
 
-    Args:
-        hidden: (..., D).
-        weight: (V, D), of the head.
-        targets: (...) int64.
-        label_smoothing: share of the target's probability that is spread over the vocabulary.
-        chunk_size: positions whose logits exist at a time; None for all at once, through autograd.
+    `label_smoothing` is the share of the target's probability that is spread over the vocabulary; `chunk_size` the
+    positions whose logits exist at a time, None for all at once, through autograd.
     """
     rows, wanted = hidden.flatten(0, -2), targets.flatten()
     if chunk_size is None:

@@ -4,7 +4,7 @@ What is special about it:
 - An autoencoder makes latents of an image; the registers of a ViT read them and are quantised to tokens.
 - Tokens are ordered: a register sees no later one, and training drops all tokens after a random number of them.
 - A rectified flow decodes latents from any number of first tokens, under guidance.
-- What is used computes in float32 and checks its arguments; what is trained computes as the caller says.
+- Methods for use compute in float32 and check values; methods for training compute in the caller's precision.
 
 Shapes: B batch, C channels, h x w latent, K registers, k <= K kept tokens, L FSQ levels.
 """
@@ -50,14 +50,12 @@ DIVERGED = "the weights hold some, or have diverged: load or train others"
 class FlexTok(nn.Module):
     """The tokenizer: an autoencoder for latents, a register encoder, FSQ, and a flow decoder.
 
-    `encode_latents`, `tokenize`, `sample_latents` and `detokenize` use it: they compute in float32 without TF32, also
-    under autocast, and refuse values that are not finite. `encode` and `velocity` are what is trained: they have
+    `encode_latents`, `tokenize`, `sample_latents` and `detokenize` are for use: they compute in float32 without TF32,
+    also under autocast, and refuse values that are not finite. `encode` and `velocity` are for training: they have
     gradients, and compute in the precision of the caller.
 
-    Args:
-        config: hyper-parameters.
-        vae: an autoencoder to use instead of a new one of `config.vae`, which it replaces in the configuration, too. A
-            frozen one is not part of the state dict, but is saved.
+    An autoencoder given as `vae` takes the place of a new one of `config.vae`, in the configuration, too. A frozen one
+    is not part of the state dict, but is saved.
     """
 
     vae: VAE | Frozen[VAE] | None
@@ -191,9 +189,7 @@ class FlexTok(nn.Module):
     def encode(self, latents: Tensor, num_tokens: int | None = None) -> Tensor:
         """Codes before quantisation, with gradients: scaled latents (B, C, h, w) -> (B, k, L).
 
-        Args:
-            latents: scaled.
-            num_tokens: k, default K; only the first k registers are computed, if they are causal.
+        k is `num_tokens`, default K; only the first k registers are computed, if they are causal.
 
         Raises:
             ValueError: the latents do not fit the model, or k is not in 1..K.
@@ -305,15 +301,12 @@ class FlexTok(nn.Module):
         if len(codes) == 0:
             return x
         null = torch.ones(len(codes), dtype=torch.bool, device=x.device)
+        decoding = (decoding or Decoding()).under(self.config.objective)
         with full_precision(self.device):
-            latents = (
-                (decoding or Decoding())
-                .under(self.config.objective)
-                .sample(
-                    lambda x, t: self.decoder(x, x.new_full((len(x),), t), codes, kept).velocity,
-                    lambda x, t: self.decoder(x, x.new_full((len(x),), t), codes[:, :0], null=null).velocity,
-                    x,
-                )
+            latents = decoding.sample(
+                lambda x, t: self.decoder(x, x.new_full((len(x),), t), codes, kept).velocity,
+                lambda x, t: self.decoder(x, x.new_full((len(x),), t), codes[:, :0], null=null).velocity,
+                x,
             )
         check_finite(latents, "the decoded latents", DIVERGED)
         return latents

@@ -31,12 +31,8 @@ class VAE(nn.Module):
     """An image autoencoder with scaled latents: latents = (posterior - shift_factor) * scaling_factor.
 
     `moments`, `encode` and `decode` compute in float32, also under autocast. `forward` is the pass of its own training,
-    and computes as the caller says.
-
-    Args:
-        config: architecture and scaling.
-        network: diffusers' `AutoencoderKL` of that architecture in place of a new one with random weights; the kind
-            `pixel` has none.
+    in the precision of the caller. A `network`, diffusers' `AutoencoderKL` of the configured architecture, takes the
+    place of a new one with random weights; the kind `pixel` has none.
     """
 
     def __init__(self, config: VAEConfig, network: diffusers.AutoencoderKL | None = None) -> None:
@@ -99,10 +95,7 @@ class VAE(nn.Module):
         return VAE(config, self.vae if config.kind == "kl" else None)
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """The pass of a training, in the precision of the caller.
-
-        Images (B, 3, H, W) in [-1, 1] -> the moments (B, 2C, h, w), and what a sample of that posterior decodes to.
-        """
+        """(B, 3, H, W) in [-1, 1] -> the moments (B, 2C, h, w), and (B, 3, H, W) decoded from a sample of them."""
         moments = self._moments(as_images(images))
         return moments, self._decode(self.scale(moments, sample_posterior=True, generator=generator))
 
@@ -110,10 +103,6 @@ class VAE(nn.Module):
         """The posterior of the latents, unscaled: (B, 3, H, W) in [-1, 1] -> (B, 2C, h, w).
 
         The mean, then the log-variance, clamped to [-30, 20] as in diffusers.
-
-        Raises:
-            ValueError: `images` has another shape or type, or a side that f does not divide; or the weights are not
-                float32.
         """
         images = as_images(images)
         self._require_float32()
@@ -136,11 +125,7 @@ class VAE(nn.Module):
     def scale(
         self, moments: Tensor, sample_posterior: bool = False, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Scaled latents (B, C, h, w) of a posterior (B, 2C, h, w): its mean, or a draw from it.
-
-        Raises:
-            ValueError: `moments` has another number of channels.
-        """
+        """Scaled latents (B, C, h, w) of a posterior (B, 2C, h, w): its mean, or a draw from it."""
         if moments.ndim != 4 or moments.shape[1] != 2 * self.config.latent_channels:
             raise ValueError(
                 f"moments have shape {tuple(moments.shape)}; this autoencoder's are "
@@ -160,11 +145,7 @@ class VAE(nn.Module):
         return self.scale(self.moments(images), sample_posterior, generator)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) scaled latents -> (B, 3, H, W), not clamped.
-
-        Raises:
-            ValueError: `latents` has another number of channels, or the weights are not float32.
-        """
+        """(B, C, h, w) scaled latents -> (B, 3, H, W), not clamped."""
         if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
             raise ValueError(
                 f"latents have shape {tuple(latents.shape)}; this autoencoder's are "
