@@ -18,11 +18,7 @@ class UserError(Exception):
 
 @contextmanager
 def told_to_the_user() -> Iterator[None]:
-    """Turn the errors of `is_for_the_user` into `UserError`.
-
-    Raises:
-        UserError: something the user can put right.
-    """
+    """Turn the errors of `is_for_the_user` into `UserError`."""
     try:
         yield
     except Exception as error:
@@ -34,10 +30,10 @@ def told_to_the_user() -> Iterator[None]:
 def is_for_the_user(error: BaseException) -> bool:
     """Whether an error tells the user what to put right, and is no fault of a program.
 
-    So are a `UserError`, a `MisconfigurationException`, and a `ValueError` or `OSError` that a `raise` of `TALKING`
-    made; of our own such classes also one that a process which loads data has passed on; and an `OSError` that the
-    system answered one of `TALKING`, as where there is no such file. One that comes up within torch, timm or Pillow,
-    or from an operation that a line of ours did not expect to fail, is not: its text says nothing without its place.
+    These do: a `UserError`; a `MisconfigurationException`; a `ValueError` or `OSError` from a `raise` in `TALKING`, or
+    of a class of our own, even when a process that loads data passed it on; and an `OSError` that the system answered
+    to a call of `TALKING`, such as a missing file. An error within torch, timm or Pillow, or from an operation that our
+    code did not expect to fail, does not: its text says nothing without its place.
     """
     if isinstance(error, UserError) or "MisconfigurationException" in (kind.__name__ for kind in type(error).__mro__):
         return True

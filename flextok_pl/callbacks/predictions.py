@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Any, TextIO
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -20,11 +19,7 @@ class Predictions(Callback):
         self._file: TextIO | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open this process's file.
-
-        Raises:
-            MisconfigurationException: the module predicts nothing.
-        """
+        """Open this process's file, if the module predicts anything."""
         if not is_overridden("predict_step", pl_module):
             raise MisconfigurationException(
                 f"`predict` writes tokens, and {type(pl_module).__name__} has none: use it with a TokenizerModule or a "
@@ -37,8 +32,7 @@ class Predictions(Callback):
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         """Write a batch."""
         assert self._file is not None
-        keys: Sequence[str] = outputs["key"]
-        for key, tokens in zip(keys, outputs["tokens"].tolist(), strict=True):
+        for key, tokens in zip(outputs["key"], outputs["tokens"].tolist(), strict=True):
             self._file.write(json.dumps({"key": key, "tokens": tokens}) + "\n")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -24,10 +24,7 @@ OPTIONAL = {"optuna": "sweep"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one `flextok` command.
-
-    Args:
-        argv: the arguments; default `sys.argv[1:]`.
+    """Run one `flextok` command, by default that of `sys.argv[1:]`.
 
     Raises:
         SystemExit: the arguments are wrong (2), or the command cannot do what they ask for (1).
@@ -68,11 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def load(module: str) -> ModuleType:
-    """Import what a command needs, now that it is known.
-
-    Raises:
-        UserError: it needs a package that is not installed.
-    """
+    """Import what a command needs, now that it is known, or name the extra that it lacks."""
     gc.disable()  # nothing of an import is garbage, and searching for it takes a sixth of its time
     try:
         return importlib.import_module(module)

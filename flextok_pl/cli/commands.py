@@ -15,20 +15,16 @@ GIVEN_BY_THE_SUITE = ("model", "dataloaders", "datamodule", "train_dataloaders",
 class Command:
     """One command.
 
-    Args:
-        summary: one line of help.
-        options: functions and classes, `module:name`, whose parameters are its options.
-        run: `module:function` of `flextok_pl.cli` that takes the command and its arguments; by default the one function
-            of `options` is called with the options.
-        groups: it takes the groups of a training, too: trainer, data, model and callbacks.
-        inputs: options that name shard sets, folders or files which must be there, or patterns and URLs of such.
-        former: name that an option once had, or has in other commands, or for one value of several -> its name.
+    `run` is a `module:function` of `flextok_pl.cli` that takes the command and its arguments; by default the one
+    function of `options` is called with the options. `inputs` are options that name shard sets, folders or files which
+    must be there, or patterns and URLs of such. `former` maps the name that an option once had, or has in other
+    commands, or for one value of several, to its name.
     """
 
     summary: str
-    options: tuple[str, ...]
+    options: tuple[str, ...]  # functions and classes, `module:name`, whose parameters they are
     run: str = "tool:run"
-    groups: bool = False
+    groups: bool = False  # whether it takes the groups of a training, too: trainer, data, model and callbacks
     inputs: tuple[str, ...] = ()
     former: Mapping[str, str] = field(default_factory=dict)
 

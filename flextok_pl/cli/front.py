@@ -18,14 +18,7 @@ import yaml
 
 from flextok_pl.cli import base_config
 from flextok_pl.cli.commands import COMMANDS, GIVEN_BY_THE_SUITE, GROUPS, TRAINER
-from flextok_pl.cli.options import (
-    Option,
-    Options,
-    describe,
-    description_of,
-    options_of,
-    unknown,
-)
+from flextok_pl.cli.options import Option, Options, describe, description_of, options_of, unknown
 from flextok_pl.data.shards.index import ShardError, ShardIndex
 from flextok_pl.errors import UserError
 
@@ -36,9 +29,7 @@ GENERAL = {
     "config": Option("FILE", help="the experiment's file; may be given several times, the last has the last word"),
     "print_config": Option("", help="print the whole configuration, and stop"),
     "seed_everything": Option("int | bool", "0", "seed of all that draws at random"),
-    "ckpt_path": Option(
-        "str | null", help="checkpoint to go on from, or `last` for the newest of the experiment's runs"
-    ),
+    "ckpt_path": Option("str | null", help="checkpoint to go on from, or `last` for the experiment's newest"),
 }
 """Options of all trainings, which Lightning describes at length or not at all."""
 
@@ -77,11 +68,7 @@ def given_files(named: Named) -> list[Path]:
 
 
 def answer(name: str, arguments: Sequence[str]) -> list[str]:
-    """Answer what needs no command, and check what does.
-
-    Args:
-        name: of the command.
-        arguments: of the command, with underscores.
+    """Answer what needs no command, and check the arguments (with underscores) of what does.
 
     Returns:
         The arguments, each by its present name; what a training or a sweep takes without one comes first.
@@ -102,8 +89,7 @@ def answer(name: str, arguments: Sequence[str]) -> list[str]:
             raise SystemExit(0)
     named = [(command.former.get(given, given), value) for given, value in named]
     for given, _ in named:
-        wrong = unknown(given.rstrip("+"), options)
-        if wrong is not None:
+        if wrong := unknown(given.rstrip("+"), options):
             _refuse(name, wrong)
     if command.is_sweep and not free:
         _refuse(name, "FILE is missing")
@@ -132,10 +118,9 @@ def options_for(name: str, model: str | None = None) -> Options:
         group: Option(help=description_of(target).split("\n\n")[0], below=options_of(target))
         for group, target in ((name, ":".join(place)) for name, place in GROUPS.items())
     }
+    below = options_of(f"flextok_pl.modules:{model}") if model else None
     groups = {
-        "model": Option(
-            help=f"the model; {', '.join(MODELS)}", below=options_of(f"flextok_pl.modules:{model}") if model else None
-        ),
+        "model": Option(help=f"the model; {', '.join(MODELS)}", below=below),
         "data": Option(help="the shard sets", below=options_of("flextok_pl.data:ShardDataModule")),
         "trainer": Option(help="Lightning's Trainer", below=options_of(TRAINER)),
     }
@@ -257,8 +242,7 @@ def _check_names(file: Path, content: Mapping[str, Any], level: Options, options
         if name == "init_args" and isinstance(value, dict):
             _check_names(file, value, level, options, path)
             continue
-        wrong = unknown(f"{path}{name}", options)
-        if wrong is not None:
+        if wrong := unknown(f"{path}{name}", options):
             raise UserError(f"{file}: {wrong}")
         below = level[name].below
         if below and isinstance(value, dict):
@@ -313,6 +297,5 @@ def _places(value: Any) -> list[Any]:
 
 def _is_missing(place: Any) -> bool:
     """Whether a place here is named that is not there; patterns, URLs and commands may name anything."""
-    if not isinstance(place, str) or has_magic(place) or "{" in place or ":" in place:
-        return False
-    return not Path(place).expanduser().exists()
+    here = isinstance(place, str) and not has_magic(place) and "{" not in place and ":" not in place
+    return here and not Path(place).expanduser().exists()

@@ -38,21 +38,13 @@ FREE = frozenset({"init_args", "class_path", "dict_kwargs"})
 
 @dataclass(frozen=True)
 class Option:
-    """One option.
-
-    Args:
-        kind: its type, as it is written.
-        default: likewise; None for an option that must be given.
-        help: what its docstring says.
-        below: the options below it, as of a group; None if only its value decides.
-        positional: it need not be named.
-    """
+    """One option, with type and default as they are written."""
 
     kind: str = ""
-    default: str | None = "null"
+    default: str | None = "null"  # None for an option that must be given
     help: str = ""
-    below: Options | None = None
-    positional: bool = False
+    below: Options | None = None  # the options below it, as of a group; None if only its value decides
+    positional: bool = False  # it need not be named
 
     @property
     def several(self) -> bool:
@@ -82,11 +74,9 @@ def unknown(name: str, options: Options) -> str | None:
         if level is None or part in FREE:
             return None
         if part not in level:
-            elsewhere = [full for full in _full_names(options) if full.rpartition(".")[2] == part]
-            near = [
-                ".".join([*parts[:i], each, *parts[i + 1 :]]) for each in difflib.get_close_matches(part, level, n=1)
-            ]
-            guesses = elsewhere or near
+            guesses = [full for full in _full_names(options) if full.rpartition(".")[2] == part]
+            for near in difflib.get_close_matches(part, level, n=1):
+                guesses.append(".".join([*parts[:i], near, *parts[i + 1 :]]))
             return f"there is no option {name}" + (f"; did you mean {guesses[0]}?" if guesses else "")
         level = level[part].below
     return None
@@ -239,13 +229,8 @@ def _option(
         factory = default.keywords[0].value
         default = factory.body if isinstance(factory, ast.Lambda) else ast.Call(factory, [], [])
     value = None if default is None else ast.unparse(_Spelled(module).visit(copy.deepcopy(default)))
-    return Option(
-        kind=kind.replace("None", "null"),
-        default=None if value is None else value.replace("None", "null"),
-        help=text,
-        below=below,
-        positional=positional,
-    )
+    default_text = None if value is None else value.replace("None", "null")
+    return Option(kind.replace("None", "null"), default_text, text, below, positional)
 
 
 def _texts(node: ast.ClassDef | ast.FunctionDef) -> dict[str, str]:

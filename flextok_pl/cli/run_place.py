@@ -45,17 +45,9 @@ class RunPlace:
     `save_dir`, `name` (default the experiment's) and `version` (default the next free number). For other loggers it
     lies below their `save_dir`, and without one below `trainer.default_root_dir`, default `runs`.
 
-    Args:
-        trainer: the parsed options of the trainer; loggers in it that are not named get the experiment's name.
-        experiment: name of the experiment.
-        run: name of the run, with any logger; None for what `version` says.
-
-    Attributes:
-        parent: the experiment's folder.
-        version: number or name of the run, or None for a new one, which `settle` then numbers.
-
-    Raises:
-        UserError: the name is none of a folder, or the run has two.
+    `trainer` are the parsed options of the trainer, in which loggers without a name get the experiment's. `run` names
+    the run with any logger; None for what `version` says. `parent` is the experiment's folder; `version` is the number
+    or name of the run, or None for a new one, which `settle` then numbers.
     """
 
     def __init__(self, trainer: Namespace, experiment: str, run: str | None = None) -> None:
@@ -90,11 +82,7 @@ class RunPlace:
     def last_checkpoints(self, goes_on: bool) -> str | None:
         """The checkpoints' folder of this run, or, where it has no name, of the run that wrote the newest checkpoint.
 
-        Args:
-            goes_on: whether this run is to be that one; else it gets a new number.
-
-        Returns:
-            None where there is no checkpoint, after saying so.
+        If it goes on, this run becomes that one; else it gets a new number. Where there is no checkpoint, say so.
         """
         runs = self.parent.glob("*") if self.version is None else [self.folder]
         files = [file for run in runs for file in run.glob("checkpoints/*.ckpt") if file.exists()]
@@ -108,14 +96,7 @@ class RunPlace:
         return str(run / "checkpoints")
 
     def settle(self, go_on: bool) -> None:
-        """Choose the folder.
-
-        Args:
-            go_on: whether this may be a run that has begun.
-
-        Raises:
-            UserError: it is one.
-        """
+        """Choose the folder, and refuse one that holds a run already unless this may go on."""
         if self.version is None:
             found = [re.fullmatch(NUMBERED, folder.name) for folder in self.parent.glob("version_*")]
             self.version = max((int(match[1]) for match in found if match is not None), default=-1) + 1
@@ -127,10 +108,7 @@ class RunPlace:
 
     @contextmanager
     def told_to_the_trainer(self) -> Iterator[None]:
-        """Let the trainer's options name the folder, and the services' runs that go on, for a while.
-
-        Afterwards they are as they were, and may be given for another run.
-        """
+        """Let the trainer's options name the folder and the services' runs for a while, then be as they were."""
         trainer, before = self._trainer, deepcopy((self._trainer.logger, self._trainer.default_root_dir))
         file = self.folder / IDENTITIES
         known = json.loads(file.read_text()) if file.is_file() else {}
@@ -183,13 +161,7 @@ class RunPlace:
 
 
 class RunRecord(SaveConfigCallback):
-    """Writes a run's `config.yaml`, and the names that services have for it, and says what starts.
-
-    Args:
-        parser: that of the command.
-        config: what it has parsed.
-        title: name of the experiment.
-    """
+    """Writes a run's `config.yaml`, and the names that services have for it, and says what starts."""
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, title: str) -> None:
         super().__init__(parser, config)

@@ -33,7 +33,6 @@ from flextok_pl.sweeps.runner import METRICS, read_metrics
 from flextok_pl.sweeps.space import Params
 from flextok_pl.sweeps.sweep import FLEXTOK, Sweep, as_arguments
 
-# What makes an experiment as short as can be: one step, one batch of each set, and all that is logged after it.
 ONE_STEP = {
     "trainer.max_steps": 1,
     "trainer.limit_train_batches": 1,
@@ -45,6 +44,7 @@ ONE_STEP = {
     "global_batch_size": None,
     "model.warmup_steps": 0,
 }
+"""Makes an experiment as short as possible: one step, one batch of each set, and all that is logged after it."""
 
 
 class CheckCLI(ParsingCLI):
@@ -95,9 +95,7 @@ class StatusOptions:
 
 def run(command: str, arguments: Sequence[str]) -> None:
     """Run `flextok sweep`."""
-    parser = sweep_parser(command, "Search over the options of an experiment; each trial is a `flextok fit`.")
-    parser.add_class_arguments(SweepOptions, None)
-    sweep, rest = parse_sweep(parser, arguments)
+    sweep, rest = parse_sweep(sweep_parser(command, SweepOptions), arguments)
     if rest["dry_run"]:
         if rest["check"]:
             check_points(sweep)
@@ -117,9 +115,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
 
 def status(command: str, arguments: Sequence[str]) -> None:
     """Run `flextok sweep status`."""
-    parser = sweep_parser(command, "Show the trials of a sweep.")
-    parser.add_class_arguments(StatusOptions, None)
-    sweep, rest = parse_sweep(parser, arguments)
+    sweep, rest = parse_sweep(sweep_parser(command, StatusOptions), arguments)
     study = find_study(sweep)
     if study is None:
         raise UserError(f"{sweep.root} holds no sweep yet; start it by `flextok sweep FILE`")
@@ -139,9 +135,6 @@ def check(sweep: Sweep) -> None:
     Every value of every option is parsed together with the others' first, and the networks' options are checked. Then,
     with launcher=local, the first point trains one step and evaluates one batch, which shows whether the metric is
     logged. Where jobs are submitted there may be neither the devices nor the memory for that.
-
-    Raises:
-        UserError: an option does not exist, a value does not fit, or the metric is not logged.
     """
     points = check_points(sweep)
     found = f"{len(points)} points of the space can be parsed"
@@ -169,14 +162,7 @@ def check(sweep: Sweep) -> None:
 
 
 def check_points(sweep: Sweep) -> list[Params]:
-    """Parse every value of every option.
-
-    Returns:
-        The points that were parsed.
-
-    Raises:
-        UserError: an option does not exist, or a value does not fit.
-    """
+    """Parse every value of every option, and return the points that were parsed."""
     points = list(sweep.points.corners())
     with announced(f"parsing {len(points)} points of the space"):
         for point in points:
@@ -201,20 +187,17 @@ def _steps_to_validation(options: Namespace) -> int:
     return int(((trainer.check_val_every_n_epoch or 1) - 1) * batches + first) // launch.accumulate
 
 
-def sweep_parser(command: str, description: str) -> ArgumentParser:
-    """The options of a sweep, to which a command may add its own."""
-    parser = ArgumentParser(prog=f"flextok {command}", description=description, usage=f"flextok {command} FILE [...]")
-    parser.add_argument("--config", action="config", help="The sweep's file; FILE is short for it.")
-    parser.add_class_arguments(Sweep, None)
+def sweep_parser(command: str, *own: type) -> ArgumentParser:
+    """The options of a sweep, and a command's own."""
+    parser = ArgumentParser(prog=f"flextok {command}", usage=f"flextok {command} FILE [...]")
+    parser.add_argument("--config", action="config")
+    for options in (Sweep, *own):
+        parser.add_class_arguments(options, None)
     return parser
 
 
 def parse_sweep(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Sweep, dict[str, Any]]:
-    """The sweep of a file, and all that was given.
-
-    Raises:
-        UserError: the file says what cannot be.
-    """
+    """The sweep of a file, and all that was given."""
     file = Path(arguments[0])
     load_yaml(file)
     given = parser.instantiate_classes(parser.parse_args([f"--config={file}", *arguments[1:]])).as_dict()

@@ -25,7 +25,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
 
 def tool_parser(command: str, function: Callable[..., Any]) -> ArgumentParser:
     """The parser of a function's parameters, each by its name."""
-    parser = ArgumentParser(prog=f"flextok {command}", description=COMMANDS[command].summary)
+    parser = ArgumentParser(prog=f"flextok {command}")
     parser.add_function_arguments(function, as_positional=False)
     return parser
 

@@ -78,16 +78,11 @@ class FinishedModels:
 class FlexTokCLI(LightningCLI):
     """LightningCLI for any of our modules on a `ShardDataModule`, with the callback groups of `CALLBACKS`.
 
-    Args:
-        method: of the Trainer, to run: `fit`, `validate`, `test` or `predict`.
-        arguments: what is given to it.
-        experiment: name of the experiment: the folder below the logger's `save_dir` that receives its runs.
-
-    Attributes:
-        command: name of the command, where it is not the method's.
+    It runs a method of the Trainer, `fit`, `validate`, `test` or `predict`; the runs of an experiment go to the folder
+    of its name below the logger's `save_dir`.
     """
 
-    command: str | None = None
+    command: str | None = None  # its name, where it is not the method's
 
     def __init__(self, method: str, arguments: Sequence[str], experiment: str) -> None:
         self.method, self.experiment = method, experiment
@@ -192,11 +187,7 @@ class FlexTokCLI(LightningCLI):
         return Trainer(**{**options, "callbacks": callbacks})
 
     def after_instantiate_classes(self) -> None:
-        """Compare the model's options with the checkpoint's.
-
-        Raises:
-            ValueError: some of them must be the same.
-        """
+        """Compare the model's options with the checkpoint's, before anything runs."""
         if self.checkpoint is not None and isinstance(self.model, ResumableModule):
             max_steps = self.trainer.max_steps if self.method == "fit" else None
             found = without_tensors(self.checkpoint)
@@ -232,23 +223,14 @@ class ParsingCLI(FlexTokCLI):
 
 
 def launch_of(options: Namespace, devices: int | None = None) -> Launch:
-    """The processes and batches that the options of a fit ask for.
-
-    Args:
-        options: of the command.
-        devices: on a node, where that is known by now; None for what the options say.
-    """
+    """The processes and batches that the options of a fit ask for; `devices` of a node, where they are known by now."""
     trainer = options.trainer
     devices = devices_per_node(trainer.devices) if devices is None else devices
     return Launch(int(trainer.num_nodes), devices, options.data.batch_size, trainer.accumulate_grad_batches)
 
 
 def check_precision(config: Namespace) -> str:
-    """The full name of the trainer's precision.
-
-    Raises:
-        ValueError: it does not suit the model.
-    """
+    """The full name of the trainer's precision, which must suit the model."""
     adversarial = bool(config.model.get("init_args", {}).get("gan_weight"))
     return check_training_precision(config.trainer.precision, adversarial)
 
@@ -259,11 +241,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
 
 
 def run_cli(cli: Callable[[str, Sequence[str], str], FlexTokCLI], method: str, arguments: Sequence[str]) -> None:
-    """Run a CLI with `base.yaml` under the experiment that `--config` names.
-
-    Raises:
-        UserError: another process of the run is gone.
-    """
+    """Run a CLI with `base.yaml` under the experiment that `--config` names."""
     for message in HUSHED:
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch", "lightning.fabric"):  # whose news are of their own insides, and advertisements

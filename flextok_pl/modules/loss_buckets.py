@@ -11,11 +11,8 @@ from flextok_pl.models.objective import TrainingDraws
 class LossBuckets(Metric):
     """Averages of per-sample losses over quarters of the flow time and over powers of two of the budget.
 
-    A budget k counts for the smallest power of two (or K) that is at least k; images without condition count for
-    no budget.
-
-    Args:
-        num_registers: K.
+    A budget k counts for the smallest power of two (or K = `num_registers`) that is at least k; images without
+    condition count for no budget.
     """
 
     sums: Tensor
@@ -32,9 +29,8 @@ class LossBuckets(Metric):
         """Add (B,) losses made with `draws`."""
         loss = loss.detach().float()
         quarter = (draws.t * 4).long().clamp(0, 3)
-        budget = torch.searchsorted(torch.tensor(self.budgets), draws.num_tokens) + 4
+        budget = torch.searchsorted(torch.tensor(self.budgets), draws.num_tokens).to(loss.device) + 4
         kept = (~draws.null).to(loss)
-        budget = budget.to(loss.device)
         self.sums.index_add_(0, quarter, loss).index_add_(0, budget, loss * kept)
         self.counts.index_add_(0, quarter, torch.ones_like(loss)).index_add_(0, budget, kept)
 

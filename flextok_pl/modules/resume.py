@@ -33,15 +33,9 @@ FROZEN = "frozen_weights"
 
 
 class Change(NamedTuple):
-    """An option that differs from a checkpoint's.
+    """An option that differs from a checkpoint's."""
 
-    Attributes:
-        option: its name, such as `net.position_base`.
-        before: the checkpoint's value.
-        now: the given one.
-    """
-
-    option: str
+    option: str  # such as `net.position_base`
     before: Any
     now: Any
 
@@ -68,19 +62,12 @@ def _plain(value: Any) -> Any:
 
 
 class ResumableModule(pl.LightningModule):
-    """A module with AdamW and a schedule that goes on from a checkpoint with the options that it is given.
+    """A module with AdamW and a schedule that goes on from a checkpoint with the options that it is given."""
 
-    Attributes:
-        lr: peak learning rate.
-        betas: of AdamW.
-        warmup_steps: of linear warm-up.
-        min_lr_ratio: final share of the learning rate.
-    """
-
-    lr: float
+    lr: float  # at its peak
     betas: tuple[float, float]
     warmup_steps: int
-    min_lr_ratio: float
+    min_lr_ratio: float  # final share of the learning rate
     _changes: Sequence[Change] = ()
 
     def configure_callbacks(self) -> list[Callback]:
@@ -107,11 +94,7 @@ class ResumableModule(pl.LightningModule):
         checkpoint[FROZEN] = self.frozen_weights()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model, before its weights are taken.
-
-        Raises:
-            ValueError: it is one.
-        """
+        """Refuse a checkpoint of another model, before its weights are taken."""
         trainer = attached_trainer(self)
         if trainer is not None:
             training = trainer.state.fn == TrainerFn.FITTING
@@ -122,10 +105,8 @@ class ResumableModule(pl.LightningModule):
     ) -> list[Change]:
         """The options that a training goes on with though they differ from its checkpoint's.
 
-        Args:
-            checkpoint: has the options of its module; what either of them does not know is not compared.
-            max_steps: at which the training is to end, -1 for never; None for an evaluation, which has no such options.
-            source: names the checkpoint in errors.
+        Options that only one of the two knows are not compared. `max_steps` is -1 for a training without end, and None
+        for an evaluation, which compares only the options in `EVALUATED`.
 
         Raises:
             ValueError: another difference changes what the model is, or what it learns; or the training has ended.

@@ -16,21 +16,14 @@ from flextok_pl.runtime.sharding import gradient_norm
 def step_generator(module: pl.LightningModule, seed: int, *position: int) -> torch.Generator:
     """A CPU generator that is a pure function of (seed, global step, position).
 
-    Args:
-        module: knows the step.
-        seed: of the training.
-        position: tells apart what happens in one step: the index of the batch, for the batches whose gradients are
-            accumulated, and the rank, where ranks are to draw different numbers.
+    The position tells apart what happens in one step: the index of the batch, for the batches whose gradients are
+    accumulated, and the rank, where ranks are to draw different numbers.
     """
     return text_generator("/".join(map(str, (seed, module.global_step, *position))))
 
 
 def evaluation_generators(seed: int, batch: Batch) -> list[torch.Generator]:
-    """A CPU generator for each sample of an evaluation batch, from its key: whatever batch, worker or rank it is in.
-
-    Raises:
-        ValueError: the batch holds no keys.
-    """
+    """A CPU generator for each sample of an evaluation batch, from its key: whatever batch, worker or rank it is in."""
     if "key" not in batch:
         raise ValueError(
             f"evaluation draws the noise of a sample from its key, but the batches hold {sorted(batch)}: give each "
@@ -42,11 +35,8 @@ def evaluation_generators(seed: int, batch: Batch) -> list[torch.Generator]:
 class SampleMeans:
     """Means over an evaluation's samples on all ranks, of values that are known as means of batches.
 
-    Lightning's `log` divides by a rounded number where ranks have seen different numbers of samples.
-
-    Args:
-        names: of the values.
-        device: on which ranks communicate.
+    Lightning's `log` divides by a rounded number where ranks have seen different numbers of samples. Ranks communicate
+    on `device`.
     """
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:

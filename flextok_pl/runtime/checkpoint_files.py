@@ -27,39 +27,28 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            OSError: the disk is full or fails; earlier checkpoints are as they were.
-        """
+        """Write a checkpoint; where the disk is full or fails, earlier ones are as they were."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with whole_file(Path(path), "go on with --ckpt_path last") as temporary:
-            _write(checkpoint, temporary)
+        with whole_file(Path(path), "go on with --ckpt_path last") as temporary, temporary.open("wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:
+                # torch hides the disk's own error behind one about its writer.
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint as tensors and plain types, without letting it run code, be it a URL's."""
+        """Read a checkpoint, also from a URL, as tensors and plain types, without letting it run code."""
         return super().load_checkpoint(path, map_location, weights_only is not False)
 
 
-def _write(checkpoint: dict[str, Any], path: Path) -> None:
-    with path.open("wb") as file:
-        try:
-            torch.save(checkpoint, file)
-        except RuntimeError as error:
-            # torch hides the disk's own error behind one about its writer.
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
-
-
 def damage_of(path: Path, contents: bool = True) -> str | None:
-    """What is wrong with a checkpoint, or None.
+    """What is wrong with a checkpoint (a file, or a folder of parts), or None.
 
-    Args:
-        path: a file, or a folder of parts.
-        contents: read all of a file and compare it with its checksums; else only see whether it was written to its end.
+    With `contents` all of a file is compared with its checksums; else only its end is looked for.
     """
     if path.is_dir():
         missing = [name for name in SHARDED_FILES if not (path / name).is_file()]
@@ -73,28 +62,16 @@ def damage_of(path: Path, contents: bool = True) -> str | None:
 
 
 def without_tensors(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds, without reading its tensors: their values are left on the disk.
-
-    Args:
-        path: a file, or a folder of parts, of which this is what all processes share.
-    """
+    """What a checkpoint holds (of a folder of parts: what all share), without reading the values of its tensors."""
     file = path / SHARDED_FILES[1] if path.is_dir() else path
-    checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    return checkpoint
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # type: ignore[no-any-return]
 
 
 def find_checkpoint(path: Path, contents: bool = True) -> Path | None:
-    """The checkpoint to go on from.
+    """The checkpoint to go on from: `path` itself, which must be whole, or the newest whole one of a folder of them.
 
-    Args:
-        path: a checkpoint, which must be whole, or a folder of them, for the newest whole one.
-        contents: see `damage_of`.
-
-    Returns:
-        Its path; None for a folder without any. A path where nothing is stays as it is, for its reader to refuse.
-
-    Raises:
-        ValueError: it is damaged, or all in the folder are.
+    None for a folder without any. A path where nothing is stays as it is, for its reader to refuse. For `contents` see
+    `damage_of`.
     """
     if path.is_dir() and not any((path / name).exists() for name in SHARDED_FILES) and path.suffix != ".ckpt":
         return newest_intact(path, contents)
@@ -108,14 +85,7 @@ def find_checkpoint(path: Path, contents: bool = True) -> Path | None:
 
 
 def newest_intact(folder: Path, contents: bool = True) -> Path | None:
-    """The newest whole checkpoint in a folder of them; warns of newer ones that are damaged.
-
-    Args:
-        folder: of the checkpoints.
-        contents: see `damage_of`.
-
-    Returns:
-        Its path, or None where there is no checkpoint at all.
+    """The newest whole checkpoint in a folder, or None where there is none; warns of newer ones that are damaged.
 
     Raises:
         ValueError: there are some, and none is whole.

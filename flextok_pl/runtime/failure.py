@@ -18,10 +18,9 @@ from flextok_pl.errors import is_for_the_user
 class Failure(Callback):
     """After an error, end the processes that this one started, and write `error_rank<n>.txt` to the run's folder.
 
-    The file is not written for what the user can put right, whose text says all.
-    Lightning ends all where one of those fails, but not where the first does, which started them: they would wait in
-    their next collective until its timeout. Whoever starts all processes (torchrun, srun with --kill-on-bad-exit) does
-    it himself.
+    The file is not written for what the user can put right, whose text says all. Lightning ends all processes where one
+    that was started fails, but not where the first fails, which started them: they would wait in their next collective
+    until its timeout. torchrun, and srun with --kill-on-bad-exit, end them themselves.
     """
 
     def __init__(self) -> None:

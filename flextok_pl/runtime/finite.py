@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from flextok_pl.distributed import gather_objects
@@ -19,10 +19,9 @@ SHOWN_KEYS = 8
 class StopIfNotFinite(Callback):
     """Stop all ranks together where the loss of one is NaN or infinite.
 
-    A rank that stopped alone would leave the others waiting for it in their next collective. So the ranks ask each
-    other at every optimizer step, and look at the answer at the next one: the host waits for no device meanwhile. No
-    checkpoint, validation or export comes between, and no checkpoint holds weights that are not finite, as a gradient
-    that overflowed makes them.
+    A rank that stopped alone would leave the others waiting in their next collective. So the ranks ask each other at
+    every optimizer step, and look at the answer at the next one: the host waits for no device meanwhile. No checkpoint,
+    validation or export comes between, and no checkpoint holds weights that an overflowing gradient made not finite.
     """
 
     def __init__(self) -> None:
@@ -44,21 +43,16 @@ class StopIfNotFinite(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Ask about this step, and look at the answer about the last.
-
-        Raises:
-            RuntimeError: that was not finite; the message names its rank, samples and the last checkpoint.
-        """
+        """Ask about this step, and stop if the last was not finite: the error names rank, samples and checkpoint."""
         self._look(trainer)
-        asked, self._current = self._current, _Step()
-        asked.number, asked.epoch = trainer.global_step, trainer.current_epoch
-        asked.ask(trainer)
-        self._asked = asked
+        self._asked, self._current = self._current, _Step()
+        self._asked.ask(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let no checkpoint be written after such a step, nor one of weights that are not finite."""
         self._look(trainer)
-        bad = ~torch.stack([_local(p).isfinite().all() for p in pl_module.parameters() if p.requires_grad]).all()
+        trained = [p.to_local() if isinstance(p, DTensor) else p for p in pl_module.parameters() if p.requires_grad]
+        bad = ~torch.stack([weights.isfinite().all() for weights in trained]).all()
         if trainer.strategy.reduce(bad.float(), reduce_op="max"):
             raise RuntimeError(
                 f"weights are not finite after step {trainer.global_step}, though the loss is: a gradient overflowed; "
@@ -87,9 +81,8 @@ class _Step:
 
     def ask(self, trainer: Trainer) -> None:
         """Let the ranks tell each other, and the device tell the host, when they get there."""
-        bad = trainer.strategy.reduce((~self.loss.isfinite()).float(), reduce_op="max")
-        assert isinstance(bad, Tensor)
-        self._bad = bad
+        self.number, self.epoch = trainer.global_step, trainer.current_epoch
+        self._bad = bad = cast(Tensor, trainer.strategy.reduce((~self.loss.isfinite()).float(), reduce_op="max"))
         if bad.is_cuda:
             self._bad = torch.empty((), pin_memory=True).copy_(bad, non_blocking=True)
             self._answered = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -118,8 +111,3 @@ def _remedy(trainer: Trainer) -> str:
         f"last good checkpoint: {newest or 'none was written yet'}. Look at the samples, or resume "
         "from the checkpoint with a lower learning rate or gradient_clip_val"
     )
-
-
-def _local(parameter: nn.Parameter) -> Tensor:
-    """What this rank holds of a parameter."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -12,29 +12,15 @@ INTERACTIVE = ("bash", "interactive")
 
 @dataclass(frozen=True)
 class Launch:
-    """The processes of a training and their batches.
-
-    Args:
-        num_nodes: `trainer.num_nodes`.
-        devices: on each of them; None where that is not known yet.
-        batch_size: samples of a process at a time.
-        accumulate: batches of an optimizer step.
-    """
+    """The processes of a training and their batches."""
 
     num_nodes: int
-    devices: int | None
-    batch_size: int
-    accumulate: int
+    devices: int | None  # of a node; None where that is not known yet
+    batch_size: int  # samples of a process at a time
+    accumulate: int  # batches of an optimizer step
 
     def require_global_batch(self, stated: int | None) -> None:
-        """Refuse another number of samples to a step than the recipe is meant for.
-
-        Args:
-            stated: `global_batch_size`; None for any.
-
-        Raises:
-            ValueError: it is another, and what to give instead.
-        """
+        """Refuse another number of samples to a step than `stated`, and say what to give instead; None for any."""
         if stated is None or self.devices is None or self.global_batch == stated:
             return
         processes = self.num_nodes * self.devices
@@ -65,12 +51,7 @@ class Launch:
 
 
 def require_processes(num_nodes: int, devices: int | None, environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse what would wait for processes that nobody has started.
-
-    Args:
-        num_nodes: `trainer.num_nodes`.
-        devices: on each of them; None where that is not known yet.
-        environment: what a launcher says.
+    """Refuse what would wait for processes that nobody has started; `devices` of a node may not be known yet.
 
     Raises:
         ValueError: a launcher has started more or fewer processes, or there is none and there are several nodes.

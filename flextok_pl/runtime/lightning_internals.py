@@ -53,22 +53,19 @@ def checkpoint_folder(trainer: pl.Trainer) -> Path:
 
 
 class EpochLoop(_TrainingEpochLoop):
-    """Lightning's loop, which also does what its batch still lacked when a checkpoint was saved at the end of that.
+    """Lightning's loop, which also does what was still to be done when a checkpoint was saved at the end of a batch.
 
     Such a checkpoint, of `checkpoint.every_n_train_steps` or of `Preemption`, precedes the validation of its step.
     Lightning counts that as done, and the epoch, too, if the batch was its last. This loop runs the validation and
-    ends the epoch as in any training. A time-based `val_check_interval` alone starts anew, and nothing is due. A
+    ends the epoch as in any training. Only a time-based `val_check_interval` starts anew, and nothing is due. A
     checkpoint that was saved within a validation counts as one that precedes it.
 
     A validation due within an accumulation of gradients comes after its step, so that no checkpoint loses them.
-
-    Attributes:
-        at_batch_end: whether the training goes on from such a checkpoint, and has not yet.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
         super().__init__(trainer, trainer.min_steps, trainer.max_steps)
-        self.at_batch_end = False
+        self.at_batch_end = False  # whether it starts from such a checkpoint
         self._validation_put_off = False
 
     @property
@@ -118,8 +115,8 @@ class EpochLoop(_TrainingEpochLoop):
 class FitLoop(_FitLoop):
     """Lightning's loop around an `EpochLoop`.
 
-    Going on after the last step, Lightning does nothing at all, so that a training killed there would never be
-    exported. This loop ends it as any other.
+    After the last step Lightning does nothing at all, so that a training killed there would never be exported. This
+    loop ends it as any other.
     """
 
     epoch_loop: EpochLoop
@@ -157,11 +154,7 @@ class CheckpointConnector(_CheckpointConnector):
         return super()._parse_ckpt_path(state_fn, ckpt_path, model_provided, model_connected)
 
     def resume_start(self, checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
-        """Load a checkpoint, if there is one to load.
-
-        Raises:
-            ValueError: it is damaged, and so are those to go back to.
-        """
+        """Load a checkpoint, if there is one; refuse a damaged one without one to go back to."""
         if checkpoint_path is not None and "://" not in str(checkpoint_path):
             is_last = str(checkpoint_path) == LAST
             path = checkpoint_folder(self.trainer) if is_last else Path(checkpoint_path)
@@ -192,11 +185,7 @@ class StepCheckpoint(ModelCheckpoint):
 
     @classmethod
     def of_newest(cls, every_n_train_steps: int | None = None) -> StepCheckpoint:
-        """Keeps the newest two, so that one is left should a disk damage the other; `last.ckpt` names the newest.
-
-        Args:
-            every_n_train_steps: optimizer steps between two; default after each epoch.
-        """
+        """Keeps the newest two, should a disk damage one, and `last.ckpt` names the newest; by default one an epoch."""
         return cls(
             filename="step{step:07d}",
             auto_insert_metric_name=False,
@@ -262,11 +251,7 @@ class AsyncAtomicCheckpointIO(AsyncCheckpointIO):
         super().__init__(AtomicCheckpointIO())
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Copy a checkpoint and let it be written.
-
-        Raises:
-            OSError: an earlier one could not be written.
-        """
+        """Copy a checkpoint and let it be written; an earlier one that could not be raises its error here."""
         if "://" not in str(path):
             Path(path).parent.mkdir(parents=True, exist_ok=True)  # where `ModelCheckpoint` makes a link to it at once
         super().save_checkpoint(checkpoint, path, storage_options)

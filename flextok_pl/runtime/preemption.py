@@ -20,12 +20,7 @@ from flextok_pl.runtime.lightning_internals import checkpoint_folder, step_ends
 
 
 class Preempted(SystemExit):
-    """A run was asked to stop, and has saved itself. Where nobody catches it, it ends the process.
-
-    Args:
-        message: for the user.
-        signal_number: what asked it; the exit status is 128 more, as a shell's.
-    """
+    """A run was asked to stop by a signal, and has saved itself. Uncaught it ends the process with 128 + the signal."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
@@ -77,11 +72,7 @@ class Preemption(Callback):
         self._received = self._received or number
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Look whether a signal has come.
-
-        Raises:
-            Preempted: one has.
-        """
+        """Look whether a signal has come."""
         due = trainer.world_size == 1 or trainer.global_step % self.check_every_n_steps == 0
         if due and step_ends(pl_module):  # else a checkpoint would lose the gradients
             self._stop_if_asked(trainer)
@@ -104,11 +95,7 @@ class Preemption(Callback):
         self._can_leave = False
 
     def look(self, trainer: Trainer) -> None:
-        """Look within the work of a validation batch; other processes follow at the end of theirs at the latest.
-
-        Raises:
-            Preempted: a signal has come to this process.
-        """
+        """Look within the work of a validation batch; other processes follow at the end of theirs at the latest."""
         if self._can_leave and self._received:
             self._stop_if_asked(trainer)
 

@@ -49,11 +49,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         super().__init__("auto", 1, save_distributed_checkpoint, process_group_backend, timeout)
 
     def setup(self, trainer: pl.Trainer) -> None:
-        """Shard the module.
-
-        Raises:
-            MisconfigurationException: it is none that trains a tokenizer or a prior.
-        """
+        """Shard the module, if it trains a tokenizer or a prior."""
         module = self.lightning_module
         if not is_overridden("configure_model", module):
             raise MisconfigurationException(
@@ -104,12 +100,8 @@ StrategyRegistry.register("fsdp2", FullyShardedStrategy, description="Fully shar
 def shard(module: pl.LightningModule, networks: Sequence[nn.Module], methods: Sequence[str] = ()) -> None:
     """Shard the trained networks of a module, where its strategy asks for it; for `configure_model`.
 
-    All trained parameters must be in them: a gradient norm cannot be taken over sharded and other tensors.
-
-    Args:
-        module: knows the mesh of processes.
-        networks: each one's `blocks`, where it has some, become units of their own.
-        methods: names of methods, other than `forward`, by which training runs the networks.
+    All trained parameters must be in them: a gradient norm cannot be taken over sharded and other tensors. `methods`
+    names those, other than `forward`, by which training runs the networks.
     """
     if module.device_mesh is None or isinstance(networks[0], FSDPModule):
         return
@@ -139,10 +131,7 @@ def shard_again(module: nn.Module) -> None:
 
 
 def whole_weights(network: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a network that may be sharded, on the CPU of the first process; empty on the others.
-
-    All processes must ask.
-    """
+    """The state dict of a network that may be sharded, on the first process's CPU; empty on others. All must ask."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_model_state_dict(network, options=options)  # type: ignore[return-value]
 

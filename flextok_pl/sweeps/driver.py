@@ -82,15 +82,8 @@ class Driver:
     """Runs a sweep to its end.
 
     It is the only process that writes to the study, and may be killed and started again at any time: the trials
-    themselves are in their folders.
-
-    Args:
-        sweep: to run.
-        say: prints a line.
-        check: called before the sweep's start; what it raises leaves nothing behind.
-
-    Raises:
-        ValueError: the sweep was started with other options, or its launcher cannot be had here.
+    themselves are in their folders. `say` prints a line; `check` is called before the sweep's start, and what it raises
+    leaves nothing behind.
     """
 
     def __init__(
@@ -105,32 +98,28 @@ class Driver:
         else:
             executor = slurm_executor(sweep.root / "slurm", sweep.slurm, sweep.workers)
             self.launcher, self._other = SlurmLauncher(executor), LocalLauncher(sweep.workers)
-        study = find_study(sweep)
-        if study is None:
+        found = find_study(sweep)
+        if found is None:
             check(sweep)
-            study = start_study(sweep)
-        self.study = study
+        self.study = found or start_study(sweep)
         self.study.sampler = _sampler(sweep, len(self.study.trials))
         self.study.pruner = sweep.pruner or optuna.pruners.NopPruner()
         self._under_way: dict[int, tuple[Trial, TrialFolder]] = {}
 
     def run(self) -> None:
-        """Start and watch trials until all have ended.
-
-        Raises:
-            ValueError: another process runs this sweep.
-        """
+        """Start and watch trials until all have ended; no other process may run this sweep."""
         with _only_one(self.sweep.root / "driver.lock"):
             try:
                 if self.sweep.search == "grid":
                     self._enqueue()
-                self._take_over()
+                for left in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):  # by a killed process
+                    self._take(Trial(self.study, left._trial_id), "goes on")
                 while self._fill() or self._under_way:
                     time.sleep(self.launcher.poll_seconds)
                     self._watch()
             except KeyboardInterrupt:
-                left = "; ".join(launcher.leave(folders) for launcher, folders in self._by_launcher())
-                raise ValueError(f"interrupted: {left}; the same command goes on") from None
+                fates = "; ".join(launcher.leave(folders) for launcher, folders in self._by_launcher())
+                raise ValueError(f"interrupted: {fates}; the same command goes on") from None
 
     def _enqueue(self) -> None:
         """Give the study the points of the grid that it lacks; Optuna's own test takes near numbers for equal."""
@@ -147,11 +136,6 @@ class Driver:
         others = [folder for folder in folders if self._other.mark in (folder.read("job") or {})]
         own = [folder for folder in folders if folder not in others]
         return [(self.launcher, own), *([(self._other, others)] if others else [])]
-
-    def _take_over(self) -> None:
-        """Go on with the trials that an earlier process has left."""
-        for frozen in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-            self._take(Trial(self.study, frozen._trial_id), "goes on")
 
     def _fill(self) -> bool:
         """Start as many trials as there is room for; whether some are still to come."""
@@ -177,9 +161,8 @@ class Driver:
 
     def _launch(self, folders: list[TrialFolder]) -> None:
         for folder in folders:
-            launches = folder.launches()
             launch = {"time": datetime.now().isoformat(timespec="seconds"), "step": folder.step()}
-            folder.write("launches", {"launches": [*launches, launch]})
+            folder.write("launches", {"launches": [*folder.launches(), launch]})
         self.launcher.launch(folders)
 
     def _watch(self) -> None:
@@ -241,11 +224,7 @@ class Driver:
 
 @contextlib.contextmanager
 def _only_one(lock: Path) -> Iterator[None]:
-    """Keep other processes from running the same sweep.
-
-    Raises:
-        ValueError: one does.
-    """
+    """Keep other processes from running the same sweep."""
     deadline = time.monotonic() + 1  # a process that was killed while it started another holds it a little longer
     while time.monotonic() < deadline:
         with exclusive(lock) as handle:

@@ -14,8 +14,7 @@ MERGE = "tag:yaml.org,2002:merge"
 def load_yaml(path: Path) -> Any:
     """Read a YAML file: `1e-4` is a number, and a date is a text, as in `flextok fit --config`.
 
-    Raises:
-        ValueError: it cannot be read, or a mapping has a key twice, of which the first would be lost without a word.
+    A key that a mapping has twice is refused: the first would be lost without a word.
     """
     try:
         text = path.read_text(encoding="utf-8")

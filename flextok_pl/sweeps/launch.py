@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,39 +20,13 @@ import torch
 from flextok_pl.sweeps.runner import Runner, TrialFolder
 
 
-class Launcher(ABC):
-    """Starts trials, and knows of those of its kind whether they are still there, whichever process started them."""
-
-    mark: str
-    """What a trial of this kind has in its `job.json`."""
-    poll_seconds: float
-    """How often to look after trials."""
-
-    @abstractmethod
-    def launch(self, folders: Sequence[TrialFolder]) -> None:
-        """Start these trials, or let them wait in a queue."""
-
-    @abstractmethod
-    def gone(self, folders: Collection[TrialFolder]) -> list[TrialFolder]:
-        """Those of these trials that neither run nor wait any more."""
-
-    @abstractmethod
-    def leave(self, folders: Collection[TrialFolder]) -> str:
-        """Let go of these trials, as the sweep is interrupted; says in a sentence what becomes of them."""
-
-
-class LocalLauncher(Launcher):
+class LocalLauncher:
     """Each trial is a process of its own, which goes on should the sweep's end.
 
-    Args:
-        workers: trials at a time; they share the processor's cores unless OMP_NUM_THREADS says how.
-        gpus_per_trial: see `Sweep`.
-
-    Raises:
-        ValueError: there are not as many GPUs.
+    At most `workers` trials run at a time; they share the processor's cores unless OMP_NUM_THREADS says how.
     """
 
-    mark = "pid"
+    mark = "pid"  # what `job.json` of such a trial has
     poll_seconds = 0.5
 
     def __init__(self, workers: int, gpus_per_trial: int = 0) -> None:
@@ -102,7 +75,7 @@ class LocalLauncher(Launcher):
         return [folder for folder in folders if not self._lives(folder)]
 
     def leave(self, folders: Collection[TrialFolder]) -> str:
-        """Let the trials save themselves and stop."""
+        """Let the trials of an interrupted sweep save themselves and stop, and say so."""
         for folder in folders:
             for name in ("job", "command"):  # the runner, or what a runner that was killed has left behind
                 process = folder.read(name)
@@ -115,14 +88,11 @@ class LocalLauncher(Launcher):
         return "the trials under way have saved themselves"
 
 
-class SlurmLauncher(Launcher):
+class SlurmLauncher:
     """Each trial is a job, and trials that start together are an array; submitit writes and submits the scripts.
 
     At SIGUSR2, which Slurm sends before the time limit, a job saves a checkpoint and goes back into the queue by
-    itself; at SIGTERM it saves a checkpoint and is gone.
-
-    Args:
-        executor: of submitit; None to watch the jobs of an earlier process alone.
+    itself; at SIGTERM it saves a checkpoint and is gone. Without an executor it only watches jobs of earlier processes.
     """
 
     mark = "job"
@@ -155,9 +125,8 @@ class SlurmLauncher(Launcher):
         if not jobs or time.monotonic() - self._asked < self.controller_seconds:
             return []
         self._asked = time.monotonic()
-        listed = subprocess.run(
-            ["squeue", "--me", "--noheader", "--array", "--format=%i"], capture_output=True, text=True
-        )
+        command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
+        listed = subprocess.run(command, capture_output=True, text=True)
         if listed.returncode:  # the controller is busy or restarts: ask again later
             return []
         now, queued = time.monotonic(), set(listed.stdout.split())
@@ -169,21 +138,19 @@ class SlurmLauncher(Launcher):
         return [f for f in folders if now - self._missing.get(jobs[f.path], now) > self.grace or not jobs[f.path]]
 
     def leave(self, folders: Collection[TrialFolder]) -> str:
-        """Leave jobs as they are."""
+        """Leave jobs as they are, and say so."""
         jobs = " ".join(str((folder.read("job") or {}).get("job")) for folder in folders)
         return f"jobs go on by themselves; `scancel {jobs}` would end them" if jobs else "no job is under way"
 
 
+Launcher = LocalLauncher | SlurmLauncher
+"""Starts trials, and knows of those of its kind whether they are still there, whichever process started them."""
+
+
 def slurm_executor(folder: Path, parameters: Mapping[str, Any], workers: int) -> submitit.AutoExecutor:
-    """What submits jobs.
+    """What submits jobs, with submitit's `parameters`, at most `workers` of an array at a time.
 
-    Args:
-        folder: for scripts and logs of jobs; on a file system that all nodes see.
-        parameters: what submitit's AutoExecutor takes.
-        workers: jobs of an array at a time.
-
-    Raises:
-        ValueError: there is no Slurm, or submitit does not know a parameter.
+    All nodes must see the folder, which is for scripts and logs of jobs.
     """
     if shutil.which("sbatch") is None:
         raise ValueError("launcher=slurm: there is no `sbatch` here; start the sweep where jobs are submitted")

@@ -61,10 +61,9 @@ class TrialFolder:
     def read(self, name: str) -> dict[str, Any] | None:
         """The content of one of its JSON files, or None where there is none."""
         try:
-            content: dict[str, Any] = json.loads((self.path / f"{name}.json").read_text())
+            return json.loads((self.path / f"{name}.json").read_text())  # type: ignore[no-any-return]
         except FileNotFoundError:
             return None
-        return content
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file, whole or not at all."""
@@ -92,8 +91,7 @@ class TrialFolder:
 
     def launches(self) -> list[dict[str, Any]]:
         """Its starts: the `time` of each, and the `step` that it had come to before."""
-        found: list[dict[str, Any]] = (self.read("launches") or {"launches": []})["launches"]
-        return found
+        return (self.read("launches") or {"launches": []})["launches"]  # type: ignore[no-any-return]
 
     def step(self) -> int:
         """The steps of all its runs together that have been logged or saved."""
@@ -116,11 +114,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 class Runner:
-    """Runs the trial of a folder; a callable that submitit can queue again.
-
-    Args:
-        path: the folder.
-    """
+    """Runs the trial of a folder; a callable that submitit can queue again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -133,12 +127,10 @@ class Runner:
         with exclusive(self.path / "lock") as handle:
             if handle is None:
                 print(f"{self.path} is already being run")
-                return
-            if folder.read("result") is not None:
-                return
-            result = self._attempts(folder, handle)
-            if result is not None:
-                folder.write("result", result)
+            elif folder.read("result") is None:
+                result = self._attempts(folder, handle)
+                if result is not None:
+                    folder.write("result", result)
 
     def checkpoint(self) -> Any:
         """What submitit calls when the job is about to lose its machine: stop with a checkpoint, and queue it again."""
@@ -182,11 +174,7 @@ class Runner:
                     return {"state": "failed", "seconds": state["seconds"], "reason": str(error)}
 
     def _command(self, folder: TrialFolder, command: Sequence[str], cwd: str, handle: int) -> str:
-        """Run a command: `done`, `stopped` as asked for by the sweep, or `interrupted` by a signal.
-
-        Raises:
-            TrialError: it failed.
-        """
+        """Run a command: `done`, `stopped` as asked for by the sweep, or `interrupted` by a signal."""
         with folder.log.open("ab") as log:
             start = log.tell()
             # The command holds the lock, too: should this process be killed, nobody starts the trial a second time
@@ -219,11 +207,7 @@ class Runner:
 
 
 def outcome(folder: TrialFolder, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """What a finished trial has measured: the mean `value` of the sweep's metric, and all last `metrics` of each run.
-
-    Raises:
-        TrialError: the metric was never logged, or is no finite number.
-    """
+    """What a finished trial has measured: the mean `value` of the sweep's metric, and last `metrics` of each run."""
     last: dict[str, dict[str, float]] = {}
     for run in plan["runs"]:
         last[run] = {}

@@ -14,23 +14,14 @@ FEWEST = 4
 
 
 class PowerLaw(NamedTuple):
-    """value = floor + scale * (flops / unit) ** -exponent.
-
-    Attributes:
-        floor: what no training gets below.
-        scale: height above the floor at one `unit`.
-        exponent: how fast it falls.
-        unit: operations, the geometric mean of those of the fit.
-        residuals: value over fit, less one, of each point of the fit.
-        used: numbers of those points.
-    """
+    """value = floor + scale * (flops / unit) ** -exponent."""
 
     floor: float
     scale: float
     exponent: float
-    unit: float
-    residuals: NDArray[np.float64]
-    used: NDArray[np.int64]
+    unit: float  # operations, the geometric mean of those of the fit
+    residuals: NDArray[np.float64]  # value over fit, less one, of each point of the fit
+    used: NDArray[np.int64]  # numbers of those points
 
     def __call__(self, flops: NDArray[np.float64]) -> NDArray[np.float64]:
         """Values at these numbers of operations."""
@@ -46,14 +37,10 @@ def frontier(flops: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray
 
 
 def fit_power_law(flops: NDArray[np.float64], values: NDArray[np.float64]) -> PowerLaw:
-    """Fit the frontier of trainings, by least squares of the logarithms.
+    """Fit the frontier of trainings, (n,) operations and positive values, by least squares of the logarithms.
 
     Each point is a training to its end: the learning-rate schedule makes what lies before an end worse than a
     training of that length would be (https://arxiv.org/abs/2203.15556, section 3).
-
-    Args:
-        flops: (n,) operations of each training.
-        values: (n,) what it ended with, positive.
 
     Raises:
         ValueError: too few points lie on the frontier.

@@ -35,10 +35,10 @@ KEYS = {"choices": {"choices"}, "options": {"options"}, "low": {"low", "high", "
 
 
 def as_text(value: Any) -> str:
-    """A value as the command line takes it: a text as it is, anything else as JSON.
+    """A value as the command line takes it: a text as it is, anything else as JSON, which infinity and NaN do not have.
 
     Raises:
-        ValueError: it has no JSON, as infinity and NaN have none.
+        ValueError: it has no JSON.
     """
     try:
         return value if isinstance(value, str) else json.dumps(value, allow_nan=False)
@@ -47,11 +47,7 @@ def as_text(value: Any) -> str:
 
 
 def require_plain(where: str, options: Mapping[Any, Any]) -> None:
-    """Check that the command line can take options with these values.
-
-    Raises:
-        ValueError: it cannot; names the option.
-    """
+    """Check that the command line can take options with these values."""
     for name, value in options.items():
         if not isinstance(name, str):
             raise ValueError(f"{where}: {name!r} must be the name of an option, such as model.lr")
@@ -65,19 +61,14 @@ def require_plain(where: str, options: Mapping[Any, Any]) -> None:
 class Parameter:
     """One parameter of a space.
 
-    Args:
-        law: what Optuna draws from.
-        values: all of them; of a range without a step both ends.
-        when: where it exists.
-        overrides: of a choice, label -> option of the experiment -> value; a range sets the option of its own name.
-        stepped: its values are all that there are.
+    `overrides` are those of a choice, label -> option of the experiment -> value; a range sets the option of its name.
     """
 
-    law: CategoricalDistribution | FloatDistribution | IntDistribution
-    values: Sequence[Value]
+    law: CategoricalDistribution | FloatDistribution | IntDistribution  # which Optuna draws from
+    values: Sequence[Value]  # all of them; of a range without a step both ends
     when: Condition
     overrides: Mapping[Value, Mapping[str, Any]] | None = None
-    stepped: bool = True
+    stepped: bool = True  # whether there are no other values
 
     def exists(self, point: Mapping[str, Any]) -> bool:
         """Whether its condition holds, given the values of earlier parameters."""
@@ -136,11 +127,7 @@ class Space:
         return point
 
     def options(self, point: Mapping[str, Value]) -> dict[str, Any]:
-        """What a point sets: option of the experiment -> value.
-
-        Raises:
-            ValueError: two parameters set the same option.
-        """
+        """What a point sets: option of the experiment -> value. No two parameters may set the same."""
         result: dict[str, Any] = {}
         for name, value in point.items():
             overrides = self.parameters[name].overrides
@@ -162,11 +149,7 @@ class Space:
         return {name: self.parameters[name].shown(value) for name, value in self.exact(point).items()}
 
     def grid(self) -> list[Params]:
-        """All points, the last parameter varying fastest.
-
-        Raises:
-            ValueError: a range has no step, or there are more than `MOST_POINTS`.
-        """
+        """All points, at most `MOST_POINTS`, the last parameter varying fastest; each range must have a step."""
         points: list[Params] = [{}]
         for name, parameter in self.parameters.items():
             if not parameter.stepped:
@@ -177,11 +160,9 @@ class Space:
                     "by search=random"
                 )
             points = [
-                longer
+                point | added
                 for point in points
-                for longer in (
-                    [{**point, name: value} for value in parameter.values] if parameter.exists(point) else [point]
-                )
+                for added in ([{name: value} for value in parameter.values] if parameter.exists(point) else [{}])
             ]
         return points
 
@@ -199,8 +180,7 @@ class Space:
         """A point with these values, and what their conditions ask for."""
         for name in reversed(self.parameters):
             if name in wanted:
-                conditions = self.parameters[name].when
-                wanted = {**{parent: values[0] for parent, values in conditions.items()}, **wanted}
+                wanted = {parent: values[0] for parent, values in self.parameters[name].when.items()} | wanted
         point: Params = {}
         for name, parameter in self.parameters.items():
             if parameter.exists(point):
@@ -288,11 +268,7 @@ def _range(name: str, entry: Mapping[str, Any], when: Condition) -> Parameter:
 
 
 def _labels(name: str, values: Iterable[Any]) -> list[Value]:
-    """What Optuna knows values by: plain ones as they are, unless they equal or look like another, as 1 and true do.
-
-    Raises:
-        ValueError: two are the same to the command line.
-    """
+    """What Optuna knows values by: plain ones as they are, unless they equal or look like another, as 1 and true do."""
     texts: dict[str, Any] = {}
     for value in values:
         text = as_text(value)

@@ -23,7 +23,6 @@ from flextok_pl.sweeps.space import Params, Space, as_text, require_plain
 FIXED = ("experiment", "space", "overrides", "metric", "direction", "seeds", "test")
 """What cannot change while a sweep goes on: its trials would no longer be comparable."""
 
-
 FLEXTOK = (sys.executable, "-m", "flextok_pl")
 
 
@@ -180,10 +179,7 @@ class Sweep:
     def commands(self, point: Params, name: str, root: str) -> list[list[str]]:
         """Arguments of `flextok`: for each seed those of a fit, and of a test where the sweep asks for one.
 
-        Args:
-            point: of the space.
-            name: of the trial.
-            root: folder for the trial's.
+        They write into the trial's folder, `name` below `root`.
         """
         found = []
         for seed in self.seeds:

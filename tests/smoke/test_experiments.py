@@ -132,7 +132,7 @@ def test_networks_without_a_preset() -> None:
 def test_every_point_of_a_sweep_parses(name: str) -> None:
     file = EXPERIMENTS / name
     if not name.startswith("sweeps/full"):  # whose points test_plan.py plans, too
-        sweep, _ = parse_sweep(sweep_parser("sweep", ""), [str(file)])
+        sweep, _ = parse_sweep(sweep_parser("sweep"), [str(file)])
         check_points(sweep)
     first = [line for line in file.read_text().splitlines() if line.startswith("#")]
     assert "?" in first[0] + first[1], "the first comment asks the question that the sweep answers"

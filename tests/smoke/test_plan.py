@@ -119,7 +119,7 @@ def test_no_comment_counts_a_global_batch() -> None:
 @pytest.mark.parametrize("file", sorted(ROOT.glob("experiments/sweeps/full/*.yaml")), ids=lambda file: file.stem)
 def test_every_trial_of_a_sweep_on_imagenet_can_be_trained(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its options are taken, and it has its experiment's global batch, on the devices that it asks Slurm for."""
-    sweep, _ = parse_sweep(sweep_parser("sweep", ""), [str(file)])
+    sweep, _ = parse_sweep(sweep_parser("sweep"), [str(file)])
     (experiment,) = sweep.experiments
     recipes = []
 

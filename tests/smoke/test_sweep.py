@@ -69,7 +69,7 @@ def test_what_slurm_is_to_train_is_only_parsed_here(
     on_two = {"trainer.devices": 2, "data.batch_size": 2, "trainer.max_steps": 9}  # one alone has no validation by then
     with pytest.raises(SystemExit, match="no `sbatch` here"):
         start(launcher="slurm", metric="val/los", overrides=on_two)
-    check(parse_sweep(sweep_parser("sweep", ""), ["sweep.yaml"])[0])
+    check(parse_sweep(sweep_parser("sweep"), ["sweep.yaml"])[0])
     assert "2 points of the space can be parsed; none is trained here" in capsys.readouterr().out
 
 

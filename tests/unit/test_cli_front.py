@@ -102,7 +102,7 @@ def test_options_of_a_sweep() -> None:
     assert {"dry_run", "check"} < set(options) and "watch" in options_for("sweep status")
     for name in ("file", "dry_run", "check"):
         del options[name]
-    assert_same(options, sweep_parser("sweep", ""))
+    assert_same(options, sweep_parser("sweep"))
 
 
 def test_types_and_defaults_are_spelled_out() -> None:
