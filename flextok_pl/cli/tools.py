@@ -184,11 +184,7 @@ def reconstruct_images(
 
 
 def default_device(device: str | None) -> torch.device:
-    """The device of this name, or a GPU where there is one; each process that torchrun or srun starts has its own.
-
-    Raises:
-        ValueError: there is no such device.
-    """
+    """The device of this name, or a GPU where there is one; each process that torchrun or srun starts has its own."""
     if device is None and torch.cuda.is_available():
         number = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
         return torch.device("cuda", number % torch.cuda.device_count())
@@ -204,11 +200,7 @@ def picture_size(tok: FlexTok) -> int:
 
 
 def checked_budgets(text: str | None, num_registers: int) -> list[int]:
-    """`1,4,16` or `[1,4,16]` -> [1, 4, 16]; None -> 1, 2, 4, ... K.
-
-    Raises:
-        ValueError: the text is something else, or a number is no budget of this tokenizer.
-    """
+    """`1,4,16` or `[1,4,16]` -> [1, 4, 16]; None -> 1, 2, 4, ... K."""
     if text is None:
         return default_budgets(num_registers)
     try:

@@ -7,16 +7,7 @@ from collections.abc import Sequence
 
 
 def class_index(given: int | str, names: Sequence[str], num_classes: int) -> int:
-    """The number of a class.
-
-    Args:
-        given: its number, also as text, or its name in any case; a part of a name that occurs in one name only will do.
-        names: of all classes, or empty where they have none.
-        num_classes: number of classes.
-
-    Raises:
-        ValueError: there is no such class, or more than one.
-    """
+    """The number of a class, given by that, by its name in any case, or by a part that only one of the names has."""
     text = str(given).strip()
     if text.lstrip("-").isdecimal():
         if not 0 <= int(text) < num_classes:

@@ -126,11 +126,7 @@ class ShardDataModule(pl.LightningDataModule):
         self.epoch = 0
 
     def shard_set(self, split: Split) -> ShardSet:
-        """The shards of a split, checked when first asked for.
-
-        Raises:
-            ValueError: the split has no source, or a set is missing, damaged or does not fit the options.
-        """
+        """The shards of a split, checked when first asked for."""
         source = self.sources[split]
         if source is None:
             raise ValueError(f"this data module has no {split} set; give data.{split} the folder of a shard set")

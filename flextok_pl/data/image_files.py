@@ -58,11 +58,6 @@ class ImageFiles:
             _LOG.warning("%s: left out what is no picture: %s; such as %s%s", self.src, kinds, self.example, more)
 
 
-def readable_extensions() -> set[str]:
-    """Those of `IMAGE_EXTENSIONS` that Pillow reads here; some need a library or a package."""
-    return {name for name in IMAGE_EXTENSIONS if Image.registered_extensions().get(f".{name}") in Image.OPEN}
-
-
 def extension_of(kind: str) -> str | None:
     """The extension of pictures whose format Pillow calls so; None where `IMAGE_EXTENSIONS` has none."""
     known = Image.registered_extensions()
@@ -70,7 +65,7 @@ def extension_of(kind: str) -> str | None:
 
 
 def list_images(src: Path) -> list[str]:
-    """Paths of the images under a folder, relative to it, ordered; what else is there is logged. See `find_images`."""
+    """Paths of the images under a folder, relative to it, ordered; logs what else is there. See `find_images`."""
     found = find_images(src)
     found.tell_rest()
     return list(found.extensions)
@@ -80,18 +75,12 @@ def list_images(src: Path) -> list[str]:
 def find_images(src: Path, besides: Sequence[Path] = ()) -> ImageFiles:
     """The images under a folder.
 
-    Pictures are told by their ending, where they have none by how their content begins. Hidden files and folders are
-    left out. A link to a folder is followed unless that folder is read in another place, or holds `src`. A file beside
-    a picture that is called like it, such as its caption, is no picture and not counted among the rest.
-
-    Args:
-        src: where to search, at any depth.
-        besides: files that are known to be something else.
-
-    Raises:
-        ValueError: there is no image, or a folder cannot be read.
+    The ending tells a picture, or where there is none how the content begins. Hidden files and folders are left out. A
+    link to a folder is followed unless that folder is read in another place, or holds `src`. The rest does not count
+    `besides`, files known to be something else, nor files named like a picture beside them, such as its caption.
     """
-    found, readable = ImageFiles(src), readable_extensions()
+    found, known_extensions = ImageFiles(src), Image.registered_extensions()
+    readable = {name for name in IMAGE_EXTENSIONS if known_extensions.get(f".{name}") in Image.OPEN}
     known = {os.path.abspath(path) for path in besides}
     images: dict[str, str] = {}
     others: list[str] = []

@@ -33,17 +33,11 @@ _TURNS = {
 
 
 class Stripped(NamedTuple):
-    """A picture's file, taken apart.
+    """A picture's file, taken apart."""
 
-    Attributes:
-        content: the file without metadata, or as it was where its kind holds them apart.
-        exif: the EXIF block that was taken out.
-        xmp: the XMP block that was taken out.
-    """
-
-    content: bytes
-    exif: bytes = b""
-    xmp: bytes = b""
+    content: bytes  # the file without metadata, or as it was where its kind holds them apart
+    exif: bytes = b""  # the block that was taken out
+    xmp: bytes = b""  # the block that was taken out
 
 
 def strip_metadata(data: bytes) -> Stripped:
@@ -59,11 +53,10 @@ def strip_metadata(data: bytes) -> Stripped:
 
 
 def orientation_of(exif: bytes, xmp: bytes) -> int:
-    """How a picture is to be turned, as EXIF numbers it: 1..8, of which 1 is not at all.
+    """How to turn a picture, as EXIF numbers it: 1..8, of which 1 is not at all.
 
-    Args:
-        exif: a TIFF structure, with or without the prefix of JPEG files; or empty.
-        xmp: XML, which is asked where EXIF says nothing; or empty.
+    EXIF is a TIFF structure, with or without the prefix of JPEG files; where it says nothing XMP counts. Both may be
+    empty.
     """
     while exif.startswith(b"Exif\0\0"):
         exif = exif[6:]
@@ -126,19 +119,12 @@ def _raw_profile(text: bytes) -> bytes:
 
 
 class _Directory(NamedTuple):
-    """The first directory of a TIFF structure (TIFF 6.0, section 2), or of a BigTIFF.
+    """The first directory of a TIFF structure (TIFF 6.0, section 2), or of a BigTIFF."""
 
-    Attributes:
-        order: of its bytes, as `struct` writes it.
-        big: whether it is a BigTIFF, with numbers of 8 bytes.
-        start: where its count of entries lies.
-        entries: tag and bytes of each that is complete.
-    """
-
-    order: str
-    big: bool
-    start: int
-    entries: list[tuple[int, bytes]]
+    order: str  # of its bytes, as `struct` writes it
+    big: bool  # whether it is a BigTIFF, with numbers of 8 bytes
+    start: int  # where its count of entries lies
+    entries: list[tuple[int, bytes]]  # tag and bytes of each that is complete
 
     @classmethod
     def first(cls, block: bytes) -> _Directory | None:

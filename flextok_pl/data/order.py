@@ -43,7 +43,6 @@ class Lanes:
 
     The row is cut into lanes of equal length, and the sequence takes from each in turn: with as many lanes as ranks, or
     a multiple, a rank stays in lanes of its own. A lane is cut into groups, whose samples come in another order.
-
     """
 
     num_samples: int  # of the row
@@ -103,7 +102,6 @@ class Mixture:
     The samples of a part follow one another in passes, in each of which all of them come once. An epoch's row takes
     samples that follow one another of each part, and any stretch of the row has the parts in the epoch's shares: its
     number of samples of a part differs by less than the number of parts from the exact one.
-
     """
 
     sizes: tuple[int, ...]  # samples of each part

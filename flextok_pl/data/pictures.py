@@ -29,18 +29,9 @@ def open_pictures(
 ) -> tuple[DataLoader[Batch], int]:
     """A loader of the pictures, each once and in a fixed order, and their number.
 
-    Args:
-        source: a folder of images, searched recursively; a shard set, also a remote one, or a pattern of them; or a
-            `.npz` file with `arr_0`.
-        image_size: side of the centre square to take of each picture; None takes them as they are.
-        batch_size: B, pictures in a batch.
-        num_workers: processes that decode.
-
-    Returns:
-        Batches with `image` (B, 3, H, W) in [-1, 1] and `key`; and N.
-
-    Raises:
-        ValueError: there is nothing, or it is of another kind. A broken picture raises when its turn comes.
+    The source is a folder of images, searched recursively; a shard set, also a remote one, or a pattern of them; or a
+    `.npz` file with `arr_0`. Batches have `image` (B, 3, H, W) in [-1, 1] and `key`. With `image_size` the centre
+    square of each picture is scaled to that side. A broken picture raises `ValueError` when its turn comes.
     """
     least = {"batch_size": (batch_size, 1), "num_workers": (num_workers, 0), "image_size": (image_size, 1)}
     for name, (value, minimum) in least.items():
@@ -111,11 +102,7 @@ def _of_array(path: Path, image_size: int | None) -> _Pictures:
 
 
 def read_arrays(path: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Those of the named arrays that a `.npz` file has, and None for each other one in it; no code in the file runs.
-
-    Raises:
-        ValueError: it is missing, damaged, or holds objects.
-    """
+    """Those of the named arrays that a `.npz` file has, and None for each other one in it; no code in the file runs."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] if name in names else None for name in file.files}

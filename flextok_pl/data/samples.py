@@ -49,25 +49,15 @@ def in_batch(tensor: Tensor) -> Tensor:
 
 @dataclass
 class Decoder:
-    """Decodes the fields that an index promises.
+    """Decodes the fields that an index promises."""
 
-    Args:
-        min_side: pixels of the shorter side that a picture must keep, see `decode_image`; None decodes it in full.
-        max_skipped: broken samples that are left out with a warning before one raises; None raises at the first.
-        counts: (W,) int64 in shared memory, in which worker w notes how many it has left out; None for no note.
-    """
-
-    min_side: int | None = None
-    max_skipped: int | None = None
-    counts: Tensor | None = None
+    min_side: int | None = None  # see `decode_image`
+    max_skipped: int | None = None  # broken samples to leave out with a warning before one raises; None: raise at once
+    counts: Tensor | None = None  # (W,) int64 in shared memory, where worker w notes how many it has left out
     skipped: set[tuple[str, str]] = field(default_factory=set, init=False)
 
     def __call__(self, index: ShardIndex, raw: dict[str, Any]) -> Decoded | None:
-        """Decode a raw sample; None for one that is left out.
-
-        Raises:
-            ShardError: a field is missing or broken; names shard and key.
-        """
+        """Decode a raw sample, or give None for one that is left out; an error names shard and key."""
         try:
             return _decode(index, raw, self.min_side)
         except (ValueError, KeyError, OSError) as error:
@@ -169,17 +159,13 @@ def _require_equal_shapes(samples: Sequence[Decoded], name: ArrayField, first_ax
             raise ShardError(f"samples differ in the shape of their {name}: {', '.join(shapes)}; write the set again")
 
 
+@dataclass(frozen=True)
 class Collate:
-    """Turns decoded samples into a `Batch`.
+    """Turns decoded samples into a `Batch`."""
 
-    Args:
-        image_size: S.
-        augmentation: changes of training pictures, or None for the evaluation crop.
-        seed: seed of the augmentations.
-    """
-
-    def __init__(self, image_size: int, augmentation: Augmentation | None, seed: int) -> None:
-        self.image_size, self.augmentation, self.seed = image_size, augmentation, seed
+    image_size: int  # S
+    augmentation: Augmentation | None  # None for the evaluation crop
+    seed: int  # of the augmentations
 
     def __call__(self, samples: Sequence[Decoded], epoch: int) -> Batch:
         """One batch; the pictures' augmentations depend on (seed, epoch, key) only."""

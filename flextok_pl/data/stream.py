@@ -8,9 +8,9 @@ Evaluation keeps the stored order. Batch i of a rank comes from worker i modulo 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
@@ -19,7 +19,7 @@ from flextok_pl.contracts import Batch
 from flextok_pl.data.order import Lanes, Mixture, Row, eval_share, train_steps
 from flextok_pl.data.samples import STACKED, Collate, Decoded, Decoder, in_batch, stacked
 from flextok_pl.data.shards.index import ShardError, ShardIndex
-from flextok_pl.data.shards.open_shards import OpenShards
+from flextok_pl.data.shards.open_shards import OpenShards, Shard
 from flextok_pl.data.transforms import sample_generator
 
 Group = list[tuple[int, int]]
@@ -33,11 +33,9 @@ MAX_OPEN = 100
 
 
 class ShardSet:
-    """Several shard sets of one kind, seen as one row of shards.
+    """One or several shard sets of one kind, seen as one row of shards.
 
-    Args:
-        indices: at least one set.
-        weights: shares of the sets in a training epoch; None takes all samples once.
+    With `weights` a training epoch takes these shares of the sets, else all samples once.
     """
 
     def __init__(self, indices: Sequence[ShardIndex], weights: Sequence[float] | None = None) -> None:
@@ -61,13 +59,6 @@ class ShardSet:
     def first_sample(self, part: int) -> int:
         """Number of the first sample of a part in the row of all shards."""
         return sum(self.counts[: self.parts[part].start])
-
-    def read(self, shard: int, start: int, stop: int) -> Iterator[tuple[ShardIndex, dict[str, Any]]]:
-        """The raw samples start..stop of a shard."""
-        with OpenShards(self.shards) as shards:
-            shards.prepare([shard])
-            for sample in range(start, stop):
-                yield self.shards[shard][0], shards[shard].read(sample)
 
 
 @dataclass(frozen=True)
@@ -100,11 +91,9 @@ class EpochStream(IterableDataset[Batch]):
         self._start.share_memory_()  # type: ignore[no-untyped-call]
 
     def start_at(self, epoch: int, sample: int = 0) -> None:
-        """Choose where the next pass starts; workers that already run see it, too.
+        """Choose the epoch of the next pass, and how many samples it leaves out; workers that already run see it, too.
 
-        Args:
-            epoch: number of the pass over the data.
-            sample: leave out this many samples: in training of the sequence of all ranks, in evaluation of this rank's.
+        The samples are those of the sequence of all ranks in training, of this rank's share in evaluation.
         """
         self._start.copy_(torch.tensor([epoch, sample]))
 
@@ -230,18 +219,16 @@ class StreamedBatches(EpochStream):
         group: Group = []
         for part, number, begin, end in self.mixture.pieces(epoch, low, high):
             if (part, number) not in rows:
-                rows[part, number] = Row(self._shard_order(part, number), self.data.counts)
+                shards = self.data.parts[part]
+                generator = sample_generator(self.plan.seed, number, f"shards {part}")
+                order = [shards[i] for i in torch.randperm(len(shards), generator=generator).tolist()]
+                rows[part, number] = Row(order, self.data.counts)
             for shard, *span in rows[part, number].spans(begin, end):
                 group += [(shard, sample) for sample in range(*span)]
         if not self.shuffle:
             return group
         generator = sample_generator(self.plan.seed, epoch, f"group {low}")
         return [group[i] for i in torch.randperm(len(group), generator=generator).tolist()]
-
-    def _shard_order(self, part: int, number: int) -> list[int]:
-        shards = self.data.parts[part]
-        generator = sample_generator(self.plan.seed, number, f"shards {part}")
-        return [shards[i] for i in torch.randperm(len(shards), generator=generator).tolist()]
 
 
 class CachedBatches(EpochStream):
@@ -273,16 +260,17 @@ class CachedBatches(EpochStream):
     def _decoded(self, decoder: Decoder) -> list[Decoded]:
         found: list[Decoded] = []
         missing = 0
-        for shard, count in enumerate(self.data.counts):
-            for sample in self.data.read(shard, 0, count):
-                decoded = decoder(*sample)
-                if decoded is not None:
-                    found += [decoded] * (1 + missing)
-                    missing = 0
-                elif found:
-                    found.append(found[-1])
-                else:
-                    missing += 1  # the first good one stands in for those before it
+        for (index, number), count in zip(self.data.shards, self.data.counts, strict=True):
+            with closing(Shard(index, number)) as shard:
+                for sample in range(count):
+                    decoded = decoder(index, shard.read(sample))
+                    if decoded is not None:
+                        found += [decoded] * (1 + missing)
+                        missing = 0
+                    elif found:
+                        found.append(found[-1])
+                    else:
+                        missing += 1  # the first good one stands in for those before it
         if missing:
             raise ShardError(f"{self.data.indices[0].where}: all samples are broken")
         return found

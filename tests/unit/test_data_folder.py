@@ -6,13 +6,13 @@ import os
 
 import numpy as np
 import pytest
+from data_helpers import contents
 from PIL import Image
 
 from flextok_pl.data import ShardDataModule, ShardError, ShardIndex, write_folder
 from flextok_pl.data.convert.captions import read_captions
 from flextok_pl.data.image_files import list_images
 from flextok_pl.data.pictures import open_pictures
-from flextok_pl.data.stream import ShardSet
 from flextok_pl.keys import key_hash
 
 
@@ -20,11 +20,6 @@ def save(path, size=(12, 8), colour=(10, 20, 30), mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, colour).save(path)
     return path
-
-
-def read(index):
-    data = ShardSet([index])
-    return {raw["__key__"]: raw for shard, count in enumerate(data.counts) for _, raw in data.read(shard, 0, count)}
 
 
 @pytest.fixture
@@ -40,7 +35,7 @@ def test_class_folders_become_labels_and_bytes_are_kept(classes, tmp_path):
     save(classes / ".hidden" / "x.png")
     index = write_folder(classes, tmp_path / "dst", num_workers=0)["all"]
     assert index.classes == ("cat", "dog") and index.fields == ("image", "label")
-    samples = read(index)
+    samples = contents(index)
     assert set(samples) == {"cat/0", "cat/1", "dog/0", "dog/1", "dog/2"}
     for key, raw in samples.items():
         assert raw["png"] == (classes / f"{key}.png").read_bytes()
@@ -52,7 +47,7 @@ def test_flat_folder_has_no_labels_and_mixed_ones_are_refused(classes, tmp_path)
     save(tmp_path / "flat" / "a.b.jpg")  # the same stem
     index = write_folder(tmp_path / "flat", tmp_path / "dst", num_workers=0)["all"]
     assert index.fields == ("image",) and not index.classes
-    assert set(read(index)) == {"a_b", "file-a_b_png"}
+    assert set(contents(index)) == {"a_b", "file-a_b_png"}
 
     save(classes / "loose.png")
     with pytest.raises(ValueError, match=r"labels=none"):
@@ -63,11 +58,12 @@ def test_flat_folder_has_no_labels_and_mixed_ones_are_refused(classes, tmp_path)
 def test_shrinks_the_shorter_side_and_never_enlarges(tmp_path):
     save(tmp_path / "src" / "large.png", size=(60, 40))
     small = save(tmp_path / "src" / "small.png", size=(7, 30))
-    samples = read(write_folder(tmp_path / "src", tmp_path / "dst", size=20, image_format="png", num_workers=0)["all"])
+    options = {"size": 20, "num_workers": 0}
+    samples = contents(write_folder(tmp_path / "src", tmp_path / "dst", image_format="png", **options)["all"])
     shrunk = Image.open(io.BytesIO(samples["large"]["png"]))
     assert shrunk.size == (30, 20) and shrunk.getpixel((3, 3)) == (10, 20, 30)
     assert samples["small"]["png"] == small.read_bytes()
-    jpeg = read(write_folder(tmp_path / "src", tmp_path / "jpg", size=20, num_workers=0)["all"])
+    jpeg = contents(write_folder(tmp_path / "src", tmp_path / "jpg", **options)["all"])
     assert set(jpeg["large"]) >= {"jpg"} and Image.open(io.BytesIO(jpeg["large"]["jpg"])).format == "JPEG"
 
 
@@ -82,7 +78,7 @@ def test_captions(classes, tmp_path, suffix):
         file.write_text("file\tcaption\n" + "".join(f'{n}\t"a ""{n}"", seen"\n' for n, _ in rows))
     else:
         file.write_text("file,caption\n" + "".join(f'{n},"a ""{n}"", seen"\n' for n, _ in rows))
-    samples = read(write_folder(classes, tmp_path / "dst", captions=file, num_workers=0)["all"])
+    samples = contents(write_folder(classes, tmp_path / "dst", captions=file, num_workers=0)["all"])
     assert samples["dog/1"]["txt"].decode() == 'a "dog/1.png", seen'
     file.write_text(file.read_text().replace("cat/1.png", "cat/9.png"))
     with pytest.raises(ValueError, match=r"no entry for 1 of 5 images, such as cat/1\.png"):
@@ -98,7 +94,7 @@ def test_names_that_are_not_utf8(tmp_path, caplog):
     ):
         write_folder(tmp_path / "src", tmp_path / "dst", num_workers=0)
     index = write_folder(tmp_path / "src", tmp_path / "dst", on_error="skip", num_workers=0)["all"]
-    assert set(read(index)) == {"a/fine"} and index.provenance["skipped"] == 1
+    assert set(contents(index)) == {"a/fine"} and index.provenance["skipped"] == 1
     assert r"left out a/caf\udce9.png: its name is not UTF-8" in caplog.text
     loader, _ = open_pictures(str(tmp_path / "src"))
     (batch,) = loader
@@ -122,7 +118,7 @@ def test_captions_of_files_anywhere(tmp_path, caplog):
     rows = [("./top.png", "top"), ("a//one.png", "one"), (str(src / "a/b/c/two.png"), "two"), ("a/gone.png", "gone")]
     file.write_text("\ufefffile,caption,more\n" + "".join(f"{name},{text},x\n" for name, text in rows))
     options = {"labels": "none", "captions": file, "num_workers": 0}
-    samples = read(write_folder(src, tmp_path / "dst", **options)["all"])
+    samples = contents(write_folder(src, tmp_path / "dst", **options)["all"])
     assert {key: raw["txt"] for key, raw in samples.items()} == {"top": b"top", "a/one": b"one", "a/b/c/two": b"two"}
     assert "1 entries name no image" in caplog.text and "a/gone.png" in caplog.text
     file.write_text("file,caption\ntop.png,top\n")
@@ -269,7 +265,7 @@ def test_a_list_fixes_the_numbers_of_classes(classes, tmp_path, caplog):
     assert train.classes == ("emu", "dog", "cat")
     for number, given in enumerate((tmp_path / "names.txt", ["emu", "dog", "cat"], tmp_path / "a")):
         index = write_folder(tmp_path / "val", tmp_path / f"b{number}", classes=given, num_workers=0)["all"]
-        assert index.classes == train.classes and read(index)["dog/x"]["cls"] == b"1"
+        assert index.classes == train.classes and contents(index)["dog/x"]["cls"] == b"1"
     assert "2 of the 3 classes have no pictures here, such as cat" in caplog.text
     with pytest.raises(ShardError, match="classes"):
         write_folder(tmp_path / "val", tmp_path / "b0", classes=["dog"], num_workers=0)
@@ -299,11 +295,11 @@ def test_validation_part_is_disjoint_and_stable(tmp_path):
     for i in range(60):
         save(tmp_path / "src" / f"{i}.png", size=(2, 2))
     parts = write_folder(tmp_path / "src", tmp_path / "a", val_fraction=0.2, num_workers=0)
-    train, val = (set(read(parts[part])) for part in ("train", "val"))
+    train, val = (set(contents(parts[part])) for part in ("train", "val"))
     assert not train & val and len(train | val) == 60 and 4 <= len(val) <= 22
     save(tmp_path / "src" / "new.png", size=(2, 2))
     more = write_folder(tmp_path / "src", tmp_path / "b", val_fraction=0.2, num_workers=0)
-    assert set(read(more["val"])) - {"new"} == val
+    assert set(contents(more["val"])) - {"new"} == val
 
 
 def test_a_changed_source_is_noticed(classes, tmp_path):

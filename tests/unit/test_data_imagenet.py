@@ -6,6 +6,7 @@ import tarfile
 import numpy as np
 import pytest
 import scipy.io
+from data_helpers import contents, encoded, write_tar
 from PIL import Image
 
 from flextok_pl.cli import main
@@ -25,23 +26,7 @@ VAL_IDS = [4, 1, 2, 5, 2, 1]
 
 
 def picture(number, size=(9, 7)):
-    buffer = io.BytesIO()
-    Image.new("RGB", size, (40 * (number % 6), number, 255 - number)).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def add(tar, name, content):
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))
-
-
-def tar_of(files):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, content in files.items():
-            add(tar, name, content)
-    return buffer.getvalue()
+    return encoded(Image.new("RGB", size, (40 * (number % 6), number, 255 - number)), "JPEG")
 
 
 def train_files():
@@ -58,18 +43,20 @@ def write_devkit(folder):
     buffer = io.BytesIO()
     scipy.io.savemat(buffer, {"synsets": synsets[:, None]})
     truth = "".join(f"{number}\n" for number in VAL_IDS).encode()
-    with tarfile.open(folder / "ILSVRC2012_devkit_t12.tar.gz", "w:gz") as tar:
-        add(tar, "ILSVRC2012_devkit_t12/data/meta.mat", buffer.getvalue())
-        add(tar, "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt", truth)
+    files = {"meta.mat": buffer.getvalue(), "ILSVRC2012_validation_ground_truth.txt": truth}
+    packed = {f"ILSVRC2012_devkit_t12/data/{name}": content for name, content in files.items()}
+    write_tar(folder / "ILSVRC2012_devkit_t12.tar.gz", packed, "w:gz")
 
 
 @pytest.fixture
 def tars(tmp_path):
     folder = tmp_path / "tars"
-    folder.mkdir()
-    inner = {f"{wnid}.tar": tar_of(files) for wnid, files in reversed(train_files().items())}
-    (folder / "ILSVRC2012_img_train.tar").write_bytes(tar_of(inner))
-    (folder / "ILSVRC2012_img_val.tar").write_bytes(tar_of(val_files()))
+    inner = {
+        f"{wnid}.tar": write_tar(tmp_path / "inner.tar", files).read_bytes()
+        for wnid, files in reversed(train_files().items())
+    }
+    write_tar(folder / "ILSVRC2012_img_train.tar", inner)
+    write_tar(folder / "ILSVRC2012_img_val.tar", val_files())
     write_devkit(folder)
     return folder
 
@@ -88,14 +75,9 @@ def tree(tmp_path):
     return folder
 
 
-def contents(folder):
+def labelled(index):
     """Label and picture by key."""
-    found = {}
-    for path in ShardIndex.load(folder).paths:
-        for key, files in tar_samples(folder, path.name):
-            by_extension = {extension: span.read(folder) for extension, span in files}
-            found[key] = (int(by_extension["cls"]), by_extension["jpeg"])
-    return found
+    return {key: (int(files["cls"]), files["jpeg"]) for key, files in contents(index).items()}
 
 
 def test_tars_are_read_in_place(tars, tmp_path):
@@ -111,9 +93,9 @@ def test_tars_are_read_in_place(tars, tmp_path):
         for wnid, files in train_files().items()
         for name, content in files.items()
     }
-    assert contents(train.folder) == expected
+    assert labelled(train) == expected
     wnid_of = {number: wnid for number, wnid, *_ in SYNSETS}
-    labels = {key[-1]: (key[:9], label) for key, (label, _) in contents(val.folder).items()}
+    labels = {key[-1]: (key[:9], label) for key, (label, _) in labelled(val).items()}
     assert labels == {
         str(i): (wnid_of[number], WNIDS.index(wnid_of[number])) for i, number in enumerate(VAL_IDS, start=1)
     }
@@ -181,7 +163,7 @@ def test_without_the_development_kit(tree, tmp_path):
     for file in (tree / "val").glob("*.JPEG"):
         file.unlink()
     index = write_imagenet(tree, tmp_path / "dst", "val", num_workers=1)["val"]
-    assert {key: label for key, (label, _) in contents(index.folder).items()} == {
+    assert {key: label for key, (label, _) in labelled(index).items()} == {
         f"{wnid}/x{i + 1}": i for i, wnid in enumerate(WNIDS)
     }
 
@@ -200,7 +182,7 @@ def test_a_choice_of_classes(tars, tmp_path):
     file.write_text("n03126707 a crane\nn01440764\n\n")
     result = write_imagenet(tars, tmp_path / "dst", classes=file, num_workers=1)
     assert result["train"].classes == ("tench", "Crane") and result["train"].num_samples == 3 + 6
-    assert sorted(label for label, _ in contents(result["val"].folder).values()) == [0, 0, 1]
+    assert sorted(label for label, _ in labelled(result["val"]).values()) == [0, 0, 1]
 
 
 def test_a_subset_numbers_its_own_classes(tree, tmp_path):
@@ -208,7 +190,7 @@ def test_a_subset_numbers_its_own_classes(tree, tmp_path):
         file.unlink()
     (tree / "train" / WNIDS[0]).rmdir()
     index = write_imagenet(tree, tmp_path / "dst", part="train", num_workers=1)["train"]
-    assert len(index.classes) == 3 and {label for label, _ in contents(index.folder).values()} == {0, 1, 2}
+    assert len(index.classes) == 3 and {label for label, _ in labelled(index).values()} == {0, 1, 2}
     with pytest.raises(ValueError, match=r"pictures of 1 classes that train lacks, such as n01440764.*classes=FILE"):
         write_imagenet(tree, tmp_path / "dst", part="val", num_workers=1)
 
@@ -249,7 +231,7 @@ def test_wrong_sources_are_named(tars, tree, tmp_path, capsys):
 def test_a_broken_picture_in_a_tar(tars, tmp_path, num_workers):
     files = val_files()
     files["ILSVRC2012_val_00000002.JPEG"] = files["ILSVRC2012_val_00000002.JPEG"][:200]
-    (tars / "ILSVRC2012_img_val.tar").write_bytes(tar_of(files))
+    write_tar(tars / "ILSVRC2012_img_val.tar", files)
     with pytest.raises(ValueError, match=r"img_val\.tar, n02012849/ILSVRC2012_val_00000002: not a complete picture"):
         write_imagenet(tars, tmp_path / "dst", part="val", num_workers=num_workers)
     index = write_imagenet(tars, tmp_path / "dst", part="val", on_error="skip", num_workers=num_workers)["val"]

@@ -1,27 +1,13 @@
 """Paths and patterns, and what lies in tars: every file of them, or an error."""
 
-import io
 import tarfile
 
 import pytest
 import webdataset
+from data_helpers import write_tar
 
 from flextok_pl.data.shards.listing import matching_paths
 from flextok_pl.data.shards.tars import grouped, tar_members, tar_samples
-
-
-def write_tar(path, entries):
-    """A tar of (name, content), where a content (type, name) is a link."""
-    with tarfile.open(path, "w") as tar:
-        for name, content in entries:
-            info = tarfile.TarInfo(name)
-            if isinstance(content, tuple):
-                info.type, info.linkname = content
-                tar.addfile(info)
-            else:
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    return path
 
 
 def read(path, *place):
@@ -31,17 +17,17 @@ def read(path, *place):
 @pytest.fixture
 def two(tmp_path):
     """Two tars, whose last blocks end where the files do."""
-    return [write_tar(tmp_path / f"{name}.tar", [(f"{name}.txt", name.encode() * 600)]) for name in "ab"]
+    return [write_tar(tmp_path / f"{name}.tar", {f"{name}.txt": name.encode() * 600}) for name in "ab"]
 
 
 def test_links_are_what_they_lead_to(tmp_path):
-    entries = [
-        ("x/a.txt", b"a"),
-        ("x/hard.txt", (tarfile.LNKTYPE, "x/a.txt")),
-        ("./y/soft.txt", (tarfile.SYMTYPE, "../x/hard.txt")),
-        ("early.txt", (tarfile.SYMTYPE, "late.txt")),
-        ("late.txt", b"late"),
-    ]
+    entries = {
+        "x/a.txt": b"a",
+        "x/hard.txt": (tarfile.LNKTYPE, "x/a.txt"),
+        "./y/soft.txt": (tarfile.SYMTYPE, "../x/hard.txt"),
+        "early.txt": (tarfile.SYMTYPE, "late.txt"),
+        "late.txt": b"late",
+    }
     found = read(write_tar(tmp_path / "x.tar", entries))
     assert found == {"x/a.txt": b"a", "x/hard.txt": b"a", "y/soft.txt": b"a", "early.txt": b"late", "late.txt": b"late"}
     with tarfile.open(tmp_path / "x.tar", "a") as tar:
@@ -55,7 +41,7 @@ def test_links_are_what_they_lead_to(tmp_path):
 
 @pytest.mark.parametrize("target", ["/elsewhere/b.txt", "a.txt"])
 def test_links_to_nothing_are_named(tmp_path, target):
-    path = write_tar(tmp_path / "x.tar", [("a.txt", (tarfile.SYMTYPE, target))])
+    path = write_tar(tmp_path / "x.tar", {"a.txt": (tarfile.SYMTYPE, target)})
     with pytest.raises(ValueError, match=rf"x\.tar: a\.txt is a link to {target}, which .* again with --dereference"):
         read(path)
 
@@ -84,7 +70,7 @@ def test_what_is_not_a_whole_tar(two, damage, message):
 
 def test_a_tar_within_another_ends_there(tmp_path, two):
     whole = two[0].read_bytes()
-    path = write_tar(tmp_path / "outer.tar", [("cut.tar", whole[:1536]), ("whole.tar", whole)])
+    path = write_tar(tmp_path / "outer.tar", {"cut.tar": whole[:1536], "whole.tar": whole})
     cut, complete = (span for _, span in tar_members(tmp_path, path.name))
     assert read(path, complete.offset, complete.size) == {"a.txt": b"a" * 600}
     with pytest.raises(ValueError, match="no header: it is damaged"):
@@ -103,7 +89,7 @@ def test_files_with_holes_are_refused(two):
 
 def test_samples_are_those_of_webdataset(tmp_path):
     names = ["a/1.jpg", "a/1.Seg.PNG", "a/2.jpg", ".hidden", "b.c/1.jpg", "__meta__/x.txt", "noending", "a/1.txt"]
-    path = write_tar(tmp_path / "x.tar", [(name, name.encode()) for name in names])
+    path = write_tar(tmp_path / "x.tar", {name: name.encode() for name in names})
     files = ({"fname": name, "data": name, "__url__": ""} for name in names if not name.startswith("__"))
     theirs = [
         (sample.pop("__key__"), {name: value for name, value in sample.items() if not name.startswith("__")})

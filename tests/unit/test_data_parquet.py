@@ -6,12 +6,12 @@ import json
 import sys
 
 import pytest
+from data_helpers import contents, encoded
 from PIL import Image
 
 from flextok_pl.cli import main
 from flextok_pl.data import ShardIndex, write_parquet
 from flextok_pl.data.convert.hub import part_of
-from flextok_pl.data.shards.tars import tar_samples
 
 pa = pytest.importorskip("pyarrow", reason="the extra `hub` is not installed")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -21,9 +21,7 @@ FEATURES = {"image": {"_type": "Image"}, "label": {"names": ["cat", "dog", "emu"
 
 
 def picture(number, kind="PNG"):
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 6), (number % 256, 255 - number % 256, 0)).save(buffer, kind)
-    return buffer.getvalue()
+    return encoded(Image.new("RGB", (8, 6), (number % 256, 255 - number % 256, 0)), kind)
 
 
 def write(path, count, first=0, group=4, features=FEATURES, pictures=None, labels=None, **columns):
@@ -42,15 +40,6 @@ def write(path, count, first=0, group=4, features=FEATURES, pictures=None, label
     if features is not None:
         table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     pq.write_table(table, path, row_group_size=group)
-
-
-def contents(index):
-    """Files by key."""
-    return {
-        key: {extension: span.read(index.folder) for extension, span in files}
-        for path in index.paths
-        for key, files in tar_samples(index.folder, path.name)
-    }
 
 
 def test_parts_pictures_labels_and_captions(tmp_path):

@@ -7,35 +7,15 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from data_helpers import contents, encoded, write_tar
 from PIL import Image
 
 from flextok_pl.cli import main
 from flextok_pl.data import ShardDataModule, ShardIndex, write_folder, write_latents, write_resharded
-from flextok_pl.data.shards.tars import tar_samples
 
 
 def picture(number, kind="JPEG", size=(8, 6)):
-    buffer = io.BytesIO()
-    Image.new("RGB", size, (number % 256, 0, 0)).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def write_tar(path, files):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-
-
-def contents(index):
-    """Files by key."""
-    return {
-        key: {extension: span.read(index.folder) for extension, span in files}
-        for path in index.paths
-        for key, files in tar_samples(index.folder, path.name)
-    }
+    return encoded(Image.new("RGB", size, (number % 256, 0, 0)), kind)
 
 
 @pytest.fixture

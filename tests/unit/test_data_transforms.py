@@ -1,19 +1,12 @@
 """Pictures to tensors: conversions with hand-computed values, the evaluation crop, the augmentations."""
 
-import io
-
 import numpy as np
 import pytest
 import torch
+from data_helpers import encoded
 from PIL import Image
 
 from flextok_pl.data.transforms import Augmentation, augment, center_crop, decode_image, sample_generator, to_tensor
-
-
-def encoded(image, kind="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def pixel(data):

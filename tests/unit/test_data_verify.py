@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from data_helpers import encoded
 from PIL import Image
 
 from flextok_pl.cli import main
@@ -19,9 +20,7 @@ from flextok_pl.data.shards.writer import Sample, write_index, write_shard
 
 
 def picture(number=0, size=(8, 8), kind="PNG"):
-    buffer = io.BytesIO()
-    Image.new("RGB", size, (number, 0, 255)).save(buffer, kind)
-    return buffer.getvalue()
+    return encoded(Image.new("RGB", size, (number, 0, 255)), kind)
 
 
 def sample(key, number, label=b"0", text=b"a text", content=None):

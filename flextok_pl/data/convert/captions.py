@@ -20,11 +20,7 @@ def read_captions(path: Path) -> dict[str, str]:
 
     A `.csv` is that of RFC 4180: a field with a comma, a quote or a line break stands in quotes, and a quote in it is
     doubled. In a `.tsv` each line is an entry. A field in quotes is read likewise, as spreadsheets write it; other
-    quotes stand for themselves.
-
-    Raises:
-        ValueError: the file cannot be read, a line has other fields than the header, a column or the header is there
-            twice, or two lines have the same file; names the line.
+    quotes stand for themselves. An error names the line.
     """
     readers = {".csv": _csv_rows, ".tsv": _tsv_rows, ".jsonl": _json_rows}
     if path.suffix not in readers or not path.is_file():

@@ -12,14 +12,9 @@ MOST_CLASSES = 1_000_000
 
 
 def read_class_names(option: str, given: str | Path | Sequence[str]) -> tuple[str, ...]:
-    """Names of classes by number.
+    """Names of classes by number: as given, from a UTF-8 text file with one per line, or those of a shard set.
 
-    Args:
-        option: what they are given by, for errors.
-        given: the names; or a UTF-8 text file with one per line; or a shard set, whose classes they are.
-
-    Raises:
-        ValueError: there are none, one is empty, or one is there twice; names the line.
+    Errors call them by the option, and name the line.
     """
     where, unit = option, "entry"
     if not isinstance(given, str | Path):
@@ -50,15 +45,7 @@ def read_lines(option: str, file: str | Path) -> list[str]:
 
 
 def classes_of(labels: Iterable[int | str], where: str) -> tuple[str, ...]:
-    """Class names of a source that has none: the numbers up to the largest, or the words in alphabetical order.
-
-    Args:
-        labels: that occur; -1 is no class.
-        where: they come from, for errors.
-
-    Raises:
-        ValueError: they are no class indices, or numbers and words.
-    """
+    """Class names by the labels of a source (-1 is no class): the numbers up to the largest, or the sorted words."""
     distinct = set(labels)
     numbers = {label for label in distinct if isinstance(label, int)}
     if numbers and numbers != distinct:
@@ -76,9 +63,8 @@ def classes_of(labels: Iterable[int | str], where: str) -> tuple[str, ...]:
 class Labels:
     """Class indices of the labels of a source.
 
-    Args:
-        classes: names by index; where labels are indices, several classes may have the same name.
-        source: names by the source's own indices, where these are others.
+    Where labels are indices, several classes may have the same name. `source` has the names by the source's own
+    indices, where these are others.
     """
 
     def __init__(self, classes: Sequence[str], source: Sequence[str] | None = None) -> None:
@@ -86,11 +72,7 @@ class Labels:
         self.source = source
 
     def index(self, label: int | str | None) -> int:
-        """The class index of a label, which is an index, a name, or None.
-
-        Raises:
-            ValueError: there is no such class.
-        """
+        """The class index of a label, which is an index, a name, or None."""
         if self.source is not None and isinstance(label, int) and 0 <= label < len(self.source):
             label = self.source[label]
         number = -1 if label is None else self.numbers.get(label) if isinstance(label, str) else label

@@ -75,11 +75,7 @@ class Conversion:
         }
 
     def stored(self, content: bytes, extension: str) -> tuple[str, bytes]:
-        """Check an encoded picture, and shrink it where asked; gives extension and bytes to store.
-
-        Raises:
-            ValueError: it is no complete picture.
-        """
+        """Check an encoded picture, and shrink it where asked; gives extension and bytes to store."""
         image = decode_image(content)
         shorter = min(image.size)
         if self.size is None or shorter <= self.size:
@@ -95,11 +91,7 @@ class Conversion:
         return self.image_format, buffer.getvalue()
 
     def samples(self, readers: Iterable[tuple[str, Callable[[], Sample]]]) -> Iterator[Sample]:
-        """The samples of named readers, without those that cannot be read where `on_error` says so.
-
-        Raises:
-            ValueError: a sample cannot be read; names it.
-        """
+        """The samples of named readers, without those that cannot be read where `on_error` says so."""
         for name, read in readers:
             try:
                 sample = read()
@@ -128,24 +120,12 @@ class Conversion:
     ) -> ShardIndex:
         """Write a set, or what an interrupted run left of it, or find that it is there.
 
-        Args:
-            folder: of the set.
-            items: what to write, in order.
-            make: items -> samples, by `samples` or `reader`.
-            description: text of the progress bar.
-            fields: as for `ShardIndex`, and so are the others.
-            arguments: without those of this object.
-            provenance: without the number of pictures that are left out.
-            classes: names by number.
-            image_size: side of the pictures.
-
-        Returns:
-            The index of the finished set.
+        `make` turns items into samples by `samples` or `reader`. The options after it are as for `ShardIndex`; to the
+        arguments come those of this object, to the provenance the number of pictures that are left out.
 
         Raises:
             ShardError: the folder holds something else, such as a set that pictures were left out of where `on_error`
                 forbids it; or no item could be read.
-            ValueError: the name of a class is not UTF-8.
         """
         for name in classes:
             if not is_utf8(name):
@@ -177,28 +157,30 @@ class Conversion:
         )
 
     def reader(self, root: Path, needs_picture: bool = True) -> Callable[[Sequence[Item]], Iterator[Sample]]:
-        """What makes samples of items, for `write`.
+        """What makes samples of items, for `write`; the items' files are relative to `root`."""
+        return partial(self._samples_of_items, root, needs_picture)
 
-        Args:
-            root: what the items' files are relative to.
-            needs_picture: whether an item without a picture is broken.
-        """
-        return partial(_samples_of_items, self, partial(_read_item, self, root, needs_picture))
+    def _samples_of_items(self, root: Path, needs_picture: bool, items: Sequence[Item]) -> Iterator[Sample]:
+        return self.samples((item.name, partial(self._read_item, root, needs_picture, item)) for item in items)
+
+    def _read_item(self, root: Path, needs_picture: bool, item: Item) -> Sample:
+        if needs_picture and not any(extension in IMAGE_EXTENSIONS for extension, _ in item.files):
+            raise ValueError("it has no picture")
+        files = {}
+        for extension, span in item.files:
+            content = span.read(root)
+            if extension in IMAGE_EXTENSIONS:
+                extension, content = self.stored(content, extension)
+            files[extension] = content
+        return Sample(item.key, {**files, **condition_files(item.label, item.caption)})
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One sample to write.
-
-    Args:
-        key: sample key.
-        files: by extension, at least one; a picture is checked and stored as the conversion says, others are copied.
-        label: class index, or None where there is none to write.
-        caption: or None where there is none to write.
-    """
+    """One sample to write; None as label or caption writes none."""
 
     key: str
-    files: tuple[tuple[str, Span], ...]
+    files: tuple[tuple[str, Span], ...]  # by extension; the conversion says how a picture is stored, others are copied
     label: int | None = None
     caption: str | None = None
 
@@ -207,24 +189,6 @@ class Item:
         """The file, and the key where it holds more than this sample."""
         _, span = self.files[0]
         return span.file if span.size is None else f"{span.file}, {self.key}"
-
-
-def _samples_of_items(
-    conversion: Conversion, read: Callable[[Item], Sample], items: Sequence[Item]
-) -> Iterator[Sample]:
-    return conversion.samples((item.name, partial(read, item)) for item in items)
-
-
-def _read_item(conversion: Conversion, root: Path, needs_picture: bool, item: Item) -> Sample:
-    if needs_picture and not any(extension in IMAGE_EXTENSIONS for extension, _ in item.files):
-        raise ValueError("it has no picture")
-    files = {}
-    for extension, span in item.files:
-        content = span.read(root)
-        if extension in IMAGE_EXTENSIONS:
-            extension, content = conversion.stored(content, extension)
-        files[extension] = content
-    return Sample(item.key, {**files, **condition_files(item.label, item.caption)})
 
 
 def condition_files(label: int | None, caption: str | None) -> dict[str, bytes]:
@@ -240,11 +204,7 @@ def check_choice(option: str, value: str, known: Sequence[str]) -> None:
 
 
 def mixed(items: Iterable[Item]) -> list[Item]:
-    """Items in the order of their keys' hashes.
-
-    Raises:
-        ValueError: two have the same key.
-    """
+    """Items in the order of their keys' hashes, all different."""
     ordered = sorted(items, key=lambda item: text_hash(item.key))
     for one, other in pairwise(ordered):
         if one.key == other.key:

@@ -79,8 +79,10 @@ def write_demo(
     result = {}
     for split, folder in folders.items():
         chosen = [i for i in range(len(pictures)) if splits[i] == split]
+        # An order that mixes all kinds of pictures in every shard, the same on every machine.
+        chosen.sort(key=lambda i: hashlib.blake2b(str(i).encode(), digest_size=8).digest())
         make = partial(_samples, pictures, rendered, group_names())
-        shards = write_shards(folder, _spread(chosen), make, f"{split} shards", 0, samples_per_shard)
+        shards = write_shards(folder, chosen, make, f"{split} shards", 0, samples_per_shard)
         provenance = {
             "credit": "All emojis designed by OpenMoji - the open-source emoji and icon project. License: CC BY-SA 4.0",
             "source": "https://openmoji.org",
@@ -94,11 +96,7 @@ def write_demo(
 
 
 def render(pictures: list[Picture], size: int, num_workers: int | None) -> tuple[list[bytes], np.ndarray[Any, Any]]:
-    """Render P pictures on white.
-
-    Returns:
-        P PNG files of `size` x `size` RGB pixels, and the thumbnails (P, 16, 16, 3) uint8 that tell pictures apart.
-    """
+    """P pictures on white as PNG files, size x size RGB, and thumbnails (P, 16, 16, 3) uint8 that tell them apart."""
     chunks = [pictures[i : i + 64] for i in range(0, len(pictures), 64)]
     done = run_jobs(partial(_render_chunk, size), chunks, num_workers, "render", "picture", list(map(len, chunks)))
     flat = [entry for chunk in done for entry in chunk]
@@ -147,11 +145,6 @@ def split_by_concept(pictures: list[Picture], concepts: list[str], val_fraction:
         else:
             splits.append(None if picture.has_skin_tone or picture.group is None else "val")
     return splits
-
-
-def _spread(numbers: list[int]) -> list[int]:
-    """An order that mixes all kinds of pictures in every shard, the same on every machine."""
-    return sorted(numbers, key=lambda i: hashlib.blake2b(str(i).encode(), digest_size=8).digest())
 
 
 def _samples(

@@ -21,19 +21,9 @@ SPLITS = {
 
 
 def find_parts(src: str, files: str, revision: str | None, split: str | None) -> dict[str, list[Path]]:
-    """The files of each part, in order; those that are on the Hub only are fetched.
+    """The files by `train`, `val` and `test`, or all of them as `all`, in order; fetches what is on the Hub only.
 
-    Args:
-        src: id of a data set on the Hub, owner/name; or a folder, a file, or a pattern with `*` or `{a,b}`.
-        files: pattern of the paths to take, within a folder or the repository.
-        revision: branch, tag or commit on the Hub.
-        split: the only part to take.
-
-    Returns:
-        Files by `train`, `val` and `test`, or all of them as `all`.
-
-    Raises:
-        ValueError: there are none, or some are of no part.
+    The options are those of `write_parquet`.
     """
     if split not in (None, *SPLITS.values()):
         raise ValueError(f"split={split} must be train, val or test")
@@ -65,7 +55,6 @@ def part_of(name: str) -> str:
 
 
 def _list_local(src: str) -> list[tuple[str, Path]]:
-    """Names by which files are chosen, and where they are."""
     found = []
     for path in matching_paths(src):
         inside = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
@@ -76,7 +65,6 @@ def _list_local(src: str) -> list[tuple[str, Path]]:
 
 
 def _list_hub(src: str, revision: str | None) -> list[tuple[str, Path]]:
-    """Names, and the same as paths within the repository."""
     with _hub(f"no file or folder src={src} here, and no such data set was found on the Hub") as hub:
         names = hub.list_repo_files(src, repo_type="dataset", revision=revision)
     return [(name, Path(name)) for name in sorted(names)]

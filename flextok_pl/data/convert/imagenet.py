@@ -77,9 +77,10 @@ def write_imagenet(
     src, dst = Path(src).expanduser(), Path(dst)
     check_choice("part", part, ("all", "train", "val"))
     conversion = Conversion(**options)
-    parts = [name for name in TARS if part in ("all", name) and _is_there(src, name)]
+    asked = [name for name in TARS if part in ("all", name)]
+    parts = [name for name in asked if (src / TARS[name]).is_file() or (src / _folder(src, name)).is_dir()]
     if not parts:
-        wanted = [f"{TARS[name]}, {name}/ or {FOLDERS[1]}{name}/" for name in TARS if part in ("all", name)]
+        wanted = [f"{TARS[name]}, {name}/ or {FOLDERS[1]}{name}/" for name in asked]
         raise ValueError(f"src={src} holds no {' and no '.join(wanted)}")
     devkit = read_devkit(src) or read_kaggle(src)
     pictures = {name: _with_wnids(_list_part(src, name, conversion), src, devkit) for name in parts}
@@ -176,10 +177,6 @@ def class_names(wnids: Sequence[str], devkit: Devkit | None) -> tuple[str, ...]:
     first = {wnid: devkit.words.get(wnid, wnid).partition(",")[0].strip() for wnid in wnids}
     number = Counter(name.lower() for name in first.values())
     return tuple(name if number[name.lower()] == 1 else f"{name} ({wnid})" for wnid, name in first.items())
-
-
-def _is_there(src: Path, part: str) -> bool:
-    return (src / TARS[part]).is_file() or (src / _folder(src, part)).is_dir()
 
 
 def _folder(src: Path, part: str) -> str:

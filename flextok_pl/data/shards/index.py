@@ -121,11 +121,7 @@ class ShardIndex:
 
     @property
     def paths(self) -> list[Path]:
-        """The tar files.
-
-        Raises:
-            ShardError: they are not in a folder on this machine.
-        """
+        """The tar files, which must be on this machine."""
         if self.remote is not None:
             raise ShardError(f"{self.where} is no folder on this machine; copy the set and give the copy's folder")
         return [self.folder / shard.name for shard in self.shards]
@@ -133,8 +129,8 @@ class ShardIndex:
     def maker(self, field: str) -> Mapping[str, Any] | None:
         """Identity of the model that made a field; None where the set does not hold it or its maker is unknown.
 
-        Of an autoencoder, a teacher and a tokenizer it has at least `sha256`, of the latter also `vocab_size` and
-        `num_tokens` (K); of a teacher and a text encoder it has `name`.
+        Autoencoder, teacher and tokenizer have at least `sha256`, a tokenizer also `vocab_size` and `num_tokens` (K), a
+        teacher and a text encoder `name`.
         """
         return self.provenance.get(MAKERS[field]) if field in self.fields else None
 
@@ -160,10 +156,7 @@ class ShardIndex:
 
     @classmethod
     def load(cls, path: str | Path) -> ShardIndex:
-        """Read an index and check that its shards are there with the right size.
-
-        Args:
-            path: a shard set's folder, or its `index.json`.
+        """Read the index of a shard set, given by its folder or its `index.json`.
 
         Raises:
             ShardError: there is no index, it is unusable, or a shard is missing or of the wrong size.
@@ -190,11 +183,7 @@ class ShardIndex:
 
     @classmethod
     def parse(cls, content: bytes, folder: Path, where: str, remote: Opener | None = None) -> ShardIndex:
-        """Read the content of an index, which messages call `where`.
-
-        Raises:
-            ShardError: it is damaged, of another version, or has no samples.
-        """
+        """Read the content of an index, which messages call `where`; see `load`."""
         try:
             record = json.loads(content.decode("utf-8"))
             if (record["format"], record["version"]) != (FORMAT, FORMAT_VERSION):
@@ -237,11 +226,7 @@ class ShardIndex:
         return (self.folder / shard.name).open("rb") if self.remote is None else self.remote.open(shard, self.folder)
 
     def restricted(self, names: Set[str]) -> ShardIndex:
-        """The index of some of the shards.
-
-        Raises:
-            ShardError: one is not in the set.
-        """
+        """The index of some of the shards, by name."""
         unknown = sorted(names - {shard.name for shard in self.shards})
         if unknown:
             raise ShardError(f"{self.where} has no shard {unknown[0]} in its {INDEX_NAME}")

@@ -15,9 +15,6 @@ def matching_paths(pattern: str) -> list[Path]:
     """What a path stands for: itself where it is there, else what its `*`, `[ab]` and `{a,b}` match, in order.
 
     Folders before the first such part are taken as they are written, too.
-
-    Raises:
-        ValueError: something it names is not there.
     """
     return list(_matching(Path(pattern).expanduser()))
 

@@ -6,7 +6,6 @@ import os
 import tarfile
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Any
 
 from flextok_pl.data.shards.index import ShardError, ShardIndex
@@ -16,10 +15,7 @@ from flextok_pl.data.shards.tars import Member, Span, files_in_tar, grouped
 class Shard:
     """The samples of the shard `number` of a set, by their number in it.
 
-    When it is opened the headers are read and the contents skipped; of a sample nothing else is read than its files.
-
-    Raises:
-        ShardError: the tar is damaged or does not hold the number of samples that the index states.
+    Opening reads the headers, skips the contents, and checks the number of samples; a sample reads its files only.
     """
 
     def __init__(self, index: ShardIndex, number: int) -> None:
@@ -42,18 +38,13 @@ class Shard:
             )
 
     def _sample(self, key: str, files: list[Member]) -> dict[str, Any]:
-        """Where the files of a sample lie."""
         places: dict[str, Any] = dict(files)
         if len(places) < len(files):
             raise ValueError(f"sample {key!r} has two files of one kind, of {sorted(name for name, _ in files)}")
         return {"__key__": key, "__url__": self.where, **places}
 
     def read(self, sample: int) -> dict[str, Any]:
-        """A raw sample: `__key__`, `__url__`, and bytes by extension.
-
-        Raises:
-            ShardError: the file cannot be read.
-        """
+        """A raw sample: `__key__`, `__url__`, and bytes by extension."""
         raw = dict(self._samples[sample])
         try:
             for name, value in raw.items():
@@ -87,9 +78,7 @@ class OpenShards:
     def __enter__(self) -> OpenShards:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._thread.shutdown(cancel_futures=True)
         self.keep(())
 

@@ -50,17 +50,12 @@ def is_remote(source: str) -> bool:
 class Remote:
     """A folder that is reached by a URL or a command.
 
-    Args:
-        address: `http(s)://...`, any URL that an installed fsspec file system knows, or `pipe:COMMAND`, where the
-            shell command writes the file whose name stands in place of `{name}` to its standard output.
-        cache_dir: where shards stay; None keeps none.
-
-    Raises:
-        ShardError: the address is not of that form.
+    The address is `http(s)://...`, any URL that an installed fsspec file system knows, or `pipe:COMMAND`, where the
+    shell command writes the file whose name stands in place of `{name}` to its standard output.
     """
 
     address: str
-    cache_dir: Path | None = None
+    cache_dir: Path | None = None  # where shards stay; None keeps none
 
     def __post_init__(self) -> None:
         if self.address.startswith(PIPE) and NAME not in self.address:
@@ -81,11 +76,7 @@ class Remote:
         return f"{self.address.rstrip('/')}/{name}"
 
     def read(self, name: str) -> bytes:
-        """The content of a small file.
-
-        Raises:
-            ShardError: it cannot be fetched.
-        """
+        """The content of a small file."""
         with self._temporary(name) as file:
             return file.read()
 
@@ -93,9 +84,6 @@ class Remote:
         """A shard as an open file on this machine.
 
         With a cache it stays in the folder: each machine downloads it once, and processes that want it meanwhile wait.
-
-        Raises:
-            ShardError: it cannot be fetched or kept, or is not what the index says.
         """
         if self.cache_dir is None:
             return self._temporary(shard.name, shard)

@@ -17,17 +17,12 @@ from flextok_pl.data.shards.remote import PIPE, Remote, is_remote, require_plain
 def load_indices(
     source: str | Path | list[str], cache_dir: str | Path | None = None, labels: bool = True
 ) -> list[ShardIndex]:
-    """Load one or several shard sets.
+    """Load one or several shard sets that fit together: one index per set, in the order given.
 
-    Args:
-        source: a folder, an `index.json`, a pattern of such as for `matching_paths`, or a list of these. A pattern may
-            also name tar files; then the sets that they lie in are restricted to them. In place of a folder there may
-            be a URL, without `*`, or a command, see `Remote`.
-        cache_dir: where the shards of remote sets stay.
-        labels: whether classes are wanted; without, sets of different ones fit together.
-
-    Returns:
-        One index per set, in the order given.
+    The source is a folder, an `index.json`, a pattern of such as for `matching_paths`, or a list of these. A pattern
+    may also name tar files, which restricts the sets that they lie in. In place of a folder there may be a URL, without
+    `*`, or a command, see `Remote`; the shards of such sets stay in `cache_dir`. Without `labels` classes are left out,
+    and sets of different ones fit together.
 
     Raises:
         ShardError: nothing matches, a set is unusable, or the sets do not fit together.
@@ -54,7 +49,6 @@ def _of_entry(entry: str, cache_dir: str | Path | None) -> list[ShardIndex]:
 
 
 def _places(entry: str) -> list[str]:
-    """What an entry stands for, one by one."""
     if is_remote(entry):
         return [entry] if entry.startswith(PIPE) else list(braceexpand.braceexpand(entry))
     try:

@@ -39,18 +39,9 @@ def shard_statistics(
 ) -> dict[str, Any]:
     """Count what is in shard sets that are read together.
 
-    Args:
-        indices: of the sets.
-        pixel_samples: pictures that are decoded for the mean and deviation of their pixels, spread evenly; of the
-            others only the header is.
-        num_workers: processes; default one per core.
-
-    Returns:
-        JSON types: `samples`, `shards`, `bytes`, `fields`, and where the sets have them `classes`, `pictures`,
-        `captions` and `pixels`.
-
-    Raises:
-        ValueError: an option is out of range, or a sample is broken; names it.
+    So many pictures, spread evenly, are decoded for the mean and deviation of their pixels; of the others only the
+    header is. Gives JSON types: `samples`, `shards`, `bytes`, `fields`, and where the sets have them `classes`,
+    `pictures`, `captions` and `pixels`. A broken sample raises `ValueError`, which names it.
     """
     if pixel_samples < 0:
         raise ValueError(f"pixel_samples={pixel_samples} must be 0 or more")
@@ -131,7 +122,7 @@ def _classes(labels: Counter[int], names: Sequence[str]) -> dict[str, Any]:
         "number": len(names),
         "without_samples": sum(not count for count in counts.values()),
         "samples_without_class": labels[-1],
-        "samples_per_class": spread(Counter(count for count in counts.values())),
+        "samples_per_class": spread(Counter(counts.values())),
         "imbalance": most / least if least else None,  # of the classes that have samples
         "counts": [{"class": i, "name": name, "samples": counts[i]} for i, name in enumerate(names)],
     }

@@ -15,25 +15,14 @@ from typing import IO
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Bytes of a file: all of it, or a member of an uncompressed tar.
+    """Bytes of a file: all of it, or a member of an uncompressed tar."""
 
-    Args:
-        file: path relative to the source.
-        offset: first byte.
-        size: number of bytes; None is up to the end.
-    """
-
-    file: str
+    file: str  # path relative to the source
     offset: int = 0
-    size: int | None = None
+    size: int | None = None  # None is up to the end
 
     def read(self, root: Path) -> bytes:
-        """The bytes.
-
-        Raises:
-            ValueError: the file ends before.
-            OSError: it cannot be read.
-        """
+        """The bytes; `ValueError` where the file ends before."""
         with (root / self.file).open("rb") as file:
             file.seek(self.offset)
             content = file.read() if self.size is None else file.read(self.size)
@@ -49,11 +38,8 @@ Member = tuple[str, Span]
 def files_in_tar(stream: IO[bytes], file: str = "", start: int = 0, size: int | None = None) -> Iterator[Member]:
     """The files in an uncompressed tar, in order; a link is what it leads to, and tars may follow one another.
 
-    Args:
-        stream: an open file that can seek.
-        file: what the spans call it.
-        start: where the tar begins in it.
-        size: of the tar, in bytes; None is up to the end.
+    The stream can seek, and the tar lies in it from `start` on, `size` bytes long or up to the end. Spans call it
+    `file`.
 
     Raises:
         tarfile.TarError: it is no tar, compressed, cut, or damaged.
@@ -111,11 +97,7 @@ def _followed(member: tarfile.TarInfo, by_name: Mapping[str, tarfile.TarInfo]) -
 
 
 def tar_members(root: Path, file: str, offset: int = 0, size: int | None = None) -> Iterator[Member]:
-    """As `files_in_tar`, of a file whose path is relative to `root`.
-
-    Raises:
-        ValueError: it is no tar, compressed, cut, damaged, or has a file that cannot be read in place.
-    """
+    """As `files_in_tar`, of a file whose path is relative to `root`; each error is a `ValueError` that names it."""
     path = root / file
     try:
         with path.open("rb") as stream:
@@ -136,8 +118,7 @@ def tar_samples(root: Path, file: str) -> Iterator[tuple[str, list[Member]]]:
 def grouped(files: Iterable[Member]) -> Iterator[tuple[str, list[Member]]]:
     """The samples of WebDataset: files side by side whose names are alike up to the first dot of their last part.
 
-    Yields:
-        Key, and extension in lower case and place of each file. Hidden files and `__meta__` ones are no samples.
+    Yields key, and extension in lower case and place of each file. Hidden files and `__meta__` ones are no samples.
     """
     for key, entries in groupby(_with_keys(files), key=lambda entry: entry[0]):
         yield key, [(extension, place) for _, extension, place in entries]

@@ -51,12 +51,7 @@ class _Shard:
 def verify_sets(folders: Sequence[Path], num_workers: int | None = None) -> Verification:
     """Read shard sets in full: index, sizes, checksums, tars, fields, labels, pictures, keys, and equal pictures.
 
-    Args:
-        folders: of the sets; pictures are compared among all of them, keys within each.
-        num_workers: processes; default one per core.
-
-    Raises:
-        ValueError: an option is out of range.
+    Pictures are compared among all sets, keys within each.
     """
     result = Verification()
     pictures: dict[bytes, tuple[Path, str]] = {}
@@ -79,7 +74,7 @@ def verify_sets(folders: Sequence[Path], num_workers: int | None = None) -> Veri
 def _verify_set(
     index: ShardIndex, num_workers: int | None, result: Verification, pictures: dict[bytes, tuple[Path, str]]
 ) -> None:
-    """Read the shards of a set, and add what is found to the result and the pictures by their digests."""
+    """Add what the shards of a set hold to the result, and to the pictures by their digests."""
     keys: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     numbers, counts = range(len(index.shards)), [shard.count for shard in index.shards]

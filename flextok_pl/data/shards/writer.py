@@ -30,15 +30,10 @@ ItemT = TypeVar("ItemT")
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample as it lies in a shard.
+    """One sample as it lies in a shard."""
 
-    Args:
-        key: unique in the set, without a dot (WebDataset ends the key at the first one).
-        files: content by extension, such as `png`, `cls`, `txt`, `latent.npy`.
-    """
-
-    key: str
-    files: Mapping[str, bytes]
+    key: str  # unique in the set, without a dot (WebDataset ends the key at the first one)
+    files: Mapping[str, bytes]  # content by extension, such as `png`, `cls`, `txt`, `latent.npy`
 
 
 def shard_name(number: int) -> str:
@@ -47,16 +42,15 @@ def shard_name(number: int) -> str:
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> ShardInfo:
-    """Write one tar file atomically; equal samples give equal bytes.
-
-    Raises:
-        ShardError: a key that WebDataset cannot read back.
-        OSError: the disk is full, or writing failed otherwise; nothing stays behind.
-    """
+    """Write one tar file atomically; equal samples give equal bytes, and after an error nothing stays behind."""
     with whole_file(path) as temporary:
         with temporary.open("wb") as file, TarWriter(file, "", "", 0o644, encoder=False, mtime=0) as tar:
             for sample in samples:
-                _check_key(sample.key)
+                if not sample.key or "." in sample.key or sample.key.startswith(("__", "/")) or not is_utf8(sample.key):
+                    raise ShardError(
+                        f"sample key {sample.key!r} must be UTF-8, not empty, without a dot, and not start with '__' "
+                        "or '/'"
+                    )
                 tar.write({"__key__": sample.key, **sample.files})
         shard = _shard_info(temporary, path.name)
     return shard
@@ -68,11 +62,6 @@ def _shard_info(path: Path, name: str) -> ShardInfo:
     return ShardInfo(name, count, path.stat().st_size, file_sha256(path))
 
 
-def _check_key(key: str) -> None:
-    if not key or "." in key or key.startswith(("__", "/")) or not is_utf8(key):
-        raise ShardError(f"sample key {key!r} must be UTF-8, not empty, without a dot, and not start with '__' or '/'")
-
-
 def write_index(index: ShardIndex) -> ShardIndex:
     """Write `index.json` atomically, which makes the folder a finished shard set."""
     write_file(index.folder / INDEX_NAME, index.to_json(), shared=False)
@@ -81,17 +70,10 @@ def write_index(index: ShardIndex) -> ShardIndex:
 
 
 def start_set(folder: Path, arguments: Mapping[str, Any], overwrite: bool) -> ShardIndex | None:
-    """Make a folder ready for a new shard set, or find that the set is there.
+    """Make a folder ready for a new shard set (None), or give the finished, intact one that equal arguments made.
 
-    The shards of an interrupted run with equal arguments are kept, for `complete_shard`.
-
-    Args:
-        folder: where the set goes.
-        arguments: what decides its content, as JSON types.
-        overwrite: replace a finished set.
-
-    Returns:
-        The index of the finished and intact set that equal arguments made before, else None: write now.
+    The arguments are what decides the content, as JSON types. The shards that an interrupted run with equal ones left
+    are kept, for `complete_shard`.
 
     Raises:
         ShardError: the folder holds another set, a damaged one, or foreign files.
@@ -163,17 +145,9 @@ def write_shards(
 ) -> list[ShardInfo]:
     """Write items as shards, several shards at a time; shards that an interrupted run left complete are kept.
 
-    Args:
-        folder: prepared by `start_set`.
-        items: what to write, in order.
-        make: items of one shard -> their samples; picklable where there are workers.
-        description: text of the progress bar.
-        num_workers: processes, see `run_jobs`.
-        samples_per_shard: most items of a shard; the shards are alike in size, see `shard_sizes`.
-        leaves_out: whether `make` may leave out some, so that a complete shard can hold fewer samples than items.
-
-    Returns:
-        The shards in order, without empty ones. The set is finished by `write_index`.
+    `start_set` prepares the folder, and `write_index` finishes the set. `make` gives the samples of one shard's items;
+    with `leaves_out` it may leave out some, so that a complete shard can hold fewer samples than items. It is picklable
+    where there are workers. Gives the shards in order, without empty ones.
     """
     sizes = shard_sizes(len(items), samples_per_shard)
     chunks = [items[start:stop] for start, stop in pairwise([0, *accumulate(sizes)])]
