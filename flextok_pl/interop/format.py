@@ -1,7 +1,7 @@
-"""What a checkpoint format is: a file's metadata and tensor names <-> a configuration and names of ours.
+"""What a checkpoint format is: a file's metadata, tensor names and shapes <-> a configuration and names of ours.
 
-Everything here is plain data; `flextok_pl.models.pretrained` opens the file and builds the model. A further format is
-one more file with a `Format` in it, listed in `flextok_pl.interop`.
+No tensor is read here; `flextok_pl.models.pretrained` opens the file and builds the model. A further format is one more
+file with a `Format` in it, listed in `flextok_pl.interop`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from torch import Tensor
+
 from flextok_pl.config import FlexTokConfig, PriorConfig
 from flextok_pl.interop.tensor_file import TensorFile
 
@@ -19,11 +21,26 @@ ConfigT = TypeVar("ConfigT", FlexTokConfig, PriorConfig)
 
 
 @dataclass(frozen=True)
+class Made:
+    """A tensor of ours that is not simply one of the file: merged, split, transposed, reshaped or constant.
+
+    Attributes:
+        names: of the file's tensors; none for a constant.
+        make: makes ours of them. It is first called with tensors of the `meta` device, to learn the shape.
+    """
+
+    names: tuple[str, ...]
+    make: Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
 class Contents(Generic[ConfigT]):
     """What a file holds."""
 
     config: ConfigT
-    name_in_file: Callable[[str], str] = lambda name: name  # from the name in our state dict
+    source: Callable[[str], str | Made] = lambda name: (
+        name
+    )  # by the name in our state dict: a name in the file, or more
     ignorable: Callable[[str], bool] = lambda name: False  # which tensors of the file may be left over
     doubt: str = ""  # what may be wrong where the tensors do not fit the configuration
 

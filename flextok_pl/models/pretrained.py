@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from flextok_pl.config import config_to_dict
-from flextok_pl.interop.format import ConfigT, Contents, Format
+from flextok_pl.interop.format import ConfigT, Contents, Format, Made
 from flextok_pl.interop.tensor_file import TensorFile, find_file, open_tensors, write_tensors
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -81,19 +81,17 @@ def _build(
             model = make(contents.config)
     except (ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError) as error:
         raise ValueError(f"{file.path}: its configuration describes no model: {error}") from error
-    names = {ours: contents.name_in_file(ours) for ours in model.state_dict()}
-    shapes = {names[ours]: tuple(tensor.shape) for ours, tensor in model.state_dict().items()}
-    left_out = [name for name in file.shapes if name not in shapes]
+    wanted = {ours: tuple(tensor.shape) for ours, tensor in model.state_dict().items()}
+    sources = {ours: contents.source(ours) for ours in wanted}
+    made = {ours: Made((each,), _as_it_is) if isinstance(each, str) else each for ours, each in sources.items()}
+    used = dict.fromkeys(name for each in made.values() for name in each.names)
+    left_out = [name for name in file.shapes if name not in used]
     problems = {
-        "missing tensors": [name for name in shapes if name not in file.shapes],
+        "missing tensors": [name for name in used if name not in file.shapes],
         "unexpected tensors": [name for name in left_out if not contents.ignorable(name)],
-        "wrong shapes": [
-            f"{name} is {list(file.shapes[name])} instead of {list(shape)}"
-            for name, shape in shapes.items()
-            if file.shapes.get(name, shape) != shape
-        ],
+        "wrong shapes": [wrong for ours, shape in wanted.items() if (wrong := _wrong_shape(file, made[ours], shape))],
         "not floating point": [
-            f"{name} {file.types[name]}" for name in shapes if file.types.get(name, "F32") not in _FLOATS
+            f"{name} {file.types[name]}" for name in used if file.types.get(name, "F32") not in _FLOATS
         ],
     }
     if any(problems.values()):
@@ -102,11 +100,32 @@ def _build(
     if left_out:
         warnings.warn(f"{file.path}: the model leaves out {_some(left_out)}", stacklevel=4)
     weights = {
-        ours: file.handle.get_tensor(theirs).to(device=device or "cpu", dtype=torch.float32, copy=True)
-        for ours, theirs in names.items()
+        ours: each.make(*map(file.handle.get_tensor, each.names)).to(
+            device or "cpu", torch.float32, copy=True, memory_format=torch.contiguous_format
+        )
+        for ours, each in made.items()
     }
     model.load_state_dict(weights, assign=True)
     return model.eval()
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _wrong_shape(file: TensorFile, made: Made, wanted: tuple[int, ...]) -> str | None:
+    """What is wrong with the shapes of those that a tensor of ours is made of; None where one is missing."""
+    if any(name not in file.shapes for name in made.names):
+        return None
+    found = [list(file.shapes[name]) for name in made.names]
+    try:
+        shape = made.make(*(torch.empty(each, device="meta") for each in found)).shape
+    except (ValueError, IndexError, RuntimeError):
+        shape = None
+    if shape == wanted:
+        return None
+    said = " and ".join(f"{name} is {each}" for name, each in zip(made.names, found, strict=True))
+    return f"{said} instead of {list(wanted)}" if made.make is _as_it_is else f"{said}, which make no {list(wanted)}"
 
 
 def _depths(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

@@ -14,8 +14,12 @@ from safetensors import safe_open
 
 from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig
 from flextok_pl.interop import config_to_official, official_to_config
+from flextok_pl.interop.format import Contents, Format, Made
 from flextok_pl.interop.official import official_name, parse_metadata
+from flextok_pl.interop.plain_data import parse_text
+from flextok_pl.interop.tensor_file import TensorFile, write_tensors
 from flextok_pl.layers.frozen import Frozen
+from flextok_pl.models.pretrained import load_model, save_model
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
@@ -334,3 +338,75 @@ def test_hub_ids_are_fetched(golden: FlexTok, tmp_path: Path, monkeypatch: pytes
     small_tokenizer().save_pretrained(tmp_path / "owner" / "model")
     assert FlexTok.from_pretrained("owner/model").config == SMALL  # a folder here comes first
     assert len(asked) == 2
+
+
+# Another
+
+
+class Merged(Format[PriorConfig]):
+    """Priors whose file splits, transposes and reshapes what is one tensor of ours, and has no null class."""
+
+    file_name, companion = "weights.safetensors", "config.yaml"
+
+    def recognises(self, file: TensorFile) -> bool:
+        return "out" in file.shapes
+
+    def read(self, file: TensorFile, vae_config: Any = None) -> Contents[PriorConfig]:
+        assert file.companion is not None
+        heads = parse_text("config.yaml", file.companion.read_text())["heads"]
+        (vocabulary, width), classes = file.shapes["tokens"], file.shapes["classes"][0]
+        config = PriorConfig(classes, None, vocabulary, file.shapes["rows"][0], 1, width, width // heads, 6.0)
+        return Contents(config, self.source, ignorable=lambda name: name.startswith("tokenizer."))
+
+    def source(self, ours: str) -> str | Made:
+        odd = {
+            "start": Made(("start",), torch.flatten),
+            "class_embedding.weight": Made(("classes",), lambda rows: torch.cat([rows, 0 * rows[:1]])),
+            "blocks.0.attn.wqkv.weight": Made(("q", "kv"), lambda q, kv: torch.cat([q, kv])),
+            "blocks.0.mlp.fc1.weight": Made(("fc13",), lambda both: both.chunk(2)[0]),
+            "blocks.0.mlp.fc3.weight": Made(("fc13",), lambda both: both.chunk(2)[1]),
+            "blocks.0.mlp.fc2.weight": Made(("fc2",), lambda weight: weight.T),
+            "norm.weight": Made((), lambda: torch.ones(32)),
+        }
+        names = {"token_embedding.weight": "tokens", "positions": "rows", "head.weight": "out"}
+        return odd.get(ours) or names.get(ours, ours)
+
+    def write(self, config: PriorConfig) -> Any:
+        raise ValueError("the format is only read")
+
+
+def test_a_format_whose_tensors_are_others(tmp_path: Path) -> None:
+    ours = Prior(PriorConfig(3, None, 8, 4, 1, 32, 16, 6.0)).state_dict()
+    ours["class_embedding.weight"][-1] = 0
+    theirs = dict(ours)
+    wqkv, classes = theirs.pop("blocks.0.attn.wqkv.weight"), theirs.pop("class_embedding.weight")
+    fc1, fc2, fc3 = (theirs.pop(f"blocks.0.mlp.fc{i}.weight") for i in (1, 2, 3))
+    theirs |= {
+        "q": wqkv[:32].clone(),
+        "kv": wqkv[32:],
+        "classes": classes[:-1],
+        "fc13": torch.cat([fc1, fc3]),
+        "fc2": fc2.T,
+    }
+    theirs |= {"start": theirs["start"][None, None], "tokens": theirs.pop("token_embedding.weight").half()}
+    theirs |= {"rows": theirs.pop("positions"), "out": theirs.pop("head.weight"), "tokenizer.x": torch.zeros(1)}
+    del theirs["norm.weight"]
+    file, formats = tmp_path / "weights.safetensors", {"merged": Merged()}
+    write_tensors(theirs, file, {})
+    (tmp_path / "config.yaml").write_text("heads: 2")
+    with pytest.warns(UserWarning, match=r"leaves out tokenizer.x$"):
+        loaded = load_model(tmp_path, formats, Prior).state_dict()
+    ours["token_embedding.weight"] = ours["token_embedding.weight"].half().float()
+    for name, tensor in ours.items():
+        assert loaded[name].dtype == torch.float32 and torch.equal(loaded[name], tensor), name
+        assert loaded[name].is_contiguous(), name
+
+    write_tensors(theirs | {"kv": wqkv[:1, :5]}, file, {})
+    with pytest.raises(ValueError, match=r"q is \[32, 32\] and kv is \[1, 5\], which make no \[96, 32\]"):
+        load_model(tmp_path, formats, Prior)
+    del theirs["kv"]
+    write_tensors(theirs, file, {})
+    with pytest.raises(ValueError, match="missing tensors: kv$"):
+        load_model(tmp_path, formats, Prior)
+    with pytest.raises(ValueError, match="only read"):
+        save_model(ours, PriorConfig(), tmp_path, formats, "merged")
