@@ -38,9 +38,7 @@ class Contents(Generic[ConfigT]):
     """What a file holds."""
 
     config: ConfigT
-    source: Callable[[str], str | Made] = lambda name: (
-        name
-    )  # by the name in our state dict: a name in the file, or more
+    source: Callable[[str], str | Made] = lambda name: name  # what one of our state dict is in the file
     ignorable: Callable[[str], bool] = lambda name: False  # which tensors of the file may be left over
     doubt: str = ""  # what may be wrong where the tensors do not fit the configuration
 

@@ -28,6 +28,7 @@ from flextok_pl.interop.tensor_file import TensorFile
 PUBLISHED_VAE = VAEConfig()
 """The architecture that the official code builds for every checkpoint."""
 
+_BESIDE = "config.json"
 _ENC, _DEC = "encoder.module_dict.", "decoder.module_dict."
 _PREFIXES = {
     "vae.vae.": "vae.vae.",
@@ -52,11 +53,11 @@ _PREFIXES = {
 class Official(Format[FlexTokConfig]):
     """The format of the published tokenizers."""
 
-    companion = "config.json"
+    companion = _BESIDE
 
     def recognises(self, file: TensorFile) -> bool:
         """Whether its metadata have the parts of a model, or there is a config.json beside it."""
-        return bool({"encoder", "decoder"} & set(file.metadata)) or file.companion is not None
+        return bool({"encoder", "decoder"} & set(file.metadata)) or _BESIDE in file.beside
 
     def read(
         self, file: TensorFile, vae_config: Mapping[str, Any] | str | Path | None = None
@@ -65,8 +66,7 @@ class Official(Format[FlexTokConfig]):
         if {"encoder", "decoder"} & set(file.metadata):
             official = parse_metadata(file.metadata)
         else:
-            assert file.companion is not None
-            official = read_json(file.companion)
+            official = read_json(file.beside[_BESIDE])
         doubt = (
             ". The file does not say what its autoencoder is, and it is taken for the published one: if it is another, "
             "give vae_config, the diffusers AutoencoderKL configuration (a mapping or a JSON file)"

@@ -24,23 +24,25 @@ class TensorFile:
     """An open file; only its header has been read."""
 
     path: Path
-    companion: Path | None  # the file beside it that may describe the model
+    beside: Mapping[str, Path]  # the files there that may describe the model, by name
     metadata: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]  # of its tensors, by name
     types: Mapping[str, str]  # likewise, such as `F32`
     handle: Any  # reads a tensor, by `get_tensor(name)`
 
 
-def find_file(path_or_hub_id: str | Path, names: Sequence[str], companions: Sequence[str]) -> tuple[Path, Path | None]:
-    """A weights file and, if there is one, the file beside it; on this machine, or else on the Hub.
+def find_file(
+    path_or_hub_id: str | Path, names: Sequence[str], companions: Sequence[str]
+) -> tuple[Path, dict[str, Path]]:
+    """A weights file and, by name, those beside it that there are; on this machine, or else on the Hub.
 
-    `names` and `companions` are the names that they may have in a folder, in order of preference.
+    `names` are those that the weights file may have in a folder, in order of preference.
     """
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
-        path = _first(path, names) or path
+        path = next((path / name for name in names if (path / name).is_file()), path)
     if path.is_file():
-        return path, _first(path.parent, companions)
+        return path, {each: path.parent / each for each in companions if (path.parent / each).is_file()}
     name = str(path_or_hub_id)
     if (
         isinstance(path_or_hub_id, Path)
@@ -51,7 +53,8 @@ def find_file(path_or_hub_id: str | Path, names: Sequence[str], companions: Sequ
             f"no checkpoint {name!r}: give a .safetensors file, a folder with {names[0]}, or a Hub id owner/name"
         )
     try:
-        weights, beside = _fetched(name, names), _fetched(name, companions)
+        weights = next((file for each in names if (file := _fetched(name, each))), None)
+        beside = {each: file for each in companions if (file := _fetched(name, each))}
     except Exception as error:  # its errors come from several network libraries
         raise ValueError(
             f"no folder {name!r} here, and it could not be fetched from the Hub: {type(error).__name__}: {error}"
@@ -61,23 +64,17 @@ def find_file(path_or_hub_id: str | Path, names: Sequence[str], companions: Sequ
     return weights, beside
 
 
-def _first(folder: Path, names: Sequence[str]) -> Path | None:
-    return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def _fetched(repository: str, names: Sequence[str]) -> Path | None:
-    for name in names:
-        try:
-            return Path(huggingface_hub.hf_hub_download(repository, name))
-        except LocalEntryNotFoundError:  # a sort of the next one, but of a Hub out of reach
-            raise
-        except EntryNotFoundError:
-            continue
-    return None
+def _fetched(repository: str, name: str) -> Path | None:
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, name))
+    except LocalEntryNotFoundError:  # a sort of the next one, but of a Hub out of reach
+        raise
+    except EntryNotFoundError:
+        return None
 
 
 @contextmanager
-def open_tensors(path: Path, companion: Path | None = None) -> Iterator[TensorFile]:
+def open_tensors(path: Path, beside: Mapping[str, Path]) -> Iterator[TensorFile]:
     """Open a safetensors file, memory-mapped; ValueError where it is damaged or of another format."""
     try:
         opened = safe_open(str(path), framework="pt")
@@ -87,7 +84,7 @@ def open_tensors(path: Path, companion: Path | None = None) -> Iterator[TensorFi
         slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118  not a dict
         shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
         types = {name: each.get_dtype() for name, each in slices.items()}
-        yield TensorFile(path, companion, handle.metadata() or {}, shapes, types, handle)
+        yield TensorFile(path, beside, handle.metadata() or {}, shapes, types, handle)
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:

@@ -37,14 +37,14 @@ def load_model(
     """
     names = dict.fromkeys(each.file_name for each in formats.values())
     companions = dict.fromkeys(each.companion for each in formats.values() if each.companion)
-    path, companion = find_file(path_or_hub_id, list(names), list(companions))
-    with open_tensors(path, companion) as file:
+    path, beside = find_file(path_or_hub_id, list(names), list(companions))
+    with open_tensors(path, beside) as file:
         format_ = next((each for each in formats.values() if each.recognises(file)), None)
         if format_ is None:
-            beside = "".join(f", and there is no {name} beside it" for name in companions)
+            lacking = "".join(f", and there is no {name} beside it" for name in companions)
             raise ValueError(
                 f"{path} is no {make.__name__} checkpoint: its metadata (keys: {sorted(file.metadata)[:8]}) do not "
-                f"tell the model{beside}; give a file that {make.__name__}.save_pretrained has written"
+                f"tell the model{lacking}; give a file that {make.__name__}.save_pretrained has written"
             )
         try:
             contents = format_.read(file, vae_config)

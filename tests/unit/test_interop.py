@@ -352,8 +352,7 @@ class Merged(Format[PriorConfig]):
         return "out" in file.shapes
 
     def read(self, file: TensorFile, vae_config: Any = None) -> Contents[PriorConfig]:
-        assert file.companion is not None
-        heads = parse_text("config.yaml", file.companion.read_text())["heads"]
+        heads = parse_text("config.yaml", file.beside["config.yaml"].read_text())["heads"]
         (vocabulary, width), classes = file.shapes["tokens"], file.shapes["classes"][0]
         config = PriorConfig(classes, None, vocabulary, file.shapes["rows"][0], 1, width, width // heads, 6.0)
         return Contents(config, self.source, ignorable=lambda name: name.startswith("tokenizer."))
