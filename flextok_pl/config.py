@@ -1,7 +1,12 @@
-"""Hyper-parameters of the models, as flat frozen dataclasses.
+"""Hyper-parameters of the models: VAE, tokenizer and prior.
 
-The published architecture is described in FlexTok (https://arxiv.org/abs/2502.13967). Values marked
-"unconfirmed" are not stated by a primary source; a checkpoint's own metadata always decides.
+What is special about them:
+- Each is one flat, frozen dataclass that names all there is to know to build the model, and checks itself when made.
+- The same fields are the options of `model.net` in YAML and on the command line, and the metadata of a checkpoint.
+- Presets are such configurations by name; the files in `experiments/nets` hold the same values.
+
+The published architecture is described in FlexTok (https://arxiv.org/abs/2502.13967). No primary source states the
+values marked "unconfirmed"; a checkpoint's own metadata always decides.
 """
 
 from __future__ import annotations
@@ -208,11 +213,7 @@ class FlexTokConfig:
 
     @staticmethod
     def preset(name: str) -> FlexTokConfig:
-        """A named configuration: `d12_d12`, `d18_d18`, `d18_d28` (as published), `tiny` or `demo`.
-
-        Raises:
-            ValueError: the name is unknown.
-        """
+        """A named configuration: `d12_d12`, `d18_d18`, `d18_d28` (as published), `tiny` or `demo`."""
         return _preset(TOKENIZER_PRESETS, name)
 
 
@@ -226,7 +227,6 @@ def _published(encoder_depth: int, decoder_depth: int) -> FlexTokConfig:
 
 
 _DEMO_VAE = VAEConfig(
-    latent_channels=16,
     block_out_channels=(16, 24, 64, 96),
     layers_per_block=1,
     norm_num_groups=8,
@@ -240,7 +240,6 @@ TOKENIZER_PRESETS = {
     "d18_d28": _published(18, 28),
     "demo": FlexTokConfig(
         vae=_DEMO_VAE,
-        latent_channels=16,
         encoder_width=128,
         encoder_depth=3,
         encoder_head_dim=32,
@@ -266,7 +265,6 @@ TOKENIZER_PRESETS = {
         decoder_depth=2,
         decoder_head_dim=32,
         num_registers=16,
-        patch_size=2,
         grid_size=(8, 8),
         repa_layer=None,
         nested_dropout="pow2",
@@ -333,9 +331,6 @@ class PriorConfig:
 
         `49m`, `85m`, `201m`, `393m`, `679m`, `1.33b` are for ImageNet's 1,000 classes; `113m_text`, `382m_text`,
         `1.15b_text`, `3.06b_text` for the states of FLAN-T5-XL. All for 256 tokens of 64,000.
-
-        Raises:
-            ValueError: the name is unknown.
         """
         return _preset(PRIOR_PRESETS, name)
 
@@ -348,17 +343,8 @@ PRIOR_PRESETS = {
 }
 
 
-def config_to_dict(config: VAEConfig | FlexTokConfig | PriorConfig) -> dict[str, Any]:
-    """A config as plain JSON types."""
-    return dataclasses.asdict(config)
-
-
 def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-    """Build a config from plain JSON types.
-
-    Raises:
-        ValueError: a key is unknown, or a value has the wrong type.
-    """
+    """Build a config from plain JSON types; ValueError where a key is unknown or a value has the wrong type."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
     if unknown:

@@ -1,7 +1,5 @@
 """Sums and rows from all processes; each function is the identity outside torch.distributed."""
 
-from __future__ import annotations
-
 from typing import TypeVar
 
 import torch

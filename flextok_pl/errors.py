@@ -1,15 +1,12 @@
 """Which errors are the user's to put right. The command shows those as one line; every other keeps its traceback."""
 
-from __future__ import annotations
-
 import dis
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-TALKING = ("flextok_pl", "jsonargparse", "lightning")
-"""Packages whose errors about values are written for whoever gave the values."""
+TALKING = ("flextok_pl", "jsonargparse", "lightning")  # packages whose errors about values are written for the user
 
 
 class UserError(Exception):

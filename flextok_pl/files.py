@@ -4,8 +4,6 @@ A file is written under a temporary name beside its place, brought to the disk, 
 kill, a crash or a full disk leaves what had the name before.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

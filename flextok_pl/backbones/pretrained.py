@@ -5,8 +5,6 @@ Hub). A local file is read as tensors, so it cannot run code. Anything missing b
 option, its value and a remedy.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

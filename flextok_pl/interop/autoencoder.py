@@ -1,12 +1,11 @@
 """The configuration of an autoencoder: diffusers' `AutoencoderKL` config.json <-> `VAEConfig`."""
 
-from __future__ import annotations
-
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flextok_pl.config import VAEConfig, config_from_dict, config_to_dict
+from flextok_pl.config import VAEConfig, config_from_dict
 from flextok_pl.interop.plain_data import read_json
 
 DOWN_BLOCK, UP_BLOCK = "DownEncoderBlock2D", "UpDecoderBlock2D"
@@ -76,7 +75,7 @@ def vae_config_from_diffusers(values: Mapping[str, Any]) -> VAEConfig:
 
 def vae_config_to_diffusers(config: VAEConfig) -> dict[str, Any]:
     """Arguments of diffusers' `AutoencoderKL`; for the kind `pixel`, what `read_vae_config` reads."""
-    values = config_to_dict(config)
+    values = dataclasses.asdict(config)
     if config.kind == "pixel":
         return {"_class_name": _PIXEL_CLASS, **values}
     levels = len(config.block_out_channels)

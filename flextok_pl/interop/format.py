@@ -4,8 +4,6 @@ No tensor is read here; `flextok_pl.models.pretrained` opens the file and builds
 file with a `Format` in it, listed in `flextok_pl.interop`.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,13 +1,12 @@
 """Our checkpoint format: the state dict under its own names, and the configuration as JSON in the metadata."""
 
-from __future__ import annotations
-
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flextok_pl.config import config_from_dict, config_to_dict
+from flextok_pl.config import config_from_dict
 from flextok_pl.interop.format import ConfigT, Contents, Format
 from flextok_pl.interop.tensor_file import TensorFile
 
@@ -48,5 +47,5 @@ class Native(Format[ConfigT]):
 
     def write(self, config: ConfigT) -> tuple[dict[str, str], Callable[[str], str]]:
         """The configuration and our own names."""
-        text = json.dumps(config_to_dict(config))
+        text = json.dumps(dataclasses.asdict(config))
         return {"format": self.kind, "version": VERSION, "config": text}, lambda name: name

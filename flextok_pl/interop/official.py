@@ -4,8 +4,6 @@ Its configuration is in the metadata, part by part as the text of a Python liter
 file.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping

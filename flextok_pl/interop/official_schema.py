@@ -5,13 +5,11 @@ on the function. The names under which modules pass tensors on (`..._key`) are n
 sources, and order and kinds of the modules already fix the computation.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 REQUIRED = object()
 """Default of an option that must be given."""
@@ -70,7 +68,7 @@ class Module:
         self.target, self.options = target, options
         self.also: dict[str, Any] = {}
 
-    def taking(self, *ignored: str, **also: Any) -> Module:
+    def taking(self, *ignored: str, **also: Any) -> Self:
         """Accept further options, which are not written: `ignored` ones without effect, and others; returns itself."""
         self.also |= {**dict.fromkeys(ignored), **also}
         return self

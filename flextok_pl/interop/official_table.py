@@ -3,8 +3,6 @@
 From the constructors at https://github.com/apple/ml-flextok/tree/87d00cc8babf4a25ffce0f3f0c4d8b529d3d6abf.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from flextok_pl.interop.official_schema import REQUIRED, Module, Option, Part, Sequence, fact, fixed, training

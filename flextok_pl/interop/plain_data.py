@@ -1,7 +1,5 @@
 """Text of an untrusted checkpoint -> plain data. Nothing is ever imported, instantiated or evaluated."""
 
-from __future__ import annotations
-
 import ast
 import json
 from pathlib import Path

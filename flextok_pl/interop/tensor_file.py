@@ -1,7 +1,5 @@
 """Safetensors files: found here or on the Hub, opened as data, written atomically."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

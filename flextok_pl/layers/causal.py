@@ -6,8 +6,6 @@ The block is that of Llama (https://arxiv.org/abs/2302.13971) without rotary pos
 Shapes: B batch, L new positions, P positions in the cache, T text positions, H heads, D width, d head width.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,9 +1,7 @@
 """A network that a module uses but does not own: not trained, not averaged, not stored."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from torch import Tensor, nn
 
@@ -29,14 +27,14 @@ class Frozen(nn.Module, Generic[ModuleT]):
             raise AttributeError(name)
         return getattr(self.module, name)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Frozen[ModuleT]:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen[ModuleT]:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.module._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def requires_grad_(self, requires_grad: bool = True) -> Frozen[ModuleT]:
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Does nothing: the network stays frozen."""
         return self
 

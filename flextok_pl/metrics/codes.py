@@ -3,8 +3,6 @@
 N samples, K positions, V vocabulary. Entropies are plug-in estimates: with N samples none exceeds log2 N.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,7 +3,7 @@
 M pooled samples, D features.
 """
 
-from __future__ import annotations
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -11,8 +11,7 @@ from torch import Tensor
 from flextok_pl.distributed import gather_rows
 from flextok_pl.metrics.frechet import FeatureStatistics
 
-POOL_SIZE = 5000
-"""Samples whose features are kept for the kernel distance; below this number, all."""
+POOL_SIZE = 5000  # samples whose features are kept for the kernel distance; below this number, all
 
 
 class FeatureSet:
@@ -55,7 +54,7 @@ class FeatureSet:
         return {**self.statistics.state_dict(), "rows": rows, "ids": ids}
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Tensor]) -> FeatureSet:
+    def from_state_dict(cls, state: dict[str, Tensor]) -> Self:
         """The set that `state_dict` described."""
         restored = cls(len(state["mean"]))
         restored.statistics = FeatureStatistics.from_state_dict(state)

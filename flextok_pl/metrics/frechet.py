@@ -4,7 +4,7 @@ FD(a, b) = |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al., arX
 N samples, D features.
 """
 
-from __future__ import annotations
+from typing import Self
 
 import torch
 from scipy.linalg.lapack import dpstrf
@@ -12,8 +12,7 @@ from torch import Tensor
 
 from flextok_pl.distributed import all_reduce_sum
 
-BLOCK = 512
-"""Rows of a scatter matrix that are updated at a time."""
+BLOCK = 512  # rows of a scatter matrix that are updated at a time
 
 
 class FeatureStatistics:
@@ -31,7 +30,7 @@ class FeatureStatistics:
         self._factor: Tensor | None = None
 
     @classmethod
-    def from_moments(cls, mean: Tensor, covariance: Tensor) -> FeatureStatistics:
+    def from_moments(cls, mean: Tensor, covariance: Tensor) -> Self:
         """Published statistics, a (D,) mean and a (D, D) covariance, of enough samples for full rank."""
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise ValueError(
@@ -112,7 +111,7 @@ class FeatureStatistics:
         return {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Tensor]) -> FeatureStatistics:
+    def from_state_dict(cls, state: dict[str, Tensor]) -> Self:
         """The statistics that `state_dict` described."""
         statistics = cls(len(state["mean"]))
         statistics.count = int(state["count"].item())

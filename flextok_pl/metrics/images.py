@@ -3,16 +3,13 @@
 B images, H x W pixels.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from flextok_pl.precision import full_precision
 
-PSNR_CAP = 100.0
-"""PSNR in dB reported for equal images, whose error is zero."""
+PSNR_CAP = 100.0  # dB, reported for equal images, whose error is zero
 
 
 def to_uint8(images: Tensor) -> Tensor:

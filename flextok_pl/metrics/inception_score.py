@@ -4,8 +4,6 @@ exp(E_x KL(p(y|x) || p(y))), where E_x KL = H(E_x p) - E_x H(p) needs the sums o
 S splits, C classes.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

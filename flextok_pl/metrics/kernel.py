@@ -4,16 +4,13 @@ Binkowski et al., https://arxiv.org/abs/1801.01401, section 4. Unlike the Freche
 something with fewer samples than features. N samples, D features, S samples in a subset.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 from flextok_pl.precision import accumulation_dtype
 
 SUBSETS, SUBSET_SIZE = 100, 1000
-WHOLE = 5000
-"""Up to this number of samples the kernel is taken of all pairs at once, since the subsets share most of them."""
+WHOLE = 5000  # up to this number of samples the kernel is computed once for all pairs: the subsets share most of them
 
 
 def polynomial_kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -47,8 +44,8 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """Mean and standard deviation of the squared discrepancy over random subsets of (N, D) and (M, D) features.
 
-    With no more than `subset_size` samples on a side there is one estimate only, from as many as the smaller side has.
-    Memory is float64 for three kernel matrices of S x S, or of N x N where N is no more than `WHOLE`.
+    With at most `subset_size` samples on a side there is one estimate only, from as many as the smaller side has.
+    Memory is float64 for three kernel matrices of S x S, or of N x N where N is at most `WHOLE`.
 
     With `paired`, row i of `b` was made from row i of `a`, as a reconstruction is. The usual estimate, which takes the
     two sides as independent, would then be too small by about 2 / S of the kernel's range, and often negative.

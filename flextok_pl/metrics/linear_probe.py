@@ -3,10 +3,8 @@
 B images, N samples, D features, C classes.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +29,7 @@ class LinearProbe:
 
     @classmethod
     @torch.inference_mode(False)
-    def fit(cls, features: Tensor, labels: Tensor, num_classes: int, extractor: str, l2: float = 0.1) -> LinearProbe:
+    def fit(cls, features: Tensor, labels: Tensor, num_classes: int, extractor: str, l2: float = 0.1) -> Self:
         """The minimum of mean cross-entropy + l2 / 2 |weight|^2, which is unique, by L-BFGS in float64.
 
         All classes weigh the same, however many samples they have; of (N, D) real images and (N,) labels, samples with

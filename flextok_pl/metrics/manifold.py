@@ -6,21 +6,14 @@ set; density and coverage (Naeem et al., arXiv 2002.09797) count the real balls 
 real balls that hold one, and are less moved by outliers. N real samples, M generated, D features.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
 from torch import Tensor
 
-NEIGHBOURS = 3
-"""k of precision and recall in their paper's experiments."""
-
-DENSITY_NEIGHBOURS = 5
-"""k of density and coverage in their paper's experiments."""
-
-BLOCK = 1024
-"""Rows of a distance matrix that are in memory at a time."""
+NEIGHBOURS = 3  # k of precision and recall in their paper's experiments
+DENSITY_NEIGHBOURS = 5  # k of density and coverage in their paper's experiments
+BLOCK = 1024  # rows of a distance matrix that are in memory at a time
 
 
 def _on_grid(*sets: Tensor) -> list[Tensor]:

@@ -6,8 +6,6 @@ budget each, so a search takes about log2 K batched decodings.
 Shapes: B batch, H x W image, K registers.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ Functions that look at values wait for a GPU: call them where a model is used, n
 Shapes: B batch, H x W image, k tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 Shapes: B batch, N patches, K registers, L = N + K, H heads, d head width, D width, T flow times, M blocks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, cast
 

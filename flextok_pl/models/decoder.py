@@ -61,10 +61,7 @@ class FlowDecoder(nn.Module):
         super().__init__()
         width = config.decoder_width
         registers = config.layout == "registers"
-        self.layout = config.layout
-        self.patch_size = config.patch_size
-        self.num_registers = config.num_registers
-        self.repa_layer = config.repa_layer
+        self.config = config
         self.activation_checkpointing = False
         self.code_embed = nn.Linear(len(config.fsq_levels), width)
         if registers:
@@ -90,7 +87,7 @@ class FlowDecoder(nn.Module):
         null: Tensor | None = None,  # (B,) bool, True for the unconditional branch; None for nowhere
     ) -> Velocity:
         """Velocity of `x_t` at time `t`."""
-        patches = self.patch_embed(patchify(x_t, self.patch_size))  # (B, H, W, D)
+        patches = self.patch_embed(patchify(x_t, self.config.patch_size))  # (B, H, W, D)
         grid = patches.shape[1:3]
         patches = (patches + grid_positions(self.patch_posemb, *grid)).flatten(1, 2)  # (B, N, D)
         n = patches.shape[1]
@@ -101,16 +98,16 @@ class FlowDecoder(nn.Module):
         for i, block in enumerate(self.blocks):
             rows = x[:, :n] if i == len(self.blocks) - 1 else None
             x = run_block(block, self.activation_checkpointing, x, time, n, mask, rows)
-            if i == self.repa_layer:
+            if i == self.config.repa_layer:
                 features = x[:, :n]
         patches = self.head(x, time).unflatten(1, grid)  # (B, H, W, p*p*C)
-        return Velocity(unpatchify(patches, self.patch_size), features)
+        return Velocity(unpatchify(patches, self.config.patch_size), features)
 
     def _sequence(
         self, patches: Tensor, codes: Tensor, num_tokens: Tensor | None, null: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """What the blocks compute for (B, N, D) patches, and its mask, (B, L) or None."""
-        if self.layout == "grid":
+        if self.config.layout == "grid":
             return patches + self._condition_of_patches(codes, num_tokens, null).to(patches.dtype), None
         n = patches.shape[1]
         registers, counts = self._registers(codes, num_tokens, null, n)
@@ -125,7 +122,7 @@ class FlowDecoder(nn.Module):
         That is 1 for a kept token, K-k for the first dropped one, 0 for those behind it. m' is min(m+1, K), on a GPU up
         to 7 more. Or (B, K, D) and None where all K tokens are kept.
         """
-        m, total = codes.shape[1], self.num_registers
+        m, total = codes.shape[1], self.config.num_registers
         whole = num_tokens is None and null is None and m == total
         length = m if whole else aligned_registers(num_patches, min(m + 1, total), total, codes.device)
         tokens = self.code_embed(F.pad(codes, (0, 0, 0, length - m)).to(self.code_embed.weight.dtype))
@@ -141,8 +138,8 @@ class FlowDecoder(nn.Module):
         """What the patches of a grid are given, (B, N, D): token i for patch i, or what replaces it; N is K."""
         kept, replacement = self._replacement(codes, num_tokens, null)
         tokens = self.code_embed(codes.to(self.code_embed.weight.dtype))  # (B, m, D)
-        tokens = F.pad(tokens, (0, 0, 0, self.num_registers - codes.shape[1]))  # (B, N, D)
-        visible = torch.arange(self.num_registers, device=codes.device) < kept[:, None]  # (B, N)
+        tokens = F.pad(tokens, (0, 0, 0, self.config.num_registers - codes.shape[1]))  # (B, N, D)
+        visible = torch.arange(self.config.num_registers, device=codes.device) < kept[:, None]  # (B, N)
         return torch.where(visible[..., None], tokens, replacement[:, None])
 
     def _replacement(self, codes: Tensor, num_tokens: Tensor | None, null: Tensor | None) -> tuple[Tensor, Tensor]:

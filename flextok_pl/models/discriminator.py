@@ -3,8 +3,6 @@
 Shapes in this file: B batch, H x W image, p x q grid of overlapping patches.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

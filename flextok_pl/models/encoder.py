@@ -28,10 +28,7 @@ class RegisterEncoder(nn.Module):
     def __init__(self, config: FlexTokConfig) -> None:
         super().__init__()
         width = config.encoder_width
-        self.patch_size = config.patch_size
-        self.num_registers = config.num_registers
-        self.layout = config.layout
-        self.causal = config.causal_registers
+        self.config = config
         self.activation_checkpointing = False
         self.patch_embed = nn.Linear(config.latent_channels * config.patch_size**2, width)
         self.patch_posemb = nn.Parameter(
@@ -45,10 +42,10 @@ class RegisterEncoder(nn.Module):
         self.head = nn.Linear(width, len(config.fsq_levels))
 
     def forward(self, latents: Tensor, num_tokens: int | None = None) -> Tensor:
-        """The first `num_tokens` codes before quantisation: (B, C, h, w) -> (B, k, number of FSQ levels)."""
-        patches = self.patch_embed(patchify(latents, self.patch_size))  # (B, H, W, D)
+        """The first `num_tokens` codes (default K), unquantised: (B, C, h, w) -> (B, k, number of FSQ levels)."""
+        patches = self.patch_embed(patchify(latents, self.config.patch_size))  # (B, H, W, D)
         patches = patches + grid_positions(self.patch_posemb, patches.shape[1], patches.shape[2])
-        x, mask, coded = self._sequence(patches.flatten(1, 2), num_tokens or self.num_registers)
+        x, mask, coded = self._sequence(patches.flatten(1, 2), num_tokens or self.config.num_registers)
         for i, block in enumerate(self.blocks):
             rows = None
             if i == len(self.blocks) - 1:
@@ -58,10 +55,11 @@ class RegisterEncoder(nn.Module):
 
     def _sequence(self, patches: Tensor, k: int) -> tuple[Tensor, Tensor | None, slice]:
         """What the blocks compute for (B, N, D) patches, who sees whom, and the rows of the first k codes."""
-        if self.layout == "grid":
+        if self.config.layout == "grid":
             return patches, None, slice(0, k)
         n = patches.shape[1]
-        length = aligned_registers(n, k, self.num_registers, patches.device) if self.causal else self.num_registers
+        causal, most = self.config.causal_registers, self.config.num_registers
+        length = aligned_registers(n, k, most, patches.device) if causal else most
         registers = self.registers[:length].to(patches.dtype).expand(len(patches), -1, -1)  # (B, K', D)
-        mask = registers_last_mask(n, length, self.causal, patches.device)
+        mask = registers_last_mask(n, length, causal, patches.device)
         return torch.cat([patches, registers], dim=1), mask, slice(n, n + k)  # (B, N+K', D)

@@ -3,8 +3,6 @@
 Shapes in this file: B batch, H x W image, D x h x w feature map.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

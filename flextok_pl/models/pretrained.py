@@ -4,8 +4,7 @@ Names and shapes are compared with the configuration before any weight is read. 
 the mapped file to its place, so the peak is one copy of the weights. They become float32, as in the official loader.
 """
 
-from __future__ import annotations
-
+import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from flextok_pl.config import config_to_dict
 from flextok_pl.interop.format import ConfigT, Contents, Format, Made
 from flextok_pl.interop.tensor_file import TensorFile, find_file, open_tensors, write_tensors
 
@@ -73,7 +71,7 @@ def _build(
     device: str | torch.device | None,
 ) -> ModelT:
     # A depth that no file of this size can have would keep the constructor busy for hours.
-    for name, depth in _depths(config_to_dict(contents.config)):
+    for name, depth in _depths(dataclasses.asdict(contents.config)):
         if depth > len(file.shapes):
             raise ValueError(f"{file.path} has {len(file.shapes)} tensors, too few for {name}={depth}")
     try:

@@ -7,12 +7,10 @@ attended to. Their code is not published; the block is the one of `flextok_pl.la
 Shapes: B batch, K tokens, m prefix, D width, V vocabulary, T text positions, E text width, R rows (2B under guidance).
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +81,7 @@ class Prior(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / (2 * self.config.depth) ** 0.5 if adds else 0.02)
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id: str | Path, *, device: str | torch.device | None = None) -> Prior:
+    def from_pretrained(cls, path_or_hub_id: str | Path, *, device: str | torch.device | None = None) -> Self:
         """Load a prior saved by `save_pretrained`, in evaluation mode.
 
         Args:
@@ -106,7 +104,7 @@ class Prior(nn.Module):
         self.config = dataclasses.replace(self.config, tokenizer=tokenizer, class_names=tuple(class_names))
 
     def checkpoint_activations(self, enabled: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of keeping what they computed, for less memory."""
+        """Recompute blocks in the backward pass instead of keeping activations, for less memory."""
         self.activation_checkpointing = enabled
 
     @property
@@ -130,14 +128,9 @@ class Prior(nn.Module):
         self.null_text.copy_(states)
 
     def forward(self, tokens: Tensor, condition: Condition = None) -> Tensor:
-        """Logits under teacher forcing, with gradients.
+        """Logits under teacher forcing, with gradients: (B, k) int64 tokens, k <= K, and a `Condition` -> (B, k, V).
 
-        Args:
-            tokens: (B, k) int64, k <= K.
-            condition: (B,) classes, -1 for none; or text states and mask; or None for no condition.
-
-        Returns:
-            (B, k, V); position i predicts token i from those before it.
+        Position i predicts token i from those before it.
 
         Raises:
             ValueError: tokens or condition do not fit the model.

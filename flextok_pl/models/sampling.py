@@ -3,8 +3,6 @@
 Shapes: B batch, K positions, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -15,11 +13,8 @@ from torch import Tensor
 from flextok_pl.contracts import PositionScale
 from flextok_pl.precision import accumulation_dtype
 
-BLOCK = 256
-"""Tokens whose probabilities are summed up at once."""
-
-BELOW_ONE = {torch.float64: 1 - 2**-40, torch.float32: 1 - 2**-20}
-"""Type of sums -> a factor that rounding does not undo."""
+BLOCK = 256  # tokens whose probabilities are summed up at once
+BELOW_ONE = {torch.float64: 1 - 2**-40, torch.float32: 1 - 2**-20}  # by type of sums: a factor that survives rounding
 
 
 def scale_at_positions(scale: PositionScale, num_tokens: int) -> list[float]:

@@ -3,8 +3,6 @@
 Shapes: B batch, N = H x W decoder patches, D decoder width, F teacher width.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,8 +17,7 @@ from flextok_pl.backbones.networks import (
 from flextok_pl.backbones.pretrained import Pretrained
 from flextok_pl.precision import outside_autocast
 
-PROJECTION_WIDTH = 2048
-"""Hidden width of REPA's projection."""
+PROJECTION_WIDTH = 2048  # hidden width of REPA's projection
 
 
 class Teacher(FeatureMaps):

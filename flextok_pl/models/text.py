@@ -6,8 +6,6 @@ FlexTok's text-conditional prior uses FLAN-T5-XL (https://arxiv.org/abs/2502.139
 Shapes: B texts, T positions of the longest, E width.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal

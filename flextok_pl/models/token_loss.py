@@ -8,8 +8,6 @@ taken in float32.
 Shapes: N positions of all images, D width, V vocabulary.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple, cast
 
 import torch

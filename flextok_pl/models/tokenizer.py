@@ -9,12 +9,10 @@ What is special about it:
 Shapes: B batch, C channels, h x w latent, K registers, k <= K kept tokens, L FSQ levels.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +96,7 @@ class FlexTok(nn.Module):
         *,
         vae_config: dict[str, Any] | str | Path | None = None,
         device: str | torch.device | None = None,
-    ) -> FlexTok:
+    ) -> Self:
         """Load a tokenizer saved by this package or by the official code, in evaluation mode and float32.
 
         Args:
@@ -132,7 +130,7 @@ class FlexTok(nn.Module):
         return save_model(weights, self.config, path, TOKENIZER_FORMATS, format)
 
     def checkpoint_activations(self, enabled: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of keeping what they computed, for less memory."""
+        """Recompute blocks in the backward pass instead of keeping activations, for less memory."""
         self.encoder.activation_checkpointing = self.decoder.activation_checkpointing = enabled
 
     @property
@@ -202,7 +200,7 @@ class FlexTok(nn.Module):
 
     @torch.no_grad()
     def tokenize_latents(self, latents: Tensor, num_tokens: int | None = None) -> Tensor:
-        """`tokenize` without the VAE, and without a look at the values: scaled latents (B, C, h, w) -> (B, k) int64."""
+        """`tokenize` without the VAE or a check of values: scaled latents (B, C, h, w) -> (B, k) int64."""
         with full_precision(self.device):
             return self.quantizer.codes_to_tokens(self.quantizer(self.encode(latents, num_tokens)))
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
-from flextok_pl.config import PriorConfig, config_from_dict, config_to_dict
+from flextok_pl.config import PriorConfig, config_from_dict
 from flextok_pl.contracts import Batch, run_folder
 from flextok_pl.cost.models import prior_flops
 from flextok_pl.models.prior import Prior
@@ -89,7 +89,7 @@ class PriorModule(ResumableModule, PriorBase):
         encoder = None if text_encoder is None else TextEncoder(text_encoder, dtype=text_encoder_dtype)
         super().__init__(build_prior(net, encoder), tokenizer, encoder)
         self.save_hyperparameters(ignore="net")
-        self.hparams["net"] = config_to_dict(net)  # plain types: a checkpoint must load with weights_only
+        self.hparams["net"] = dataclasses.asdict(net)  # plain types: a checkpoint must load with weights_only
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup_steps, self.min_lr_ratio = warmup_steps, min_lr_ratio
         self.label_smoothing, self.condition_dropout, self.loss_chunk = label_smoothing, condition_dropout, loss_chunk

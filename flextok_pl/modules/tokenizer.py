@@ -1,5 +1,12 @@
 """Stage 1: training a FlexTok tokenizer.
 
+What is special about it:
+- The autoencoder is frozen: it makes the latents, unless the shards hold them. Encoder and decoder train together.
+- REPA, if used, aligns an early block of the decoder with a frozen teacher; shards may hold its features, too.
+- All draws follow from the seed and the step, in validation from the sample's key: a resumed run repeats none.
+- Losses are logged by flow time and budget, too; validation compares an image's own tokens with random ones.
+- Callbacks measure images; this module measures losses only.
+
 Shapes: B batch, C channels, h x w latent, K registers.
 """
 
@@ -15,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from flextok_pl.config import FlexTokConfig, config_from_dict, config_to_dict
+from flextok_pl.config import FlexTokConfig, config_from_dict
 from flextok_pl.contracts import Batch, run_folder, weights_hash
 from flextok_pl.cost.models import tokenizer_flops
 from flextok_pl.layers.blocks import compile_for_all_lengths
@@ -108,7 +115,7 @@ class TokenizerModule(ResumableModule):
         super().__init__()
         net = config_from_dict(FlexTokConfig, net) if isinstance(net, Mapping) else net  # from a checkpoint
         self.save_hyperparameters(ignore="net")
-        self.hparams["net"] = config_to_dict(net)  # plain types: a checkpoint must load with weights_only
+        self.hparams["net"] = dataclasses.asdict(net)  # plain types: a checkpoint must load with weights_only
         if budget_groups < 1:
             raise ValueError(f"budget_groups={budget_groups} must be at least 1")
         if not 0.0 <= pure_noise <= 1.0:

@@ -5,6 +5,7 @@ Shapes in this file: B batch, H x W image, C x h x w latent.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
 
-from flextok_pl.config import VAEConfig, config_from_dict, config_to_dict
+from flextok_pl.config import VAEConfig, config_from_dict
 from flextok_pl.contracts import Batch, run_folder
 from flextok_pl.layers.frozen import Frozen
 from flextok_pl.models.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
@@ -84,7 +85,7 @@ class VAEModule(ResumableModule):
         super().__init__()
         net = config_from_dict(VAEConfig, net) if isinstance(net, Mapping) else net  # from a checkpoint
         self.save_hyperparameters(ignore="net")
-        self.hparams["net"] = config_to_dict(net)  # plain types: a checkpoint must load with weights_only
+        self.hparams["net"] = dataclasses.asdict(net)  # plain types: a checkpoint must load with weights_only
         if net.kind != "kl":
             raise ValueError(f"net.kind={net.kind!r} has nothing to train; use 'kl'")
         if reconstruction not in ("l1", "l2"):

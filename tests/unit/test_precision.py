@@ -214,7 +214,6 @@ def test_devices_without_float64(monkeypatch: pytest.MonkeyPatch, demo: tuple[Fl
 WIDE_ON_THE_CPU = {
     "precision.py": "the one function that says where it is",
     "models/sampling.py": "a table of both types",
-    "callbacks/token_report.py": "sums over batches, on the CPU",
     "metrics/frechet.py": "statistics on the CPU",
     "metrics/inception_score.py": "sums on the CPU",
     "evaluation/statistics.py": "sums on the CPU",

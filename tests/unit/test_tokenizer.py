@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flextok_pl.config import FlexTokConfig, VAEConfig, config_from_dict, config_to_dict
+from flextok_pl.config import FlexTokConfig, VAEConfig, config_from_dict
 from flextok_pl.flow.decoding import Decoding
 from flextok_pl.layers.attention import aligned_registers
 from flextok_pl.layers.embeddings import grid_positions, patchify, unpatchify
@@ -203,7 +203,7 @@ def test_published_parameter_counts(name: str, total: int) -> None:
 
 def test_configs_survive_json() -> None:
     for config in (CONFIG, FlexTokConfig.preset("d18_d28"), dataclasses.replace(CONFIG, vae=None)):
-        assert config_from_dict(FlexTokConfig, config_to_dict(config)) == config
+        assert config_from_dict(FlexTokConfig, dataclasses.asdict(config)) == config
 
 
 @pytest.mark.parametrize(
