@@ -20,15 +20,10 @@ ConfigT = TypeVar("ConfigT", FlexTokConfig, PriorConfig)
 
 @dataclass(frozen=True)
 class Made:
-    """A tensor of ours that is not simply one of the file: merged, split, transposed, reshaped or constant.
+    """A tensor of ours that is not simply one of the file: merged, split, transposed, reshaped or constant."""
 
-    Attributes:
-        names: of the file's tensors; none for a constant.
-        make: makes ours of them. It is first called with tensors of the `meta` device, to learn the shape.
-    """
-
-    names: tuple[str, ...]
-    make: Callable[..., Tensor]
+    names: tuple[str, ...]  # of the file's tensors; none for a constant
+    make: Callable[..., Tensor]  # makes ours of them; first called on the `meta` device, to learn the shape
 
 
 @dataclass(frozen=True)
