@@ -55,8 +55,8 @@ class StepBar(TQDMProgressBar):
 class StepLines(ProgressBar):
     """Prints step, loss, speed and the time that is left, and what validations find.
 
-    A line may come after every `trainer.log_every_n_steps` optimizer steps, and one comes after the last. Speed is that
-    since the last line, without validations; the time left is reckoned from the whole of this process's training.
+    A line may come after every `trainer.log_every_n_steps` optimizer steps, and one comes after the last. Speed counts
+    from the last line, without validations; the time left follows from this process's whole training.
 
     Args:
         every_seconds: least time between two lines.

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 from flextok_pl.cli.commands import COMMANDS
 from flextok_pl.errors import UserError, told_to_the_user
@@ -47,7 +47,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         print(front.unknown_command(arguments), file=sys.stderr)
         raise SystemExit(2)
-    module, function = COMMANDS[command].run.split(":")
     # jsonargparse announces what its next major version drops; our version range excludes that one.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     if not sys.stderr.isatty():
@@ -57,18 +56,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments = front.answer(command, arguments[words:])
             if "torch" not in sys.modules:
                 say(f"flextok {command}: loading ...")
-            getattr(load(f"flextok_pl.cli.{module}"), function)(command, arguments)
+            load(f"flextok_pl.cli.{COMMANDS[command].run}")(command, arguments)
     except UserError as error:
         if debug:
             raise
         raise SystemExit(f"flextok {command}: error: {error}") from None
 
 
-def load(module: str) -> ModuleType:
-    """Import what a command needs, now that it is known, or name the extra that it lacks."""
+def load(target: str) -> Any:
+    """Import what a command needs, `module` or `module:name`, now that it is known, or name the extra that it lacks."""
+    module, _, name = target.partition(":")
     gc.disable()  # nothing of an import is garbage, and searching for it takes a sixth of its time
     try:
-        return importlib.import_module(module)
+        found = importlib.import_module(module)
+        return getattr(found, name) if name else found
     except ModuleNotFoundError as error:
         if error.name not in OPTIONAL:
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 TRAINER = "lightning.pytorch.trainer.trainer:Trainer"
 
@@ -38,6 +39,10 @@ def _training(summary: str, method: str, *options: str, run: str = "training:run
     return Command(summary, (f"{TRAINER}.{method}", f"{TRAINING}:RunOptions", *options), run, groups=True)
 
 
+def _tool(summary: str, function: str, **more: Any) -> Command:
+    return Command(summary, (f"flextok_pl.{function}",), **more)
+
+
 TRAINING = "flextok_pl.cli.training"
 FINISHED = f"{TRAINING}:FinishedModels"
 SWEEP = "flextok_pl.sweeps.sweep:Sweep"
@@ -61,101 +66,90 @@ COMMANDS = {
         "flextok_pl.cli.plan:PlanOptions",
         run="plan:run",
     ),
-    "data demo": Command(
-        "write the embedded OpenMoji demo set as shards", ("flextok_pl.data.convert.demo:write_demo",)
+    "data demo": _tool("write the embedded OpenMoji demo set as shards", "data.convert.demo:write_demo"),
+    "data folder": _tool(
+        "write a folder of images as shards", "data.convert.folder:write_folder", inputs=("src", "captions")
     ),
-    "data folder": Command(
-        "write a folder of images as shards",
-        ("flextok_pl.data.convert.folder:write_folder",),
-        inputs=("src", "captions"),
-    ),
-    "data imagenet": Command(
+    "data imagenet": _tool(
         "write ImageNet-1k as shards, from its tars or its folders",
-        ("flextok_pl.data.convert.imagenet:write_imagenet",),
+        "data.convert.imagenet:write_imagenet",
         inputs=("src", "classes"),
     ),
-    "data parquet": Command(
-        "write parquet files, also of the Hugging Face Hub, as shards",
-        ("flextok_pl.data.convert.parquet:write_parquet",),
+    "data parquet": _tool(
+        "write parquet files, also of the Hugging Face Hub, as shards", "data.convert.parquet:write_parquet"
     ),
-    "data reshard": Command(
+    "data reshard": _tool(
         "write WebDataset tars, or a shard set, as new shards",
-        ("flextok_pl.data.convert.reshard:write_resharded",),
+        "data.convert.reshard:write_resharded",
         inputs=("src", "class_names"),
         former={"classes": "class_names"},
     ),
-    "data latents": Command(
+    "data latents": _tool(
         "encode the images of a shard set by a VAE, as shards",
-        ("flextok_pl.cli.tools:encode_shards",),
+        "cli.tools:encode_shards",
         inputs=("src", "teacher_weights"),
     ),
-    "data tokens": Command(
+    "data tokens": _tool(
         "tokenize the images of a shard set, as shards",
-        ("flextok_pl.cli.tools:tokenize_shards",),
+        "cli.tools:tokenize_shards",
         inputs=("src",),
         former={"ckpt": "tokenizer"},
     ),
-    "data verify": Command(
-        "read a shard set in full and list everything that is wrong",
-        ("flextok_pl.cli.shards:verify_shards",),
-        inputs=("shards",),
+    "data verify": _tool(
+        "read a shard set in full and list everything that is wrong", "cli.shards:verify_shards", inputs=("shards",)
     ),
-    "data stats": Command(
+    "data stats": _tool(
         "show what is in a shard set: classes, sizes, captions, pixels",
-        ("flextok_pl.cli.shards:show_statistics",),
+        "cli.shards:show_statistics",
         inputs=("shards",),
     ),
-    "fid": Command(
+    "fid": _tool(
         "measure images against reference images: FID, KID, precision, recall",
-        ("flextok_pl.cli.fid:compare_images",),
+        "cli.fid:compare_images",
         inputs=("images", "reference", "weights"),
     ),
-    "compare": Command(
+    "compare": _tool(
         "show two files of results side by side, and where their protocols differ",
-        ("flextok_pl.cli.fid:compare_records",),
+        "cli.fid:compare_records",
         inputs=("first", "second"),
     ),
-    "decoding": Command(
+    "decoding": _tool(
         "measure steps and guidance at every token budget, and recommend the best",
-        ("flextok_pl.cli.decoding:compare_decodings",),
+        "cli.decoding:compare_decodings",
         inputs=("reference", "weights"),
     ),
-    "probe": Command(
-        "measure how well the class can be read off the first tokens",
-        ("flextok_pl.cli.probe:probe_tokens",),
-        inputs=("train", "val"),
+    "probe": _tool(
+        "measure how well the class can be read off the first tokens", "cli.probe:probe_tokens", inputs=("train", "val")
     ),
-    "report": Command(
-        "write what an evaluation left as one HTML page", ("flextok_pl.cli.report:write_report",), inputs=("folder",)
-    ),
-    "generate": Command(
+    "report": _tool("write what an evaluation left as one HTML page", "cli.report:write_report", inputs=("folder",)),
+    "generate": _tool(
         "show generated images at several token budgets, as one picture",
-        ("flextok_pl.cli.generate:generate_images",),
+        "cli.generate:generate_images",
         former={"num_tokens": "budgets", "class": "classes", "text": "texts"},
     ),
-    "reconstruct": Command(
+    "reconstruct": _tool(
         "show images at several token budgets, as one picture",
-        ("flextok_pl.cli.tools:reconstruct_images",),
+        "cli.tools:reconstruct_images",
         inputs=("images",),
         former={"ckpt": "tokenizer", "num_tokens": "budgets"},
     ),
 }
 
 GROUPS = {
-    "rfid": ("flextok_pl.callbacks", "ReconstructionFID"),
-    "gfid": ("flextok_pl.callbacks", "GenerationFID"),
-    "codebook": ("flextok_pl.callbacks", "CodebookReport"),
-    "positions": ("flextok_pl.callbacks", "TokenReport"),
-    "metrics_log": ("flextok_pl.callbacks", "MetricsLog"),
-    "throughput": ("flextok_pl.callbacks", "Throughput"),
-    "lr_monitor": ("lightning.pytorch.callbacks", "LearningRateMonitor"),
-    "hparams": ("flextok_pl.callbacks", "HParams"),
-    "checkpoint": ("flextok_pl.runtime", "StepCheckpoint"),
-    "best": ("flextok_pl.runtime", "StepCheckpoint"),
+    "rfid": "flextok_pl.callbacks:ReconstructionFID",
+    "gfid": "flextok_pl.callbacks:GenerationFID",
+    "codebook": "flextok_pl.callbacks:CodebookReport",
+    "positions": "flextok_pl.callbacks:TokenReport",
+    "metrics_log": "flextok_pl.callbacks:MetricsLog",
+    "throughput": "flextok_pl.callbacks:Throughput",
+    "lr_monitor": "lightning.pytorch.callbacks:LearningRateMonitor",
+    "hparams": "flextok_pl.callbacks:HParams",
+    "checkpoint": "flextok_pl.runtime:StepCheckpoint",
+    "best": "flextok_pl.runtime:StepCheckpoint",
     # Last, so that it swaps the raw weights back after every other callback has evaluated the averaged ones.
-    "ema": ("flextok_pl.callbacks", "EMA"),
+    "ema": "flextok_pl.callbacks:EMA",
     # After it, so that a checkpoint holds the step's average.
-    "preemption": ("flextok_pl.runtime", "Preemption"),
+    "preemption": "flextok_pl.runtime:Preemption",
 }
 """Group of a training's options -> the callback that takes them: `null` leaves it out, `{}` takes its defaults."""
 

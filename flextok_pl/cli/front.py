@@ -68,14 +68,10 @@ def given_files(named: Named) -> list[Path]:
 
 
 def answer(name: str, arguments: Sequence[str]) -> list[str]:
-    """Answer what needs no command, and check the arguments (with underscores) of what does.
+    """Answer a question for help, and check the names of options (with underscores), files and folders.
 
     Returns:
         The arguments, each by its present name; what a training or a sweep takes without one comes first.
-
-    Raises:
-        SystemExit: help was asked for (0), or there is no such option (2).
-        UserError: a file or a folder is missing, or a file holds an option that does not exist.
     """
     command = COMMANDS[name]
     named, free = read(arguments)
@@ -116,7 +112,7 @@ def options_for(name: str, model: str | None = None) -> Options:
         return own
     callbacks = {
         group: Option(help=description_of(target).split("\n\n")[0], below=options_of(target))
-        for group, target in ((name, ":".join(place)) for name, place in GROUPS.items())
+        for group, target in GROUPS.items()
     }
     below = options_of(f"flextok_pl.modules:{model}") if model else None
     groups = {

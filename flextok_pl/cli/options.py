@@ -107,8 +107,7 @@ def _tree(module: str) -> ast.Module:
     """The module's source; its packages are not imported."""
     root, *parts = module.split(".")
     spec = find_spec(root)
-    if spec is None or spec.origin is None:
-        raise ValueError(f"there is no package {root}")
+    assert spec is not None and spec.origin is not None, f"there is no package {root}"
     place = Path(spec.origin).parent.joinpath(*parts)
     file = place / "__init__.py" if place.is_dir() else place.with_name(f"{place.name}.py")
     return ast.parse(file.read_text(encoding="utf-8"))
@@ -117,15 +116,12 @@ def _tree(module: str) -> ast.Module:
 def _definition(target: str) -> tuple[str, ast.ClassDef | ast.FunctionDef]:
     """Module and node of a function, a class or a method."""
     module, _, path = target.partition(":")
-    name, *inner = path.split(".")
+    name, _, method = path.partition(".")
     found = _find(module, name)
-    for method in inner:
-        body = found[1].body if found is not None and isinstance(found[1], ast.ClassDef) else []
-        methods = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == method]
-        found = (module, methods[0]) if methods else None
-    if found is None or isinstance(found[1], ast.Assign):
-        raise ValueError(f"{target} is no function and no class")
-    return found[0], found[1]
+    assert found is not None and not isinstance(found[1], ast.Assign), f"{target} is no function and no class"
+    if not method:
+        return found[0], found[1]
+    return found[0], next(n for n in found[1].body if isinstance(n, ast.FunctionDef) and n.name == method)
 
 
 @functools.cache

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ class RunPlace:
             trainer.logger = Namespace(class_path="lightning.pytorch.loggers.TensorBoardLogger", init_args=options)  # type: ignore[no-untyped-call]
         given = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
         self._loggers = [each for each in given if isinstance(each, Namespace)]
-        filed = [each.init_args for each in self._loggers if issubclass(_class(each), IN_FOLDERS)]
+        filed = [each.init_args for each in self._loggers if issubclass(resolve_name(each.class_path), IN_FOLDERS)]
         for options in filed:
             if options.get("name") == "lightning_logs":
                 options.name = experiment
@@ -113,7 +113,7 @@ class RunPlace:
         file = self.folder / IDENTITIES
         known = json.loads(file.read_text()) if file.is_file() else {}
         for logger in self._loggers:
-            kind, options = _class(logger), logger.init_args
+            kind, options = resolve_name(logger.class_path), logger.init_args
             if issubclass(kind, IN_FOLDERS):
                 options.save_dir, options.name, options.version = self._save_dir, self._name, self.version
             elif kind.__name__ in known:
@@ -202,10 +202,3 @@ class RunRecord(SaveConfigCallback):
             self.used.fill_(True)
 
     on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _use
-
-
-def _class(logger: Namespace) -> type:
-    """The class of a configured logger."""
-    module, _, name = logger.class_path.rpartition(".")
-    kind: type = getattr(import_module(module), name)
-    return kind

@@ -14,9 +14,7 @@ from flextok_pl.data.shards.index import ShardIndex
 
 def run(command: str, arguments: Sequence[str]) -> None:
     """Parse the arguments of a command by its function, call that, and name the shard sets that it wrote."""
-    (target,) = COMMANDS[command].options
-    module, name = target.split(":")
-    function = getattr(load(module), name)
+    function = load(COMMANDS[command].options[0])
     made = function(**parsed(tool_parser(command, function), arguments))
     for index in made.values() if isinstance(made, dict) else [made]:
         if isinstance(index, ShardIndex):

@@ -32,7 +32,7 @@ from flextok_pl.progress import announced, say
 from flextok_pl.runtime import Preemption, Trainer, find_checkpoint, without_tensors
 from flextok_pl.runtime.launch import Launch, devices_per_node, require_processes
 
-CALLBACKS: dict[str, type[Callback]] = {name: getattr(load(place), kind) for name, (place, kind) in GROUPS.items()}
+CALLBACKS: dict[str, type[Callback]] = {name: load(target) for name, target in GROUPS.items()}
 """The callbacks of the groups of options."""
 
 LOST_CONTACT = "Connection closed by peer|Connection reset by peer|Timed out waiting|caused pair closure|Broken pipe"

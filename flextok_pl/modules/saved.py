@@ -28,8 +28,7 @@ class SavedTokenizer(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Nothing of its own: metrics per budget are the callbacks' work."""
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Nothing of its own, likewise."""
+    test_step = validation_step
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Tokens of a batch, (B, K) int64, with the samples' keys."""

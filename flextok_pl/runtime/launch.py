@@ -51,11 +51,7 @@ class Launch:
 
 
 def require_processes(num_nodes: int, devices: int | None, environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse what would wait for processes that nobody has started; `devices` of a node may not be known yet.
-
-    Raises:
-        ValueError: a launcher has started more or fewer processes, or there is none and there are several nodes.
-    """
+    """Refuse another number of processes than a launcher has started, and several nodes without a launcher."""
     found = _started(environment)
     if found is None:
         by_hand = "MASTER_ADDR" in environment and {"NODE_RANK", "GROUP_RANK"} & set(environment)

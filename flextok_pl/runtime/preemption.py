@@ -42,9 +42,6 @@ class Preemption(Callback):
         check_every_n_steps: optimizer steps between the questions of the processes to each other; one process alone
             looks at every step.
         requeue: in a Slurm job, `scontrol requeue` it, unless it was cancelled.
-
-    Raises:
-        ValueError: an option is out of range.
     """
 
     def __init__(

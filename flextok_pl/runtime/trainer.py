@@ -25,7 +25,7 @@ class Trainer(pl.Trainer):
         trainer = flextok_pl.Trainer(max_steps=10_000, default_root_dir="runs/mine", callbacks=[EMA()])
         trainer.fit(module, data, ckpt_path="last")
 
-    Given again after a kill, such a script goes on with the newest whole checkpoint, and ends with the same weights,
+    Started again after a kill, such a script goes on with the newest whole checkpoint, and ends with the same weights,
     bit for bit on a CPU, as if it had run through. Beyond Lightning's Trainer:
 
     - `fit`, `validate`, `test` and `predict` take as `ckpt_path` a file, which must be whole; a folder of checkpoints,
@@ -40,11 +40,11 @@ class Trainer(pl.Trainer):
     The modules of this package also stop a training whose loss is not finite, whichever Trainer runs them.
 
     Args:
-        logger: as Lightning's; by default TensorBoard's logs lie in `default_root_dir` itself, which so is the folder
-            of one run, and the same when the script is started again. A logger that numbers its runs starts a new one
-            each time, in which `last` finds nothing: give it a fixed `version`.
-        callbacks: as Lightning's. Where there is no checkpoint callback, `StepCheckpoint.of_newest()` saves after each
-            epoch; where there is no `Preemption`, one with its defaults is added, `Preemption(signals=[])` being none.
+        logger: as Lightning's; by default TensorBoard's logs lie in `default_root_dir` itself, the folder of one run,
+            also when the script is started again. A logger that numbers its runs starts a new one each time, in which
+            `last` finds nothing: give it a fixed `version`.
+        callbacks: as Lightning's. Without a checkpoint callback, `StepCheckpoint.of_newest()` saves after each epoch;
+            without a `Preemption`, one with its defaults is added: `Preemption(signals=[])` switches it off.
         enable_checkpointing: as Lightning's.
         default_root_dir: the run's folder, default the working folder.
         barebones: as Lightning's, without checkpoints or logs.

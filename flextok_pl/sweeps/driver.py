@@ -27,11 +27,7 @@ MOST_LAUNCHES = 10
 
 
 def find_study(sweep: Sweep) -> optuna.Study | None:
-    """The trials of a sweep; None before its start.
-
-    Raises:
-        ValueError: it was started with other options.
-    """
+    """The trials of a sweep, which must have been started with the same options; None before its start."""
     if not sweep.root.exists() or (sweep.storage is None and not _journal(sweep).exists()):
         return None
     try:

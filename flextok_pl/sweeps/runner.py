@@ -113,13 +113,13 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return sorted(found.values(), key=lambda entry: (entry["stage"] == "test", entry["step"]))
 
 
+@dataclass
 class Runner:
     """Runs the trial of a folder; a callable that submitit can queue again."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._child: subprocess.Popen[bytes] | None = None
-        self._interrupted = False
+    path: Path
+    _child: subprocess.Popen[bytes] | None = None
+    _interrupted: bool = False
 
     def __call__(self) -> None:
         """Run what is left to do."""

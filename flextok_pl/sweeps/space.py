@@ -35,11 +35,7 @@ KEYS = {"choices": {"choices"}, "options": {"options"}, "low": {"low", "high", "
 
 
 def as_text(value: Any) -> str:
-    """A value as the command line takes it: a text as it is, anything else as JSON, which infinity and NaN do not have.
-
-    Raises:
-        ValueError: it has no JSON.
-    """
+    """A value as the command line takes it: a text as it is, anything else as JSON, which infinity and NaN lack."""
     try:
         return value if isinstance(value, str) else json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):
@@ -103,10 +99,6 @@ class Space:
             values), `options` (label -> option -> value) or `low` and `high` (with `log`, `step`); the mapping may have
             `when` (earlier parameter -> its value or values). Except with `options`, a parameter is called after the
             option of the experiment that it sets.
-
-    Raises:
-        ValueError: a parameter is none of these, has a value twice or one that is not finite, or its condition cannot
-            hold.
     """
 
     def __init__(self, given: Mapping[str, Any]) -> None:

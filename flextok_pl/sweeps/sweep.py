@@ -56,9 +56,6 @@ class Sweep:
         folder: where sweeps go.
         name: of this one; null for the file's.
         seed: of the search.
-
-    Raises:
-        ValueError: an option is out of range.
     """
 
     experiment: str | list[str]

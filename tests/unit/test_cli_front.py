@@ -55,7 +55,6 @@ def class_parser(target: type) -> jsonargparse.ArgumentParser:
 
 
 def training_parser(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    module, function = COMMANDS[name].run.split(":")
     found = []
 
     def parse_arguments(cli: FlexTokCLI, parser: Any, args: Any) -> None:
@@ -64,14 +63,13 @@ def training_parser(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(FlexTokCLI, "parse_arguments", parse_arguments)
     with pytest.raises(KeyboardInterrupt):
-        getattr(load(f"flextok_pl.cli.{module}"), function)(name, [])
+        load(f"flextok_pl.cli.{COMMANDS[name].run}")(name, [])
     return found[0]
 
 
 @pytest.mark.parametrize("name", TOOLS)
 def test_options_of_a_tool(name: str) -> None:
-    module, function = COMMANDS[name].options[0].split(":")
-    assert_same(options_for(name), tool_parser(name, getattr(load(module), function)))
+    assert_same(options_for(name), tool_parser(name, load(COMMANDS[name].options[0])))
 
 
 @pytest.mark.parametrize("name", TRAININGS)
