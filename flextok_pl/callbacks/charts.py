@@ -36,11 +36,6 @@ def add_scalar(writer: FileWriter, tag: str, value: float, step: int) -> None:
         writer.add_summary(scalar(tag, value), step)  # type: ignore[no-untyped-call]
 
 
-def _exactly(tag: str) -> str:
-    """The pattern of this tag and no longer one: TensorBoard shows whatever a pattern is found in."""
-    return f"^{re.escape(tag)}$"
-
-
 def write_charts(
     trainer: Trainer,
     name: str,
@@ -63,9 +58,9 @@ def write_charts(
     """
     over_training, over_axis = f"{title} by {axis}", f"{title} against {axis}"
     tags = {metric: f"{over_axis}/{metric}" for metric in curves}
-    layout = {
-        over_axis: {metric: ["Multiline", [_exactly(tag)]] for metric, tag in tags.items()},
-        over_training: {metric: ["Multiline", [_exactly(tag) for tag in each]] for metric, each in history.items()},
+    layout = {  # TensorBoard shows whatever a pattern is found in
+        over_axis: {metric: ["Multiline", [f"^{re.escape(tag)}$"]] for metric, tag in tags.items()},
+        over_training: {m: ["Multiline", [f"^{re.escape(tag)}$" for tag in each]] for m, each in history.items()},
     }
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:

@@ -120,12 +120,9 @@ class CodebookReport(EvaluationCallback):
             }
             rows = {"position_entropy": entropy, "class_information": information}
             records = [{"metric": f"codes_{name}", "value": value, **protocol} for name, value in totals.items()]
-            records += [
-                {"metric": name, "value": value, "position": position, **protocol}
-                for name, row in rows.items()
-                if row is not None
-                for position, value in enumerate(row.tolist(), start=1)
-            ]
+            for name, row in rows.items():
+                by_position = [] if row is None else enumerate(row.tolist(), start=1)
+                records += [{"metric": name, "value": value, "position": i, **protocol} for i, value in by_position]
             write_json(records, folder / "codes.json")
             save_png(picture, folder / "codes.png")
 

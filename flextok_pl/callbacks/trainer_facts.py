@@ -1,4 +1,7 @@
-"""What evaluations take of a trainer: the module, data and batches that suit them, the weights in use, the loggers."""
+"""What evaluations take of a trainer: the module, data and batches that suit them, and its loggers.
+
+What does not suit raises Lightning's `MisconfigurationException`.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,7 @@ from flextok_pl.evaluation.protocol import model_hashes
 
 
 def tokenizer_of(pl_module: LightningModule) -> Reconstructor:
-    """The tokenizer of a module.
-
-    Raises:
-        MisconfigurationException: it has none.
-    """
+    """The tokenizer of a module."""
     reconstructor = getattr(pl_module, "reconstructor", None)
     if not isinstance(reconstructor, Reconstructor):
         raise MisconfigurationException(
@@ -32,11 +31,7 @@ def tokenizer_of(pl_module: LightningModule) -> Reconstructor:
 
 
 def generator_of(pl_module: LightningModule) -> GenerationModule:
-    """A module that generates tokens.
-
-    Raises:
-        MisconfigurationException: it does not.
-    """
+    """A module that generates tokens."""
     if not isinstance(pl_module, GenerationModule):
         raise MisconfigurationException(
             f"{type(pl_module).__name__} generates no tokens, so it has no generated images to evaluate: use this "
@@ -46,11 +41,7 @@ def generator_of(pl_module: LightningModule) -> GenerationModule:
 
 
 def split_size(trainer: Trainer, split: str) -> int:
-    """Samples in a split, over all processes.
-
-    Raises:
-        MisconfigurationException: the data cannot say.
-    """
+    """Samples in a split, over all processes."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     if not hasattr(data, "num_samples"):
         raise MisconfigurationException(
@@ -72,11 +63,7 @@ def is_limited(trainer: Trainer, split: str) -> bool:
 
 
 def require_images(batch: Any, dataloader_idx: int = 0) -> None:
-    """Refuse an evaluation batch without images (B, 3, H, W) in [-1, 1] and keys.
-
-    Raises:
-        MisconfigurationException: there are none, or there are several loaders.
-    """
+    """Refuse an evaluation batch without images (B, 3, H, W) in [-1, 1] and keys."""
     if dataloader_idx:
         raise MisconfigurationException("evaluation takes one dataloader per split; combine the shard sets into one")
     missing = [name for name in ("image", "key") if not isinstance(batch, Mapping) or name not in batch]
@@ -86,11 +73,7 @@ def require_images(batch: Any, dataloader_idx: int = 0) -> None:
 
 
 def require_image_shards(trainer: Trainer) -> None:
-    """Refuse a validation set of shards without images.
-
-    Raises:
-        MisconfigurationException: it is one.
-    """
+    """Refuse a validation set of shards without images."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     if isinstance(data, ShardDataModule) and data.sources["val"] is not None:
         for index in data.shard_set("val").indices:

@@ -13,7 +13,7 @@ from flextok_pl.contracts import weights_hash
 from flextok_pl.data import ShardDataModule
 from flextok_pl.data.shards.sources import load_indices, require_same_classes
 from flextok_pl.evaluation.protocol import versions
-from flextok_pl.evaluation.report import format_columns, format_value, write_json
+from flextok_pl.evaluation.report import format_columns, format_value, make_records, write_json
 from flextok_pl.metrics.linear_probe import LinearProbe
 from flextok_pl.models.tokenizer import FlexTok
 
@@ -71,8 +71,7 @@ def probe_tokens(
         features, labels = fitted[0][:, :budget].flatten(1), fitted[1]
         classifier = LinearProbe.fit(features, labels, len(classes), "tokens", l2)
         accuracy = _accuracy(classifier, tested[0][:, :budget].flatten(1), tested[1])
-        for metric, value in accuracy.items():
-            records.append({"metric": metric, "value": value, "num_tokens": budget, **protocol})
+        records += make_records({budget: accuracy}, protocol, {})
         rows.append([str(budget), *(format_value(value) for value in accuracy.values())])
     print(format_columns([["tokens", "accuracy", "balanced accuracy"], *rows]))
     share = protocol["largest_class"]

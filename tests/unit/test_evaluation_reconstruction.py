@@ -1,15 +1,314 @@
-"""Distances of reconstructions from their originals, without a trainer."""
+"""An evaluation of a tokenizer whose error is known, without a trainer: what it measures, writes, and refuses."""
 
+import csv
 import json
+import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import default_collate
 
+from flextok_pl.evaluation.budget_evaluation import Context
+from flextok_pl.evaluation.options import ReconstructionOptions
+from flextok_pl.evaluation.reconstruction import ReconstructionEvaluation
 from flextok_pl.evaluation.reconstruction_statistics import ReconstructionStatistics
+from flextok_pl.metrics.images import to_uint8
 from flextok_pl.metrics.kernel import kernel_distance
+
+STRIPS, SIDE, STEPS = 8, 32, 4
+
+
+class Killed(Exception):
+    pass
+
+
+class StripTokenizer:
+    """Token i is the colour of strip i in 4 levels per channel; strips beyond the budget are grey with noise.
+
+    It dies at its `deadline`-th decoding.
+    """
+
+    num_registers = STRIPS
+
+    def __init__(self, bias=0.0, deadline=None):
+        self.bias, self.deadline, self.decoded = bias, deadline, 0
+
+    def tokenize(self, images, num_tokens=None):
+        colours = images.reshape(len(images), 3, STRIPS, -1).mean(-1)
+        digits = ((colours + 1) / 2 * STEPS).floor().clamp(0, STEPS - 1).long()
+        return (digits * torch.tensor([1, STEPS, STEPS**2])[:, None]).sum(1)[:, :num_tokens]
+
+    def detokenize(
+        self, tokens, num_tokens=None, num_steps=25, guidance="apg", guidance_scale=7.5, generator=None, **_
+    ):
+        assert isinstance(num_tokens, int) and len(generator) == len(tokens)
+        self.decoded += 1
+        if self.decoded == self.deadline:
+            raise Killed
+        digits = tokens[:, None] // torch.tensor([1, STEPS, STEPS**2])[:, None] % STEPS
+        colours = (digits + 0.5) / STEPS * 2 - 1
+        noise = torch.stack([torch.randn(3, SIDE, SIDE, generator=g) for g in generator])
+        images = 0.3 * noise
+        height = SIDE // STRIPS
+        images[:, :, : num_tokens * height] = colours[:, :, :num_tokens].repeat_interleave(height, 2)[..., None]
+        return images + self.bias
+
+
+def pictures(count):
+    generator = torch.Generator().manual_seed(0)
+    colours = torch.rand(count, 3, STRIPS, generator=generator) * 1.8 - 0.9
+    images = colours.repeat_interleave(SIDE // STRIPS, 2)[..., None].expand(-1, -1, -1, SIDE)
+    images = images + 0.05 * torch.randn(count, 3, SIDE, SIDE, generator=generator)
+    return [{"image": image.clamp(-1, 1), "key": f"picture{i}", "label": 0} for i, image in enumerate(images)]
+
+
+class TinyExtractor:
+    """Mean colour of each strip, a feature that can be computed by hand."""
+
+    name, metric_name, kernel_metric_name = "strips", "fd_strips", "kd_strips"
+    dim, weights_hash, resize = 3 * STRIPS, "0" * 16, "none"
+    seen = 0
+
+    def __call__(self, images):
+        TinyExtractor.seen += len(images)
+        return images.float().reshape(len(images), 3, STRIPS, -1).mean(-1).flatten(1) / 255
+
+    def to(self, device):
+        return self
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch, request):
+    monkeypatch.setattr("flextok_pl.evaluation.budget_evaluation.build_extractor", lambda *_: TinyExtractor())
+    TinyExtractor.seen = 0
+    if "files" not in request.node.name:  # a plot takes longer than all the rest
+        monkeypatch.setattr("flextok_pl.evaluation.report.plot_budgets", lambda *args: None)
+
+
+def evaluate(tmp_path, samples=None, tokenizer=None, batch_size=5, claimed=None, data_hash=None, read=None, **options):
+    """The results of an evaluation of the first `read` of the samples, which leaves its files."""
+    samples = pictures(17) if samples is None else samples
+    evaluation = ReconstructionEvaluation(ReconstructionOptions(**{"cache_dir": None, **options}))
+    context = Context(claimed or len(samples), limited=read is not None, data_hash=data_hash)
+    evaluation.start(tokenizer or StripTokenizer(), context)
+    samples = samples[:read]
+    for i in range(0, len(samples), batch_size):
+        evaluation.update(default_collate(samples[i : i + batch_size]))
+    results = evaluation.finish()
+    results.write(tmp_path, "rfid")
+    print(results.table(tmp_path))
+    evaluation.forget()
+    return results
+
+
+def test_values_files_and_table(tmp_path, capsys):
+    samples = pictures(17)
+    results = evaluate(tmp_path, samples)
+    assert list(results.values) == [1, 2, 4, 8]
+    by_metric = {m: [results.values[k][m] for k in (1, 2, 4, 8)] for m in results.values[1]}
+    for name in ("fd_strips", "mae", "mse", "mse_over_variance"):
+        assert by_metric[name] == sorted(by_metric[name], reverse=True), name
+    for name in ("psnr", "ssim"):
+        assert by_metric[name] == sorted(by_metric[name]), name
+
+    images = to_uint8(torch.stack([sample["image"] for sample in samples])).double() / 255
+    variance = images.var(0, correction=0).mean()
+    assert by_metric["mse_over_variance"][2] == pytest.approx(by_metric["mse"][2] / float(variance), rel=1e-9)
+    # At the full budget only the colour steps and the pictures' own noise are lost: (1/4)^2 / 12 + (0.05 / 2)^2.
+    assert by_metric["mse"][-1] == pytest.approx(1 / 16 / 12 + 0.025**2, rel=0.15)
+
+    records = json.loads((tmp_path / "rfid.json").read_text())
+    assert len(records) == 4 * len(by_metric)
+    (record,) = [r for r in records if r["metric"] == "fd_strips" and r["num_tokens"] == 4]
+    assert record["value"] == results.values[4]["fd_strips"]
+    wanted = {
+        "num_samples": 17,
+        "samples_in_split": 17,
+        "complete": True,
+        "num_steps": 25,
+        "guidance": "none",
+        "seed": 0,
+    }
+    wanted |= {"extractor": "strips", "image_size": [32, 32], "precision": "32-true", "model_weights": "loaded"}
+    assert wanted.items() <= record.items()
+    assert record["full_rank"] is False
+    assert len(record["data_hash"]) == 16 and record["versions"]["torch"] == torch.__version__
+
+    rows = list(csv.DictReader((tmp_path / "rfid.csv").open()))
+    assert [row["num_tokens"] for row in rows] == ["1", "2", "4", "8"]
+    assert float(rows[1]["mse"]) == results.values[2]["mse"]
+    assert Image.open(tmp_path / "rfid.png").size[0] > 600
+    grid = Image.open(tmp_path / "grid.png")
+    assert grid.size[0] == 5 * 34 + 2 and grid.size[1] > 8 * 34
+
+    printed = capsys.readouterr().out
+    assert "mse_over_variance" in printed and "of 17 images and 24 features compares" in printed
+    assert len([line for line in printed.splitlines() if line.strip()[:2] in ("1 ", "2 ", "4 ", "8 ")]) == 4
+
+
+def test_results_do_not_depend_on_batches_or_order(tmp_path):
+    samples = pictures(17)
+    first = evaluate(tmp_path / "a", samples, batch_size=17)
+    second = evaluate(tmp_path / "b", samples[::-1], batch_size=3)
+    for budget, metrics in first.values.items():
+        for name, value in metrics.items():
+            assert second.values[budget][name] == pytest.approx(value, rel=1e-6), name
+    hashes = {json.loads((tmp_path / run / "rfid.json").read_text())[0]["data_hash"] for run in "ab"}
+    assert len(hashes) == 1
+    assert (tmp_path / "a/grid.png").read_bytes() == (tmp_path / "b/grid.png").read_bytes()
+    other = evaluate(tmp_path / "c", samples, seed=1)
+    assert other.values[1]["mse"] != first.values[1]["mse"]
+
+
+def test_real_statistics_are_kept_on_disk(tmp_path):
+    samples, options = pictures(17), {"cache_dir": tmp_path / "cache", "budgets": [8]}
+    first = evaluate(tmp_path, samples, data_hash="a", **options)
+    assert TinyExtractor.seen == 34
+    second = evaluate(tmp_path, samples, data_hash="a", **options)
+    assert TinyExtractor.seen == 34 + 17
+    assert second.values == first.values
+    with pytest.raises(RuntimeError, match="other images"):
+        evaluate(tmp_path, pictures(18)[1:], data_hash="a", **options)
+    again = evaluate(tmp_path, pictures(18)[1:], data_hash="a", **options)
+    assert again.values != first.values
+    evaluate(tmp_path, samples, data_hash="b", **options)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_limited_batches_whether_statistics_of_all_are_kept_or_not(tmp_path, capsys):
+    """Ten of seventeen images are measured against these ten, and the record says that they are not all."""
+    options = {"cache_dir": tmp_path / "cache", "budgets": [8], "data_hash": "a"}
+    evaluate(tmp_path, **options)
+    values = []
+    for cache in (tmp_path / "cache", None):
+        values.append(evaluate(tmp_path, read=10, **{**options, "cache_dir": cache}).values[8])
+        (record, *_) = json.loads((tmp_path / "rfid.json").read_text())
+        assert (record["num_samples"], record["samples_in_split"], record["complete"]) == (10, 17, False)
+        assert "only 10 of 17 samples were read" in capsys.readouterr().out
+    assert values[0] == values[1]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_each_sample_exactly_once(tmp_path):
+    samples = pictures(10)
+    with pytest.raises(RuntimeError, match=r"test set gave 10 samples, 12 were expected.*no number is reported"):
+        evaluate(tmp_path, samples, claimed=12)
+    with pytest.raises(RuntimeError, match="1 of 11 samples of the test set repeat a key"):
+        evaluate(tmp_path, [*samples, samples[3]])
+    assert not (tmp_path / "rfid.json").exists()
+
+
+def test_budgets(tmp_path):
+    assert list(evaluate(tmp_path, budgets="all").values) == list(range(1, 9))
+    options = ReconstructionOptions(budgets=[1, 9])
+    with pytest.raises(ValueError, match="rfid.budgets holds 9, but the tokenizer has 8"):
+        options.budgets_up_to(8, in_fit=False)
+    assert options.budgets_up_to(9, in_fit=True) == [1, 9]
+    with pytest.raises(ValueError, match="rfid.fit_budgets holds 9"):
+        ReconstructionOptions(fit_budgets=[1, 9]).budgets_up_to(8, in_fit=True)
+    assert ReconstructionOptions().budgets_up_to(8, in_fit=True) == [1, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budgets": [0, 1]}, "budgets=.0, 1. must be different positive"),
+        ({"budgets": [4, 4]}, "different positive"),
+        ({"budgets": []}, "different positive"),
+        ({"budgets": "some"}, "budgets='some'"),
+        ({"num_steps": 0}, "num_steps=0 must be at least 1"),
+        ({"max_samples": 0}, "max_samples=0"),
+        ({"guidance": "strong"}, "guidance='strong'"),
+        ({"guidance_scale": 2.0}, "no effect with guidance='none'"),
+        ({"extractor": "inception"}, "use one of effnet-lite0, inception-v3-compat"),
+        ({"weights": "/nowhere.pth"}, "not a file"),
+    ],
+)
+def test_options_are_checked_at_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        ReconstructionOptions(**options)
+
+
+def test_a_diverged_model_is_named(tmp_path):
+    with pytest.raises(ValueError, match="diverged"):
+        evaluate(tmp_path, tokenizer=StripTokenizer(bias=math.nan))
+
+
+def test_the_offline_extractor_in_a_whole_evaluation(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    results = evaluate(tmp_path, pictures(6), budgets=[1, 8])
+    assert results.values[8]["fd_effnet_lite0"] < results.values[1]["fd_effnet_lite0"]
+    metrics = {record["metric"] for record in json.loads((tmp_path / "rfid.json").read_text())}
+    assert not any("inception" in metric or "fid" in metric for metric in metrics)
+
+
+def test_the_best_and_the_worst_images_are_shown(tmp_path):
+    samples = pictures(9)
+    for i, sample in enumerate(samples):  # the more noise in the picture, the larger the error
+        noise = torch.randn(3, SIDE, SIDE, generator=torch.Generator().manual_seed(i))
+        sample["image"] = (sample["image"] + 0.1 * (i * 4 % 9) * noise).clamp(-1, 1)
+    evaluate(tmp_path, samples, budgets=[8])
+    shown = torch.from_numpy(np.asarray(Image.open(tmp_path / "extremes.png")).copy()).permute(2, 0, 1)
+    by_noise = sorted(range(9), key=lambda i: i * 4 % 9)
+    left, step = 2 * SIDE + 2, SIDE + 2
+    for row, i in enumerate([*by_noise[:3], *by_noise[:-4:-1]]):
+        top = shown.shape[1] - (6 - row) * step
+        original = shown[:, top : top + SIDE, left : left + SIDE]
+        assert torch.equal(original, to_uint8(samples[i]["image"])), f"row {row}"
+        made = shown[:, top : top + SIDE, left + step : left + step + SIDE]
+        assert 1 < (made.float() - original.float()).abs().mean() < 100, "its reconstruction is beside it"
+
+
+def test_variance_over_seeds(tmp_path):
+    """Beyond the budget the strips are noise of deviation 0.3 on [-1, 1], 0.15 on [0, 1]."""
+    results = evaluate(tmp_path, budgets=[2, 8], num_seeds=3)
+    first = evaluate(tmp_path, budgets=[2, 8])
+    assert "seed_variance" not in first.values[2]
+    assert results.values[2].pop("seed_variance") == pytest.approx(0.15**2 * 6 / 8, rel=0.05)
+    assert results.values[8].pop("seed_variance") == 0
+    assert results.values == first.values, "all else is measured on the first seed"
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(tmp_path):
+    samples, cache = pictures(17), tmp_path / "cache"
+    options = {"cache_dir": cache, "budgets": [2, 8], "save_every_minutes": 0}
+
+    def run(name, deadline=None, **changes):
+        tokenizer = StripTokenizer(deadline=deadline)
+        evaluate(tmp_path / name, samples, tokenizer, data_hash="one", **{**options, **changes})
+        return (
+            tokenizer.decoded,
+            (tmp_path / name / "rfid.json").read_text(),
+            [(tmp_path / name / file).read_bytes() for file in ("grid.png", "extremes.png")],
+        )
+
+    _, records, picture = run("whole", cache_dir=tmp_path / "other")
+    for name, deadline in (("first", 6), ("second", 3)):  # in the third batch of four, and in the second of the rest
+        with pytest.raises(Killed):
+            run(name, deadline)
+        assert len(list(cache.glob("unfinished_*"))) == 1
+    with pytest.raises(Killed):
+        run("another picture", 1, grid_samples=2)  # nothing of the others is taken
+    decoded, after, after_picture = run("third")
+    assert decoded == 2, "three of four batches were done"
+    assert (after, after_picture) == (records, picture)
+    assert not list(cache.glob("unfinished_*"))
+    assert run("again")[0] == 8
+
+
+def test_a_resumed_evaluation_still_finds_keys_that_come_twice(tmp_path):
+    samples = pictures(10)
+    options = {"cache_dir": tmp_path / "cache", "budgets": [8], "save_every_minutes": 0}
+    with pytest.raises(Killed):
+        evaluate(tmp_path, samples, StripTokenizer(deadline=2), data_hash="one", **options)
+    twice = [*samples[:5], *samples[:5]]
+    with pytest.raises(RuntimeError, match="repeat a key"):
+        evaluate(tmp_path, twice, data_hash="one", **options)
 
 
 class Colours:
