@@ -9,6 +9,7 @@ import pytest
 from data_helpers import contents
 from PIL import Image
 
+from flextok_pl.cli import main
 from flextok_pl.data import ShardDataModule, ShardError, ShardIndex, write_folder
 from flextok_pl.data.convert.captions import read_captions
 from flextok_pl.data.image_files import list_images
@@ -250,8 +251,9 @@ def test_a_folder_that_cannot_be_read_is_named(classes, monkeypatch):
 
 def test_a_dangling_link_is_a_broken_picture(classes, tmp_path, caplog):
     (classes / "dog" / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    with pytest.raises(ValueError, match=r"dog/gone\.png.*on_error=skip"):
-        write_folder(classes, tmp_path / "dst", num_workers=0)
+    for workers in ("0", "2"):
+        with pytest.raises(SystemExit, match=r"error: dog/gone\.png.*on_error=skip"):
+            main(["data", "folder", str(classes), str(tmp_path / "dst"), "--num_workers", workers])
     index = write_folder(classes, tmp_path / "dst", num_workers=0, on_error="skip")["all"]
     assert index.num_samples == 5 and index.provenance["skipped"] == 1 and "gone.png" in caplog.text
     assert write_folder(classes, tmp_path / "dst", num_workers=0, on_error="skip")["all"] == index

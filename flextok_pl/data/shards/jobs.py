@@ -8,9 +8,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from typing import TypeVar
 
 from tqdm import tqdm
+
+from flextok_pl.data.shards.index import ShardError
+from flextok_pl.errors import is_for_the_user
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -47,7 +51,7 @@ def _in_processes(job: Callable[[ItemT], ResultT], items: Sequence[ItemT], worke
     context = multiprocessing.get_context(method)
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
         try:
-            yield from pool.map(job, items)
+            yield from pool.map(partial(_judged, job), items)
         except BrokenProcessPool as error:
             raise ChildProcessError(
                 "a worker process was killed, perhaps for want of memory; give a smaller num_workers (what is complete "
@@ -56,6 +60,16 @@ def _in_processes(job: Callable[[ItemT], ResultT], items: Sequence[ItemT], worke
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _judged(job: Callable[[ItemT], ResultT], item: ItemT) -> ResultT:
+    """Run a job in a worker. Only there is it known where an error comes from, and whether it is for the user."""
+    try:
+        return job(item)
+    except ValueError as error:
+        if is_for_the_user(error):
+            raise ShardError(str(error)) from error
+        raise
 
 
 def _end_with_parent() -> None:
