@@ -21,8 +21,7 @@ class TimmClassifier(MeasuringNetwork):
             import timm
 
             network, data = timm_network(source)
-        super().__init__(network)
-        self.name = name.replace(".", "_")  # part of the metrics' names
+        super().__init__(name.replace(".", "_"), network)  # the name is part of the metrics' names
         self.num_classes: int = network.num_classes
         self._preprocess = timm.data.create_transform(**data, is_training=False)
 

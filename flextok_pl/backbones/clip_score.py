@@ -22,7 +22,7 @@ class CLIPScore(MeasuringNetwork):
 
             network: Any = CLIPModel.from_pretrained(model)
             self.processor: Any = CLIPProcessor.from_pretrained(model)
-        super().__init__(network)
+        super().__init__(str(model), network)
 
     def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         """Score of each pair: (B, 3, H, W) uint8 and B captions -> (B,) float64 on the CPU, not clamped at 0."""

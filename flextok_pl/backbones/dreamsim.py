@@ -60,8 +60,8 @@ class DreamSim(MeasuringNetwork):
                     model, prepare = dreamsim(dreamsim_type=network, cache_dir=str(folder), device=str(device))
         finally:
             torch.hub.set_dir(str(hub))  # the package moves it
-        super().__init__(model)
-        self.name, self.device = network, torch.device(device)
+        super().__init__(network, model)
+        self.device = torch.device(device)
         self._prepare: Any = prepare
 
     def __call__(self, originals: Tensor, reconstructions: Tensor) -> Tensor:

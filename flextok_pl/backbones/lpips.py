@@ -11,10 +11,8 @@ from flextok_pl.backbones.pretrained import MeasuringNetwork, Pretrained
 class LPIPS(MeasuringNetwork):
     """Perceptual distance of image pairs; `weights` is torchvision's AlexNet state dict."""
 
-    name = "alex"
-
     def __init__(self, weights: Path | str | None = None) -> None:
-        super().__init__(lpips_network("alex", Pretrained("lpips_network", self.name, weights, "lpips")))
+        super().__init__("alex", lpips_network("alex", Pretrained("lpips_network", "alex", weights, "lpips")))
 
     def __call__(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
         """Distance of each pair: (B, 3, H, W) uint8 twice -> (B,) float64 on the CPU."""

@@ -62,7 +62,8 @@ class Pretrained:
 class MeasuringNetwork:
     """A pretrained network, made on the CPU, that measures images: frozen in place, and always in full precision."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, name: str, network: nn.Module) -> None:
+        self.name = name
         self.network: Any = network.eval().requires_grad_(False)
         self.weights_hash = weights_hash(network)  # records state it
         self.device = torch.device("cpu")

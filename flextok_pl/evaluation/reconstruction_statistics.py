@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flextok_pl.backbones.extractors import FeatureExtractor
+from flextok_pl.backbones.pretrained import MeasuringNetwork
 from flextok_pl.distributed import all_reduce_sum, gather_objects
 from flextok_pl.evaluation.statistics import BudgetStatistics, BudgetT
 from flextok_pl.metrics.feature_set import FeatureSet
@@ -19,15 +20,7 @@ from flextok_pl.metrics.images import image_errors
 
 
 class PairDistance(Protocol):
-    """A distance of each image from another.
-
-    Attributes:
-        name: of its network.
-        weights_hash: digest of the network's parameters.
-    """
-
-    name: str
-    weights_hash: str
+    """How far each image is from another: a function, or a network, which records then name."""
 
     def __call__(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 twice -> (B,) float64 on the CPU."""
@@ -99,6 +92,7 @@ class ReconstructionStatistics(BudgetStatistics[BudgetT]):
         return {name: {"kernel": f"{facts['kernel']}, originals and reconstructions paired"}} | {
             metric: {f"{metric}_network": distance.name, f"{metric}_weights_hash": distance.weights_hash}
             for metric, distance in self._perceptual.items()
+            if isinstance(distance, MeasuringNetwork)
         }
 
     def update_real(self, images: Tensor, keys: Sequence[str]) -> None:

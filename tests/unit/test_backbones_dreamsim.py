@@ -92,7 +92,8 @@ def test_means_by_budget(stand_in):
 
     originals, keys = pictures(5), [str(i) for i in range(5)]
     distance = DreamSim()
-    statistics = ReconstructionStatistics([1, 4], Colours(), perceptual={"dreamsim": distance})
+    perceptual = {"dreamsim": distance, "largest": lambda a, b: (a - b).flatten(1).amax(1).double()}
+    statistics = ReconstructionStatistics([1, 4], Colours(), perceptual=perceptual)
     for part in (slice(0, 2), slice(2, 5)):
         statistics.update_real(originals[part], keys[part])
         for budget, divisor in ((1, 4), (4, 2)):
@@ -101,7 +102,9 @@ def test_means_by_budget(stand_in):
     values = statistics.values()
     for budget, divisor in ((1, 4), (4, 2)):
         assert values[budget]["dreamsim"] == pytest.approx(distance(originals, originals // divisor).mean().item())
+        assert values[budget]["largest"] == (originals - originals // divisor).flatten(1).amax(1).double().mean()
     assert "lpips" not in values[1]
+    assert "dreamsim" in statistics.how and "largest" not in statistics.how  # a function has no weights to state
 
 
 def test_where_weights_are(stand_in, tmp_path, monkeypatch):
