@@ -48,9 +48,6 @@ def encode_shards(
             patches stores the least without changing the training.
         device: where to run the VAE; default a GPU where there is one.
         **options: those of `write_latents`.
-
-    Returns:
-        The index of the new set.
     """
     place = default_device(device)
     encoder = FlexTok.from_pretrained(vae).require_vae() if vae.endswith(".safetensors") else VAE.from_pretrained(vae)
@@ -112,9 +109,6 @@ def tokenize_shards(
         text_encoder: also store the captions' states under this encoder: `minilm`, or a folder or Hub id of a T5.
         device: where to run the tokenizer; default a GPU where there is one.
         **options: those of `write_tokens`.
-
-    Returns:
-        The index of the new set.
     """
     place = default_device(device)
     tok = FlexTok.from_pretrained(tokenizer)

@@ -7,30 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flextok_pl.data.convert.demo import write_demo
-    from flextok_pl.data.convert.folder import write_folder
-    from flextok_pl.data.convert.imagenet import write_imagenet
-    from flextok_pl.data.convert.parquet import write_parquet
-    from flextok_pl.data.convert.reshard import write_resharded
-    from flextok_pl.data.datamodule import ShardDataModule
-    from flextok_pl.data.encode.latents import write_latents
-    from flextok_pl.data.encode.tokens import write_tokens
-    from flextok_pl.data.shards.index import ShardError, ShardIndex
-    from flextok_pl.data.transforms import Augmentation
-
-__all__ = [
-    "Augmentation",
-    "ShardDataModule",
-    "ShardError",
-    "ShardIndex",
-    "write_demo",
-    "write_folder",
-    "write_imagenet",
-    "write_latents",
-    "write_parquet",
-    "write_resharded",
-    "write_tokens",
-]
+    from flextok_pl.data.convert.demo import write_demo as write_demo
+    from flextok_pl.data.convert.folder import write_folder as write_folder
+    from flextok_pl.data.convert.imagenet import write_imagenet as write_imagenet
+    from flextok_pl.data.convert.parquet import write_parquet as write_parquet
+    from flextok_pl.data.convert.reshard import write_resharded as write_resharded
+    from flextok_pl.data.datamodule import ShardDataModule as ShardDataModule
+    from flextok_pl.data.encode.latents import write_latents as write_latents
+    from flextok_pl.data.encode.tokens import write_tokens as write_tokens
+    from flextok_pl.data.shards.index import ShardError as ShardError
+    from flextok_pl.data.shards.index import ShardIndex as ShardIndex
+    from flextok_pl.data.transforms import Augmentation as Augmentation
 
 _HOMES = {
     "Augmentation": "transforms",
@@ -45,6 +32,8 @@ _HOMES = {
     "write_resharded": "convert.reshard",
     "write_tokens": "encode.tokens",
 }
+
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from math import ceil
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from flextok_pl.progress import announced
 Split = Literal["train", "val", "test"]
 
 
+@dataclass(eq=False, repr=False)
 class ShardDataModule(pl.LightningDataModule):
     """Batches from shard sets that `flextok data` wrote.
 
@@ -71,58 +73,52 @@ class ShardDataModule(pl.LightningDataModule):
     crop = CENTER_CROP
     """What is done to evaluation pictures."""
 
-    def __init__(
-        self,
-        train: str | list[str] | None = None,
-        val: str | list[str] | None = None,
-        test: str | list[str] | None = None,
-        image_size: int = 256,
-        batch_size: int = 64,
-        eval_batch_size: int | None = None,
-        num_workers: int = 2,
-        seed: int = 0,
-        augmentation: Augmentation | None = DEFAULT_AUGMENTATION,
-        shuffle_buffer: int = 2000,
-        drop_last: bool = True,
-        val_limit: int | None = None,
-        cache_in_memory: bool = False,
-        verify_checksums: bool = False,
-        pin_memory: bool | None = None,
-        train_weights: list[float] | None = None,
-        cache_dir: str | None = None,
-        fast_decode: bool = False,
-        on_error: Literal["raise", "skip"] = "raise",
-        max_skipped: int = 100,
-        lanes: int = 1,
-        labels: bool = True,
-    ) -> None:
+    train: str | list[str] | None = None
+    val: str | list[str] | None = None
+    test: str | list[str] | None = None
+    image_size: int = 256
+    batch_size: int = 64
+    eval_batch_size: int | None = None
+    num_workers: int = 2
+    seed: int = 0
+    augmentation: Augmentation | None = DEFAULT_AUGMENTATION
+    shuffle_buffer: int = 2000
+    drop_last: bool = True
+    val_limit: int | None = None
+    cache_in_memory: bool = False
+    verify_checksums: bool = False
+    pin_memory: bool | None = None
+    train_weights: list[float] | None = None
+    cache_dir: str | None = None
+    fast_decode: bool = False
+    on_error: Literal["raise", "skip"] = "raise"
+    max_skipped: int = 100
+    lanes: int = 1
+    labels: bool = True
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.sources: dict[str, str | list[str] | None] = {"train": train, "val": val, "test": test or val}
-        self.image_size, self.batch_size = image_size, batch_size
-        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
-        self.num_workers, self.seed, self.augmentation = num_workers, seed, augmentation
-        self.shuffle_buffer, self.drop_last, self.val_limit = shuffle_buffer, drop_last, val_limit
-        self.cache_in_memory, self.verify_checksums, self.pin_memory = cache_in_memory, verify_checksums, pin_memory
-        self.train_weights, self.cache_dir, self.fast_decode = train_weights, cache_dir, fast_decode
-        self.on_error, self.max_skipped, self.lanes, self.labels = on_error, max_skipped, lanes, labels
-        minima = {"image_size": 1, "batch_size": 1, "eval_batch_size": 1, "num_workers": 0, "shuffle_buffer": 0}
-        for name, least in {**minima, "max_skipped": 0, "lanes": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
-        if val_limit is not None and val_limit < 1:
-            raise ValueError(f"val_limit={val_limit} must be at least 1, or null for all samples")
-        if train_weights is not None:
-            entries = len(train) if isinstance(train, list) else int(train is not None)
-            if len(train_weights) != entries or min(train_weights) <= 0:
+        self.sources = {"train": self.train, "val": self.val, "test": self.test or self.val}
+        minima = {"image_size": 1, "batch_size": 1, "eval_batch_size": 1, "lanes": 1}
+        for name, least in {**minima, "num_workers": 0, "shuffle_buffer": 0, "max_skipped": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+        if self.val_limit is not None and self.val_limit < 1:
+            raise ValueError(f"val_limit={self.val_limit} must be at least 1, or null for all samples")
+        if self.train_weights is not None:
+            entries = len(self.train) if isinstance(self.train, list) else int(self.train is not None)
+            if len(self.train_weights) != entries or min(self.train_weights) <= 0:
                 raise ValueError(
-                    f"train_weights={train_weights} must be one positive number for each of the {entries} sets in train"
+                    f"train_weights={self.train_weights} must be one positive number for each of the {entries} sets in "
+                    "train"
                 )
         if all(source is None for source in self.sources.values()):
             raise ValueError("give at least one of train, val and test: the folder of a shard set")
         self._used: tuple[Split, ...] = ("train", "val", "test")  # by a stage, once it is known
         self._sets: dict[str, ShardSet] = {}
         self._streams: dict[str, EpochStream] = {}
-        self._skipped = torch.zeros(max(1, num_workers), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self._skipped = torch.zeros(max(1, self.num_workers), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self.epoch = 0
 
     def shard_set(self, split: Split) -> ShardSet:
@@ -256,7 +252,7 @@ class ShardDataModule(pl.LightningDataModule):
         data, train = self.shard_set(split), split == "train"
         rank, world_size = self._position()
         plan = EpochPlan(
-            batch_size=self.batch_size if train else self.eval_batch_size,
+            batch_size=self.batch_size if train else self.eval_batch_size or self.batch_size,
             train=train,
             rank=rank,
             world_size=world_size,
@@ -265,26 +261,23 @@ class ShardDataModule(pl.LightningDataModule):
             limit=self.val_limit if split == "val" else None,
             lanes=self.lanes,
         )
-        needed = self.batch_size * world_size
-        if train and self.drop_last and data.num_samples < needed:
+        if train and self.drop_last and data.num_samples < plan.together:
             raise ValueError(
                 f"the training set has {data.num_samples} samples, fewer than batch_size={self.batch_size} on "
                 f"{world_size} processes need; lower batch_size, or set drop_last=false"
             )
-        collate = Collate(self.image_size, self.augmentation if train else None, self.seed)
-        decoder = self._decoder() if train else Decoder()
+        collate, decoder = Collate(self.image_size, self.augmentation if train else None, self.seed), Decoder()
+        if train:
+            window = 1.0 if self.augmentation is None else self.augmentation.smallest_window
+            decoder = Decoder(
+                min_side=ceil(2 * self.image_size / window) if self.fast_decode else None,
+                max_skipped=self.max_skipped if self.on_error == "skip" else None,
+                counts=self._skipped,
+            )
         if self.cache_in_memory:
             with announced(f"reading the samples of data.{split} into memory"):
                 return CachedBatches(data, collate, plan, decoder)
-        return StreamedBatches(data, collate, plan, self.shuffle_buffer, decoder)
-
-    def _decoder(self) -> Decoder:
-        window = 1.0 if self.augmentation is None else self.augmentation.smallest_window
-        return Decoder(
-            min_side=ceil(2 * self.image_size / window) if self.fast_decode else None,
-            max_skipped=self.max_skipped if self.on_error == "skip" else None,
-            counts=self._skipped,
-        )
+        return StreamedBatches(data, collate, plan, decoder, self.shuffle_buffer)
 
     def _position(self) -> tuple[int, int]:
         """(rank, world size)."""

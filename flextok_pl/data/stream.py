@@ -56,10 +56,6 @@ class ShardSet:
             return Mixture.whole(self.num_samples, length)
         return Mixture.weighted([index.num_samples for index in self.indices], self.weights, length)
 
-    def first_sample(self, part: int) -> int:
-        """Number of the first sample of a part in the row of all shards."""
-        return sum(self.counts[: self.parts[part].start])
-
 
 @dataclass(frozen=True)
 class EpochPlan:
@@ -83,9 +79,9 @@ class EpochPlan:
 class EpochStream(IterableDataset[Batch]):
     """What the two datasets share: batches for one reader, in an epoch that the main process sets."""
 
-    def __init__(self, data: ShardSet, collate: Collate, plan: EpochPlan) -> None:
+    def __init__(self, data: ShardSet, collate: Collate, plan: EpochPlan, decoder: Decoder | None = None) -> None:
         super().__init__()
-        self.data, self.collate, self.plan = data, collate, plan
+        self.data, self.collate, self.plan, self.decoder = data, collate, plan, decoder or Decoder()
         self.mixture = data.mixture(data.num_samples)
         self._start = torch.zeros(2, dtype=torch.int64)
         self._start.share_memory_()  # type: ignore[no-untyped-call]
@@ -164,14 +160,13 @@ class StreamedBatches(EpochStream):
         data: ShardSet,
         collate: Collate,
         plan: EpochPlan,
-        shuffle_buffer: int = 1000,
         decoder: Decoder | None = None,
+        shuffle_buffer: int = 1000,
     ) -> None:
-        super().__init__(data, collate, plan)
+        super().__init__(data, collate, plan, decoder)
         self.shuffle = shuffle_buffer > 1
         most = max(1, MAX_OPEN * data.num_samples // (len(data.shards) * plan.lanes))
         self.lanes = Lanes(data.num_samples, plan.lanes, min(shuffle_buffer if self.shuffle else 1000, most))
-        self.decoder = decoder or Decoder()
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, batches = self.next_pass()
@@ -239,8 +234,8 @@ class CachedBatches(EpochStream):
     """
 
     def __init__(self, data: ShardSet, collate: Collate, plan: EpochPlan, decoder: Decoder | None = None) -> None:
-        super().__init__(data, collate, plan)
-        self.cache = self._decoded(decoder or Decoder())
+        super().__init__(data, collate, plan, decoder)
+        self.cache = self._decoded()
         # (N, 2C, h, w), (N, F, h', w'), (N, K)
         self.tensors = {name: stacked(self.cache, name) for name in STACKED if name in self.cache[0]}
         for sample in self.cache:
@@ -257,23 +252,15 @@ class CachedBatches(EpochStream):
                 batch[name] = in_batch(tensor[chosen])
             yield batch
 
-    def _decoded(self, decoder: Decoder) -> list[Decoded]:
-        found: list[Decoded] = []
-        missing = 0
+    def _decoded(self) -> list[Decoded]:
+        decoded: list[Decoded | None] = []
         for (index, number), count in zip(self.data.shards, self.data.counts, strict=True):
             with closing(Shard(index, number)) as shard:
-                for sample in range(count):
-                    decoded = decoder(index, shard.read(sample))
-                    if decoded is not None:
-                        found += [decoded] * (1 + missing)
-                        missing = 0
-                    elif found:
-                        found.append(found[-1])
-                    else:
-                        missing += 1  # the first good one stands in for those before it
-        if missing:
+                decoded += [self.decoder(index, shard.read(sample)) for sample in range(count)]
+        kept = next(filter(None, decoded), None)  # the first good one stands in for those before it
+        if kept is None:
             raise ShardError(f"{self.data.indices[0].where}: all samples are broken")
-        return found
+        return [kept := sample or kept for sample in decoded]
 
     def _order(self, epoch: int) -> list[int]:
         """The sequence of an epoch."""
@@ -281,7 +268,8 @@ class CachedBatches(EpochStream):
         samples: list[list[int]] = [[] for _ in self.data.parts]  # of each part, in their order
         for part, number, begin, end in self.mixture.pieces(epoch, 0, total):
             generator = sample_generator(self.plan.seed, number, f"samples{part or ''}")
-            permutation = torch.randperm(self.mixture.sizes[part], generator=generator) + self.data.first_sample(part)
+            first = sum(self.data.counts[: self.data.parts[part].start])
+            permutation = torch.randperm(self.mixture.sizes[part], generator=generator) + first
             samples[part] += permutation[begin:end].tolist()
         before = torch.stack(self.mixture.cut(torch.arange(total + 1)))  # (parts, samples + 1)
         turns = before.diff(dim=1).argmax(dim=0).tolist()  # whose turn it is at each place of the row

@@ -309,5 +309,5 @@ def test_fast_decoding_is_for_training_only_and_near_the_full_one(tmp_path):
     assert (train - fast_train).abs().mean() < 2 / 127.5  # grey levels
     crops = Augmentation(crop_scale=(0.25, 1.0), scale=(1.0, 2.0))
     assert crops.smallest_window == 0.25  # 400 px leave too few for a half-size picture of 48 px
-    data = ShardDataModule(str(tmp_path), image_size=48, augmentation=crops, fast_decode=True)
-    assert data._decoder().min_side == 384
+    data = ShardDataModule(str(tmp_path), image_size=48, batch_size=1, augmentation=crops, fast_decode=True)
+    assert data.train_dataloader().stream.decoder.min_side == 384

@@ -187,7 +187,7 @@ def test_memory_does_not_grow_with_the_set(tmp_path):
     sets = {copies: linked_set(tmp_path / str(copies), copies) for copies in (20, 200)}
 
     def peak(copies):
-        stream = StreamedBatches(sets[copies], Collate(8, None, 0), EpochPlan(10, train=True), 200, only_key)
+        stream = StreamedBatches(sets[copies], Collate(8, None, 0), EpochPlan(10, train=True), only_key, 200)
         tracemalloc.start()
         assert sum(len(batch["key"]) for batch in stream) == 50 * copies
         result = tracemalloc.get_traced_memory()[1]

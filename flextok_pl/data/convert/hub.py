@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,14 @@ def find_parts(src: str, files: str, revision: str | None, split: str | None) ->
     if split not in (None, *SPLITS.values()):
         raise ValueError(f"split={split} must be train, val or test")
     from_hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", src) is not None and not Path(src).exists()
+    if from_hub:
+        with _hub(f"no file or folder src={src} here, and no such data set was found on the Hub") as hub:
+            names = hub.list_repo_files(src, repo_type="dataset", revision=revision)
+        found = [(name, Path(name)) for name in sorted(names)]
+    else:
+        found = _list_local(src)
     by_part: dict[str, list[Path]] = {}
-    for name, path in _list_hub(src, revision) if from_hub else _list_local(src):
+    for name, path in found:
         if name == files or fnmatch.fnmatch(name, files):
             by_part.setdefault(part_of(name), []).append(path)
     if not by_part:
@@ -43,8 +49,11 @@ def find_parts(src: str, files: str, revision: str | None, split: str | None) ->
         raise ValueError(f"split={split} is none of the parts of src={src}: {', '.join(by_part)}")
     chosen = {part: paths for part, paths in by_part.items() if split in (None, part)}
     if from_hub:
-        folder = _download(src, revision, [path.as_posix() for paths in chosen.values() for path in paths])
-        chosen = {part: [folder / path for path in paths] for part, paths in chosen.items()}
+        wanted = [path.as_posix() for paths in chosen.values() for path in paths]
+        problem = f"src={src} could not be fetched from the Hub; what has been is kept, and the same command goes on"
+        with _hub(problem) as hub:
+            folder = hub.snapshot_download(src, repo_type="dataset", revision=revision, allow_patterns=wanted)
+        chosen = {part: [Path(folder) / path for path in paths] for part, paths in chosen.items()}
     return chosen
 
 
@@ -62,19 +71,6 @@ def _list_local(src: str) -> list[tuple[str, Path]]:
             (file.relative_to(path).as_posix() if path.is_dir() else file.name, file.absolute()) for file in inside
         ]
     return found
-
-
-def _list_hub(src: str, revision: str | None) -> list[tuple[str, Path]]:
-    with _hub(f"no file or folder src={src} here, and no such data set was found on the Hub") as hub:
-        names = hub.list_repo_files(src, repo_type="dataset", revision=revision)
-    return [(name, Path(name)) for name in sorted(names)]
-
-
-def _download(src: str, revision: str | None, names: Sequence[str]) -> Path:
-    with _hub(
-        f"src={src} could not be fetched from the Hub; what has been is kept, and the same command goes on"
-    ) as hub:
-        return Path(hub.snapshot_download(src, repo_type="dataset", revision=revision, allow_patterns=list(names)))
 
 
 @contextmanager

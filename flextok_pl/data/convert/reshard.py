@@ -52,9 +52,6 @@ def write_resharded(
             pictures or longer names; default the picture that each has.
         **options: those of `Conversion`.
 
-    Returns:
-        The index of the new set.
-
     Raises:
         ValueError: an option, a tar or a sample is unusable; names it.
     """

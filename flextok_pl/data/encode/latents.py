@@ -50,9 +50,6 @@ def write_latents(
         dtype: of the stored numbers.
         **options: those of `Encoding`.
 
-    Returns:
-        The index of the new set.
-
     Raises:
         ValueError: an option is out of range, the source holds no images, or what a model gave is unusable.
     """

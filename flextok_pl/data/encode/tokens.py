@@ -49,9 +49,6 @@ def write_tokens(
             not read together.
         **options: those of `Encoding`.
 
-    Returns:
-        The index of the new set.
-
     Raises:
         ValueError: an option is out of range, the source lacks images or captions, or what a model gave is unusable.
     """
