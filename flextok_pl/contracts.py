@@ -1,6 +1,6 @@
 """What the parts of the suite share: batches, protocols, defaults and ranges of options, the identity of a model.
 
-Shapes in this file: B batch, H x W image, C x h x w latent, K registers, L text positions, E text width, F teacher
+Shapes: B batch, H x W image, C x h x w latent, K registers, L text positions, E text width, F teacher
 width.
 """
 

@@ -16,7 +16,7 @@ from torchvision.transforms.functional import to_pil_image
 from flextok_pl.backbones.pretrained import MeasuringNetwork, Pretrained
 
 NETWORKS = ("ensemble", "dino_vitb16", "dinov2_vitb14", "clip_vitb32", "open_clip_vitb32", "synclr_vitb16")
-"""What the package calls `dreamsim_type`; `ensemble` is the paper's."""
+"""Values of the package's `dreamsim_type`; `ensemble` is the paper's."""
 
 
 def check_dreamsim(network: str | None, weights: Path | str | None) -> None:

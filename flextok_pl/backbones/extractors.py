@@ -26,8 +26,7 @@ EXTRACTORS = (
     *(f"clip-{net}" for net in ("rn50", "rn101", "vit-b-32", "vit-b-16", "vit-l-14", "vit-l-14-336px")),
 )
 
-EFFNET_SIZE = 128
-"""A multiple of 32, as its fixed "same" padding needs; 224 costs three times as much."""
+EFFNET_SIZE = 128  # a multiple of 32, as its fixed "same" padding needs; 224 costs three times as much
 
 
 class FeatureExtractor(MeasuringNetwork):

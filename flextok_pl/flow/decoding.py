@@ -16,9 +16,7 @@ from torch import Tensor
 from flextok_pl.contracts import GuidanceScale, is_whole
 from flextok_pl.precision import accumulation_dtype
 
-VelocityField = Callable[[Tensor, float], Tensor]
-"""(x, t) -> dx/dt at time t, of x's shape."""
-
+VelocityField = Callable[[Tensor, float], Tensor]  # (x, t) -> dx/dt at time t, of x's shape
 SOLVERS = ("euler", "heun")
 GUIDANCE_KINDS = ("none", "cfg", "apg")
 

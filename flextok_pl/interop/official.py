@@ -23,12 +23,11 @@ from flextok_pl.interop.official_table import PARTS, TOP
 from flextok_pl.interop.plain_data import check_plain, parse_text, read_json
 from flextok_pl.interop.tensor_file import TensorFile
 
-PUBLISHED_VAE = VAEConfig()
-"""The architecture that the official code builds for every checkpoint."""
+PUBLISHED_VAE = VAEConfig()  # the architecture that the official code builds for every checkpoint
 
 _BESIDE = "config.json"
 _ENC, _DEC = "encoder.module_dict.", "decoder.module_dict."
-_PREFIXES = {
+_PREFIXES = {  # start of a name in our state dict -> start of the official name
     "vae.vae.": "vae.vae.",
     "encoder.patch_embed.": f"{_ENC}enc_patch_emb.patch_proj.",
     "encoder.patch_posemb": f"{_ENC}enc_posemb_module.posembs",
@@ -45,7 +44,6 @@ _PREFIXES = {
     "decoder.blocks.": f"{_DEC}dec_transformer.blocks.",
     "decoder.head.": f"{_DEC}dec_to_patches.",
 }
-"""Start of a name in our state dict -> start of the official name."""
 
 
 class Official(Format[FlexTokConfig]):

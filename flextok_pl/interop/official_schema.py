@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
-REQUIRED = object()
-"""Default of an option that must be given."""
+REQUIRED = object()  # default of an option that must be given
+LAWS = ("uniform", "pow2", "uniform_pow2")  # of nested dropout that the official code knows
 
 
 def _whole(value: Any, least: int = 1) -> bool:
@@ -26,9 +26,6 @@ def _number(value: Any) -> bool:
 def _list(value: Any, least: int) -> bool:
     return isinstance(value, list | tuple) and all(_whole(item, least) for item in value)
 
-
-LAWS = ("uniform", "pow2", "uniform_pow2")
-"""Laws of nested dropout that the official code knows."""
 
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "size": ("a positive integer", _whole),

@@ -1,6 +1,6 @@
 """The adversarial term of autoencoder training: a patch discriminator, hinge losses and the adaptive weight.
 
-Shapes in this file: B batch, H x W image, p x q grid of overlapping patches.
+Shapes: B batch, H x W image, p x q grid of overlapping patches.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Distances between images in the features of a pretrained network.
 
-Shapes in this file: B batch, H x W image, D x h x w feature map.
+Shapes: B batch, H x W image, D x h x w feature map.
 """
 
 import torch

@@ -82,14 +82,9 @@ class Prior(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path, *, device: str | torch.device | None = None) -> Self:
-        """Load a prior saved by `save_pretrained`, in evaluation mode.
+        """Load a prior saved by `save_pretrained`, in evaluation mode; see `FlexTok.from_pretrained`.
 
-        Args:
-            path_or_hub_id: a `.safetensors` file, a folder with `prior.safetensors`, or a Hub id.
-            device: where to put the weights.
-
-        Raises:
-            ValueError: there is no such file, it is damaged, or holds something else.
+        A folder holds it as `prior.safetensors`.
         """
         return load_model(path_or_hub_id, PRIOR_FORMATS, cls, device)
 
@@ -100,7 +95,7 @@ class Prior(nn.Module):
         return save_model(weights or self.state_dict(), self.config, path, PRIOR_FORMATS, format)
 
     def trained_on(self, tokenizer: str, class_names: Sequence[str]) -> None:
-        """Note in the configuration the hash of the tokenizer whose tokens it learns, and the names of its classes."""
+        """Note in the configuration the hash of the tokenizer whose tokens it learns, and the names of the classes."""
         self.config = dataclasses.replace(self.config, tokenizer=tokenizer, class_names=tuple(class_names))
 
     def checkpoint_activations(self, enabled: bool = True) -> None:

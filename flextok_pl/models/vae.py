@@ -1,10 +1,9 @@
 """The image autoencoder: pixels <-> latents.
 
-A thin wrapper around diffusers' `AutoencoderKL` (the published FlexTok VAE is one,
-https://arxiv.org/abs/2502.13967, appendix A) that owns the scaling of the latents, and an exact
-autoencoder without weights for tiny images.
+A thin wrapper around diffusers' `AutoencoderKL` (the published FlexTok VAE is one, https://arxiv.org/abs/2502.13967,
+appendix A) that owns the scaling of the latents, and an exact autoencoder without weights for tiny images.
 
-Shapes in this file: B batch, H x W image, C x h x w latent, f = H / h downsampling.
+Shapes: B batch, H x W image, C x h x w latent, f = H / h downsampling.
 """
 
 from __future__ import annotations
@@ -110,11 +109,10 @@ class VAE(nn.Module):
             return self._moments(images)
 
     def _moments(self, images: Tensor) -> Tensor:
-        factor = self.config.downsampling
-        if images.shape[-2] % factor or images.shape[-1] % factor or not images.shape[-2:].numel():
+        factor, (height, width) = self.config.downsampling, images.shape[-2:]
+        if height % factor or width % factor or height * width == 0:
             raise ValueError(
-                f"images of {images.shape[-2]} x {images.shape[-1]} pixels do not fit; both sides must be multiples of "
-                f"{factor}"
+                f"images of {height} x {width} pixels do not fit; both sides must be multiples of {factor}"
             )
         if self.config.kind == "pixel":
             mean = rearrange(images, "b c (h p) (w q) -> b (c p q) h w", p=factor, q=factor)  # (B, 3 f^2, h, w)
