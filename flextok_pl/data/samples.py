@@ -10,7 +10,7 @@ import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,25 +20,12 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import get_worker_info
 
 from flextok_pl.contracts import Batch
-from flextok_pl.data.shards.index import IMAGE_EXTENSIONS, ShardError, ShardIndex
+from flextok_pl.data.shards.index import ARRAYS, IMAGE_EXTENSIONS, ShardError, ShardIndex
 from flextok_pl.data.transforms import Augmentation, augment, center_crop, decode_image, sample_generator, to_tensor
 
-
-class Decoded(TypedDict, total=False):
-    """One sample with its fields decoded; the image is not yet cropped."""
-
-    image: Image.Image
-    latent: Tensor
-    teacher_features: Tensor
-    tokens: Tensor
-    label: int
-    text: str
-    text_states: Tensor
-    key: str
-
-
-Stacked = Literal["latent", "teacher_features", "tokens"]
-STACKED: tuple[Stacked, ...] = get_args(Stacked)
+Decoded = dict[str, Any]
+"""One sample: its key, and its fields decoded; the image is not yet cropped."""
+STACKED = tuple(name for name in ARRAYS if name != "text_states")
 """Fields whose tensors have one shape in a set."""
 
 
@@ -79,19 +66,9 @@ class Decoder:
         return None
 
 
-ArrayField = Literal[Stacked, "text_states"]
-ARRAYS: dict[ArrayField, tuple[str, str, int]] = {
-    "latent": ("latent.npy", "f", 3),  # (2C, h, w)
-    "teacher_features": ("features.npy", "f", 3),  # (F, h', w')
-    "tokens": ("tokens.npy", "iu", 1),  # (K,)
-    "text_states": ("states.npy", "f", 2),  # (L, E)
-}
-"""File, kinds of numbers and number of axes of the fields that are arrays."""
-
-
 def _decode(index: ShardIndex, raw: dict[str, Any], min_side: int | None) -> Decoded:
     sample: Decoded = {"key": raw["__key__"]}
-    for name, (extension, kinds, ndim) in ARRAYS.items():
+    for name, (extension, kinds, ndim, _) in ARRAYS.items():
         if name in index.fields:
             sample[name] = _array(raw, extension, kinds, ndim)
     if "image" in index.fields:
@@ -137,7 +114,7 @@ def _label(raw: dict[str, Any], num_classes: int) -> int:
     return label
 
 
-def stacked(samples: Sequence[Decoded], name: Stacked) -> Tensor:
+def stacked(samples: Sequence[Decoded], name: str) -> Tensor:
     """The tensors of N samples as one, (N, ...)."""
     _require_equal_shapes(samples, name)
     return torch.stack([sample[name] for sample in samples])
@@ -152,7 +129,7 @@ def padded(samples: Sequence[Decoded]) -> tuple[Tensor, Tensor]:
     return batch, torch.arange(batch.shape[1]) < lengths[:, None]
 
 
-def _require_equal_shapes(samples: Sequence[Decoded], name: ArrayField, first_axis: int = 0) -> None:
+def _require_equal_shapes(samples: Sequence[Decoded], name: str, first_axis: int = 0) -> None:
     for sample in samples:
         if sample[name].shape[first_axis:] != samples[0][name].shape[first_axis:]:
             shapes = [f"{s['key']!r} has {tuple(s[name].shape)}" for s in (samples[0], sample)]
@@ -169,7 +146,7 @@ class Collate:
 
     def __call__(self, samples: Sequence[Decoded], epoch: int) -> Batch:
         """One batch; the pictures' augmentations depend on (seed, epoch, key) only."""
-        batch: Batch = {"key": [sample["key"] for sample in samples]}
+        batch: dict[str, Any] = {"key": [sample["key"] for sample in samples]}
         first = samples[0]
         if "image" in first:
             batch["image"] = to_tensor([self.picture(s["image"], s["key"], epoch) for s in samples])  # (B, 3, S, S)
@@ -182,7 +159,7 @@ class Collate:
             batch["text"] = [s["text"] for s in samples]
         if "text_states" in first:
             batch["text_states"], batch["text_mask"] = padded(samples)  # (B, L, E), (B, L)
-        return batch
+        return cast(Batch, batch)
 
     def picture(self, image: Image.Image, key: str, epoch: int) -> Image.Image:
         """RGB of any size -> RGB of S x S pixels."""

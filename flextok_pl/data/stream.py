@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import cast
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
@@ -248,9 +249,8 @@ class CachedBatches(EpochStream):
         for places in batches:
             chosen = [order[place] for place in places]
             batch = self.collate([self.cache[i] for i in chosen], epoch)
-            for name, tensor in self.tensors.items():
-                batch[name] = in_batch(tensor[chosen])
-            yield batch
+            arrays = {name: in_batch(tensor[chosen]) for name, tensor in self.tensors.items()}
+            yield cast(Batch, {**batch, **arrays})
 
     def _decoded(self) -> list[Decoded]:
         decoded: list[Decoded | None] = []

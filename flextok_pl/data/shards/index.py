@@ -27,14 +27,14 @@ from typing import Any, Protocol
 INDEX_NAME = "index.json"
 FORMAT = "flextok_pl.shards"
 FORMAT_VERSION = 1
-FIELDS = ("image", "latent", "teacher_features", "tokens", "label", "text", "text_states")
-MAKERS = {
-    "latent": "autoencoder",
-    "teacher_features": "teacher",
-    "tokens": "tokenizer",
-    "text_states": "text_encoder",
+ARRAYS = {
+    "latent": ("latent.npy", "f", 3, "autoencoder"),
+    "teacher_features": ("features.npy", "f", 3, "teacher"),
+    "tokens": ("tokens.npy", "iu", 1, "tokenizer"),
+    "text_states": ("states.npy", "f", 2, "text_encoder"),
 }
-"""What the models that make fields are called in the provenance."""
+"""Of each field that a model makes: file, kinds of numbers, number of axes, and the model's name in the provenance."""
+FIELDS = ("image", "label", "text", *ARRAYS)
 IMAGE_EXTENSIONS = (
     *("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm", "avif", "jpe", "jfif", "jp2", "tga"),
     *("heic", "heif", "hif", "apng", "avifs", "blp", "bw", "cur", "dcx", "dds", "dib", "flc", "fli", "ftc", "ftu"),
@@ -132,7 +132,7 @@ class ShardIndex:
         Autoencoder, teacher and tokenizer have at least `sha256`, a tokenizer also `vocab_size` and `num_tokens` (K), a
         teacher and a text encoder `name`.
         """
-        return self.provenance.get(MAKERS[field]) if field in self.fields else None
+        return self.provenance.get(ARRAYS[field][-1]) if field in self.fields else None
 
     def to_json(self) -> str:
         """The text of `index.json`; a path that is not UTF-8 is escaped in it, and comes back as it was."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import braceexpand
 
 from flextok_pl.contracts import class_difference
-from flextok_pl.data.shards.index import INDEX_NAME, MAKERS, ShardError, ShardIndex
+from flextok_pl.data.shards.index import ARRAYS, INDEX_NAME, ShardError, ShardIndex
 from flextok_pl.data.shards.listing import matching_paths
 from flextok_pl.data.shards.remote import PIPE, Remote, is_remote, require_plain_names
 
@@ -98,7 +98,7 @@ def require_same_classes(first: ShardIndex, other: ShardIndex) -> None:
 
 def require_same_origin(first: ShardIndex, other: ShardIndex) -> None:
     """Check that one model can be trained on both sets: their latents are of one autoencoder, and so on."""
-    for field, role in MAKERS.items():
+    for field, (*_, role) in ARRAYS.items():
         makers = first.maker(field) or {}, other.maker(field) or {}
         # The checksum of the weights where there is one, and not where they lay.
         one, another = (maker.get("sha256", maker or None) for maker in makers)
