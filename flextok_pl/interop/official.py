@@ -18,7 +18,7 @@ from flextok_pl.interop.autoencoder import (
     vae_config_to_diffusers,
 )
 from flextok_pl.interop.format import Contents, Format
-from flextok_pl.interop.official_schema import LAWS, read, write
+from flextok_pl.interop.official_schema import LAWS, fact_names, read, write
 from flextok_pl.interop.official_table import PARTS, TOP
 from flextok_pl.interop.plain_data import check_plain, parse_text, read_json
 from flextok_pl.interop.tensor_file import TensorFile
@@ -26,6 +26,7 @@ from flextok_pl.interop.tensor_file import TensorFile
 PUBLISHED_VAE = VAEConfig()  # the architecture that the official code builds for every checkpoint
 
 _BESIDE = "config.json"
+_SAID_OTHERWISE = {"vae", "patch_size", "repa_layer", "timestep_law", "position_base"}  # the last by the tables' values
 _ENC, _DEC = "encoder.module_dict.", "decoder.module_dict."
 _PREFIXES = {  # start of a name in our state dict -> start of the official name
     "vae.vae.": "vae.vae.",
@@ -143,13 +144,14 @@ def _vae_config(
 
 def config_to_official(config: FlexTokConfig) -> dict[str, Any]:
     """The official configuration of a model, as plain data; ValueError where the official code cannot express it."""
-    for name, theirs in (("layout", "registers"), ("causal_registers", True), ("objective", "flow")):
-        if getattr(config, name) != theirs:
-            raise ValueError(
-                f"{name}={getattr(config, name)!r} does not exist in the official format; it must be {theirs!r}, or "
-                "save the model in our own format"
-            )
     facts = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    known = fact_names(PARTS) | _SAID_OTHERWISE
+    for field in dataclasses.fields(config):
+        if field.name not in known and facts[field.name] != field.default:
+            raise ValueError(
+                f"{field.name}={facts[field.name]!r} does not exist in the official format; it must be "
+                f"{field.default!r}, or save the model in our own format"
+            )
     if config.nested_dropout not in LAWS:
         warnings.warn(
             f"nested_dropout={config.nested_dropout!r} does not exist in the official code; written as 'uniform'",

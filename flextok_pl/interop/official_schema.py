@@ -108,6 +108,12 @@ def training(neutral: Any) -> Option:
     return Option(repr(neutral), lambda value: value == neutral, neutral, neutral, training=True)
 
 
+def fact_names(parts: Mapping[str, Part]) -> set[str]:
+    """The facts that a configuration states."""
+    modules = [m for each in parts.values() for m in (each.modules.values() if isinstance(each, Sequence) else [each])]
+    return {each.fact for m in modules for each in (m.options | m.also).values() if isinstance(each, Option)}
+
+
 def read(official: Mapping[str, Any], target: str, parts: Mapping[str, Part]) -> dict[str, Any]:
     """The facts that a configuration, plain data, states; those that are null are left out."""
     unknown = sorted(set(official) - {"_target_", *parts})

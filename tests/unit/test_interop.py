@@ -285,6 +285,16 @@ def test_what_the_official_format_cannot_say(change: dict[str, Any], message: st
         FlexTok(dataclasses.replace(SMALL, **change)).save_pretrained(tmp_path / "x.safetensors", format="official")
 
 
+def test_the_official_format_refuses_options_that_it_never_heard_of() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Newer(FlexTokConfig):
+        gate: str = "silu"
+
+    assert official_to_config(config_to_official(Newer(nested_dropout="pow2"))).nested_dropout == "pow2"
+    with pytest.raises(ValueError, match="gate='gelu' does not exist in the official format; it must be 'silu'"):
+        config_to_official(Newer(gate="gelu"))
+
+
 @pytest.mark.filterwarnings("ignore:vae.")
 def test_a_budget_law_the_official_code_lacks(tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, nested_dropout="exponential")
