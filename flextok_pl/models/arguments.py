@@ -42,10 +42,11 @@ def check_image_values(images: Tensor) -> None:
         )
 
 
-def check_finite(values: Tensor, name: str, remedy: str) -> None:
-    """Refuse NaN and infinity."""
+def check_finite(values: Tensor, name: str, remedy: str) -> Tensor:
+    """The values, unless some are NaN or infinite."""
     if not values.isfinite().all():
         raise ValueError(f"{name} hold NaN or infinite values; {remedy}")
+    return values
 
 
 def as_ids(ids: Any, name: str = "tokens") -> Tensor:

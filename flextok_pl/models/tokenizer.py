@@ -4,7 +4,6 @@ What is special about it:
 - An autoencoder makes latents of an image; the registers of a ViT read them and are quantised to tokens.
 - Tokens are ordered: a register sees no later one, and training drops all tokens after a random number of them.
 - A rectified flow decodes latents from any number of first tokens, under guidance.
-- Methods for use compute in float32 and check values; methods for training compute in the caller's precision.
 
 Shapes: B batch, C channels, h x w latent, K registers, k <= K kept tokens, L FSQ levels.
 """
@@ -50,7 +49,7 @@ class FlexTok(nn.Module):
 
     `encode_latents`, `tokenize`, `sample_latents` and `detokenize` are for use: they compute in float32 without TF32,
     also under autocast, and refuse values that are not finite. `encode` and `velocity` are for training: they have
-    gradients, and compute in the precision of the caller.
+    gradients and the caller's precision.
 
     An autoencoder given as `vae` takes the place of a new one of `config.vae`, in the configuration, too. A frozen one
     is not part of the state dict, but is saved.
@@ -181,8 +180,7 @@ class FlexTok(nn.Module):
         check_image_values(images)
         with full_precision(self.device):
             latents = vae.encode(images, sample_posterior, generator)
-        check_finite(latents, "the autoencoder's latents", DIVERGED)
-        return latents
+        return check_finite(latents, "the autoencoder's latents", DIVERGED)
 
     def encode(self, latents: Tensor, num_tokens: int | None = None) -> Tensor:
         """Codes before quantisation, with gradients: scaled latents (B, C, h, w) -> (B, k, L).
@@ -230,8 +228,7 @@ class FlexTok(nn.Module):
         latents = self.encode_latents(images)
         with full_precision(self.device):
             codes = self.quantizer(self.encode(latents, num_tokens))
-        check_finite(codes, "the encoder's codes", DIVERGED)
-        tokens = self.quantizer.codes_to_tokens(codes)
+        tokens = self.quantizer.codes_to_tokens(check_finite(codes, "the encoder's codes", DIVERGED))
         if quality is None:
             return tokens
         size = (latents.shape[2], latents.shape[3])
@@ -285,12 +282,27 @@ class FlexTok(nn.Module):
         self,
         tokens: Tensor | Sequence[Tensor],
         num_tokens: int | Tensor | None = None,
-        decoding: Decoding | None = None,
+        num_steps: int = 25,
+        guidance: str = "apg",
+        guidance_scale: GuidanceScale = 7.5,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         noise: Tensor | None = None,
         latent_size: tuple[int, int] | None = None,
+        solver: str = "euler",
     ) -> Tensor:
         """`detokenize` without the VAE: the scaled latents, (B, C, h, w)."""
+        decoding = Decoding(num_steps, guidance, guidance_scale, solver)
+        return self._sample_latents(tokens, num_tokens, decoding, generator, noise, latent_size)
+
+    def _sample_latents(
+        self,
+        tokens: Tensor | Sequence[Tensor],
+        num_tokens: int | Tensor | None,
+        decoding: Decoding,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        noise: Tensor | None,
+        latent_size: tuple[int, int] | None,
+    ) -> Tensor:
         require_float32(self.decoder.patch_posemb.dtype, "tokenizer")
         codes, kept = self._codes_and_budgets(tokens, num_tokens)
         x = self._noise(len(codes), generator, noise, latent_size)
@@ -299,15 +311,13 @@ class FlexTok(nn.Module):
         if len(codes) == 0:
             return x
         null = torch.ones(len(codes), dtype=torch.bool, device=x.device)
-        decoding = (decoding or Decoding()).under(self.config.objective)
         with full_precision(self.device):
-            latents = decoding.sample(
+            latents = decoding.under(self.config.objective).sample(
                 lambda x, t: self.decoder(x, x.new_full((len(x),), t), codes, kept).velocity,
                 lambda x, t: self.decoder(x, x.new_full((len(x),), t), codes[:, :0], null=null).velocity,
                 x,
             )
-        check_finite(latents, "the decoded latents", DIVERGED)
-        return latents
+        return check_finite(latents, "the decoded latents", DIVERGED)
 
     @torch.no_grad()
     def detokenize(
@@ -348,11 +358,10 @@ class FlexTok(nn.Module):
         """
         vae = self.require_vae()
         decoding = Decoding(num_steps, guidance, guidance_scale, solver)
-        latents = self.sample_latents(tokens, num_tokens, decoding, generator, noise, latent_size)
+        latents = self._sample_latents(tokens, num_tokens, decoding, generator, noise, latent_size)
         with full_precision(self.device):
             images = vae.decode(latents)
-        check_finite(images, "the decoded images", DIVERGED)
-        return images
+        return check_finite(images, "the decoded images", DIVERGED)
 
     def _codes_and_budgets(
         self, tokens: Tensor | Sequence[Tensor], num_tokens: int | Tensor | None
@@ -385,5 +394,4 @@ class FlexTok(nn.Module):
         check_latents(noise, self.config, "noise")
         if len(noise) != batch_size:
             raise ValueError(f"noise has {len(noise)} entries for {batch_size} samples; give one each")
-        check_finite(noise, "noise", "draw it anew")
-        return noise.to(self.device, torch.float32)
+        return check_finite(noise, "noise", "draw it anew").to(self.device, torch.float32)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flextok_pl.flow.decoding import AdaptiveProjectedGuidance, Decoding
+from flextok_pl.flow.decoding import AdaptiveProjectedGuidance
 from flextok_pl.flow.rectified import interpolate, logit_normal_from_uniform, mode_from_uniform, stratify
 from flextok_pl.interop import official
 from flextok_pl.models.objective import TrainingDraws, flow_loss
@@ -133,12 +133,12 @@ def test_hidden_states(tokenizer: FlexTok, golden: dict[str, Tensor]) -> None:
     ],
 )
 def test_detokenize(tokenizer: FlexTok, golden: dict[str, Tensor], name: str, guidance: str, scale: object) -> None:
-    decoding, noise = Decoding(num_steps=5, guidance=guidance, guidance_scale=scale), golden["detok_init_noise"]
-    latents = tokenizer.sample_latents(golden["tokens"], decoding=decoding, noise=noise)
+    arguments = {"num_steps": 5, "guidance": guidance, "guidance_scale": scale, "noise": golden["detok_init_noise"]}
+    latents = tokenizer.sample_latents(golden["tokens"], **arguments)
     assert_near(latents, golden[f"detok_{name}_latents"], SAMPLES)
     if f"detok_{name}_image" in golden:
         assert_near(
-            tokenizer.detokenize(golden["tokens"], noise=noise, **decoding.arguments),
+            tokenizer.detokenize(golden["tokens"], **arguments),
             golden[f"detok_{name}_image"],
             SAMPLES,
         )
@@ -148,15 +148,14 @@ def test_detokenize(tokenizer: FlexTok, golden: dict[str, Tensor], name: str, gu
 def test_detokenize_ragged(tokenizer: FlexTok, golden: dict[str, Tensor], guidance: str, scale: float) -> None:
     tokens = golden["tokens"]
     theirs = golden[f"detok_k3_7_{'cfg3' if guidance == 'cfg' else 'apg7.5'}_latents"]
-    decoding = Decoding(num_steps=5, guidance=guidance, guidance_scale=scale)
-    arguments = {"decoding": decoding, "noise": golden["detok_init_noise"]}
+    arguments = {"num_steps": 5, "guidance": guidance, "guidance_scale": scale, "noise": golden["detok_init_noise"]}
     assert_near(tokenizer.sample_latents([tokens[0, :3], tokens[1, :7]], **arguments), theirs, SAMPLES)
     assert_near(tokenizer.sample_latents(tokens, torch.tensor([3, 7]), **arguments), theirs, SAMPLES)
 
 
 def test_noise_is_drawn_per_image(tokenizer: FlexTok, golden: dict[str, Tensor]) -> None:
     seed = json.loads((GOLDEN / "meta.json").read_text())["seed"] + 2
-    arguments = {"decoding": Decoding(num_steps=5, guidance="none"), "latent_size": (16, 16)}
+    arguments = {"num_steps": 5, "guidance": "none", "latent_size": (16, 16)}
     latents = tokenizer.sample_latents(golden["tokens"], generator=torch.Generator().manual_seed(seed), **arguments)
     assert_near(latents, golden["detok_all_plain_latents"], SAMPLES)
 

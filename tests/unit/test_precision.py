@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flextok_pl import precision
 from flextok_pl.assets import DEMO_PRIOR, DEMO_TOKENIZER
 from flextok_pl.backbones.extractors import build_extractor
-from flextok_pl.flow.decoding import AdaptiveProjectedGuidance, Decoding
+from flextok_pl.flow.decoding import AdaptiveProjectedGuidance
 from flextok_pl.layers.embeddings import sincos_position_table
 from flextok_pl.metrics.codes import position_entropy
 from flextok_pl.metrics.kernel import kernel_distance
@@ -122,7 +122,7 @@ def test_what_is_used_does_not_follow_autocast(demo: tuple[FlexTok, Prior]) -> N
             "drawn tokens": prior.generate(classes, 6, cfg_scale=2.0, generator=torch.Generator().manual_seed(0)),
             "moments": tok.require_vae().moments(images),
             "latents": tok.encode_latents(images),
-            "decoded latents": tok.sample_latents(tokens, 8, Decoding(num_steps=2), generator),
+            "decoded latents": tok.sample_latents(tokens, 8, 2, generator=generator),
             "images": tok.detokenize(tokens, num_tokens=8, num_steps=2, generator=generator.manual_seed(0)),
             "features of the teacher": teacher(images),
             "attention": register_attention(tok, images[:1], [0.5], generator.manual_seed(0)),

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from flextok_pl.config import FlexTokConfig, VAEConfig, config_from_dict
-from flextok_pl.flow.decoding import Decoding
 from flextok_pl.layers.attention import aligned_registers
 from flextok_pl.layers.embeddings import grid_positions, patchify, unpatchify
 from flextok_pl.models.objective import TrainingDraws, flow_loss, sample_draws
@@ -105,7 +104,7 @@ def test_decoder_sequence_follows_the_budget(tokenizer: FlexTok) -> None:
     x_t, tokens = torch.zeros(2, 12, 8, 12), torch.zeros(2, 12, dtype=torch.int64)
     tokenizer.velocity(x_t, 0.5, tokens)
     tokenizer.velocity(x_t, 0.5, tokens, 3)
-    tokenizer.sample_latents(tokens, torch.tensor([2, 4]), Decoding(num_steps=1, guidance="cfg"))
+    tokenizer.sample_latents(tokens, torch.tensor([2, 4]), num_steps=1, guidance="cfg")
     hook.remove()
     patches = 4 * 6
     assert lengths == [patches + 12, patches + 3 + 1, patches + 4 + 1, patches + 1]  # the last is unconditional
@@ -248,7 +247,7 @@ def test_a_tokenizer_without_vae_says_so() -> None:
     with pytest.raises(ValueError, match="no VAE"):
         tokenizer.tokenize(torch.zeros(1, 3, 16, 24))
     tokens = torch.zeros(1, 12, dtype=torch.int64)
-    assert tokenizer.sample_latents(tokens, decoding=Decoding(num_steps=1)).shape == (1, 12, 8, 12)
+    assert tokenizer.sample_latents(tokens, num_steps=1).shape == (1, 12, 8, 12)
 
 
 def test_pure_noise_replaces_its_share_of_the_times_and_nothing_else() -> None:
