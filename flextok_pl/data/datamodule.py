@@ -65,9 +65,6 @@ class ShardDataModule(pl.LightningDataModule):
             not on the number of processes: with one lane each of them reads in all shards, with as many lanes as
             processes, or a multiple, in its own only. Unused with `cache_in_memory`.
         labels: give the classes of samples; false leaves them out, so that a list may hold sets whose classes differ.
-
-    Raises:
-        ValueError: an option is out of range.
     """
 
     crop = CENTER_CROP

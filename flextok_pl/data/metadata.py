@@ -75,8 +75,7 @@ def turned(image: Image.Image, orientation: int) -> Image.Image:
 def _cut(data: bytes, spans: Sequence[tuple[int, int]]) -> bytes:
     """The bytes outside some spans, which are in order."""
     edges = [0, *(edge for span in spans for edge in span), len(data)]
-    pieces = [data[start:stop] for start, stop in zip(edges[::2], edges[1::2], strict=True)]
-    return b"".join(pieces) if spans else data
+    return b"".join(data[start:stop] for start, stop in zip(edges[::2], edges[1::2], strict=True)) if spans else data
 
 
 def _strip_png(data: bytes) -> Stripped:

@@ -52,24 +52,22 @@ class Lanes:
     def place(self, position: int) -> tuple[tuple[int, int], int]:
         """The (lane, group in it) of a position of the sequence, and which of the group's samples it is."""
         offset, lane = divmod(position, self.number)
-        size, count = self._lane(lane)
+        _, size, count = self._lane(lane)
         group = ((offset + 1) * count - 1) // size
         return (lane, group), offset - size * group // count
 
     def span(self, lane: int, group: int) -> tuple[int, int]:
         """The part of the row that is a group, as a half-open interval; empty beyond the last group."""
-        size, count = self._lane(lane)
+        start, size, count = self._lane(lane)
         if group >= count:
             return 0, 0
-        each, more = divmod(self.num_samples, self.number)
-        start = lane * each + min(lane, more)
         return start + size * group // count, start + size * (group + 1) // count
 
-    def _lane(self, lane: int) -> tuple[int, int]:
-        """Samples and groups of a lane."""
+    def _lane(self, lane: int) -> tuple[int, int, int]:
+        """Where a lane starts in the row, and its samples and groups."""
         each, more = divmod(self.num_samples, self.number)
         size = each + (lane < more)
-        return size, max(1, size // self.group_size)
+        return lane * each + min(lane, more), size, max(1, size // self.group_size)
 
 
 class Row:

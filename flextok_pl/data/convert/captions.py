@@ -28,8 +28,7 @@ def read_captions(path: Path) -> dict[str, str]:
     captions: dict[str, str] = {}
     lines: dict[str, int] = {}
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            text = file.read()
+        text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"captions={path} cannot be read: {error}; save it as UTF-8") from error
     try:

@@ -40,9 +40,6 @@ class Conversion:
         num_workers: processes; default one per core.
         samples_per_shard: most samples of a tar file.
         overwrite: replace a set that was made with other arguments.
-
-    Raises:
-        ValueError: an option is out of range.
     """
 
     size: int | None = None
@@ -122,10 +119,6 @@ class Conversion:
 
         `make` turns items into samples by `samples` or `reader`. The options after it are as for `ShardIndex`; to the
         arguments come those of this object, to the provenance the number of pictures that are left out.
-
-        Raises:
-            ShardError: the folder holds something else, such as a set that pictures were left out of where `on_error`
-                forbids it; or no item could be read.
         """
         for name in classes:
             if not is_utf8(name):
@@ -144,17 +137,8 @@ class Conversion:
             raise ShardError(f"none of the {len(items)} pictures for {folder} could be decoded")
         if skipped:
             _LOG.warning("%s: %d of %d pictures were left out", folder, skipped, len(items))
-        return write_index(
-            ShardIndex(
-                folder,
-                tuple(fields),
-                tuple(shards),
-                tuple(classes),
-                image_size,
-                arguments,
-                {**provenance, "skipped": skipped},
-            )
-        )
+        contents = tuple(fields), tuple(shards), tuple(classes), image_size
+        return write_index(ShardIndex(folder, *contents, arguments, {**provenance, "skipped": skipped}))
 
     def reader(self, root: Path, needs_picture: bool = True) -> Callable[[Sequence[Item]], Iterator[Sample]]:
         """What makes samples of items, for `write`; the items' files are relative to `root`."""

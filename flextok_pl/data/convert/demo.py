@@ -50,9 +50,6 @@ def write_demo(
         samples_per_shard: pictures per tar file.
         overwrite: replace a set that was made with other arguments.
 
-    Returns:
-        The index of each part.
-
     Raises:
         ValueError: an option is out of range, the demo packages are missing, or the folder holds something else.
     """

@@ -33,7 +33,11 @@ def find_parts(src: str, files: str, revision: str | None, split: str | None) ->
             names = hub.list_repo_files(src, repo_type="dataset", revision=revision)
         found = [(name, Path(name)) for name in sorted(names)]
     else:
-        found = _list_local(src)
+        found = []
+        for path in matching_paths(src):
+            root = path if path.is_dir() else path.parent
+            inside = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
+            found += [(file.relative_to(root).as_posix(), file.absolute()) for file in inside]
     by_part: dict[str, list[Path]] = {}
     for name, path in found:
         if name == files or fnmatch.fnmatch(name, files):
@@ -61,16 +65,6 @@ def part_of(name: str) -> str:
     """The part that a path speaks of, its last word first; `all` where it speaks of none."""
     words = re.findall(r"[a-z]+", name.lower())
     return next((SPLITS[word] for word in reversed(words) if word in SPLITS), "all")
-
-
-def _list_local(src: str) -> list[tuple[str, Path]]:
-    found = []
-    for path in matching_paths(src):
-        inside = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
-        found += [
-            (file.relative_to(path).as_posix() if path.is_dir() else file.name, file.absolute()) for file in inside
-        ]
-    return found
 
 
 @contextmanager

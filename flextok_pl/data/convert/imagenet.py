@@ -68,9 +68,6 @@ def write_imagenet(
         classes: text file with one wnid per line: take these classes only, as in ImageNet-100; default those of train.
         **options: those of `Conversion`.
 
-    Returns:
-        The index by part.
-
     Raises:
         ValueError: an option, a file of SRC or a picture is unusable; names it.
     """

@@ -106,17 +106,14 @@ class _Raw:
 
     @property
     def first(self) -> Span:
-        """Where one of its files lies."""
         return next(iter(self.files.values()))
 
     @property
     def where(self) -> str:
-        """Its tar and key, for people."""
         return f"{self.first.file}, {self.key}"
 
     @property
     def held(self) -> str:
-        """What it has, for people."""
         return f"it holds .{', .'.join(self.files)}"
 
 

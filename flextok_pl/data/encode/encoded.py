@@ -46,9 +46,6 @@ class Encoding:
         num_workers: processes that decode pictures; the set does not depend on it.
         samples_per_shard: samples per tar file.
         overwrite: replace a set that was made with other arguments.
-
-    Raises:
-        ValueError: an option is out of range.
     """
 
     image_size: int = 256
@@ -112,10 +109,6 @@ def write_encoded(
     Processes that torchrun or srun has started share the work, see `WriterRank`; the set does not depend on their
     number. `encode` makes the new fields from what the source `needs`. `made_by` identifies the models behind it, as
     JSON types by role; with `options` it is part of the arguments that decide the content.
-
-    Raises:
-        ShardError: the source lacks a field, or the folder holds something else.
-        OSError: the disk is full; the same command goes on once there is space.
     """
     indices = load_indices(src)
     for name in needs:

@@ -11,7 +11,6 @@ import fcntl
 import logging
 import os
 import platform
-import re
 import subprocess
 import tempfile
 import time
@@ -160,13 +159,6 @@ class Remote:
             options["client_kwargs"] = {"timeout": timeout, "trust_env": True}  # proxies of the environment
         files, path = fsspec.url_to_fs(self.locate(name), **options)
         files.get_file(path, str(target))
-
-
-def require_plain_names(shards: tuple[ShardInfo, ...], where: str) -> None:
-    """Check names that become part of URLs and commands."""
-    for shard in shards:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", shard.name):
-            raise ShardError(f"{where}: shard name {shard.name!r} must be letters, digits, . _ -; write it again")
 
 
 def _is_complete(path: Path, shard: ShardInfo) -> bool:

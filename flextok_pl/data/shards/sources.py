@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import tempfile
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import braceexpand
 from flextok_pl.contracts import class_difference
 from flextok_pl.data.shards.index import ARRAYS, INDEX_NAME, ShardError, ShardIndex
 from flextok_pl.data.shards.listing import matching_paths
-from flextok_pl.data.shards.remote import PIPE, Remote, is_remote, require_plain_names
+from flextok_pl.data.shards.remote import PIPE, Remote, is_remote
 
 
 def load_indices(
@@ -23,9 +24,6 @@ def load_indices(
     may also name tar files, which restricts the sets that they lie in. In place of a folder there may be a URL, without
     `*`, or a command, see `Remote`; the shards of such sets stay in `cache_dir`. Without `labels` classes are left out,
     and sets of different ones fit together.
-
-    Raises:
-        ShardError: nothing matches, a set is unusable, or the sets do not fit together.
     """
     entries = source if isinstance(source, list) else [str(source)]
     indices = [index for entry in entries for index in _of_entry(str(entry), cache_dir)]
@@ -65,11 +63,13 @@ def _load(place: str, cache_dir: str | Path | None) -> ShardIndex:
         return ShardIndex.load(place)
     cache = None if cache_dir is None else Path(cache_dir).expanduser()
     remote = Remote(place.removesuffix(f"/{INDEX_NAME}"), cache)
-    content = remote.read(INDEX_NAME)
+    content, where = remote.read(INDEX_NAME), remote.locate(INDEX_NAME)
     # A set that was written again gets another folder of the cache.
     folder = Path(tempfile.gettempdir()) if cache is None else cache / hashlib.sha256(content).hexdigest()[:16]
-    index = ShardIndex.parse(content, folder, remote.locate(INDEX_NAME), remote)
-    require_plain_names(index.shards, remote.locate(INDEX_NAME))
+    index = ShardIndex.parse(content, folder, where, remote)
+    for shard in index.shards:  # their names become part of URLs and commands
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", shard.name):
+            raise ShardError(f"{where}: shard name {shard.name!r} must be letters, digits, . _ -; write it again")
     return index
 
 

@@ -73,10 +73,7 @@ def start_set(folder: Path, arguments: Mapping[str, Any], overwrite: bool) -> Sh
     """Make a folder ready for a new shard set (None), or give the finished, intact one that equal arguments made.
 
     The arguments are what decides the content, as JSON types. The shards that an interrupted run with equal ones left
-    are kept, for `complete_shard`.
-
-    Raises:
-        ShardError: the folder holds another set, a damaged one, or foreign files.
+    are kept, for `complete_shard`. Another set, a damaged one, or foreign files raise `ShardError`.
     """
     finished = (folder / INDEX_NAME).exists()
     if finished and not overwrite:
