@@ -18,7 +18,7 @@ from flextok_pl.cli.plan_report import describe
 from flextok_pl.cli.training import ParsingCLI, check_precision, launch_of, run_cli
 from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig, config_from_dict
 from flextok_pl.cost.count import FULL, Numerics
-from flextok_pl.cost.machines import Machine, machine
+from flextok_pl.cost.machines import machine
 from flextok_pl.cost.plan import Recipe, Setup, plan_training
 from flextok_pl.cost.workload import Inputs, Workload, prior_workload, tokenizer_workload, vae_workload
 from flextok_pl.data.shards.index import ShardIndex
@@ -69,12 +69,7 @@ class PlanOptions:
 
 
 class PlanCLI(ParsingCLI):
-    """Parses what `flextok fit` takes, builds nothing of it, and plans.
-
-    Args:
-        given: the arguments of the user.
-        *parsed: those of `FlexTokCLI`.
-    """
+    """Parses what `flextok fit` takes, `given` by the user, builds nothing of it, and plans."""
 
     command = "plan"
 
@@ -109,22 +104,16 @@ def run(command: str, arguments: Sequence[str]) -> None:
 
 
 def make_plan(options: Namespace, experiment: str, given: Sequence[str]) -> dict[str, Any]:
-    """The plan of a parsed experiment, as `--json` writes it; see `plan_training`.
-
-    Args:
-        options: what `flextok plan` was given.
-        experiment: its name.
-        given: the same as arguments.
-
-    Raises:
-        ValueError: an option is out of range, or the experiment is not one of ours.
-    """
+    """The plan of a parsed experiment, as `--json` writes it, from options and the arguments that gave them."""
     name = options.model.class_path.rsplit(".", 1)[-1]
     if name not in KINDS:
         raise ValueError(f"model={options.model.class_path}: only {', '.join(KINDS)} can be planned")
     for option in ("devices", "num_nodes", "num_samples"):
         if options[option] is not None and options[option] < 1:
             raise ValueError(f"{option}={options[option]} must be at least 1")
+    for option in ("peak_tflops", "memory_gib"):
+        if options[option] is not None and options[option] <= 0:
+            raise ValueError(f"{option}={options[option]} must be positive")
     arguments = strip_meta(options.model.init_args).as_dict()
     setup, indices = _setup(options, arguments), training_sets(options.data.train)
     config, workload_of, usual = KINDS[name]
@@ -133,11 +122,12 @@ def make_plan(options: Namespace, experiment: str, given: Sequence[str]) -> dict
         (kind for field, kind in FIELDS.items() if indices and field in indices[0].fields), usual
     )
     workload = workload_of(arguments, net, options.data.image_size, inputs, setup.numerics)
-    peak = options.peak_tflops or setup.machine.peak_tflops(setup.numerics.autocast)
+    device, half = setup.machine, setup.numerics.autocast
+    peak = options.peak_tflops or (device.half_tflops if half else device.full_tflops)
     plan = plan_training(workload, setup, _recipe(options, indices), options.mfu, peak)
     return {
         "experiment": experiment,
-        "machine": {"name": options.machine, **asdict(setup.machine), "peak_tflops": peak},
+        "machine": {"name": options.machine, **asdict(device), "peak_tflops": peak},
         "inputs": inputs,
         "fit": [] if plan["split"] is None else _fit_arguments(options, given, setup, plan["split"]),
         **plan,
@@ -146,9 +136,9 @@ def make_plan(options: Namespace, experiment: str, given: Sequence[str]) -> dict
 
 def _setup(options: Namespace, arguments: dict[str, Any]) -> Setup:
     num_nodes = options.num_nodes or (1 if options.devices else options.trainer.num_nodes)
-    whole = check_precision(options) == "32-true"
+    whole, device = check_precision(options) == "32-true", machine(options.machine)
     return Setup(
-        machine=_device(options),
+        machine=device if options.memory_gib is None else replace(device, memory_gib=options.memory_gib),
         devices=num_nodes * (options.devices or devices_per_node(options.trainer.devices) or 1),
         numerics=Numerics(FULL if whole else FULL // 2, fused_norms=options.machine != "cpu"),
         num_nodes=num_nodes,
@@ -171,14 +161,6 @@ def _fit_arguments(options: Namespace, given: Sequence[str], setup: Setup, split
         decided["trainer.strategy"] = STRATEGIES[options.strategy]
     kept = [(name, value) for name, value in read(given)[0] if name not in PlanOptions.__dataclass_fields__]
     return [part for name, value in [*kept, *decided.items()] for part in (f"--{name}", value) if part is not None]
-
-
-def _device(options: Namespace) -> Machine:
-    device = machine(options.machine)
-    for name in ("peak_tflops", "memory_gib"):
-        if options[name] is not None and options[name] <= 0:
-            raise ValueError(f"{name}={options[name]} must be positive")
-    return device if options.memory_gib is None else replace(device, memory_gib=options.memory_gib)
 
 
 def training_sets(source: str | list[str] | None) -> list[ShardIndex]:

@@ -50,10 +50,9 @@ def _row(label: str, value: str, remark: str = "") -> str:
 def _parameters(counts: dict[str, Any]) -> Iterator[str]:
     yield "parameters"
     yield _row("trained", f"{counts['trained']:,}")
-    if counts["fixed"]:
-        yield _row("fixed", f"{counts['fixed']:,}")
-    if counts["averaged"]:
-        yield _row("averaged copy (ema)", f"{counts['averaged']:,}")
+    for name, label in (("fixed", "fixed"), ("averaged", LABELS["averaged"])):
+        if counts[name]:
+            yield _row(label, f"{counts[name]:,}")
     for name, number in counts["frozen"].items():
         yield _row(f"frozen {name}", f"{number:,}")
 
@@ -101,11 +100,8 @@ def _split(plan: dict[str, Any]) -> Iterator[str]:
 
 
 def _remedies(plan: dict[str, Any]) -> str:
-    ways = []
-    if plan["strategy"] == "ddp":
-        ways.append("--strategy fsdp")
-    if not plan["activation_checkpointing"]:
-        ways.append("--model.activation_checkpointing true")
+    ways = ["--strategy fsdp"] if plan["strategy"] == "ddp" else []
+    ways += [] if plan["activation_checkpointing"] else ["--model.activation_checkpointing true"]
     return " or ".join([*ways, "devices with more memory"])
 
 

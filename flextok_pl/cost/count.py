@@ -35,16 +35,11 @@ class Flops:
     Matrix products, convolutions and attention count, a multiplication with its addition as two; norms, activations
     and embeddings do not, as is the custom for MFU (PaLM, https://arxiv.org/abs/2204.02311, appendix B). Attention
     counts all pairs of query and key that the code hands to the kernel, also where a causal kernel skips half of them.
-
-    Attributes:
-        forward: of the forward pass.
-        backward: of the backward pass.
-        recomputed: of the forward passes that activation checkpointing repeats.
     """
 
     forward: float = 0.0
     backward: float = 0.0
-    recomputed: float = 0.0
+    recomputed: float = 0.0  # forward passes that activation checkpointing repeats
 
     def __add__(self, other: Flops) -> Flops:
         return Flops(self.forward + other.forward, self.backward + other.backward, self.recomputed + other.recomputed)
@@ -60,15 +55,10 @@ class Flops:
 
 @dataclass(frozen=True)
 class Numerics:
-    """How numbers are stored in training.
+    """How numbers are stored in training."""
 
-    Attributes:
-        compute: bytes of a number that a product takes or gives: 4, or 2 under autocast.
-        fused_norms: RMSNorm runs as one kernel, as on a GPU, and does not keep the normalised values.
-    """
-
-    compute: int = FULL
-    fused_norms: bool = True
+    compute: int = FULL  # bytes of a number that a product takes or gives: 4, or 2 under autocast
+    fused_norms: bool = True  # RMSNorm runs as one kernel, as on a GPU, and does not keep the normalised values
 
     @property
     def autocast(self) -> bool:
@@ -78,42 +68,31 @@ class Numerics:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that a part of a model keeps for the backward pass.
+    """Bytes that a part of a model keeps for the backward pass."""
 
-    Attributes:
-        kept: without activation checkpointing.
-        inputs: with it: the inputs of blocks, and all outside of blocks.
-        largest_block: what one block keeps while it is computed again.
-    """
-
-    kept: float = 0.0
-    inputs: float = 0.0
-    largest_block: float = 0.0
+    kept: float = 0.0  # without activation checkpointing
+    inputs: float = 0.0  # with it: the inputs of blocks, and all outside of blocks
+    largest_block: float = 0.0  # what one block keeps while it is computed again
 
     def __add__(self, other: Activations) -> Activations:
         largest = max(self.largest_block, other.largest_block)
         return Activations(self.kept + other.kept, self.inputs + other.inputs, largest)
 
     def __mul__(self, factor: float) -> Activations:
-        """For `factor` images."""
         return Activations(self.kept * factor, self.inputs * factor, self.largest_block * factor)
 
 
 class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Operations that run in this context on any device, and the memory of the tensors that they make.
 
-    What was there before, and what kernels use inside, is not seen.
-
-    Attributes:
-        operations: floating-point operations so far; see `Flops`.
-        backward: those that the backward pass will take. A product costs as much again for each factor with a gradient.
-        alive: bytes that the tensors hold now.
-        peak: the most that they held at one time.
+    It does not see earlier tensors, nor what kernels use inside. A product costs as much again in the backward pass for
+    each factor with a gradient.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.operations = self.backward = self.alive = self.peak = 0
+        self.operations = self.backward = 0  # see `Flops`
+        self.alive = self.peak = 0  # bytes that the tensors hold now, and the most at one time
         self._known: set[int] = set()
 
     def __torch_dispatch__(
@@ -129,16 +108,13 @@ class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
             factors = [value for value in args if isinstance(value, Tensor) and value.ndim > 1]  # no biases
             self.backward += operations * sum(factor.requires_grad for factor in factors)
         for storage in _storages(result):
-            if storage._cdata not in given | self._known:  # and else a view
-                self._add(storage)
+            key, size = storage._cdata, storage.nbytes()
+            if key not in given | self._known:  # and else a view
+                self._known.add(key)
+                self.alive += size
+                self.peak = max(self.peak, self.alive)
+                weakref.finalize(storage, self._remove, key, size)
         return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self._known.add(key)
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._remove, key, size)
 
     def _remove(self, key: int, size: int) -> None:
         self._known.discard(key)
@@ -150,13 +126,7 @@ def _storages(values: Any) -> list[torch.UntypedStorage]:
 
 
 def count_flops(part: Part, depth: int, checkpointing: bool = False) -> Flops:
-    """Operations of a part of a model on one sample.
-
-    Args:
-        part: the part.
-        depth: its number of blocks.
-        checkpointing: whether blocks are computed again in the backward pass.
-    """
+    """Operations of a part of so many blocks on one sample."""
 
     def of_blocks(blocks: int) -> Flops:
         with torch.device("meta"):
@@ -174,7 +144,7 @@ def count_flops(part: Part, depth: int, checkpointing: bool = False) -> Flops:
 
 
 def count_activations(part: Part, depth: int, numerics: Numerics) -> Activations:
-    """What a part of a model keeps of one sample; the rest as in `count_flops`."""
+    """What a part of so many blocks keeps of one sample."""
     with FakeTensorMode():
         kept, more_kept, inputs, more_inputs = (
             _kept(part, blocks, checkpointing, numerics) for checkpointing in (False, True) for blocks in (1, 2)

@@ -13,23 +13,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Machine:
-    """One device.
-
-    Attributes:
-        memory_gib: its memory.
-        half_tflops: peak of dense products in bfloat16 or float16 with sums in float32; None where nobody states it.
-        full_tflops: peak in float32, without TF32, which PyTorch leaves off.
-        foreach: AdamW updates all parameters at once there and needs room for as many numbers.
-    """
+    """One device."""
 
     memory_gib: float
-    half_tflops: float | None
-    full_tflops: float | None
-    foreach: bool = True
-
-    def peak_tflops(self, half: bool) -> float | None:
-        """Peak in the precision of the products."""
-        return self.half_tflops if half else self.full_tflops
+    half_tflops: float | None  # peak of dense products in bfloat16 or float16 with sums in float32, where stated
+    full_tflops: float | None  # peak in float32, without TF32, which PyTorch leaves off
+    foreach: bool = True  # AdamW updates all parameters at once there and needs room for as many numbers
 
 
 # Dense, which is half of what is stated "with sparsity". GB of memory are taken for as many GiB.
@@ -54,11 +43,7 @@ MACHINES = {
 
 
 def machine(name: str) -> Machine:
-    """The machine of this name.
-
-    Raises:
-        ValueError: it is unknown.
-    """
+    """The machine of this name."""
     if name not in MACHINES:
         raise ValueError(
             f"machine={name!r} is unknown; use one of {', '.join(MACHINES)}, or peak_tflops and memory_gib with one"

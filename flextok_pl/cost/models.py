@@ -126,27 +126,17 @@ def _fused_norm(norm: nn.RMSNorm) -> Callable[[Tensor], Tensor]:
 
 
 class BudgetGroup(NamedTuple):
-    """A part of a batch that is sorted by budget.
+    """A part of a batch that is sorted by budget."""
 
-    Attributes:
-        size: images in it.
-        longest: (K+1,) probability of each number of registers that the part computes.
-    """
-
-    size: int
-    longest: Tensor
+    size: int  # images
+    longest: Tensor  # (K+1,) probability of each number of registers that the part computes
 
 
 def budget_groups(config: FlexTokConfig, batch_size: int, groups: int) -> list[BudgetGroup]:
-    """How many registers each part of a sorted batch computes; see `flow_loss`.
+    """How many registers each of the parts of a sorted batch of B images computes; see `flow_loss`.
 
     The largest budget of the first r images in order is at most k where at least r of the B budgets are: a binomial
     tail in the law's distribution function at k.
-
-    Args:
-        config: names the laws of budget and null condition.
-        batch_size: B.
-        groups: parts of the batch.
     """
     law = budget_probabilities(config.nested_dropout, config.num_registers) * (1 - config.null_dropout)
     law[0] += config.null_dropout
@@ -159,8 +149,7 @@ def budget_groups(config: FlexTokConfig, batch_size: int, groups: int) -> list[B
     for rows in torch.arange(1, batch_size + 1).chunk(groups):
         cumulative = at_least[:, rows[-1]].clone()
         cumulative[0] = 0.0  # at least one register is computed
-        longest = cumulative.diff(prepend=cumulative.new_zeros(1))
-        parts.append(BudgetGroup(len(rows), longest))
+        parts.append(BudgetGroup(len(rows), cumulative.diff(prepend=cumulative.new_zeros(1))))
     return parts
 
 
@@ -172,14 +161,9 @@ def tokenizer_flops(
     grid: Grid | None = None,
     checkpointing: bool = False,
 ) -> Flops:
-    """Encoder and decoder per image, expected over the budgets of training.
+    """Encoder and decoder per image of a batch of B on one device, expected over the budgets of training.
 
-    Args:
-        config: the model.
-        batch_size: B, images of a batch on one device.
-        groups: `budget_groups` of the training.
-        grid: rows and columns of patches; default those of the position table.
-        checkpointing: whether blocks are computed again in the backward pass.
+    `groups` is the training's `budget_groups`, `grid` by default that of the position table.
     """
     parts = budget_groups(config, batch_size, groups)
     longest = torch.stack([group.longest * (group.size / batch_size) for group in parts]).sum(0)
@@ -196,16 +180,9 @@ def prior_flops(config: PriorConfig, text_length: int = 1, checkpointing: bool =
 def tokenizer_activations(
     config: FlexTokConfig, numerics: Numerics, batch_size: int, groups: int, grid: Grid | None = None
 ) -> Activations:
-    """Encoder and decoder, for a batch whose budgets are as large as they are in one step of a thousand.
+    """Encoder and decoder, for a batch of B images whose budgets are as large as they are in one step of a thousand.
 
-    All parts of the batch are kept until the backward pass.
-
-    Args:
-        config: the model.
-        numerics: how numbers are stored.
-        batch_size: B, images on one device.
-        groups: as for `tokenizer_flops`.
-        grid: as for `tokenizer_flops`.
+    All parts of the batch are kept until the backward pass; see `tokenizer_flops` for `groups` and `grid`.
     """
     coding, decoding = _kept_at_every_budget(_shape(config), grid, numerics)
     total = Activations()
@@ -272,14 +249,10 @@ def token_loss_bytes(config: PriorConfig, batch_size: int, chunk: int | None, nu
 
 
 def vae_cost(vae: VAE, discriminator: PatchDiscriminator | None, image_size: int) -> tuple[Flops, float]:
-    """(operations, bytes kept for the backward pass) of an autoencoder's training step, per image.
+    """(operations, bytes kept for the backward pass) of an autoencoder's training step, per image of S pixels.
 
-    The adaptive weight of the adversarial loss, two gradients of one layer, is left out.
-
-    Args:
-        vae: on the meta device.
-        discriminator: likewise, or None for no adversarial loss.
-        image_size: S.
+    The networks are on the meta device. The adaptive weight of the adversarial loss, two gradients of one layer, is
+    left out.
     """
     images = torch.empty(1, 3, image_size, image_size, device="meta")
     with Count() as count:

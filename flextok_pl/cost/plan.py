@@ -24,46 +24,27 @@ SECONDS_PER_DAY = 86400
 
 @dataclass(frozen=True)
 class Setup:
-    """How a workload is run.
-
-    Attributes:
-        machine: the devices.
-        devices: their number, over all nodes.
-        numerics: how numbers are stored.
-        num_nodes: over which they are spread.
-        strategy: `ddp` copies the model to each device, `fsdp` spreads it over them.
-        checkpointing: whether blocks are computed again in the backward pass.
-        compiled: whether blocks are compiled.
-        averaged: whether an averaged copy is on the device.
-    """
+    """How a workload is run."""
 
     machine: Machine
-    devices: int
+    devices: int  # over all nodes
     numerics: Numerics
     num_nodes: int = 1
-    strategy: Literal["ddp", "fsdp"] = "ddp"
-    checkpointing: bool = False
-    compiled: bool = False
-    averaged: bool = True
+    strategy: Literal["ddp", "fsdp"] = "ddp"  # ddp copies the model to each device, fsdp spreads it over them
+    checkpointing: bool = False  # blocks are computed again in the backward pass
+    compiled: bool = False  # blocks are compiled
+    averaged: bool = True  # an averaged copy is on the device
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What an experiment says of its steps.
+    """What an experiment says of its steps."""
 
-    Attributes:
-        batch_size: samples on a device at a time.
-        devices: over all nodes.
-        accumulate: batches of an optimizer step on each device.
-        max_steps: optimizer steps of the training; -1 where it does not say.
-        global_batch: samples of an optimizer step, as stated, or else those of its own devices.
-    """
-
-    batch_size: int
-    devices: int
-    accumulate: int
-    max_steps: int
-    global_batch: int
+    batch_size: int  # samples on a device at a time
+    devices: int  # over all nodes
+    accumulate: int  # batches of an optimizer step on each device
+    max_steps: int  # optimizer steps of the training; -1 where it does not say
+    global_batch: int  # samples of an optimizer step, as stated, or else those of its own devices
 
 
 def memory(workload: Workload, setup: Setup, batch_size: int) -> dict[str, float]:
@@ -124,17 +105,7 @@ class Split:
 
 
 def largest_split(workload: Workload, setup: Setup, global_batch: int, most: int | None = None) -> Split | None:
-    """The split with the largest batch on a device that fits; None where not even one sample does.
-
-    Args:
-        workload: the training step.
-        setup: how it is run.
-        global_batch: samples of an optimizer step.
-        most: largest batch on a device to consider.
-
-    Raises:
-        ValueError: the devices cannot share the global batch evenly.
-    """
+    """The split with the largest batch on a device, up to `most`, that fits; None where not even one sample does."""
     if global_batch % setup.devices:
         raise ValueError(
             f"{setup.devices} devices cannot share the global batch of {global_batch} evenly; take a number of them "
@@ -152,18 +123,8 @@ def plan_training(
 ) -> dict[str, Any]:
     """All that a plan finds out, as plain JSON types: bytes, operations, seconds; None where something is unknown.
 
-    A step takes the time in which all operations that are computed run at a share of the peak. Of these
-    `train/mfu` counts neither those of frozen networks nor what is recomputed.
-
-    Args:
-        workload: the training step.
-        setup: how it is run.
-        recipe: the experiment's steps.
-        utilisation: share of the peak, in (0, 1].
-        peak_tflops: of one device.
-
-    Raises:
-        ValueError: the share is out of range, or the devices cannot share the global batch.
+    A step takes the time in which all operations that are computed run at a share, `utilisation`, of a device's peak.
+    Of these `train/mfu` counts neither those of frozen networks nor what is recomputed.
     """
     if not 0.0 < utilisation <= 1.0:
         raise ValueError(f"mfu={utilisation} must be in (0, 1], a share of the device's peak")

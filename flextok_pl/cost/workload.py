@@ -49,36 +49,22 @@ TEXT_LENGTH = 128  # positions of a padded text, the most that `TextEncoder` mak
 
 @dataclass(frozen=True)
 class FrozenNetwork:
-    """A network that is used and not trained.
+    """A network that is used and not trained."""
 
-    Attributes:
-        parameters: its number of them, in float32.
-        flops: of its work on one sample of a training batch; 0 where it only takes part in evaluation.
-        working_bytes: what it holds at its peak while it works on one sample.
-    """
-
-    parameters: int
-    flops: float = 0.0
-    working_bytes: float = 0.0
+    parameters: int  # in float32
+    flops: float = 0.0  # of its work on one sample of a training batch; 0 where it only takes part in evaluation
+    working_bytes: float = 0.0  # what it holds at its peak while it works on one sample
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many numbers a model has.
+    """How many numbers a model has."""
 
-    Attributes:
-        trained: parameters with gradients.
-        fixed: other parameters and buffers, which averaging copies, too.
-        cast: weights that autocast copies in half precision.
-        in_blocks: parameters of all blocks.
-        largest_block: those of the largest.
-    """
-
-    trained: int
-    fixed: int
-    cast: int
-    in_blocks: int
-    largest_block: int
+    trained: int  # parameters with gradients
+    fixed: int  # other parameters and buffers, which averaging copies, too
+    cast: int  # weights that autocast copies in half precision
+    in_blocks: int  # parameters of all blocks
+    largest_block: int  # those of the largest
 
     @property
     def total(self) -> int:
@@ -88,40 +74,20 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Workload:
-    """A training step.
-
-    Attributes:
-        parameters: of what is trained.
-        flops: per sample, for a batch of B on one device.
-        activations: for a batch of B.
-        loss_bytes: further memory of the loss, for a batch of B.
-        frozen: networks in use beside the model.
-        notes: what is not counted.
-    """
+    """A training step; its functions take B, the samples of a batch on one device."""
 
     parameters: Parameters
-    flops: Callable[[int], Flops]
-    activations: Callable[[int], Activations]
-    loss_bytes: Callable[[int], float] = lambda batch_size: 0.0
-    frozen: Mapping[str, FrozenNetwork] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    flops: Callable[[int], Flops]  # per sample
+    activations: Callable[[int], Activations]  # of the batch
+    loss_bytes: Callable[[int], float] = lambda batch_size: 0.0  # further memory of the loss
+    frozen: Mapping[str, FrozenNetwork] = field(default_factory=dict)  # by the name of what it does
+    notes: tuple[str, ...] = ()  # what is not counted
 
 
 def tokenizer_workload(
     options: Mapping[str, Any], net: FlexTokConfig, size: int, inputs: Inputs, numerics: Numerics
 ) -> Workload:
-    """The training of a `TokenizerModule`.
-
-    Args:
-        options: the module's.
-        net: its network.
-        size: S, side of the images.
-        inputs: what batches hold, `images` or `latents`.
-        numerics: how numbers are stored.
-
-    Raises:
-        ValueError: an option contradicts another, or the teacher is unknown.
-    """
+    """The training of a `TokenizerModule` with these options, on `images` of S pixels or on their `latents`."""
     if inputs == "tokens":
         raise ValueError("inputs='tokens': a tokenizer trains on images or latents")
     groups, checkpointing = options["budget_groups"], options["activation_checkpointing"]
@@ -163,7 +129,7 @@ def tokenizer_workload(
 def prior_workload(
     options: Mapping[str, Any], net: PriorConfig, size: int, inputs: Inputs, numerics: Numerics
 ) -> Workload:
-    """The training of a `PriorModule`; arguments as for `tokenizer_workload`, `inputs` being `tokens` or `images`."""
+    """The training of a `PriorModule` with these options, on `tokens` or on `images` of S pixels."""
     if inputs == "latents":
         raise ValueError("inputs='latents': a prior trains on tokens or images")
     frozen, notes = {}, []
@@ -198,21 +164,18 @@ def prior_workload(
 
 
 def vae_workload(options: Mapping[str, Any], net: VAEConfig, size: int, inputs: Inputs, numerics: Numerics) -> Workload:
-    """The training of a `VAEModule`, from `images`; arguments as for `tokenizer_workload`."""
+    """The training of a `VAEModule` with these options, on `images` of S pixels."""
     if inputs != "images":
         raise ValueError(f"inputs={inputs!r}: an autoencoder trains on images")
     with torch.device("meta"):
         model = VAE(net)
-        parts: list[nn.Module] = [model]
         discriminator = PatchDiscriminator(options["discriminator_width"]) if options["gan_weight"] else None
-        if discriminator is not None:
-            parts.append(discriminator)
         flops, peak = vae_cost(model, discriminator, size)
     notes = ["the activations are those of float32"] if numerics.autocast else []
     if options["perceptual_weight"]:
         notes.append(f"the perceptual network {options['perceptual_network']} is not counted")
     return Workload(
-        _parameters(parts, []),
+        _parameters([model] if discriminator is None else [model, discriminator], []),
         flops=lambda batch: flops,
         activations=lambda batch: Activations(peak, peak) * batch,
         notes=tuple(notes),
@@ -273,14 +236,8 @@ def _frozen_teacher(name: str) -> tuple[FrozenNetwork, int]:
 
 
 def _tokenizer(name: str) -> FlexTok | None:
-    """A tokenizer on this machine, or one whose name tells that it is of a published architecture."""
+    """A tokenizer on this machine, or one whose name tells that it is of a published architecture, on `meta`."""
     if Path(name).expanduser().exists():
         return FlexTok.from_pretrained(name, device="meta")
     published = re.search(r"d\d+_d\d+", name)
-    return None if published is None else _published(published[0])
-
-
-@cache
-def _published(preset: str) -> FlexTok:
-    with torch.device("meta"):
-        return FlexTok(FlexTokConfig.preset(preset))
+    return None if published is None else FlexTok(FlexTokConfig.preset(published[0]))

@@ -17,48 +17,30 @@ def is_matrix(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split trainable parameters into those with weight decay and those without.
+    """Split trainable parameters into groups with weight decay and without, of which empty ones are left out.
 
-    Matrices and convolution kernels decay. Whatever has a single dimension (biases, gains of norms, mask tokens)
-    does not, nor do embeddings and other parameters that belong to no matrix product: they are the ones not called
-    `weight`, or owned by an `nn.Embedding`.
-
-    Args:
-        module: whose parameters to split.
-        weight_decay: of the first group.
-
-    Returns:
-        One or two groups for a torch optimizer; empty ones are left out.
+    Matrices and convolution kernels decay. What has a single dimension (biases, gains of norms, mask tokens) does not,
+    nor do embeddings and other parameters that belong to no matrix product: they are not called `weight`, or an
+    `nn.Embedding` owns them.
     """
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
-    seen: set[int] = set()
+    decays: dict[nn.Parameter, bool] = {}
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):
-            if not parameter.requires_grad or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            (decay if is_matrix(owner, name, parameter) else no_decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+            if parameter.requires_grad:
+                decays.setdefault(parameter, is_matrix(owner, name, parameter))
+    groups: list[dict[str, Any]] = [
+        {"params": [each for each in decays if decays[each]], "weight_decay": weight_decay},
+        {"params": [each for each in decays if not decays[each]], "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 
 def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: float, min_ratio: float = 0.0) -> LambdaLR:
-    """Linear warm-up to the full learning rate, then a cosine to `min_ratio` of it; one call of `step` per step.
+    """Linear warm-up to each group's full learning rate, then a cosine to `min_ratio` of it; `step` once per step.
 
     The first step has 1 / (warmup_steps + 1) of the learning rate, step `warmup_steps` the full one and step
-    `total_steps` (the one after the last) `min_ratio` of it.
-
-    Args:
-        optimizer: whose groups to schedule; each keeps its own full learning rate.
-        warmup_steps: length of the warm-up.
-        total_steps: length of the training; infinite or -1 for a constant learning rate after the warm-up, as
-            `Trainer.estimated_stepping_batches` says it.
-        min_ratio: final share of the learning rate.
-
-    Raises:
-        ValueError: an option is out of range.
-        MisconfigurationException: the warm-up is as long as the training.
+    `total_steps` (the one after the last) `min_ratio` of it. Where that is infinite or -1, as
+    `Trainer.estimated_stepping_batches` says it, the learning rate stays constant after the warm-up.
     """
     if warmup_steps < 0:
         raise ValueError(f"warmup_steps={warmup_steps} must be 0 or more")

@@ -28,30 +28,22 @@ ADAM_EPS = 1e-8
 class WidthPart(NamedTuple):
     """A network that was tuned at another width.
 
-    Attributes:
-        network: the network, of width D.
-        base: the same of width D0; only its shapes count, so it may lie on the meta device.
-        ratio: D0 / D.
-        initial_std: (fan in, fan out) -> standard deviation that its matrices start with, up to a factor that does not
-            depend on the width.
+    `initial_std` maps (fan in, fan out) to the standard deviation that its matrices start with, up to a factor that
+    does not depend on the width.
     """
 
-    network: nn.Module
-    base: nn.Module
-    ratio: float
+    network: nn.Module  # of width D
+    base: nn.Module  # the same of width D0; only its shapes count, so it may lie on the meta device
+    ratio: float  # D0 / D
     initial_std: Callable[[int, int], float]
 
 
 class PartWeight(NamedTuple):
-    """A trainable parameter of a part.
+    """A trainable parameter of a part, its counterpart in the base network, and its role: what of it grows with D.
 
-    Attributes:
-        name: its name in the part.
-        parameter: itself.
-        base: its counterpart in the base network.
-        role: what of it grows with D. Of a matrix both sides (`hidden`), that of its input (`output`), or that of its
-            output (`input`); of anything else one dimension (`vector`: biases, gains, tokens, positions, embeddings).
-            `fixed` is what does not grow, or has nothing to grow where D is D0.
+    Of a matrix both sides grow (`hidden`), that of its input (`output`), or that of its output (`input`); of anything
+    else one dimension (`vector`: biases, gains, tokens, positions, embeddings). `fixed` is what does not grow, or has
+    nothing to grow where D is D0.
     """
 
     name: str
@@ -71,15 +63,7 @@ def default_std(fan_in: int, fan_out: int) -> float:
 
 
 def check_base_width(base_width: int, multiple: int) -> None:
-    """Refuse a base width that no model has.
-
-    Args:
-        base_width: D0.
-        multiple: what widths must be multiples of.
-
-    Raises:
-        ValueError: it is not a positive multiple.
-    """
+    """Refuse a base width that no model has."""
     if base_width < 1 or base_width % multiple:
         raise ValueError(
             f"mup_base_width={base_width} must be a positive multiple of {multiple}: the model that was tuned has the "
@@ -88,11 +72,7 @@ def check_base_width(base_width: int, multiple: int) -> None:
 
 
 def part_weights(part: WidthPart) -> Iterator[PartWeight]:
-    """The trainable parameters of a part with their roles.
-
-    Raises:
-        ValueError: a parameter grows in a way that there is no rule for.
-    """
+    """The trainable parameters of a part with their roles."""
     for path, owner in part.network.named_modules():
         for local_name, parameter in owner.named_parameters(recurse=False):
             if not parameter.requires_grad:
@@ -145,15 +125,9 @@ def width_groups(module: nn.Module, weight_decay: float, lr: float, parts: Seque
     multiplies epsilon, too. The first gradients of the encoder, behind gates that start at zero, are near the usual
     1e-8, and that would slow down wide models more than narrow ones.
 
-    Args:
-        module: whose parameters to split.
-        weight_decay: of matrices, at D0.
-        lr: at D0.
-        parts: everything in the module that is trained, or nothing for the standard parametrisation.
-
-    Returns:
-        Groups for AdamW. Without parts those of `parameter_groups`, which leave the learning rate to the optimizer;
-        with parts each group has a name, of role and D0 / D, for its curve.
+    `lr` and `weight_decay` are those at D0, `parts` everything in the module that is trained, or nothing for the
+    standard parametrisation, which leaves the learning rate to the optimizer. With parts each group has a name, of role
+    and D0 / D, for its curve.
     """
     groups = parameter_groups(module, weight_decay)
     if not parts:
@@ -166,8 +140,7 @@ def width_groups(module: nn.Module, weight_decay: float, lr: float, parts: Seque
             lr_ratio = ratio if role in ("hidden", "output") else 1.0
             eps_ratio = ratio if role in ("hidden", "input", "vector") else 1.0
             decay = group["weight_decay"] / lr_ratio
-            name = role if role == "fixed" else f"{role}_x{ratio:g}"
-            name += "" if decay else "_no_decay"
+            name = (role if role == "fixed" else f"{role}_x{ratio:g}") + ("" if decay else "_no_decay")
             options = {"name": name, "lr": lr * lr_ratio, "weight_decay": decay, "eps": ADAM_EPS * eps_ratio}
             split.setdefault(name, {"params": [], **options})["params"].append(parameter)
     return list(split.values())
