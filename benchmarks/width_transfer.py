@@ -116,8 +116,8 @@ def loss_of(module: TokenizerModule | PriorModule, generator: torch.Generator, b
 
 
 def optimizer_of(module: TokenizerModule | PriorModule, lr: float) -> torch.optim.Optimizer:
-    groups = width_groups(module, module.weight_decay, lr, module.width_parts())
-    return torch.optim.AdamW(groups, lr=lr, betas=module.betas)
+    groups = width_groups(module, module.hparams["weight_decay"], lr, module.width_parts())
+    return torch.optim.AdamW(groups, lr=lr, betas=module.hparams["betas"])
 
 
 def outputs_of(module: TokenizerModule | PriorModule, batch_size: int) -> dict[str, Tensor]:
@@ -170,7 +170,7 @@ def train(part: str, width: int, base_width: int | None, lr: float, seed: int) -
     torch.manual_seed(seed)
     module = build(part, width, base_width, options.vae)
     optimizer = optimizer_of(module, lr)
-    schedule = warmup_cosine(optimizer, options.steps // 10, options.steps, module.min_lr_ratio)
+    schedule = warmup_cosine(optimizer, options.steps // 10, options.steps, module.hparams["min_lr_ratio"])
     generator = torch.Generator().manual_seed(seed)
     losses = []
     for _ in range(options.steps):

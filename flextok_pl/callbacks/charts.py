@@ -46,15 +46,10 @@ def write_charts(
 ) -> None:
     """Show TensorBoard scalars on charts over training steps, and metrics as curves over budgets or positions.
 
-    The curves' steps are the budgets, and their tags the same in all runs, so that one chart overlays several runs.
-
-    Args:
-        trainer: whose loggers.
-        name: of the folder; what it had is replaced.
-        title: what is measured, such as `val: reconstructions`.
-        axis: what the curves run over, such as `token budget`.
-        history: chart -> tags of the run's scalars.
-        curves: chart -> budget -> value.
+    The curves' steps are the budgets, and their tags the same in all runs, so that one chart overlays several runs. The
+    title says what is measured (`val: reconstructions`), the axis what curves run over (`token budget`). `name` is that
+    of the folder, whose events are replaced; `history` maps charts to tags of the run's scalars, `curves` charts to
+    values by budget.
     """
     over_training, over_axis = f"{title} by {axis}", f"{title} against {axis}"
     tags = {metric: f"{over_axis}/{metric}" for metric in curves}

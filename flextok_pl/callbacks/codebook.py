@@ -46,9 +46,6 @@ class CodebookReport(EvaluationCallback):
         max_batches: batches per process to look at; null for all.
         output_dir: where a test's files go; null for the trainer's log directory.
         every_n_epochs: the former name of `every_n_validations`.
-
-    Raises:
-        ValueError: an option is out of range.
     """
 
     every_n_validations: int = 1
@@ -60,8 +57,7 @@ class CodebookReport(EvaluationCallback):
         self.every_n_validations = validations_between(self.every_n_validations, self.every_n_epochs)
         if self.max_batches is not None and self.max_batches < 1:
             raise ValueError(f"max_batches={self.max_batches} must be at least 1")
-        self.values: dict[str, float] = {}
-        """Tag -> value of the latest report."""
+        self.values: dict[str, float] = {}  # tag -> value of the latest report
         self._tokens: list[Tensor] = []
         self._labels: list[Tensor] = []
 
@@ -130,14 +126,7 @@ class CodebookReport(EvaluationCallback):
 def plot_positions(entropy: Tensor, information: Tensor | None, num_samples: int, vocab_size: int | None) -> Tensor:
     """Draw the entropy of each position under the largest that could be seen, and what it tells about the class.
 
-    Args:
-        entropy: (K,) bits.
-        information: (K,) bits, or None.
-        num_samples: N that both were estimated from.
-        vocab_size: V, where known.
-
-    Returns:
-        (3, H, W) uint8.
+    Both are (K,) bits, estimated from as many samples; the picture is (3, H, W) uint8.
     """
     rows = {"entropy (bits)": entropy, "about the class (bits)": information}
     shown = {name: row for name, row in rows.items() if row is not None}

@@ -31,13 +31,6 @@ class EMA(Callback):
         update_every_n_steps: optimizer steps between updates.
         update_starting_at_step: number of the optimizer step after which the first update comes; before it the average
             holds the weights that training started from.
-
-    Attributes:
-        num_updates: updates so far.
-        in_place: whether the module holds the average now.
-
-    Raises:
-        ValueError: an option is out of range.
     """
 
     def __init__(self, decay: float = 0.999, update_every_n_steps: int = 1, update_starting_at_step: int = 0) -> None:
@@ -49,7 +42,7 @@ class EMA(Callback):
             raise ValueError(f"update_starting_at_step={update_starting_at_step} must be at least 0")
         self.decay = decay
         self.update_every_n_steps, self.update_starting_at_step = update_every_n_steps, update_starting_at_step
-        self.num_updates, self.in_place = 0, False
+        self.num_updates, self.in_place = 0, False  # updates so far; whether the module holds the average now
         self._weights: dict[str, Tensor] | None = None  # the average; the weights in training while that is in place
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -58,12 +51,7 @@ class EMA(Callback):
             self.num_updates, self.in_place, self._weights = 0, False, None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start from the module's weights, or go on with a checkpoint's average.
-
-        Raises:
-            MisconfigurationException: the first update lies behind the last step, and the initial weights would be
-                exported.
-        """
+        """Start from the module's weights, or go on with a checkpoint's average."""
         total = trainer.estimated_stepping_batches
         if self.update_starting_at_step >= total >= 0:
             raise MisconfigurationException(
@@ -91,14 +79,11 @@ class EMA(Callback):
         self.num_updates += 1
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the average in place, in a fit."""
+        """In a fit, put the average in place, and at the end of the epoch the weights in training back."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._swap(pl_module)
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the weights in training back, in a fit."""
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._swap(pl_module)
+    on_validation_epoch_end = on_validation_epoch_start
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the average in the module, which exports it."""
@@ -150,7 +135,7 @@ class EMA(Callback):
 
 
 def _trained(module: LightningModule) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of each trained parameter; a sharded one that is gathered now is sharded again before."""
+    """Name and value of each trained parameter; gathered ones are sharded again before."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()

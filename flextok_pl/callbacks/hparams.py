@@ -27,13 +27,10 @@ TRAINER_OPTIONS = ("max_steps", "max_epochs", "precision", "accumulate_grad_batc
 
 
 def write_hparams(folder: Path, params: Mapping[str, Any], metrics: Mapping[str, float], step: int = 0) -> None:
-    """Write a row of TensorBoard's HParams tab, in place of the one that this folder had.
+    """Write a row of TensorBoard's HParams tab, in place of the one that this run's folder, which names it, had.
 
-    Args:
-        folder: of the run; its path is the row's name.
-        params: options; mappings in it are flattened with dots, lists become text, what is None is left out.
-        metrics: results; what is not finite is left out.
-        step: at which they were measured.
+    Mappings in `params` are flattened with dots, lists become text. Options that are None are left out, and so are
+    metrics that are not finite.
     """
     with rewritten_events(folder / FOLDER) as writer:
         writer.add_summary(hparams_pb(_flat(params), trial_id=str(folder)))

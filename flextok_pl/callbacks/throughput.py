@@ -40,12 +40,10 @@ class Throughput(Callback):
         self._clear()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave out the time between epochs."""
+        """Leave out the time between epochs, and that of a validation."""
         self._ended = None
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave out the time of a validation."""
-        self._ended = None
+    on_validation_start = on_train_epoch_start
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Add the time spent waiting for the batch."""

@@ -30,11 +30,7 @@ class PositionSums:
         self._sums: Tensor | None = None  # (3, K) float64
 
     def update(self, outputs: Any) -> None:
-        """Add what a step returned.
-
-        Raises:
-            MisconfigurationException: it has no losses by token.
-        """
+        """Add what a step returned."""
         if not isinstance(outputs, Mapping) or "nll" not in outputs:
             raise MisconfigurationException(
                 "the token report needs steps that return nll and correct by token, as those of a PriorModule; remove "
@@ -113,15 +109,7 @@ def _at_positions(split: str, means: Tensor) -> dict[str, float]:
 
 
 def plot_positions(means: Tensor, title: str) -> Tensor:
-    """Draw bits and accuracy over positions.
-
-    Args:
-        means: (2, K).
-        title: of the picture.
-
-    Returns:
-        (3, H, W) uint8.
-    """
+    """Draw bits and accuracy (2, K) over positions, as (3, H, W) uint8."""
     figure = Figure(figsize=(8, 3), layout="constrained")
     for axes, row, name in zip(figure.subplots(1, 2), means, ("bits per token", "accuracy"), strict=True):
         axes.plot(range(1, len(row) + 1), row.tolist(), marker=".", linewidth=1)

@@ -221,22 +221,20 @@ def _autoencoder(name: str | None, net: FlexTokConfig) -> VAEConfig:
 
 @cache
 def _frozen_vae(config: VAEConfig, size: int | None) -> FrozenNetwork:
-    """An autoencoder that encodes images of S pixels, or that is only there."""
-    with torch.device("meta"):
-        vae = VAE(config)
-        return FrozenNetwork(_count(vae), *(() if size is None else image_work(vae.moments, size)))
+    """An autoencoder that encodes images of S pixels, or that is only there; like the others here on `meta`."""
+    vae = VAE(config)
+    return FrozenNetwork(_count(vae), *(() if size is None else image_work(vae.moments, size)))
 
 
 @cache
 def _frozen_teacher(name: str) -> tuple[FrozenNetwork, int]:
     """A teacher at work, and F."""
-    with torch.device("meta"):
-        teacher = Teacher(name, pretrained=False)
-        return FrozenNetwork(_count(teacher), *image_work(teacher.network, teacher.image_size)), teacher.dim
+    teacher = Teacher(name, pretrained=False)
+    return FrozenNetwork(_count(teacher), *image_work(teacher.network, teacher.image_size)), teacher.dim
 
 
 def _tokenizer(name: str) -> FlexTok | None:
-    """A tokenizer on this machine, or one whose name tells that it is of a published architecture, on `meta`."""
+    """A tokenizer on this machine, or one whose name tells that it is of a published architecture."""
     if Path(name).expanduser().exists():
         return FlexTok.from_pretrained(name, device="meta")
     published = re.search(r"d\d+_d\d+", name)

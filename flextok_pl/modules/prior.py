@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
 from flextok_pl.config import PriorConfig, config_from_dict
 from flextok_pl.contracts import Batch, run_folder
@@ -21,8 +20,8 @@ from flextok_pl.models.text import TextEncoder
 from flextok_pl.models.token_loss import token_loss
 from flextok_pl.modules.prior_base import PriorBase, TokenOutputs
 from flextok_pl.modules.resume import ResumableModule
-from flextok_pl.modules.steps import log_gradient_norm, log_means, step_generator
-from flextok_pl.modules.width_transfer import WidthPart, check_base_width, rescale_initial_weights, width_groups
+from flextok_pl.modules.steps import log_means, step_generator
+from flextok_pl.modules.width_transfer import WidthPart, check_base_width, rescale_initial_weights
 from flextok_pl.runtime.sharding import gather_for_evaluation, shard, shard_again, whole_weights
 
 _CLASS_NAMES = "class_names"
@@ -54,9 +53,6 @@ class PriorModule(ResumableModule, PriorBase):
         activation_checkpointing: recompute blocks in the backward pass, for less memory.
         compile_blocks: `torch.compile` every Transformer block for training steps; evaluation runs them as they are.
         seed: of the condition dropout, and of what `predict` generates.
-
-    Raises:
-        ValueError: options contradict each other.
     """
 
     def __init__(
@@ -90,10 +86,7 @@ class PriorModule(ResumableModule, PriorBase):
         super().__init__(build_prior(net, encoder), tokenizer, encoder)
         self.save_hyperparameters(ignore="net")
         self.hparams["net"] = dataclasses.asdict(net)  # plain types: a checkpoint must load with weights_only
-        self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
-        self.warmup_steps, self.min_lr_ratio = warmup_steps, min_lr_ratio
-        self.label_smoothing, self.condition_dropout, self.loss_chunk = label_smoothing, condition_dropout, loss_chunk
-        self.mup_base_width, self.seed = mup_base_width, seed
+        self.seed = seed
         for part in self.width_parts():
             rescale_initial_weights(part)
         self.prior.checkpoint_activations(activation_checkpointing)
@@ -137,38 +130,30 @@ class PriorModule(ResumableModule, PriorBase):
             self.prior.trained_on(self.prior.config.tokenizer, names)
 
     def width_parts(self) -> list[WidthPart]:
-        """The prior beside its counterpart of the base width; empty without width transfer."""
-        if self.mup_base_width is None:
+        """The prior."""
+        config, base_width = self.prior.config, self.hparams["mup_base_width"]
+        if base_width is None:
             return []
-        config = self.prior.config
         with torch.device("meta"):
-            base = Prior(dataclasses.replace(config, width=self.mup_base_width))
-        return [WidthPart(self.prior, base, self.mup_base_width / config.width, lambda fan_in, fan_out: 1.0)]
+            base = Prior(dataclasses.replace(config, width=base_width))
+        return [WidthPart(self.prior, base, base_width / config.width, lambda fan_in, fan_out: 1.0)]
 
     def configure_model(self) -> None:
         """Shard the prior where the strategy asks for it."""
         shard(self, [self.prior], methods=["hidden"])
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over parameter groups, warm-up and cosine per step."""
-        return self.scheduled_adamw(width_groups(self, self.weight_decay, self.lr, self.width_parts()))
-
     def training_step(self, batch: Batch, batch_idx: int) -> TokenOutputs:
         """Cross-entropy of each token given those before it."""
-        tokens, condition = self.tokens(batch), self.condition(batch)
+        tokens, condition, options = self.tokens(batch), self.condition(batch), self.hparams
         generator = step_generator(self, self.seed, batch_idx)
         world_size = self.trainer.world_size
         draws = torch.rand(len(tokens) * world_size, generator=generator)  # of all ranks, whatever their number
-        null = draws[self.global_rank :: world_size].to(tokens.device) < self.condition_dropout
+        null = draws[self.global_rank :: world_size].to(tokens.device) < options["condition_dropout"]
         hidden = self.prior.hidden(tokens, condition, null)
-        result = token_loss(hidden, self.prior.head.weight, tokens, self.label_smoothing, self.loss_chunk)
+        result = token_loss(hidden, self.prior.head.weight, tokens, options["label_smoothing"], options["loss_chunk"])
         values = {"train/loss": result.loss, "train/bits_per_token": result.nll.mean() / math.log(2)}
         log_means(self, values, len(tokens))
         return {"loss": result.loss, "nll": result.nll, "correct": result.correct}
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the norm of the whole gradient, before clipping."""
-        log_gradient_norm(self)
 
     def on_validation_epoch_start(self) -> None:
         """Evaluate with all weights on each process."""
@@ -188,11 +173,7 @@ class PriorModule(ResumableModule, PriorBase):
 
 
 def build_prior(net: PriorConfig, encoder: TextEncoder | None) -> Prior:
-    """A new prior that knows the encoder's states of the empty string.
-
-    Raises:
-        ValueError: `net` has no text, or states of another width.
-    """
+    """A new prior that knows the encoder's states of the empty string."""
     if encoder is None or net.text_width is None:
         return Prior(net)
     null_text = encoder.null_states()

@@ -35,17 +35,11 @@ class TokenOutputs(TypedDict):
 class PriorBase(pl.LightningModule):
     """A prior with the tokenizer that decodes its tokens and the text encoder that it listens to, both frozen.
 
-    Args:
-        prior: the model.
-        tokenizer: `.safetensors` file, folder or Hub id of the tokenizer, or None to do without images.
-        encoder: the text encoder of a prior of texts.
-
-    Raises:
-        ValueError: they do not fit together.
+    `tokenizer` is a `.safetensors` file, folder or Hub id, or None to do without images; `encoder` is for a prior of
+    texts.
     """
 
-    seed = 0
-    """Of what is drawn."""
+    seed = 0  # of what is drawn
 
     def __init__(self, prior: Prior, tokenizer: str | None, encoder: TextEncoder | None) -> None:
         super().__init__()
@@ -80,15 +74,7 @@ class PriorBase(pl.LightningModule):
             )
 
     def check_classes(self, classes: Sequence[str], source: str) -> None:
-        """Check that a source numbers its classes as the prior does, if either has any.
-
-        Args:
-            classes: their names by number; empty for none.
-            source: what they are of, for errors.
-
-        Raises:
-            ValueError: it does not; names the classes.
-        """
+        """Check that a source, named in errors, numbers its classes as the prior does, if either has any."""
         if not classes or self.condition_kind != "class":
             return
         if len(classes) != self.num_classes:
@@ -121,11 +107,7 @@ class PriorBase(pl.LightningModule):
 
     @property
     def reconstructor(self) -> FlexTok:
-        """The tokenizer, which decodes what the prior generates.
-
-        Raises:
-            MisconfigurationException: there is none.
-        """
+        """The tokenizer, which decodes what the prior generates."""
         if self.tokenizer is None:
             raise MisconfigurationException("images need a tokenizer: set model.tokenizer (or --tokenizer)")
         return self.tokenizer.module
@@ -167,11 +149,7 @@ class PriorBase(pl.LightningModule):
 
     @torch.no_grad()
     def tokens(self, batch: Batch) -> Tensor:
-        """Tokens (B, K) of a batch: its own, or those of its images.
-
-        Raises:
-            ValueError: it has neither, or images without a tokenizer.
-        """
+        """Tokens (B, K) of a batch: its own, or those of its images."""
         if "tokens" in batch:
             return batch["tokens"]
         if "image" not in batch:
@@ -182,11 +160,7 @@ class PriorBase(pl.LightningModule):
 
     @torch.no_grad()
     def condition(self, batch: Batch) -> Condition:
-        """What the samples of a batch are conditioned on.
-
-        Raises:
-            ValueError: the batch does not say.
-        """
+        """What the samples of a batch are conditioned on."""
         if self.condition_kind == "none":
             return None
         if self.condition_kind == "class":
@@ -209,9 +183,8 @@ class PriorBase(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums of the epoch."""
-        names = ["val/loss", "val/bits_per_token", "val/accuracy"]
-        names += [] if self.condition_kind == "none" else ["val/condition_gap"]
-        self._val_means = SampleMeans(names, self.device)
+        gap = [] if self.condition_kind == "none" else ["val/condition_gap"]
+        self._val_means = SampleMeans(["val/loss", "val/bits_per_token", "val/accuracy", *gap], self.device)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over all samples."""
@@ -222,15 +195,14 @@ class PriorBase(pl.LightningModule):
         weight = self.prior.head.weight
         with full_precision(self.device):
             tokens, condition = self.tokens(batch), self.condition(batch)
-            size = len(tokens)
             own = token_loss(self.prior.hidden(tokens, condition), weight, tokens)
             values = {"val/loss": own.loss, "val/bits_per_token": own.loss / math.log(2)}
             values["val/accuracy"] = own.correct.float().mean()
             if condition is not None:
-                null = torch.ones(size, dtype=torch.bool, device=tokens.device)
+                null = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
                 without = token_loss(self.prior.hidden(tokens, condition, null), weight, tokens)
                 values["val/condition_gap"] = without.loss - own.loss
-        self._val_means.add(values, size)
+        self._val_means.add(values, len(tokens))
         return {"loss": own.loss, "nll": own.nll, "correct": own.correct}
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:

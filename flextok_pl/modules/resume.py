@@ -10,11 +10,13 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from flextok_pl.contracts import run_folder
 from flextok_pl.modules.optim import warmup_cosine
+from flextok_pl.modules.steps import log_gradient_norm
+from flextok_pl.modules.width_transfer import WidthPart, width_groups
 from flextok_pl.precision import check_training_precision
 from flextok_pl.runtime.finite import StopIfNotFinite
 from flextok_pl.runtime.lightning_internals import attached_trainer
@@ -62,12 +64,11 @@ def _plain(value: Any) -> Any:
 
 
 class ResumableModule(pl.LightningModule):
-    """A module with AdamW and a schedule that goes on from a checkpoint with the options that it is given."""
+    """A module with AdamW and a schedule that goes on from a checkpoint with the options that it is given.
 
-    lr: float  # at its peak
-    betas: tuple[float, float]
-    warmup_steps: int
-    min_lr_ratio: float  # final share of the learning rate
+    Its hyper-parameters include those of `APPLIED`.
+    """
+
     _changes: Sequence[Change] = ()
 
     def configure_callbacks(self) -> list[Callback]:
@@ -75,15 +76,27 @@ class ResumableModule(pl.LightningModule):
         check_training_precision(self.trainer.precision)
         return [StopIfNotFinite()]
 
-    def scheduled_adamw(self, groups: list[dict[str, Any]]) -> OptimizerLRScheduler:
-        """AdamW over parameter groups, with warm-up and cosine per step."""
-        optimizer = AdamW(groups, lr=self.lr, betas=self.betas)
-        total = self.trainer.estimated_stepping_batches
-        schedule = warmup_cosine(optimizer, self.warmup_steps, total, self.min_lr_ratio)
+    def width_parts(self) -> list[WidthPart]:
+        """What is trained, beside its counterpart of the base width; empty without width transfer."""
+        return []
+
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups for AdamW."""
+        return width_groups(self, self.hparams["weight_decay"], self.hparams["lr"], self.width_parts())
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW over parameter groups, warm-up and cosine per step."""
+        options, total = self.hparams, self.trainer.estimated_stepping_batches
+        optimizer = AdamW(self.optimizer_groups(), lr=options["lr"], betas=tuple(options["betas"]))
+        schedule = warmup_cosine(optimizer, options["warmup_steps"], total, options["min_lr_ratio"])
         names = ("weight_decay", "betas", "eps")
         self._given = [{name: group[name] for name in names} for group in optimizer.param_groups]
         self._base_lrs = list(schedule.base_lrs)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the norm of the whole gradient, before clipping."""
+        log_gradient_norm(self)
 
     def frozen_weights(self) -> dict[str, str]:
         """Option -> hash of the frozen network that it names, which checkpoints do not hold."""

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from flextok_pl.config import FlexTokConfig, config_from_dict
@@ -38,7 +37,6 @@ from flextok_pl.modules.resume import ResumableModule
 from flextok_pl.modules.steps import (
     SampleMeans,
     evaluation_generators,
-    log_gradient_norm,
     log_means,
     logging_now,
     step_generator,
@@ -48,7 +46,6 @@ from flextok_pl.modules.width_transfer import (
     check_base_width,
     default_std,
     rescale_initial_weights,
-    width_groups,
     xavier_std,
 )
 from flextok_pl.precision import full_precision
@@ -87,9 +84,6 @@ class TokenizerModule(ResumableModule):
         activation_checkpointing: recompute blocks in the backward pass, for less memory.
         compile_blocks: `torch.compile` every Transformer block for training steps; evaluation runs them as they are.
         seed: of noise, times and budgets in training, and of the fixed ones in validation.
-
-    Raises:
-        ValueError: options contradict each other.
     """
 
     def __init__(
@@ -128,11 +122,7 @@ class TokenizerModule(ResumableModule):
         if mup_base_width is not None:
             check_base_width(mup_base_width, math.lcm(4, net.encoder_head_dim, net.decoder_head_dim))
         self.tokenizer = build_tokenizer(net, vae)
-        self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
-        self.warmup_steps, self.min_lr_ratio, self.mup_base_width = warmup_steps, min_lr_ratio, mup_base_width
-        self.timestep_shift, self.pure_noise, self.budget_groups = timestep_shift, pure_noise, budget_groups
-        self.teacher_name, self.teacher_weights, self.repa_weight = teacher, teacher_weights, repa_weight
-        self.seed = seed
+        self.teacher_name, self.teacher_weights, self.seed = teacher, teacher_weights, seed
         self._vae_hash: str | None = None
         self.teacher: Frozen[Teacher] | None = None
         if teacher is not None:
@@ -163,13 +153,13 @@ class TokenizerModule(ResumableModule):
         the teacher and recomputation count for nothing.
         """
         batch_size = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
-        return tokenizer_flops(self.tokenizer.config, batch_size, self.budget_groups).training
+        return tokenizer_flops(self.tokenizer.config, batch_size, self.hparams["budget_groups"]).training
 
     def width_parts(self) -> list[WidthPart]:
-        """What is trained, beside its counterpart of the base width; empty without width transfer."""
-        if self.mup_base_width is None:
+        """Encoder, decoder and projection."""
+        config, base_width = self.tokenizer.config, self.hparams["mup_base_width"]
+        if base_width is None:
             return []
-        config, base_width = self.tokenizer.config, self.mup_base_width
         base_config = dataclasses.replace(config, encoder_width=base_width, decoder_width=base_width)
         encoder, decoder = self.tokenizer.encoder, self.tokenizer.decoder
         with torch.device("meta"):
@@ -183,11 +173,7 @@ class TokenizerModule(ResumableModule):
         return parts
 
     def setup(self, stage: str) -> None:
-        """Check that precomputed latents and features fit the model, and load the teacher where there are none.
-
-        Raises:
-            ValueError: another autoencoder or teacher made the shards, or the teacher's weights are not to be had.
-        """
+        """Check that precomputed latents and features fit the model, and load the teacher where there are none."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         latents, features = getattr(data, "autoencoder", None), getattr(data, "teacher", None)
         if latents is not None and "sha256" in latents:
@@ -217,17 +203,9 @@ class TokenizerModule(ResumableModule):
         projection = [] if self.teacher_name is None else [self.projection]
         shard(self, [self.tokenizer.encoder, self.tokenizer.decoder, *projection])
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over parameter groups, warm-up and cosine per step."""
-        return self.scheduled_adamw(width_groups(self, self.weight_decay, self.lr, self.width_parts()))
-
     @torch.no_grad()
     def latents(self, batch: Batch) -> Tensor:
-        """Scaled latents (B, C, h, w) of a batch of images or of precomputed moments.
-
-        Raises:
-            ValueError: the batch has neither.
-        """
+        """Scaled latents (B, C, h, w) of a batch of images or of precomputed moments."""
         vae = self.tokenizer.require_vae()
         if "latent" in batch:
             return vae.scale(batch["latent"])
@@ -243,12 +221,12 @@ class TokenizerModule(ResumableModule):
             self.tokenizer.config,
             latents,
             generator,
-            self.timestep_shift,
-            self.pure_noise,
+            self.hparams["timestep_shift"],
+            self.hparams["pure_noise"],
             self.global_rank,
             self.trainer.world_size,
         )
-        result = flow_loss(self.tokenizer, latents, draws, budget_groups=self.budget_groups)
+        result = flow_loss(self.tokenizer, latents, draws, budget_groups=self.hparams["budget_groups"])
         loss = result.loss.mean()
         log_means(self, {"train/loss": loss}, len(latents))
         self.train_loss.update(result.loss, draws)
@@ -264,7 +242,7 @@ class TokenizerModule(ResumableModule):
         features = resized_map(self._teacher_features(batch, grid), grid)
         loss = alignment_loss(self.projection(result.patch_features), features)
         log_means(self, {"train/repa": loss}, len(latents))
-        return self.repa_weight * loss
+        return float(self.hparams["repa_weight"]) * loss
 
     def _teacher_features(self, batch: Batch, grid: tuple[int, int]) -> Tensor:
         """A map of the teacher's features (B, F, h', w') that is no coarser than the decoder's grid, if precomputed."""
@@ -283,10 +261,6 @@ class TokenizerModule(ResumableModule):
                 f"decoder's of {grid}; write them again (flextok data latents) with --teacher_grid {max(grid)}"
             )
         return features
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the norm of the whole gradient, before clipping."""
-        log_gradient_norm(self)
 
     def on_validation_epoch_start(self) -> None:
         """Evaluate with all weights on each process."""
@@ -353,11 +327,7 @@ class TokenizerModule(ResumableModule):
 
 
 def build_tokenizer(net: FlexTokConfig, vae: str | None) -> FlexTok:
-    """A new tokenizer around a frozen autoencoder; see `TokenizerModule` for the arguments.
-
-    Raises:
-        ValueError: the autoencoder cannot be loaded or does not fit `net`.
-    """
+    """A new tokenizer around a frozen autoencoder; see `TokenizerModule` for the arguments."""
     if vae is None:
         if net.vae is None:
             raise ValueError("net.vae=None leaves no autoencoder to make latents with; set model.vae or net.vae")

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -90,18 +89,12 @@ class VAEModule(ResumableModule):
             raise ValueError(f"net.kind={net.kind!r} has nothing to train; use 'kl'")
         if reconstruction not in ("l1", "l2"):
             raise ValueError(f"reconstruction={reconstruction!r} is unknown; use 'l1' or 'l2'")
-        weights = {"kl_weight": kl_weight, "perceptual_weight": perceptual_weight, "gan_weight": gan_weight}
-        for name, value in weights.items():
+        for name, value in (("kl", kl_weight), ("perceptual", perceptual_weight), ("gan", gan_weight)):
             if value < 0:
-                raise ValueError(f"{name}={value} must be 0 (off) or more")
+                raise ValueError(f"{name}_weight={value} must be 0 (off) or more")
         if scale_batches < 1:
             raise ValueError(f"scale_batches={scale_batches} must be at least 1")
         self.distance = F.l1_loss if reconstruction == "l1" else F.mse_loss
-        self.kl_weight, self.perceptual_weight = kl_weight, perceptual_weight
-        self.gan_weight, self.gan_start_step = gan_weight, gan_start_step
-        self.lr, self.betas, self.weight_decay = lr, (betas[0], betas[1]), weight_decay
-        self.warmup_steps, self.min_lr_ratio = warmup_steps, min_lr_ratio
-        self.scale_batches, self.seed = scale_batches, seed
 
         # Channels last is about 1.5 times faster for convolutions on CPU, and faster with tensor cores.
         self.vae = (VAE(net) if init is None else _pretrained(net, init)).to(memory_format=torch.channels_last)
@@ -118,18 +111,19 @@ class VAEModule(ResumableModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch with key `image`."""
-        images = _images(batch)
-        generator = step_generator(self, self.seed, batch_idx, self.global_rank)
+        images, options = _images(batch), self.hparams
+        generator = step_generator(self, options["seed"], batch_idx, self.global_rank)
         moments, outputs = self.vae(images, generator)  # (B, 2C, h, w), (B, 3, H, W)
         losses = {"reconstruction": self.distance(outputs, images), "kl": kl_divergence(moments) / images[0].numel()}
         compared = losses["reconstruction"]
         if self.perceptual is not None:
             losses["perceptual"] = self.perceptual(outputs, images)
-            compared = compared + self.perceptual_weight * losses["perceptual"]
-        loss = compared + self.kl_weight * losses["kl"] if self.kl_weight else compared
-        if self.discriminator is not None and self.global_step >= self.gan_start_step:
+            compared = compared + options["perceptual_weight"] * losses["perceptual"]
+        loss = compared + options["kl_weight"] * losses["kl"] if options["kl_weight"] else compared
+        if self.discriminator is not None and self.global_step >= options["gan_start_step"]:
             losses |= self._adversarial(images, outputs, compared)
-            loss = loss + self.gan_weight * losses["adaptive_weight"] * losses["generator"] + losses["discriminator"]
+            weight = options["gan_weight"] * losses["adaptive_weight"]
+            loss = loss + weight * losses["generator"] + losses["discriminator"]
         shown = {f"train/{name}": value.detach() for name, value in losses.items()}
         self.log_dict(shown | {"train/loss": loss.detach()}, batch_size=len(images))
         self.log("train/psnr", psnr(outputs.detach(), images).mean(), batch_size=len(images), prog_bar=True)
@@ -150,12 +144,10 @@ class VAEModule(ResumableModule):
         check_training_precision(self.trainer.precision, adversarial=self.discriminator is not None)
         return super().configure_callbacks()
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over both networks, warm-up and cosine per step."""
-        groups = parameter_groups(self.vae, self.weight_decay)
-        if self.discriminator is not None:
-            groups += parameter_groups(self.discriminator, self.weight_decay)
-        return self.scheduled_adamw(groups)
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """Those of each network."""
+        networks = [self.vae] if self.discriminator is None else [self.vae, self.discriminator]
+        return [group for each in networks for group in parameter_groups(each, self.hparams["weight_decay"])]
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the autoencoder's gradient norm before clipping, and the learning rate."""
@@ -228,7 +220,7 @@ class VAEModule(ResumableModule):
         sums = torch.zeros(3, dtype=wide, device=self.device)  # count, sum, sum of squares
         loader: Any = self.trainer.train_dataloader
         for number, batch in enumerate(loader):
-            if number == self.scale_batches:
+            if number == self.hparams["scale_batches"]:
                 break
             images = _images(self.trainer.strategy.batch_to_device(batch, self.device))
             with full_precision(self.device):
@@ -240,11 +232,7 @@ class VAEModule(ResumableModule):
 
 
 def kl_divergence(moments: Tensor) -> Tensor:
-    """Divergence of a diagonal normal from the unit one, summed over an image, averaged over the batch.
-
-    Args:
-        moments: (B, 2C, h, w), mean and log-variance.
-    """
+    """(B, 2C, h, w) means and log-variances -> divergence from the unit normal, summed over an image, mean over B."""
     mean, log_variance = moments.chunk(2, dim=1)
     return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).flatten(1).sum(dim=1).mean()
 

@@ -21,8 +21,7 @@ from flextok_pl.modules.optim import is_matrix, parameter_groups
 
 Role = Literal["hidden", "output", "input", "vector", "fixed"]
 
-ADAM_EPS = 1e-8
-"""Epsilon at the base width, torch's default."""
+ADAM_EPS = 1e-8  # at the base width, torch's default
 
 
 class WidthPart(NamedTuple):

@@ -231,7 +231,7 @@ def test_a_fit_schedules_and_logs_each_group_and_is_loaded_again(tmp_path: Path)
     assert rates["lr-AdamW/hidden_x0.25"][:2] == pytest.approx([1.25e-4, 2.5e-4])
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     loaded = PriorModule.load_from_checkpoint(tmp_path / "last.ckpt")
-    assert loaded.mup_base_width == 16
+    assert loaded.hparams["mup_base_width"] == 16
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), loaded.parameters(), strict=True))
 
 
