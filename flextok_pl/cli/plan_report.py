@@ -89,7 +89,10 @@ def _split(plan: dict[str, Any]) -> Iterator[str]:
     yield f"global batch {stated}: {spread}{other}"
     if split is None:
         lasting = f"{_gib(recipe['memory']['lasting'])} GiB are there at all times"
-        yield f"  not even one sample fits a device: {lasting}; {_remedies(plan)}"
+        ways = ["--strategy fsdp"] if plan["strategy"] == "ddp" else []
+        ways += [] if plan["activation_checkpointing"] else ["--model.activation_checkpointing true"]
+        remedies = " or ".join([*ways, "devices with more memory"])
+        yield f"  not even one sample fits a device: {lasting}; {remedies}"
         return
     devices = f"{plan['devices']} devices" + (f" of {nodes} nodes" if nodes > 1 else "")
     spread = f"{split['batch_size']} x {plan['devices']} x {split['accumulate']}"
@@ -97,12 +100,6 @@ def _split(plan: dict[str, Any]) -> Iterator[str]:
     yield f"  {shlex.join(['flextok', 'fit', *plan['fit']])}"
     if nodes > 1:
         yield "  which srun (experiments/cluster/train.sbatch) or torchrun (docs/reliability.md) starts on each node"
-
-
-def _remedies(plan: dict[str, Any]) -> str:
-    ways = ["--strategy fsdp"] if plan["strategy"] == "ddp" else []
-    ways += [] if plan["activation_checkpointing"] else ["--model.activation_checkpointing true"]
-    return " or ".join([*ways, "devices with more memory"])
 
 
 def _time(plan: dict[str, Any]) -> Iterator[str]:

@@ -217,15 +217,9 @@ class TokenizerModule(ResumableModule):
         """Velocity loss, and the alignment with the teacher where there is one."""
         latents = self.latents(batch)
         generator = step_generator(self, self.seed, batch_idx)
-        draws = sample_draws(
-            self.tokenizer.config,
-            latents,
-            generator,
-            self.hparams["timestep_shift"],
-            self.hparams["pure_noise"],
-            self.global_rank,
-            self.trainer.world_size,
-        )
+        shift, pure_noise = self.hparams["timestep_shift"], self.hparams["pure_noise"]
+        rank, ranks = self.global_rank, self.trainer.world_size
+        draws = sample_draws(self.tokenizer.config, latents, generator, shift, pure_noise, rank, ranks)
         result = flow_loss(self.tokenizer, latents, draws, budget_groups=self.hparams["budget_groups"])
         loss = result.loss.mean()
         log_means(self, {"train/loss": loss}, len(latents))

@@ -142,7 +142,7 @@ def test_a_resumed_fit_repeats_an_uninterrupted_one(tmp_path: Path) -> None:
     whole = fit(tmp_path / "whole", module(), 10, callbacks=[saving])
     checkpoint = tmp_path / "saved" / "step=5.ckpt"
     network = PriorModule.load_from_checkpoint(checkpoint, weights_only=True)
-    assert network.prior.config.num_tokens == K and network.lr == 3e-3
+    assert network.prior.config.num_tokens == K and network.hparams["lr"] == 3e-3
     rest = fit(tmp_path / "rest", module(), 10, ckpt_path=checkpoint)
     assert rest == whole[5:]
 
