@@ -25,12 +25,12 @@ Classifier = LinearProbe | TimmClassifier
 
 
 class GenerationStatistics(BudgetStatistics[BudgetT]):
-    """Everything that per-budget metrics of generated images need.
+    """Everything that per-budget metrics of generated images need; see `BudgetStatistics`.
 
     Args:
         budgets: numbers of tokens.
         extractor: of the features whose distances are taken.
-        pool_fraction: share of the generated images whose features are kept for the kernel distance and the manifolds.
+        pool_fraction: share of the generated images whose features serve the kernel distance and the manifolds.
         classifier: says what class an image shows, or None to leave agreement with the asked class out.
         real: features of all real images from an earlier run, or None to take them now.
         clip: the score of images and captions, or None to leave it out.

@@ -63,16 +63,13 @@ def fitted_probe(
     """Fit a probe, or take the one that was fitted to the same images before. All processes must call it.
 
     Args:
-        source: image shard set with classes.
+        source: image shard set with classes; see `probe_data`.
         image_size: side in pixels at which the images are looked at.
         extractor: of the features.
         reconstruct: (B, 3, H, W) in [-1, 1] and keys -> the images' reconstructions, likewise, uint8.
         made_by: JSON types that identify `reconstruct`.
         cache_dir: where probes are kept; None for nowhere.
         classes: names by number of the classes to tell apart; empty where they are not known.
-
-    Raises:
-        ValueError: the set is missing, or has no images, no classes or others.
     """
     data = probe_data(source, image_size, classes)
     key = [VERSION, data.data_hash("test"), extractor.name, extractor.weights_hash, extractor.resize, *made_by]

@@ -73,13 +73,7 @@ class Results:
 def make_records(
     values: Mapping[int, Mapping[str, float]], protocol: Mapping[str, Any], extra: Mapping[str, Mapping[str, Any]]
 ) -> list[Record]:
-    """One record per budget and metric.
-
-    Args:
-        values: budget -> metric -> value.
-        protocol: what all of them have in common.
-        extra: metric -> what only this metric's records say.
-    """
+    """One record per budget and metric, with the protocol and what `extra` has for its metric."""
     return [
         {"metric": metric, "value": value, "num_tokens": budget, **protocol, **extra.get(metric, {})}
         for budget, metrics in values.items()

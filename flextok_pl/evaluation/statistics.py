@@ -90,21 +90,13 @@ class BudgetStatistics(ABC, Generic[BudgetT]):
             _add_features(self.real, self._extractor(images), keys, self._real_pool_fraction)
 
     def check_size(self, size: list[int]) -> None:
-        """Take only images of this [H, W], where it is not empty.
-
-        Raises:
-            ValueError: others came before.
-        """
+        """Take only images of this [H, W], where it is not empty."""
         if self.image_size and size and self.image_size != size:
             raise ValueError(f"images of {self.image_size} and {size} pixels are mixed; resize them to one size")
         self.image_size = self.image_size or size
 
     def all_reduce(self) -> None:
-        """Replace these statistics by those of all processes.
-
-        Raises:
-            ValueError: the processes have images of different sizes.
-        """
+        """Replace these statistics by those of all processes."""
         for size in gather_objects(self.image_size):
             self.check_size(size)
         self.data_hash = int(all_reduce_sum(torch.tensor(self.data_hash)).item())
@@ -175,13 +167,7 @@ def _add_features(features: FeatureSet, rows: Tensor, keys: Sequence[str], pool_
 
 
 def check_each_sample_once(seen: Tensor, expected: int, may_stop_early: bool, source: str) -> int:
-    """Count samples.
-
-    Args:
-        seen: (N,) int64, hashes of the keys of all that were seen, by whichever process.
-        expected: samples in the data set.
-        may_stop_early: whether fewer are in order, because the user limits the number of batches.
-        source: what to call the data in an error.
+    """Count the samples whose hashed keys (N,) int64 were seen by whichever process; fewer may be in order.
 
     Raises:
         RuntimeError: a sample came twice, or some did not come.
