@@ -187,7 +187,8 @@ class Runner:
                 cwd=cwd,
                 env=_environment(),
                 pass_fds=[handle],
-                preexec_fn=_leave_usr2_to_submitit,
+                # Slurm sends it to all processes of a job; the job's own one then stops the command by SIGTERM.
+                preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
             )
         folder.write("command", {"pid": self._child.pid})
         told = False
@@ -220,11 +221,6 @@ def outcome(folder: TrialFolder, plan: Mapping[str, Any]) -> dict[str, Any]:
             raise TrialError(f"metric={plan['metric']} is {value}")
     values = [metrics[plan["metric"]] for metrics in last.values()]
     return {"value": math.fsum(values) / len(values), "metrics": last}
-
-
-def _leave_usr2_to_submitit() -> None:
-    """Slurm sends the signal to all processes of a job; the job's own one then stops the command by SIGTERM."""
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
 def _environment() -> dict[str, str]:
