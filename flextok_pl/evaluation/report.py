@@ -129,7 +129,7 @@ def draw_budgets(values: Mapping[int, Mapping[str, float]]) -> tuple[Figure, dic
     budgets = list(values)
     columns = min(4, len(metrics))
     rows = math.ceil(len(metrics) / columns)
-    figure = Figure(figsize=(3.2 * columns, 2.6 * rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(3.2 * columns, 2.6 * rows + 0.4), dpi=120, layout="constrained")
     panels = {metric: figure.add_subplot(rows, columns, index + 1) for index, metric in enumerate(metrics)}
     for metric, axes in panels.items():
         axes.plot(budgets, [values[budget][metric] for budget in budgets], marker="o", markersize=4)
@@ -148,7 +148,6 @@ def plot_budgets(values: Mapping[int, Mapping[str, float]], title: str, path: Pa
     """Write what `draw_budgets` draws as PNG."""
     figure, _ = draw_budgets(values)
     figure.suptitle(title, fontsize=10)
-    figure.set_dpi(120)
     save_figure(figure, path)
 
 
