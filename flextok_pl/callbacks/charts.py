@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 from torch.utils.tensorboard import FileWriter
 from torch.utils.tensorboard.summary import custom_scalars, scalar
+
+from flextok_pl.callbacks.trainer_facts import log_results
 
 FOLDER = "charts"
 
@@ -36,31 +39,39 @@ def add_scalar(writer: FileWriter, tag: str, value: float, step: int) -> None:
         writer.add_summary(scalar(tag, value), step)  # type: ignore[no-untyped-call]
 
 
-def write_charts(
+def tagged(tags: Mapping[str, Mapping[int, str]], curves: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
+    """The values of the curves that have a tag, by that tag."""
+    return {tag: curves[metric][k] for metric, by_budget in tags.items() for k, tag in by_budget.items()}
+
+
+def log_curves(
     trainer: Trainer,
+    pl_module: LightningModule,
+    step: int,
     name: str,
     title: str,
     axis: str,
-    history: Mapping[str, Sequence[str]],
+    tags: Mapping[str, Mapping[int, str]],
     curves: Mapping[str, Mapping[int, float]],
+    pictures: Mapping[str, Tensor],
 ) -> None:
-    """Show TensorBoard scalars on charts over training steps, and metrics as curves over budgets or positions.
+    """Log pictures and the tagged values of curves over budgets or positions, and chart both over training and budgets.
 
     The curves' steps are the budgets, and their tags the same in all runs, so that one chart overlays several runs. The
     title says what is measured (`val: reconstructions`), the axis what curves run over (`token budget`). `name` is that
-    of the folder, whose events are replaced; `history` maps charts to tags of the run's scalars, `curves` charts to
-    values by budget.
+    of the folder, whose events are replaced.
     """
+    log_results(trainer, pl_module, step, tagged(tags, curves), pictures)
     over_training, over_axis = f"{title} by {axis}", f"{title} against {axis}"
-    tags = {metric: f"{over_axis}/{metric}" for metric in curves}
+    charted = {metric: f"{over_axis}/{metric}" for metric in curves}
     layout = {  # TensorBoard shows whatever a pattern is found in
-        over_axis: {metric: ["Multiline", [f"^{re.escape(tag)}$"]] for metric, tag in tags.items()},
-        over_training: {m: ["Multiline", [f"^{re.escape(tag)}$" for tag in each]] for m, each in history.items()},
+        over_axis: {m: ["Multiline", [f"^{re.escape(tag)}$"]] for m, tag in charted.items()},
+        over_training: {m: ["Multiline", [f"^{re.escape(t)}$" for t in each.values()]] for m, each in tags.items()},
     }
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
             with rewritten_events(Path(logger.log_dir) / FOLDER / name) as writer:
                 writer.add_summary(custom_scalars(layout))  # type: ignore[no-untyped-call]
-                for metric, tag in tags.items():
-                    for step, value in curves[metric].items():
-                        add_scalar(writer, tag, value, step)
+                for metric, tag in charted.items():
+                    for k, value in curves[metric].items():
+                        add_scalar(writer, tag, value, k)

@@ -21,13 +21,9 @@ Split = Literal["val", "test"]
 
 
 class EvaluationCallback(Callback):
-    """Takes part in every n-th validation of a training, counted over its interruptions, and in any outside a training.
+    """Takes part in every n-th validation of a training, counted over its interruptions, and in any outside it."""
 
-    Attributes:
-        every_n_validations: n; 0 for none of a training.
-    """
-
-    every_n_validations: int
+    every_n_validations: int  # n; 0 for none of a training
     _validations = 0  # that the training has finished
     _takes_part = False  # in the evaluation that runs
     _loaded_step = 0  # of the checkpoint that the run has loaded, if any
@@ -35,12 +31,7 @@ class EvaluationCallback(Callback):
 
     @abstractmethod
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse, before the first step, what would stop the first validation.
-
-        Raises:
-            ValueError: an option does not fit the module, or names what is not there.
-            MisconfigurationException: the module or the validation set lacks what is looked at.
-        """
+        """Refuse, before the first step, what would stop the first validation."""
 
     @abstractmethod
     def begin(self, trainer: Trainer, pl_module: LightningModule, split: Split) -> None:
@@ -69,11 +60,10 @@ class EvaluationCallback(Callback):
         return trainer.global_step or self._loaded_step
 
     def weights_of(self, trainer: Trainer) -> str:
-        """Name the weights that the module has while batches are evaluated.
+        """Name the weights that the module has while batches are evaluated: `ema`, `raw`, `initial` or `loaded`.
 
-        Returns:
-            `ema`, `raw`, `initial` (an average that has not been updated yet holds the weights that training started
-            from) or `loaded` (the module's own, about which the trainer knows nothing more).
+        `initial` is an average without an update, which holds the weights that training started from; about `loaded`
+        ones the trainer knows nothing more.
         """
         average = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
         if trainer.state.fn == TrainerFn.FITTING:

@@ -10,12 +10,11 @@ from typing import Any, ClassVar
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from flextok_pl.callbacks.charts import write_charts
+from flextok_pl.callbacks.charts import log_curves
 from flextok_pl.callbacks.evaluation import EvaluationCallback, Split
 from flextok_pl.callbacks.trainer_facts import (
     generator_of,
     is_limited,
-    log_results,
     model_facts,
     require_image_shards,
     source_of,
@@ -35,13 +34,10 @@ from flextok_pl.runtime import stop_if_preempted
 class BudgetEvaluationCallback(EvaluationOptions, EvaluationCallback):
     """Hands batches to an evaluation, and logs its results. The options are the callback's own fields."""
 
-    results: Results | None = None
-    """Of the latest evaluation."""
-    kind: ClassVar[type[BudgetEvaluation[Any]]]
-    """What evaluates."""
-    model_of: ClassVar[Callable[[LightningModule], Any]]
-    """What of a module it evaluates."""
-    _evaluation: BudgetEvaluation[Any] | None = None
+    results: Results | None = None  # of the latest evaluation
+    kind: ClassVar[type[BudgetEvaluation]]
+    model_of: ClassVar[Callable[[LightningModule], Any]]  # what of a module it evaluates
+    _evaluation: BudgetEvaluation | None = None
 
     @property
     def values(self) -> dict[int, dict[str, float]]:
@@ -93,16 +89,12 @@ class BudgetEvaluationCallback(EvaluationOptions, EvaluationCallback):
         if results is None:
             return
         self.results = results
-        values, title = results.values, f"{split}: {evaluation.heading}"
-        tags = {
-            metric: {k: f"{split}/{evaluation.tag}{metric}/k={k:03d}" for k in values} for metric in results.metrics
-        }
-        scalars = {tag: values[k][metric] for metric, by_budget in tags.items() for k, tag in by_budget.items()}
-        grid = {f"{split}/{evaluation.heading}": results.pictures[evaluation.picture]}
-        log_results(trainer, pl_module, self.step_of(trainer), scalars, grid)
-        history = {metric: list(by_budget.values()) for metric, by_budget in tags.items()}
-        curves = {metric: {k: found[metric] for k, found in values.items()} for metric in tags}
-        write_charts(trainer, self.name, title, "token budget", history, curves)
+        heading, values = evaluation.heading, results.values
+        curves = {metric: {k: found[metric] for k, found in values.items()} for metric in results.metrics}
+        tags = {metric: {k: f"{split}/{evaluation.tag}{metric}/k={k:03d}" for k in values} for metric in curves}
+        grid = {f"{split}/{heading}": results.pictures[evaluation.picture]}
+        named = (self.name, f"{split}: {heading}", "token budget")
+        log_curves(trainer, pl_module, self.step_of(trainer), *named, tags, curves, grid)
         in_fit = evaluation.context.in_fit
         folder = run_folder(trainer) if self.output_dir is None else Path(self.output_dir)
         folder = folder / f"{self.name}_fit" if in_fit else folder
@@ -112,7 +104,7 @@ class BudgetEvaluationCallback(EvaluationOptions, EvaluationCallback):
         evaluation.forget()
 
     @property
-    def _running(self) -> BudgetEvaluation[Any]:
+    def _running(self) -> BudgetEvaluation:
         assert self._evaluation is not None
         return self._evaluation
 

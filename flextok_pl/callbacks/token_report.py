@@ -12,8 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from flextok_pl.callbacks.charts import write_charts
-from flextok_pl.callbacks.trainer_facts import log_results
+from flextok_pl.callbacks.charts import log_curves, tagged
 from flextok_pl.contracts import default_budgets
 from flextok_pl.distributed import all_reduce_sum
 from flextok_pl.evaluation.pictures import figure_to_image
@@ -66,7 +65,7 @@ class TokenReport(Callback):
         """Add a batch, and report at the end of a window."""
         self._train.update(outputs)
         if step_ends(pl_module) and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            values = _at_positions("train", self._train.means()[0])
+            values = tagged(*_curves("train", self._train.means()[0]))
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step)
 
@@ -92,20 +91,15 @@ class TokenReport(Callback):
         if trainer.sanity_checking:
             return
         means, sequences = self._val.means()
-        values = _at_positions("val", means)
-        picture = plot_positions(means, f"{sequences} sequences")
-        log_results(trainer, pl_module, trainer.global_step, values, {"val/tokens_by_position": picture})
-        history = {name: [tag for tag in values if name in tag] for name in NAMES}
-        curves = {name: dict(enumerate(row.tolist(), 1)) for name, row in zip(NAMES, means, strict=True)}
-        write_charts(trainer, "positions", "val: tokens", "position", history, curves)
+        pictures = {"val/tokens_by_position": plot_positions(means, f"{sequences} sequences")}
+        named = ("positions", "val: tokens", "position")
+        log_curves(trainer, pl_module, trainer.global_step, *named, *_curves("val", means), pictures)
 
 
-def _at_positions(split: str, means: Tensor) -> dict[str, float]:
-    return {
-        f"{split}/{name}/{position:03d}": float(row[position - 1])
-        for name, row in zip(NAMES, means, strict=True)
-        for position in default_budgets(means.shape[1])
-    }
+def _curves(split: str, means: Tensor) -> tuple[dict[str, dict[int, str]], dict[str, dict[int, float]]]:
+    """Tags at positions 1, 2, 4, ... K, and values at all."""
+    tags = {name: {k: f"{split}/{name}/{k:03d}" for k in default_budgets(means.shape[1])} for name in NAMES}
+    return tags, {name: dict(enumerate(row.tolist(), 1)) for name, row in zip(NAMES, means, strict=True)}
 
 
 def plot_positions(means: Tensor, title: str) -> Tensor:

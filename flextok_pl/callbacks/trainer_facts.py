@@ -102,15 +102,9 @@ def log_results(
     pictures: Mapping[str, Tensor],
     histograms: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Give results to the loggers, and during a fit to the trainer, so that a checkpoint can be chosen by them.
+    """Give results by tag to the loggers, and during a fit to the trainer, so that a checkpoint can be chosen by them.
 
-    Args:
-        trainer: the running trainer.
-        pl_module: its module.
-        step: of the training, whose weights were evaluated.
-        scalars: tag -> value, equal on all ranks.
-        pictures: tag -> (3, H, W) uint8.
-        histograms: tag -> values, of any shape.
+    Scalars are equal on all ranks, pictures (3, H, W) uint8, and histograms of values of any shape.
     """
     in_fit = trainer.state.fn == TrainerFn.FITTING
     if in_fit:

@@ -139,8 +139,7 @@ def _measure(
 ) -> Iterator[int]:
     """Tokenize each picture, or generate the tokens of another one, once, and decode them in every cell.
 
-    Yields:
-        The number of images that were decoded at a time.
+    Yields how many images each step has decoded.
     """
     tok = model if isinstance(model, FlexTok) else model.reconstructor
     numbers, most = itertools.count(), max(budget for _, budget in statistics.made)
@@ -164,7 +163,7 @@ def _measure(
 
 
 def _write(statistics: Statistics, protocol: Mapping[str, Any], metric: str, folder: Path) -> list[list[str]]:
-    """Write all numbers, a picture of them and the best decoding at each budget; returns the latter as a table."""
+    """Write all numbers, a picture of them and the best decoding at each budget, which it returns as a table."""
     values = statistics.values(protocol["seed"])
     table: dict[int, dict[Decoding, float]] = {}
     records = []

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -38,63 +38,39 @@ GRID_COLUMNS = 12
 GridRow = tuple[Any, Any, dict[int, Tensor]]
 """What orders the row, what stands at its left, and its images by budget, (3, H, W) uint8."""
 
-StatisticsT = TypeVar("StatisticsT", bound=BudgetStatistics[int])
-
 
 @dataclass(frozen=True)
 class Context:
-    """What an evaluation is told of its data and its model.
+    """What an evaluation is told of its data and its model."""
 
-    Args:
-        num_samples: of the data, over all processes.
-        split: `val` or `test`.
-        limited: only some of the batches will be given.
-        image_size: of the data in pixels; only a probe needs it.
-        data_hash: identity of the data; None keeps nothing of it on disk.
-        facts: what records state of data and model.
-        in_fit: it is a validation of a training, which measures less and leaves fewer files.
-        pause: called between decodings; may raise, to leave the evaluation.
-    """
-
-    num_samples: int
+    num_samples: int  # of the data, over all processes
     split: Literal["val", "test"] = "test"
-    limited: bool = False
-    image_size: int | None = None
-    data_hash: str | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    in_fit: bool = False
-    pause: Callable[[], None] = lambda: None
+    limited: bool = False  # only some of the batches will be given
+    image_size: int | None = None  # of the data in pixels; only a probe needs it
+    data_hash: str | None = None  # identity of the data; None keeps nothing of it on disk
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what records state of data and model
+    in_fit: bool = False  # a validation of a training measures less and leaves fewer files
+    pause: Callable[[], None] = lambda: None  # called between decodings; may raise, to leave the evaluation
 
 
-class BudgetEvaluation(ABC, Generic[StatisticsT]):
+class BudgetEvaluation(ABC):
     """What evaluations of reconstructions and of generated images share: `start`, `update` by batches, `finish`.
 
-    Args:
-        options: what is measured, and how.
-        device: of the networks that measure, and where processes communicate.
-
-    Raises:
-        ValueError: weights of a network are missing, or do not fit.
+    The networks that measure are on `device`.
     """
 
-    heading: ClassVar[str]
-    """Of charts, and of the grid picture in TensorBoard."""
-    picture: ClassVar[str]
-    """The file of the grid picture."""
-    tag: ClassVar[str] = ""
-    """Between the split and the metric in a scalar's name."""
+    heading: ClassVar[str]  # of charts, and of the grid picture in TensorBoard
+    picture: ClassVar[str]  # the file of the grid picture
+    tag: ClassVar[str] = ""  # between the split and the metric in a scalar's name
     saved: ClassVar[tuple[str, ...]] = ("ids", "rows")
     """Attributes of plain types that a killed evaluation needs to go on, beside the statistics."""
 
     context: Context
     budgets: list[int]
-    statistics: StatisticsT
-    ids: list[int]
-    """Of the samples that are done."""
-    rows: list[GridRow]
-    """Of the grid picture."""
-    num_made: int | None
-    """Images to make over all processes, where that is not one of each sample."""
+    statistics: BudgetStatistics[int]
+    ids: list[int]  # of the samples that are done
+    rows: list[GridRow]  # of the grid picture
+    num_made: int | None  # images to make over all processes, where that is not one of each sample
 
     def __init__(self, options: EvaluationOptions, device: torch.device | str = "cpu") -> None:
         self.options, self.device = options, torch.device(device)
@@ -102,11 +78,7 @@ class BudgetEvaluation(ABC, Generic[StatisticsT]):
 
     @abstractmethod
     def start(self, model: Any, context: Context) -> None:
-        """Begin to measure a model, or go on where a killed evaluation was.
-
-        Raises:
-            ValueError: the model and the options do not fit, or a file in `cache_dir` is damaged.
-        """
+        """Begin to measure a model, or go on where a killed evaluation was."""
 
     def _start(
         self,
@@ -116,15 +88,7 @@ class BudgetEvaluation(ABC, Generic[StatisticsT]):
         num_made: int | None = None,
         reference: FeatureSet | None = None,
     ) -> None:
-        """Begin anew, or where a killed evaluation was.
-
-        Args:
-            tokenizer: decodes at every budget.
-            context: what is known of data and model.
-            facts: what only records of this kind of evaluation state.
-            num_made: images to make over all processes; None for one of each sample.
-            reference: features of real images that are not those of the data.
-        """
+        """Begin, with facts that only records of this kind state and features of real images other than the data's."""
         options, expected = self.options, context.num_samples
         self.tokenizer, self.context, self.num_made = tokenizer, context, num_made
         self.budgets = options.budgets_up_to(tokenizer.num_registers, context.in_fit)
@@ -190,7 +154,7 @@ class BudgetEvaluation(ABC, Generic[StatisticsT]):
             self._unfinished.unlink(missing_ok=True)
 
     @abstractmethod
-    def _statistics(self, pool_fraction: float, real: FeatureSet | None) -> StatisticsT:
+    def _statistics(self, pool_fraction: float, real: FeatureSet | None) -> BudgetStatistics[int]:
         """Empty statistics that keep this share of the real images' features, or have those of all already."""
 
     @abstractmethod
@@ -208,8 +172,7 @@ class BudgetEvaluation(ABC, Generic[StatisticsT]):
     def update(self, batch: Mapping[str, Any]) -> None:
         """Measure those samples of a batch that a killed evaluation has not measured before.
 
-        Args:
-            batch: at least `image`, (B, 3, H, W) in [-1, 1], and `key`, B texts.
+        It has at least `image`, (B, 3, H, W) in [-1, 1], and `key`, B texts.
         """
         keys = batch["key"]
         hashes = [key_hash(key) for key in keys]
@@ -227,11 +190,7 @@ class BudgetEvaluation(ABC, Generic[StatisticsT]):
         self._save_if_due()
 
     def finish(self) -> Results | None:
-        """Add up all processes, each of which must call this; None where too few images were measured.
-
-        Raises:
-            RuntimeError: a sample was missing or came twice, or cached features are of other images.
-        """
+        """Add up all processes, each of which must call this; None where too few images were measured."""
         context, statistics = self.context, self.statistics
         ids = gather_rows(torch.tensor(self.ids, dtype=torch.int64))
         seen = check_each_sample_once(ids, context.num_samples, context.limited, f"the {context.split} set")
@@ -316,11 +275,7 @@ def stacked(rows: Sequence[GridRow], columns: Sequence[int]) -> list[tuple[str |
 
 
 def _store_or_check(file: Path, features: FeatureSet, pixel_hash: int) -> None:
-    """Keep features of real images; where they came from the file, check that they were of the images now evaluated.
-
-    Raises:
-        RuntimeError: the images have changed under the same data hash. The file is deleted.
-    """
+    """Keep features of real images; where they came from the file, check that they were of the images now evaluated."""
     if not file.is_file():
         keep(file, {**features.state_dict(), "pixel_hash": torch.tensor(pixel_hash)})
     elif load_kept(file, lambda state: state["pixel_hash"]).item() != pixel_hash:

@@ -34,20 +34,14 @@ from flextok_pl.metrics.images import to_uint8
 
 
 class Prompt(NamedTuple):
-    """What one image is generated for.
+    """What one image is generated for."""
 
-    Attributes:
-        key: seeds the sample.
-        label: class that is asked for, -1 for none.
-        text: caption that is asked for.
-    """
-
-    key: str
-    label: int = -1
-    text: str = ""
+    key: str  # seeds the sample
+    label: int = -1  # class that is asked for, -1 for none
+    text: str = ""  # caption that is asked for
 
 
-class GenerationEvaluation(BudgetEvaluation[GenerationStatistics[int]]):
+class GenerationEvaluation(BudgetEvaluation):
     """An evaluation of generated images; see `BudgetEvaluation`."""
 
     heading: ClassVar[str] = "generated images"
@@ -56,8 +50,8 @@ class GenerationEvaluation(BudgetEvaluation[GenerationStatistics[int]]):
     saved: ClassVar[tuple[str, ...]] = ("ids", "rows", "prompts")
 
     options: GenerationOptions
-    prompts: list[tuple[str, int, str]]
-    """What is still to be generated, beside what comes with the batches."""
+    statistics: GenerationStatistics[int]
+    prompts: list[tuple[str, int, str]]  # what is still to be generated, beside what comes with the batches
 
     def __init__(self, options: GenerationOptions, device: torch.device | str = "cpu") -> None:
         super().__init__(options, device)
@@ -169,8 +163,10 @@ class GenerationEvaluation(BudgetEvaluation[GenerationStatistics[int]]):
             self.statistics.update_real(to_uint8(batch["image"]), batch["key"])
         if self._asks_for_data:
             self.prompts += self._prompts_of(batch)
-        if rank() == 0 and not self.rows:
-            self._draw_rows(batch)
+        if rank() == 0 and not self.rows and (shown := self._shown(batch)):
+            drawn = self._images([prompt for _, prompt in shown], self.columns)
+            for i, (name, _) in enumerate(shown):
+                self.rows.append((i, name, {budget: pixels[i].cpu() for budget, pixels in drawn.items()}))
         size = self.options.batch_size
         parts = -(-len(self.prompts) // size)
         for _ in trange(parts, desc="generating", unit="batch", leave=False, disable=parts < 2 or rank() > 0):
@@ -222,13 +218,6 @@ class GenerationEvaluation(BudgetEvaluation[GenerationStatistics[int]]):
         except ValueError as error:
             raise ValueError(f"gfid.shown={options.shown}: {error}") from error
         return [(names[n] if names else f"class {n}", Prompt(f"row {i}", n)) for i, n in enumerate(labels)]
-
-    def _draw_rows(self, batch: Mapping[str, Any]) -> None:
-        shown = self._shown(batch)
-        if shown:
-            images = self._images([prompt for _, prompt in shown], self.columns)
-            for i, (name, _) in enumerate(shown):
-                self.rows.append((i, name, {budget: pixels[i].cpu() for budget, pixels in images.items()}))
 
     def _pictures(self) -> dict[str, Tensor]:
         rows = self._rows_of_all(len(self.rows) or 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from flextok_pl.backbones.classifier import TimmClassifier
 from flextok_pl.backbones.clip_score import CLIPScore
 from flextok_pl.backbones.extractors import FeatureExtractor
-from flextok_pl.evaluation.statistics import BudgetStatistics, BudgetT
+from flextok_pl.evaluation.statistics import BudgetStatistics, BudgetT, add_features
 from flextok_pl.metrics.feature_set import FeatureSet
 from flextok_pl.metrics.inception_score import InceptionScore
 from flextok_pl.metrics.linear_probe import LinearProbe
@@ -27,15 +27,8 @@ Classifier = LinearProbe | TimmClassifier
 class GenerationStatistics(BudgetStatistics[BudgetT]):
     """Everything that per-budget metrics of generated images need; see `BudgetStatistics`.
 
-    Args:
-        budgets: numbers of tokens.
-        extractor: of the features whose distances are taken.
-        pool_fraction: share of the generated images whose features serve the kernel distance and the manifolds.
-        classifier: says what class an image shows, or None to leave agreement with the asked class out.
-        real: features of all real images from an earlier run, or None to take them now.
-        clip: the score of images and captions, or None to leave it out.
-        inception_splits: parts over which an inception score is averaged.
-        real_pool_fraction: share of the real images whose features are kept; None for the same as of the generated.
+    The pools of features serve the kernel distance and the manifolds. Without a classifier the agreement with the asked
+    class is left out, without `clip` the score against captions. An inception score is the mean over its splits.
     """
 
     def __init__(
@@ -78,21 +71,13 @@ class GenerationStatistics(BudgetStatistics[BudgetT]):
         labels: Tensor | None = None,
         captions: Sequence[str] | None = None,
     ) -> None:
-        """Add images generated at one budget.
+        """Add (B, 3, H, W) uint8 images generated at one budget, whose keys are unique among those of the budget.
 
-        Args:
-            budget: number of tokens.
-            images: (B, 3, H, W) uint8.
-            keys: B keys, unique among the generated images of a budget.
-            labels: (B,) int64, the class that was asked for, -1 for none; or None.
-            captions: B texts that were asked for, or None.
-
-        Raises:
-            ValueError: the images have another size than those before, or the classifier lacks a label's class.
+        `labels` (B,) int64, -1 for none, and `captions` are what was asked for.
         """
         self.check_size(list(images.shape[2:]))
         features = self._extractor(images)
-        ids = self._add_made(budget, features, keys)
+        ids = add_features(self.made[budget], features, keys, self._pool_fraction)
         logits = self._extractor.class_logits(features)
         if logits is not None:
             self._scores[budget].update(logits.cpu().double().softmax(1), ids)

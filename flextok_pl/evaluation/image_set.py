@@ -28,19 +28,8 @@ ONLY = 0
 class ImageSet:
     """A set of images, not yet read: statistics that someone took, or pictures to take them from, or both.
 
-    Args:
-        source: as `open_pictures` takes it, or a `.npz` file with `mu` and `sigma`, too, which serve the Frechet
-            distance.
-        network: of whose features the statistics are.
-        image_size: side of the centre square to take of each picture; None takes them as they are.
-        batch_size: pictures at a time.
-        num_workers: processes that decode.
-
-    Attributes:
-        num_pictures: their number.
-
-    Raises:
-        ValueError: there is nothing, or statistics of another network.
+    The source is one that `open_pictures` takes, or a `.npz` file with `mu` and `sigma` of the network's features,
+    which serve the Frechet distance. Pictures are cut to the centre square of `image_size`, or left as they are.
     """
 
     def __init__(
@@ -63,14 +52,7 @@ class ImageSet:
             self._loader, self.num_pictures = open_pictures(source, image_size, batch_size, num_workers)
 
     def add_to(self, statistics: GenerationStatistics[int], side: Literal["images", "reference"]) -> dict[str, Any]:
-        """Measure the set, as the images of the budget `ONLY` or as the real ones.
-
-        Returns:
-            What a record says about it.
-
-        Raises:
-            ValueError: it has fewer than two pictures, or of different sizes.
-        """
+        """Measure the set, as the images of the budget `ONLY` or as the real ones; returns what records say of it."""
         features = statistics.real if side == "reference" else statistics.made[ONLY]
         facts: dict[str, Any] = {"source": self.source, "num_samples": None}
         if self._loader is not None:

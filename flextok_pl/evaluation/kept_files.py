@@ -30,11 +30,7 @@ def keep(file: Path, state: dict[str, Any]) -> None:
 
 
 def load_kept(file: Path, restore: Callable[[dict[str, Any]], T]) -> T:
-    """What `restore` makes of the tensors of a file that `keep` wrote.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
+    """What `restore` makes of the tensors of a file that `keep` wrote."""
     try:
         return restore(torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:  # the unpickler has no error of its own: damaged bytes raise whatever they lead to

@@ -108,11 +108,7 @@ class EvaluationOptions:
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in self.free}
 
     def budgets_up_to(self, num_registers: int, in_fit: bool) -> list[int]:
-        """The budgets to measure of a tokenizer with K registers, in ascending order.
-
-        Raises:
-            ValueError: it has fewer tokens.
-        """
+        """The budgets to measure of a tokenizer with K registers, in ascending order."""
         all_budgets = list(range(1, num_registers + 1)) if self.budgets == "all" else self.budgets
         grid = sorted(all_budgets or default_budgets(num_registers))
         for_fit = sorted(self.fit_budgets or {grid[0], grid[len(grid) // 2], grid[-1]})
@@ -214,11 +210,7 @@ class GenerationOptions(EvaluationOptions):
 
 
 def validations_between(every_n_validations: int, every_n_epochs: int | None) -> int:
-    """The first of them, or the second, its former name.
-
-    Raises:
-        ValueError: it is negative.
-    """
+    """The number given as `every_n_validations`, or by its former name."""
     if every_n_epochs is not None:
         warnings.warn(
             f"every_n_epochs={every_n_epochs} is now called every_n_validations, and counts validations; rename it",

@@ -25,18 +25,10 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def image_grid(columns: Iterable[tuple[str | int, Tensor]], names: Sequence[str] | None = None) -> Tensor:
-    """Columns of images under their headings, with or without a column of names before them.
+    """Draw (B, 3, H, W) images, floating point in [-1, 1] or uint8, as columns under headings: (3, H', W') uint8.
 
-    Args:
-        columns: heading and (B, 3, H, W) images, floating point in [-1, 1] or uint8; a heading that is a number is a
-            token budget.
-        names: B names, one for each row; long ones are broken into lines, and cut where they do not fit.
-
-    Returns:
-        (3, H', W') uint8.
-
-    Raises:
-        ValueError: the columns' shapes differ.
+    A heading that is a number is a token budget. `names` are those of the B rows; long ones are broken into lines, and
+    cut where they do not fit.
     """
     headed = [(f"k={heading}" if isinstance(heading, int) else heading, images) for heading, images in columns]
     batch, _, height, width = shape = headed[0][1].shape

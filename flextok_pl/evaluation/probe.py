@@ -30,11 +30,7 @@ NONE = torch.zeros(0, dtype=torch.int64)
 
 
 def probe_data(source: str, image_size: int, classes: Sequence[str] = ()) -> ShardDataModule:
-    """The images that a probe is fitted to, as the test set; see `fitted_probe`.
-
-    Raises:
-        ValueError: the set is missing, or has no images, no classes or others.
-    """
+    """The images that a probe is fitted to, as the test set; see `fitted_probe`."""
     data = ShardDataModule(test=source, image_size=image_size, eval_batch_size=64, num_workers=0)
     index = data.shard_set("test").indices[0]
     if "image" not in index.fields or not index.classes:
@@ -62,14 +58,8 @@ def fitted_probe(
 ) -> LinearProbe:
     """Fit a probe, or take the one that was fitted to the same images before. All processes must call it.
 
-    Args:
-        source: image shard set with classes; see `probe_data`.
-        image_size: side in pixels at which the images are looked at.
-        extractor: of the features.
-        reconstruct: (B, 3, H, W) in [-1, 1] and keys -> the images' reconstructions, likewise, uint8.
-        made_by: JSON types that identify `reconstruct`.
-        cache_dir: where probes are kept; None for nowhere.
-        classes: names by number of the classes to tell apart; empty where they are not known.
+    `reconstruct` turns (B, 3, H, W) in [-1, 1] and their keys into uint8 reconstructions, and `made_by`, of JSON types,
+    identifies it. `classes` are the names of the classes to tell apart; empty where they are not known.
     """
     data = probe_data(source, image_size, classes)
     key = [VERSION, data.data_hash("test"), extractor.name, extractor.weights_hash, extractor.resize, *made_by]

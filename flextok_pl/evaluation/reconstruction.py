@@ -31,7 +31,7 @@ ENDS = {"best": 1, "worst": -1}
 """Name -> sign of the error by which they are ordered."""
 
 
-class ReconstructionEvaluation(BudgetEvaluation[ReconstructionStatistics[int]]):
+class ReconstructionEvaluation(BudgetEvaluation):
     """An evaluation of reconstructions; see `BudgetEvaluation`."""
 
     heading: ClassVar[str] = "reconstructions"
@@ -39,8 +39,8 @@ class ReconstructionEvaluation(BudgetEvaluation[ReconstructionStatistics[int]]):
     saved: ClassVar[tuple[str, ...]] = ("ids", "rows", "extremes")
 
     options: ReconstructionOptions
-    extremes: dict[str, list[GridRow]]
-    """End and budget -> the rows of which it is the end."""
+    statistics: ReconstructionStatistics[int]
+    extremes: dict[str, list[GridRow]]  # end and budget -> the rows of which it is the end
 
     def __init__(self, options: ReconstructionOptions, device: torch.device | str = "cpu") -> None:
         super().__init__(options, device)

@@ -14,7 +14,7 @@ from torch import Tensor
 from flextok_pl.backbones.extractors import FeatureExtractor
 from flextok_pl.backbones.pretrained import MeasuringNetwork
 from flextok_pl.distributed import all_reduce_sum, gather_objects
-from flextok_pl.evaluation.statistics import BudgetStatistics, BudgetT
+from flextok_pl.evaluation.statistics import BudgetStatistics, BudgetT, add_features
 from flextok_pl.metrics.feature_set import FeatureSet
 from flextok_pl.metrics.images import image_errors
 
@@ -62,14 +62,9 @@ class ImageMoments:
 
 
 class ReconstructionStatistics(BudgetStatistics[BudgetT]):
-    """Everything that per-budget reconstruction metrics need.
+    """Everything that per-budget reconstruction metrics need; see `BudgetStatistics`.
 
-    Args:
-        budgets: numbers of tokens.
-        extractor: of the features whose distances are taken.
-        pool_fraction: share of the samples whose features are kept for the kernel distance.
-        perceptual: metric -> distance whose mean over images is taken.
-        real: features of all originals from an earlier run, or None to take them now.
+    `perceptual` names the distances whose mean over images is taken.
     """
 
     def __init__(
@@ -108,17 +103,9 @@ class ReconstructionStatistics(BudgetStatistics[BudgetT]):
         keys: Sequence[str],
         from_other_noise: Sequence[Tensor] = (),
     ) -> dict[str, Tensor]:
-        """Add reconstructions at one budget.
+        """Add reconstructions at one budget, (B, 3, H, W) uint8 like their originals; returns (B,) errors by name.
 
-        Args:
-            budget: number of tokens.
-            originals: (B, 3, H, W) uint8.
-            reconstructions: (B, 3, H, W) uint8.
-            keys: B sample keys.
-            from_other_noise: further reconstructions, likewise, for the variance of pixels over noise.
-
-        Returns:
-            (B,) values by name.
+        Those from other noise serve the variance of pixels over noise.
         """
         errors = image_errors(originals, reconstructions)
         for name, distance in self._perceptual.items():
@@ -128,7 +115,7 @@ class ReconstructionStatistics(BudgetStatistics[BudgetT]):
             errors["seed_variance"] = levels.var(0).flatten(1).mean(1)
         for name, values in errors.items():
             self._add_values(budget, name, values)
-        self._add_made(budget, self._extractor(reconstructions), keys)
+        add_features(self.made[budget], self._extractor(reconstructions), keys, self._pool_fraction)
         return errors
 
     def values(self, kernel_seed: int = 0) -> dict[BudgetT, dict[str, float]]:

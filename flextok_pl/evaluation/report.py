@@ -22,23 +22,14 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Results:
-    """What an evaluation has found.
+    """What an evaluation has found."""
 
-    Args:
-        values: budget -> metric -> value.
-        protocol: what all records state beside their value.
-        by_metric: metric -> what only its records state.
-        pictures: file name -> (3, H, W) uint8.
-        title: what was measured, and how, in a few words.
-        notes: what a reader of the numbers has to know.
-    """
-
-    values: dict[int, dict[str, float]]
-    protocol: dict[str, Any]
-    by_metric: dict[str, dict[str, Any]]
-    pictures: dict[str, Tensor]
-    title: str
-    notes: list[str]
+    values: dict[int, dict[str, float]]  # budget -> metric -> value
+    protocol: dict[str, Any]  # what all records state beside their value
+    by_metric: dict[str, dict[str, Any]]  # metric -> what only its records state
+    pictures: dict[str, Tensor]  # file name -> (3, H, W) uint8
+    title: str  # what was measured, and how, in a few words
+    notes: list[str]  # what a reader of the numbers has to know
 
     @property
     def metrics(self) -> list[str]:
@@ -90,11 +81,7 @@ def format_columns(rows: Sequence[Sequence[str]]) -> str:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a file that `write_json` wrote.
-
-    Raises:
-        ValueError: it is missing, or holds something else.
-    """
+    """The records of a file that `write_json` wrote."""
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

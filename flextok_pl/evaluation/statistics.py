@@ -26,20 +26,9 @@ BudgetT = TypeVar("BudgetT")
 class BudgetStatistics(ABC, Generic[BudgetT]):
     """Features of real images, and at each budget features of made images and sums of values per image.
 
-    Args:
-        budgets: numbers of tokens.
-        extractor: of the features whose distances are taken.
-        pool_fraction: share of the made images whose features are kept.
-        real_pool_fraction: share of the real ones, likewise; None for the same.
-        real: features of all real images from an earlier run, or None to take them now.
-        names: of the values whose means over images are taken.
-        further: by name what else is summed up over batches and processes, and saved.
-
-    Attributes:
-        real: features of the real images.
-        made: features of the made images by budget.
-        data_hash: of the real images, see `images_hash`.
-        image_size: [H, W] of all images; empty before the first.
+    The pool fractions are the shares of images whose features are kept for the kernel distance; None is the same for
+    real images. `real` has the features of all real images from an earlier run. `names` are those of the values whose
+    means over images are taken, and `further` is what else is summed up over batches and processes, and saved.
     """
 
     def __init__(
@@ -54,8 +43,8 @@ class BudgetStatistics(ABC, Generic[BudgetT]):
     ) -> None:
         self.real = FeatureSet(extractor.dim) if real is None else real
         self.made = {budget: FeatureSet(extractor.dim) for budget in budgets}
-        self.data_hash = 0
-        self.image_size: list[int] = []
+        self.data_hash = 0  # of the real images, see `images_hash`
+        self.image_size: list[int] = []  # [H, W] of all images; empty before the first
         self._extractor = extractor
         self._pool_fraction = pool_fraction
         self._real_pool_fraction = pool_fraction if real_pool_fraction is None else real_pool_fraction
@@ -79,15 +68,11 @@ class BudgetStatistics(ABC, Generic[BudgetT]):
         """Metrics by budget."""
 
     def update_real(self, images: Tensor, keys: Sequence[str]) -> None:
-        """Add (B, 3, H, W) uint8 real images with their keys.
-
-        Raises:
-            ValueError: the images have another size than those before.
-        """
+        """Add (B, 3, H, W) uint8 real images with their keys."""
         self.check_size(list(images.shape[2:]))
         self.data_hash = images_hash(images, keys, self.data_hash)
         if not self._real_is_complete:
-            _add_features(self.real, self._extractor(images), keys, self._real_pool_fraction)
+            add_features(self.real, self._extractor(images), keys, self._real_pool_fraction)
 
     def check_size(self, size: list[int]) -> None:
         """Take only images of this [H, W], where it is not empty."""
@@ -134,10 +119,6 @@ class BudgetStatistics(ABC, Generic[BudgetT]):
         for name, each in self._further.items():
             each.load_state_dict(state["further"][name])
 
-    def _add_made(self, budget: BudgetT, rows: Tensor, keys: Sequence[str]) -> Tensor:
-        """Add (B, D) features of made images, and return the (B,) int64 ids that the keys stand for."""
-        return _add_features(self.made[budget], rows, keys, self._pool_fraction)
-
     def _add_values(self, budget: BudgetT, name: str, values: Tensor) -> None:
         """Add the values of (B,) images to their sum and count."""
         self._sums[budget][name] += torch.tensor([float(values.sum()), len(values)], dtype=torch.float64)
@@ -159,7 +140,7 @@ class BudgetStatistics(ABC, Generic[BudgetT]):
         return {name: total / count for name, (total, count) in totals.items() if count}
 
 
-def _add_features(features: FeatureSet, rows: Tensor, keys: Sequence[str], pool_fraction: float) -> Tensor:
+def add_features(features: FeatureSet, rows: Tensor, keys: Sequence[str], pool_fraction: float) -> Tensor:
     """Add (B, D) to one of the sets, and return the (B,) int64 ids that the keys stand for."""
     ids = torch.tensor([key_hash(key) for key in keys], dtype=torch.int64)
     features.update(rows, ids, choose_fraction(keys, pool_fraction, "pool"))
@@ -167,11 +148,7 @@ def _add_features(features: FeatureSet, rows: Tensor, keys: Sequence[str], pool_
 
 
 def check_each_sample_once(seen: Tensor, expected: int, may_stop_early: bool, source: str) -> int:
-    """Count the samples whose hashed keys (N,) int64 were seen by whichever process; fewer may be in order.
-
-    Raises:
-        RuntimeError: a sample came twice, or some did not come.
-    """
+    """Count the samples, whose hashed keys (N,) int64 all processes have seen, and refuse repeated or missing ones."""
     repeated = len(seen) - len(torch.unique(seen))
     if repeated:
         raise RuntimeError(
