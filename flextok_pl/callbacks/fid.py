@@ -52,7 +52,7 @@ class BudgetEvaluationCallback(EvaluationOptions, EvaluationCallback):
                 self._evaluation = self.kind(self, trainer.strategy.root_device)
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start an evaluation in vain, which finds out what does not fit."""
+        """Start an evaluation only to find out what does not fit."""
         self.begin(trainer, pl_module, "val")
         require_image_shards(trainer)
 

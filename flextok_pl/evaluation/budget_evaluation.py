@@ -1,7 +1,6 @@
-"""An evaluation at several token budgets: it takes batches, whoever gives them, and ends with a number per budget.
+"""An evaluation of reconstructions or generated images: it takes batches, and ends with metrics per token budget.
 
-Each sample is measured exactly once over all processes, and an evaluation that was killed goes on where it was. What is
-measured are reconstructions (`reconstruction.py`) or generated images (`generation.py`).
+It measures each sample exactly once over all processes, and goes on where it was after it was killed.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ batch size or ranks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 from urllib.parse import quote
@@ -60,7 +61,6 @@ class GenerationEvaluation(BudgetEvaluation):
             self.classifier = TimmClassifier(options.classifier, options.classifier_weights)
         self.clip = None if options.clip is None else CLIPScore(options.clip)
         self.reference = None if options.reference is None else ImageSet(str(options.reference), self.extractor)
-        self._of_reference: tuple[FeatureSet, dict[str, Any]] | None = None
 
     def start(self, model: GenerationModule, context: Context) -> None:
         """See `BudgetEvaluation`; the model is a prior with the tokenizer that decodes its tokens."""
@@ -79,7 +79,7 @@ class GenerationEvaluation(BudgetEvaluation):
                 f"classifier={options.classifier!r} tells {judge.num_classes} classes apart, and the prior knows "
                 f"{module.num_classes}: their numbers mean different classes; give a classifier of the prior's classes"
             )
-        reference, reference_facts = self._reference_features()
+        reference, reference_facts = self._reference_features
         facts = {
             "conditions": options.conditions,
             "cfg_scale": options.cfg_scale,
@@ -140,16 +140,15 @@ class GenerationEvaluation(BudgetEvaluation):
         names, folder = self.module.class_names, options.cache_folder
         return fitted_probe(source, image_size, self.extractor, reconstruct, made_by, folder, names)
 
+    @cached_property
     def _reference_features(self) -> tuple[FeatureSet | None, dict[str, Any]]:
         """Features of the reference where there is one, and what records state of it."""
         if self.reference is None:
             return None, {}
-        if self._of_reference is None:
-            share = min(1.0, POOL_SIZE / max(1, self.reference.num_pictures))
-            statistics = GenerationStatistics[int]([], self.extractor, real_pool_fraction=share)
-            facts = self.reference.add_to(statistics, "reference")
-            self._of_reference = statistics.real, {**facts, "image_size": statistics.image_size}
-        return self._of_reference[0], {"reference": self._of_reference[1]}
+        share = min(1.0, POOL_SIZE / max(1, self.reference.num_pictures))
+        statistics = GenerationStatistics[int]([], self.extractor, real_pool_fraction=share)
+        facts = self.reference.add_to(statistics, "reference")
+        return statistics.real, {"reference": {**facts, "image_size": statistics.image_size}}
 
     def _statistics(self, pool_fraction: float, real: FeatureSet | None) -> GenerationStatistics[int]:
         num_made = self.num_made or self.context.num_samples * self.fraction
@@ -249,7 +248,7 @@ def generate_tokens(
 
 
 def balanced_prompt(number: int, num_classes: int) -> Prompt:
-    """That of the image of this number when each class has its turn; without a class where there are none."""
+    """The prompt of the image of this number where classes take turns; without a class where there are none."""
     classes = max(1, num_classes)
     key = f"class {number % classes} sample {number // classes}"
     return Prompt(key, number % classes if num_classes else -1)

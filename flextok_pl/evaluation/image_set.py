@@ -45,7 +45,15 @@ class ImageSet:
         self._moments = self._loader = None
         self.num_pictures = 0
         if set(MOMENTS) <= set(arrays):
-            self._moments = _statistics_of(self._file, arrays, network)
+            try:
+                self._moments = FeatureStatistics.from_moments(*(torch.from_numpy(arrays[name]) for name in MOMENTS))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{self._file}: {error}") from error
+            if self._moments.dim != network.dim:
+                raise ValueError(
+                    f"{self._file} holds statistics of {self._moments.dim} features, but extractor={network.name!r} "
+                    f"has {network.dim}; choose the extractor that they were taken with"
+                )
         elif ARRAY not in arrays:
             raise ValueError(f"{source} holds {sorted(arrays)}; needed are pictures ({ARRAY}) or mu and sigma")
         if ARRAY in arrays:
@@ -74,16 +82,3 @@ class ImageSet:
             features.statistics = self._moments
             facts["statistics_sha256"] = hashlib.sha256(self._file.read_bytes()).hexdigest()
         return facts
-
-
-def _statistics_of(path: Path, arrays: dict[str, Any], network: FeatureExtractor) -> FeatureStatistics:
-    try:
-        statistics = FeatureStatistics.from_moments(*(torch.from_numpy(arrays[name]) for name in MOMENTS))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    if statistics.dim != network.dim:
-        raise ValueError(
-            f"{path} holds statistics of {statistics.dim} features, but extractor={network.name!r} has {network.dim}; "
-            "choose the extractor that they were taken with"
-        )
-    return statistics

@@ -18,7 +18,7 @@ from flextok_pl.flow.decoding import Decoding
 
 
 def extractor_facts(extractor: FeatureExtractor) -> dict[str, str]:
-    """Of the network whose features are compared."""
+    """What records state of the network whose features are compared."""
     return {
         "extractor": extractor.name,
         "extractor_weights_hash": extractor.weights_hash,
@@ -27,7 +27,7 @@ def extractor_facts(extractor: FeatureExtractor) -> dict[str, str]:
 
 
 def decoding_facts(tokenizer: Reconstructor, decoding: Decoding) -> dict[str, Any]:
-    """Of how a tokenizer decodes when asked for it so; one that regresses takes one step, unguided."""
+    """How a tokenizer decodes when asked to decode so; one that regresses takes one step, unguided."""
     config = getattr(tokenizer, "config", None)
     return decoding.under(getattr(config, "objective", "flow")).facts
 
@@ -50,7 +50,7 @@ def data_hash_text(total: int) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that a number depends on, and the commit where they run from a checkout."""
+    """Versions of the packages that a number depends on, and the commit where they run from a checkout."""
     found = {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
     for package in ("flextok_pl", "lightning", "torchmetrics", "torch-fidelity"):
         try:

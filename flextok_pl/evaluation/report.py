@@ -33,7 +33,7 @@ class Results:
 
     @property
     def metrics(self) -> list[str]:
-        """Their names."""
+        """Names of the metrics, in the order of the records."""
         return list(next(iter(self.values.values())))
 
     @property
