@@ -21,7 +21,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from flextok_pl.backbones.extractors import build_extractor
 from flextok_pl.cli import main
-from flextok_pl.evaluation import budget_statistics
+from flextok_pl.evaluation import statistics
 from flextok_pl.metrics.kernel import kernel_distance
 
 DATASET = Path("/usr/share/datasets/fashion-mnist")
@@ -71,7 +71,7 @@ class TheirEffNet(FeatureExtractorBase):
 @pytest.mark.parametrize("extractor", ["effnet-lite0", "inception-v3-compat"])
 def test_agrees_with_torch_fidelity(extractor, fashion, inception_file, tmp_path, monkeypatch):
     monkeypatch.setitem(FEATURE_EXTRACTORS_REGISTRY, "effnet-lite0", TheirEffNet)
-    monkeypatch.setattr(budget_statistics, "kernel_distance", partial(kernel_distance, subset_size=COUNT))
+    monkeypatch.setattr(statistics, "kernel_distance", partial(kernel_distance, subset_size=COUNT))
     inception = extractor == "inception-v3-compat"
     weights = str(inception_file) if inception else None
     train, test = str(fashion / "train"), str(fashion / "test")
