@@ -145,6 +145,9 @@ def count_flops(part: Part, depth: int, checkpointing: bool = False) -> Flops:
 
 def count_activations(part: Part, depth: int, numerics: Numerics) -> Activations:
     """What a part of so many blocks keeps of one sample."""
+    # Autograd counts the devices at its first pass, and the fake mode adds one: then it would start threads, and no
+    # process of this one could train.
+    torch.zeros((), requires_grad=True).backward()  # type: ignore[no-untyped-call]
     with FakeTensorMode():
         kept, more_kept, inputs, more_inputs = (
             _kept(part, blocks, checkpointing, numerics) for checkpointing in (False, True) for blocks in (1, 2)

@@ -1,5 +1,8 @@
 """The counter against closed forms of one layer."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -79,3 +82,26 @@ def test_an_autoencoder_costs_what_its_step_does() -> None:
         flops, kept = vae_cost(VAE(config), None, 32)
     assert kept == pytest.approx(peak, rel=0.15)
     assert flops == Flops(forward, seen.operations - forward)
+
+
+AFTERWARDS = """
+import multiprocessing, sys, torch
+from flextok_pl.config import FlexTokConfig
+from flextok_pl.cost.count import Numerics
+from flextok_pl.cost.models import tokenizer_activations
+
+def train():
+    torch.ones(2, requires_grad=True).sum().backward()
+
+tokenizer_activations(FlexTokConfig.preset("tiny"), Numerics(), 1, 1)
+train()
+process = multiprocessing.get_context("fork").Process(target=train)
+process.start()
+process.join()
+sys.exit(process.exitcode)
+"""
+
+
+def test_a_process_of_one_that_has_counted_can_train() -> None:
+    done = subprocess.run([sys.executable, "-c", AFTERWARDS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
