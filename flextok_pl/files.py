@@ -1,4 +1,4 @@
-"""Files that are complete or do not exist; the only writer of the suite.
+"""Files that are complete or do not exist. Whatever a later step reads as finished is written here.
 
 A file is written under a temporary name beside its place, brought to the disk, and only then given its name, so that a
 kill, a crash or a full disk leaves what had the name before.

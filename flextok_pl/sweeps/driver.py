@@ -16,6 +16,7 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import Trial, TrialState
 
+from flextok_pl.files import write_file
 from flextok_pl.sweeps.launch import Launcher, LocalLauncher, SlurmLauncher, slurm_executor
 from flextok_pl.sweeps.runner import TrialFolder, exclusive
 from flextok_pl.sweeps.sweep import Sweep
@@ -149,7 +150,7 @@ class Driver:
         folder = self.sweep.trial_folder(trial.number, point)
         if folder.read("trial") is None:
             folder.path.mkdir(parents=True, exist_ok=True)
-            (folder.path / "command.sh").write_text(self.sweep.script(point, folder.path.name))
+            write_file(folder.path / "command.sh", self.sweep.script(point, folder.path.name))
             folder.write("trial", self.sweep.trial_plan(trial.number, point, folder.path.name))
         self._under_way[trial.number] = (trial, folder)
         self.say(f"trial {trial.number} {word}: {folder.path.name}")
