@@ -32,8 +32,9 @@ from flextok_pl.models.decoder import FlowDecoder
 from flextok_pl.models.discriminator import PatchDiscriminator, hinge_loss
 from flextok_pl.models.encoder import RegisterEncoder
 from flextok_pl.models.fsq import FSQ
+from flextok_pl.models.irepa import Projection, build_projection
 from flextok_pl.models.prior import Prior, TextStates
-from flextok_pl.models.teacher import ProjectionHead, alignment_loss
+from flextok_pl.models.teacher import alignment_loss
 from flextok_pl.models.vae import VAE
 
 Grid = tuple[int, int]
@@ -73,16 +74,16 @@ def decoder(config: FlexTokConfig, kept: int, grid: Grid) -> Part:
     return part
 
 
-def projection(width: int, features: int, grid: Grid) -> Part:
+def projection(kind: Projection, width: int, features: int, grid: Grid) -> Part:
     """REPA's projection from decoder width to the width of the teacher's features, and its loss; it has no blocks."""
 
     def part(depth: int, checkpointing: bool) -> Step:
-        head = ProjectionHead(width, features)
+        head = build_projection(kind, width, features)
 
         def step(batch: int) -> Tensor:
             patches = next(head.parameters()).new_empty(()).expand(batch, grid[0] * grid[1], width)  # the decoder's own
             patches.requires_grad_()
-            return alignment_loss(head(patches), patches.new_empty(batch, features, *grid))
+            return alignment_loss(head(patches, grid), patches.new_empty(batch, features, *grid))
 
         return step
 

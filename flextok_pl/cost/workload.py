@@ -34,8 +34,9 @@ from flextok_pl.cost.models import (
 )
 from flextok_pl.interop.autoencoder import read_vae_config
 from flextok_pl.models.discriminator import PatchDiscriminator
+from flextok_pl.models.irepa import build_projection
 from flextok_pl.models.prior import Prior
-from flextok_pl.models.teacher import ProjectionHead, Teacher
+from flextok_pl.models.teacher import Teacher
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
 
@@ -52,7 +53,7 @@ class FrozenNetwork:
     """A network that is used and not trained."""
 
     parameters: int  # in float32
-    flops: float = 0.0  # of its work on one sample of a training batch; 0 where it only takes part in evaluation
+    flops: float = 0.0  # of its work on one sample of a training batch, as a mean; 0 where it only evaluates
     working_bytes: float = 0.0  # what it holds at its peak while it works on one sample
 
 
@@ -110,13 +111,16 @@ def tokenizer_workload(
         extra, more = Flops(), Activations()
         if options["teacher"] is not None:
             teacher, dim = _frozen_teacher(options["teacher"])
+            share, kind = options["repa_until"], options["repa_projection"]
             if works:
-                frozen["teacher"] = teacher
+                frozen["teacher"] = dataclasses.replace(teacher, flops=share * teacher.flops)
             else:
                 notes.append("the teacher's features are read with the latents, which must hold them")
-            parts.append(ProjectionHead(net.decoder_width, dim))
-            part = projection(net.decoder_width, dim, grid)
-            extra, more = count_flops(part, 1), count_activations(part, 1, numerics)
+            if share < 1:
+                notes.append(f"the work of the alignment is its mean over the training: repa_until={share}")
+            parts.append(build_projection(kind, net.decoder_width, dim))
+            part = projection(kind, net.decoder_width, dim, grid)
+            extra, more = count_flops(part, 1) * share, count_activations(part, 1, numerics)
     return Workload(
         _parameters(parts, [*model.encoder.blocks, *model.decoder.blocks]),
         flops=lambda batch: tokenizer_flops(net, batch, groups, grid, checkpointing) + extra,

@@ -71,6 +71,10 @@ class ProjectionHead(nn.Sequential):
             nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, teacher_dim)
         )
 
+    def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:  # type: ignore[override]
+        """(B, N, D) -> (B, N, F), each patch alone, wherever on the H x W of `grid` it lies."""
+        return super().forward(patches)  # type: ignore[no-any-return, no-untyped-call]
+
 
 def alignment_loss(projected: Tensor, features: Tensor) -> Tensor:
     """Negative cosine similarity, mean over batch and patches (REPA, equation 8).

@@ -21,7 +21,7 @@ from flextok_pl.precision import check_training_precision
 from flextok_pl.runtime.finite import StopIfNotFinite
 from flextok_pl.runtime.lightning_internals import attached_trainer
 
-APPLIED = ("lr", "betas", "weight_decay", "warmup_steps", "min_lr_ratio")
+APPLIED = ("lr", "betas", "weight_decay", "warmup_steps", "min_lr_ratio", "repa_until")
 """Options that a training goes on with as they are given now."""
 
 WITHOUT_EFFECT = ("activation_checkpointing", "compile_blocks", "loss_chunk", "budget_groups", "scale_batches", "init")
@@ -66,7 +66,7 @@ def _plain(value: Any) -> Any:
 class ResumableModule(pl.LightningModule):
     """A module with AdamW and a schedule that goes on from a checkpoint with the options that it is given.
 
-    Its hyper-parameters include those of `APPLIED`.
+    Its hyper-parameters include those of AdamW and its schedule in `APPLIED`.
     """
 
     _changes: Sequence[Change] = ()

@@ -28,11 +28,13 @@ from flextok_pl.layers.blocks import compile_for_all_lengths
 from flextok_pl.layers.frozen import Frozen
 from flextok_pl.models.decoder import FlowDecoder
 from flextok_pl.models.encoder import RegisterEncoder
+from flextok_pl.models.irepa import Projection, build_projection, spatially_normalized
 from flextok_pl.models.objective import FlowLoss, draws_of_each, flow_loss, sample_draws
-from flextok_pl.models.teacher import ProjectionHead, Teacher, alignment_loss, resized_map
+from flextok_pl.models.teacher import Teacher, alignment_loss, resized_map
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
 from flextok_pl.modules.loss_buckets import LossBuckets
+from flextok_pl.modules.repa_stop import aligned_steps, check_share, without_alignment
 from flextok_pl.modules.resume import ResumableModule
 from flextok_pl.modules.steps import (
     SampleMeans,
@@ -81,6 +83,12 @@ class TokenizerModule(ResumableModule):
         teacher: REPA's teacher: `effnet-lite2`, a timm model, or None for no REPA.
         teacher_weights: local weights file of the teacher.
         repa_weight: weight of the alignment loss.
+        repa_until: share of the training's optimizer steps that have an alignment loss; in later ones the teacher does
+            not run, and `train/repa` repeats its last value until the epoch ends.
+        repa_projection: `mlp` projects each patch alone, as REPA; `conv` is iREPA's 3 x 3 convolution.
+        repa_spatial_norm: iREPA's normalisation of the teacher's features over an image's patches: this share of their
+            mean is subtracted (0.6 in its code for latents), and they are divided by their standard deviation. None for
+            features as they are.
         activation_checkpointing: recompute blocks in the backward pass, for less memory.
         compile_blocks: `torch.compile` every Transformer block for training steps; evaluation runs them as they are.
         seed: of noise, times and budgets in training, and of the fixed ones in validation.
@@ -102,6 +110,9 @@ class TokenizerModule(ResumableModule):
         teacher: str | None = None,
         teacher_weights: str | None = None,
         repa_weight: float = 1.0,
+        repa_until: float = 1.0,
+        repa_projection: Projection = "mlp",
+        repa_spatial_norm: float | None = None,
         activation_checkpointing: bool = False,
         compile_blocks: bool = False,
         seed: int = 0,
@@ -119,6 +130,9 @@ class TokenizerModule(ResumableModule):
                 f"timestep_shift={timestep_shift} and pure_noise={pure_noise} have no effect with net.objective='mse', "
                 "which always trains at t = 1: leave them at 1.0 and 0.0"
             )
+        check_share(repa_until)
+        if repa_spatial_norm is not None and not 0.0 <= repa_spatial_norm <= 1.0:
+            raise ValueError(f"repa_spatial_norm={repa_spatial_norm} must be a share of the mean in [0, 1], or null")
         if mup_base_width is not None:
             check_base_width(mup_base_width, math.lcm(4, net.encoder_head_dim, net.decoder_head_dim))
         self.tokenizer = build_tokenizer(net, vae)
@@ -130,7 +144,9 @@ class TokenizerModule(ResumableModule):
                 raise ValueError(f"teacher={teacher!r} needs a decoder block to align: set model.net.repa_layer")
             with torch.device("meta"):
                 self.teacher_width = Teacher(teacher, teacher_weights, pretrained=False).dim
-            self.projection = ProjectionHead(net.decoder_width, self.teacher_width)
+            self.projection = build_projection(repa_projection, net.decoder_width, self.teacher_width)
+        elif (repa_until, repa_projection, repa_spatial_norm) != (1.0, "mlp", None):
+            rank_zero_warn("repa_until, repa_projection and repa_spatial_norm have no effect without model.teacher")
         for width_part in self.width_parts():
             rescale_initial_weights(width_part)
         self.tokenizer.checkpoint_activations(activation_checkpointing)
@@ -168,7 +184,7 @@ class TokenizerModule(ResumableModule):
                 WidthPart(decoder, FlowDecoder(base_config), base_width / config.decoder_width, xavier_std),
             ]
             if self.teacher_name is not None:
-                projection = ProjectionHead(base_width, self.teacher_width)
+                projection = build_projection(self.hparams["repa_projection"], base_width, self.teacher_width)
                 parts.append(WidthPart(self.projection, projection, parts[1].ratio, default_std))
         return parts
 
@@ -203,6 +219,11 @@ class TokenizerModule(ResumableModule):
         projection = [] if self.teacher_name is None else [self.projection]
         shard(self, [self.tokenizer.encoder, self.tokenizer.decoder, *projection])
 
+    def on_train_start(self) -> None:
+        """Find the step from which on there is no alignment, once the length of the training is known."""
+        super().on_train_start()
+        self._aligned_steps = aligned_steps(self.hparams["repa_until"], self.trainer.estimated_stepping_batches)
+
     @torch.no_grad()
     def latents(self, batch: Batch) -> Tensor:
         """Scaled latents (B, C, h, w) of a batch of images or of precomputed moments."""
@@ -231,10 +252,14 @@ class TokenizerModule(ResumableModule):
     def _alignment(self, batch: Batch, latents: Tensor, result: FlowLoss) -> Tensor | float:
         if self.teacher_name is None or result.patch_features is None:
             return 0.0
-        patch = self.tokenizer.config.patch_size
+        if self.global_step >= self._aligned_steps:
+            return without_alignment(self.projection, result.patch_features)
+        patch, mean_share = self.tokenizer.config.patch_size, self.hparams["repa_spatial_norm"]
         grid = (latents.shape[2] // patch, latents.shape[3] // patch)
         features = resized_map(self._teacher_features(batch, grid), grid)
-        loss = alignment_loss(self.projection(result.patch_features), features)
+        if mean_share is not None:  # on the decoder's grid, so that it does not matter on which one they are stored
+            features = spatially_normalized(features, mean_share)
+        loss = alignment_loss(self.projection(result.patch_features, grid), features)
         log_means(self, {"train/repa": loss}, len(latents))
         return float(self.hparams["repa_weight"]) * loss
 

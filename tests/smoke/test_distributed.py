@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import timm
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -37,6 +38,19 @@ def tokenizer_fit(shards: Path, folder: Path) -> list[str]:
         ),  # two batches on one, three on the other
         *("--rfid.num_steps=1", "--rfid.max_samples=null", "--rfid.cache_dir=null", "--rfid.fit_budgets=[4]"),
         *("--model.budget_groups", "2", "--trainer.accumulate_grad_batches", "2", "--model.mup_base_width", "32"),
+    ]
+
+
+def aligned_fit(shards: Path, folder: Path) -> list[str]:
+    """A tokenizer whose alignment with a teacher stops after two steps."""
+    teacher = folder / "teacher.pth"
+    torch.manual_seed(3)
+    torch.save(timm.create_model("vit_tiny_patch16_224", pretrained=False).state_dict(), teacher)
+    return [
+        *tokenizer_fit(shards, folder),
+        *("--rfid", "null", "--model.net.repa_layer", "0", "--model.repa_until", "0.5"),
+        *("--model.teacher", "vit_tiny_patch16_224", "--model.teacher_weights", str(teacher)),
+        *("--model.repa_projection", "conv", "--model.repa_spatial_norm", "0.6"),
     ]
 
 
@@ -172,3 +186,21 @@ def test_what_cannot_be_sharded_says_so(
     assert process.exitcode == 1
     message = capfd.readouterr().err
     assert "SavedTokenizer is neither" in message and "--trainer.strategy ddp" in message, message
+
+
+def test_two_processes_stop_an_alignment_as_one(
+    image_shards: Path, tmp_path: Path, start_ranks: Any, keep_gradients: None
+) -> None:
+    """DDP gets a gradient of every weight of the projection behind the stop, too: zero."""
+    arguments, runs = aligned_fit(image_shards, tmp_path), {}
+    for name, processes in (("auto", 1), ("ddp", 2), ("fsdp2", 2)):
+        (tmp_path / name).mkdir()
+        runs[name] = fit(start_ranks, tmp_path / name, name, processes, arguments)
+    expected = gradients(tmp_path / "auto")
+    assert [bool(step["projection.weight"].any()) for step in expected] == [True, True, False, False]
+    for name in ("ddp", "fsdp2"):
+        assert_same_training(runs[name], runs["auto"])
+        for own, whole in zip(gradients(tmp_path / name), expected, strict=True):
+            assert own.keys() == whole.keys()
+            for tensor, value in whole.items():
+                assert (own[tensor] - value).norm() <= 2e-6 * value.norm(), tensor

@@ -239,6 +239,14 @@ def test_options_change_what_they_should(plan) -> None:
     assert stored["parameters"]["trained"] > latents["parameters"]["trained"], (
         "the projection to the teacher is trained"
     )
+    whole, _ = plan(TOKENIZER)
+    half, text = plan(TOKENIZER, "--model.repa_until", "0.5")
+    frozen = [found["flops_per_sample"]["frozen"] for found in (whole, half)]
+    assert frozen[1]["teacher"] == frozen[0]["teacher"] / 2 and frozen[1]["VAE"] == frozen[0]["VAE"]
+    assert "note: the work of the alignment is its mean over the training: repa_until=0.5" in text
+    convolution, _ = plan(TOKENIZER, "--model.repa_projection", "conv")
+    more = convolution["parameters"]["trained"] - whole["parameters"]["trained"]
+    assert more == 9 * 1792 * 1024 - (1792 * 2048 + 2048**2 + 2048 * 1024 + 2 * 2048)
     full, _ = plan(TOKENIZER, "--trainer.precision", "32-true")
     assert full["machine"]["peak_tflops"] == 66.9 and full["recipe"]["memory"]["cast_weights"] == 0.0
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from contextlib import nullcontext
+from math import prod
 
 import pytest
 import torch
@@ -26,9 +27,10 @@ from flextok_pl.cost.models import (
 from flextok_pl.cost.plan import Setup, memory
 from flextok_pl.cost.workload import prior_workload, tokenizer_workload
 from flextok_pl.flow.nested_dropout import BUDGET_LAWS, budget_probabilities, sample_num_tokens
+from flextok_pl.models.irepa import Projection, build_projection
 from flextok_pl.models.objective import TrainingDraws, flow_loss, sample_draws
 from flextok_pl.models.prior import Prior, TextStates
-from flextok_pl.models.teacher import ProjectionHead, alignment_loss
+from flextok_pl.models.teacher import alignment_loss
 from flextok_pl.models.token_loss import token_loss
 from flextok_pl.models.tokenizer import FlexTok
 
@@ -92,10 +94,11 @@ def test_prior_is_exact(text: int, chunk: int | None, checkpointing: bool) -> No
     assert sum(counted(loss)) == planned.training + planned.recomputed
 
 
-def test_projection_is_exact() -> None:
-    head, features = ProjectionHead(64, 120), torch.randn(2, 16, 64, requires_grad=True)
-    planned = count_flops(projection(64, 120, GRID), 1) * 2
-    assert counted(lambda: head(features).sum()) == (planned.forward, planned.backward)
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+def test_projection_is_exact(kind: Projection) -> None:
+    head, patches = build_projection(kind, 64, 120), torch.randn(2, prod(GRID), 64, requires_grad=True)
+    planned = count_flops(projection(kind, 64, 120, GRID), 1) * 2
+    assert counted(lambda: head(patches, GRID).sum()) == (planned.forward, planned.backward)
 
 
 @pytest.mark.parametrize("options", [{}, {"causal_registers": False}, {"layout": "grid"}, {"num_registers": 2}])
@@ -194,7 +197,7 @@ def autocast(half: bool):
 
 def linear_bytes(module: nn.Module, half: bool) -> int:
     """What autocast's copies of the weights take; autograd keeps them, too."""
-    return half * 2 * sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+    return half * 2 * sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d))
 
 
 def bytes_kept(forward, half: bool) -> int:
@@ -242,12 +245,13 @@ def test_prior(name: str, half: bool) -> None:
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_projection_to_the_teacher(half: bool) -> None:
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+def test_projection_to_the_teacher(kind: Projection, half: bool) -> None:
     width, features, patches = 96, 120, 64
-    head = ProjectionHead(width, features)
+    head = build_projection(kind, width, features)
     inputs = torch.randn(BATCH, patches, width, requires_grad=True)
-    kept = bytes_kept(lambda: alignment_loss(head(inputs), torch.randn(BATCH, features, 8, 8)), half)
-    planned = count_activations(projection(width, features, (8, 8)), 1, Numerics(2 if half else 4)) * BATCH
+    kept = bytes_kept(lambda: alignment_loss(head(inputs, (8, 8)), torch.randn(BATCH, features, 8, 8)), half)
+    planned = count_activations(projection(kind, width, features, (8, 8)), 1, Numerics(2 if half else 4)) * BATCH
     assert planned.kept + linear_bytes(head, half) == pytest.approx(kept, rel=0.05)
 
 

@@ -52,6 +52,15 @@ GOLDEN_LOSSES = [
     0.921012282371521,
     0.9277979731559753,
 ]
+# The same of six steps with an alignment.
+GOLDEN_ALIGNED_LOSSES = [
+    1.0505023002624512,
+    0.3573240637779236,
+    0.4975672960281372,
+    0.26850950717926025,
+    0.239956796169281,
+    0.1776711344718933,
+]
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -270,6 +279,67 @@ def test_alignment_with_a_teacher(tmp_path: Path) -> None:
     assert exported.config == dataclasses.replace(NET, vae=network.tokenizer.config.vae)
 
 
+def test_golden_losses_with_a_teacher(tmp_path: Path) -> None:
+    weights = str(random_vit(tmp_path))
+    losses = fit(tmp_path, module(tmp_path, teacher="vit_tiny_patch16_224", teacher_weights=weights), 6)
+    assert losses == pytest.approx(GOLDEN_ALIGNED_LOSSES, rel=1e-5)
+
+
+def test_stopped_alignment(tmp_path: Path) -> None:
+    """Until the stop all is as without it; then the teacher does not run, and the loss is that of the velocity."""
+    options = {"teacher": "vit_tiny_patch16_224", "teacher_weights": str(random_vit(tmp_path))}
+    whole = fit(tmp_path / "whole", module(tmp_path, **options), 6)
+    network, seen = module(tmp_path, repa_until=0.5, **options), []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == 0:
+                pl_module.teacher.register_forward_hook(lambda *_: seen.append(trainer.global_step))
+
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            moved = [bool(weight.grad.any()) for weight in pl_module.projection.parameters()]
+            assert moved == [trainer.global_step < 3] * len(moved)
+
+    losses = fit(tmp_path / "half", network, 6, callbacks=[Watch()])
+    assert losses[:3] == whole[:3] and losses[3:] != whole[3:] and seen == [0, 1, 2]
+    header, *rows = [line.split(",") for line in (tmp_path / "half/run/metrics.csv").read_text().splitlines()]
+    velocity = [float(row[header.index("train/loss")]) for row in rows if row[header.index("train/loss")]]
+    assert losses[3:] == velocity[3:] and losses[:3] != velocity[:3], "nothing is added to it, to the bit"
+    with pytest.raises(ValueError, match=r"repa_until=0\.5.*trainer\.max_steps"):
+        trainer(tmp_path / "endless", -1, max_epochs=-1).fit(module(tmp_path, repa_until=0.5, **options), loader())
+
+
+def test_a_stop_and_a_kill(tmp_path: Path) -> None:
+    """Losses of a training that goes on from before its stop, or from after it, are those of one that ran through."""
+    options = {"teacher": "vit_tiny_patch16_224", "teacher_weights": str(random_vit(tmp_path)), "repa_until": 0.5}
+    saved = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+    whole = Losses()  # of epochs of one batch, as Lightning's own loader cannot go on within an epoch
+    trainer(tmp_path / "whole", 6, [saved, whole]).fit(module(tmp_path, **options), loader(1))
+    for step in (2, 3, 4):
+        found = Losses()
+        file = tmp_path / f"step={step}.ckpt"
+        trainer(tmp_path / f"{step}", 6, [found]).fit(module(tmp_path, **options), loader(1), ckpt_path=file)
+        assert found.values == whole.values[step:]
+    longer, found = module(tmp_path, **options | {"repa_until": 1.0}), Losses()  # may be another from a checkpoint on
+    trainer(tmp_path / "other", 6, [found]).fit(longer, loader(1), ckpt_path=tmp_path / "step=4.ckpt")
+    assert found.values[0] < whole.values[4] - 0.1, "aligned again"
+
+
+@pytest.mark.parametrize("changed", [{"repa_projection": "conv"}, {"repa_spatial_norm": 0.6}])
+def test_other_alignments_train(tmp_path: Path, changed: dict[str, Any]) -> None:
+    options = {"teacher": "vit_tiny_patch16_224", "teacher_weights": str(random_vit(tmp_path))}
+    network = module(tmp_path, **options, **changed, mup_base_width=16)
+    losses = fit(tmp_path / "other", network, 10)
+    plain = fit(tmp_path / "plain", module(tmp_path, **options, mup_base_width=16), 10)
+    assert losses != plain and losses[0] == pytest.approx(plain[0], abs=0.2) and sum(losses[-3:]) < sum(losses[:3])
+    assert (network.projection.weight.ndim == 4) if "repa_projection" in changed else len(network.projection) == 5
+
+
+def test_options_of_an_alignment_without_a_teacher(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"repa_until.*no effect without model\.teacher"):
+        module(tmp_path, repa_projection="conv")
+
+
 class PrecomputedPictures(pl.LightningDataModule):
     """The pictures of `Pictures` as float32 latents and features, with what made them."""
 
@@ -336,6 +406,9 @@ def test_the_offline_teacher_sees_where_things_are(tmp_path: Path) -> None:
     [
         ({"budget_groups": 0}, "budget_groups=0"),
         ({"pure_noise": 1.5}, "pure_noise=1.5"),
+        ({"repa_until": 0.0}, "repa_until=0.0"),
+        ({"repa_spatial_norm": 2.0}, "repa_spatial_norm=2.0"),
+        ({"teacher": "effnet-lite2", "repa_projection": "linear"}, "repa_projection='linear'"),
         ({"teacher": "no_such_model"}, "no_such_model"),
         ({"teacher": "effnet-lite2", "teacher_weights": "missing.pth"}, "missing.pth"),
     ],

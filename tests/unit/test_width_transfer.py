@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
 from flextok_pl.config import FlexTokConfig, PriorConfig
+from flextok_pl.models.irepa import ConvProjection
 from flextok_pl.models.objective import flow_loss, sample_draws
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.teacher import ProjectionHead
@@ -110,6 +111,14 @@ def test_roles_in_the_projection_to_a_teacher() -> None:
     assert set(found.values()) == {"fixed"}
     rescale_initial_weights(part)
     torch.testing.assert_close(part.network[0].weight, first * 0.5**0.5)
+
+
+def test_roles_in_a_convolution_to_a_teacher() -> None:
+    part = WidthPart(ConvProjection(64, 8), ConvProjection(32, 8), 0.5, default_std)
+    first = part.network.weight.clone()
+    assert roles(part) == {"weight": "output", "bias": "fixed"}
+    rescale_initial_weights(part)
+    torch.testing.assert_close(part.network.weight, first * 0.5**0.5)
 
 
 def test_what_has_no_rule_is_refused() -> None:
