@@ -1,14 +1,48 @@
-"""What all modules' optimizers share: parameter groups and the learning-rate schedule."""
+"""What all modules' optimizers share: AdamW, parameter groups, clipping and the learning-rate schedule."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import cos, pi
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
-from torch.optim import Optimizer
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from flextok_pl.runtime.sharding import gradient_norm
+
+FUSED = ("cpu", "cuda")
+"""Types of devices on which AdamW updates all weights in one kernel."""
+
+
+def adamw(groups: list[dict[str, Any]], lr: float, betas: Sequence[float]) -> AdamW:
+    """AdamW in one kernel, where all weights are on a device that has it, whatever wrote the state that it loads."""
+    fused = all(parameter.device.type in FUSED for group in groups for parameter in group["params"])
+    optimizer = AdamW(groups, lr=lr, betas=(betas[0], betas[1]), fused=fused or None)
+
+    def keep(optimizer: Optimizer, state: dict[str, Any]) -> None:
+        state["param_groups"] = [{**group, "fused": optimizer.defaults["fused"]} for group in state["param_groups"]]
+
+    optimizer.register_load_state_dict_pre_hook(keep)
+    return optimizer
+
+
+def clip_gradients(network: nn.Module, limit: float | None, algorithm: str | None) -> Tensor:
+    """Clip a network's gradients by their norm, or each value where `algorithm` is `value`; 0 and None do not clip.
+
+    Returns their norm before that, a scalar that no one has waited for. All processes of a sharded network must ask.
+    """
+    weights = [parameter for parameter in network.parameters() if parameter.grad is not None]
+    norm = gradient_norm(weights)
+    if limit and weights:
+        if algorithm == "value":
+            clip_grad_value_(weights, limit)
+        else:
+            clip_grads_with_norm_(weights, limit, norm)
+    return norm
 
 
 def is_matrix(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:

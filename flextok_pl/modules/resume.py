@@ -7,15 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch.optim import AdamW, Optimizer
+from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from flextok_pl.contracts import run_folder
-from flextok_pl.modules.optim import warmup_cosine
-from flextok_pl.modules.steps import log_gradient_norm
+from flextok_pl.modules.optim import adamw, clip_gradients, warmup_cosine
+from flextok_pl.modules.steps import logging_now
 from flextok_pl.modules.width_transfer import WidthPart, width_groups
 from flextok_pl.precision import check_training_precision
 from flextok_pl.runtime.finite import StopIfNotFinite
@@ -74,7 +76,8 @@ class ResumableModule(pl.LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """Check the trainer's precision, in the first hook that knows it, and give what every training needs."""
         check_training_precision(self.trainer.precision)
-        return [StopIfNotFinite()]
+        self._finite = StopIfNotFinite()
+        return [self._finite]
 
     def width_parts(self) -> list[WidthPart]:
         """What is trained, beside its counterpart of the base width; empty without width transfer."""
@@ -87,16 +90,31 @@ class ResumableModule(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over parameter groups, warm-up and cosine per step."""
         options, total = self.hparams, self.trainer.estimated_stepping_batches
-        optimizer = AdamW(self.optimizer_groups(), lr=options["lr"], betas=tuple(options["betas"]))
+        optimizer = adamw(self.optimizer_groups(), options["lr"], options["betas"])
         schedule = warmup_cosine(optimizer, options["warmup_steps"], total, options["min_lr_ratio"])
         names = ("weight_decay", "betas", "eps")
         self._given = [{name: group[name] for name in names} for group in optimizer.param_groups]
         self._base_lrs = list(schedule.base_lrs)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the norm of the whole gradient, before clipping."""
-        log_gradient_norm(self)
+    def trained_networks(self) -> list[nn.Module]:
+        """What is trained, in parts that are clipped by a norm of their own; the first one's is logged."""
+        return [self]
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, log the gradient's norm before that, and have it looked at one step later: nothing waits for it."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and optimizer.defaults["fused"]:  # which Lightning leaves to the optimizer
+            scaler.unscale_(optimizer)
+        norms = [clip_gradients(each, gradient_clip_val, gradient_clip_algorithm) for each in self.trained_networks()]
+        if logging_now(self):
+            self.log("train/grad_norm", norms[0])
+        self._finite.ask(self.trainer, torch.stack(norms).sum())
 
     def frozen_weights(self) -> dict[str, str]:
         """Option -> hash of the frozen network that it names, which checkpoints do not hold."""

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flextok_pl.contracts import Batch
 from flextok_pl.keys import sample_generators, text_generator
-from flextok_pl.runtime.sharding import gradient_norm
 
 
 def step_generator(module: pl.LightningModule, seed: int, *position: int) -> torch.Generator:
@@ -66,9 +65,3 @@ def log_means(module: pl.LightningModule, values: Mapping[str, Tensor], batch_si
         reduce = module.trainer.strategy.reduce
         values = {name: reduce(value.detach().clone(), reduce_op="mean") for name, value in values.items()}
     module.log_dict(dict(values), batch_size=batch_size)
-
-
-def log_gradient_norm(module: pl.LightningModule, network: nn.Module | None = None) -> None:
-    """Log the norm of a network's gradient, or of the whole one, before clipping, where the trainer writes its logs."""
-    if logging_now(module):
-        module.log("train/grad_norm", gradient_norm(network or module))

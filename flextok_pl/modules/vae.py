@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flextok_pl.config import VAEConfig, config_from_dict
@@ -23,7 +23,7 @@ from flextok_pl.models.perceptual import PerceptualDistance
 from flextok_pl.models.vae import VAE
 from flextok_pl.modules.optim import parameter_groups
 from flextok_pl.modules.resume import ResumableModule
-from flextok_pl.modules.steps import log_gradient_norm, step_generator
+from flextok_pl.modules.steps import logging_now, step_generator
 from flextok_pl.precision import accumulation_dtype, check_training_precision, full_precision
 
 
@@ -146,26 +146,17 @@ class VAEModule(ResumableModule):
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         """Those of each network."""
-        networks = [self.vae] if self.discriminator is None else [self.vae, self.discriminator]
-        return [group for each in networks for group in parameter_groups(each, self.hparams["weight_decay"])]
+        decay = self.hparams["weight_decay"]
+        return [group for network in self.trained_networks() for group in parameter_groups(network, decay)]
+
+    def trained_networks(self) -> list[nn.Module]:
+        """Autoencoder and discriminator: they play against each other, and one must not damp the other."""
+        return [self.vae] if self.discriminator is None else [self.vae, self.discriminator]
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the autoencoder's gradient norm before clipping, and the learning rate."""
-        log_gradient_norm(self, self.vae)
-        self.log("train/lr", optimizer.param_groups[0]["lr"])
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip the two networks' norms apart: they play against each other, and one must not damp the other."""
-        if self.discriminator is None or gradient_clip_algorithm == "value" or not gradient_clip_val:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
-        for network in (self.vae, self.discriminator):
-            torch.nn.utils.clip_grad_norm_(network.parameters(), gradient_clip_val)
+        """Log the learning rate."""
+        if logging_now(self):
+            self.log("train/lr", optimizer.param_groups[0]["lr"])
 
     # Evaluation
 

@@ -1,9 +1,10 @@
-"""A training whose loss or weights are no longer finite stops, on all ranks at once."""
+"""A training whose gradients or weights are no longer finite stops, on all ranks at once."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,11 +18,12 @@ SHOWN_KEYS = 8
 
 
 class StopIfNotFinite(Callback):
-    """Stop all ranks together where the loss of one is NaN or infinite.
+    """Stop all ranks together where a gradient is NaN or infinite, as it is where the loss of one rank is.
 
-    A rank that stopped alone would leave the others waiting in their next collective. So the ranks ask each other at
-    every optimizer step, and look at the answer at the next one: the host waits for no device meanwhile. No checkpoint,
-    validation or export comes between, and no checkpoint holds weights that an overflowing gradient made not finite.
+    A rank that stopped alone would leave the others waiting in their next collective. The gradient's norm, which
+    clipping needs anyway, is the same on all ranks, and they look at it at the next optimizer step: the host waits for
+    no device meanwhile. No checkpoint, validation or export comes between. Where losses are scaled (16-mixed),
+    gradients overflow now and then, and their step is left out: there the ranks add up their losses instead.
     """
 
     def __init__(self) -> None:
@@ -40,13 +42,18 @@ class StopIfNotFinite(Callback):
         """Remember the loss, which adds up over an accumulation of gradients."""
         self._current.loss = self._current.loss + loss.detach()
 
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Ask about this step, and stop if the last was not finite: the error names rank, samples and checkpoint."""
+    def ask(self, trainer: Trainer, norm: Tensor) -> None:
+        """Ask about a step, of which `norm` is the gradient's norm on all ranks, and look at the last one.
+
+        Raises:
+            RuntimeError: that was not finite; the error names step, rank, samples and checkpoint.
+        """
         self._look(trainer)
-        self._asked, self._current = self._current, _Step()
-        self._asked.ask(trainer)
+        step, self._current = self._current, _Step()
+        step.number, step.epoch = trainer.global_step, trainer.current_epoch
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        step.ask(trainer.strategy.reduce(step.loss.clone(), reduce_op="sum") if scaled else norm)
+        self._asked = step
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let no checkpoint be written after such a step, nor one of weights that are not finite."""
@@ -55,16 +62,24 @@ class StopIfNotFinite(Callback):
         bad = ~torch.stack([weights.isfinite().all() for weights in trained]).all()
         if trainer.strategy.reduce(bad.float(), reduce_op="max"):
             raise RuntimeError(
-                f"weights are not finite after step {trainer.global_step}, though the loss is: a gradient overflowed; "
-                + _remedy(trainer)
+                f"weights are not finite after step {trainer.global_step}, though the gradients are; {_remedy(trainer)}"
             )
 
     def _look(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         asked, self._asked = self._asked, None
-        if asked is None or not asked.is_bad():
+        if asked is None or asked.is_finite():
             return
-        told = gather_objects(asked.complaint(trainer.global_rank))
-        raise RuntimeError("; ".join(text for text in told if text is not None) + "; " + _remedy(trainer))
+        told = gather_objects((asked.loss.item(), asked.samples()))
+        where = f"step {asked.number} (epoch {asked.epoch}"
+        bad = [rank for rank, (loss, _) in enumerate(told) if not math.isfinite(loss)]
+        found = [f"the loss is {told[rank][0]} at {where}, rank {rank}); {told[rank][1]}" for rank in bad]
+        if not bad:
+            loss, rank = max((loss, rank) for rank, (loss, _) in enumerate(told))
+            found = [
+                f"the gradient is not finite at {where}), though the losses are; the largest, {loss:.4g}, is that of "
+                f"rank {rank}; {told[rank][1]}"
+            ]
+        raise RuntimeError("; ".join([*found, _remedy(trainer)]))
 
     on_validation_start = on_train_end = _look  # no validation and no export after such a step
 
@@ -76,32 +91,28 @@ class _Step:
         self.number = self.epoch = 0
         self.keys: list[str] = []
         self.loss: Tensor = torch.zeros(())
-        self._bad: Tensor | None = None
-        self._answered: torch.cuda.Event | None = None
+        self._value: Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
 
-    def ask(self, trainer: Trainer) -> None:
-        """Let the ranks tell each other, and the device tell the host, when they get there."""
-        self.number, self.epoch = trainer.global_step, trainer.current_epoch
-        self._bad = bad = cast(Tensor, trainer.strategy.reduce((~self.loss.isfinite()).float(), reduce_op="max"))
-        if bad.is_cuda:
-            self._bad = torch.empty((), pin_memory=True).copy_(bad, non_blocking=True)
-            self._answered = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._answered.record()
+    def ask(self, value: Tensor) -> None:
+        """Let the device tell the host a number when it gets there."""
+        self._value = value
+        if value.is_cuda:
+            self._value = torch.empty((), pin_memory=True).copy_(value, non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
 
-    def is_bad(self) -> bool:
-        """The answer, the same on all ranks."""
-        if self._answered is not None:
-            self._answered.synchronize()
-        return bool(self._bad)
+    def is_finite(self) -> bool:
+        """Whether the number is, which all ranks say alike."""
+        assert self._value is not None
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return math.isfinite(self._value)
 
-    def complaint(self, rank: int) -> str | None:
-        """What is wrong on this rank, or None."""
-        if self.loss.isfinite():
-            return None
+    def samples(self) -> str:
+        """The keys of what was trained on."""
         more = f", ... ({len(self.keys)} in all)" if len(self.keys) > SHOWN_KEYS else ""
-        samples = ", ".join(self.keys[:SHOWN_KEYS]) + more or "without keys"
-        where = f"step {self.number} (epoch {self.epoch}, rank {rank})"
-        return f"the loss is {self.loss.item()} at {where}; samples of the batch: {samples}"
+        return f"samples of the batch: {', '.join(self.keys[:SHOWN_KEYS]) + more or 'without keys'}"
 
 
 def _remedy(trainer: Trainer) -> str:

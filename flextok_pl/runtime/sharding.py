@@ -136,9 +136,9 @@ def whole_weights(network: nn.Module) -> dict[str, Tensor]:
     return get_model_state_dict(network, options=options)  # type: ignore[return-value]
 
 
-def gradient_norm(module: nn.Module) -> Tensor:
-    """The norm of the whole gradient. All processes of a sharded module must ask."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+def gradient_norm(weights: Sequence[nn.Parameter]) -> Tensor:
+    """The norm of the gradient of some weights. All processes of sharded ones must ask."""
+    norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 

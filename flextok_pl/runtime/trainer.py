@@ -37,7 +37,7 @@ class Trainer(pl.Trainer):
       (`Failure`).
     - What would wait for processes that nobody has started is refused.
 
-    The modules of this package also stop a training whose loss is not finite, whichever Trainer runs them.
+    The modules of this package also stop a training whose gradients are not finite, whichever Trainer runs them.
 
     Args:
         logger: as Lightning's; by default TensorBoard's logs lie in `default_root_dir` itself, the folder of one run,

@@ -19,8 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.distributed.tensor import DTensor
 
 from flextok_pl.assets import DEMO_TOKENIZER
-from flextok_pl.modules import resume
-from flextok_pl.modules.steps import log_gradient_norm
+from flextok_pl.modules.resume import ResumableModule
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4
@@ -109,14 +108,13 @@ def gradients(folder: Path) -> list[dict[str, torch.Tensor]]:
 def keep_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the first process write the whole gradient of each step, before clipping, to its folder."""
 
-    def keep(module: pl.LightningModule) -> None:
+    def keep(module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         found = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
         whole = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in found.items()}
         if module.global_rank == 0:
             torch.save(whole, f"gradients{module.global_step}.pt")
-        log_gradient_norm(module)
 
-    monkeypatch.setattr(resume, "log_gradient_norm", keep)
+    monkeypatch.setattr(ResumableModule, "on_before_optimizer_step", keep)
 
 
 def assert_same_training(run: Path, reference: Path) -> None:

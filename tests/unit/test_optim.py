@@ -1,5 +1,6 @@
 """Parameter groups and the learning-rate schedule."""
 
+import copy
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from flextok_pl.modules.optim import parameter_groups, warmup_cosine
+from flextok_pl.modules.optim import adamw, clip_gradients, parameter_groups, warmup_cosine
 
 
 class Network(nn.Module):
@@ -73,3 +74,48 @@ def test_schedule_without_warmup_or_end() -> None:
 def test_schedule_options_are_checked(options: dict[str, float]) -> None:
     with pytest.raises((ValueError, MisconfigurationException), match="warmup_steps=|min_lr_ratio="):
         ratios(1, **options)
+
+
+def steps(network: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    for step in range(first, last):
+        for number, parameter in enumerate(network.parameters()):
+            noise = torch.Generator().manual_seed(100 * step + number)
+            parameter.grad = torch.randn(parameter.shape, generator=noise) * 1e-3
+        optimizer.step()
+
+
+def test_one_kernel_updates_as_many_do_and_goes_on_with_their_checkpoint() -> None:
+    """Such as one of a version that had no such kernel, or of a device that has none."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))
+    usual = torch.optim.AdamW(parameter_groups(plain, 0.1), lr=1e-2, betas=(0.9, 0.95))
+    steps(plain, usual, 0, 3)
+    fused = copy.deepcopy(plain)
+    optimizer = adamw(parameter_groups(fused, 0.1), 1e-2, (0.9, 0.95))
+    optimizer.load_state_dict(copy.deepcopy(usual.state_dict()))
+    assert [group["fused"] for group in optimizer.param_groups] == [True, True]
+    assert all(state["step"].dtype == torch.float32 and state["step"] == 3 for state in optimizer.state.values())
+    for network, each in ((plain, usual), (fused, optimizer)):
+        steps(network, each, 3, 6)
+    for own, expected in zip(fused.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-6, atol=1e-8)
+    with torch.device("meta"):
+        assert adamw(parameter_groups(nn.Linear(2, 2), 0.1), 1e-2, (0.9, 0.95)).defaults["fused"] is None
+
+
+@pytest.mark.parametrize(
+    ("limit", "algorithm", "left"),
+    [
+        (None, None, [3.0, 4.0]),
+        (0, "norm", [3.0, 4.0]),
+        (1.0, "norm", [0.6, 0.8]),
+        (10.0, "norm", [3.0, 4.0]),
+        (3.5, "value", [3.0, 3.5]),
+    ],
+)
+def test_the_norm_is_that_before_clipping(limit: float | None, algorithm: str | None, left: list[float]) -> None:
+    network = nn.Linear(2, 2)
+    assert clip_gradients(network, limit, algorithm) == 0
+    network.bias.grad = torch.tensor([3.0, 4.0])
+    assert clip_gradients(network, limit, algorithm).item() == 5.0
+    assert network.bias.grad.tolist() == pytest.approx(left, rel=1e-5) and network.weight.grad is None

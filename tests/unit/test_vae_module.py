@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from flextok_pl.callbacks import EMA
 from flextok_pl.config import VAEConfig
 from flextok_pl.models.vae import VAE
+from flextok_pl.modules.optim import clip_gradients
 from flextok_pl.modules.vae import VAEModule, kl_divergence, psnr
 
 NET = VAEConfig(
@@ -125,7 +126,8 @@ def test_players_get_their_own_gradients_and_clipping(tmp_path: Path) -> None:
         for parameter in network.parameters():  # type: ignore[union-attr]
             parameter.grad = torch.full_like(parameter, size)
     small = model.discriminator.layers[0].weight  # type: ignore[union-attr]
-    model.configure_gradient_clipping(None, 10.0, "norm")  # type: ignore[arg-type]
+    for network in model.trained_networks():
+        clip_gradients(network, 10.0, "norm")
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.vae.parameters()])  # type: ignore[misc]
     assert norm.item() == pytest.approx(10.0, rel=1e-4)
     assert small.grad is not None and small.grad.unique().item() == pytest.approx(0.01)
