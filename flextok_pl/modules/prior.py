@@ -51,7 +51,8 @@ class PriorModule(ResumableModule, PriorBase):
         condition_dropout: probability that a sample is trained without its condition, for guidance.
         loss_chunk: positions whose logits exist at a time; None for all.
         activation_checkpointing: recompute blocks in the backward pass, for less memory.
-        compile_blocks: `torch.compile` every Transformer block for training steps; evaluation runs them as they are.
+        compile_blocks: `torch.compile` every Transformer block, and on a GPU the loss between its matrix products, for
+            training steps; evaluation runs them as they are.
         seed: of the condition dropout, and of what `predict` generates.
     """
 
@@ -149,8 +150,9 @@ class PriorModule(ResumableModule, PriorBase):
         world_size = self.trainer.world_size
         draws = torch.rand(len(tokens) * world_size, generator=generator)  # of all ranks, whatever their number
         null = draws[self.global_rank :: world_size].to(tokens.device) < options["condition_dropout"]
-        hidden = self.prior.hidden(tokens, condition, null)
-        result = token_loss(hidden, self.prior.head.weight, tokens, options["label_smoothing"], options["loss_chunk"])
+        hidden, weight = self.prior.hidden(tokens, condition, null), self.prior.head.weight
+        compiled = options["compile_blocks"] and hidden.is_cuda
+        result = token_loss(hidden, weight, tokens, options["label_smoothing"], options["loss_chunk"], compiled)
         values = {"train/loss": result.loss, "train/bits_per_token": result.nll.mean() / math.log(2)}
         log_means(self, values, len(tokens))
         return {"loss": result.loss, "nll": result.nll, "correct": result.correct}

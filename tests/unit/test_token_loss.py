@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flextok_pl.models.token_loss import token_loss
+from flextok_pl.models.token_loss import _compiled_chunk, token_loss
 
 B, K, D, V = 3, 7, 16, 50
 
@@ -52,13 +52,45 @@ def test_autocast_uses_half_matrices_and_float32_sums(inputs) -> None:
     assert 0 < abs(result.loss.item() - full.item()) < 0.05
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_chunk_is_one_graph_with_the_same_values(
+    inputs, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced with its gradients and mutations, and run without a compiler, which a build machine need not have."""
+    compile, sizes = torch.compile, []
+
+    def backend(graph: torch.fx.GraphModule, examples: list[torch.Tensor]) -> object:
+        sizes.append(len(examples[0]))
+        return torch._dynamo.lookup_backend("aot_eager")(graph, examples)
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend=backend, **options))
+    _compiled_chunk.cache_clear()
+    hidden, weight, targets = inputs
+    found = []
+    for compiled in (False, True, True):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            result = token_loss(hidden, weight, targets, 0.1, 8, compiled)
+        found.append([*result, *torch.autograd.grad(result.loss, (hidden, weight))])
+    _compiled_chunk.cache_clear()
+    assert sizes == [8, 5], "21 positions, and nothing compiled again"
+    for plain, *others in zip(*found, strict=True):
+        for other in others:
+            assert torch.equal(plain, other)
+
+
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.float16])
-def test_float16_keeps_small_gradients_under_loss_scaling(hidden_dtype: torch.dtype) -> None:
-    """The slope of a logit is here 1 / (8,192 positions x 500 tokens) = 2.4e-7: float16 resolves 6e-8."""
+@pytest.mark.parametrize(
+    ("positions", "vocabulary", "deviation"), [(8192, 500, 0.02), (512, 64000, 0.02), (512, 64000, 1)]
+)
+def test_float16_keeps_small_gradients_under_loss_scaling(
+    hidden_dtype: torch.dtype, positions: int, vocabulary: int, deviation: float
+) -> None:
+    """The slope of a logit is first 1 / (8,192 positions x 500 tokens) = 2.4e-7: float16 resolves 6e-8."""
     generator, scale = torch.Generator().manual_seed(0), 65536.0
-    hidden = torch.randn(8192, 16, generator=generator).to(hidden_dtype).requires_grad_()
-    weight = (0.02 * torch.randn(500, 16, generator=generator)).requires_grad_()
-    targets = torch.randint(250, (8192,), generator=generator)  # half of the vocabulary is never one
+    hidden = torch.randn(positions, 16, generator=generator).to(hidden_dtype).requires_grad_()
+    weight = (deviation * torch.randn(vocabulary, 16, generator=generator)).requires_grad_()
+    seen = vocabulary // 2  # the other tokens are never targets
+    targets = torch.randint(seen, (positions,), generator=generator)
     plain = F.cross_entropy(hidden.float() @ weight.T, targets)
     expected = torch.autograd.grad(plain, (hidden, weight), grad_outputs=torch.tensor(scale))
     with torch.autocast("cpu", torch.float16):
@@ -69,7 +101,7 @@ def test_float16_keeps_small_gradients_under_loss_scaling(hidden_dtype: torch.dt
     pairs = {
         "hidden": (gradients[0], expected[0]),
         "head": (gradients[1], expected[1]),
-        "rows that are no target": (gradients[1][250:], expected[1][250:]),
+        "rows that are no target": (gradients[1][seen:], expected[1][seen:]),
     }
     for name, (ours, theirs) in pairs.items():
         assert (ours.float() - theirs.float()).norm() < 5e-3 * theirs.float().norm(), name
