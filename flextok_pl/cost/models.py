@@ -244,9 +244,9 @@ def token_loss_bytes(config: PriorConfig, batch_size: int, chunk: int | None, nu
         return 3.0 * FULL * positions * config.vocab_size
     matrix, logits = config.width * config.vocab_size, min(chunk, positions) * config.vocab_size
     gradients = FULL * (config.width * positions + matrix)
-    product = numerics.compute * matrix  # one chunk's part of the weight's gradient
-    halves = numerics.compute * (matrix + logits) if numerics.autocast else 0  # copies of weight and logits
-    return float(gradients + product + halves + FULL * logits)
+    # Copies of the weight and the logits, and one chunk's part of the weight's gradient.
+    halves = numerics.compute * (2 * matrix + logits) if numerics.autocast else 0
+    return float(gradients + halves + FULL * logits)
 
 
 def vae_cost(vae: VAE, discriminator: PatchDiscriminator | None, image_size: int) -> tuple[Flops, float]:

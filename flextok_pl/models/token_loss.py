@@ -112,7 +112,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 slope, *columns = evaluate(rows @ matrix.T, targets[place], smoothing, dtype)
                 if gradients is not None:
                     gradients[0][place] = slope @ matrix
-                    gradients[1].add_(slope.T @ rows)
+                    if dtype == gradients[1].dtype:  # without a copy of its size
+                        torch.addmm(gradients[1], slope.T, rows, out=gradients[1])
+                    else:
+                        gradients[1].add_(slope.T @ rows)
                 del slope  # before the next chunk has its own
                 values.append(columns)
         ctx.gradients, ctx.dtype, ctx.count = gradients, hidden.dtype, len(hidden)
