@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Generic, Self, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -11,15 +12,16 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 class Frozen(nn.Module, Generic[ModuleT]):
     """Holds a network outside the module tree and freezes it in place.
 
-    The network stays in evaluation mode and has no gradients. It follows its owner's `.to()`, but is in neither
-    `parameters()` nor `state_dict()`, and a deep copy shares it, so that checkpoints do not store it and weight
-    averaging does not double it. Attributes and calls are passed on.
+    The network stays in evaluation mode and has no gradients. It is in neither `parameters()` nor `state_dict()`, and a
+    deep copy shares it, so that checkpoints do not store it and weight averaging does not double it. Attributes and
+    calls are passed on. It follows its owner's `.to()`, or with `follows=False` stays where `on` puts it.
     """
 
     module: ModuleT
 
-    def __init__(self, module: ModuleT) -> None:
+    def __init__(self, module: ModuleT, follows: bool = True) -> None:
         super().__init__()
+        self.follows = follows
         object.__setattr__(self, "module", module.requires_grad_(False).eval())  # past nn.Module's registration
 
     def __getattr__(self, name: str) -> Any:
@@ -31,8 +33,15 @@ class Frozen(nn.Module, Generic[ModuleT]):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.module._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.follows:
+            self.module._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def on(self, device: torch.device | str) -> ModuleT:
+        """The network, which is on `device` from now on."""
+        if next(self.module.parameters()).device != torch.device(device):
+            self.module.to(device)
+        return self.module
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Does nothing: the network stays frozen."""

@@ -36,7 +36,8 @@ class PriorBase(pl.LightningModule):
     """A prior with the tokenizer that decodes its tokens and the text encoder that it listens to, both frozen.
 
     `tokenizer` is a `.safetensors` file, folder or Hub id, or None to do without images; `encoder` is for a prior of
-    texts.
+    texts. Both are on the CPU until images or texts need them. They return to it when the trainer is done, and after
+    each validation of a training whose shards hold what they make.
     """
 
     seed = 0  # of what is drawn
@@ -44,7 +45,7 @@ class PriorBase(pl.LightningModule):
     def __init__(self, prior: Prior, tokenizer: str | None, encoder: TextEncoder | None) -> None:
         super().__init__()
         self.prior = prior
-        self.text_encoder = None if encoder is None else Frozen(encoder)
+        self.text_encoder = None if encoder is None else Frozen(encoder, follows=False)
         self.tokenizer: Frozen[FlexTok] | None = None
         if (prior.config.text_width is None) != (encoder is None):
             name = None if encoder is None else encoder.name
@@ -54,7 +55,7 @@ class PriorBase(pl.LightningModule):
             )
         if tokenizer is not None:
             network = FlexTok.from_pretrained(tokenizer)
-            self.tokenizer = Frozen(network)
+            self.tokenizer = Frozen(network, follows=False)
             self.tokenizer_id = network.identity()
             self._check_tokens(f"tokenizer={tokenizer!r}", self.tokenizer_id)
 
@@ -107,10 +108,10 @@ class PriorBase(pl.LightningModule):
 
     @property
     def reconstructor(self) -> FlexTok:
-        """The tokenizer, which decodes what the prior generates."""
+        """The tokenizer, which decodes what the prior generates, on the prior's device from now on."""
         if self.tokenizer is None:
             raise MisconfigurationException("images need a tokenizer: set model.tokenizer (or --tokenizer)")
-        return self.tokenizer.module
+        return self.tokenizer.on(self.device)
 
     @property
     def condition_kind(self) -> Literal["class", "text", "none"]:
@@ -178,7 +179,7 @@ class PriorBase(pl.LightningModule):
 
     def _encode(self, texts: Sequence[str], truncate: bool) -> TextStates:
         assert self.text_encoder is not None
-        states: TextStates = self.text_encoder(texts, truncate)
+        states: TextStates = self.text_encoder.on(self.device)(texts, truncate)
         return states
 
     def on_validation_epoch_start(self) -> None:
@@ -189,6 +190,19 @@ class PriorBase(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the means over all samples."""
         self._val_means.log(self)
+
+    def on_validation_end(self) -> None:
+        """Take back to the CPU what the training does without; metrics have used it by now."""
+        for name, network in (("tokenizer", self.tokenizer), ("text_encoder", self.text_encoder)):
+            made = getattr(self.trainer.datamodule, name, None) is not None  # type: ignore[attr-defined]
+            if network is not None and made:
+                network.on("cpu")
+
+    def teardown(self, stage: str) -> None:
+        """Take all back to the CPU, as the trainer does with the prior."""
+        for network in (self.tokenizer, self.text_encoder):
+            if network is not None:
+                network.on("cpu")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> TokenOutputs:
         """Loss with the condition and without, in float32."""

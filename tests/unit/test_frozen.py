@@ -46,6 +46,17 @@ def test_follows_moves_and_delegates() -> None:
     assert Frozen(nn.Linear(3, 2)).in_features == 3
 
 
+def test_stays_where_it_is_put() -> None:
+    owner = Owner()
+    owner.helper = Frozen(nn.Linear(2, 2), follows=False)
+    owner.to("meta")
+    assert owner.own.weight.is_meta and owner.helper.module.weight.device.type == "cpu"
+    assert owner.helper.on("cpu") is owner.helper.module
+    assert owner.helper.on("meta").weight.is_meta
+    owner.to_empty(device="cpu")
+    assert owner.own.weight.device.type == "cpu" and owner.helper.module.weight.is_meta
+
+
 def test_survives_pickling() -> None:
     owner = Owner()
     twin = pickle.loads(pickle.dumps(owner))

@@ -19,6 +19,7 @@ from flextok_pl.callbacks import EMA, GenerationFID, TokenReport
 from flextok_pl.config import FlexTokConfig, PriorConfig
 from flextok_pl.contracts import weights_hash
 from flextok_pl.data.shards.index import ShardError
+from flextok_pl.layers.frozen import Frozen
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.modules import PriorModule
@@ -239,6 +240,42 @@ def test_images_are_tokenized_as_they_come(tmp_path: Path, tokenizer: str) -> No
     assert not any("tokenizer" in name for name in network.state_dict())
     with pytest.raises(ValueError, match="needs 'tokens' or 'image'"):
         network.tokens({"key": []})
+
+
+class LooksAtImages(pl.Callback):
+    """Uses the tokenizer in validations, as metrics do."""
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: PriorModule) -> None:
+        assert pl_module.reconstructor is pl_module.tokenizer.module
+
+
+@pytest.mark.parametrize("on_images", [False, True])
+def test_the_tokenizer_is_on_the_device_while_it_is_needed(
+    on_images: bool, tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is asked to be, on a machine with one device: "here" for the prior's, "away" for the CPU."""
+    places = ["away"]
+
+    def on(frozen: Frozen[FlexTok], device: torch.device | str) -> FlexTok:
+        place = "here" if isinstance(device, torch.device) else "away"
+        if place != places[-1]:
+            places.append(place)
+        return frozen.module
+
+    monkeypatch.setattr(Frozen, "on", on)
+    data = Sequences(FlexTok.from_pretrained(tokenizer).identity())
+    if on_images:
+        data = Sequences(image=torch.zeros(8, 3, 32, 32))
+        data.tokenizer = None
+        monkeypatch.setattr(data, "batches", lambda count, given=data.batches: without_tokens(given(count)))
+    fit(tmp_path, module(tokenizer=tokenizer), 10, data, callbacks=[LooksAtImages()], num_sanity_val_steps=1)
+    validations = 1 if on_images else 3  # after which it goes away: one before the training, one after each epoch
+    assert places == ["away", *["here", "away"] * validations]
+
+
+def without_tokens(loader: DataLoader) -> DataLoader:
+    batches = [{name: value for name, value in batch.items() if name != "tokens"} for batch in loader]
+    return DataLoader(batches, batch_size=None)
 
 
 def test_tokens_of_another_tokenizer(tmp_path: Path, tokenizer: str) -> None:
