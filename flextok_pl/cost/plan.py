@@ -52,9 +52,10 @@ def memory(workload: Workload, setup: Setup, batch_size: int) -> dict[str, float
 
     `lasting` is what is there at all times, `total` the most at one time. The buffers of the loss and the activations
     of a block that is computed again are there one after the other, and so are all that the backward pass needs, what
-    a frozen network holds at work, and the optimizer's working memory.
+    a frozen network holds at work, and the optimizer's working memory. A network that is on the device in validations
+    only is counted among the frozen ones at work; what it makes there is left out.
     """
-    numerics, alone = setup.numerics, setup.devices == 1
+    numerics, alone, frozen = setup.numerics, setup.devices == 1, list(workload.frozen.values())
     shares = setup.devices if setup.strategy == "fsdp" else 1
     size = workload.parameters
     trained, model = FULL * size.trained / shares, FULL * size.total / shares
@@ -71,7 +72,7 @@ def memory(workload: Workload, setup: Setup, batch_size: int) -> dict[str, float
         "gradient_buckets": 0.0 if alone or setup.strategy == "fsdp" else trained,  # the copy that ddp sends
         "optimizer": ADAM_STATES * trained,
         "averaged": model if setup.averaged else 0.0,
-        "frozen": float(FULL * sum(network.parameters for network in workload.frozen.values())),
+        "frozen": float(FULL * sum(network.parameters for network in frozen if network.resident)),
     }
     computing = {
         "cast_weights": float(numerics.compute * size.cast) if numerics.autocast and not sharded else 0.0,
@@ -83,7 +84,8 @@ def memory(workload: Workload, setup: Setup, batch_size: int) -> dict[str, float
         "loss": workload.loss_bytes(batch_size),
     }
     apart = {
-        "frozen_work": batch_size * max((network.working_bytes for network in workload.frozen.values()), default=0.0),
+        "frozen_work": float(FULL * sum(network.parameters for network in frozen if not network.resident))
+        + batch_size * max((network.working_bytes for network in frozen), default=0.0),
         "optimizer_work": trained if setup.machine.foreach else 0.0,
     }
     always = sum(lasting.values())

@@ -55,6 +55,7 @@ class FrozenNetwork:
     parameters: int  # in float32
     flops: float = 0.0  # of its work on one sample of a training batch, as a mean; 0 where it only evaluates
     working_bytes: float = 0.0  # what it holds at its peak while it works on one sample
+    resident: bool = True  # on the device throughout the training, or else in validations only
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def prior_workload(
                 flops, working = image_work(vae.moments, size)
                 part = encoder(tokenizer.config, net.num_tokens, _grid(size, vae.config, tokenizer.config))
                 work = (flops + count_flops(part, tokenizer.config.encoder_depth).forward, working)
-            frozen["tokenizer"] = FrozenNetwork(_count(tokenizer), *work)
+            frozen["tokenizer"] = FrozenNetwork(_count(tokenizer), *work, resident=inputs == "images")
             notes += [IN_FLOAT32] if work and numerics.autocast else []
         elif name is not None:
             notes.append(f"the tokenizer {name} is not on this machine and its name tells no architecture: not counted")

@@ -226,6 +226,9 @@ def test_the_largest_prior(plan) -> None:
     assert other["seconds_per_step"] > found["seconds_per_step"] * 1.2
     images, _ = plan(PRIOR, *options, "--inputs", "images")
     assert images["flops_per_sample"]["frozen"]["tokenizer"] > 0
+    tokens, always = (each["recipe"]["memory"] for each in (found, images))
+    assert tokens["frozen"] == 0.0 and tokens["frozen_work"] == always["frozen"] == 4 * 2_540_882_841
+    assert always["total"] - tokens["total"] == pytest.approx(always["frozen"]), "it is there in validations only"
 
 
 def test_options_change_what_they_should(plan) -> None:
