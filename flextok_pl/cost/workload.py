@@ -143,14 +143,14 @@ def prior_workload(
         name = options["tokenizer"]
         tokenizer = None if name is None else _tokenizer(name)
         if tokenizer is not None:
-            work: tuple[float, ...] = ()
-            if inputs == "images":
+            works, flops, working = inputs == "images", 0.0, 0.0
+            if works:
                 vae = tokenizer.require_vae()
                 flops, working = image_work(vae.moments, size)
                 part = encoder(tokenizer.config, net.num_tokens, _grid(size, vae.config, tokenizer.config))
-                work = (flops + count_flops(part, tokenizer.config.encoder_depth).forward, working)
-            frozen["tokenizer"] = FrozenNetwork(_count(tokenizer), *work, resident=inputs == "images")
-            notes += [IN_FLOAT32] if work and numerics.autocast else []
+                flops += count_flops(part, tokenizer.config.encoder_depth).forward
+            frozen["tokenizer"] = FrozenNetwork(_count(tokenizer), flops, working, resident=works)
+            notes += [IN_FLOAT32] if works and numerics.autocast else []
         elif name is not None:
             notes.append(f"the tokenizer {name} is not on this machine and its name tells no architecture: not counted")
     if options["text_encoder"] is not None:
