@@ -25,6 +25,7 @@ _lock = threading.Lock()
 
 WITHOUT_FLOAT64 = frozenset({"mps"})  # types of devices
 TRAINING_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # values of `trainer.precision` that trainings take
+HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # what products take and give under autocast
 MEASURED_IN = "32-true"  # the precision that records of an evaluation state, whatever that of the trainer
 
 _SHORT = {None: "32-true", "None": "32-true", "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}

@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from flextok_pl.precision import HALF
 from flextok_pl.runtime.lightning_internals import step_ends
 
 
@@ -91,6 +92,4 @@ def _peak_flops(trainer: Trainer) -> float | None:
     device = trainer.strategy.root_device
     if device.type != "cuda":
         return None
-    precision = str(trainer.precision)
-    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float16 if precision.startswith("16") else None
-    return get_available_flops(device, dtype or torch.float32)
+    return get_available_flops(device, HALF.get(str(trainer.precision), torch.float32))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
@@ -115,6 +116,10 @@ class ResumableModule(pl.LightningModule):
         if logging_now(self):
             self.log("train/grad_norm", norms[0])
         self._finite.ask(self.trainer, torch.stack(norms).sum())
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Clear the gradients, under ddp in the buckets where they lie: batches that send none would make others."""
+        optimizer.zero_grad(set_to_none=not isinstance(self.trainer.strategy, DDPStrategy))
 
     def frozen_weights(self) -> dict[str, str]:
         """Option -> hash of the frozen network that it names, which checkpoints do not hold."""

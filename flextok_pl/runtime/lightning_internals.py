@@ -15,7 +15,7 @@ from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -40,6 +40,12 @@ def attached_trainer(module: pl.LightningModule) -> pl.Trainer | None:
 def shard_over_all_processes(strategy: ModelParallelStrategy) -> None:
     """Put all processes in one data-parallel group; to be called once their number is known."""
     strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
+
+
+def send_gradients_in_place(strategy: Strategy) -> None:
+    """Let ddp send gradients from where they are, and not from copies, unless its own option says otherwise."""
+    if isinstance(strategy, DDPStrategy):
+        strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
 
 
 def step_ends(module: pl.LightningModule) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -19,10 +19,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as distributed_load
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from flextok_pl.files import remove, replace_folder
+from flextok_pl.precision import HALF
 from flextok_pl.runtime.lightning_internals import shard_over_all_processes
 
 CURRENT_STATE = "current_model_state"
@@ -97,29 +98,60 @@ class FullyShardedStrategy(ModelParallelStrategy):
 StrategyRegistry.register("fsdp2", FullyShardedStrategy, description="Fully sharded data parallel, PyTorch's second")
 
 
+GATHERS_HALF = "param_dtype_override_fn" in MixedPrecisionPolicy.__dataclass_fields__
+"""Whether this torch, of version 2.15 on, can gather some weights of a network in half precision and others not."""
+
+
 def shard(module: pl.LightningModule, networks: Sequence[nn.Module], methods: Sequence[str] = ()) -> None:
     """Shard the trained networks of a module, where its strategy asks for it; for `configure_model`.
 
     All trained parameters must be in them: a gradient norm cannot be taken over sharded and other tensors. `methods`
     names those, other than `forward`, by which training runs the networks.
+
+    In half precision the matrices are gathered as autocast would use them, everything else and all gradients in
+    float32: what is computed is the same as without sharding.
     """
     if module.device_mesh is None or isinstance(networks[0], FSDPModule):
         return
-    mesh = module.device_mesh["data_parallel"]
+    mesh, policy = module.device_mesh["data_parallel"], _policy(networks, HALF.get(str(module.trainer.precision)))
     for network in networks:
         for block in getattr(network, "blocks", ()):
-            fully_shard(block, mesh=mesh)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
         # What is outside the blocks is needed again at once by the backward pass, and the prior's head by its loss.
-        fully_shard(network, mesh=mesh, reshard_after_forward=False)
+        fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         for method in methods:
             register_fsdp_forward_method(network, method)
 
 
+def _policy(networks: Sequence[nn.Module], half: torch.dtype | None) -> MixedPrecisionPolicy:
+    if half is None or not GATHERS_HALF:
+        return MixedPrecisionPolicy()
+    modules = [part for network in networks for part in network.modules()]
+    matrices = {id(part.weight) for part in modules if isinstance(part, nn.Linear | nn.Conv2d)}
+    return MixedPrecisionPolicy(
+        param_dtype=half,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # autocast knows which inputs to cast
+        param_dtype_override_fn=lambda weight: half if id(weight) in matrices else weight.dtype,
+    )
+
+
+@torch.no_grad()
 def gather_for_evaluation(module: nn.Module) -> None:
-    """Let each process hold all weights, so that processes may run networks at different times and numbers of times."""
+    """Let each process hold all weights, so that processes may run networks at different times and numbers of times.
+
+    They are float32, whatever training gathers.
+    """
+    sharded = dict(module.named_parameters())
     for network in _sharded(module):
         network.set_reshard_after_forward(False, recurse=False)
         network.unshard()
+    for name, gathered in list(module.named_parameters()):
+        if gathered.dtype != sharded[name].dtype:
+            owner, _, own = name.rpartition(".")
+            whole = nn.Parameter(cast(DTensor, sharded[name]).full_tensor(), gathered.requires_grad)
+            gathered.untyped_storage().resize_(0)  # as when the network is sharded again; it makes room for the next
+            setattr(module.get_submodule(owner), own, whole)
 
 
 def shard_again(module: nn.Module) -> None:

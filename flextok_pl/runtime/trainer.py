@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from flextok_pl.runtime.checkpoint_files import AtomicCheckpointIO
 from flextok_pl.runtime.failure import Failure
 from flextok_pl.runtime.launch import require_processes
-from flextok_pl.runtime.lightning_internals import StepCheckpoint, replace_internals
+from flextok_pl.runtime.lightning_internals import StepCheckpoint, replace_internals, send_gradients_in_place
 from flextok_pl.runtime.preemption import Preemption
 
 
@@ -36,6 +36,7 @@ class Trainer(pl.Trainer):
     - An error that is no user's mistake leaves `error_rank<n>.txt` in the run's folder, and ends all processes
       (`Failure`).
     - What would wait for processes that nobody has started is refused.
+    - Under `ddp` gradients lie in the buckets that are sent, which saves a copy of them.
 
     The modules of this package also stop a training whose gradients are not finite, whichever Trainer runs them.
 
@@ -83,4 +84,5 @@ class Trainer(pl.Trainer):
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # Lightning's default
             self.strategy.checkpoint_io = AtomicCheckpointIO()
         replace_internals(self)
+        send_gradients_in_place(self.strategy)
         require_processes(self.num_nodes, self.num_devices)

@@ -6,6 +6,7 @@ step, the exported averages, and what is evaluated during the fit.
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,14 @@ def prior_fit(shards: Path, folder: Path) -> list[str]:
     return ["fit", "--config", base, "--config", str(folder / "prior.yaml"), "--model.activation_checkpointing", "true"]
 
 
-def fit(start_ranks: Any, folder: Path, strategy: str, world_size: int, arguments: list[str]) -> Path:
+def fit(
+    start_ranks: Any,
+    folder: Path,
+    strategy: str,
+    world_size: int,
+    arguments: list[str],
+    prepare: Callable[[int], object] | None = None,
+) -> Path:
     """Train in one or more processes; returns the run's folder."""
     more = [
         *("--trainer.accelerator", "cpu", "--trainer.strategy", strategy, "--trainer.devices", str(world_size)),
@@ -75,7 +83,7 @@ def fit(start_ranks: Any, folder: Path, strategy: str, world_size: int, argument
         *("--checkpoint.every_n_train_steps", "2", "--trainer.enable_progress_bar", "false"),
         *("--trainer.enable_model_summary", "false"),
     ]
-    ranks = start_ranks(folder, world_size, [*arguments, *more])
+    ranks = start_ranks(folder, world_size, [*arguments, *more], prepare)
     for process in ranks:
         process.join(180)
     assert [process.exitcode for process in ranks] == [0] * world_size
@@ -172,6 +180,44 @@ def test_two_processes_train_as_one(
     assert not list(checkpoint.parent.glob(".*")), "nothing unfinished stays"
     resumed = fit(start_ranks, tmp_path / "sharded", strategy, 2, [*arguments, "--ckpt_path", str(checkpoint)])
     assert all(torch.equal(value, exported(resumed)[name]) for name, value in exported(parts).items())
+
+
+def note_weights(rank: int) -> None:
+    """Let a process write down the types of the weights that it multiplies by, in training and evaluation."""
+    real, seen = torch.nn.Linear.forward, set[tuple[str, str, bool]]()
+
+    def forward(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        now = (str(self.weight.dtype), str(self.bias.dtype) if self.bias is not None else "none", torch.is_grad_enabled())
+        if now not in seen and not x.is_meta:  # as where operations are counted
+            seen.add(now)
+            Path(f"weights{rank}.json").write_text(json.dumps(sorted(seen)))
+        return real(self, x)
+
+    torch.nn.Linear.forward = forward  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("make", [tokenizer_fit, prior_fit], ids=["tokenizer", "prior"])
+def test_half_precision_is_the_same_with_shards(
+    make: Any, image_shards: Path, tmp_path: Path, start_ranks: Any, keep_gradients: None
+) -> None:
+    """Matrices are gathered in bfloat16, and in float32 to evaluate; gradients are as accurate as without shards."""
+    for name in ("ddp", "fsdp2"):
+        (tmp_path / name).mkdir()
+    arguments = [*make(image_shards, tmp_path), "--trainer.precision", "bf16-mixed"]
+    arguments += ["--model.budget_groups", "1"] if make is tokenizer_fit else []
+    copied, sharded = (fit(start_ranks, tmp_path / n, n, 2, arguments, note_weights) for n in ("ddp", "fsdp2"))
+    for own, expected in zip(gradients(tmp_path / "fsdp2")[:1], gradients(tmp_path / "ddp")[:1], strict=True):
+        for tensor, value in expected.items():
+            assert (own[tensor] - value).norm() <= 2e-6 * value.norm(), tensor
+    assert logged(sharded, "train/loss")[0] == pytest.approx(logged(copied, "train/loss")[0], rel=1e-6)
+    for tag in ("train/loss", "train/grad_norm"):  # a later step's numbers are rounded at other places
+        assert logged(sharded, tag) == pytest.approx(logged(copied, tag), rel=1e-2)
+    assert validated(sharded) == pytest.approx(validated(copied), rel=1e-3, abs=1e-3)
+    types = json.loads((tmp_path / "fsdp2" / "weights0.json").read_text())
+    training = {tuple(found) for *found, in_training in types if in_training}
+    assert ("torch.bfloat16", "none") in training and {weight for weight, _ in training} == {"torch.bfloat16"}
+    assert {bias for _, bias in training} <= {"none", "torch.float32"}
+    assert {weight for weight, _, in_training in types if not in_training} == {"torch.float32"}
 
 
 def test_what_cannot_be_sharded_says_so(

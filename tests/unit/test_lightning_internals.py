@@ -14,7 +14,7 @@ from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
 PACKAGE = Path(__file__).parents[2] / "flextok_pl"
@@ -54,6 +54,7 @@ def test_attributes_are_there() -> None:
     assert vars(ModelCheckpoint())["_defer_save_until_validation"] is False
     assert vars(AsyncCheckpointIO())["_executor"] is None
     assert vars(ModelParallelStrategy())["_data_parallel_size"] == "auto"
+    assert vars(DDPStrategy(find_unused_parameters=True))["_ddp_kwargs"] == {"find_unused_parameters": True}
     assert vars(pl.LightningModule())["_trainer"] is None
 
 
