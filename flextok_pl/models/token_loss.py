@@ -103,7 +103,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         gradients = None
         if any(ctx.needs_input_grad[:2]):
-            gradients = torch.empty_like(hidden, dtype=torch.float32), torch.zeros_like(weight)
+            wide = torch.promote_types(weight.dtype, torch.float32)  # sharded weights may come in half precision
+            gradients = torch.empty_like(hidden, dtype=torch.float32), torch.zeros_like(weight, dtype=wide)
         matrix, evaluate, values = weight.to(dtype), _compiled_chunk() if compiled else _chunk, []
         with torch.autocast(device, enabled=False):
             for start in range(0, len(hidden), chunk_size):

@@ -121,6 +121,11 @@ class ResumableModule(pl.LightningModule):
         """Clear the gradients, under ddp in the buckets where they lie: batches that send none would make others."""
         optimizer.zero_grad(set_to_none=not isinstance(self.trainer.strategy, DDPStrategy))
 
+    def on_validation_model_zero_grad(self) -> None:
+        """Make room for a validation, but for ddp's buckets, which stay in any case."""
+        if not isinstance(self.trainer.strategy, DDPStrategy):
+            super().on_validation_model_zero_grad()
+
     def frozen_weights(self) -> dict[str, str]:
         """Option -> hash of the frozen network that it names, which checkpoints do not hold."""
         return {}

@@ -187,7 +187,11 @@ def note_weights(rank: int) -> None:
     real, seen = torch.nn.Linear.forward, set[tuple[str, str, bool]]()
 
     def forward(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        now = (str(self.weight.dtype), str(self.bias.dtype) if self.bias is not None else "none", torch.is_grad_enabled())
+        now = (
+            str(self.weight.dtype),
+            str(self.bias.dtype) if self.bias is not None else "none",
+            torch.is_grad_enabled(),
+        )
         if now not in seen and not x.is_meta:  # as where operations are counted
             seen.add(now)
             Path(f"weights{rank}.json").write_text(json.dumps(sorted(seen)))
@@ -218,6 +222,27 @@ def test_half_precision_is_the_same_with_shards(
     assert ("torch.bfloat16", "none") in training and {weight for weight, _ in training} == {"torch.bfloat16"}
     assert {bias for _, bias in training} <= {"none", "torch.float32"}
     assert {weight for weight, _, in_training in types if not in_training} == {"torch.float32"}
+
+
+def test_ddp_sends_gradients_from_where_they_are(image_shards: Path, tmp_path: Path, start_ranks: Any) -> None:
+    """The buckets hold them from the first optimizer step on, also in batches of an accumulation that send none."""
+
+    def prepare(rank: int) -> None:
+        def on_after_backward(module: pl.LightningModule) -> None:
+            storages = [p.grad.untyped_storage() for p in module.parameters() if p.requires_grad]
+            whole = {storage.data_ptr(): storage.nbytes() for storage in storages}
+            with Path(f"held{rank}").open("a") as lines:
+                lines.write(f"{module.global_step} {len(storages)} {len(whole)} {sum(whole.values())}\n")
+
+        ResumableModule.on_after_backward = on_after_backward  # type: ignore[method-assign]
+
+    run = fit(start_ranks, tmp_path, "ddp", 2, tokenizer_fit(image_shards, tmp_path), prepare)
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"][0]["state"]
+    size = sum(each["exp_avg"].nbytes for each in state.values())
+    held = [[int(part) for part in line.split()] for line in (tmp_path / "held0").read_text().splitlines()]
+    assert {step for step, *_ in held} == {*range(STEPS)} and len(held) > STEPS, "an epoch may end within one"
+    assert held[0][1] == held[0][2] == len(state), "before the first buckets each has its own place"
+    assert all(buckets <= 2 and total == size for _, _, buckets, total in held[1:]), held
 
 
 def test_what_cannot_be_sharded_says_so(

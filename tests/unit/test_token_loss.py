@@ -52,6 +52,18 @@ def test_autocast_uses_half_matrices_and_float32_sums(inputs) -> None:
     assert 0 < abs(result.loss.item() - full.item()) < 0.05
 
 
+def test_a_matrix_that_comes_in_half_precision_has_the_gradient_of_autocasts_own_copy(inputs) -> None:
+    """Shards are gathered so; their gradients are sums in float32, over all chunks."""
+    hidden, weight, targets = inputs
+    own = weight.detach().bfloat16().float().requires_grad_()
+    gathered = weight.detach().bfloat16().requires_grad_()
+    gathered.grad_dtype = torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [token_loss(hidden, matrix, targets, chunk_size=2).loss for matrix in (own, gathered)]
+    torch.stack(losses).sum().backward()
+    assert losses[0] == losses[1] and torch.equal(own.grad, gathered.grad)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_compiled_chunk_is_one_graph_with_the_same_values(
     inputs, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
