@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _backends: Any = torch.backends  # mypy knows only some of its attributes
 # Not `allow_tf32`, torch's older interface: reading it is an error once somebody has set one of these.
@@ -64,6 +65,11 @@ def full_precision(device: torch.device | str) -> Iterator[None]:
 def accumulation_dtype(device: torch.device | str) -> torch.dtype:
     """The type of sums and probabilities on a device: float64, or float32 on Apple's MPS, which lacks it."""
     return torch.float32 if torch.device(device).type in WITHOUT_FLOAT64 else torch.float64
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Values in half precision as float32; float32 and float64 as they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def require_float32(dtype: torch.dtype, what: str) -> None:

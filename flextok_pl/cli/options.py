@@ -35,6 +35,9 @@ SCALARS = frozenset(
 FREE = frozenset({"init_args", "class_path", "dict_kwargs"})
 """Names that any option with a class may have below it."""
 
+REMOVED = {"budget_groups": "a step computes only what each image keeps; delete it"}
+"""Former options -> what to do."""
+
 
 @dataclass(frozen=True)
 class Option:
@@ -74,6 +77,8 @@ def unknown(name: str, options: Options) -> str | None:
         if level is None or part in FREE:
             return None
         if part not in level:
+            if part in REMOVED:
+                return f"there is no option {name} any more: {REMOVED[part]}"
             guesses = [full for full in _full_names(options) if full.rpartition(".")[2] == part]
             for near in difflib.get_close_matches(part, level, n=1):
                 guesses.append(".".join([*parts[:i], near, *parts[i + 1 :]]))

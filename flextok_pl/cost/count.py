@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 FULL = 4  # bytes of a float32
+BATCHES = (1, 2, 3)  # numbers of samples that a step is counted with
 Step = Callable[[int], Tensor]
 """A forward pass over B samples, up to a scalar."""
 Part = Callable[[int, bool], Step]
@@ -157,9 +158,12 @@ def count_activations(part: Part, depth: int, numerics: Numerics) -> Activations
 
 
 def _kept(part: Part, blocks: int, checkpointing: bool, numerics: Numerics) -> int:
-    """What a second sample adds to what is there after a forward pass: copies of weights do not count."""
+    """What a third sample adds to what is there after a forward pass: copies of weights do not count.
+
+    A single one may share what else is of each sample.
+    """
     step, alive = part(blocks, checkpointing), list[int]()
-    for batch in (1, 2):
+    for batch in BATCHES[1:]:
         with Count() as count, torch.autocast("cpu", torch.bfloat16, enabled=numerics.autocast):
             loss = step(batch)
             alive.append(count.alive - loss.nbytes)

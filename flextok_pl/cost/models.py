@@ -1,6 +1,6 @@
 """What the models cost in training: each is run for one sample and counted, at some budgets that stand for all.
 
-Shapes: B batch, K registers, k <= K computed registers, V vocabulary, T text positions.
+Shapes: B batch, K registers, k <= K kept ones, V vocabulary, T text positions.
 """
 
 from __future__ import annotations
@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import astuple, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from flextok_pl.config import FlexTokConfig, PriorConfig
 from flextok_pl.cost.count import (
+    BATCHES,
     FULL,
     Activations,
     Count,
@@ -28,9 +30,9 @@ from flextok_pl.cost.count import (
 )
 from flextok_pl.flow.nested_dropout import budget_probabilities
 from flextok_pl.flow.rectified import velocity_loss, velocity_target
-from flextok_pl.models.decoder import FlowDecoder
+from flextok_pl.models.decoder import FlowDecoder, TokenLayout, token_layout
 from flextok_pl.models.discriminator import PatchDiscriminator, hinge_loss
-from flextok_pl.models.encoder import RegisterEncoder
+from flextok_pl.models.encoder import CodeLayout, RegisterEncoder, code_layout
 from flextok_pl.models.fsq import FSQ
 from flextok_pl.models.irepa import Projection, build_projection
 from flextok_pl.models.prior import Prior, TextStates
@@ -38,7 +40,8 @@ from flextok_pl.models.teacher import alignment_loss
 from flextok_pl.models.vae import VAE
 
 Grid = tuple[int, int]
-RARE = 1e-3  # budgets larger than those planned for happen in this share of the steps
+LayoutT = TypeVar("LayoutT", CodeLayout, TokenLayout)
+RARE_DEVIATIONS = 3.09  # of a normal distribution: more happens in one case of a thousand
 
 
 # The parts
@@ -50,13 +53,20 @@ def encoder(config: FlexTokConfig, kept: int, grid: Grid) -> Part:
     def part(depth: int, checkpointing: bool) -> Step:
         network, quantizer = RegisterEncoder(replace(config, encoder_depth=depth)), FSQ(config.fsq_levels)
         network.activation_checkpointing = checkpointing
-        return lambda batch: quantizer(network(_latents(network, config, grid, batch), kept)).sum()
+        quantizer.to(network.patch_posemb.device)
 
+        def step(batch: int) -> Tensor:
+            latents = _latents(network, config, grid, batch)
+            return quantizer(network(latents, _without_values(layouts[batch], latents))).sum()  # type: ignore[no-any-return]
+
+        return step
+
+    layouts = {batch: code_layout(config, *_images(config, kept, grid, batch)) for batch in BATCHES}
     return part
 
 
 def decoder(config: FlexTokConfig, kept: int, grid: Grid) -> Part:
-    """Flow decoder and its loss, given k codes."""
+    """Flow decoder and its loss, given k codes, or none."""
 
     def part(depth: int, checkpointing: bool) -> Step:
         network = FlowDecoder(replace(config, decoder_depth=depth, repa_layer=None))
@@ -64,13 +74,14 @@ def decoder(config: FlexTokConfig, kept: int, grid: Grid) -> Part:
 
         def step(batch: int) -> Tensor:
             latents, noise = (_latents(network, config, grid, batch) for _ in range(2))
-            codes = latents.new_empty(batch, kept, len(config.fsq_levels), requires_grad=True)
-            budgets, null = codes.new_full((batch,), kept, dtype=torch.int64), codes.new_zeros(batch, dtype=torch.bool)
-            velocity = network(latents, latents.new_empty(batch), codes, budgets, null).velocity
+            codes = latents.new_empty(batch * kept, len(config.fsq_levels), requires_grad=True)
+            layout = _without_values(layouts[batch], latents)
+            velocity = network(latents, latents.new_empty(batch), codes, layout).velocity
             return velocity_loss(velocity, velocity_target(latents, noise)).mean()
 
         return step
 
+    layouts = {batch: token_layout(config, *_images(config, kept, grid, batch)) for batch in BATCHES}
     return part
 
 
@@ -114,6 +125,17 @@ def prior(config: PriorConfig, text_length: int, fused_norms: bool = False, logi
     return part
 
 
+def _images(config: FlexTokConfig, kept: int, grid: Grid, batch: int) -> tuple[Tensor, Tensor]:
+    """Latents of so many images and what they keep, on the CPU."""
+    size = (side * config.patch_size for side in grid)
+    return torch.empty(batch, config.latent_channels, *size, device="cpu"), torch.full((batch,), kept, device="cpu")
+
+
+def _without_values(layout: LayoutT, like: Tensor) -> LayoutT:
+    """A layout whose indices have no values, as the tensors of a counted model."""
+    return tree_map_only(Tensor, lambda each: like.new_empty(each.shape, dtype=each.dtype), layout)  # type: ignore[no-any-return]
+
+
 def _latents(network: nn.Module, config: FlexTokConfig, grid: Grid, batch: int) -> Tensor:
     size = (side * config.patch_size for side in grid)
     return next(network.parameters()).new_empty(batch, config.latent_channels, *size)
@@ -126,50 +148,18 @@ def _fused_norm(norm: nn.RMSNorm) -> Callable[[Tensor], Tensor]:
 # Their costs
 
 
-class BudgetGroup(NamedTuple):
-    """A part of a batch that is sorted by budget."""
-
-    size: int  # images
-    longest: Tensor  # (K+1,) probability of each number of registers that the part computes
-
-
-def budget_groups(config: FlexTokConfig, batch_size: int, groups: int) -> list[BudgetGroup]:
-    """How many registers each of the parts of a sorted batch of B images computes; see `flow_loss`.
-
-    The largest budget of the first r images in order is at most k where at least r of the B budgets are: a binomial
-    tail in the law's distribution function at k.
-    """
+def _law(config: FlexTokConfig) -> Tensor:
+    """(K+1,) probability of an image's number of tokens, 0 being the null condition."""
     law = budget_probabilities(config.nested_dropout, config.num_registers) * (1 - config.null_dropout)
-    law[0] += config.null_dropout
-    below = law.cumsum(0).clamp(max=1.0)[:, None]  # (K+1, 1), P(budget <= k)
-    counts = torch.arange(batch_size + 1, dtype=torch.float64)  # (B+1,)
-    choose = torch.lgamma(counts[-1] + 1) - torch.lgamma(counts + 1) - torch.lgamma(counts[-1] - counts + 1)
-    successes = (choose + torch.xlogy(counts, below) + torch.xlogy(counts[-1] - counts, 1 - below)).exp()
-    at_least = successes.flip(1).cumsum(1).flip(1)  # (K+1, B+1), P(r or more budgets <= k)
-    parts = []
-    for rows in torch.arange(1, batch_size + 1).chunk(groups):
-        cumulative = at_least[:, rows[-1]].clone()
-        cumulative[0] = 0.0  # at least one register is computed
-        parts.append(BudgetGroup(len(rows), cumulative.diff(prepend=cumulative.new_zeros(1))))
-    return parts
+    law[0] = config.null_dropout
+    return law
 
 
 @lru_cache(maxsize=64)
-def tokenizer_flops(
-    config: FlexTokConfig,
-    batch_size: int = 1,
-    groups: int = 1,
-    grid: Grid | None = None,
-    checkpointing: bool = False,
-) -> Flops:
-    """Encoder and decoder per image of a batch of B on one device, expected over the budgets of training.
-
-    `groups` is the training's `budget_groups`, `grid` by default that of the position table.
-    """
-    parts = budget_groups(config, batch_size, groups)
-    longest = torch.stack([group.longest * (group.size / batch_size) for group in parts]).sum(0)
+def tokenizer_flops(config: FlexTokConfig, grid: Grid | None = None, checkpointing: bool = False) -> Flops:
+    """Encoder and decoder per image, expected over the budgets of training; `grid` by default the position table's."""
     coding, decoding = _flops_at_every_budget(_shape(config), grid, checkpointing)
-    return Flops(*(longest @ coding).tolist()) + Flops(*(longest @ decoding).tolist())
+    return Flops(*(_law(config) @ (coding + decoding)).tolist())
 
 
 @lru_cache(maxsize=64)
@@ -179,19 +169,24 @@ def prior_flops(config: PriorConfig, text_length: int = 1, checkpointing: bool =
 
 
 def tokenizer_activations(
-    config: FlexTokConfig, numerics: Numerics, batch_size: int, groups: int, grid: Grid | None = None
+    config: FlexTokConfig, numerics: Numerics, batch_size: int, grid: Grid | None = None
 ) -> Activations:
-    """Encoder and decoder, for a batch of B images whose budgets are as large as they are in one step of a thousand.
+    """Encoder and decoder, for a batch of B images whose budgets take as much as they do in one step of a thousand.
 
-    All parts of the batch are kept until the backward pass; see `tokenizer_flops` for `groups` and `grid`.
+    That is the quantile of a normal distribution, or the mean where budgets are stratified. See `tokenizer_flops` for
+    `grid`.
     """
+    law = _law(config)
+
+    def of_batch(bytes_of_image: Tensor) -> float:
+        mean = law @ bytes_of_image
+        deviation = (law @ (bytes_of_image - mean).square()).sqrt()
+        spread = 0.0 if config.stratified_budgets else RARE_DEVIATIONS / batch_size**0.5
+        return batch_size * float((mean + spread * deviation).clamp(max=bytes_of_image[law > 0].max()))
+
     coding, decoding = _kept_at_every_budget(_shape(config), grid, numerics)
-    total = Activations()
-    for group in budget_groups(config, batch_size, groups):
-        longest = int(torch.searchsorted(group.longest.cumsum(0), 1 - RARE))
-        image = Activations(*coding[longest].tolist()) + Activations(*decoding[longest].tolist())
-        total += image * group.size
-    return total
+    kept, inputs, _ = (coding + decoding).unbind(1)
+    return Activations(of_batch(kept), of_batch(inputs), max(of_batch(coding[:, 2]), of_batch(decoding[:, 2])))
 
 
 def _shape(config: FlexTokConfig) -> FlexTokConfig:
@@ -212,23 +207,28 @@ def _kept_at_every_budget(config: FlexTokConfig, grid: Grid | None, numerics: Nu
 def _at_every_budget(
     config: FlexTokConfig, count: Callable[[Part, int], Flops | Activations], degree: int, grid: Grid | None
 ) -> tuple[Tensor, Tensor]:
-    """Costs of encoder and decoder per image, (K+1, fields) each, by the number of registers computed; 0 is as 1.
+    """Costs of encoder and decoder for an image of 0..K tokens, (K+1, fields) each.
 
-    They are polynomials in it: operations quadratic, bytes linear, as attention keeps no scores. Beside K-1 tokens the
-    decoder computes the one that stands for the dropped ones, and so all that it does for K.
+    They are polynomials in the number: operations quadratic, bytes linear, as attention keeps no scores. An image of no
+    token is not encoded, and one of K has no position for missing ones.
     """
     size, most = grid or config.grid_size, config.num_registers
-    last = most if config.layout == "grid" else max(most - 1, 1)
 
-    def interpolated(cost: Callable[[int], Flops | Activations], last: int) -> Tensor:
-        nodes = torch.tensor(sorted({1 + (last - 1) * i // degree for i in range(degree + 1)}), dtype=torch.float64)
-        powers, budgets = torch.arange(len(nodes)), torch.arange(most + 1).clamp(1, last).to(nodes)
+    def coding(kept: int) -> Flops | Activations:
+        return count(encoder(config, kept, size), config.encoder_depth)
+
+    def decoding(kept: int) -> Flops | Activations:
+        return count(decoder(config, kept, size), config.decoder_depth)
+
+    def interpolated(cost: Callable[[int], Flops | Activations], first: int, last: int) -> Tensor:
+        nodes = torch.tensor(sorted({first + (last - first) * i // degree for i in range(degree + 1)})).double()
+        powers, budgets = torch.arange(len(nodes)), torch.arange(first, last + 1).double()
         counted = torch.tensor([astuple(cost(int(node))) for node in nodes], dtype=nodes.dtype)
         weights: Tensor = budgets[:, None] ** powers @ torch.linalg.inv(nodes[:, None] ** powers)
         return weights @ counted
 
-    coding = interpolated(lambda kept: count(encoder(config, kept, size), config.encoder_depth), most)
-    return coding, interpolated(lambda kept: count(decoder(config, kept, size), config.decoder_depth), last)
+    coded = F.pad(interpolated(coding, 1, most), (0, 0, 1, 0))
+    return coded, torch.cat([interpolated(decoding, 0, most - 1), interpolated(decoding, most, most)])
 
 
 @lru_cache(maxsize=64)

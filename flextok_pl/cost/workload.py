@@ -92,7 +92,6 @@ def tokenizer_workload(
     """The training of a `TokenizerModule` with these options, on `images` of S pixels or on their `latents`."""
     if inputs == "tokens":
         raise ValueError("inputs='tokens': a tokenizer trains on images or latents")
-    groups, checkpointing = options["budget_groups"], options["activation_checkpointing"]
     frozen, notes = {}, []
     with torch.device("meta"):
         autoencoder = _autoencoder(options["vae"], net)
@@ -124,8 +123,8 @@ def tokenizer_workload(
             extra, more = count_flops(part, 1) * share, count_activations(part, 1, numerics)
     return Workload(
         _parameters(parts, [*model.encoder.blocks, *model.decoder.blocks]),
-        flops=lambda batch: tokenizer_flops(net, batch, groups, grid, checkpointing) + extra,
-        activations=lambda batch: tokenizer_activations(net, numerics, batch, groups, grid) + more * batch,
+        flops=lambda batch: tokenizer_flops(net, grid, options["activation_checkpointing"]) + extra,
+        activations=lambda batch: tokenizer_activations(net, numerics, batch, grid) + more * batch,
         frozen=frozen,
         notes=tuple(notes),
     )

@@ -17,6 +17,8 @@ from flextok_pl.contracts import GuidanceScale, is_whole
 from flextok_pl.precision import accumulation_dtype
 
 VelocityField = Callable[[Tensor, float], Tensor]  # (x, t) -> dx/dt at time t, of x's shape
+GuidedField = Callable[[Tensor, float, bool], tuple[Tensor, Tensor | None]]
+"""(x, t, guided) -> dx/dt with the condition and, if guided, without it."""
 SOLVERS = ("euler", "heun")
 GUIDANCE_KINDS = ("none", "cfg", "apg")
 
@@ -51,19 +53,22 @@ class Decoding:
         """How a tokenizer of this objective decodes: one that regresses takes a single step without guidance."""
         return ONE_STEP if objective == "mse" else self
 
-    def sample(self, conditional: VelocityField, unconditional: VelocityField, noise: Tensor) -> Tensor:
-        """Follow the guided velocity from noise to latents; `unconditional` is called only where it has an effect."""
-        if self.guidance == "none" or self.guidance_scale == 1.0:
-            return integrate(conditional, noise, self.num_steps, self.solver)
+    def sample(self, field: GuidedField, noise: Tensor) -> Tensor:
+        """Follow the guided velocity from noise to latents; `field` is guided only where that has an effect."""
         combine = AdaptiveProjectedGuidance() if self.guidance == "apg" else classifier_free_guidance
+        unguided = self.guidance == "none" or self.guidance_scale == 1.0
 
-        def guided(x: Tensor, t: float) -> Tensor:
+        def velocity(x: Tensor, t: float) -> Tensor:
+            if unguided:
+                return field(x, t, False)[0]
             strength = self.guidance_scale(t) if callable(self.guidance_scale) else self.guidance_scale
             if not math.isfinite(strength):
                 raise ValueError(f"guidance_scale={strength} at t={t} must be a finite number")
-            return combine(conditional(x, t), unconditional(x, t), strength)
+            # Projected guidance at a scale of 1 still adds to its average.
+            conditional, unconditional = field(x, t, strength != 1 or self.guidance == "apg")
+            return conditional if unconditional is None else combine(conditional, unconditional, strength)
 
-        return integrate(guided, noise, self.num_steps, self.solver)
+        return integrate(velocity, noise, self.num_steps, self.solver)
 
 
 ONE_STEP = Decoding(num_steps=1, guidance="none", guidance_scale=1.0)

@@ -14,31 +14,19 @@ from flextok_pl.contracts import default_budgets
 BUDGET_LAWS = get_args(NestedDropoutLaw)
 
 
-def sample_num_tokens(law: str, batch_size: int, num_registers: int, generator: torch.Generator) -> Tensor:
-    """Draw a token budget for every image: (B,) int64 in 1..K, on the generator's device.
+def budgets_from_uniform(law: str, num_registers: int, u: Tensor) -> Tensor:
+    """Token budgets in 1..K by inverting a law's distribution function: (B,) numbers in [0, 1) -> (B,) int64.
 
     The laws are `uniform` over 1..K; `pow2` over 1, 2, 4, ..., K; `uniform_pow2` uniform and then rounded up to a power
     of two (at most K); `exponential` with P(k) proportional to 2**(-8 k / K), so that short budgets are frequent; and
     `none`, always K.
     """
-    _check_law(law)
-    device = generator.device
-    if law == "none":
-        return torch.full((batch_size,), num_registers, device=device)
-    if law == "exponential":
-        weights = _exponential_weights(num_registers).to(device)
-        return 1 + torch.multinomial(weights, batch_size, replacement=True, generator=generator)
-    choices = torch.tensor(default_budgets(num_registers), device=device)
-    if law == "pow2":
-        return choices[torch.randint(len(choices), (batch_size,), generator=generator, device=device)]
-    k = torch.randint(1, num_registers + 1, (batch_size,), generator=generator, device=device)
-    if law == "uniform_pow2":
-        return choices[torch.searchsorted(choices, k)]
-    return k
+    cumulative = budget_probabilities(law, num_registers).cumsum(0)
+    return torch.searchsorted(cumulative, u.double(), right=True).clamp(max=num_registers)
 
 
 def budget_probabilities(law: str, num_registers: int) -> Tensor:
-    """(K+1,) float64: entry k is the probability of k tokens under a law of `sample_num_tokens`, that of 0 being 0."""
+    """(K+1,) float64: entry k is the probability of k tokens under a law of `budgets_from_uniform`; that of 0 is 0."""
     _check_law(law)
     probabilities = torch.zeros(num_registers + 1, dtype=torch.float64)
     if law == "none":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flextok_pl.config import TimestepLaw
+from flextok_pl.precision import at_least_float32
 
 TIMESTEP_LAWS = get_args(TimestepLaw)
 
@@ -29,7 +30,7 @@ def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
 
 def velocity_loss(predicted: Tensor, target: Tensor) -> Tensor:
     """Mean squared error per sample, (B,)."""
-    return (predicted.float() - target.float()).square().flatten(1).mean(1)
+    return (at_least_float32(predicted) - at_least_float32(target)).square().flatten(1).mean(1)
 
 
 def sample_timesteps(
@@ -67,6 +68,20 @@ def sample_timesteps(
 def stratify(u: Tensor) -> Tensor:
     """Move B draws of U(0, 1) into the B equal parts of (0, 1), in order."""
     return torch.arange(len(u), device=u.device) / len(u) + u / len(u)
+
+
+def lattice(batch_size: int, generator: torch.Generator) -> Tensor:
+    """A permutation (B,) int64 that pairs B strata of one number with those of another: i -> (a i + shift) mod B.
+
+    With a near the golden section of B, pairs cover the plane evenly (a rank-1 lattice,
+    https://doi.org/10.1093/oso/9780198534723.001.0001). Every n-th image has, if n divides B, every n-th stratum of
+    both numbers, so that the images of each process are stratified, too.
+    """
+    step = round(0.618 * batch_size)
+    while math.gcd(step, batch_size) != 1:
+        step += 1
+    shift = torch.randint(batch_size, (1,), generator=generator)
+    return (torch.arange(batch_size) * step + shift) % batch_size
 
 
 def logit_normal_from_uniform(u: Tensor) -> Tensor:

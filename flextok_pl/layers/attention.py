@@ -1,49 +1,26 @@
-"""Multi-head attention, and the masks that FlexTok and its baselines use.
+"""Multi-head attention of FlexTok and its baselines, without masks where a kernel allows it.
 
-Shapes: B batch, L sequence, Q queries, H heads, D width, d head width, N patches, K registers, k <= K of them.
+What is special about it:
+- Queries and keys are normalised, so each sums to zero over its head. A constant c added to a key, and 1 to all
+  queries, therefore adds 8 c to that key's logits: with c = log(n) / 8 a key counts as n equal ones (softmax over n
+  equal keys is that of s + log n), and with a large negative c not at all. Flash kernels take no such mask.
+- The encoder's patches, which see no register, and its registers are two calls.
+- On a GPU in half precision, attention takes the sequences of all images end to end. Elsewhere registers are padded to
+  (B, M), for attention alone.
+
+Shapes: B images, N patches, R registers in all, M the most of an image, H heads, D width, d head width, Q queries,
+L keys.
 """
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 from flextok_pl.layers.norm import layer_norm
+from flextok_pl.layers.packing import Packing, Positions, Sequences, both, put, take
 
-
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """Queries (B, H, Q, d) attend to keys and values (B, H, L, d) -> (B, H, Q, d).
-
-    The mask is (Q, L) bool, True where a query sees a key; or (B, L), added to the logits of each key: one with log(n)
-    counts as n equal keys, one with -inf is invisible.
-    """
-    if mask is not None and mask.is_floating_point():
-        mask = mask[:, None, None, :].to(q.dtype).expand(-1, 1, q.shape[2], -1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-
-
-def registers_last_mask(num_patches: int, num_registers: int, causal: bool, device: torch.device) -> Tensor:
-    """(N+K, N+K) bool, rows for queries, patches first.
-
-    Patches see patches; register i sees all patches and registers 0..i if `causal`, or else all registers.
-    """
-    length = num_patches + num_registers
-    visible = torch.ones(length, length, dtype=torch.bool, device=device)
-    if causal:
-        visible = visible.tril()
-        visible[:num_patches, :num_patches] = True
-    else:
-        visible[:num_patches, num_patches:] = False
-    return visible
-
-
-def aligned_registers(num_patches: int, needed: int, limit: int, device: torch.device) -> int:
-    """How many registers to compute where `needed` are: with the patches a multiple of 8 positions on a GPU.
-
-    Its attention reads masks in vectors of 8 numbers; at other lengths it takes up to 1.7 times as long: see
-    docs/scaling.md.
-    """
-    return min(needed + -(num_patches + needed) % 8, limit) if device.type == "cuda" else needed
+UNSEEN = -1000.0  # a key of this constant has logits 8000 below those of others, whose weights are then exactly 0
 
 
 class Attention(nn.Module):
@@ -62,15 +39,104 @@ class Attention(nn.Module):
         self.wv = nn.Linear(width, width, bias=False)
         self.proj = nn.Linear(width, width, bias=False)
 
-    def queries_and_keys(self, queries: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised queries (B, H, Q, d) of `queries` (B, Q, D), and keys (B, H, L, d) of `x` (B, L, D)."""
-        q = rearrange(self.wq(queries), "b q (h d) -> b h q d", d=self.head_dim)
-        k = rearrange(self.wk(x), "b l (h d) -> b h l d", d=self.head_dim)
-        return layer_norm(q), layer_norm(k)
+    def queries(self, x: Tensor) -> Tensor:
+        """Normalised queries (..., H, d) of (..., D) positions."""
+        return layer_norm(self.wq(x).unflatten(-1, (-1, self.head_dim)))
 
-    def forward(self, queries: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attend from `queries` (B, Q, D) to `x` (B, L, D), masked as in `attention`; returns (B, Q, D)."""
-        q, k = self.queries_and_keys(queries, x)
-        v = rearrange(self.wv(x), "b l (h d) -> b h l d", d=self.head_dim)
-        out = attention(q.to(v.dtype), k.to(v.dtype), v, self.scale, mask)
-        return self.proj(rearrange(out, "b h q d -> b q (h d)"))  # type: ignore[no-any-return]
+    def keys(self, x: Tensor) -> Tensor:
+        """Normalised keys (..., H, d) of (..., D) positions."""
+        return layer_norm(self.wk(x).unflatten(-1, (-1, self.head_dim)))
+
+    def values(self, x: Tensor) -> Tensor:
+        """Values (..., H, d) of (..., D) positions."""
+        return self.wv(x).unflatten(-1, (-1, self.head_dim))  # type: ignore[no-any-return]
+
+    def forward(self, queries: Positions, x: Positions, packing: Packing | None) -> Positions:
+        """Attend from `queries`, which may be of one kind only, to those of `x` (B, N, D), (R, D) that they see.
+
+        Without `packing` there are patches only.
+        """
+        q, k, v = queries.map(self.queries), x.map(self.keys), x.map(self.values)
+        out = attention(q, k, v, self.scale, packing)
+        return out.map(lambda heads: self.proj(heads.flatten(-2)))
+
+
+def attention(q: Positions, k: Positions, v: Positions, scale: float, packing: Packing | None) -> Positions:
+    """`Attention` for queries, keys and values (B, N, H, d) and (R, H, d)."""
+    if packing is None or packing.sight != "all":
+        patches = q.patches
+        if patches is not None:
+            assert k.patches is not None and v.patches is not None
+            patches = dense_attention(patches, k.patches, v.patches, scale)
+        registers = q.registers
+        if packing is not None and registers is not None:
+            registers = _of_registers(registers, k, v, scale, packing)
+        return Positions(patches, registers)
+    if packing.log_counts is not None or packing.padded is not None:
+        q = q.map(lambda queries: queries + 1)
+    if packing.log_counts is not None:
+        patches, registers = both(k)
+        k = Positions(patches, registers + (packing.log_counts / 8).to(registers.dtype)[:, None, None])
+    if packing.sequences is not None:
+        return _of_all_end_to_end(q, k, v, scale, packing.sequences)
+    queries = q.patches if q.registers is None else _padded(q, packing)
+    assert queries is not None
+    out = dense_attention(queries, _padded(k, packing, UNSEEN), _padded(v, packing), scale)
+    n = both(k)[0].shape[1]
+    return Positions(out[:, :n], None if q.registers is None else _unpadded(out[:, n:], packing))
+
+
+def _of_registers(queries: Tensor, k: Positions, v: Positions, scale: float, packing: Packing) -> Tensor:
+    """From registers (R, H, d) to the patches of their image and to the registers that they see: (R, H, d)."""
+    earlier, s = packing.sight == "earlier", packing.sequences
+    if s is not None:
+        return _end_to_end(queries, s.join(k), s.join(v), s.register_ends, s, scale, earlier)
+    rows, keys, mask = _in_rows(queries, packing), _padded(k, packing), None
+    if earlier:
+        mask = torch.ones(rows.shape[1], keys.shape[1], dtype=torch.bool, device=keys.device)
+        mask = mask.tril(keys.shape[1] - rows.shape[1])
+    return _unpadded(dense_attention(rows, keys, _padded(v, packing), scale, mask), packing)
+
+
+def _of_all_end_to_end(q: Positions, k: Positions, v: Positions, scale: float, s: Sequences) -> Positions:
+    keys, values = s.join(k), s.join(v)
+    if q.registers is None:
+        assert q.patches is not None
+        out = _end_to_end(q.patches.flatten(0, 1), keys, values, s.patch_ends, s, scale)
+        return Positions(out.view_as(q.patches), None)
+    return s.split(_end_to_end(s.join(q), keys, values, s.ends, s, scale), like=q)
+
+
+def _end_to_end(
+    q: Tensor, k: Tensor, v: Tensor, query_ends: Tensor, s: Sequences, scale: float, causal: bool = False
+) -> Tensor:
+    """Queries of sequences that end at `query_ends` attend to all keys of theirs; `causal` is aligned at the ends."""
+    window = (-1, 0 if causal else -1)
+    out = varlen_attn(q, k, v, query_ends, s.ends, s.longest, s.longest, scale=scale, window_size=window)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """(B, Q, H, d) queries attend to (B, L, H, d) keys, where a (Q, L) mask is True: (B, Q, H, d)."""
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+def _in_rows(registers: Tensor, packing: Packing, fill: float = 0.0) -> Tensor:
+    """Registers (R, ...) padded to (B, M, ...)."""
+    if packing.padded is not None:
+        registers = put(registers, packing.padded, packing.num_images * packing.longest, fill)
+    return registers.reshape(packing.num_images, packing.longest, *registers.shape[1:])
+
+
+def _padded(values: Positions, packing: Packing, fill: float = 0.0) -> Tensor:
+    """The positions of each image, (B, N+M, ...)."""
+    patches, registers = both(values)
+    return torch.cat([patches, _in_rows(registers, packing, fill)], dim=1)
+
+
+def _unpadded(rows: Tensor, packing: Packing) -> Tensor:
+    """The inverse of `_in_rows`."""
+    registers = rows.flatten(0, 1)
+    return registers if packing.padded is None else take(registers, packing.padded)

@@ -3,13 +3,13 @@
 What is special about them:
 - Norms have no parameters and linear maps no biases; queries and keys are normalised; the MLP is gated.
 - Time shifts, scales and gates patches and registers by values of their own, which start at zero.
-- A block computes only the rows that its caller needs, which saves most of the last one.
+- A block computes only the kind of position that its caller needs, which saves most of the last one.
 - A compiled block is used for gradients only; without them it runs uncompiled.
 
-Shapes: B batch, L sequence, Q query rows, D width, N patches.
+Shapes: B images, N patches of each, R registers in all, D width.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from flextok_pl.layers.attention import Attention
 from flextok_pl.layers.norm import layer_norm
+from flextok_pl.layers.packing import Kind, Packing, Positions
 
 
-def run_block(block: nn.Module, checkpointing: bool, *arguments: object) -> Tensor:
+def run_block(block: nn.Module, checkpointing: bool, *arguments: object) -> Any:
     """`block(*arguments)`; with `checkpointing` the backward pass computes it again instead of keeping activations.
 
     A compiled block runs uncompiled without gradients. Evaluation has other lengths, precisions and masks, single
@@ -28,10 +29,10 @@ def run_block(block: nn.Module, checkpointing: bool, *arguments: object) -> Tens
     neither.
     """
     if not torch.is_grad_enabled():
-        return block._call_impl(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+        return block._call_impl(*arguments)  # type: ignore[no-untyped-call]
     if checkpointing:
-        return checkpoint(block, *arguments, use_reentrant=False)  # type: ignore[no-any-return]
-    return block(*arguments)  # type: ignore[no-any-return]
+        return checkpoint(block, *arguments, use_reentrant=False)
+    return block(*arguments)
 
 
 def compile_for_all_lengths(blocks: nn.ModuleList) -> None:
@@ -63,9 +64,8 @@ def swiglu_width(width: int, mlp_ratio: float) -> int:
 class Block(nn.Module):
     """Pre-norm block: x + attention, then x + MLP.
 
-    With `rows`, those of `x` that a caller needs, keys and values are of the whole sequence, but queries, projections
-    and the MLP are computed for these rows only. They are a tensor, not a slice of `x`: on a GPU Inductor fails on
-    changing bounds, in its analysis of memory coalescing (torch 2.11).
+    Where a caller needs positions of one kind only, keys and values are of all positions, but queries, projections and
+    the MLP are computed for that kind.
     """
 
     def __init__(self, width: int, head_dim: int, mlp_ratio: float) -> None:
@@ -73,16 +73,15 @@ class Block(nn.Module):
         self.attn = Attention(width, head_dim)
         self.mlp = SwiGLU(width, mlp_ratio)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
-        """(B, L, D), and (B, Q, D) rows of it or None for all, masked as in `attention` -> (B, Q, D)."""
-        h = layer_norm(x)
-        queries = h if rows is None else layer_norm(rows)
-        x = (x if rows is None else rows) + self.attn(queries, h, mask)
-        return x + self.mlp(layer_norm(x))  # type: ignore[no-any-return]
+    def forward(self, x: Positions, packing: Packing | None = None, only: Kind | None = None) -> Positions:
+        """(B, N, D) patches and (R, D) registers -> the same, or `only` those of one kind."""
+        h = x.map(layer_norm)
+        x = x.only(only).map(torch.add, self.attn(h.only(only), h, packing))
+        return x.map(lambda values: values + self.mlp(layer_norm(values)))
 
 
 class Modulation(NamedTuple):
-    """What a time embedding contributes to one block, for patches and registers apart; each (B, 2, D) or (B, 1, D)."""
+    """What a time embedding contributes to one block; each broadcasts against the values of one kind of position."""
 
     gate_attn: Tensor
     gate_mlp: Tensor
@@ -108,31 +107,28 @@ class AdaLNBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.kinds * 6 * width))
 
     def forward(
-        self, x: Tensor, time: Tensor, num_patches: int, mask: Tensor | None = None, rows: Tensor | None = None
-    ) -> Tensor:
-        """(B, L, D), patches first, and a (B, D) time embedding -> (B, Q, D); `rows` and `mask` as in `Block`."""
-        m = Modulation(*self.adaLN_modulation(time).unflatten(-1, (self.kinds, 6, -1)).unbind(2))  # 6 x (B, 2, D)
-        h = modulate(layer_norm(x), m.shift_attn, m.scale_attn, num_patches)
-        queries = h if rows is None else modulate(layer_norm(rows), m.shift_attn, m.scale_attn, num_patches)
-        x = (x if rows is None else rows) + gate(self.attn(queries, h, mask), m.gate_attn, num_patches)
-        h = modulate(layer_norm(x), m.shift_mlp, m.scale_mlp, num_patches)
-        return x + gate(self.mlp(h), m.gate_mlp, num_patches)
+        self, x: Positions, time: Tensor, packing: Packing | None = None, only: Kind | None = None
+    ) -> Positions:
+        """`Block` with a time embedding, (B, D) or (1, D) for all images."""
+        m = self._modulations(time, packing)
+        h = x.map(lambda values, m: modulate(layer_norm(values), m.shift_attn, m.scale_attn), m)
+        attended = self.attn(h.only(only), h, packing)
+        x = x.only(only).map(lambda values, more, m: torch.addcmul(values, more, m.gate_attn), attended, m)
+        return x.map(self._add_mlp, m)
+
+    def _modulations(self, time: Tensor, packing: Packing | None) -> tuple[Modulation, Modulation | None]:
+        table = self.adaLN_modulation(time).unflatten(-1, (self.kinds, 6, -1))  # (B, kinds, 6, D) or (1, ...)
+        patches = Modulation(*table[:, :1].unbind(2))  # 6 x (B, 1, D)
+        if packing is None:
+            return patches, None
+        registers = table[:, 1] if len(table) == 1 else table[:, 1].index_select(0, packing.owner)
+        return patches, Modulation(*registers.unbind(1))  # 6 x (R, D)
+
+    def _add_mlp(self, values: Tensor, m: Modulation) -> Tensor:
+        h = modulate(layer_norm(values), m.shift_mlp, m.scale_mlp)
+        return torch.addcmul(values, self.mlp(h), m.gate_mlp)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, num_patches: int) -> Tensor:
-    """X * (1 + scale) + shift of (B, L, D).
-
-    `shift` and `scale` are (B, 2, D), index 0 for the first N positions and 1 for the others; (B, 1, D) without others.
-    """
-    patches = torch.addcmul(shift[:, :1], x[:, :num_patches], 1 + scale[:, :1])
-    if x.shape[1] == num_patches:
-        return patches
-    return torch.cat([patches, torch.addcmul(shift[:, 1:], x[:, num_patches:], 1 + scale[:, 1:])], dim=1)
-
-
-def gate(x: Tensor, factor: Tensor, num_patches: int) -> Tensor:
-    """X * factor with one factor for patches and one for registers; shapes as in `modulate`."""
-    patches = x[:, :num_patches] * factor[:, :1]
-    if x.shape[1] == num_patches:
-        return patches
-    return torch.cat([patches, x[:, num_patches:] * factor[:, 1:]], dim=1)
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """X * (1 + scale) + shift."""
+    return torch.addcmul(shift, x, 1 + scale)

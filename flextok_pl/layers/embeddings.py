@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from flextok_pl.precision import accumulation_dtype
+from flextok_pl.precision import accumulation_dtype, at_least_float32
 
 
 def patchify(latents: Tensor, patch_size: int) -> Tensor:
@@ -62,7 +62,7 @@ class TimeEmbedding(nn.Module):
         half = self.num_frequencies // 2
         steps = torch.arange(half, dtype=torch.float32, device=t.device)
         omega = (1000.0 / self.max_timestep) * torch.exp(-math.log(256) * steps / half)
-        angles = t.float()[:, None] * omega  # (B, half)
+        angles = at_least_float32(t)[:, None] * omega  # (B, half)
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
     def forward(self, t: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Shapes: B batch, H x W image, K registers.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,20 +50,24 @@ class Quality:
 
 
 def smallest_budgets(
-    images: Tensor, tokens: Tensor, latent_size: tuple[int, int], quality: Quality, detokenize: Callable[..., Tensor]
+    images: Tensor,
+    tokens: Sequence[Tensor],
+    latent_size: tuple[int, int],
+    quality: Quality,
+    detokenize: Callable[..., Tensor],
 ) -> Tensor:
     """Search by bisection, all images at once, each from the same noise at every budget: (B,) int64 on the CPU.
 
-    Takes (B, 3, H, W) images in [-1, 1], their (B, K) tokens and the (h, w) of their latents. Quality mostly, not
+    Takes (B, 3, H, W) images in [-1, 1], the (K_i,) tokens of each and the (h, w) of their latents. Quality mostly, not
     always, rises with the budget. A budget below K has reached the target, and the search has seen some smaller budget
     fail; K is also the answer where no budget that was tried reaches the target.
     """
-    low, high = torch.ones(len(tokens), dtype=torch.int64), torch.full((len(tokens),), tokens.shape[1])
+    low, high = torch.ones(len(tokens), dtype=torch.int64), torch.tensor([len(row) for row in tokens])
     while (open_ := (low < high).nonzero().flatten()).numel():
         middle = (low[open_] + high[open_]) // 2
-        which = open_.to(tokens.device)
+        which = open_.to(images.device)
         made = detokenize(
-            tokens[which],
+            [tokens[i] for i in open_.tolist()],
             num_tokens=middle,
             num_steps=quality.num_steps,
             guidance=quality.guidance,

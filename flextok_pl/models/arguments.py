@@ -73,19 +73,22 @@ def as_token_batch(tokens: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return rows
 
 
-def as_budgets(num_tokens: Any, lengths: Sequence[int], most: int) -> list[int]:
-    """The budget of each sample, at most the tokens that it has, from one in 1..K for all or one each; None for all."""
+def as_budgets(num_tokens: Any, lengths: Sequence[int], most: int) -> Tensor:
+    """The budget of each sample, at most the tokens that it has, from one in 1..K for all or one each; None for all.
+
+    (B,) int64 on the CPU.
+    """
     for length in set(lengths):
         check_budget(length, most, "number of tokens given")
     if num_tokens is None:
-        return list(lengths)
+        return torch.tensor(lengths, dtype=torch.int64)
     budgets = as_ids(num_tokens, "num_tokens")
     wanted: list[int] = budgets.expand(len(lengths)).tolist() if budgets.ndim == 0 else budgets.flatten().tolist()
     if len(wanted) != len(lengths):
         raise ValueError(f"num_tokens has {len(wanted)} entries for {len(lengths)} samples; give one each")
     for budget in set(wanted):
         check_budget(budget, most)
-    return [min(pair) for pair in zip(wanted, lengths, strict=True)]
+    return torch.tensor([min(pair) for pair in zip(wanted, lengths, strict=True)], dtype=torch.int64)
 
 
 def check_budget(budget: Any, most: int, name: str = "num_tokens") -> None:
@@ -128,3 +131,22 @@ def as_generators(
     if len(generators) != batch_size:
         raise ValueError(f"generator has {len(generators)} entries for {batch_size} samples; give one each")
     return generators
+
+
+def as_noise(
+    noise: Tensor | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    batch_size: int,
+    latent_size: Any,
+    config: FlexTokConfig,
+) -> Tensor:
+    """The state at t = 1, (B, C, h, w) float32: given, or one (1, C, h, w) draw for each sample in order."""
+    if noise is None:
+        shape = (1, config.latent_channels, *as_size(latent_size, "latent_size"))
+        generators = as_generators(generator, batch_size)
+        draws = [torch.randn(shape, generator=g, device=g.device if g else None) for g in generators]
+        noise = torch.cat(draws) if draws else torch.empty(0, *shape[1:])
+    check_latents(noise, config, "noise")
+    if len(noise) != batch_size:
+        raise ValueError(f"noise has {len(noise)} entries for {batch_size} samples; give one each")
+    return check_finite(noise, "noise", "draw it anew").float()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flextok_pl.flow.rectified import interpolate
+from flextok_pl.layers.packing import both
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.precision import full_precision
 
@@ -42,8 +43,10 @@ def register_attention(
 
     def look(module: Any, arguments: tuple[Any, ...], output: Tensor) -> None:
         queries, x, _ = arguments
-        q, k = module.queries_and_keys(queries[:, : x.shape[1] - num_registers], x)
-        attention = (q.float() @ k.float().mT * module.scale).softmax(-1)  # (B, H, N, L)
+        patches, registers = both(x.map(module.keys))  # (B, N, H, d), (B K, H, d)
+        k = torch.cat([patches, registers.view(len(latents), -1, *registers.shape[1:])], dim=1)
+        logits = torch.einsum("bnhd,blhd->bhnl", module.queries(queries.patches).float(), k.float())
+        attention = (logits * module.scale).softmax(-1)  # (B, H, N, L)
         shares.append(attention[..., -num_registers:].mean((0, 1, 2)))
 
     hooks = [cast(Any, block).attn.register_forward_hook(look) for block in tok.decoder.blocks]

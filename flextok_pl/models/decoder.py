@@ -2,12 +2,12 @@
 
 What is special about it:
 - Any number of first tokens decodes: learned vectors stand for those that are missing, or for the whole condition.
-- All missing tokens of an image cost one position, whatever their number, and each image has a budget of its own.
+- All missing tokens of an image cost one position, whatever their number. Each image has a budget of its own, and
+  pays for no other's.
 - Attention is full over patches and tokens; time modulates the two kinds of position separately.
 - The last block computes patches only, as the head reads nothing else.
 
-Shapes: B batch, C channels, h x w latent, N patches, K registers, k kept tokens, m = max k of the batch, m' computed
-registers, D width.
+Shapes: B images, C channels, h x w latent, N patches, K registers, k kept tokens of an image and T in all, D width.
 """
 
 from typing import NamedTuple
@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flextok_pl.config import FlexTokConfig
-from flextok_pl.layers.attention import aligned_registers
 from flextok_pl.layers.blocks import AdaLNBlock, run_block
 from flextok_pl.layers.embeddings import TimeEmbedding, grid_positions, patchify, sincos_position_table, unpatchify
 from flextok_pl.layers.norm import layer_norm
+from flextok_pl.layers.packing import Packing, Positions, pack, places, send
 
 
 class Velocity(NamedTuple):
@@ -28,6 +28,33 @@ class Velocity(NamedTuple):
 
     velocity: Tensor  # (B, C, h, w), noise minus clean latents
     patch_features: Tensor | None  # (B, N, D) patches after block `repa_layer`, where there is one
+
+
+class TokenLayout(NamedTuple):
+    """Which tokens each image keeps, and what stands for the others; all indices are on the decoder's device."""
+
+    packing: Packing | None  # of kept tokens, then of what stands for missing ones; None where patches take them
+    places: Tensor  # (T,) int64, the place of each kept token among the K of its image
+    patches: Tensor | None  # (T,) int64, the patch that takes it, among those of all images
+    replacements: Tensor  # int64, 0 for the mask token, 1 for the null token: of images with missing tokens, or of all
+
+
+def token_layout(config: FlexTokConfig, latents: Tensor, num_tokens: Tensor, null: Tensor | None = None) -> TokenLayout:
+    """How to decode the first `num_tokens` (B,) int64 in 0..K, on the CPU, to (B, C, h, w) latents.
+
+    `null` (B,) bool tells which images of 0 tokens have no condition; None for no image.
+    """
+    k, device, batch = config.num_registers, latents.device, len(latents)
+    num_patches = latents.shape[2:].numel() // config.patch_size**2
+    owner, place = places(num_tokens)
+    replacements = torch.zeros_like(num_tokens) if null is None else null.long()
+    if config.layout == "grid":
+        return TokenLayout(None, send(place, device), send(owner * k + place, device), send(replacements, device))
+    lacking = (num_tokens < k).nonzero().flatten()
+    counts = torch.cat([torch.ones_like(owner), k - num_tokens[lacking]])
+    owners, within = torch.cat([owner, lacking]), torch.cat([place, num_tokens[lacking]])
+    packing = pack(owners, within, batch, num_patches, k, "all", device, counts)
+    return TokenLayout(packing, send(place, device), None, send(replacements[lacking], device))
 
 
 class AdaLNHead(nn.Module):
@@ -81,73 +108,37 @@ class FlowDecoder(nn.Module):
     def forward(
         self,
         x_t: Tensor,  # (B, C, h, w) noised latents
-        t: Tensor,  # (B,) float32, 1 being pure noise
-        codes: Tensor,  # (B, m, number of FSQ levels) quantised; m = 0 is enough where `null` holds for every sample
-        num_tokens: Tensor | None = None,  # (B,) int64 kept tokens, at most m; None keeps all m
-        null: Tensor | None = None,  # (B,) bool, True for the unconditional branch; None for nowhere
+        t: Tensor,  # (B,) float32, or (1,) for all images; 1 is pure noise
+        codes: Tensor,  # (T or more, FSQ levels) quantised, those of an image after those of the one before
+        layout: TokenLayout,
     ) -> Velocity:
         """Velocity of `x_t` at time `t`."""
         patches = self.patch_embed(patchify(x_t, self.config.patch_size))  # (B, H, W, D)
         grid = patches.shape[1:3]
         patches = (patches + grid_positions(self.patch_posemb, *grid)).flatten(1, 2)  # (B, N, D)
-        n = patches.shape[1]
-        x, mask = self._sequence(patches, codes, num_tokens, null)
+        x = self._with_tokens(patches, codes, layout)
         time = self.time_embed(t)
 
         features = None
         for i, block in enumerate(self.blocks):
-            rows = x[:, :n] if i == len(self.blocks) - 1 else None
-            x = run_block(block, self.activation_checkpointing, x, time, n, mask, rows)
+            only = "patches" if i == len(self.blocks) - 1 else None
+            x = run_block(block, self.activation_checkpointing, x, time, layout.packing, only)
             if i == self.config.repa_layer:
-                features = x[:, :n]
-        patches = self.head(x, time).unflatten(1, grid)  # (B, H, W, p*p*C)
-        return Velocity(unpatchify(patches, self.config.patch_size), features)
+                features = x.patches
+        assert x.patches is not None
+        values = self.head(x.patches, time).unflatten(1, grid)  # (B, H, W, p*p*C)
+        return Velocity(unpatchify(values, self.config.patch_size), features)
 
-    def _sequence(
-        self, patches: Tensor, codes: Tensor, num_tokens: Tensor | None, null: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """What the blocks compute for (B, N, D) patches, and its mask, (B, L) or None."""
-        if self.config.layout == "grid":
-            return patches + self._condition_of_patches(codes, num_tokens, null).to(patches.dtype), None
-        n = patches.shape[1]
-        registers, counts = self._registers(codes, num_tokens, null, n)
-        x = torch.cat([patches, registers.to(patches.dtype)], dim=1)  # (B, N+m', D)
-        return x, None if counts is None else F.pad(counts, (n, 0), value=1.0).log()
-
-    def _registers(
-        self, codes: Tensor, num_tokens: Tensor | None, null: Tensor | None, num_patches: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """Register inputs (B, m', D) of mixed budgets, and how many registers each stands for, (B, m').
-
-        That is 1 for a kept token, K-k for the first dropped one, 0 for those behind it. m' is min(m+1, K), on a GPU up
-        to 7 more. Or (B, K, D) and None where all K tokens are kept.
-        """
-        m, total = codes.shape[1], self.config.num_registers
-        whole = num_tokens is None and null is None and m == total
-        length = m if whole else aligned_registers(num_patches, min(m + 1, total), total, codes.device)
-        tokens = self.code_embed(F.pad(codes, (0, 0, 0, length - m)).to(self.code_embed.weight.dtype))
-        tokens = tokens + self.register_posemb[0, 0, :, :length].T  # (B, m', D)
-        if whole:
-            return tokens, None
-        kept, merged = self._replacement(codes, num_tokens, null)
-        place = torch.arange(length, device=codes.device) - kept[:, None]  # (B, m')
-        counts = torch.where(place == 0, total - kept[:, None], place < 0)
-        return torch.where(place[..., None] < 0, tokens, merged[:, None].to(tokens.dtype)), counts.float()
-
-    def _condition_of_patches(self, codes: Tensor, num_tokens: Tensor | None, null: Tensor | None) -> Tensor:
-        """What the patches of a grid are given, (B, N, D): token i for patch i, or what replaces it; N is K."""
-        kept, replacement = self._replacement(codes, num_tokens, null)
-        tokens = self.code_embed(codes.to(self.code_embed.weight.dtype))  # (B, m, D)
-        tokens = F.pad(tokens, (0, 0, 0, self.config.num_registers - codes.shape[1]))  # (B, N, D)
-        visible = torch.arange(self.config.num_registers, device=codes.device) < kept[:, None]  # (B, N)
-        return torch.where(visible[..., None], tokens, replacement[:, None])
-
-    def _replacement(self, codes: Tensor, num_tokens: Tensor | None, null: Tensor | None) -> tuple[Tensor, Tensor]:
-        """How many tokens of each image are kept, (B,), and the vector (B, D) in place of the others."""
-        batch, m = codes.shape[:2]
-        kept = torch.full((batch,), m, device=codes.device) if num_tokens is None else num_tokens
-        replacement = self.mask_token.expand(batch, -1)
-        if null is not None:
-            kept = torch.where(null, 0, kept)
-            replacement = torch.where(null[:, None], self.null_token, replacement)
-        return kept, replacement
+    def _with_tokens(self, patches: Tensor, codes: Tensor, layout: TokenLayout) -> Positions:
+        """What the blocks compute for (B, N, D) patches."""
+        # All codes are embedded, also where no image keeps one, so that all parameters have gradients.
+        tokens = self.code_embed(codes.to(self.code_embed.weight.dtype))[: len(layout.places)]  # (T, D)
+        replacements = F.embedding(layout.replacements, torch.stack([self.mask_token, self.null_token]))
+        if layout.packing is None:
+            assert layout.patches is not None
+            flat = replacements.to(patches.dtype).repeat_interleave(patches.shape[1], 0)  # (B N, D)
+            flat = flat.index_copy(0, layout.patches, tokens.to(patches.dtype))
+            return Positions(patches + flat.view_as(patches), None)
+        tokens = tokens + F.embedding(layout.places, self.register_posemb[0, 0].T)
+        registers = torch.cat([tokens, replacements.to(tokens.dtype)]).to(patches.dtype)
+        return Positions(patches, layout.packing.fill(registers))

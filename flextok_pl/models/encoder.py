@@ -1,28 +1,54 @@
-"""The register encoder: latents in, ordered codes out.
+"""The register encoder: latents in, one code for each kept register out.
 
 What is special about it:
 - Learned registers, not the patches, become tokens, so their number does not depend on the size of the image.
 - They are ordered: each sees all patches and the registers before it, and patches see patches only.
-- The first k codes therefore cost k registers, not K; the last block computes the registers alone.
+- The first k codes therefore cost k registers, not K, and each image has a k of its own; the last block computes the
+  registers alone.
 
-Shapes: B batch, C channels, h x w latent, N patches, K registers, k <= K of them, D width.
+Shapes: B images, C channels, h x w latent, N patches, K registers, k <= K of them, R codes in all, D width.
 """
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flextok_pl.config import FlexTokConfig
-from flextok_pl.layers.attention import aligned_registers, registers_last_mask
 from flextok_pl.layers.blocks import Block, run_block
 from flextok_pl.layers.embeddings import grid_positions, patchify, sincos_position_table
 from flextok_pl.layers.norm import layer_norm
+from flextok_pl.layers.packing import Packing, Positions, pack, places, send, take
+
+
+class CodeLayout(NamedTuple):
+    """Which codes of which image to compute; all indices are on the encoder's device."""
+
+    registers: Tensor | None  # int64, which of the K each computed register is; None where patches are coded
+    packing: Packing | None
+    codes: Tensor | None  # (R,) int64, where the wanted codes are among the computed ones; None if these are wanted
+
+
+def code_layout(config: FlexTokConfig, latents: Tensor, num_tokens: Tensor) -> CodeLayout:
+    """How to compute the first `num_tokens` (B,) int64 codes, on the CPU, of (B, C, h, w) latents."""
+    k, device, batch = config.num_registers, latents.device, len(latents)
+    num_patches = latents.shape[2:].numel() // config.patch_size**2
+    owner, place = places(num_tokens)
+    if config.layout == "grid":
+        return CodeLayout(None, None, send(owner * k + place, device))
+    if config.causal_registers:
+        return CodeLayout(send(place, device), pack(owner, place, batch, num_patches, k, "earlier", device), None)
+    codes = send(owner * k + place, device)
+    owner, place = places(torch.full_like(num_tokens, k))
+    return CodeLayout(send(place, device), pack(owner, place, batch, num_patches, k, "registers", device), codes)
 
 
 class RegisterEncoder(nn.Module):
     """ViT whose learned registers read the patches, causally among themselves (FlexTok, section 3.1).
 
     Register i sees all patches and registers 0..i. In the baselines `causal_registers=False` and `layout="grid"` codes
-    depend on all positions, and k of them save work in the last block only.
+    depend on all positions, and k of them cost as much as K.
     """
 
     def __init__(self, config: FlexTokConfig) -> None:
@@ -41,25 +67,23 @@ class RegisterEncoder(nn.Module):
         )
         self.head = nn.Linear(width, len(config.fsq_levels))
 
-    def forward(self, latents: Tensor, num_tokens: int | None = None) -> Tensor:
-        """The first `num_tokens` codes (default K), unquantised: (B, C, h, w) -> (B, k, number of FSQ levels)."""
+    def forward(self, latents: Tensor, layout: CodeLayout) -> Tensor:
+        """Unquantised codes of (B, C, h, w), those of an image after those of the one before: (R, FSQ levels)."""
         patches = self.patch_embed(patchify(latents, self.config.patch_size))  # (B, H, W, D)
         patches = patches + grid_positions(self.patch_posemb, patches.shape[1], patches.shape[2])
-        x, mask, coded = self._sequence(patches.flatten(1, 2), num_tokens or self.config.num_registers)
+        x = Positions(patches.flatten(1, 2), None)
+        if layout.registers is not None:
+            assert layout.packing is not None
+            registers = F.embedding(layout.registers, self.registers).to(patches.dtype)
+            x = Positions(x.patches, layout.packing.fill(registers))
         for i, block in enumerate(self.blocks):
-            rows = None
-            if i == len(self.blocks) - 1:
-                rows, mask = x[:, coded], None if mask is None else mask[coded]
-            x = run_block(block, self.activation_checkpointing, x, mask, rows)
-        return self.head(layer_norm(x))  # type: ignore[no-any-return]
-
-    def _sequence(self, patches: Tensor, k: int) -> tuple[Tensor, Tensor | None, slice]:
-        """What the blocks compute for (B, N, D) patches, who sees whom, and the rows of the first k codes."""
-        if self.config.layout == "grid":
-            return patches, None, slice(0, k)
-        n = patches.shape[1]
-        causal, most = self.config.causal_registers, self.config.num_registers
-        length = aligned_registers(n, k, most, patches.device) if causal else most
-        registers = self.registers[:length].to(patches.dtype).expand(len(patches), -1, -1)  # (B, K', D)
-        mask = registers_last_mask(n, length, causal, patches.device)
-        return torch.cat([patches, registers], dim=1), mask, slice(n, n + k)  # (B, N+K', D)
+            only = "registers" if i == len(self.blocks) - 1 and layout.packing is not None else None
+            x = run_block(block, self.activation_checkpointing, x, layout.packing, only)
+        if layout.registers is None:
+            assert x.patches is not None
+            coded = x.patches.flatten(0, 1)
+        else:
+            assert x.registers is not None
+            coded = x.registers[: len(layout.registers)]
+        codes = coded if layout.codes is None else take(coded, layout.codes)
+        return self.head(layer_norm(codes))  # type: ignore[no-any-return]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flextok_pl.models.arguments import as_ids
+from flextok_pl.precision import at_least_float32
 
 
 class FSQ(nn.Module):
@@ -22,41 +23,41 @@ class FSQ(nn.Module):
     a round trip whatever the levels.
     """
 
+    _levels: Tensor
+    _basis: Tensor
+
     def __init__(self, levels: Sequence[int]) -> None:
         super().__init__()
         self.levels = tuple(levels)
+        # Buffers, as numbers of the host would make it wait for a GPU; with values also in a model without them.
+        device = "cpu" if torch.get_default_device().type == "meta" else None
+        each = torch.tensor(self.levels, device=device)  # (D,)
+        self.register_buffer("_levels", each, persistent=False)
+        self.register_buffer("_basis", each.cumprod(0) // each, persistent=False)  # 1, L0, L0*L1, ...
 
     @property
     def vocab_size(self) -> int:
         """Number of distinct tokens."""
         return math.prod(self.levels)
 
-    def _levels_and_basis(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        levels = torch.tensor(self.levels, device=device)  # (D,)
-        basis = levels.cumprod(0) // levels  # 1, L0, L0*L1, ...
-        return levels, basis
-
     def bound(self, codes: Tensor) -> Tensor:
         """Squash (..., D) codes into the range of their levels; rounding the result gives the level."""
-        levels, _ = self._levels_and_basis(codes.device)
-        half = (levels - 1) * (1 + 1e-3) / 2
-        offset = torch.where(levels % 2 == 0, 0.5, 0.0)
+        half = (self._levels - 1) * (1 + 1e-3) / 2
+        offset = torch.where(self._levels % 2 == 0, 0.5, 0.0)
         shift = (offset / half).atanh()
-        return (codes.float() + shift).tanh() * half - offset
+        return (at_least_float32(codes) + shift).tanh() * half - offset
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Quantise with straight-through gradients: (..., D) -> (..., D) float32 in [-1, 1]."""
+        """Quantise with straight-through gradients: (..., D) -> (..., D) in [-1, 1], of float32 at least."""
         bounded = self.bound(codes)
         rounded = bounded + (bounded.round() - bounded).detach()
-        levels, _ = self._levels_and_basis(codes.device)
-        return rounded / (levels // 2)
+        return rounded / (self._levels // 2)
 
     def codes_to_tokens(self, quantized: Tensor) -> Tensor:
         """Quantised (..., D) codes -> (...) int64 tokens; dimension 0 varies fastest."""
-        levels, basis = self._levels_and_basis(quantized.device)
-        half = levels // 2
+        half = self._levels // 2
         digits = (quantized.float() * half).round().long() + half
-        return (digits * basis).sum(-1)
+        return (digits * self._basis).sum(-1)
 
     def tokens_to_codes(self, tokens: Tensor) -> Tensor:
         """(...) tokens of any integer type -> (..., D) float32 quantised codes in [-1, 1]."""
@@ -67,7 +68,6 @@ class FSQ(nn.Module):
                 f"0..{self.vocab_size - 1}; were they made by a tokenizer with other fsq_levels, or read as a "
                 "smaller type than they were stored in?"
             )
-        levels, basis = self._levels_and_basis(tokens.device)
-        half = levels // 2
-        digits = tokens[..., None] // basis % levels  # (..., D)
+        half = self._levels // 2
+        digits = tokens[..., None] // self._basis % self._levels  # (..., D)
         return (digits - half) / half

@@ -18,15 +18,19 @@ import torch
 from torch import Tensor
 
 from flextok_pl.config import FlexTokConfig
-from flextok_pl.flow.nested_dropout import sample_num_tokens
-from flextok_pl.flow.rectified import interpolate, sample_timesteps, velocity_loss, velocity_target
+from flextok_pl.flow.nested_dropout import budgets_from_uniform
+from flextok_pl.flow.noise import seeded_normal
+from flextok_pl.flow.rectified import interpolate, lattice, sample_timesteps, stratify, velocity_loss, velocity_target
+from flextok_pl.layers.packing import places, send
+from flextok_pl.models.decoder import token_layout
+from flextok_pl.models.encoder import code_layout
 from flextok_pl.models.tokenizer import FlexTok
 
 
 class TrainingDraws(NamedTuple):
     """Everything random in one training step.
 
-    Noise and times are on the latents' device; the rest is on the CPU, where it decides how many registers to compute.
+    Noise is on the latents' device. The rest is on the CPU, where it decides which positions to compute.
     """
 
     noise: Tensor  # (B, C, h, w) standard normal, or zeros for the objective `mse`
@@ -53,19 +57,16 @@ def sample_draws(
 ) -> TrainingDraws:
     """Draw what a training step needs, for the images of all ranks, and take every `world_size`-th from `rank` on.
 
-    So a step does not depend on the number of processes, and times are stratified over the whole batch. Each image's
-    noise is drawn on the latents' device, from a seed that the generator yields. Under pure noise only the tokens
-    describe the image, so those images train the encoder as an autoencoder would be trained.
+    So a step does not depend on the number of processes, and times and budgets are stratified over the whole batch.
+    Each image's noise is a function of a seed that the generator yields. Under pure noise only the tokens describe the
+    image, so those images train the encoder as an autoencoder would be trained.
     """
     batch = len(latents) * world_size
-    num_tokens = sample_num_tokens(config.nested_dropout, batch, config.num_registers, generator)
-    null = torch.rand(batch, generator=generator) < config.null_dropout
+    num_tokens, null = _sample_budgets(config, batch, generator)
     mine = slice(rank, None, world_size)
     num_tokens, null = num_tokens[mine].contiguous(), null[mine].contiguous()
     if config.objective == "mse":
-        return TrainingDraws(
-            torch.zeros_like(latents), torch.ones(len(latents), device=latents.device), num_tokens, null
-        )
+        return TrainingDraws(torch.zeros_like(latents), torch.ones(len(latents)), num_tokens, null)
     t = sample_timesteps(
         config.timestep_law,
         batch,
@@ -76,17 +77,27 @@ def sample_draws(
     )
     if pure_noise > 0:
         t = torch.where(torch.rand(batch, generator=generator) < pure_noise, 1.0, t)
-    seeds = torch.randint(2**62, (batch,), generator=generator)
-    noise = torch.empty_like(latents)
-    noise_generator = torch.Generator(latents.device)
-    for row, seed in zip(noise, seeds[mine].tolist(), strict=True):
-        row.normal_(generator=noise_generator.manual_seed(seed))
-    return TrainingDraws(noise, t[mine].to(latents.device), num_tokens, null)
+    seeds = torch.randint(2**62, (batch,), generator=generator)[mine]
+    noise = seeded_normal(send(seeds, latents.device), latents.shape[1:])
+    return TrainingDraws(noise, t[mine], num_tokens, null)
+
+
+def _sample_budgets(config: FlexTokConfig, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Budgets and null conditions from one uniform number for each image, (B,) int64 and bool.
+
+    Numbers in equal strata make the sum of what images keep almost the same in each step, on each process.
+    """
+    u = torch.rand(batch, generator=generator, dtype=torch.float64)
+    if config.stratified_budgets:
+        u = stratify(u)[lattice(batch, generator)]
+    share = config.null_dropout
+    null = u < share
+    within = torch.where(null, u / share if share else u, (u - share) / (1 - share) if share < 1 else u)
+    return budgets_from_uniform(config.nested_dropout, config.num_registers, within), null
 
 
 def draws_of_each(config: FlexTokConfig, latents: Tensor, generators: Sequence[torch.Generator]) -> TrainingDraws:
     """`sample_draws` for each image from its own generator, so that they do not depend on the rest of the batch."""
-    latents = latents.contiguous()  # noise fills the memory in its order, which may depend on the size of the batch
     each = [sample_draws(config, latents[i : i + 1], generator) for i, generator in enumerate(generators)]
     return TrainingDraws(*(torch.cat(parts) for parts in zip(*each, strict=True)))
 
@@ -97,28 +108,25 @@ def flow_loss(
     draws: TrainingDraws,
     *,
     tokens: Tensor | None = None,  # (B, K) int64 to decode from in place of the images' own
-    budget_groups: int = 1,
 ) -> FlowLoss:
     """Velocity error of the decoder given the encoder's quantised codes, with gradients to both, or given `tokens`.
 
-    The batch is sorted into `budget_groups` parts by budget. Registers that no image of a part keeps are not computed,
-    so more parts compute less; the result does not depend on their number.
+    Only what an image keeps is computed: an image without condition is not encoded, nor are the registers beyond the
+    budget of another.
     """
-    x_t = interpolate(latents, draws.noise, draws.t)
+    config, quantizer = tokenizer.config, tokenizer.quantizer
     kept = draws.num_tokens.masked_fill(draws.null, 0)
-    order = kept.argsort(stable=True)
-    longest = [max(int(kept[rows].max()), 1) for rows in order.chunk(budget_groups)]
-    # All that a GPU needs goes there before the passes: a copy between them would wait for the end of the last.
-    order, kept, null = (values.to(latents.device) for values in (order, kept, draws.null))
-    passes = []
-    for rows, length in zip(order.chunk(budget_groups), longest, strict=True):
-        if tokens is None:
-            codes = tokenizer.quantizer(tokenizer.encode(latents[rows], length))
-        else:
-            codes = tokenizer.quantizer.tokens_to_codes(tokens[rows, :length])
-        passes.append(tokenizer.decoder(x_t[rows], draws.t[rows], codes, kept[rows], null[rows]))
-    inverse = order.argsort()
-    velocity = torch.cat([p.velocity for p in passes])[inverse]
-    features = [p.patch_features for p in passes if p.patch_features is not None]
-    loss = velocity_loss(velocity, velocity_target(latents, draws.noise))
-    return FlowLoss(loss, torch.cat(features)[inverse] if features else None)
+    if tokens is None:
+        # At least one image is encoded, so that all weights have gradients.
+        encoded = kept if kept.any() else torch.ones_like(kept)[:1]
+        images = encoded.nonzero().flatten()
+        clean = latents if len(images) == len(latents) else latents.index_select(0, send(images, latents.device))
+        codes = quantizer(tokenizer.encoder(clean, code_layout(config, clean, encoded[images])))
+    else:
+        owner, place = places(kept)
+        rows = send(owner * tokens.shape[1] + place, tokens.device)
+        codes = quantizer.tokens_to_codes(tokens.flatten().index_select(0, rows))
+    t = send(draws.t, latents.device)
+    x_t = interpolate(latents, draws.noise, t)
+    velocity, features = tokenizer.decoder(x_t, t, codes, token_layout(config, x_t, kept, draws.null))
+    return FlowLoss(velocity_loss(velocity, velocity_target(latents, draws.noise)), features)

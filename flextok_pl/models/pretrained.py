@@ -104,7 +104,7 @@ def _build(
         for ours, each in made.items()
     }
     model.load_state_dict(weights, assign=True)
-    return model.eval()
+    return model.to(device or "cpu").eval()  # its buffers
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

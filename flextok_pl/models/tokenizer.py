@@ -22,20 +22,19 @@ from flextok_pl.contracts import GuidanceScale, weights_hash
 from flextok_pl.flow.decoding import Decoding
 from flextok_pl.interop import TOKENIZER_FORMATS
 from flextok_pl.layers.frozen import Frozen
+from flextok_pl.layers.packing import places, send, take
 from flextok_pl.models.adaptive import Quality, smallest_budgets
 from flextok_pl.models.arguments import (
     as_budgets,
-    as_generators,
     as_images,
-    as_size,
+    as_noise,
     as_token_batch,
-    check_budget,
     check_finite,
     check_image_values,
     check_latents,
 )
-from flextok_pl.models.decoder import FlowDecoder
-from flextok_pl.models.encoder import RegisterEncoder
+from flextok_pl.models.decoder import FlowDecoder, token_layout
+from flextok_pl.models.encoder import RegisterEncoder, code_layout
 from flextok_pl.models.fsq import FSQ
 from flextok_pl.models.pretrained import load_model, save_model
 from flextok_pl.models.vae import VAE
@@ -182,19 +181,23 @@ class FlexTok(nn.Module):
             latents = vae.encode(images, sample_posterior, generator)
         return check_finite(latents, "the autoencoder's latents", DIVERGED)
 
-    def encode(self, latents: Tensor, num_tokens: int | None = None) -> Tensor:
+    def encode(self, latents: Tensor, num_tokens: int | Tensor | None = None) -> Tensor:
         """Codes before quantisation, with gradients: scaled latents (B, C, h, w) -> (B, k, L).
 
-        k is `num_tokens`, default K; only the first k registers are computed, if they are causal.
+        `num_tokens` is k, one for all or (B,) int64, default K; rows beyond an image's k are zero. Only the first k
+        registers of each image are computed, if they are causal.
 
         Raises:
             ValueError: the latents do not fit the model, or k is not in 1..K.
         """
+        budgets = as_budgets(num_tokens, [self.num_registers] * len(latents), self.num_registers)
+        return pad_sequence(list(torch.split(self._encode(latents, budgets), budgets.tolist())), batch_first=True)
+
+    def _encode(self, latents: Tensor, budgets: Tensor) -> Tensor:
+        """Codes of (B,) budgets end to end."""
         check_latents(latents, self.config)
-        if num_tokens is not None:
-            check_budget(num_tokens, self.num_registers)
         require_float32(self.encoder.patch_posemb.dtype, "tokenizer")
-        return self.encoder(latents.float(), num_tokens)  # type: ignore[no-any-return]
+        return self.encoder(latents.float(), code_layout(self.config, latents, budgets))  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def tokenize_latents(self, latents: Tensor, num_tokens: int | None = None) -> Tensor:
@@ -206,34 +209,39 @@ class FlexTok(nn.Module):
     def tokenize(self, images: Tensor, num_tokens: int | None = None, quality: None = None) -> Tensor: ...
 
     @overload
+    def tokenize(self, images: Tensor, num_tokens: Tensor, quality: None = None) -> list[Tensor]: ...
+
+    @overload
     def tokenize(self, images: Tensor, num_tokens: int | None = None, *, quality: Quality) -> list[Tensor]: ...
 
     @torch.no_grad()
     def tokenize(
-        self, images: Tensor, num_tokens: int | None = None, quality: Quality | None = None
+        self, images: Tensor, num_tokens: int | Tensor | None = None, quality: Quality | None = None
     ) -> Tensor | list[Tensor]:
         """Tokens of images, from the mean of the VAE's posterior: deterministic.
 
         Args:
             images: as for `encode_latents`.
-            num_tokens: k, default K; with `quality` the most for an image.
+            num_tokens: k, one for all, default K, or (B,) int64; with `quality` the most for an image.
             quality: take as few tokens for each image as this needs, searched with log2 k decodings.
 
         Returns:
-            (B, k) int64; with `quality` B tensors of (k_i,), which `detokenize` takes, too.
+            (B, k) int64; with `quality` or (B,) numbers B tensors of (k_i,), which `detokenize` takes, too.
 
         Raises:
             ValueError: an argument does not fit the model.
         """
         latents = self.encode_latents(images)
+        budgets = as_budgets(num_tokens, [self.num_registers] * len(latents), self.num_registers)
         with full_precision(self.device):
-            codes = self.quantizer(self.encode(latents, num_tokens))
+            codes = self.quantizer(self._encode(latents, budgets))
         tokens = self.quantizer.codes_to_tokens(check_finite(codes, "the encoder's codes", DIVERGED))
-        if quality is None:
-            return tokens
-        size = (latents.shape[2], latents.shape[3])
-        budgets = smallest_budgets(as_images(images).to(self.device), tokens, size, quality, self.detokenize)
-        return [row[:budget] for row, budget in zip(tokens, budgets.tolist(), strict=True)]
+        rows = list(torch.split(tokens, budgets.tolist()))
+        if quality is not None:
+            size = (latents.shape[2], latents.shape[3])
+            budgets = smallest_budgets(as_images(images).to(self.device), rows, size, quality, self.detokenize)
+            return [row[:budget] for row, budget in zip(rows, budgets.tolist(), strict=True)]
+        return rows if isinstance(num_tokens, Tensor) else tokens.view(len(rows), num_tokens or self.num_registers)
 
     def velocity(
         self,
@@ -265,17 +273,16 @@ class FlexTok(nn.Module):
         codes = tokens_or_codes
         if not codes.is_floating_point():
             codes = self.quantizer.tokens_to_codes(codes)
-        length = codes.shape[1]
-        check_budget(length, self.num_registers, "length of tokens_or_codes")
-        if isinstance(num_tokens, int):
-            check_budget(num_tokens, self.num_registers)
-            # A common budget needs no per-sample visibility: the codes are simply cut.
-            codes, num_tokens = codes[:, : min(num_tokens, length)], None
-        elif num_tokens is not None:
-            num_tokens = num_tokens.to(codes.device)
-        null = None if null is None else null.to(codes.device)
-        t = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).expand(len(x_t))
-        return self.decoder(x_t, t, codes, num_tokens, null).velocity  # type: ignore[no-any-return]
+        batch, length, _ = codes.shape
+        budgets = as_budgets(num_tokens, [length] * batch, self.num_registers)
+        if null is not None:
+            null = null.cpu()
+            budgets = budgets.masked_fill(null, 0)
+        owner, place = places(budgets)
+        codes = take(codes.flatten(0, 1), send(owner * length + place, codes.device))
+        t = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).reshape(-1)
+        layout = token_layout(self.config, x_t, budgets, null)
+        return self.decoder(x_t, t, codes, layout).velocity  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def sample_latents(
@@ -304,19 +311,25 @@ class FlexTok(nn.Module):
         latent_size: tuple[int, int] | None,
     ) -> Tensor:
         require_float32(self.decoder.patch_posemb.dtype, "tokenizer")
-        codes, kept = self._codes_and_budgets(tokens, num_tokens)
-        x = self._noise(len(codes), generator, noise, latent_size)
+        codes, budgets = self._codes_and_budgets(tokens, num_tokens)
+        x = as_noise(noise, generator, len(budgets), latent_size or self.latent_size, self.config).to(self.device)
         if self.config.objective == "mse":
             x = torch.zeros_like(x)
-        if len(codes) == 0:
+        if len(x) == 0:
             return x
-        null = torch.ones(len(codes), dtype=torch.bool, device=x.device)
         with full_precision(self.device):
-            latents = decoding.under(self.config.objective).sample(
-                lambda x, t: self.decoder(x, x.new_full((len(x),), t), codes, kept).velocity,
-                lambda x, t: self.decoder(x, x.new_full((len(x),), t), codes[:, :0], null=null).velocity,
-                x,
-            )
+            one = token_layout(self.config, x, budgets)
+            halves = torch.cat([budgets, torch.zeros_like(budgets)])
+            both = token_layout(self.config, torch.cat([x, x]), halves, halves == 0)
+
+            def field(x: Tensor, t: float, guided: bool) -> tuple[Tensor, Tensor | None]:
+                time = x.new_full((1,), t)
+                if not guided:
+                    return self.decoder(x, time, codes, one).velocity, None
+                conditional, unconditional = self.decoder(torch.cat([x, x]), time, codes, both).velocity.chunk(2)
+                return conditional, unconditional
+
+            latents = decoding.under(self.config.objective).sample(field, x)
         return check_finite(latents, "the decoded latents", DIVERGED)
 
     @torch.no_grad()
@@ -365,33 +378,10 @@ class FlexTok(nn.Module):
 
     def _codes_and_budgets(
         self, tokens: Tensor | Sequence[Tensor], num_tokens: int | Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Quantised codes (B, m, L), cut to the largest budget m, and the budgets (B,) where they differ."""
+    ) -> tuple[Tensor, Tensor]:
+        """Quantised codes of all images end to end, and how many each has, (B,) int64 on the CPU."""
         rows = as_token_batch(tokens)
         budgets = as_budgets(num_tokens, [len(row) for row in rows], self.num_registers)
-        if not budgets:
-            return torch.zeros(0, self.num_registers, len(self.config.fsq_levels), device=self.device), None
-        padded = pad_sequence(rows, batch_first=True)  # (B, longest)
-        codes = self.quantizer.tokens_to_codes(padded[:, : max(budgets)].to(self.device))
-        if min(budgets) == max(budgets):
-            return codes, None
-        return codes, torch.tensor(budgets, device=codes.device)
-
-    def _noise(
-        self,
-        batch_size: int,
-        generator: torch.Generator | Sequence[torch.Generator] | None,
-        noise: Tensor | None,
-        latent_size: tuple[int, int] | None,
-    ) -> Tensor:
-        """The state at t = 1, (B, C, h, w): given, or one (1, C, h, w) draw per sample in order."""
-        if noise is None:
-            size = self.latent_size if latent_size is None else as_size(latent_size, "latent_size")
-            shape = (1, self.config.latent_channels, *size)
-            generators = as_generators(generator, batch_size)
-            draws = [torch.randn(shape, generator=g, device=g.device if g else self.device) for g in generators]
-            noise = torch.cat(draws) if draws else torch.empty(0, *shape[1:])
-        check_latents(noise, self.config, "noise")
-        if len(noise) != batch_size:
-            raise ValueError(f"noise has {len(noise)} entries for {batch_size} samples; give one each")
-        return check_finite(noise, "noise", "draw it anew").to(self.device, torch.float32)
+        kept = [row[:budget] for row, budget in zip(rows, budgets.tolist(), strict=True)]
+        flat = torch.cat(kept) if kept else torch.zeros(0, dtype=torch.int64)
+        return self.quantizer.tokens_to_codes(flat.to(self.device)), budgets

@@ -78,8 +78,6 @@ class TokenizerModule(ResumableModule):
             effect on a net with `objective="mse"`, which always trains at t = 1.
         pure_noise: share of the images that are trained at t = 1, where only the tokens say what to draw. A small model
             on a small machine finds out much sooner that its tokens are of use.
-        budget_groups: parts a batch is sorted into by budget; more parts compute less, with the same gradients, but
-            each launches all kernels again, which can take a GPU longer: see docs/scaling.md.
         teacher: REPA's teacher: `effnet-lite2`, a timm model, or None for no REPA.
         teacher_weights: local weights file of the teacher.
         repa_weight: weight of the alignment loss.
@@ -106,7 +104,6 @@ class TokenizerModule(ResumableModule):
         mup_base_width: int | None = None,
         timestep_shift: float = 1.0,
         pure_noise: float = 0.0,
-        budget_groups: int = 1,
         teacher: str | None = None,
         teacher_weights: str | None = None,
         repa_weight: float = 1.0,
@@ -121,8 +118,6 @@ class TokenizerModule(ResumableModule):
         net = config_from_dict(FlexTokConfig, net) if isinstance(net, Mapping) else net  # from a checkpoint
         self.save_hyperparameters(ignore="net")
         self.hparams["net"] = dataclasses.asdict(net)  # plain types: a checkpoint must load with weights_only
-        if budget_groups < 1:
-            raise ValueError(f"budget_groups={budget_groups} must be at least 1")
         if not 0.0 <= pure_noise <= 1.0:
             raise ValueError(f"pure_noise={pure_noise} must be a share in [0, 1]")
         if net.objective == "mse" and (timestep_shift != 1.0 or pure_noise > 0):
@@ -168,8 +163,7 @@ class TokenizerModule(ResumableModule):
         Expected over the budgets of the training, at the model's own image size. Frozen networks, the projection to
         the teacher and recomputation count for nothing.
         """
-        batch_size = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
-        return tokenizer_flops(self.tokenizer.config, batch_size, self.hparams["budget_groups"]).training
+        return tokenizer_flops(self.tokenizer.config).training
 
     def width_parts(self) -> list[WidthPart]:
         """Encoder, decoder and projection."""
@@ -241,7 +235,7 @@ class TokenizerModule(ResumableModule):
         shift, pure_noise = self.hparams["timestep_shift"], self.hparams["pure_noise"]
         rank, ranks = self.global_rank, self.trainer.world_size
         draws = sample_draws(self.tokenizer.config, latents, generator, shift, pure_noise, rank, ranks)
-        result = flow_loss(self.tokenizer, latents, draws, budget_groups=self.hparams["budget_groups"])
+        result = flow_loss(self.tokenizer, latents, draws)
         loss = result.loss.mean()
         log_means(self, {"train/loss": loss}, len(latents))
         self.train_loss.update(result.loss, draws)

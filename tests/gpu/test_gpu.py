@@ -107,7 +107,7 @@ def test_half_precision_keeps_the_merged_register(compiled: bool) -> None:
 
     def step() -> tuple[float, dict[str, Tensor]]:
         tokenizer.zero_grad()
-        loss = flow_loss(tokenizer, latents, draws, budget_groups=4).loss.mean()
+        loss = flow_loss(tokenizer, latents, draws).loss.mean()
         loss.backward()
         return loss.item(), {n: p.grad.clone() for n, p in tokenizer.named_parameters() if p.grad is not None}
 

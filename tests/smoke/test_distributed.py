@@ -37,7 +37,7 @@ def tokenizer_fit(shards: Path, folder: Path) -> list[str]:
             "1.0",
         ),  # two batches on one, three on the other
         *("--rfid.num_steps=1", "--rfid.max_samples=null", "--rfid.cache_dir=null", "--rfid.fit_budgets=[4]"),
-        *("--model.budget_groups", "2", "--trainer.accumulate_grad_batches", "2", "--model.mup_base_width", "32"),
+        *("--trainer.accumulate_grad_batches", "2", "--model.mup_base_width", "32"),
     ]
 
 

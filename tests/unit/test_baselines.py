@@ -22,6 +22,7 @@ from flextok_pl.data import ShardDataModule, write_tokens
 from flextok_pl.evaluation.protocol import decoding_facts
 from flextok_pl.flow.decoding import Decoding
 from flextok_pl.layers.embeddings import patchify, unpatchify
+from flextok_pl.layers.packing import Positions
 from flextok_pl.models.adaptive import Quality
 from flextok_pl.models.attention_maps import register_attention
 from flextok_pl.models.objective import TrainingDraws, flow_loss, sample_draws
@@ -119,29 +120,6 @@ def test_a_mixed_batch_is_its_samples(baseline: FlexTok) -> None:
     torch.testing.assert_close(mixed, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_parts_of_a_batch_have_the_gradients_of_the_whole(baseline: FlexTok, checkpointing: bool) -> None:
-    baseline.checkpoint_activations(checkpointing)
-    latents = drawn(8, *LATENTS)
-    draws = sample_draws(baseline.config, latents, torch.Generator().manual_seed(0))
-    draws = draws._replace(num_tokens=torch.tensor([1, 2, 16, 4, 8, 5, 1, 3]), null=torch.arange(8) == 3)
-    results = []
-    for groups in (1, 3):
-        baseline.zero_grad()
-        result = flow_loss(baseline, latents, draws, budget_groups=groups)
-        (result.loss.mean() + result.patch_features.square().mean()).backward()
-        trained = {name: p for name, p in baseline.named_parameters() if p.requires_grad}
-        unused = [name for name, p in trained.items() if p.grad is None]
-        assert not unused, "DistributedDataParallel stops at parameters without gradients"
-        results.append((result.loss.detach(), {name: p.grad.clone() for name, p in trained.items()}))
-    baseline.checkpoint_activations(False)
-    (loss, gradients), (parts_loss, parts_gradients) = results
-    torch.testing.assert_close(parts_loss, loss, rtol=1e-4, atol=1e-5)
-    for name, gradient in gradients.items():
-        tolerance = 1e-4 * gradient.abs().max().item() + 1e-6
-        torch.testing.assert_close(parts_gradients[name], gradient, rtol=1e-3, atol=tolerance, msg=name)
-
-
 def test_files_keep_the_baseline(baseline: FlexTok, tmp_path: Path) -> None:
     loaded = FlexTok.from_pretrained(baseline.save_pretrained(tmp_path))
     assert loaded.config == baseline.config and loaded.identity() == baseline.identity()
@@ -201,7 +179,7 @@ def test_the_official_format_has_no_baselines(name: str, tmp_path: Path) -> None
 def test_whether_a_code_depends_on_later_registers(causal: bool) -> None:
     tok = randomized(dataclasses.replace(PUBLISHED, causal_registers=causal))
     latents, blocks = drawn(1, *LATENTS), []
-    hook = tok.encoder.blocks[0].register_forward_hook(lambda _, __, output: blocks.append(output[:, :16]))
+    hook = tok.encoder.blocks[0].register_forward_hook(lambda _, __, output: blocks.append(output.patches))
     with torch.no_grad():
         before = tok.encode(latents)
         tok.encoder.registers[9] *= -1
@@ -250,7 +228,7 @@ def test_a_grid_adds_tokens_to_the_patches() -> None:
         x = decoder.patch_embed(patchify(x_t, 2)).flatten(1, 2) + positions + added
         time = decoder.time_embed(torch.full((3,), 0.5))
         for block in decoder.blocks:
-            x = block(x, time, 16)
+            x = block(Positions(x, None), time).patches
         expected = unpatchify(decoder.head(x, time).unflatten(1, (4, 4)), 2)
         torch.testing.assert_close(tok.velocity(x_t, 0.5, tokens, kept, null), expected, rtol=1e-5, atol=1e-5)
 
@@ -266,7 +244,7 @@ def test_a_grid_has_one_size() -> None:
     for call in calls:
         with pytest.raises(ValueError, match="layout='grid' each patch has a token, and they must be 8 x 8"):
             call()
-    options = {"budget_groups": 1, "vae": None, "teacher": None, "activation_checkpointing": False}
+    options = {"vae": None, "teacher": None, "activation_checkpointing": False}
     with pytest.raises(ValueError, match=r"data.image_size=8 gives fewer patches.*layout='grid'"):
         tokenizer_workload(options, tok.config, 8, "images", Numerics())
     images = torch.zeros(1, 3, 16, 16)
@@ -285,7 +263,7 @@ def test_the_loss_of_a_regression(name: str) -> None:
     flow = sample_draws(dataclasses.replace(config, objective="flow"), latents, torch.Generator().manual_seed(2))
     assert torch.equal(draws.num_tokens, flow.num_tokens) and torch.equal(draws.null, flow.null)
     draws = draws._replace(null=torch.zeros(4, dtype=torch.bool))
-    loss = flow_loss(tok, latents, draws, budget_groups=2).loss
+    loss = flow_loss(tok, latents, draws).loss
     with torch.no_grad():
         tokens = tok.quantizer.codes_to_tokens(tok.quantizer(tok.encode(latents)))
         decoded = tok.sample_latents(tokens, draws.num_tokens)
@@ -400,7 +378,7 @@ def test_from_pictures_to_a_prior(name: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("flextok_pl.evaluation.budget_evaluation.build_extractor", lambda *_: MeanColours())
     torch.manual_seed(0)
     data = Pictures()
-    module = TokenizerModule(BASELINES[name], lr=1e-3, warmup_steps=2, budget_groups=2)
+    module = TokenizerModule(BASELINES[name], lr=1e-3, warmup_steps=2)
     before = error_of(module.tokenizer, data.images)
     rfid = ReconstructionFID(guidance="cfg", guidance_scale=2.0, num_steps=2, every_n_validations=0, cache_dir=None)
     trainer(tmp_path, 120).fit(module, data)

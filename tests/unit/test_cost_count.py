@@ -93,7 +93,7 @@ from flextok_pl.cost.models import tokenizer_activations
 def train():
     torch.ones(2, requires_grad=True).sum().backward()
 
-tokenizer_activations(FlexTokConfig.preset("tiny"), Numerics(), 1, 1)
+tokenizer_activations(FlexTokConfig.preset("tiny"), Numerics(), 1)
 train()
 process = multiprocessing.get_context("fork").Process(target=train)
 process.start()

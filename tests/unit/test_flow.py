@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import kstest
+from torch import Tensor
 
 from flextok_pl.flow.decoding import AdaptiveProjectedGuidance, Decoding, classifier_free_guidance, integrate
-from flextok_pl.flow.nested_dropout import sample_num_tokens
+from flextok_pl.flow.nested_dropout import BUDGET_LAWS, budgets_from_uniform
+from flextok_pl.flow.noise import seeded_normal
 from flextok_pl.flow.rectified import interpolate, mode_from_uniform, sample_timesteps, velocity_loss, velocity_target
 
 
@@ -91,7 +94,7 @@ def test_unknown_laws() -> None:
     with pytest.raises(ValueError, match="cosine"):
         sample_timesteps("cosine", 1, generator())
     with pytest.raises(ValueError, match="geometric"):
-        sample_num_tokens("geometric", 1, 4, generator())
+        budgets_from_uniform("geometric", 4, torch.zeros(1))
 
 
 @pytest.mark.parametrize("num_registers", [1, 16, 24])
@@ -105,25 +108,42 @@ def test_unknown_laws() -> None:
     ],
 )
 def test_budget_laws(law: str, support: object, num_registers: int) -> None:
-    drawn = sample_num_tokens(law, 5000, num_registers, generator())
+    drawn = budgets(law, 5000, num_registers)
     assert drawn.dtype == torch.int64
     assert set(drawn.tolist()) == support(num_registers)
 
 
+def budgets(law: str, count: int, num_registers: int) -> Tensor:
+    return budgets_from_uniform(law, num_registers, torch.rand(count, generator=generator(), dtype=torch.float64))
+
+
 def test_budget_probabilities() -> None:
-    drawn = sample_num_tokens("pow2", 50000, 16, generator())
+    drawn = budgets("pow2", 50000, 16)
     for k in (1, 2, 4, 8, 16):
         assert (drawn == k).float().mean().item() == pytest.approx(0.2, abs=0.01)
-    drawn = sample_num_tokens("exponential", 50000, 8, generator())
+    drawn = budgets("exponential", 50000, 8)
     assert (drawn == 1).sum() / (drawn == 2).sum() == pytest.approx(2.0, rel=0.05)
-    drawn = sample_num_tokens("uniform_pow2", 50000, 16, generator())
+    drawn = budgets("uniform_pow2", 50000, 16)
     assert (drawn == 16).float().mean().item() == pytest.approx(0.5, abs=0.01)
 
 
-def test_draws_follow_the_generator() -> None:
-    assert torch.equal(
-        sample_num_tokens("uniform", 64, 256, generator(3)), sample_num_tokens("uniform", 64, 256, generator(3))
-    )
-    assert not torch.equal(
-        sample_num_tokens("uniform", 64, 256, generator(3)), sample_num_tokens("uniform", 64, 256, generator(4))
-    )
+@pytest.mark.parametrize("law", BUDGET_LAWS)
+def test_the_ends_of_a_law(law: str) -> None:
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert budgets_from_uniform(law, 16, ends).tolist() == [16 if law == "none" else 1, 16]
+
+
+def test_seeded_noise_is_normal_and_depends_on_its_seed_only() -> None:
+    seeds = torch.tensor([3, 4, 2**62 - 1, 0])
+    noise = seeded_normal(seeds, (3, 999))
+    assert noise.shape == (4, 3, 999) and noise.dtype == torch.float32
+    assert torch.equal(seeded_normal(seeds[2:3], (3, 999))[0], noise[2])
+    assert torch.equal(seeded_normal(seeds, (2, 1000)).flatten(1)[:, :8], seeded_normal(seeds, (2000,))[:, :8])
+    many = seeded_normal(torch.arange(64), (16, 32, 32)).double()
+    assert kstest(many.flatten().numpy(), "norm").pvalue > 0.01
+    assert abs(many.mean().item()) < 4 / many.numel() ** 0.5 and many.abs().max() > 4.5
+    rows = many.flatten(1)
+    correlation = torch.corrcoef(rows) - torch.eye(64)
+    assert correlation.abs().max() < 5 / rows.shape[1] ** 0.5, "neighbouring seeds"
+    halves = torch.corrcoef(torch.stack([rows[:, :8192].flatten(), rows[:, 8192:].flatten()]))
+    assert abs(halves[0, 1].item()) < 4 / (64 * 8192) ** 0.5, "the two numbers of a pair"

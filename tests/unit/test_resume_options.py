@@ -99,7 +99,7 @@ def test_what_changes_the_meaning_is_refused_by_name(
 
 
 def test_what_has_no_effect_is_taken(half: Path, tmp_path: Path) -> None:
-    run(tmp_path, TokenizerModule(NET, budget_groups=2, activation_checkpointing=True, **OPTIONS), half, steps=5)
+    run(tmp_path, TokenizerModule(NET, activation_checkpointing=True, **OPTIONS), half, steps=5)
 
 
 def test_a_frozen_network_is_known_by_its_weights(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_training_learns_and_logs(tmp_path: Path) -> None:
     assert expected <= set(header)
 
 
-@pytest.mark.parametrize("options", [{"budget_groups": 4}, {"activation_checkpointing": True}])
+@pytest.mark.parametrize("options", [{"activation_checkpointing": True}])
 def test_options_that_change_only_the_cost(tmp_path: Path, options: dict[str, Any]) -> None:
     assert fit(tmp_path / "a", module(tmp_path), 5) == pytest.approx(
         fit(tmp_path / "b", module(tmp_path, **options), 5), rel=1e-4
@@ -390,7 +390,6 @@ def test_the_offline_teacher_sees_where_things_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budget_groups": 0}, "budget_groups=0"),
         ({"pure_noise": 1.5}, "pure_noise=1.5"),
         ({"repa_until": 0.0}, "repa_until=0.0"),
         ({"repa_spatial_norm": 2.0}, "repa_spatial_norm=2.0"),

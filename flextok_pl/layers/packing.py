@@ -1,0 +1,188 @@
+"""Images of different budgets in one pass, end to end: only the positions that are kept are computed.
+
+What is special about it:
+- A position is a patch or a register. Patches are a dense (B, N, D) tensor. Registers, of which an image has as many as
+  it keeps, lie end to end in one (R, D) tensor. What works position by position takes both as they are.
+- Only attention looks at whole images: see `flextok_pl.layers.attention`.
+- The host knows all lengths. It makes all indices, and sends them to the device without waiting for it.
+
+Shapes: B images, N patches of each, K registers at most, R in all, M the most of an image, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flextok_pl.precision import accumulation_dtype
+
+Sight = Literal["all", "earlier", "registers"]
+"""Who sees whom in an image. `all`: everyone. Otherwise patches see patches only, and a register sees all patches and,
+`earlier`, the registers up to itself, or all `registers`."""
+
+Kind = Literal["patches", "registers"]
+
+SIZES_PER_DOUBLING = 16
+"""How many sizes there are between n and 2 n registers where their number is rounded up."""
+
+
+class Positions(NamedTuple):
+    """Values at the positions of a batch. None stands for a kind that a layer does not have or does not need."""
+
+    patches: Tensor | None  # (B, N, ...)
+    registers: Tensor | None  # (R, ...)
+
+    def map(self, function: Callable[..., Tensor], *others: tuple[Any, Any]) -> Positions:
+        """A function of the values of each kind, and of what `others` have for that kind."""
+        pairs = zip(self, *others, strict=True)
+        return Positions(*(None if values is None else function(values, *rest) for values, *rest in pairs))
+
+    def only(self, kind: Kind | None) -> Positions:
+        """The values of one kind; None for both."""
+        return Positions(
+            None if kind == "registers" else self.patches,
+            None if kind == "patches" else self.registers,
+        )
+
+
+def both(values: Positions) -> tuple[Tensor, Tensor]:
+    """Patches and registers, where there are both."""
+    patches, registers = values
+    assert patches is not None and registers is not None
+    return patches, registers
+
+
+class Sequences(NamedTuple):
+    """Each image's patches and registers end to end, as attention of sequences of different lengths takes them.
+
+    A last sequence holds the registers that round their number up.
+    """
+
+    patches: Tensor  # (B N,) int64, the place there of each patch
+    registers: Tensor  # (R,) int64, the place there of each register
+    patch_ends: Tensor  # (B + 2,) int32, cumulative numbers of patches
+    register_ends: Tensor  # (B + 2,) int32, cumulative numbers of registers
+    ends: Tensor  # (B + 2,) int32, cumulative lengths
+    longest: int  # no sequence is longer
+
+    def join(self, values: Positions) -> Tensor:
+        """Values (B, N, ...) and (R, ...) in this order: (B N + R, ...)."""
+        patches, registers = both(values)
+        total = len(self.patches) + len(self.registers)
+        return put(patches.flatten(0, 1), self.patches, total).index_copy(0, self.registers, registers)
+
+    def split(self, values: Tensor, like: Positions) -> Positions:
+        """The inverse of `join`."""
+        patches, registers = both(like)
+        return Positions(take(values, self.patches).view_as(patches), take(values, self.registers).view_as(registers))
+
+
+class Packing(NamedTuple):
+    """Where the registers of a batch are, and who sees whom."""
+
+    num_images: int  # B
+    owner: Tensor  # (R,) int64, the image of each register
+    longest: int  # M
+    padded: Tensor | None  # (R,) int64, its place in (B, M), flattened; None where these are 0, 1, 2, ..., B M - 1
+    log_counts: Tensor | None  # (R,), log of how many equal registers each stands for; None for 1 each
+    sequences: Sequences | None  # where attention takes them
+    sight: Sight
+
+    def fill(self, registers: Tensor) -> Tensor:
+        """Registers with more at their end, where their number was rounded up: (..., D) -> (R, D)."""
+        return F.pad(registers, (0, 0, 0, len(self.owner) - len(registers)))
+
+
+def places(lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Image and place in it, (R,) int64 each, of registers that lie end to end, `lengths` (B,) of each image."""
+    owner = torch.arange(len(lengths)).repeat_interleave(lengths)
+    return owner, torch.arange(len(owner)) - (lengths.cumsum(0) - lengths)[owner]
+
+
+def pack(
+    owner: Tensor,  # (R,) int64 on the CPU, the image of each register
+    place: Tensor,  # (R,) int64 on the CPU, its place among those of its image
+    num_images: int,
+    num_patches: int,
+    most: int,  # K
+    sight: Sight,
+    device: torch.device,
+    counts: Tensor | None = None,  # (R,) on the CPU, how many equal registers each stands for
+) -> Packing:
+    """Tell a device where registers are; for sequences, R is rounded up to one of a few sizes (`padded_size`)."""
+    log_counts = None if counts is None or bool((counts == 1).all()) else counts.to(accumulation_dtype(device)).log()
+    padded, sequences, longest = None, None, most
+    if takes_sequences(device):
+        more = padded_size(len(owner)) - len(owner)
+        sequences = _sequences(owner, more, num_images, num_patches, most, device)
+        owner = F.pad(owner, (0, more), value=num_images - 1)
+        log_counts = None if log_counts is None else F.pad(log_counts, (0, more))
+    else:
+        longest = int(place.max()) + 1 if len(place) else 0
+        padded = owner * longest + place
+        in_order = torch.equal(padded, torch.arange(num_images * longest))
+        padded = None if in_order else send(padded, device)
+    log_counts = None if log_counts is None else send(log_counts, device)
+    return Packing(num_images, send(owner, device), longest, padded, log_counts, sequences, sight)
+
+
+def _sequences(
+    owner: Tensor, more: int, num_images: int, num_patches: int, most: int, device: torch.device
+) -> Sequences:
+    images = torch.arange(num_images + 1)  # the last one is made of what rounds up
+    of_patches, of_registers = images[:-1].repeat_interleave(num_patches), F.pad(owner, (0, more), value=num_images)
+    order = torch.cat([of_patches, of_registers]).argsort(stable=True)
+    rank = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
+    patch_ends = F.pad((images + 1).clamp(max=num_images) * num_patches, (1, 0))
+    register_ends = F.pad(of_registers.bincount(minlength=num_images + 1).cumsum(0), (1, 0))
+    return Sequences(
+        send(rank[: len(of_patches)], device),
+        send(rank[len(of_patches) :], device),
+        send(patch_ends.int(), device),
+        send(register_ends.int(), device),
+        send((patch_ends + register_ends).int(), device),
+        num_patches + most,
+    )
+
+
+def padded_size(total: int) -> int:
+    """`total` rounded up to one of `SIZES_PER_DOUBLING` sizes, so that few shapes are compiled; multiples of 8."""
+    step = max(8, (1 << max(total - 1, 0).bit_length()) // (2 * SIZES_PER_DOUBLING))
+    return -(-total // step) * step
+
+
+def takes_sequences(device: torch.device) -> bool:
+    """Whether attention runs on sequences end to end: on a GPU in half precision."""
+    return device.type == "cuda" and torch.is_autocast_enabled("cuda")
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """Host values on a device, for which the host does not wait."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.total = len(values)
+        return values.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return put(gradient, rows, ctx.total), None
+
+
+def take(values: Tensor, rows: Tensor) -> Tensor:
+    """These rows of values, (R, ...), none of them twice: so the backward pass copies gradients and adds nothing."""
+    return _Take.apply(values, rows)  # type: ignore[no-any-return]
+
+
+def put(values: Tensor, rows: Tensor, total: int, fill: float = 0.0) -> Tensor:
+    """(total, ...) with (R, ...) values at these rows and `fill` elsewhere."""
+    return values.new_full((total, *values.shape[1:]), fill).index_copy(0, rows, values)
