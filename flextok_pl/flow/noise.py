@@ -40,4 +40,4 @@ def _mix(z: Tensor) -> Tensor:
 
 def _shifted(z: Tensor, bits: int) -> Tensor:
     """Logical shift to the right; torch's keeps the sign."""
-    return (z >> bits) & (2 ** (64 - bits) - 1)
+    return torch.bitwise_and(z >> bits, 2 ** (64 - bits) - 1)

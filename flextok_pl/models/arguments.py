@@ -82,6 +82,8 @@ def as_budgets(num_tokens: Any, lengths: Sequence[int], most: int) -> Tensor:
         check_budget(length, most, "number of tokens given")
     if num_tokens is None:
         return torch.tensor(lengths, dtype=torch.int64)
+    if isinstance(num_tokens, int | float):
+        check_budget(num_tokens, most)
     budgets = as_ids(num_tokens, "num_tokens")
     wanted: list[int] = budgets.expand(len(lengths)).tolist() if budgets.ndim == 0 else budgets.flatten().tolist()
     if len(wanted) != len(lengths):

@@ -141,7 +141,7 @@ def test_images_and_tokens_that_are_refused(tok: FlexTok, images: Tensor) -> Non
         "tokens has shape (16,)": lambda: decoded(tok, tokens[0]),
         "num_tokens=True": lambda: tok.tokenize(images, num_tokens=True),
         "num_tokens=2.0 is not in": lambda: tok.tokenize(images, num_tokens=2.0),  # type: ignore[arg-type]
-        "num_tokens is no list of ids": lambda: decoded(tok, tokens, num_tokens=2.5),
+        "num_tokens is no list of ids": lambda: decoded(tok, tokens, num_tokens=[2.5, 2.5]),
         "num_tokens has 1 entries for 2": lambda: decoded(tok, tokens, num_tokens=[3]),
         "latent_size=64 must be two whole numbers": lambda: decoded(tok, tokens, latent_size=64),
         "latent_size=(8, 0)": lambda: decoded(tok, tokens, latent_size=(8, 0)),

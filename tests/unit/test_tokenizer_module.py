@@ -40,27 +40,9 @@ NET = FlexTokConfig(
     nested_dropout="pow2",
 )
 # Ten losses of `test_golden_losses`, on CPU in float32. A change of the maths changes them; a refactor does not.
-GOLDEN_LOSSES = [
-    0.9979236125946045,
-    1.0574690103530884,
-    1.1087175607681274,
-    1.0084905624389648,
-    0.9587398767471313,
-    0.9321759939193726,
-    0.9959728717803955,
-    0.9402997493743896,
-    0.921012282371521,
-    0.9277979731559753,
-]
+GOLDEN_LOSSES = [1.03539, 1.100558, 1.083942, 0.992451, 1.004297, 0.982917, 0.971767, 0.914156, 0.934093, 0.937781]
 # The same of six steps with an alignment.
-GOLDEN_ALIGNED_LOSSES = [
-    1.0505023002624512,
-    0.3573240637779236,
-    0.4975672960281372,
-    0.26850950717926025,
-    0.239956796169281,
-    0.1776711344718933,
-]
+GOLDEN_ALIGNED_LOSSES = [1.094208, 0.401121, 0.470939, 0.251159, 0.284855, 0.228857]
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -179,7 +161,7 @@ def test_a_validation_does_not_depend_on_the_batches(tmp_path: Path) -> None:
     network, found = module(tmp_path), []
     for size, rows in ((2, samples), (5, samples), (5, samples[::-1])):
         found += trainer(tmp_path).validate(network, DataLoader(rows, batch_size=size), verbose=False)  # type: ignore[arg-type]
-    assert found[0]["val/loss"] > 0 and {"val/token_gap", "val/loss_k/008"} <= found[0].keys()
+    assert found[0]["val/loss"] > 0 and {"val/token_gap", "val/loss_k/004"} <= found[0].keys()
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-5, abs=1e-6)
     without = DataLoader([{"image": pictures[0]}], batch_size=1)  # type: ignore[arg-type,var-annotated]
