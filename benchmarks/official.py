@@ -4,26 +4,26 @@ Both sides hold the same random weights: `save_pretrained` writes ours, and the 
 with another autoencoder gets the published kind. First both are compared, in float32 and on the same noise; then they
 take turns at
 
-- `tokenize`: images to tokens, the autoencoder included;
-- `detokenize`: tokens to images at several budgets, with Euler steps and adaptive projected guidance at 7.5 as
-  published, the autoencoder included;
-- `train`: forward and backward pass on latents, without an optimizer. Both draw budgets, null conditions and times by
-  the preset's laws. `memory_gib` is the most that a step allocates: activations and gradients (CUDA only).
+- `tokenize`: images to few and to all tokens, the autoencoder included;
+- `detokenize`: tokens to images at several budgets, and at one for each image that is drawn from 1..K, with Euler steps
+  and adaptive projected guidance at 7.5 as published, the autoencoder included;
+- `train`: forward and backward pass on latents, without an optimizer, under laws of the budgets. Both draw times, null
+  conditions and budgets, ours in equal strata so that few steps tell their mean; the published cost is the same at all.
+  `memory_gib` is the most that a step allocates: activations and gradients (CUDA only).
 
 TF32 is off; precision, that of the autoencoder too, and activation checkpointing are the same on both sides. The
 published attention is a compiled FlexAttention, or SDPA with materialised masks (`--official-attention sdpa`).
 FlexAttention compiles anew for every shape and mask: that falls into the round that warms up, and dynamo's limit is
-raised so that it never falls back to eager. With `--compile` ours, whose shapes follow the budgets, takes the steps of
-the measurement once before it.
+raised so that it never falls back to eager.
 
     git clone https://github.com/apple/ml-flextok && git -C ml-flextok checkout 87d00cc && pip install -e ml-flextok
-    python benchmarks/official.py --batch-size 2 --steps 4 --repeats 2 --json benchmarks/results/official_cpu.json
+    python benchmarks/official.py --batch-size 4 --json benchmarks/results/official_cpu.json
 """
 
 import argparse
 import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ from report import median_seconds, peak_gib, write_results
 from torch import Tensor, nn
 
 from flextok_pl.config import FlexTokConfig, VAEConfig
+from flextok_pl.flow.nested_dropout import BUDGET_LAWS
 from flextok_pl.layers.blocks import compile_for_all_lengths
 from flextok_pl.models.objective import flow_loss, sample_draws
 from flextok_pl.models.tokenizer import FlexTok
@@ -43,9 +44,9 @@ parser.add_argument("--preset", default="d12_d12")
 parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
 parser.add_argument("--batch-size", type=int, default=16)
 parser.add_argument("--repeats", type=int, default=3)
-parser.add_argument("--budgets", type=int, nargs="+", default=[1, 16, 64, 256])
-parser.add_argument("--steps", type=int, default=20, help="Euler steps of a decoding")
-parser.add_argument("--budget-groups", type=int, nargs="+", default=[1, 4])
+parser.add_argument("--budgets", type=int, nargs="+", default=[8, 256])
+parser.add_argument("--laws", nargs="+", default=["uniform", "pow2"], choices=BUDGET_LAWS)
+parser.add_argument("--steps", type=int, default=25, help="Euler steps of a decoding")
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="autocast to this type")
 parser.add_argument("--compile", action="store_true", help="torch.compile every block of ours for training")
@@ -54,9 +55,9 @@ parser.add_argument("--official-attention", choices=["flex", "sdpa"], help="defa
 parser.add_argument("--json", default=None, help="file to write the results to")
 
 
-def our_tokenizer(preset: str) -> FlexTok:
+def our_tokenizer(preset: str, law: str) -> FlexTok:
     """Random weights, also where training starts at zero."""
-    config = FlexTokConfig.preset(preset)
+    config = dataclasses.replace(FlexTokConfig.preset(preset), nested_dropout=law, stratified_budgets=True)
     vae = VAEConfig(latent_channels=config.latent_channels)  # the architecture that the published package builds
     torch.manual_seed(0)
     tokenizer = FlexTok(dataclasses.replace(config, vae=vae)).eval()
@@ -88,25 +89,25 @@ def official_twin(tokenizer: FlexTok, attention: str, checkpointing: bool) -> An
 
 
 @torch.no_grad()
-def official_tokens(official: Any, images: Tensor) -> Tensor:
-    return torch.cat(official.tokenize(images))
+def official_tokens(official: Any, images: Tensor, budget: int) -> Tensor:
+    """It computes all tokens, of which its users take the first."""
+    return torch.cat(official.tokenize(images))[:, :budget]
 
 
-def our_images(tokenizer: FlexTok, tokens: Tensor, steps: int) -> Tensor:
-    generator = torch.Generator(tokens.device).manual_seed(0)
+def our_images(tokenizer: FlexTok, tokens: Sequence[Tensor], steps: int) -> Tensor:
+    generator = torch.Generator(tokens[0].device).manual_seed(0)
     return tokenizer.detokenize(tokens, None, steps, "apg", 7.5, generator)
 
 
 @torch.no_grad()
-def official_images(official: Any, tokens: Tensor, steps: int, side: int) -> Tensor:
-    generator = torch.Generator(tokens.device).manual_seed(0)
+def official_images(official: Any, tokens: Sequence[Tensor], steps: int, side: int) -> Tensor:
+    generator = torch.Generator(tokens[0].device).manual_seed(0)
     recipe = {"guidance_scale": 7.5, "perform_norm_guidance": True, "verbose": False}
-    return official.detokenize(list(tokens.split(1)), side, timesteps=steps, generator=generator, **recipe)
+    return official.detokenize([row[None] for row in tokens], side, timesteps=steps, generator=generator, **recipe)
 
 
-def our_loss(tokenizer: FlexTok, latents: Tensor, groups: int, generator: torch.Generator) -> Tensor:
-    draws = sample_draws(tokenizer.config, latents, generator)
-    return flow_loss(tokenizer, latents, draws, budget_groups=groups).loss.mean()
+def our_loss(tokenizer: FlexTok, latents: Tensor, generator: torch.Generator) -> Tensor:
+    return flow_loss(tokenizer, latents, sample_draws(tokenizer.config, latents, generator)).loss.mean()
 
 
 def official_loss(official: Any, latents: Tensor) -> Tensor:
@@ -120,8 +121,8 @@ def official_loss(official: Any, latents: Tensor) -> Tensor:
 
 def compare(tokenizer: FlexTok, official: Any, images: Tensor) -> dict[str, float]:
     """How far both agree: on all tokens, and on images decoded from the same tokens in two steps."""
-    tokens, theirs = tokenizer.tokenize(images), official_tokens(official, images)
-    kept = tokens[:, : tokenizer.num_registers // 4]
+    tokens, theirs = tokenizer.tokenize(images), official_tokens(official, images, tokenizer.num_registers)
+    kept = [row[: tokenizer.num_registers // 4 + i] for i, row in enumerate(tokens)]
     decoded = our_images(tokenizer, kept, 2)
     difference = (decoded - official_images(official, kept, 2, tokenizer.latent_size[0])).abs().max().item()
     agreement = {
@@ -151,7 +152,7 @@ def main() -> None:
     options.official_attention = options.official_attention or ("flex" if device.startswith("cuda") else "sdpa")
     torch.backends.cudnn.allow_tf32 = False  # of matrix products it is off by default
     torch._dynamo.config.recompile_limit = 64
-    tokenizer = our_tokenizer(options.preset)
+    tokenizer = our_tokenizer(options.preset, options.laws[0])
     official = official_twin(tokenizer, options.official_attention, options.checkpointing).to(device)
     tokenizer.to(device)
     side, registers, generator = tokenizer.latent_size[0], tokenizer.num_registers, torch.Generator().manual_seed(0)
@@ -183,28 +184,41 @@ def main() -> None:
             results[part][name] = {**row, "speedup_over_official": seconds["official"] / seconds["ours"]}
         print(part, results[part], flush=True)
 
+    budgets = sorted({min(budget, registers) for budget in options.budgets})
     if "tokenize" in options.parts:
-        pair = partial(cast, tokenizer.tokenize, images), partial(cast, official_tokens, official, images)
-        race("tokenize", {f"k={registers}": pair})
+        calls = ((k, tokenizer.tokenize, official_tokens) for k in budgets)
+        race(
+            "tokenize",
+            {f"k={k}": (partial(ours, images, k), partial(theirs, official, images, k)) for k, ours, theirs in calls},
+        )
     if "detokenize" in options.parts:
-        pairs = {}
-        for k in sorted({min(budget, registers) for budget in options.budgets}):
-            ours = partial(cast, our_images, tokenizer, tokens[:, :k], options.steps)
-            pairs[f"k={k}"] = ours, partial(cast, official_images, official, tokens[:, :k], options.steps, side)
-        race("detokenize", pairs)
+        mixed = torch.randint(1, registers + 1, (batch,), generator=generator).tolist()
+        rows = {f"k={k}": list(tokens[:, :k]) for k in budgets}
+        rows["mixed"] = [row[:k] for row, k in zip(tokens, mixed, strict=True)]
+        results["mixed_budgets"] = mixed
+        race(
+            "detokenize",
+            {
+                name: (
+                    partial(our_images, tokenizer, each, options.steps),
+                    partial(official_images, official, each, options.steps, side),
+                )
+                for name, each in rows.items()
+            },
+        )
     if "train" in options.parts:
         tokenizer.train().checkpoint_activations(options.checkpointing)
+        official.train()
         if options.compile:
             for part in (tokenizer.encoder, tokenizer.decoder):
                 compile_for_all_lengths(part.blocks)
-        theirs, pairs = partial(step, official.train(), official_loss, latents), {}
-        for groups in options.budget_groups:
-            law = torch.Generator().manual_seed(1)
-            ours = partial(step, tokenizer, our_loss, latents, groups, law)
-            for _ in range(options.repeats + 2 if options.compile else 0):
-                ours()
-            law.manual_seed(1)  # the same budgets for every setting
-            pairs[f"budget_groups={groups}"] = ours, theirs
+        pairs = {}
+        for law in options.laws:
+            tokenizer.config = dataclasses.replace(tokenizer.config, nested_dropout=law)
+            pairs[law] = (
+                partial(step, tokenizer, our_loss, latents, torch.Generator().manual_seed(1)),
+                partial(step, official, official_loss, latents),
+            )
         race("train", pairs)
     write_results("official", vars(options), results, options.json)
 
