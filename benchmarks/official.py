@@ -57,7 +57,7 @@ parser.add_argument("--json", default=None, help="file to write the results to")
 
 def our_tokenizer(preset: str, law: str) -> FlexTok:
     """Random weights, also where training starts at zero."""
-    config = dataclasses.replace(FlexTokConfig.preset(preset), nested_dropout=law, stratified_budgets=True)
+    config = dataclasses.replace(FlexTokConfig.preset(preset), nested_dropout=law)
     vae = VAEConfig(latent_channels=config.latent_channels)  # the architecture that the published package builds
     torch.manual_seed(0)
     tokenizer = FlexTok(dataclasses.replace(config, vae=vae)).eval()
@@ -107,7 +107,9 @@ def official_images(official: Any, tokens: Sequence[Tensor], steps: int, side: i
 
 
 def our_loss(tokenizer: FlexTok, latents: Tensor, generator: torch.Generator) -> Tensor:
-    return flow_loss(tokenizer, latents, sample_draws(tokenizer.config, latents, generator)).loss.mean()
+    return flow_loss(
+        tokenizer, latents, sample_draws(tokenizer.config, latents, generator, stratified_budgets=True)
+    ).loss.mean()
 
 
 def official_loss(official: Any, latents: Tensor) -> Tensor:

@@ -68,19 +68,17 @@ def prior(preset: str, batch: int, checkpointing: bool, chunk: str, numerics: Nu
     return prior_workload(options, config, 256, "tokens", numerics), model, loss
 
 
-def tokenizer(preset: str, batch: int, checkpointing: bool, groups: str, numerics: Numerics, device: str):
+def tokenizer(preset: str, batch: int, checkpointing: bool, chunk: str, numerics: Numerics, device: str):
     """(workload, model, loss of a step), from latents and with all tokens, the most that a step can take."""
     config = dataclasses.replace(FlexTokConfig.preset(preset), nested_dropout="none", null_dropout=0.0)
-    options = {"budget_groups": int(groups), "vae": None, "teacher": None, "activation_checkpointing": checkpointing}
+    options = {"stratified_budgets": False, "vae": None, "teacher": None, "activation_checkpointing": checkpointing}
     model = FlexTok(dataclasses.replace(config, vae=None)).to(device)
     model.checkpoint_activations(checkpointing)
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(batch, config.latent_channels, *model.latent_size, generator=generator).to(device)
 
     def loss() -> torch.Tensor:
-        return flow_loss(
-            model, latents, sample_draws(config, latents, generator), budget_groups=int(groups)
-        ).loss.mean()
+        return flow_loss(model, latents, sample_draws(config, latents, generator)).loss.mean()
 
     size = model.latent_size[0] * config.vae.downsampling
     return tokenizer_workload(options, config, size, "latents", numerics), model, loss

@@ -130,8 +130,6 @@ class FlexTokConfig:
         timestep_law: law of t in training (see `flextok_pl.flow.rectified`; unconfirmed).
         mode_scale: the `mode` law's scale s (unconfirmed).
         stratified: draw t in equal strata over the batch.
-        stratified_budgets: draw the numbers of kept tokens, and which images keep none, in equal strata over the batch:
-            each step then computes almost as many positions as any other, on each process.
         layout: `registers` reads tokens from registers. `grid` is a baseline of 2-D tokens: they are read at the
             encoder's patches in raster order and added to the decoder's, `num_registers` being the number of patches.
             Its images have the size that `grid_size` holds, and no smaller one.
@@ -164,7 +162,6 @@ class FlexTokConfig:
     timestep_law: TimestepLaw = "mode"
     mode_scale: float = 0.25
     stratified: bool = False
-    stratified_budgets: bool = False
     layout: Layout = "registers"
     causal_registers: bool = True
     objective: Objective = "flow"

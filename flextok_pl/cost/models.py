@@ -169,11 +169,11 @@ def prior_flops(config: PriorConfig, text_length: int = 1, checkpointing: bool =
 
 
 def tokenizer_activations(
-    config: FlexTokConfig, numerics: Numerics, batch_size: int, grid: Grid | None = None
+    config: FlexTokConfig, numerics: Numerics, batch_size: int, grid: Grid | None = None, stratified: bool = False
 ) -> Activations:
     """Encoder and decoder, for a batch of B images whose budgets take as much as they do in one step of a thousand.
 
-    That is the quantile of a normal distribution, or the mean where budgets are stratified. See `tokenizer_flops` for
+    That is the quantile of a normal distribution, or the mean where budgets are `stratified`. See `tokenizer_flops` for
     `grid`.
     """
     law = _law(config)
@@ -181,7 +181,7 @@ def tokenizer_activations(
     def of_batch(bytes_of_image: Tensor) -> float:
         mean = law @ bytes_of_image
         deviation = (law @ (bytes_of_image - mean).square()).sqrt()
-        spread = 0.0 if config.stratified_budgets else RARE_DEVIATIONS / batch_size**0.5
+        spread = 0.0 if stratified else RARE_DEVIATIONS / batch_size**0.5
         return batch_size * float((mean + spread * deviation).clamp(max=bytes_of_image[law > 0].max()))
 
     coding, decoding = _kept_at_every_budget(_shape(config), grid, numerics)

@@ -124,7 +124,9 @@ def tokenizer_workload(
     return Workload(
         _parameters(parts, [*model.encoder.blocks, *model.decoder.blocks]),
         flops=lambda batch: tokenizer_flops(net, grid, options["activation_checkpointing"]) + extra,
-        activations=lambda batch: tokenizer_activations(net, numerics, batch, grid) + more * batch,
+        activations=lambda batch: (
+            tokenizer_activations(net, numerics, batch, grid, options["stratified_budgets"]) + more * batch
+        ),
         frozen=frozen,
         notes=tuple(notes),
     )

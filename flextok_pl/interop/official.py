@@ -27,7 +27,6 @@ PUBLISHED_VAE = VAEConfig()  # the architecture that the official code builds fo
 
 _BESIDE = "config.json"
 _SAID_OTHERWISE = {"vae", "patch_size", "repa_layer", "timestep_law", "position_base"}  # the last by the tables' values
-_LEFT_OUT = {"stratified_budgets"}  # of training alone, and with the same law of each image's budget
 _ENC, _DEC = "encoder.module_dict.", "decoder.module_dict."
 _PREFIXES = {  # start of a name in our state dict -> start of the official name
     "vae.vae.": "vae.vae.",
@@ -146,7 +145,7 @@ def _vae_config(
 def config_to_official(config: FlexTokConfig) -> dict[str, Any]:
     """The official configuration of a model, as plain data; ValueError where the official code cannot express it."""
     facts = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    known = fact_names(PARTS) | _SAID_OTHERWISE | _LEFT_OUT
+    known = fact_names(PARTS) | _SAID_OTHERWISE
     for field in dataclasses.fields(config):
         if field.name not in known and facts[field.name] != field.default:
             raise ValueError(

@@ -52,6 +52,7 @@ def sample_draws(
     generator: torch.Generator,  # on the CPU, in the same state on all ranks
     timestep_shift: float = 1.0,
     pure_noise: float = 0.0,  # probability of t = 1 in place of the law's draw
+    stratified_budgets: bool = False,
     rank: int = 0,
     world_size: int = 1,  # all processes have B images
 ) -> TrainingDraws:
@@ -62,7 +63,7 @@ def sample_draws(
     image, so those images train the encoder as an autoencoder would be trained.
     """
     batch = len(latents) * world_size
-    num_tokens, null = _sample_budgets(config, batch, generator)
+    num_tokens, null = _sample_budgets(config, batch, generator, stratified_budgets)
     mine = slice(rank, None, world_size)
     num_tokens, null = num_tokens[mine].contiguous(), null[mine].contiguous()
     if config.objective == "mse":
@@ -82,13 +83,15 @@ def sample_draws(
     return TrainingDraws(noise, t[mine], num_tokens, null)
 
 
-def _sample_budgets(config: FlexTokConfig, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _sample_budgets(
+    config: FlexTokConfig, batch: int, generator: torch.Generator, stratified: bool
+) -> tuple[Tensor, Tensor]:
     """Budgets and null conditions from one uniform number for each image, (B,) int64 and bool.
 
     Numbers in equal strata make the sum of what images keep almost the same in each step, on each process.
     """
     u = torch.rand(batch, generator=generator, dtype=torch.float64)
-    if config.stratified_budgets:
+    if stratified:
         u = stratify(u)[lattice(batch, generator)]
     share = config.null_dropout
     null = u < share

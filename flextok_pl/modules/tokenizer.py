@@ -78,6 +78,8 @@ class TokenizerModule(ResumableModule):
             effect on a net with `objective="mse"`, which always trains at t = 1.
         pure_noise: share of the images that are trained at t = 1, where only the tokens say what to draw. A small model
             on a small machine finds out much sooner that its tokens are of use.
+        stratified_budgets: draw the numbers of kept tokens, and which images keep none, in equal strata over the batch:
+            each step then computes almost as many positions as any other, on each process.
         teacher: REPA's teacher: `effnet-lite2`, a timm model, or None for no REPA.
         teacher_weights: local weights file of the teacher.
         repa_weight: weight of the alignment loss.
@@ -104,6 +106,7 @@ class TokenizerModule(ResumableModule):
         mup_base_width: int | None = None,
         timestep_shift: float = 1.0,
         pure_noise: float = 0.0,
+        stratified_budgets: bool = False,
         teacher: str | None = None,
         teacher_weights: str | None = None,
         repa_weight: float = 1.0,
@@ -232,9 +235,17 @@ class TokenizerModule(ResumableModule):
         """Velocity loss, and the alignment with the teacher where there is one."""
         latents = self.latents(batch)
         generator = step_generator(self, self.seed, batch_idx)
-        shift, pure_noise = self.hparams["timestep_shift"], self.hparams["pure_noise"]
-        rank, ranks = self.global_rank, self.trainer.world_size
-        draws = sample_draws(self.tokenizer.config, latents, generator, shift, pure_noise, rank, ranks)
+        options = self.hparams
+        draws = sample_draws(
+            self.tokenizer.config,
+            latents,
+            generator,
+            options["timestep_shift"],
+            options["pure_noise"],
+            options["stratified_budgets"],
+            self.global_rank,
+            self.trainer.world_size,
+        )
         result = flow_loss(self.tokenizer, latents, draws)
         loss = result.loss.mean()
         log_means(self, {"train/loss": loss}, len(latents))

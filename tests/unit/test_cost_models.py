@@ -135,11 +135,11 @@ def test_unknown_law() -> None:
 
 def test_expectation_is_the_mean_of_real_steps() -> None:
     batch, steps = 8, 25
-    config = dataclasses.replace(CONFIG, nested_dropout="uniform", null_dropout=0.2, stratified_budgets=True)
+    config = dataclasses.replace(CONFIG, nested_dropout="uniform", null_dropout=0.2)
     model, latents, generator = FlexTok(config), torch.randn(batch, *LATENTS), torch.Generator().manual_seed(0)
     total = 0
     for _ in range(steps):
-        draws = sample_draws(config, latents, generator)
+        draws = sample_draws(config, latents, generator, stratified_budgets=True)
         # One image at a time, without the padding of a CPU's attention.
         total += sum(sum(tokenizer_step(model, TrainingDraws(*(d[i : i + 1] for d in draws)))) for i in range(batch))
     assert tokenizer_flops(config).training == pytest.approx(total / steps / batch, rel=0.03)
@@ -154,14 +154,14 @@ def test_short_budgets_cost_less() -> None:
 @pytest.mark.parametrize("stratified", [False, True])
 def test_rare_budgets(stratified: bool) -> None:
     """The largest sum of what images keep, of a thousand steps; stratified ones are all near the mean."""
-    config = dataclasses.replace(CONFIG, null_dropout=0.2, stratified_budgets=stratified)
+    config = dataclasses.replace(CONFIG, null_dropout=0.2)
     batch, generator, latents = 32, torch.Generator().manual_seed(0), torch.empty(32, 1, 1, 1)
     bytes_of = sum(_kept_at_every_budget(_shape(config), None, Numerics()))[:, 0]
     totals = []
     for _ in range(1000):
-        draws = sample_draws(config, latents, generator)
+        draws = sample_draws(config, latents, generator, stratified_budgets=stratified)
         totals.append(float(bytes_of[draws.num_tokens.masked_fill(draws.null, 0)].sum()))
-    planned = tokenizer_activations(config, Numerics(), batch).kept
+    planned = tokenizer_activations(config, Numerics(), batch, stratified=stratified).kept
     assert max(totals) == pytest.approx(planned, rel=0.02)
 
 
@@ -288,7 +288,7 @@ def test_peak_of_the_tokenizers_steps(half: bool, checkpointing: bool) -> None:
     peak = peak_of_steps(model, lambda: flow_loss(model, latents, draws).loss.mean(), half)
     vae = VAEConfig(latent_channels=16, norm_num_groups=8, block_out_channels=(16,) * 4)
     net = dataclasses.replace(config, vae=vae)
-    options = {"vae": None, "teacher": None, "activation_checkpointing": checkpointing}
+    options = {"stratified_budgets": False, "vae": None, "teacher": None, "activation_checkpointing": checkpointing}
     how = setup(half, checkpointing)
     planned = memory(tokenizer_workload(options, net, 128, "latents", how.numerics), how, batch)
     assert planned["total"] - planned["frozen"] == pytest.approx(peak, rel=0.15)

@@ -11,7 +11,14 @@ from torch import Tensor
 from flextok_pl.flow.decoding import AdaptiveProjectedGuidance, Decoding, classifier_free_guidance, integrate
 from flextok_pl.flow.nested_dropout import BUDGET_LAWS, budgets_from_uniform
 from flextok_pl.flow.noise import seeded_normal
-from flextok_pl.flow.rectified import interpolate, mode_from_uniform, sample_timesteps, velocity_loss, velocity_target
+from flextok_pl.flow.rectified import (
+    interpolate,
+    lattice,
+    mode_from_uniform,
+    sample_timesteps,
+    velocity_loss,
+    velocity_target,
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -125,6 +132,21 @@ def test_budget_probabilities() -> None:
     assert (drawn == 1).sum() / (drawn == 2).sum() == pytest.approx(2.0, rel=0.05)
     drawn = budgets("uniform_pow2", 50000, 16)
     assert (drawn == 16).float().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 64, 96])
+def test_a_lattice_pairs_strata_evenly(batch: int) -> None:
+    order = lattice(batch, generator(batch))
+    assert sorted(order.tolist()) == list(range(batch))
+    starts = [lattice(batch, generator(seed))[0].item() for seed in range(40 * batch)]
+    assert set(starts) == set(range(batch)), "any image may get any stratum"
+    for ranks in (n for n in (2, 4, 8, 32) if batch % n == 0):
+        for rank in range(ranks):
+            own = order[rank::ranks].sort().values
+            assert (own.diff() == ranks).all(), "the images of each process are stratified"
+    if batch >= 64:
+        centred = torch.stack([order, torch.arange(batch)]).double()
+        assert abs(torch.corrcoef(centred)[0, 1].item()) < 0.2
 
 
 @pytest.mark.parametrize("law", BUDGET_LAWS)

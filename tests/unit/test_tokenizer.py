@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flextok_pl.config import FlexTokConfig, VAEConfig, config_from_dict
+from flextok_pl.flow.nested_dropout import BUDGET_LAWS, budget_probabilities
 from flextok_pl.models.objective import TrainingDraws, sample_draws
 from flextok_pl.models.tokenizer import FlexTok
 
@@ -104,6 +105,31 @@ def test_draws_are_a_function_of_the_generator(tokenizer: FlexTok) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert first.null.float().mean() == pytest.approx(CONFIG.null_dropout, abs=0.15)
     assert isinstance(first, TrainingDraws) and first.noise.std() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("law", BUDGET_LAWS)
+def test_stratified_budgets_follow_the_law(law: str) -> None:
+    """Over many steps each image keeps what the law says; in one step their sum is almost the expected one."""
+    config = dataclasses.replace(CONFIG, nested_dropout=law, null_dropout=0.25)
+    latents, kept, totals = torch.zeros(32, 1, 1, 1), [], []
+    generator, expected = torch.Generator().manual_seed(0), 0.75 * budget_probabilities(law, 12)
+    for _ in range(400):
+        draws = sample_draws(config, latents, generator, stratified_budgets=True)
+        kept.append(draws.num_tokens.masked_fill(draws.null, 0))
+        totals.append(kept[-1].sum().item())
+    expected[0] += 0.25
+    for image in (0, 13):
+        found = torch.stack(kept)[:, image].bincount(minlength=13) / len(kept)
+        assert (found - expected).abs().max() < 0.09, "4 standard deviations"
+    found = torch.cat(kept).bincount(minlength=13) / (32 * len(kept))
+    assert (found - expected).abs().max() < 0.005
+    assert max(totals) - min(totals) <= 13, "one image's"
+    independent = sample_draws(config, torch.zeros(4000, 1, 1, 1), generator, stratified_budgets=True)
+    pairs = torch.stack([independent.t.double(), independent.num_tokens.double()])
+    if law != "none":
+        assert abs(torch.corrcoef(pairs)[0, 1].item()) < 0.05, "budgets do not tell times"
+        with_null = torch.stack([independent.null.double(), independent.num_tokens.double()])
+        assert abs(torch.corrcoef(with_null)[0, 1].item()) < 0.05
 
 
 @pytest.mark.parametrize(
