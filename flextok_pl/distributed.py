@@ -19,15 +19,19 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def _meeting_place() -> torch.device:
+    """Where the process group communicates."""
+    accelerator = torch.accelerator.current_accelerator()
+    return torch.device("cpu") if accelerator is None or dist.get_backend() == "gloo" else accelerator
+
+
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum over processes, on the CPU, of a tensor that has the same shape and type on each."""
+    """The sum over processes, on the tensor's device; the tensor has the same shape and type on each."""
     if world_size() == 1:
         return tensor
-    accelerator = torch.accelerator.current_accelerator()
-    on_cpu = accelerator is None or dist.get_backend() == "gloo"
-    moved = tensor.to("cpu" if on_cpu else accelerator, copy=True)  # where the process group communicates
+    moved = tensor.to(_meeting_place(), copy=True)
     dist.all_reduce(moved)
-    return moved.cpu()
+    return moved.to(tensor.device)
 
 
 def all_agree(flag: bool) -> bool:
@@ -36,10 +40,15 @@ def all_agree(flag: bool) -> bool:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Rows of all processes in the order of rank: (N_r, ...) -> (sum of N_r, ...), on the CPU; some may have none."""
+    """Rows of all processes in the order of rank: (N_r, ...) -> (sum of N_r, ...), on their device; N_r may be 0."""
     if world_size() == 1:
         return rows
-    return torch.cat(gather_objects(rows.cpu().clone()))  # pickled, a view would take its whole storage along
+    counts = gather_objects(len(rows))
+    padded = torch.zeros(max(counts), *rows.shape[1:], dtype=rows.dtype, device=_meeting_place())
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(rows.device)
 
 
 def gather_objects(value: T) -> list[T]:

@@ -72,6 +72,16 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
+def summing_device(device: torch.device | str) -> torch.device:
+    """Where float64 sums over what is on a device are kept: there, or on the CPU for one that lacks the type."""
+    return torch.device("cpu" if torch.device(device).type in WITHOUT_FLOAT64 else device)
+
+
+def as_float64(values: Tensor) -> Tensor:
+    """The values in float64, on their `summing_device`."""
+    return values.to(summing_device(values.device)).to(torch.float64)
+
+
 def require_float32(dtype: torch.dtype, what: str) -> None:
     """Raise ValueError for a network whose weights have another type, as its results would differ."""
     if dtype != torch.float32:

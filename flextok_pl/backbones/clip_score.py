@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from flextok_pl.backbones.pretrained import MeasuringNetwork, Pretrained
+from flextok_pl.precision import as_float64
 
 
 class CLIPScore(MeasuringNetwork):
@@ -25,7 +26,10 @@ class CLIPScore(MeasuringNetwork):
         super().__init__(str(model), network)
 
     def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
-        """Score of each pair: (B, 3, H, W) uint8 and B captions -> (B,) float64 on the CPU, not clamped at 0."""
+        """Score of each pair, not clamped at 0.
+
+        (B, 3, H, W) uint8 and B captions -> (B,) float64, on the images' `summing_device`.
+        """
         length = self.network.config.text_config.max_position_embeddings
         inputs = self.processor(
             text=list(captions),
@@ -38,4 +42,4 @@ class CLIPScore(MeasuringNetwork):
         with self.to(images.device).measuring():
             outputs = self.network(**inputs)
         cosine: Tensor = (outputs.image_embeds * outputs.text_embeds).sum(1)  # the model has normalised both
-        return 100 * cosine.cpu().double()
+        return 100 * as_float64(cosine)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from flextok_pl.backbones.pretrained import MeasuringNetwork, Pretrained
+from flextok_pl.precision import as_float64
 
 NETWORKS = ("ensemble", "dino_vitb16", "dinov2_vitb14", "clip_vitb32", "open_clip_vitb32", "synclr_vitb16")
 """Values of the package's `dreamsim_type`; `ensemble` is the paper's."""
@@ -65,10 +66,10 @@ class DreamSim(MeasuringNetwork):
         self._prepare: Any = prepare
 
     def __call__(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
-        """Distance of each pair: (B, 3, H, W) uint8 twice -> (B,) float64 on the CPU."""
+        """Distance of each pair: (B, 3, H, W) uint8 twice -> (B,) float64 on their `summing_device`."""
         with self.measuring():
             distance: Tensor = self.network(*(self._prepared(images) for images in (originals, reconstructions)))
-        return distance.reshape(-1).cpu().double()
+        return as_float64(distance.reshape(-1))
 
     def _prepared(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, 3, 224, 224) in [0, 1], by the package's own resize, which takes PIL's pictures."""

@@ -7,6 +7,7 @@ TensorFlow-compatible resize. `effnet-lite0` needs no download: its ImageNet wei
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from flextok_pl.backbones.networks import efficientnet_lite
 from flextok_pl.backbones.pretrained import MeasuringNetwork, Pretrained
+from flextok_pl.parts import in_parts
 
 OFFLINE_EXTRACTOR = "effnet-lite0"
 INCEPTION = "inception-v3-compat"
@@ -51,7 +53,7 @@ class FeatureExtractor(MeasuringNetwork):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; give uint8 (B, 3, H, W)")
         with self.measuring():
-            return self._features(self.network, images.to(self.device))
+            return in_parts(partial(self._features, self.network), images.to(self.device))
 
     def class_logits(self, features: Tensor) -> Tensor | None:
         """Inception's (B, D) -> (B, C), without the bias, as TensorFlow's inception score takes them; else None."""

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from flextok_pl.backbones.networks import lpips_network
 from flextok_pl.backbones.pretrained import MeasuringNetwork, Pretrained
+from flextok_pl.parts import in_parts
+from flextok_pl.precision import as_float64
 
 
 class LPIPS(MeasuringNetwork):
@@ -15,7 +17,10 @@ class LPIPS(MeasuringNetwork):
         super().__init__("alex", lpips_network("alex", Pretrained("lpips_network", "alex", weights, "lpips")))
 
     def __call__(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
-        """Distance of each pair: (B, 3, H, W) uint8 twice -> (B,) float64 on the CPU."""
+        """Distance of each pair: (B, 3, H, W) uint8 twice -> (B,) float64 on their `summing_device`."""
         with self.measuring():
-            distance: Tensor = self.network(*(images.float() / 127.5 - 1 for images in (originals, reconstructions)))
-        return distance.reshape(-1).cpu().double()
+            return as_float64(in_parts(self._distances, originals, reconstructions))
+
+    def _distances(self, *pair: Tensor) -> Tensor:
+        distances: Tensor = self.network(*(images.float() / 127.5 - 1 for images in pair))
+        return distances.reshape(-1)

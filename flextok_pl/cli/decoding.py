@@ -18,7 +18,7 @@ from flextok_pl.cli.tools import checked_budgets, default_device, picture_size
 from flextok_pl.contracts import Batch
 from flextok_pl.data.pictures import open_pictures
 from flextok_pl.data.transforms import CENTER_CROP
-from flextok_pl.evaluation.budget_evaluation import decode
+from flextok_pl.evaluation.decoding import decode, images_at_once
 from flextok_pl.evaluation.generation import balanced_prompt, generate_tokens
 from flextok_pl.evaluation.generation_statistics import GenerationStatistics
 from flextok_pl.evaluation.pictures import save_figure
@@ -153,13 +153,14 @@ def _measure(
             prompts = [balanced_prompt(next(numbers), model.num_classes) for _ in keys]
             keys = [prompt.key for prompt in prompts]
             tokens = generate_tokens(model, prompts, seed, cfg_scale, temperature)
-        for how, budget in statistics.made:
-            made = decode(tok, tokens, budget, how, keys, seed)
-            if isinstance(statistics, ReconstructionStatistics):
-                statistics.update_reconstructions((how, budget), originals, made, keys)
-            else:
-                statistics.update_generated((how, budget), made, keys)
-            yield len(keys)
+        at_once = images_at_once(len(keys), originals.shape[2:], tok.device)
+        for how, cells in itertools.groupby(statistics.made, key=lambda cell: cell[0]):
+            for budget, made in decode(tok, tokens, [budget for _, budget in cells], how, keys, seed, at_once):
+                if isinstance(statistics, ReconstructionStatistics):
+                    statistics.update_reconstructions((how, budget), originals, made, keys)
+                else:
+                    statistics.update_generated((how, budget), made, keys)
+                yield len(keys)
 
 
 def _write(statistics: Statistics, protocol: Mapping[str, Any], metric: str, folder: Path) -> list[list[str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -19,15 +19,14 @@ from torch import Tensor
 from flextok_pl.backbones.extractors import build_extractor
 from flextok_pl.contracts import Reconstructor, default_budgets
 from flextok_pl.distributed import all_agree, gather_objects, gather_rows, rank, world_size
+from flextok_pl.evaluation.decoding import decode, images_at_once
 from flextok_pl.evaluation.kept_files import keep, kept_file, load_kept
 from flextok_pl.evaluation.options import EvaluationOptions
 from flextok_pl.evaluation.protocol import bits_per_token, data_hash_text, decoding_facts, extractor_facts, versions
 from flextok_pl.evaluation.report import Results
 from flextok_pl.evaluation.statistics import BudgetStatistics, check_each_sample_once
-from flextok_pl.flow.decoding import Decoding
-from flextok_pl.keys import choose_fraction, key_hash, sample_generators
+from flextok_pl.keys import choose_fraction, key_hash
 from flextok_pl.metrics.feature_set import POOL_SIZE, FeatureSet
-from flextok_pl.metrics.images import to_uint8
 from flextok_pl.precision import MEASURED_IN
 from flextok_pl.progress import announced
 
@@ -179,14 +178,17 @@ class BudgetEvaluation(ABC):
         self.ids += [number for number in hashes if number not in self._done_before]
         self._done_before.difference_update(hashes)  # a key that comes twice is then found out
         chosen = new & choose_fraction(keys, self.fraction, "subset")
-        numbers = chosen.nonzero().flatten().tolist()
-        rows = {
-            name: value[chosen.to(value.device)] if isinstance(value, Tensor) else [value[i] for i in numbers]
-            for name, value in batch.items()
-            if value is not None
-        }
-        self._measure(rows)
+        places = None if chosen.all() else chosen.nonzero().flatten()
+        self._measure({name: _at(places, value) for name, value in batch.items() if value is not None})
         self._save_if_due()
+
+    def _decoded(
+        self, tokens: Tensor, keys: Sequence[str], budgets: Sequence[int], seed: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Budgets with their images of tokens (B, K), (B, 3, H, W) uint8; see `decode`."""
+        options = self.options
+        at_once = options.decode_batch_size or images_at_once(len(keys), self.statistics.image_size, self.device)
+        return decode(self.tokenizer, tokens, budgets, options.decoding, keys, seed, at_once, self.context.pause)
 
     def finish(self) -> Results | None:
         """Add up all processes, each of which must call this; None where too few images were measured."""
@@ -255,22 +257,27 @@ class BudgetEvaluation(ABC):
         return first_rows([row for part in gather_objects(self.rows) for row in part], count)
 
 
-def decode(
-    tokenizer: Reconstructor, tokens: Tensor, budget: int, decoding: Decoding, keys: Sequence[str], seed: int
-) -> Tensor:
-    """Decode tokens (B, K) at a budget, from noise that is a function of (seed, key) only: (B, 3, H, W) uint8."""
-    noise = sample_generators(keys, seed)
-    return to_uint8(tokenizer.detokenize(tokens, num_tokens=budget, generator=noise, **decoding.arguments))
-
-
 def first_rows(rows: list[GridRow], count: int) -> list[GridRow]:
     """The rows that come first, which are the same whoever saw which sample."""
     return sorted(rows, key=lambda row: row[0])[:count]
 
 
+def places_of(rows: Sequence[GridRow], orders: Sequence[Any], count: int) -> list[int]:
+    """Which of further rows, with these different orders, are among the first ones."""
+    first = sorted([order for order, *_ in rows] + list(orders))[:count]
+    return [i for i, order in enumerate(orders) if order in first]
+
+
 def stacked(rows: Sequence[GridRow], columns: Sequence[int]) -> list[tuple[str | int, Tensor]]:
     """Each budget with the rows' images, (B, 3, H, W) uint8."""
     return [(budget, torch.stack([images[budget] for *_, images in rows])) for budget in columns]
+
+
+def _at(places: Tensor | None, rows: Any) -> Any:
+    """Those of B rows that are in these places; all where that is None."""
+    if places is None:
+        return rows
+    return rows[places.to(rows.device)] if isinstance(rows, Tensor) else [rows[i] for i in places.tolist()]
 
 
 def _store_or_check(file: Path, features: FeatureSet, pixel_hash: int) -> None:

@@ -7,7 +7,7 @@ batch size or ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -22,7 +22,8 @@ from flextok_pl.backbones.clip_score import CLIPScore
 from flextok_pl.contracts import GenerationModule, PositionScale
 from flextok_pl.data.conditions import class_index
 from flextok_pl.distributed import all_agree, rank, world_size
-from flextok_pl.evaluation.budget_evaluation import BudgetEvaluation, Context, decode, stacked
+from flextok_pl.evaluation.budget_evaluation import BudgetEvaluation, Context, stacked
+from flextok_pl.evaluation.decoding import decode
 from flextok_pl.evaluation.generation_statistics import Classifier, GenerationStatistics
 from flextok_pl.evaluation.image_set import ImageSet
 from flextok_pl.evaluation.options import PROBE, GenerationOptions
@@ -132,13 +133,14 @@ class GenerationEvaluation(BudgetEvaluation):
         options, tokenizer = self.options, self.module.reconstructor
 
         def reconstruct(images: Tensor, keys: list[str]) -> Tensor:
-            tokens = tokenizer.tokenize(images.to(self.device))
-            return decode(tokenizer, tokens, tokenizer.num_registers, options.decoding, keys, options.seed)
+            tokens, budgets = tokenizer.tokenize(images.to(self.device)), [tokenizer.num_registers]
+            ((_, made),) = decode(tokenizer, tokens, budgets, options.decoding, keys, options.seed)
+            return made
 
         digest = model_hashes(tokenizer).get("tokenizer_hash", type(tokenizer).__name__)
         made_by = [digest, options.num_steps, options.guidance, options.guidance_scale, options.seed]
         names, folder = self.module.class_names, options.cache_folder
-        return fitted_probe(source, image_size, self.extractor, reconstruct, made_by, folder, names)
+        return fitted_probe(source, image_size, self.extractor, reconstruct, made_by, folder, names).to(self.device)
 
     @cached_property
     def _reference_features(self) -> tuple[FeatureSet | None, dict[str, Any]]:
@@ -163,30 +165,31 @@ class GenerationEvaluation(BudgetEvaluation):
         if self._asks_for_data:
             self.prompts += self._prompts_of(batch)
         if rank() == 0 and not self.rows and (shown := self._shown(batch)):
-            drawn = self._images([prompt for _, prompt in shown], self.columns)
+            images_of = self._images([prompt for _, prompt in shown], self.columns)
+            drawn = {budget: pixels.cpu() for budget, pixels in images_of}
             for i, (name, _) in enumerate(shown):
-                self.rows.append((i, name, {budget: pixels[i].cpu() for budget, pixels in drawn.items()}))
+                self.rows.append((i, name, {budget: pixels[i] for budget, pixels in drawn.items()}))
         size = self.options.batch_size
         parts = -(-len(self.prompts) // size)
         for _ in trange(parts, desc="generating", unit="batch", leave=False, disable=parts < 2 or rank() > 0):
             part = [Prompt(*entry) for entry in self.prompts[:size]]
             keys, labels = [prompt.key for prompt in part], torch.tensor([prompt.label for prompt in part])
             texts = [prompt.text for prompt in part] if self.module.condition_kind == "text" else None
-            for budget, images in self._images(part, self.budgets).items():
+            for budget, images in self._images(part, self.budgets):
                 self.statistics.update_generated(budget, images, keys, labels, texts)
                 if self._folder is not None:
-                    for key, pixels in zip(keys, images, strict=True):
+                    for key, pixels in zip(keys, images.cpu(), strict=True):
                         save_png(pixels, self._folder / f"k={budget:03d}" / f"{quote(key, safe=' ')}.png")
             self.prompts = self.prompts[size:]
             self._save_if_due()
             self.context.pause()
 
-    def _images(self, prompts: Sequence[Prompt], budgets: Sequence[int]) -> dict[int, Tensor]:
-        """One rollout, decoded at each budget: (B, 3, H, W) uint8."""
+    def _images(self, prompts: Sequence[Prompt], budgets: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """One rollout, decoded at each budget: the budget and (B, 3, H, W) uint8."""
         options, keys = self.options, [prompt.key for prompt in prompts]
         sampling = (options.cfg_scale, options.temperature, options.top_k, options.top_p)
         tokens = generate_tokens(self.module, prompts, options.seed, *sampling)
-        return {k: decode(self.tokenizer, tokens, k, options.decoding, keys, options.seed) for k in budgets}
+        return self._decoded(tokens, keys, budgets, options.seed)
 
     def _prompts_of(self, batch: Mapping[str, Any]) -> list[tuple[str, int, str]]:
         """One per real sample of a batch, of its class or its caption."""

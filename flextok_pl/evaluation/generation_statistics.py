@@ -17,8 +17,10 @@ from flextok_pl.backbones.extractors import FeatureExtractor
 from flextok_pl.evaluation.statistics import BudgetStatistics, BudgetT, add_features
 from flextok_pl.metrics.feature_set import FeatureSet
 from flextok_pl.metrics.inception_score import InceptionScore
+from flextok_pl.metrics.kernel import KernelReference
 from flextok_pl.metrics.linear_probe import LinearProbe
 from flextok_pl.metrics.manifold import DENSITY_NEIGHBOURS, NEIGHBOURS, manifold_scores
+from flextok_pl.precision import as_float64
 
 Classifier = LinearProbe | TimmClassifier
 """Says what class an image shows, from the image or from the extractor's features of it."""
@@ -52,9 +54,10 @@ class GenerationStatistics(BudgetStatistics[BudgetT]):
             self._score_name, num_classes = "inception_score", logits.shape[1]
         elif classifier is not None:
             self._score_name, num_classes = f"score_{classifier.name}", classifier.num_classes
-        self._scores = {budget: InceptionScore(num_classes, inception_splits) for budget in budgets if num_classes}
-        scores = {f"score {budget}": score for budget, score in self._scores.items()}
-        super().__init__(budgets, extractor, pool_fraction, real_pool_fraction, real, measured, scores)
+        super().__init__(budgets, extractor, pool_fraction, real_pool_fraction, real, measured)
+        scored = budgets if num_classes else ()
+        self._scores = {budget: InceptionScore(num_classes, inception_splits, self.home) for budget in scored}
+        self._further |= {f"score {budget}": score for budget, score in self._scores.items()}
 
     @property
     def how(self) -> dict[str, dict[str, Any]]:
@@ -80,35 +83,31 @@ class GenerationStatistics(BudgetStatistics[BudgetT]):
         ids = add_features(self.made[budget], features, keys, self._pool_fraction)
         logits = self._extractor.class_logits(features)
         if logits is not None:
-            self._scores[budget].update(logits.cpu().double().softmax(1), ids)
+            self._scores[budget].update(as_float64(logits).softmax(1), ids)
         if self._classifier is not None:
             probabilities = self._classifier.probabilities(images, features)
             if logits is None:
                 self._scores[budget].update(probabilities, ids)
             if labels is not None:
-                self._add_agreement(budget, probabilities, features, labels.cpu())
+                self._add_agreement(budget, probabilities, features, labels)
         if self._clip is not None and captions is not None:
             self._add_values(budget, "clip_score", self._clip(images, captions))
 
-    def values(self, kernel_seed: int = 0) -> dict[BudgetT, dict[str, float]]:
-        """Metrics by budget, each only where there are enough samples for it.
+    def _values_at(self, budget: BudgetT, real: KernelReference, kernel_seed: int) -> dict[str, float]:
+        """Each only where there are enough samples for it.
 
         The Frechet and the kernel distance; the inception score where the extractor has class logits, else the same
         score of the classifier under its own name; precision, recall, density and coverage; and of the images for which
         a class or a caption was asked, the share whose most probable class is that one, the share whose nearest class
         mean is, and the mean CLIP score.
         """
-        results: dict[BudgetT, dict[str, float]] = {}
-        real = self.real.pool()
-        for budget, features in self.made.items():
-            result = self._distances(budget, kernel_seed, paired=False)
-            if self._scores and self._scores[budget].count:
-                result[self._score_name], _ = self._scores[budget].compute()
-            pool = features.pool()
-            if min(len(real), len(pool)) > DENSITY_NEIGHBOURS:
-                result |= manifold_scores(real, pool)
-            results[budget] = result | self._means(budget)
-        return results
+        result = self._distances(budget, real, kernel_seed, paired=False)
+        if self._scores and self._scores[budget].count:
+            result[self._score_name], _ = self._scores[budget].compute()
+        pool = self.made[budget].pool()
+        if min(len(real.features), len(pool)) > DENSITY_NEIGHBOURS:
+            result |= manifold_scores(real.features, pool)
+        return result | self._means(budget)
 
     def _add_agreement(self, budget: BudgetT, probabilities: Tensor, features: Tensor, labels: Tensor) -> None:
         if len(labels) and int(labels.max()) >= probabilities.shape[1]:
@@ -116,7 +115,8 @@ class GenerationStatistics(BudgetStatistics[BudgetT]):
                 f"label {int(labels.max())} is none of the {probabilities.shape[1]} classes of the classifier; use one "
                 "of the data's own classes, such as a probe"
             )
-        asked = labels >= 0
-        self._add_values(budget, "class_agreement", (probabilities.argmax(1).cpu() == labels)[asked])
+        judged = {"class_agreement": probabilities.argmax(1)}
         if self._probe is not None:
-            self._add_values(budget, "class_mean_agreement", (self._probe.nearest_class(features) == labels)[asked])
+            judged["class_mean_agreement"] = self._probe.nearest_class(features)
+        for name, classes in judged.items():
+            self._add_values(budget, name, classes == labels.to(classes.device), int((labels >= 0).sum()))

@@ -33,6 +33,8 @@ class EvaluationOptions:
         num_steps: steps of the decoder's solver.
         guidance: of the decoder: `none`, `cfg` or `apg`.
         guidance_scale: its scale; 1 is no guidance.
+        decode_batch_size: images decoded at a time, of several budgets together; fewer need less memory. Null for a
+            batch of one budget on a CPU, and on a GPU for as many images as have two million pixels, if that is more.
         every_n_validations: during a fit, measure in every n-th validation; 0 for never.
         max_samples: during a fit, measure about this many samples, a fixed choice by key; null for all.
         seed: of tokens, noise and the kernel distance's subsets.
@@ -50,7 +52,7 @@ class EvaluationOptions:
 
     name: ClassVar[str]
     """Of the group of options, and of the files of results."""
-    free: ClassVar[tuple[str, ...]] = ("output_dir", "save_every_minutes")
+    free: ClassVar[tuple[str, ...]] = ("output_dir", "save_every_minutes", "decode_batch_size")
     """Options with which a killed evaluation may go on differently."""
 
     budgets: list[int] | Literal["all"] | None = None
@@ -60,6 +62,7 @@ class EvaluationOptions:
     num_steps: int = 25
     guidance: Literal["none", "cfg", "apg"] = "none"
     guidance_scale: float = 1.0
+    decode_batch_size: int | None = None
     every_n_validations: int = 1
     max_samples: int | None = 256
     seed: int = 0
@@ -76,7 +79,7 @@ class EvaluationOptions:
                 raise ValueError(f"{name}={given} must be different positive numbers of tokens")
         if isinstance(self.budgets, str) and self.budgets != "all":
             raise ValueError(f"budgets={self.budgets!r} must be a list of numbers, 'all' or null")
-        self.require_positive("max_samples", "grid_samples")
+        self.require_positive("max_samples", "grid_samples", "decode_batch_size")
         if self.save_every_minutes is not None and not self.save_every_minutes >= 0:
             raise ValueError(f"save_every_minutes={self.save_every_minutes} must be at least 0, or null for never")
         if self.decoding.guidance == "none" and self.guidance_scale != 1.0:

@@ -16,7 +16,14 @@ from flextok_pl.backbones.dreamsim import DreamSim
 from flextok_pl.backbones.lpips import LPIPS
 from flextok_pl.contracts import Reconstructor
 from flextok_pl.distributed import gather_objects
-from flextok_pl.evaluation.budget_evaluation import BudgetEvaluation, Context, GridRow, decode, first_rows, stacked
+from flextok_pl.evaluation.budget_evaluation import (
+    BudgetEvaluation,
+    Context,
+    GridRow,
+    first_rows,
+    places_of,
+    stacked,
+)
 from flextok_pl.evaluation.options import ReconstructionOptions
 from flextok_pl.evaluation.pictures import image_grid
 from flextok_pl.evaluation.reconstruction_statistics import PairDistance, ReconstructionStatistics
@@ -66,30 +73,36 @@ class ReconstructionEvaluation(BudgetEvaluation):
         self.statistics.update_real(originals, keys)
         tokens = self.tokenizer.tokenize(images, num_tokens=self.budgets[-1])  # (B, max k)
         seeds = range(options.seed, options.seed + (1 if self.context.in_fit else options.num_seeds))
+        decodings = [self._decoded(tokens, keys, self.budgets, seed) for seed in seeds]
         shown: dict[int, Tensor] = {}
-        for budget in self.budgets:
-            pixels, *others = (decode(self.tokenizer, tokens, budget, options.decoding, keys, seed) for seed in seeds)
-            self.context.pause()
-            errors = self.statistics.update_reconstructions(budget, originals, pixels, keys, others)
+        errors: dict[int, Tensor] = {}  # squared ones of what is shown, (B,)
+        for (budget, pixels), *others in zip(*decodings, strict=True):
+            from_other_noise = [other for _, other in others]
+            measured = self.statistics.update_reconstructions(budget, originals, pixels, keys, from_other_noise)
             if budget in self.columns:
-                shown[budget] = pixels
-                if not self.context.in_fit:
-                    self._keep_extremes(budget, errors["mse"].tolist(), keys, originals, pixels)
-        rows = [
-            (key_hash(key, "grid"), originals[i].cpu(), {budget: pixels[i].cpu() for budget, pixels in shown.items()})
-            for i, key in enumerate(keys)
-        ]
-        self.rows = first_rows(self.rows + rows, options.grid_samples)
+                shown[budget], errors[budget] = pixels, measured["mse"]
+        self._keep_pictures(keys, originals, shown, errors)
 
-    def _keep_extremes(
-        self, budget: int, errors: Sequence[float], keys: Sequence[str], originals: Tensor, pixels: Tensor
+    def _keep_pictures(
+        self, keys: Sequence[str], originals: Tensor, shown: dict[int, Tensor], errors: dict[int, Tensor]
     ) -> None:
-        """Keep the images with the smallest and the largest errors of those seen so far."""
-        for end, sign in ENDS.items():
-            name = f"{end} {budget}"
-            order = sorted((sign * errors[i], key_hash(key), i) for i, key in enumerate(keys))[:EXTREMES]
-            rows = [((error, key), originals[i].cpu(), {budget: pixels[i].cpu()}) for error, key, i in order]
-            self.extremes[name] = first_rows(self.extremes.get(name, []) + rows, EXTREMES)
+        """Keep the first images by key, and those with the smallest and the largest errors, of those seen so far."""
+        orders = [key_hash(key, "grid") for key in keys]
+        for i in places_of(self.rows, orders, self.options.grid_samples):
+            images = torch.stack([originals[i], *(pixels[i] for pixels in shown.values())]).cpu()
+            self.rows.append((orders[i], images[0], dict(zip(shown, images[1:], strict=True))))
+        self.rows = first_rows(self.rows, self.options.grid_samples)
+        if self.context.in_fit:
+            return
+        numbers = [key_hash(key) for key in keys]
+        for budget, of_all in zip(shown, torch.stack([*errors.values()]).tolist(), strict=True):
+            for end, sign in ENDS.items():
+                rows = self.extremes.get(f"{end} {budget}", [])
+                ends = [(sign * error, number) for error, number in zip(of_all, numbers, strict=True)]
+                for i in places_of(rows, ends, EXTREMES):
+                    original, made = torch.stack([originals[i], shown[budget][i]]).cpu()
+                    rows = [*rows, (ends[i], original, {budget: made})]
+                self.extremes[f"{end} {budget}"] = first_rows(rows, EXTREMES)
 
     def _pictures(self) -> dict[str, Tensor]:
         rows = self._rows_of_all(self.options.grid_samples)

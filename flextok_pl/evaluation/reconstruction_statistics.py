@@ -17,27 +17,34 @@ from flextok_pl.distributed import all_reduce_sum, gather_objects
 from flextok_pl.evaluation.statistics import BudgetStatistics, BudgetT, add_features
 from flextok_pl.metrics.feature_set import FeatureSet
 from flextok_pl.metrics.images import image_errors
+from flextok_pl.metrics.kernel import KernelReference
+from flextok_pl.precision import as_float64
 
 
 class PairDistance(Protocol):
     """How far each image is from another: a function, or a network, which records then name."""
 
     def __call__(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 twice -> (B,) float64 on the CPU."""
+        """(B, 3, H, W) uint8 twice -> (B,) float64."""
 
 
 class ImageMoments:
-    """Variance of a set of images of one size around their mean image, in float64, on the [0, 1] scale."""
+    """Variance of a set of images of one size around their mean image, in float64, on the [0, 1] scale.
 
-    def __init__(self) -> None:
-        self._totals = torch.zeros(2, dtype=torch.float64)  # images, and the sum of the squares of their pixels
-        self._sum = torch.zeros((), dtype=torch.float64)
+    Sums are kept on a device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # Images, and the sum of the squares of their pixels.
+        self._totals = torch.zeros(2, dtype=torch.float64, device=device)
+        self._sum = torch.zeros((), dtype=torch.float64, device=device)
 
     def update(self, images: Tensor) -> None:
         """Add (B, 3, H, W) uint8."""
-        squares = float(images.to(torch.int64).square().sum()) / 255**2
-        self._totals += torch.tensor([len(images), squares], dtype=torch.float64)
-        self._sum = self._sum + images.sum(0, dtype=torch.int64).cpu().double() / 255
+        squares = as_float64(images.to(torch.int64).square().sum()).to(self._device) / 255**2
+        self._totals = self._totals + torch.stack([torch.full_like(squares, len(images)), squares])
+        self._sum = self._sum + as_float64(images.sum(0, dtype=torch.int64)).to(self._device) / 255
 
     def all_reduce(self) -> None:
         """Replace these moments by those of the images of all processes."""
@@ -51,7 +58,7 @@ class ImageMoments:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what other moments had summed up."""
-        self._totals, self._sum = state["totals"], state["sum"]
+        self._totals, self._sum = state["totals"].to(self._device), state["sum"].to(self._device)
 
     @property
     def variance(self) -> float:
@@ -77,8 +84,8 @@ class ReconstructionStatistics(BudgetStatistics[BudgetT]):
     ) -> None:
         self._perceptual = dict(perceptual or {})
         names = ("mae", "mse", "psnr", "ssim", *self._perceptual, "seed_variance")
-        self._originals = ImageMoments()
-        super().__init__(budgets, extractor, pool_fraction, None, real, names, {"originals": self._originals})
+        super().__init__(budgets, extractor, pool_fraction, None, real, names)
+        self._originals = self._further["originals"] = ImageMoments(self.home)
 
     @property
     def how(self) -> dict[str, dict[str, Any]]:
@@ -111,20 +118,17 @@ class ReconstructionStatistics(BudgetStatistics[BudgetT]):
         for name, distance in self._perceptual.items():
             errors[name] = distance(originals, reconstructions)
         if from_other_noise:
-            levels = torch.stack([reconstructions, *from_other_noise]).cpu().double() / 255
+            levels = as_float64(torch.stack([reconstructions, *from_other_noise])) / 255
             errors["seed_variance"] = levels.var(0).flatten(1).mean(1)
         for name, values in errors.items():
             self._add_values(budget, name, values)
         add_features(self.made[budget], self._extractor(reconstructions), keys, self._pool_fraction)
         return errors
 
-    def values(self, kernel_seed: int = 0) -> dict[BudgetT, dict[str, float]]:
-        """Metrics by budget: distances first (absent below two images), then pixel metrics as means over images."""
-        results: dict[BudgetT, dict[str, float]] = {}
+    def _values_at(self, budget: BudgetT, real: KernelReference, kernel_seed: int) -> dict[str, float]:
+        """Distances first (absent below two images), then pixel metrics as means over images."""
+        result = self._distances(budget, real, kernel_seed, paired=True) | self._means(budget)
         variance = self._originals.variance
-        for budget in self.made:
-            result = self._distances(budget, kernel_seed, paired=True) | self._means(budget)
-            if variance > 0:
-                result["mse_over_variance"] = result["mse"] / variance
-            results[budget] = result
-        return results
+        if variance > 0:
+            result["mse_over_variance"] = result["mse"] / variance
+        return result

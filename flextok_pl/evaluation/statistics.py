@@ -13,11 +13,18 @@ import torch
 from torch import Tensor
 
 from flextok_pl.backbones.extractors import FeatureExtractor
-from flextok_pl.distributed import all_reduce_sum, gather_objects
+from flextok_pl.distributed import all_reduce_sum, gather_objects, rank, world_size
 from flextok_pl.keys import choose_fraction, images_hash, key_hash
-from flextok_pl.metrics.feature_set import FeatureSet
+from flextok_pl.metrics.feature_set import POOL_SIZE, FeatureSet
 from flextok_pl.metrics.frechet import frechet_distance
-from flextok_pl.metrics.kernel import kernel_distance, kernel_facts
+from flextok_pl.metrics.kernel import KernelReference, kernel_distance, kernel_facts
+from flextok_pl.precision import as_float64, summing_device
+
+ON_DEVICE = 2**31
+"""Most bytes of scatter matrices and pools on the extractor's device, those of 27 budgets of Inception.
+
+More are kept on the CPU.
+"""
 
 BudgetT = TypeVar("BudgetT")
 """A number of tokens; or what else tells sets of made images apart, such as a number of tokens and how to decode it."""
@@ -28,7 +35,9 @@ class BudgetStatistics(ABC, Generic[BudgetT]):
 
     The pool fractions are the shares of images whose features are kept for the kernel distance; None is the same for
     real images. `real` has the features of all real images from an earlier run. `names` are those of the values whose
-    means over images are taken, and `further` is what else is summed up over batches and processes, and saved.
+    means over images are taken. What else is summed up over batches and processes, and saved, is in `_further`.
+
+    What is summed up stays on `home`, so that adding made images does not wait for a device.
     """
 
     def __init__(
@@ -39,18 +48,20 @@ class BudgetStatistics(ABC, Generic[BudgetT]):
         real_pool_fraction: float | None,
         real: FeatureSet | None,
         names: Sequence[str],
-        further: Mapping[str, Any],
     ) -> None:
-        self.real = FeatureSet(extractor.dim) if real is None else real
-        self.made = {budget: FeatureSet(extractor.dim) for budget in budgets}
+        size = (len(budgets) + 1) * extractor.dim * (8 * extractor.dim + 4 * POOL_SIZE)
+        self.home = summing_device(extractor.device if size <= ON_DEVICE else "cpu")
+        self.real = FeatureSet(extractor.dim, self.home) if real is None else real
+        self.made = {budget: FeatureSet(extractor.dim, self.home) for budget in budgets}
         self.data_hash = 0  # of the real images, see `images_hash`
         self.image_size: list[int] = []  # [H, W] of all images; empty before the first
         self._extractor = extractor
         self._pool_fraction = pool_fraction
         self._real_pool_fraction = pool_fraction if real_pool_fraction is None else real_pool_fraction
         self._real_is_complete = real is not None
-        self._sums = {budget: {name: torch.zeros(2, dtype=torch.float64) for name in names} for budget in budgets}
-        self._further = further
+        empty = torch.zeros(2, dtype=torch.float64, device=self.home)  # sum and count
+        self._sums = {budget: dict.fromkeys(names, empty) for budget in budgets}
+        self._further: dict[str, Any] = {}
 
     @property
     def num_images(self) -> int:
@@ -63,9 +74,17 @@ class BudgetStatistics(ABC, Generic[BudgetT]):
         smallest = min(features.pool_size for features in (self.real, *self.made.values()))
         return {self._extractor.kernel_metric_name: {"kernel": kernel_facts(smallest)}}
 
-    @abstractmethod
     def values(self, kernel_seed: int = 0) -> dict[BudgetT, dict[str, float]]:
-        """Metrics by budget."""
+        """Metrics by budget; all processes must call it, and each computes those of some budgets."""
+        real = KernelReference(self.real.pool().to(self.home))
+        mine = list(self.made)[rank() :: world_size()]
+        parts = gather_objects({budget: self._values_at(budget, real, kernel_seed) for budget in mine})
+        found = {budget: values for part in parts for budget, values in part.items()}
+        return {budget: found[budget] for budget in self.made}
+
+    @abstractmethod
+    def _values_at(self, budget: BudgetT, real: KernelReference, kernel_seed: int) -> dict[str, float]:
+        """Metrics at one budget, beside the pool of real images."""
 
     def update_real(self, images: Tensor, keys: Sequence[str]) -> None:
         """Add (B, 3, H, W) uint8 real images with their keys."""
@@ -113,24 +132,26 @@ class BudgetStatistics(ABC, Generic[BudgetT]):
         """Go on from what statistics made with the same arguments had measured."""
         self.data_hash, self.image_size = state["data_hash"], state["size"]
         if not self._real_is_complete:
-            self.real = FeatureSet.from_state_dict(state["real"])
-        self.made = {budget: FeatureSet.from_state_dict(features) for budget, features in state["made"].items()}
-        self._sums = state["sums"]
+            self.real = FeatureSet.from_state_dict(state["real"], self.home)
+        self.made = {k: FeatureSet.from_state_dict(features, self.home) for k, features in state["made"].items()}
+        self._sums = {k: {name: sums.to(self.home) for name, sums in of.items()} for k, of in state["sums"].items()}
         for name, each in self._further.items():
             each.load_state_dict(state["further"][name])
 
-    def _add_values(self, budget: BudgetT, name: str, values: Tensor) -> None:
-        """Add the values of (B,) images to their sum and count."""
-        self._sums[budget][name] += torch.tensor([float(values.sum()), len(values)], dtype=torch.float64)
+    def _add_values(self, budget: BudgetT, name: str, values: Tensor, count: int | None = None) -> None:
+        """Add the values of (B,) images to their sum and count; where only `count` have one, the others are zero."""
+        total = as_float64(values.sum()).to(self.home)
+        number = torch.full_like(total, len(values) if count is None else count)
+        self._sums[budget][name] = self._sums[budget][name] + torch.stack([total, number])
 
-    def _distances(self, budget: BudgetT, kernel_seed: int, paired: bool) -> dict[str, float]:
+    def _distances(self, budget: BudgetT, real: KernelReference, kernel_seed: int, paired: bool) -> dict[str, float]:
         """Frechet and kernel distance from the real images, each only where it has two samples on either side."""
         made, distances = self.made[budget], {}
         if min(self.real.statistics.count, made.statistics.count) > 1:
             distances[self._extractor.metric_name] = frechet_distance(self.real.statistics, made.statistics)
-        real_pool, pool = self.real.pool(), made.pool()
-        if min(len(real_pool), len(pool)) > 1:
-            kernel, _ = kernel_distance(real_pool, pool, seed=kernel_seed, paired=paired)
+        pool = made.pool()
+        if min(len(real.features), len(pool)) > 1:
+            kernel, _ = kernel_distance(real, pool, seed=kernel_seed, paired=paired)
             distances[self._extractor.kernel_metric_name] = kernel
         return distances
 

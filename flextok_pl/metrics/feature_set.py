@@ -15,22 +15,31 @@ POOL_SIZE = 5000  # samples whose features are kept for the kernel distance; bel
 
 
 class FeatureSet:
-    """Features of one set of images."""
+    """Features of one set of images, kept on the `summing_device` of `device`; adding to it does not wait for that."""
 
-    def __init__(self, dim: int) -> None:
-        self.statistics = FeatureStatistics(dim)
+    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
+        self.statistics = FeatureStatistics(dim, device)
         self._rows: list[Tensor] = []
-        self._ids: list[Tensor] = []
+        self._ids: list[Tensor] = []  # on the CPU
 
     def update(self, features: Tensor, ids: Tensor, pooled: Tensor) -> None:
         """Add (B, D) features of samples with (B,) int64 ids, unique in the set and the same in every process.
 
-        `pooled` (B,) says which samples belong to the pool.
+        `pooled` (B,) says which samples belong to the pool; ids and pooled are on the CPU.
         """
-        rows = features.cpu()
+        rows = features.to(self.device)
         self.statistics.update(rows)
-        self._rows.append(rows[pooled])
+        if not pooled.all():
+            index = pooled.nonzero().flatten()
+            index = index.pin_memory() if rows.is_cuda else index
+            rows = rows[index.to(rows.device, non_blocking=True)]
+        self._rows.append(rows)
         self._ids.append(ids[pooled])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the features are."""
+        return self.statistics.mean.device
 
     @property
     def pool_size(self) -> int:
@@ -54,14 +63,14 @@ class FeatureSet:
         return {**self.statistics.state_dict(), "rows": rows, "ids": ids}
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Tensor]) -> Self:
+    def from_state_dict(cls, state: dict[str, Tensor], device: torch.device | str = "cpu") -> Self:
         """The set that `state_dict` described."""
-        restored = cls(len(state["mean"]))
-        restored.statistics = FeatureStatistics.from_state_dict(state)
-        restored._rows, restored._ids = [state["rows"]], [state["ids"]]
+        restored = cls(len(state["mean"]), device)
+        restored.statistics = FeatureStatistics.from_state_dict(state, device)
+        restored._rows, restored._ids = [state["rows"].to(restored.device)], [state["ids"]]
         return restored
 
     def _joined(self) -> tuple[Tensor, Tensor]:
         if not self._rows:
-            return torch.zeros(0, self.statistics.dim), torch.zeros(0, dtype=torch.int64)
+            return torch.zeros(0, self.statistics.dim, device=self.device), torch.zeros(0, dtype=torch.int64)
         return torch.cat(self._rows), torch.cat(self._ids)

@@ -11,22 +11,26 @@ from scipy.linalg.lapack import dpstrf
 from torch import Tensor
 
 from flextok_pl.distributed import all_reduce_sum
+from flextok_pl.precision import as_float64, summing_device
 
 BLOCK = 512  # rows of a scatter matrix that are updated at a time
 
 
 class FeatureStatistics:
-    """Count, mean and covariance of features, updated batch by batch in float64 on the CPU.
+    """Count, mean and covariance of features, updated batch by batch in float64 on the `summing_device` of `device`.
 
     The scatter around the running mean is updated as in Chan, Golub & LeVeque (1979), so nothing cancels when the mean
     is large against the spread. Memory is D x D for any N. Of `scatter` only the lower triangle is complete.
+
+    Updates do not wait for a device. So features that are not finite are found out when the statistics are read, which
+    then raises ValueError.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
         self.dim = dim
         self.count = 0
-        self.mean = torch.zeros(dim, dtype=torch.float64)
-        self.scatter = torch.zeros(dim, dim, dtype=torch.float64)
+        self.mean = torch.zeros(dim, dtype=torch.float64, device=summing_device(device))
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=self.mean.device)
         self._factor: Tensor | None = None
 
     @classmethod
@@ -49,6 +53,7 @@ class FeatureStatistics:
         """(D, D) float64, with the N - 1 divisor."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least two samples, there are {self.count}")
+        self._check_finite()
         lower = self.scatter.tril() / (self.count - 1)
         return lower + lower.tril(-1).T
 
@@ -66,11 +71,9 @@ class FeatureStatistics:
         """Add (B, D) features of any floating type."""
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise ValueError(f"features have shape {tuple(features.shape)}; these statistics take (B, {self.dim})")
-        if not features.isfinite().all():
-            raise ValueError("features hold NaN or infinite values")
         if len(features) == 0:
             return
-        rows = features.detach().cpu().double()
+        rows = as_float64(features.detach()).to(self.mean.device)
         mean, total = rows.mean(0), self.count + len(rows)
         shift = mean - self.mean
         between = shift * (self.count * len(rows) / total) ** 0.5  # scatter between the two means, as one more row
@@ -84,6 +87,7 @@ class FeatureStatistics:
 
     def all_reduce(self) -> None:
         """Replace these statistics by those of the samples of all processes; a no-op outside torch.distributed."""
+        self._check_finite()
         totals = all_reduce_sum(torch.cat([self.mean * self.count, self.mean.new_tensor([self.count])]))
         count = int(totals[-1].item())
         if count == 0:
@@ -99,23 +103,30 @@ class FeatureStatistics:
         By Cholesky with pivoting, which finds the rank and costs D R^2, far less than eigenvectors.
         """
         if self._factor is None:
-            lower, pivots, rank, _ = dpstrf(self.covariance.numpy(), lower=1)
+            lower, pivots, rank, _ = dpstrf(self.covariance.cpu().numpy(), lower=1)
             rank = min(rank, self.rank)
             factor = torch.from_numpy(lower).tril()[:, :rank]
-            self._factor = torch.empty_like(factor)
-            self._factor[torch.from_numpy(pivots).long() - 1] = factor  # LAPACK counts from 1
+            rows = torch.empty_like(factor)
+            rows[torch.from_numpy(pivots).long() - 1] = factor  # LAPACK counts from 1
+            self._factor = rows.to(self.mean.device)
         return self._factor
+
+    def _check_finite(self) -> None:
+        """Of a row that is not finite, nothing else can take the trace out of the mean."""
+        if not self.mean.isfinite().all():
+            raise ValueError("features hold NaN or infinite values")
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that `from_state_dict` takes."""
+        self._check_finite()
         return {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Tensor]) -> Self:
+    def from_state_dict(cls, state: dict[str, Tensor], device: torch.device | str = "cpu") -> Self:
         """The statistics that `state_dict` described."""
-        statistics = cls(len(state["mean"]))
+        statistics = cls(len(state["mean"]), device)
         statistics.count = int(state["count"].item())
-        statistics.mean, statistics.scatter = state["mean"], state["scatter"]
+        statistics.mean, statistics.scatter = (state[name].to(statistics.mean.device) for name in ("mean", "scatter"))
         return statistics
 
 
@@ -132,13 +143,15 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     tr (C_a C_b)^(1/2) is the sum of the square roots of the eigenvalues of L_a^T C_b L_a, which is symmetric, positive
     semi-definite and no larger than the rank of C_a. Singular covariances need no added diagonal: eigenvalues beyond
     the smaller of the two ranks are zero, and left out because the root would magnify their rounding. Tiny negative
-    distances are rounding, too. The factorisation of `a` is kept, so comparing many sets with one `a` is cheap.
+    distances are rounding, too. The factorisation of `a` is kept, so comparing many sets with one `a` is cheap. It is
+    computed on the device of `b`.
     """
     if a.dim != b.dim:
         raise ValueError(f"statistics of {a.dim} and {b.dim} features cannot be compared; use one extractor for both")
-    factor = a.covariance_factor()
     covariance = b.covariance
+    factor = a.covariance_factor().to(covariance.device)
     eigenvalues = torch.linalg.eigvalsh(factor.T @ covariance @ factor)  # ascending
     cross = eigenvalues[-min(a.rank, b.rank) :].clamp_min(0).sqrt().sum() if len(eigenvalues) else 0.0
-    difference = a.mean - b.mean
-    return float(difference @ difference + a.covariance.trace() + covariance.trace() - 2 * cross)
+    difference = a.mean.to(covariance.device) - b.mean
+    trace = a.covariance.trace().to(covariance.device)
+    return float(difference @ difference + trace + covariance.trace() - 2 * cross)

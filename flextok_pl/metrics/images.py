@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from flextok_pl.precision import full_precision
+from flextok_pl.parts import in_parts
+from flextok_pl.precision import as_float64, full_precision
 
 PSNR_CAP = 100.0  # dB, reported for equal images, whose error is zero
 
@@ -22,9 +23,10 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def image_errors(originals: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
-    """Errors of each image on the [0, 1] scale: (B, 3, H, W) uint8 twice -> values of (B,) float64 on the CPU.
+    """Errors of each image on the [0, 1] scale: (B, 3, H, W) uint8 twice -> values of (B,) float64.
 
-    They are `mae`, `mse`, `psnr` (dB, peak 1, at most `PSNR_CAP`) and `ssim` (11 x 11 Gaussian window of sigma 1.5).
+    They are `mae`, `mse`, `psnr` (dB, peak 1, at most `PSNR_CAP`) and `ssim` (11 x 11 Gaussian window of sigma 1.5), on
+    the images' `summing_device`, without waiting for it.
     """
     if originals.dtype != torch.uint8 or reconstructions.dtype != torch.uint8:
         raise ValueError(f"images have dtype {originals.dtype} and {reconstructions.dtype}; bring both to uint8")
@@ -35,16 +37,21 @@ def image_errors(originals: Tensor, reconstructions: Tensor) -> dict[str, Tensor
         )
     # Integer sums are exact, so the result is the same on every device and in every batch.
     difference = originals.int() - reconstructions.int()
-    mae = difference.abs().flatten(1).sum(1).cpu().double() / (255 * difference[0].numel())
-    mse = difference.square().flatten(1).sum(1).cpu().double() / (255**2 * difference[0].numel())
+    mae = as_float64(difference.abs().flatten(1).sum(1)) / (255 * difference[0].numel())
+    mse = as_float64(difference.square().flatten(1).sum(1)) / (255**2 * difference[0].numel())
     with full_precision(originals.device):
-        ssim = structural_similarity_index_measure(
-            reconstructions.float() / 255, originals.float() / 255, data_range=1.0, reduction="none"
-        )
-    assert isinstance(ssim, Tensor)
+        ssim = in_parts(_similarities, originals, reconstructions)
     return {
         "mae": mae,
         "mse": mse,
         "psnr": -10 * mse.clamp_min(10 ** (-PSNR_CAP / 10)).log10(),
-        "ssim": ssim.reshape(-1).cpu().double(),
+        "ssim": as_float64(ssim),
     }
+
+
+def _similarities(originals: Tensor, reconstructions: Tensor) -> Tensor:
+    """The `ssim` of `image_errors`, in float32."""
+    levels = (reconstructions.float() / 255, originals.float() / 255)
+    similarities = structural_similarity_index_measure(*levels, data_range=1.0, reduction="none")
+    assert isinstance(similarities, Tensor)
+    return similarities.reshape(-1)

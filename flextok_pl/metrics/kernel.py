@@ -4,13 +4,15 @@ Binkowski et al., https://arxiv.org/abs/1801.01401, section 4. Unlike the Freche
 something with fewer samples than features. N samples, D features, S samples in a subset.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from flextok_pl.precision import accumulation_dtype
 
 SUBSETS, SUBSET_SIZE = 100, 1000
-WHOLE = 5000  # up to this number of samples the kernel is computed once for all pairs: the subsets share most of them
+WHOLE = 6000  # up to this number of samples the kernel is computed once for all pairs: the subsets share most of them
 
 
 def polynomial_kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -30,6 +32,18 @@ def unbiased_mmd(kernel_aa: Tensor, kernel_ab: Tensor, kernel_bb: Tensor, paired
     return within / pairs - 2 * between
 
 
+class KernelReference:
+    """(N, D) features that many others are compared with: the kernel of their own pairs is computed once."""
+
+    def __init__(self, features: Tensor) -> None:
+        self.features = features.to(accumulation_dtype(features.device))
+
+    @cached_property
+    def kernel(self) -> Tensor:
+        """(N, N)."""
+        return polynomial_kernel(self.features, self.features)
+
+
 def draw_subsets(num_a: int, num_b: int, subsets: int, size: int, seed: int) -> list[tuple[Tensor, Tensor]]:
     """Pairs of (S,) int64 indices without replacement, among so many samples on either side."""
     generator = torch.Generator().manual_seed(seed)
@@ -40,7 +54,12 @@ def draw_subsets(num_a: int, num_b: int, subsets: int, size: int, seed: int) -> 
 
 
 def kernel_distance(
-    a: Tensor, b: Tensor, subsets: int = SUBSETS, subset_size: int = SUBSET_SIZE, seed: int = 0, paired: bool = False
+    reference: Tensor | KernelReference,
+    b: Tensor,
+    subsets: int = SUBSETS,
+    subset_size: int = SUBSET_SIZE,
+    seed: int = 0,
+    paired: bool = False,
 ) -> tuple[float, float]:
     """Mean and standard deviation of the squared discrepancy over random subsets of (N, D) and (M, D) features.
 
@@ -50,6 +69,9 @@ def kernel_distance(
     With `paired`, row i of `b` was made from row i of `a`, as a reconstruction is. The usual estimate, which takes the
     two sides as independent, would then be too small by about 2 / S of the kernel's range, and often negative.
     """
+    if isinstance(reference, Tensor):
+        reference = KernelReference(reference)
+    a = reference.features
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"{a.shape[1]} and {b.shape[1]} features cannot be compared; use one extractor for both")
     smaller = min(len(a), len(b))
@@ -57,11 +79,11 @@ def kernel_distance(
         raise ValueError(f"a kernel distance needs at least two samples on each side, there are {smaller}")
     if paired and len(a) != len(b):
         raise ValueError(f"{len(a)} and {len(b)} samples are no pairs")
-    a, b = (features.to(accumulation_dtype(features.device)) for features in (a, b))
+    b = b.to(a)
     if smaller <= subset_size:
         subsets, subset_size = 1, smaller
     if max(len(a), len(b)) <= WHOLE:
-        aa, ab, bb = polynomial_kernel(a, a), polynomial_kernel(a, b), polynomial_kernel(b, b)
+        aa, ab, bb = reference.kernel, polynomial_kernel(a, b), polynomial_kernel(b, b)
 
         def estimate(i: Tensor, j: Tensor) -> Tensor:
             return unbiased_mmd(aa[i][:, i], ab[i][:, j], bb[j][:, j], paired)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flextok_pl.precision import as_float64, summing_device
+
 
 @dataclass(frozen=True, eq=False)
 class LinearProbe:
@@ -73,18 +75,23 @@ class LinearProbe:
         return cls(name, mean, scale, weight.detach(), bias.detach(), class_means)
 
     def probabilities(self, images: Tensor, features: Tensor) -> Tensor:
-        """The extractor's (B, D) -> (B, C) float32 on the CPU; images are not used."""
+        """The extractor's (B, D) -> (B, C) float32 on the probe's device; images are not used."""
         logits = F.linear(self._centred(features) / self.scale, self.weight, self.bias)
         return logits.softmax(1).float()
 
     def nearest_class(self, features: Tensor) -> Tensor:
-        """(B, D) -> (B,) int64 on the CPU: the class whose mean has the largest cosine, both less the real mean."""
+        """The class whose mean has the largest cosine, both less the real mean: (B, D) -> (B,) int64 on its device."""
         means = F.normalize(self.class_means)
         return F.linear(self._centred(features), means).argmax(1)  # a row's own length changes no decision
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same probe on the `summing_device` of a device; `fit` makes it on the CPU."""
+        place = summing_device(device)
+        return type(self)(self.name, *(value.to(place) for value in vars(self).values() if isinstance(value, Tensor)))
 
     def state_dict(self) -> dict[str, Any]:
         """The name and tensors that make this probe again: `LinearProbe(**state)`."""
         return dict(vars(self))
 
     def _centred(self, features: Tensor) -> Tensor:
-        return features.detach().cpu().double() - self.mean
+        return as_float64(features.detach()).to(self.mean.device) - self.mean

@@ -11,19 +11,21 @@ import math
 import torch
 from torch import Tensor
 
+from flextok_pl.precision import as_float64
+
 NEIGHBOURS = 3  # k of precision and recall in their paper's experiments
 DENSITY_NEIGHBOURS = 5  # k of density and coverage in their paper's experiments
 BLOCK = 1024  # rows of a distance matrix that are in memory at a time
 
 
 def _on_grid(*sets: Tensor) -> list[Tensor]:
-    """Sets of (N, D) features as whole numbers in float64, on the CPU.
+    """Sets of (N, D) features as whole numbers in float64, on the `summing_device` of the last.
 
     Squared distances between such numbers are exact in float64, in whatever order they are summed up. So the distance
     from a sample to its k-th neighbour is the same from either end, and of copies it is zero. With 2,048 features the
     unit is 2^-20 of the largest, about the rounding of features in float32.
     """
-    exact = [each.cpu().double() for each in sets]
+    exact = [as_float64(each.to(sets[-1].device)) for each in sets]
     moved = [each - exact[0][0] for each in exact]
     bits = (51 - (sets[0].shape[1] - 1).bit_length()) // 2  # D (2 * 2^bits)^2 is at most 2^53
     _, exponent = math.frexp(max(float(each.abs().max()) for each in moved))
@@ -68,7 +70,7 @@ def manifold_scores(
     real_radii, dense_radii = _squared_radii(real, k, density_k)
     (generated_radii,) = _squared_radii(generated, k)
     precise = held = 0
-    recalled, covered = (torch.zeros(len(real), dtype=torch.bool) for _ in range(2))
+    recalled, covered = (torch.zeros(len(real), dtype=torch.bool, device=real.device) for _ in range(2))
     for rows, radii in zip(torch.split(generated, BLOCK), torch.split(generated_radii, BLOCK), strict=True):
         distances = _squared_distances(rows, real)  # (BLOCK, N)
         precise += int((distances <= real_radii).any(1).sum())
