@@ -86,6 +86,7 @@ def test_images_are_given_as_the_reference_prepares_them(stand_in, size):
 def test_means_by_budget(stand_in):
     class Colours:
         metric_name, kernel_metric_name, dim = "fd_colours", "kd_colours", 3
+        device = torch.device("cpu")
 
         def __call__(self, images):
             return images.float().mean((2, 3))

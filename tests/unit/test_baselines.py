@@ -341,6 +341,7 @@ class MeanColours:
 
     name, metric_name, kernel_metric_name = "halves", "fd_halves", "kd_halves"
     dim, weights_hash, resize = 6, "0" * 16, "none"
+    device = torch.device("cpu")
 
     def __call__(self, images: Tensor) -> Tensor:
         return images.float().unflatten(3, (2, -1)).mean((2, 4)).flatten(1) / 255

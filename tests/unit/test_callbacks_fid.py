@@ -31,7 +31,7 @@ class NoisyTokenizer:
 
     def detokenize(self, tokens, num_tokens=None, generator=None, **_):
         noise = torch.stack([torch.randn(3, SIDE, SIDE, generator=g) for g in generator])
-        return 0.3 * noise / num_tokens + self.module.bias
+        return 0.3 * noise / num_tokens[:, None, None, None] + self.module.bias
 
 
 class Module(LightningModule):
@@ -91,6 +91,7 @@ class MeanColours:
 
     name, metric_name, kernel_metric_name = "corners", "fd_corners", "kd_corners"
     dim, weights_hash, resize = 12, "0" * 16, "none"
+    device = torch.device("cpu")
 
     def __call__(self, images):
         return torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1)

@@ -40,8 +40,8 @@ class BandTokenizer:
     ):
         images = torch.stack([0.4 * torch.randn(3, SIDE, SIDE, generator=g) for g in generator])
         height = SIDE // LENGTH
-        for image, row in zip(images, tokens.tolist(), strict=True):
-            for i, label in enumerate(row[:num_tokens]):
+        for image, row, kept in zip(images, tokens.tolist(), num_tokens.tolist(), strict=True):
+            for i, label in enumerate(row[:kept]):
                 image[:, i * height : (i + 1) * height] = colour(label)
         return images
 
@@ -87,6 +87,7 @@ class MeanColour:
 
     name, metric_name, kernel_metric_name = "bands", "fd_bands", "kd_bands"
     dim, weights_hash, resize = 6, "0" * 16, "none"
+    device = torch.device("cpu")
 
     def __call__(self, images):
         height = SIDE // LENGTH

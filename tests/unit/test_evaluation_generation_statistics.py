@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from flextok_pl.evaluation import statistics as of_module
 from flextok_pl.evaluation.generation_statistics import GenerationStatistics
 from flextok_pl.keys import key_hash
 from flextok_pl.metrics.feature_set import FeatureSet
@@ -24,6 +25,7 @@ class Colours:
 
     name, metric_name, kernel_metric_name = "colours", "fd_colours", "kd_colours"
     dim, weights_hash, resize = 12, "0", "none"
+    device = torch.device("cpu")
 
     def __init__(self, with_logits=False):
         self.with_logits = with_logits
@@ -181,6 +183,18 @@ def test_sizes_are_not_mixed():
         measured().update_generated(1, pictures(1, side=16), KEYS)
 
 
+def test_measuring_does_not_wait_for_a_device():
+    """A meta tensor has no values, so it cannot be looked at, and cannot be copied to the CPU."""
+    extractor, judge = Colours(with_logits=True), probe().to("meta")
+    extractor.device = torch.device("meta")
+    statistics = GenerationStatistics([8], extractor, pool_fraction=0.5, classifier=judge)
+    for _ in range(2):
+        statistics.update_generated(8, MADE[8].to("meta"), KEYS, LABELS)
+    assert statistics.num_images == 2 * COUNT
+    with pytest.raises(RuntimeError, match="meta"):
+        statistics.values()
+
+
 def _process(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     part = slice(9) if rank == 0 else slice(9, None)
@@ -192,6 +206,10 @@ def _process(rank, folder):
         empty.update_generated(2, MADE[1], KEYS)
     for each in (statistics, empty):
         each.all_reduce()
+    computed = []
+    of_module.frechet_distance = lambda *sides: computed.append(sides) or frechet_distance(*sides)
+    statistics.values()
+    assert len(computed) == 1, "of two budgets"
     facts = (statistics.values(), statistics.num_images, statistics.data_hash, statistics.image_size)
     torch.save([facts, (empty.values(), empty.num_images, empty.image_size)], f"{folder}/{rank}.pt")
     dist.destroy_process_group()

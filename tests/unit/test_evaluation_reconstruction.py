@@ -46,7 +46,8 @@ class StripTokenizer:
     def detokenize(
         self, tokens, num_tokens=None, num_steps=25, guidance="apg", guidance_scale=7.5, generator=None, **_
     ):
-        assert isinstance(num_tokens, int) and len(generator) == len(tokens)
+        assert num_tokens.shape == (len(tokens),) and len(generator) == len(tokens)
+        assert tokens.shape[1] == num_tokens.max()
         self.decoded += 1
         if self.decoded == self.deadline:
             raise Killed
@@ -55,7 +56,8 @@ class StripTokenizer:
         noise = torch.stack([torch.randn(3, SIDE, SIDE, generator=g) for g in generator])
         images = 0.3 * noise
         height = SIDE // STRIPS
-        images[:, :, : num_tokens * height] = colours[:, :, :num_tokens].repeat_interleave(height, 2)[..., None]
+        for image, strips, kept in zip(images, colours, num_tokens.tolist(), strict=True):
+            image[:, : kept * height] = strips[:, :kept].repeat_interleave(height, 1)[..., None]
         return images + self.bias
 
 
@@ -72,6 +74,7 @@ class TinyExtractor:
 
     name, metric_name, kernel_metric_name = "strips", "fd_strips", "kd_strips"
     dim, weights_hash, resize = 3 * STRIPS, "0" * 16, "none"
+    device = torch.device("cpu")
     seen = 0
 
     def __call__(self, images):
@@ -165,6 +168,17 @@ def test_results_do_not_depend_on_batches_or_order(tmp_path):
     assert other.values[1]["mse"] != first.values[1]["mse"]
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 7, 100])
+def test_results_do_not_depend_on_how_many_images_are_decoded_at_once(tmp_path, at_once):
+    samples, tokenizer = pictures(17), StripTokenizer()
+    first = evaluate(tmp_path / "a", samples, num_seeds=2)
+    second = evaluate(tmp_path / "b", samples, tokenizer, num_seeds=2, decode_batch_size=at_once)
+    assert tokenizer.decoded == 2 * sum(-(-4 * size // at_once) for size in (5, 5, 5, 2))
+    assert second.values == first.values
+    for name in ("rfid.json", "grid.png", "extremes.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
 def test_real_statistics_are_kept_on_disk(tmp_path):
     samples, options = pictures(17), {"cache_dir": tmp_path / "cache", "budgets": [8]}
     first = evaluate(tmp_path, samples, data_hash="a", **options)
@@ -223,6 +237,7 @@ def test_budgets(tmp_path):
         ({"budgets": "some"}, "budgets='some'"),
         ({"num_steps": 0}, "num_steps=0 must be at least 1"),
         ({"max_samples": 0}, "max_samples=0"),
+        ({"decode_batch_size": 0}, "decode_batch_size=0"),
         ({"guidance": "strong"}, "guidance='strong'"),
         ({"guidance_scale": 2.0}, "no effect with guidance='none'"),
         ({"extractor": "inception"}, "use one of effnet-lite0, inception-v3-compat"),
@@ -315,6 +330,7 @@ class Colours:
     """Features are the mean colours of the four quarters."""
 
     metric_name, kernel_metric_name, dim = "fd_colours", "kd_colours", 12
+    device = torch.device("cpu")
 
     def __call__(self, images):
         return F.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1)
@@ -331,6 +347,27 @@ def test_the_kernel_distance_takes_originals_and_reconstructions_as_pairs():
     value = statistics.values()[2]["kd_colours"]
     assert value == pytest.approx(kernel_distance(a, b, paired=True)[0], rel=1e-9)
     assert value != pytest.approx(kernel_distance(a, b)[0], rel=1e-3)
+
+
+def test_measuring_does_not_wait_for_a_device():
+    """A meta tensor has no values, so it cannot be looked at, and cannot be copied to the CPU."""
+    extractor = Colours()
+    extractor.device = torch.device("meta")
+    images, keys = torch.zeros(9, 3, 16, 16, dtype=torch.uint8, device="meta"), [str(i) for i in range(9)]
+    statistics = ReconstructionStatistics([1, 2], extractor, pool_fraction=0.5)
+    for budget in (1, 2, 1):
+        errors = statistics.update_reconstructions(budget, images, images, keys, [images])
+        assert {name: tuple(values.shape) for name, values in errors.items()} == dict.fromkeys(errors, (9,))
+    assert statistics.made[1].statistics.count == 18 and 4 < statistics.made[1].pool_size < 14
+    with pytest.raises(NotImplementedError, match="meta"):
+        statistics.values()
+
+
+def test_very_many_budgets_are_kept_on_the_cpu():
+    extractor = Colours()
+    extractor.device, extractor.dim = torch.device("meta"), 2048
+    nine, all_budgets = (ReconstructionStatistics(range(1, count + 1), extractor).home for count in (9, 256))
+    assert (nine.type, all_budgets.type) == ("meta", "cpu")
 
 
 SCRIPT = """

@@ -9,7 +9,7 @@ import torch
 
 from flextok_pl.metrics import kernel
 from flextok_pl.metrics.frechet import FeatureStatistics, features_to_statistics, frechet_distance
-from flextok_pl.metrics.kernel import draw_subsets, kernel_distance
+from flextok_pl.metrics.kernel import KernelReference, draw_subsets, kernel_distance
 
 
 def _features(count, dim, seed=0, scale=1.0, shift=0.0):
@@ -85,13 +85,23 @@ def test_bad_features_are_refused():
     statistics = FeatureStatistics(3)
     with pytest.raises(ValueError, match=r"\(2, 4\)"):
         statistics.update(torch.zeros(2, 4))
-    with pytest.raises(ValueError, match="NaN"):
-        statistics.update(torch.full((2, 3), math.nan))
     statistics.update(torch.zeros(1, 3))
     with pytest.raises(ValueError, match="at least two"):
         frechet_distance(statistics, statistics)
     with pytest.raises(ValueError, match="one extractor"):
         frechet_distance(features_to_statistics(torch.zeros(4, 2)), features_to_statistics(torch.zeros(4, 3)))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_features_that_are_not_finite_are_found_when_statistics_are_read(bad):
+    statistics = FeatureStatistics(3)
+    rows = torch.ones(2, 3)
+    rows[1, 2] = bad
+    for features in (torch.ones(4, 3), rows, torch.ones(4, 3)):
+        statistics.update(features)
+    for read in (statistics.all_reduce, statistics.state_dict, lambda: statistics.covariance):
+        with pytest.raises(ValueError, match="features hold NaN or infinite values"):
+            read()
 
 
 def test_kernel_distance_by_hand():
@@ -109,6 +119,15 @@ def test_kernel_distance_of_equal_distributions_is_zero_on_average():
     mean, error = np.mean(values), np.std(values) / math.sqrt(len(values))
     assert abs(mean) < 4 * error
     assert min(values) < 0 < max(values)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_a_kernel_reference_is_the_features(paired):
+    a, *others = torch.randn(3, 60, 8, generator=torch.Generator().manual_seed(0))
+    reference = KernelReference(a)
+    for b in others:
+        options = {"subsets": 5, "subset_size": 20, "paired": paired}
+        assert kernel_distance(reference, b, **options) == kernel_distance(a, b, **options)
 
 
 @pytest.mark.parametrize("paired", [False, True])

@@ -50,10 +50,14 @@ def test_order_and_batches_do_not_matter():
 
 
 def test_what_it_refuses():
-    score = InceptionScore(3)
     for bad in (torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.5, -0.5, 0.0]]), torch.full((1, 3), math.nan)):
-        with pytest.raises(ValueError, match="softmax"):
-            score.update(bad, torch.tensor([0]))
+        score = InceptionScore(3)
+        for probabilities in (torch.full((1, 3), 1 / 3), bad, torch.full((1, 3), 1 / 3)):
+            score.update(probabilities, torch.tensor([0]))
+        for read in (score.compute, score.all_reduce, score.state_dict):
+            with pytest.raises(ValueError, match="softmax"):
+                read()
+    score = InceptionScore(3)
     with pytest.raises(ValueError, match=r"\(1, 2\); this score takes \(B, 3\)"):
         score.update(torch.tensor([[0.5, 0.5]]), torch.tensor([0]))
     with pytest.raises(ValueError, match="at least one sample"):

@@ -211,13 +211,13 @@ def test_devices_without_float64(monkeypatch: pytest.MonkeyPatch, demo: tuple[Fl
         assert prior.generate(torch.tensor([0]), 4, generator=torch.Generator().manual_seed(0)).max() < 4375
 
 
-WIDE_ON_THE_CPU = {
-    "precision.py": "the one function that says where it is",
+WIDE = {
+    "precision.py": "the functions that say where it is",
     "models/sampling.py": "a table of both types",
-    "metrics/frechet.py": "statistics on the CPU",
-    "metrics/inception_score.py": "sums on the CPU",
-    "evaluation/statistics.py": "sums on the CPU",
-    "evaluation/reconstruction_statistics.py": "sums on the CPU",
+    "metrics/frechet.py": "statistics on a `summing_device`",
+    "metrics/inception_score.py": "sums on a `summing_device`",
+    "evaluation/statistics.py": "sums on a `summing_device`",
+    "evaluation/reconstruction_statistics.py": "sums on a `summing_device`",
     "metrics/linear_probe.py": "fitted on the CPU",
     "flow/nested_dropout.py": "probabilities for the plan, on the CPU",
     "cost/models.py": "the plan, on the CPU",
@@ -227,7 +227,7 @@ WIDE_ON_THE_CPU = {
 
 
 def test_nobody_else_names_float64() -> None:
-    """Elsewhere `accumulation_dtype` decides, and `.double()` follows `.cpu()`."""
+    """Elsewhere `accumulation_dtype` or `as_float64` decides, and `.double()` follows `.cpu()`."""
     naming = set()
     for file in sorted(PACKAGE.rglob("*.py")):
         name = str(file.relative_to(PACKAGE))
@@ -239,7 +239,7 @@ def test_nobody_else_names_float64() -> None:
             elif node.attr == "double":
                 moved = isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Attribute)
                 assert moved and node.value.func.attr == "cpu", f"{name}:{node.lineno}: .double() without .cpu()"
-    assert naming == set(WIDE_ON_THE_CPU)
+    assert naming == set(WIDE)
 
 
 @pytest.mark.parametrize(
