@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from report import median_seconds, peak_gib, write_results
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from flextok_pl.config import FlexTokConfig, VAEConfig
 from flextok_pl.flow.nested_dropout import BUDGET_LAWS
@@ -52,6 +53,7 @@ parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"
 parser.add_argument("--compile", action="store_true", help="torch.compile every block of ours for training")
 parser.add_argument("--checkpointing", action="store_true", help="recompute activations, on both sides")
 parser.add_argument("--official-attention", choices=["flex", "sdpa"], help="default: flex on CUDA, sdpa on a CPU")
+parser.add_argument("--profile", action="store_true", help="tell the training step's seconds by kind of operation")
 parser.add_argument("--json", default=None, help="file to write the results to")
 
 
@@ -138,6 +140,27 @@ def compare(tokenizer: FlexTok, official: Any, images: Tensor) -> dict[str, floa
     return agreement
 
 
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
+    "attention": ("aten::_scaled_dot_product", "aten::_softmax"),
+    "norms": ("aten::native_layer_norm",),
+}
+
+
+def profiled(call: Callable[[], object], device: str) -> dict[str, float]:
+    """Seconds of a call by kind of operation; what is of no kind is elementwise, or moves data."""
+    kind = ProfilerActivity.CUDA if device.startswith("cuda") else ProfilerActivity.CPU
+    call()
+    with profile(activities=[ProfilerActivity.CPU, kind]) as profiler:
+        call()
+    seconds = dict.fromkeys([*KINDS, "elementwise and copies"], 0.0)
+    for event in profiler.key_averages():
+        name = next((name for name, starts in KINDS.items() if event.key.startswith(starts)), "elementwise and copies")
+        time = event.self_device_time_total if device.startswith("cuda") else event.self_cpu_time_total
+        seconds[name] += time / 1e6
+    return seconds
+
+
 def allocated_gib(call: Callable[[], object]) -> float:
     """The most that a call allocates beside what is there."""
     torch.cuda.reset_peak_memory_stats()
@@ -222,6 +245,12 @@ def main() -> None:
                 partial(step, official, official_loss, latents),
             )
         race("train", pairs)
+        if options.profile:
+            for law, (ours, theirs) in pairs.items():
+                results["train"][law]["profile"] = {
+                    "ours": profiled(ours, device),
+                    "official": profiled(theirs, device),
+                }
     write_results("official", vars(options), results, options.json)
 
 
