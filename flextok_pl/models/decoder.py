@@ -21,6 +21,7 @@ from flextok_pl.layers.blocks import AdaLNBlock, run_block
 from flextok_pl.layers.embeddings import TimeEmbedding, grid_positions, patchify, sincos_position_table, unpatchify
 from flextok_pl.layers.norm import layer_norm
 from flextok_pl.layers.packing import Packing, Positions, pack, places, send
+from flextok_pl.models.routing import Route
 
 
 class Velocity(NamedTuple):
@@ -37,24 +38,31 @@ class TokenLayout(NamedTuple):
     places: Tensor  # (T,) int64, the place of each kept token among the K of its image
     patches: Tensor | None  # (T,) int64, the patch that takes it, among those of all images
     replacements: Tensor  # int64, 0 for the mask token, 1 for the null token: of images with missing tokens, or of all
+    route: Route | None = None  # of patches around middle blocks, in training
 
 
-def token_layout(config: FlexTokConfig, latents: Tensor, num_tokens: Tensor, null: Tensor | None = None) -> TokenLayout:
-    """How to decode the first `num_tokens` (B,) int64 in 0..K, on the CPU, to (B, C, h, w) latents.
-
-    `null` (B,) bool tells which images of 0 tokens have no condition; None for no image.
-    """
+def token_layout(
+    config: FlexTokConfig,
+    latents: Tensor,  # (B, C, h, w)
+    num_tokens: Tensor,  # (B,) int64 on the CPU, in 0..K: how many first tokens to decode
+    null: Tensor | None = None,  # (B,) bool, images of 0 tokens that have no condition; None for no image
+    route: Route | None = None,
+) -> TokenLayout:
+    """How to decode a number of first tokens of each image."""
     k, device, batch = config.num_registers, latents.device, len(latents)
     num_patches = latents.shape[2:].numel() // config.patch_size**2
     owner, place = places(num_tokens)
     replacements = torch.zeros_like(num_tokens) if null is None else null.long()
     if config.layout == "grid":
-        return TokenLayout(None, send(place, device), send(owner * k + place, device), send(replacements, device))
+        return TokenLayout(None, send(place, device), send(owner * k + place, device), send(replacements, device), route)
     lacking = (num_tokens < k).nonzero().flatten()
     counts = torch.cat([torch.ones_like(owner), k - num_tokens[lacking]])
     owners, within = torch.cat([owner, lacking]), torch.cat([place, num_tokens[lacking]])
     packing = pack(owners, within, batch, num_patches, k, "all", device, counts)
-    return TokenLayout(packing, send(place, device), None, send(replacements[lacking], device))
+    if route is not None:
+        kept = route.routing.kept(num_patches)
+        route = route._replace(packing=pack(owners, within, batch, kept, k, "all", device, counts))
+    return TokenLayout(packing, send(place, device), None, send(replacements[lacking], device), route)
 
 
 class AdaLNHead(nn.Module):
@@ -119,10 +127,15 @@ class FlowDecoder(nn.Module):
         x = self._with_tokens(patches, codes, layout)
         time = self.time_embed(t)
 
-        features = None
+        features, route, before = None, layout.route, x
         for i, block in enumerate(self.blocks):
             only = "patches" if i == len(self.blocks) - 1 else None
-            x = run_block(block, self.activation_checkpointing, x, time, layout.packing, only)
+            packing = layout.packing if route is None or not route.covers(i) else route.packing
+            if route is not None and i == route.routing.first:
+                before, x = x, route.leave(x)
+            x = run_block(block, self.activation_checkpointing, x, time, packing, only)
+            if route is not None and i == route.routing.last:
+                x = route.join(x, before)
             if i == self.config.repa_layer:
                 features = x.patches
         assert x.patches is not None

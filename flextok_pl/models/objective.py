@@ -24,6 +24,7 @@ from flextok_pl.flow.rectified import interpolate, lattice, sample_timesteps, st
 from flextok_pl.layers.packing import places, send
 from flextok_pl.models.decoder import token_layout
 from flextok_pl.models.encoder import code_layout
+from flextok_pl.models.routing import Route
 from flextok_pl.models.tokenizer import FlexTok
 
 
@@ -111,6 +112,7 @@ def flow_loss(
     draws: TrainingDraws,
     *,
     tokens: Tensor | None = None,  # (B, K) int64 to decode from in place of the images' own
+    route: Route | None = None,  # that patches take around middle blocks of the decoder
 ) -> FlowLoss:
     """Velocity error of the decoder given the encoder's quantised codes, with gradients to both, or given `tokens`.
 
@@ -131,5 +133,5 @@ def flow_loss(
         codes = quantizer.tokens_to_codes(tokens.flatten().index_select(0, rows))
     t = send(draws.t, latents.device)
     x_t = interpolate(latents, draws.noise, t)
-    velocity, features = tokenizer.decoder(x_t, t, codes, token_layout(config, x_t, kept, draws.null))
+    velocity, features = tokenizer.decoder(x_t, t, codes, token_layout(config, x_t, kept, draws.null, route))
     return FlowLoss(velocity_loss(velocity, velocity_target(latents, draws.noise)), features)
