@@ -23,6 +23,7 @@ from flextok_pl.layers.blocks import AdaLNBlock
 from flextok_pl.layers.embeddings import grid_positions, patchify, unpatchify
 from flextok_pl.layers.packing import padded_size
 from flextok_pl.models.objective import TrainingDraws, flow_loss, sample_draws
+from flextok_pl.models.routing import Route, Routing, sample_route
 from flextok_pl.models.tokenizer import FlexTok
 
 CONFIG = FlexTokConfig(
@@ -103,7 +104,9 @@ def reference_block(block: AdaLNBlock, x: Tensor, time: Tensor, n: int) -> Tenso
     return x + gate_mlp * block.mlp(norm(x) * (1 + scale_mlp) + shift_mlp)
 
 
-def reference_loss(tokenizer: FlexTok, latents: Tensor, draws: TrainingDraws) -> tuple[Tensor, Tensor]:
+def reference_loss(
+    tokenizer: FlexTok, latents: Tensor, draws: TrainingDraws, route: Route | None = None
+) -> tuple[Tensor, Tensor]:
     """Loss of each image, and patch features."""
     decoder, config = tokenizer.decoder, tokenizer.config
     tokens = decoder.code_embed(tokenizer.quantizer(reference_codes(tokenizer, latents)))
@@ -121,7 +124,15 @@ def reference_loss(tokenizer: FlexTok, latents: Tensor, draws: TrainingDraws) ->
     time = decoder.time_embed(draws.t)
     features = x
     for i, block in enumerate(decoder.blocks):
-        x = reference_block(block, x, time, n)
+        if route is not None and route.covers(i):
+            taken = [(route.rows[route.rows // n == image] % n).tolist() for image in range(len(x))]
+            rows = [[*patches, *range(n, x.shape[1])] for patches in taken]
+            part = torch.stack([sequence[kept] for sequence, kept in zip(x, rows, strict=True)])
+            part, x = reference_block(block, part, time, len(taken[0])), x.clone()
+            for image, kept in enumerate(rows):
+                x[image, kept] = part[image]
+        else:
+            x = reference_block(block, x, time, n)
         features = x[:, :n] if i == config.repa_layer else features
     velocity = unpatchify(decoder.head(x[:, :n], time).unflatten(1, grid), 2)
     return (velocity - (draws.noise - latents)).square().flatten(1).mean(1), features
@@ -146,11 +157,13 @@ def gradients(tokenizer: FlexTok, loss: Tensor, features: Tensor) -> dict[str, T
     return {name: gradient.clone() for name, gradient in trained.items()}
 
 
-def check(tokenizer: FlexTok, latents: Tensor, draws: TrainingDraws, tolerance: float) -> None:
+def check(
+    tokenizer: FlexTok, latents: Tensor, draws: TrainingDraws, tolerance: float, route: Route | None = None
+) -> None:
     """Loss, features and all gradients, relative to the largest value of each."""
-    packed = flow_loss(tokenizer, latents, draws)
+    packed = flow_loss(tokenizer, latents, draws, route=route)
     found = gradients(tokenizer, *packed)
-    expected = reference_loss(tokenizer, latents, draws)
+    expected = reference_loss(tokenizer, latents, draws, route)
     wanted = gradients(tokenizer, *expected)
     pairs = {"loss": (packed.loss, expected[0]), "features": (packed.patch_features, expected[1])}
     pairs |= {name: (found[name], wanted[name]) for name in wanted}
@@ -237,6 +250,18 @@ def test_images_alone_and_in_another_order(variant: str, kernel: str) -> None:
     ]
     torch.testing.assert_close(turned, together[order], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(torch.cat(alone), together, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("variant", ["registers", "one_register", "grid"])
+@pytest.mark.parametrize("routing", [Routing(0.5, 1, 2), Routing(0.7, 0, 0)])
+def test_patches_on_a_route(routing: Routing, variant: str, checkpointing: bool, kernel: str) -> None:
+    config = replace(VARIANTS[variant], decoder_depth=4, repa_layer=3)
+    tokenizer = randomized(config)
+    tokenizer.checkpoint_activations(checkpointing)
+    latents = latents_of(config, 5)
+    route = sample_route(routing, config, latents, torch.Generator().manual_seed(2))
+    check(tokenizer, latents, draw(config, latents, 4), 1e-12, route)
 
 
 def positions(part: nn.Module, call: Callable[[], object]) -> list[int]:
