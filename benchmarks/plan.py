@@ -71,7 +71,14 @@ def prior(preset: str, batch: int, checkpointing: bool, chunk: str, numerics: Nu
 def tokenizer(preset: str, batch: int, checkpointing: bool, chunk: str, numerics: Numerics, device: str):
     """(workload, model, loss of a step), from latents and with all tokens, the most that a step can take."""
     config = dataclasses.replace(FlexTokConfig.preset(preset), nested_dropout="none", null_dropout=0.0)
-    options = {"stratified_budgets": False, "vae": None, "teacher": None, "activation_checkpointing": checkpointing}
+    options = {
+        "stratified_budgets": False,
+        "vae": None,
+        "teacher": None,
+        "route_share": 0.0,
+        "route_blocks": None,
+        "activation_checkpointing": checkpointing,
+    }
     model = FlexTok(dataclasses.replace(config, vae=None)).to(device)
     model.checkpoint_activations(checkpointing)
     generator = torch.Generator().manual_seed(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import astuple, replace
 from functools import lru_cache
+from math import prod
 from typing import TypeVar
 
 import torch
@@ -36,11 +37,13 @@ from flextok_pl.models.encoder import CodeLayout, RegisterEncoder, code_layout
 from flextok_pl.models.fsq import FSQ
 from flextok_pl.models.irepa import Projection, build_projection
 from flextok_pl.models.prior import Prior, TextStates
+from flextok_pl.models.routing import Routing
 from flextok_pl.models.teacher import alignment_loss
 from flextok_pl.models.vae import VAE
 
 Grid = tuple[int, int]
 LayoutT = TypeVar("LayoutT", CodeLayout, TokenLayout)
+CostT = TypeVar("CostT", Flops, Activations)
 RARE_DEVIATIONS = 3.09  # of a normal distribution: more happens in one case of a thousand
 
 
@@ -156,9 +159,11 @@ def _law(config: FlexTokConfig) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def tokenizer_flops(config: FlexTokConfig, grid: Grid | None = None, checkpointing: bool = False) -> Flops:
+def tokenizer_flops(
+    config: FlexTokConfig, grid: Grid | None = None, checkpointing: bool = False, routing: Routing | None = None
+) -> Flops:
     """Encoder and decoder per image, expected over the budgets of training; `grid` by default the position table's."""
-    coding, decoding = _flops_at_every_budget(_shape(config), grid, checkpointing)
+    coding, decoding = _flops_at_every_budget(_shape(config), grid, checkpointing, routing)
     return Flops(*(_law(config) @ (coding + decoding)).tolist())
 
 
@@ -169,7 +174,12 @@ def prior_flops(config: PriorConfig, text_length: int = 1, checkpointing: bool =
 
 
 def tokenizer_activations(
-    config: FlexTokConfig, numerics: Numerics, batch_size: int, grid: Grid | None = None, stratified: bool = False
+    config: FlexTokConfig,
+    numerics: Numerics,
+    batch_size: int,
+    grid: Grid | None = None,
+    stratified: bool = False,
+    routing: Routing | None = None,
 ) -> Activations:
     """Encoder and decoder, for a batch of B images whose budgets take as much as they do in one step of a thousand.
 
@@ -184,7 +194,7 @@ def tokenizer_activations(
         spread = 0.0 if stratified else RARE_DEVIATIONS / batch_size**0.5
         return batch_size * float((mean + spread * deviation).clamp(max=bytes_of_image[law > 0].max()))
 
-    coding, decoding = _kept_at_every_budget(_shape(config), grid, numerics)
+    coding, decoding = _kept_at_every_budget(_shape(config), grid, numerics, routing)
     kept, inputs, _ = (coding + decoding).unbind(1)
     return Activations(of_batch(kept), of_batch(inputs), max(of_batch(coding[:, 2]), of_batch(decoding[:, 2])))
 
@@ -195,17 +205,25 @@ def _shape(config: FlexTokConfig) -> FlexTokConfig:
 
 
 @lru_cache(maxsize=64)
-def _flops_at_every_budget(config: FlexTokConfig, grid: Grid | None, checkpointing: bool) -> tuple[Tensor, Tensor]:
-    return _at_every_budget(config, lambda part, depth: count_flops(part, depth, checkpointing), 2, grid)
+def _flops_at_every_budget(
+    config: FlexTokConfig, grid: Grid | None, checkpointing: bool, routing: Routing | None
+) -> tuple[Tensor, Tensor]:
+    return _at_every_budget(config, lambda part, depth: count_flops(part, depth, checkpointing), 2, grid, routing)
 
 
 @lru_cache(maxsize=64)
-def _kept_at_every_budget(config: FlexTokConfig, grid: Grid | None, numerics: Numerics) -> tuple[Tensor, Tensor]:
-    return _at_every_budget(config, lambda part, depth: count_activations(part, depth, numerics), 1, grid)
+def _kept_at_every_budget(
+    config: FlexTokConfig, grid: Grid | None, numerics: Numerics, routing: Routing | None
+) -> tuple[Tensor, Tensor]:
+    return _at_every_budget(config, lambda part, depth: count_activations(part, depth, numerics), 1, grid, routing)
 
 
 def _at_every_budget(
-    config: FlexTokConfig, count: Callable[[Part, int], Flops | Activations], degree: int, grid: Grid | None
+    config: FlexTokConfig,
+    count: Callable[[Part, int], CostT],
+    degree: int,
+    grid: Grid | None,
+    routing: Routing | None,
 ) -> tuple[Tensor, Tensor]:
     """Costs of encoder and decoder for an image of 0..K tokens, (K+1, fields) each.
 
@@ -214,13 +232,19 @@ def _at_every_budget(
     """
     size, most = grid or config.grid_size, config.num_registers
 
-    def coding(kept: int) -> Flops | Activations:
+    def coding(kept: int) -> CostT:
         return count(encoder(config, kept, size), config.encoder_depth)
 
-    def decoding(kept: int) -> Flops | Activations:
-        return count(decoder(config, kept, size), config.decoder_depth)
+    def decoding(kept: int) -> CostT:
+        whole = decoder(config, kept, size)
+        if routing is None:
+            return count(whole, config.decoder_depth)
+        blocks, patches = routing.last - routing.first + 1, (1, routing.kept(prod(size)))
+        registers = patches[1] if config.layout == "grid" else most
+        part = decoder(replace(config, grid_size=patches, num_registers=registers), min(kept, registers), patches)
+        return count(whole, config.decoder_depth - blocks) + (count(part, 1 + blocks) + count(part, 1) * -1)
 
-    def interpolated(cost: Callable[[int], Flops | Activations], first: int, last: int) -> Tensor:
+    def interpolated(cost: Callable[[int], CostT], first: int, last: int) -> Tensor:
         nodes = torch.tensor(sorted({first + (last - first) * i // degree for i in range(degree + 1)})).double()
         powers, budgets = torch.arange(len(nodes)), torch.arange(first, last + 1).double()
         counted = torch.tensor([astuple(cost(int(node))) for node in nodes], dtype=nodes.dtype)

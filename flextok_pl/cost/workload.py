@@ -36,6 +36,7 @@ from flextok_pl.interop.autoencoder import read_vae_config
 from flextok_pl.models.discriminator import PatchDiscriminator
 from flextok_pl.models.irepa import build_projection
 from flextok_pl.models.prior import Prior
+from flextok_pl.models.routing import build_routing
 from flextok_pl.models.teacher import Teacher
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
@@ -108,8 +109,10 @@ def tokenizer_workload(
         works = inputs == "images"
         notes += [IN_FLOAT32] if works and numerics.autocast else []
         frozen["VAE"] = _frozen_vae(autoencoder, size if works else None)
+        aligned = options["teacher"] is not None
+        routing = build_routing(options["route_share"], options["route_blocks"], net, aligned)
         extra, more = Flops(), Activations()
-        if options["teacher"] is not None:
+        if aligned:
             teacher, dim = _frozen_teacher(options["teacher"])
             share, kind = options["repa_until"], options["repa_projection"]
             if works:
@@ -123,9 +126,9 @@ def tokenizer_workload(
             extra, more = count_flops(part, 1) * share, count_activations(part, 1, numerics)
     return Workload(
         _parameters(parts, [*model.encoder.blocks, *model.decoder.blocks]),
-        flops=lambda batch: tokenizer_flops(net, grid, options["activation_checkpointing"]) + extra,
+        flops=lambda batch: tokenizer_flops(net, grid, options["activation_checkpointing"], routing) + extra,
         activations=lambda batch: (
-            tokenizer_activations(net, numerics, batch, grid, options["stratified_budgets"]) + more * batch
+            tokenizer_activations(net, numerics, batch, grid, options["stratified_budgets"], routing) + more * batch
         ),
         frozen=frozen,
         notes=tuple(notes),

@@ -54,7 +54,9 @@ def token_layout(
     owner, place = places(num_tokens)
     replacements = torch.zeros_like(num_tokens) if null is None else null.long()
     if config.layout == "grid":
-        return TokenLayout(None, send(place, device), send(owner * k + place, device), send(replacements, device), route)
+        return TokenLayout(
+            None, send(place, device), send(owner * k + place, device), send(replacements, device), route
+        )
     lacking = (num_tokens < k).nonzero().flatten()
     counts = torch.cat([torch.ones_like(owner), k - num_tokens[lacking]])
     owners, within = torch.cat([owner, lacking]), torch.cat([place, num_tokens[lacking]])

@@ -46,8 +46,8 @@ class Route(NamedTuple):
     def leave(self, x: Positions) -> Positions:
         """(B, N, D) patches -> the (B, n, D) that take the blocks, beside the same registers."""
         assert x.patches is not None
-        kept = self.routing.kept(x.patches.shape[1])
-        return Positions(take(x.patches.flatten(0, 1), self.rows).unflatten(0, (-1, kept)), x.registers)
+        images, _, width = x.patches.shape
+        return Positions(take(x.patches.flatten(0, 1), self.rows).view(images, -1, width), x.registers)
 
     def join(self, x: Positions, before: Positions) -> Positions:
         """(B, n, D) patches behind the blocks -> (B, N, D), the others as they were `before`."""
@@ -82,17 +82,20 @@ def build_routing(share: float, blocks: tuple[int, int] | None, config: FlexTokC
 
 
 def sample_route(
-    routing: Routing,
+    routing: Routing | None,
     config: FlexTokConfig,
     latents: Tensor,  # (B, C, h, w) of this rank
     generator: torch.Generator,  # on the CPU, in the same state on all ranks
     rank: int = 0,
     world_size: int = 1,  # all processes have B images
-) -> Route:
+) -> Route | None:
     """Draw which patches take the blocks, the same number of each image, for the images of all ranks.
 
-    Each image's are a function of a seed that the generator yields, as its noise is; see `sample_draws`.
+    Each image's are a function of a seed that the generator yields, as its noise is; see `sample_draws`. Without a
+    routing nothing is drawn.
     """
+    if routing is None:
+        return None
     num_patches = latents.shape[2:].numel() // config.patch_size**2
     seeds = torch.randint(2**62, (len(latents) * world_size,), generator=generator)[rank::world_size]
     order = seeded_normal(send(seeds, latents.device), (num_patches,)).argsort(dim=1)  # (B, N)

@@ -30,6 +30,7 @@ from flextok_pl.models.decoder import FlowDecoder
 from flextok_pl.models.encoder import RegisterEncoder
 from flextok_pl.models.irepa import Projection, build_projection, spatially_normalized
 from flextok_pl.models.objective import FlowLoss, draws_of_each, flow_loss, sample_draws
+from flextok_pl.models.routing import build_routing, sample_route
 from flextok_pl.models.teacher import Teacher, alignment_loss, resized_map
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
@@ -89,6 +90,9 @@ class TokenizerModule(ResumableModule):
         repa_spatial_norm: iREPA's normalisation of the teacher's features over an image's patches: this share of their
             mean is subtracted (0.6 in its code for latents), and they are divided by their standard deviation. None for
             features as they are.
+        route_share: share of the patches that skip the decoder's blocks `route_blocks` in training, and not in
+            evaluation (TREAD, which takes 0.5); 0 for none.
+        route_blocks: the first and the last of these blocks, counted from 0. TREAD takes 2 and 8 of 12.
         activation_checkpointing: recompute blocks in the backward pass, for less memory.
         compile_blocks: `torch.compile` every Transformer block for training steps; evaluation runs them as they are.
         seed: of noise, times and budgets in training, and of the fixed ones in validation.
@@ -113,6 +117,8 @@ class TokenizerModule(ResumableModule):
         repa_until: float = 1.0,
         repa_projection: Projection = "mlp",
         repa_spatial_norm: float | None = None,
+        route_share: float = 0.0,
+        route_blocks: tuple[int, int] | None = None,
         activation_checkpointing: bool = False,
         compile_blocks: bool = False,
         seed: int = 0,
@@ -136,6 +142,7 @@ class TokenizerModule(ResumableModule):
         self.tokenizer = build_tokenizer(net, vae)
         self.teacher_name, self.teacher_weights, self.seed = teacher, teacher_weights, seed
         self._vae_hash: str | None = None
+        self.routing = build_routing(route_share, route_blocks, net, teacher is not None)
         self.teacher: Frozen[Teacher] | None = None
         if teacher is not None:
             if net.repa_layer is None:
@@ -166,7 +173,7 @@ class TokenizerModule(ResumableModule):
         Expected over the budgets of the training, at the model's own image size. Frozen networks, the projection to
         the teacher and recomputation count for nothing.
         """
-        return tokenizer_flops(self.tokenizer.config).training
+        return tokenizer_flops(self.tokenizer.config, routing=self.routing).training
 
     def width_parts(self) -> list[WidthPart]:
         """Encoder, decoder and projection."""
@@ -235,18 +242,19 @@ class TokenizerModule(ResumableModule):
         """Velocity loss, and the alignment with the teacher where there is one."""
         latents = self.latents(batch)
         generator = step_generator(self, self.seed, batch_idx)
-        options = self.hparams
+        config, options = self.tokenizer.config, self.hparams
+        process = self.global_rank, self.trainer.world_size
         draws = sample_draws(
-            self.tokenizer.config,
+            config,
             latents,
             generator,
             options["timestep_shift"],
             options["pure_noise"],
             options["stratified_budgets"],
-            self.global_rank,
-            self.trainer.world_size,
+            *process,
         )
-        result = flow_loss(self.tokenizer, latents, draws)
+        route = sample_route(self.routing, config, latents, generator, *process)
+        result = flow_loss(self.tokenizer, latents, draws, route=route)
         loss = result.loss.mean()
         log_means(self, {"train/loss": loss}, len(latents))
         self.train_loss.update(result.loss, draws)

@@ -244,7 +244,14 @@ def test_a_grid_has_one_size() -> None:
     for call in calls:
         with pytest.raises(ValueError, match="layout='grid' each patch has a token, and they must be 8 x 8"):
             call()
-    options = {"stratified_budgets": False, "vae": None, "teacher": None, "activation_checkpointing": False}
+    options = {
+        "stratified_budgets": False,
+        "vae": None,
+        "teacher": None,
+        "route_share": 0.0,
+        "route_blocks": None,
+        "activation_checkpointing": False,
+    }
     with pytest.raises(ValueError, match=r"data.image_size=8 gives fewer patches.*layout='grid'"):
         tokenizer_workload(options, tok.config, 8, "images", Numerics())
     images = torch.zeros(1, 3, 16, 16)

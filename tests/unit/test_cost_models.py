@@ -31,6 +31,7 @@ from flextok_pl.flow.nested_dropout import BUDGET_LAWS, budget_probabilities, bu
 from flextok_pl.models.irepa import Projection, build_projection
 from flextok_pl.models.objective import TrainingDraws, flow_loss, sample_draws
 from flextok_pl.models.prior import Prior, TextStates
+from flextok_pl.models.routing import Routing, sample_route
 from flextok_pl.models.teacher import alignment_loss
 from flextok_pl.models.token_loss import token_loss
 from flextok_pl.models.tokenizer import FlexTok
@@ -75,6 +76,22 @@ def test_tokenizer_is_exact(options: dict[str, object], kept: int, checkpointing
     always = dataclasses.replace(config, nested_dropout="none", null_dropout=0.0)
     if kept == config.num_registers:
         assert tokenizer_flops(always, checkpointing=checkpointing) * batch == planned
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("options", [{}, {"layout": "grid"}])
+@pytest.mark.parametrize("routing", [Routing(0.5, 1, 2), Routing(0.3, 0, 0)])
+def test_tokenizer_with_a_route_is_exact(routing: Routing, options: dict[str, object], checkpointing: bool) -> None:
+    config = dataclasses.replace(CONFIG, decoder_depth=5, nested_dropout="none", null_dropout=0.0, **options)
+    model, latents = FlexTok(config), torch.randn(3, *LATENTS)
+    model.checkpoint_activations(checkpointing)
+    generator = torch.Generator().manual_seed(0)
+    draws = sample_draws(config, latents, generator)
+    route = sample_route(routing, config, latents, generator)
+    found = counted(lambda: flow_loss(model, latents, draws, route=route).loss.mean())
+    planned = tokenizer_flops(config, GRID, checkpointing, routing) * 3
+    assert found == (planned.forward, planned.backward + planned.recomputed)
+    assert planned.training < tokenizer_flops(config, GRID, checkpointing).training * 3
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -156,7 +173,7 @@ def test_rare_budgets(stratified: bool) -> None:
     """The largest sum of what images keep, of a thousand steps; stratified ones are all near the mean."""
     config = dataclasses.replace(CONFIG, null_dropout=0.2)
     batch, generator, latents = 32, torch.Generator().manual_seed(0), torch.empty(32, 1, 1, 1)
-    bytes_of = sum(_kept_at_every_budget(_shape(config), None, Numerics()))[:, 0]
+    bytes_of = sum(_kept_at_every_budget(_shape(config), None, Numerics(), None))[:, 0]
     totals = []
     for _ in range(1000):
         draws = sample_draws(config, latents, generator, stratified_budgets=stratified)
@@ -226,10 +243,28 @@ def test_tokenizer(options: dict[str, object], half: bool, checkpointing: bool, 
     found = bytes_kept(lambda: flow_loss(model, latents, draws).loss, half)
     planned = tokenizer_activations(config, numerics, BATCH)
     if kept < 64:
-        bytes_of = sum(_kept_at_every_budget(_shape(config), None, numerics))[kept]
+        bytes_of = sum(_kept_at_every_budget(_shape(config), None, numerics, None))[kept]
         planned = Activations(*(BATCH * bytes_of).tolist())
     activations = planned.inputs if checkpointing else planned.kept
     assert activations + linear_bytes(model, half) == pytest.approx(found, rel=0.05)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_tokenizer_with_a_route(checkpointing: bool, half: bool) -> None:
+    config = dataclasses.replace(TOKENIZER, nested_dropout="none", null_dropout=0.0, decoder_depth=6)
+    model, routing = FlexTok(config), Routing(0.5, 1, 3)
+    model.checkpoint_activations(checkpointing)
+    latents, numerics = latents_of(config), Numerics(2 if half else 4, fused_norms=False)
+    generator = torch.Generator().manual_seed(0)
+    draws = sample_draws(config, latents, generator)
+    route = sample_route(routing, config, latents, generator)
+    found = bytes_kept(lambda: flow_loss(model, latents, draws, route=route).loss, half)
+    planned = tokenizer_activations(config, numerics, BATCH, routing=routing)
+    activations = planned.inputs if checkpointing else planned.kept
+    assert activations + linear_bytes(model, half) == pytest.approx(found, rel=0.05)
+    whole = tokenizer_activations(config, numerics, BATCH)
+    assert planned.kept < 0.95 * whole.kept and planned.largest_block == whole.largest_block
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -288,7 +323,14 @@ def test_peak_of_the_tokenizers_steps(half: bool, checkpointing: bool) -> None:
     peak = peak_of_steps(model, lambda: flow_loss(model, latents, draws).loss.mean(), half)
     vae = VAEConfig(latent_channels=16, norm_num_groups=8, block_out_channels=(16,) * 4)
     net = dataclasses.replace(config, vae=vae)
-    options = {"stratified_budgets": False, "vae": None, "teacher": None, "activation_checkpointing": checkpointing}
+    options = {
+        "stratified_budgets": False,
+        "vae": None,
+        "teacher": None,
+        "route_share": 0.0,
+        "route_blocks": None,
+        "activation_checkpointing": checkpointing,
+    }
     how = setup(half, checkpointing)
     planned = memory(tokenizer_workload(options, net, 128, "latents", how.numerics), how, batch)
     assert planned["total"] - planned["frozen"] == pytest.approx(peak, rel=0.15)
