@@ -42,15 +42,16 @@ def tokenizer_fit(shards: Path, folder: Path) -> list[str]:
 
 
 def aligned_fit(shards: Path, folder: Path) -> list[str]:
-    """A tokenizer whose alignment with a teacher stops after two steps."""
+    """A tokenizer whose alignment with a teacher stops after two steps, and whose patches take a route."""
     teacher = folder / "teacher.pth"
     torch.manual_seed(3)
     torch.save(timm.create_model("vit_tiny_patch16_224", pretrained=False).state_dict(), teacher)
     return [
         *tokenizer_fit(shards, folder),
-        *("--rfid", "null", "--model.net.repa_layer", "0", "--model.repa_until", "0.5"),
+        *("--rfid", "null", "--model.net.repa_layer", "1", "--model.repa_until", "0.5"),
         *("--model.teacher", "vit_tiny_patch16_224", "--model.teacher_weights", str(teacher)),
         *("--model.repa_projection", "conv", "--model.repa_spatial_norm", "0.6"),
+        *("--model.route_share", "0.5", "--model.route_blocks", "[0,0]"),
     ]
 
 

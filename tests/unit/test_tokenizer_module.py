@@ -308,6 +308,25 @@ def test_options_of_an_alignment_without_a_teacher(tmp_path: Path) -> None:
         module(tmp_path, repa_projection="conv")
 
 
+def test_patches_on_a_route(tmp_path: Path) -> None:
+    """A route changes training steps only, and a training that goes on draws the routes that it would have drawn."""
+    options = {"route_share": 0.5, "route_blocks": (0, 0)}
+    saved, whole = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1), Losses()
+    trainer(tmp_path / "whole", 6, [saved, whole]).fit(module(tmp_path, **options), loader(1))
+    resumed = Losses()
+    file = tmp_path / "step=3.ckpt"
+    trainer(tmp_path / "resumed", 6, [resumed]).fit(module(tmp_path, **options), loader(1), ckpt_path=file)
+    assert resumed.values == whole.values[3:]
+    plain = Losses()
+    trainer(tmp_path / "plain", 6, [plain]).fit(module(tmp_path), loader(1))
+    assert whole.values[0] == pytest.approx(plain.values[0], rel=0.1) and whole.values != plain.values
+    found = [
+        trainer(tmp_path / name).validate(module(tmp_path, **given), loader(1), verbose=False)[0]["val/loss"]
+        for name, given in (("a", options), ("b", {}))
+    ]
+    assert found[0] == found[1]
+
+
 class PrecomputedPictures(pl.LightningDataModule):
     """The pictures of `Pictures` as float32 latents and features, with what made them."""
 
@@ -376,6 +395,8 @@ def test_the_offline_teacher_sees_where_things_are(tmp_path: Path) -> None:
         ({"repa_until": 0.0}, "repa_until=0.0"),
         ({"repa_spatial_norm": 2.0}, "repa_spatial_norm=2.0"),
         ({"teacher": "effnet-lite2", "repa_projection": "linear"}, "repa_projection='linear'"),
+        ({"route_share": 0.5}, "route_blocks=None"),
+        ({"route_share": 0.5, "route_blocks": (0, 0), "teacher": "effnet-lite2"}, "net.repa_layer=0 on it"),
         ({"teacher": "no_such_model"}, "no_such_model"),
         ({"teacher": "effnet-lite2", "teacher_weights": "missing.pth"}, "missing.pth"),
     ],
