@@ -1,6 +1,6 @@
-"""A GPU that is pretended: tensors on it hold their values in host memory, and what would wait for it is written down.
+"""A GPU that is pretended: it keeps its tensors in host memory, and writes down what would wait for it.
 
-On a CPU every tensor is at hand, so that `.item()` and `.to(device)` cost nothing there and no test would see them. Here
+On a CPU every tensor is at hand, so that `.item()` and `.to(device)` cost nothing and no test would see them. Here
 tensors say that they are on `cuda:0`, compute on the CPU, and mix with host tensors only as those of a GPU may.
 """
 
@@ -88,7 +88,7 @@ class PretendedDevice(TorchDispatchMode):
             self._note_copy(func, args, kwargs, target)
         elif packet is aten._pin_memory or kwargs.pop("pin_memory", False):
             assert not remote
-            result = (args[0].clone() if packet is aten._pin_memory else func(*args, **kwargs))
+            result = args[0].clone() if packet is aten._pin_memory else func(*args, **kwargs)
             self.pinned.add(result.untyped_storage().data_ptr())
             return result
         elif remote:
@@ -132,9 +132,9 @@ class PretendedDevice(TorchDispatchMode):
 
     def _note(self, what: str) -> None:
         if self.watching:
-            ours = [frame for frame in traceback.extract_stack() if "/flextok_pl/" in frame.filename]
-            where = f"{ours[-1].filename.rpartition('/flextok_pl/')[2]}:{ours[-1].lineno}" if ours else "elsewhere"
-            self.waits.append(f"{what} in {where}")
+            stack = traceback.extract_stack()
+            frames = [f for place in ("/flextok_pl/", "/lightning/", "") for f in stack[::-1] if place in f.filename]
+            self.waits.append(f"{what} in {frames[0].filename}:{frames[0].lineno}")
 
 
 class _MakesTensors(TorchFunctionMode):

@@ -26,7 +26,7 @@ class PositionSums:
     """Sums of nats, of hits and of ones at each position, over sequences."""
 
     def __init__(self) -> None:
-        self._sums: Tensor | None = None  # (3, K) float64
+        self._sums: Tensor | None = None  # (3, K), float64 where the device has it
 
     def update(self, outputs: Any) -> None:
         """Add what a step returned."""
@@ -37,13 +37,13 @@ class PositionSums:
             )
         nll, correct = outputs["nll"].detach(), outputs["correct"]  # (B, K)
         wide = accumulation_dtype(nll.device)
-        sums = torch.stack([each.sum(0, dtype=wide) for each in (nll, correct, torch.ones_like(nll))]).cpu().double()
+        sums = torch.stack([each.sum(0, dtype=wide) for each in (nll, correct, torch.ones_like(nll))])
         self._sums = sums if self._sums is None else self._sums + sums
 
     def means(self) -> tuple[Tensor, int]:
         """(2, K) bits and accuracy by position and the number of sequences, over all processes; starts anew."""
         assert self._sums is not None
-        nats, hits, count = all_reduce_sum(self._sums)
+        nats, hits, count = all_reduce_sum(self._sums.cpu().double())
         self._sums = None
         return torch.stack([nats / count / math.log(2), hits / count]), int(count[0])
 

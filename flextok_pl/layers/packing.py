@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flextok_pl.precision import accumulation_dtype
+from flextok_pl.transfer import send
 
 Sight = Literal["all", "earlier", "registers"]
 """Who sees whom in an image. `all`: everyone. Otherwise patches see patches only, and a register sees all patches and,
@@ -158,11 +159,6 @@ def padded_size(total: int) -> int:
 def takes_sequences(device: torch.device) -> bool:
     """Whether attention runs on sequences end to end: on a GPU in half precision."""
     return device.type == "cuda" and torch.is_autocast_enabled("cuda")
-
-
-def send(values: Tensor, device: torch.device) -> Tensor:
-    """Host values on a device, for which the host does not wait."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 class _Take(torch.autograd.Function):

@@ -20,8 +20,9 @@ from flextok_pl.config import FlexTokConfig
 from flextok_pl.layers.blocks import AdaLNBlock, run_block
 from flextok_pl.layers.embeddings import TimeEmbedding, grid_positions, patchify, sincos_position_table, unpatchify
 from flextok_pl.layers.norm import layer_norm
-from flextok_pl.layers.packing import Packing, Positions, pack, places, send
+from flextok_pl.layers.packing import Packing, Positions, pack, places
 from flextok_pl.models.routing import Route
+from flextok_pl.transfer import send
 
 
 class Velocity(NamedTuple):

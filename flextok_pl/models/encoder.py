@@ -19,7 +19,8 @@ from flextok_pl.config import FlexTokConfig
 from flextok_pl.layers.blocks import Block, run_block
 from flextok_pl.layers.embeddings import grid_positions, patchify, sincos_position_table
 from flextok_pl.layers.norm import layer_norm
-from flextok_pl.layers.packing import Packing, Positions, pack, places, send, take
+from flextok_pl.layers.packing import Packing, Positions, pack, places, take
+from flextok_pl.transfer import send
 
 
 class CodeLayout(NamedTuple):

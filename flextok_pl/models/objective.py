@@ -21,11 +21,12 @@ from flextok_pl.config import FlexTokConfig
 from flextok_pl.flow.nested_dropout import budgets_from_uniform
 from flextok_pl.flow.noise import seeded_normal
 from flextok_pl.flow.rectified import interpolate, lattice, sample_timesteps, stratify, velocity_loss, velocity_target
-from flextok_pl.layers.packing import places, send
+from flextok_pl.layers.packing import places
 from flextok_pl.models.decoder import token_layout
 from flextok_pl.models.encoder import code_layout
 from flextok_pl.models.routing import Route
 from flextok_pl.models.tokenizer import FlexTok
+from flextok_pl.transfer import send
 
 
 class TrainingDraws(NamedTuple):

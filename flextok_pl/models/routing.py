@@ -17,7 +17,8 @@ from torch import Tensor
 
 from flextok_pl.config import FlexTokConfig
 from flextok_pl.flow.noise import seeded_normal
-from flextok_pl.layers.packing import Packing, Positions, send, take
+from flextok_pl.layers.packing import Packing, Positions, take
+from flextok_pl.transfer import send
 
 
 class Routing(NamedTuple):

@@ -22,7 +22,7 @@ from flextok_pl.contracts import GuidanceScale, weights_hash
 from flextok_pl.flow.decoding import Decoding
 from flextok_pl.interop import TOKENIZER_FORMATS
 from flextok_pl.layers.frozen import Frozen
-from flextok_pl.layers.packing import places, send, take
+from flextok_pl.layers.packing import places, take
 from flextok_pl.models.adaptive import Quality, smallest_budgets
 from flextok_pl.models.arguments import (
     as_budgets,
@@ -39,6 +39,7 @@ from flextok_pl.models.fsq import FSQ
 from flextok_pl.models.pretrained import load_model, save_model
 from flextok_pl.models.vae import VAE
 from flextok_pl.precision import full_precision, require_float32
+from flextok_pl.transfer import send
 
 DIVERGED = "the weights hold some, or have diverged: load or train others"
 

@@ -22,6 +22,7 @@ from flextok_pl.files import write_file
 from flextok_pl.interop.autoencoder import read_vae_config, vae_config_from_diffusers, vae_config_to_diffusers
 from flextok_pl.models.arguments import as_images
 from flextok_pl.precision import outside_autocast, require_float32
+from flextok_pl.transfer import send
 
 _LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution
 
@@ -133,7 +134,7 @@ class VAE(nn.Module):
         if sample_posterior:
             device = latents.device if generator is None else generator.device
             noise = torch.randn(latents.shape, generator=generator, device=device, dtype=latents.dtype)
-            latents = latents + (0.5 * log_variance).exp() * noise.to(latents.device)
+            latents = latents + (0.5 * log_variance).exp() * send(noise, latents.device)
         return (latents - self.config.shift_factor) * self.config.scaling_factor
 
     def encode(

@@ -1,11 +1,13 @@
 """Mean loss by flow time and by token budget."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
 from flextok_pl.contracts import default_budgets
 from flextok_pl.models.objective import TrainingDraws
+from flextok_pl.transfer import send
 
 
 class LossBuckets(Metric):
@@ -27,12 +29,13 @@ class LossBuckets(Metric):
 
     def update(self, loss: Tensor, draws: TrainingDraws) -> None:
         """Add (B,) losses made with `draws`."""
-        loss = loss.detach().float()
         quarter = (draws.t * 4).long().clamp(0, 3)
-        budget = torch.searchsorted(torch.tensor(self.budgets), draws.num_tokens).to(loss.device) + 4
-        kept = (~draws.null).to(loss)
-        self.sums.index_add_(0, quarter, loss).index_add_(0, budget, loss * kept)
-        self.counts.index_add_(0, quarter, torch.ones_like(loss)).index_add_(0, budget, kept)
+        budget = torch.searchsorted(torch.tensor(self.budgets), draws.num_tokens)
+        of_budgets = F.one_hot(budget, len(self.budgets)) * ~draws.null[:, None]
+        belongs = torch.cat([F.one_hot(quarter, 4), of_budgets], dim=1).float()  # (B, buckets)
+        belongs = send(belongs, loss.device)
+        self.sums += (loss.detach().float()[:, None] * belongs).sum(0)
+        self.counts += belongs.sum(0)
 
     def compute(self) -> Tensor:
         """(4 + number of budgets,) means, NaN where there was no sample."""

@@ -23,6 +23,7 @@ from flextok_pl.modules.resume import ResumableModule
 from flextok_pl.modules.steps import log_means, step_generator
 from flextok_pl.modules.width_transfer import WidthPart, check_base_width, rescale_initial_weights
 from flextok_pl.runtime.sharding import gather_for_evaluation, shard, shard_again, whole_weights
+from flextok_pl.transfer import send
 
 _CLASS_NAMES = "class_names"
 """Where a checkpoint holds the names of the classes that the prior is trained on."""
@@ -149,7 +150,7 @@ class PriorModule(ResumableModule, PriorBase):
         generator = step_generator(self, self.seed, batch_idx)
         world_size = self.trainer.world_size
         draws = torch.rand(len(tokens) * world_size, generator=generator)  # of all ranks, whatever their number
-        null = draws[self.global_rank :: world_size].to(tokens.device) < options["condition_dropout"]
+        null = send(draws[self.global_rank :: world_size] < options["condition_dropout"], tokens.device)
         hidden, weight = self.prior.hidden(tokens, condition, null), self.prior.head.weight
         compiled = options["compile_blocks"] and hidden.is_cuda
         result = token_loss(hidden, weight, tokens, options["label_smoothing"], options["loss_chunk"], compiled)

@@ -125,8 +125,8 @@ class VAEModule(ResumableModule):
             weight = options["gan_weight"] * losses["adaptive_weight"]
             loss = loss + weight * losses["generator"] + losses["discriminator"]
         shown = {f"train/{name}": value.detach() for name, value in losses.items()}
-        self.log_dict(shown | {"train/loss": loss.detach()}, batch_size=len(images))
-        self.log("train/psnr", psnr(outputs.detach(), images).mean(), batch_size=len(images), prog_bar=True)
+        shown |= {"train/loss": loss.detach(), "train/psnr": psnr(outputs.detach(), images).mean()}
+        self.log_dict(shown, batch_size=len(images))
         return loss
 
     def _adversarial(self, images: Tensor, outputs: Tensor, compared: Tensor) -> dict[str, Tensor]:

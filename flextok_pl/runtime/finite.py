@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from flextok_pl.distributed import gather_objects
 from flextok_pl.runtime.lightning_internals import checkpoint_folder
+from flextok_pl.transfer import Arrival
 
 SHOWN_KEYS = 8
 
@@ -52,7 +53,8 @@ class StopIfNotFinite(Callback):
         step, self._current = self._current, _Step()
         step.number, step.epoch = trainer.global_step, trainer.current_epoch
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        step.ask(trainer.strategy.reduce(step.loss.clone(), reduce_op="sum") if scaled else norm)
+        told = trainer.strategy.reduce(step.loss.clone(), reduce_op="sum") if scaled else norm
+        step.told = Arrival(cast(Tensor, told))
         self._asked = step
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -67,7 +69,7 @@ class StopIfNotFinite(Callback):
 
     def _look(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         asked, self._asked = self._asked, None
-        if asked is None or asked.is_finite():
+        if asked is None or asked.told is None or math.isfinite(asked.told.read()):
             return
         told = gather_objects((asked.loss.item(), asked.samples()))
         where = f"step {asked.number} (epoch {asked.epoch}"
@@ -91,23 +93,7 @@ class _Step:
         self.number = self.epoch = 0
         self.keys: list[str] = []
         self.loss: Tensor = torch.zeros(())
-        self._value: Tensor | None = None
-        self._arrived: torch.cuda.Event | None = None
-
-    def ask(self, value: Tensor) -> None:
-        """Let the device tell the host a number when it gets there."""
-        self._value = value
-        if value.is_cuda:
-            self._value = torch.empty((), pin_memory=True).copy_(value, non_blocking=True)
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record()
-
-    def is_finite(self) -> bool:
-        """Whether the number is, which all ranks say alike."""
-        assert self._value is not None
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return math.isfinite(self._value)
+        self.told: Arrival | None = None  # a number of all ranks that is finite where the step is
 
     def samples(self) -> str:
         """The keys of what was trained on."""

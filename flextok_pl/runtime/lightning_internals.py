@@ -227,8 +227,10 @@ class StepCheckpoint(ModelCheckpoint):
             return
         awaited = self._defer_save_until_validation
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if awaited or not self._defer_save_until_validation:
+            return
         values = self._monitor_candidates(trainer)
-        if awaited or not self._defer_save_until_validation or self.monitor not in values:
+        if self.monitor not in values:
             return
         loop: Any = trainer.fit_loop
         if self.monitor == "step" or not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):

@@ -10,13 +10,15 @@ import threading
 import warnings
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 from flextok_pl.runtime.lightning_internals import checkpoint_folder, step_ends
+from flextok_pl.transfer import Arrival, send
 
 
 class Preempted(SystemExit):
@@ -39,8 +41,8 @@ class Preemption(Callback):
 
     Args:
         signals: names of the signals that announce it; none to let every signal do what it does elsewhere.
-        check_every_n_steps: optimizer steps between the questions of the processes to each other; one process alone
-            looks at every step.
+        check_every_n_steps: optimizer steps between the questions of the processes to each other, which are answered
+            one step later; one process alone looks at every step.
         requeue: in a Slurm job, `scontrol requeue` it, unless it was cancelled.
     """
 
@@ -56,12 +58,13 @@ class Preemption(Callback):
         self.signals = [signal.Signals[name] for name in signals]
         self.check_every_n_steps, self.requeue = check_every_n_steps, requeue
         self._received = 0
+        self._asked: Arrival | None = None
         self._shared_batches, self._can_leave = 0.0, False
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals over."""
-        self._received = 0
+        self._received, self._asked = 0, None
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._receive) for number in self.signals}
 
@@ -70,9 +73,13 @@ class Preemption(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Look whether a signal has come."""
-        due = trainer.world_size == 1 or trainer.global_step % self.check_every_n_steps == 0
-        if due and step_ends(pl_module):  # else a checkpoint would lose the gradients
-            self._stop_if_asked(trainer)
+        if not step_ends(pl_module):  # a checkpoint would lose the gradients
+            return
+        asked, self._asked = self._asked, None
+        if trainer.world_size == 1 or asked is not None:
+            self._stop(trainer, self._received if asked is None else int(asked.read()))
+        if trainer.world_size > 1 and trainer.global_step % self.check_every_n_steps == 0 and self.signals:
+            self._asked = Arrival(self._ask(trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out how many batches all processes have: some may have one more, after which nobody answers them."""
@@ -96,11 +103,17 @@ class Preemption(Callback):
         if self._can_leave and self._received:
             self._stop_if_asked(trainer)
 
+    def _ask(self, trainer: Trainer) -> Tensor:
+        """The number of a signal that any process was given, or 0; all must ask."""
+        received = send(torch.tensor(self._received), trainer.strategy.root_device)
+        return cast(Tensor, trainer.strategy.reduce(received, reduce_op="max"))
+
     def _stop_if_asked(self, trainer: Trainer) -> None:
-        if not self.signals:
-            return
-        received = torch.tensor(self._received, device=trainer.strategy.root_device)
-        number = int(trainer.strategy.reduce(received, reduce_op="max"))  # any process may have been told
+        if self.signals:
+            self._stop(trainer, self._received if trainer.world_size == 1 else int(self._ask(trainer)))
+
+    def _stop(self, trainer: Trainer, number: int) -> None:
+        """Save and stop, if the number is a signal's."""
         if not number:
             return
         path = checkpoint_folder(trainer) / "last.ckpt"

@@ -14,7 +14,19 @@ PACKAGE = Path(__file__).parents[2] / "flextok_pl"
 
 # From the bottom up: a part may import those above it in this list, and no others.
 LAYERS = (
-    ("contracts", "precision", "progress", "files", "errors", "keys", "distributed", "parts", "config", "assets"),
+    (
+        "contracts",
+        "precision",
+        "progress",
+        "files",
+        "errors",
+        "keys",
+        "distributed",
+        "transfer",
+        "parts",
+        "config",
+        "assets",
+    ),
     ("layers", "flow", "backbones"),
     ("interop", "metrics"),
     ("models",),
