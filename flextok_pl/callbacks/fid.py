@@ -74,6 +74,7 @@ class BudgetEvaluationCallback(EvaluationOptions, EvaluationCallback):
                 "step": self.step_of(trainer),
             },
             in_fit=in_fit,
+            num_batches=sum(trainer.num_val_batches if split == "val" else trainer.num_test_batches),
             pause=partial(stop_if_preempted, trainer),
         )
         self._running.start(model, context)

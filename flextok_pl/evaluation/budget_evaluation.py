@@ -5,6 +5,7 @@ It measures each sample exactly once over all processes, and goes on where it wa
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -33,6 +34,9 @@ from flextok_pl.progress import announced
 GRID_COLUMNS = 12
 """Most columns of the grid picture; beyond, powers of two are shown."""
 
+MEASURED = ("image", "key", "label", "text")
+"""Fields of a batch that evaluations look at."""
+
 GridRow = tuple[Any, Any, dict[int, Tensor]]
 """What orders the row, what stands at its left, and its images by budget, (3, H, W) uint8."""
 
@@ -48,6 +52,7 @@ class Context:
     data_hash: str | None = None  # identity of the data; None keeps nothing of it on disk
     facts: Mapping[str, Any] = field(default_factory=dict)  # what records state of data and model
     in_fit: bool = False  # a validation of a training measures less and leaves fewer files
+    num_batches: float = math.inf  # that this process will give; beyond, nothing must be left to measure
     pause: Callable[[], None] = lambda: None  # called between decodings; may raise, to leave the evaluation
 
 
@@ -92,6 +97,8 @@ class BudgetEvaluation(ABC):
         self.budgets = options.budgets_up_to(tokenizer.num_registers, context.in_fit)
         self.fraction = min(1.0, (options.max_samples or expected) / expected) if context.in_fit else 1.0
         self.ids, self.rows = [], []
+        self._waiting: list[dict[str, Any]] = []  # parts of batches, for a whole one
+        self._batches_left = context.num_batches
         self._done_before: set[int] = set()  # by an earlier run, and not come across yet
         self._facts = {
             "split": context.split,
@@ -170,7 +177,8 @@ class BudgetEvaluation(ABC):
     def update(self, batch: Mapping[str, Any]) -> None:
         """Measure those samples of a batch that a killed evaluation has not measured before.
 
-        It has at least `image`, (B, 3, H, W) in [-1, 1], and `key`, B texts.
+        It has at least `image`, (B, 3, H, W) in [-1, 1], and `key`, B texts. Few samples of a batch, as are chosen in
+        a fit, wait for those of the next ones, as far as the number of batches is known.
         """
         keys = batch["key"]
         hashes = [key_hash(key) for key in keys]
@@ -179,8 +187,13 @@ class BudgetEvaluation(ABC):
         self._done_before.difference_update(hashes)  # a key that comes twice is then found out
         chosen = new & choose_fraction(keys, self.fraction, "subset")
         places = None if chosen.all() else chosen.nonzero().flatten()
-        self._measure({name: _at(places, value) for name, value in batch.items() if value is not None})
-        self._save_if_due()
+        self._waiting.append({name: _at(places, batch[name]) for name in MEASURED if batch.get(name) is not None})
+        self._batches_left -= 1
+        may_wait = self.context.in_fit and 0 < self._batches_left < math.inf
+        if not may_wait or sum(len(part["key"]) for part in self._waiting) >= len(keys):
+            parts, self._waiting = self._waiting, []
+            self._measure({name: _joined([part[name] for part in parts]) for name in parts[0]})
+            self._save_if_due()
 
     def _decoded(
         self, tokens: Tensor, keys: Sequence[str], budgets: Sequence[int], seed: int
@@ -193,6 +206,11 @@ class BudgetEvaluation(ABC):
     def finish(self) -> Results | None:
         """Add up all processes, each of which must call this; None where too few images were measured."""
         context, statistics = self.context, self.statistics
+        if self._waiting:
+            raise RuntimeError(
+                f"{self._batches_left:g} of {context.num_batches:g} batches of the {context.split} set did not come, "
+                "and samples still wait for them; no number is reported: correct the length of its dataloader"
+            )
         ids = gather_rows(torch.tensor(self.ids, dtype=torch.int64))
         seen = check_each_sample_once(ids, context.num_samples, context.limited, f"the {context.split} set")
         statistics.all_reduce()
@@ -278,6 +296,13 @@ def _at(places: Tensor | None, rows: Any) -> Any:
     if places is None:
         return rows
     return rows[places.to(rows.device)] if isinstance(rows, Tensor) else [rows[i] for i in places.tolist()]
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """Rows of several batches."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([*parts]) if isinstance(parts[0], Tensor) else [row for part in parts for row in part]
 
 
 def _store_or_check(file: Path, features: FeatureSet, pixel_hash: int) -> None:

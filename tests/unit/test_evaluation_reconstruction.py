@@ -179,6 +179,30 @@ def test_results_do_not_depend_on_how_many_images_are_decoded_at_once(tmp_path, 
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+def in_fit(num_batches, batches=10):
+    """An evaluation of about 10 of 40 images, and how many decodings it took."""
+    tokenizer, samples = StripTokenizer(), pictures(40)
+    evaluation = ReconstructionEvaluation(ReconstructionOptions(max_samples=10, fit_budgets=[8], cache_dir=None))
+    evaluation.start(tokenizer, Context(40, in_fit=True, num_batches=num_batches))
+    for i in range(batches):
+        evaluation.update(default_collate(samples[4 * i : 4 * i + 4]))
+    return evaluation.finish(), tokenizer.decoded
+
+
+def test_few_samples_of_many_batches_are_measured_together():
+    (one, at_once), (other, waiting) = in_fit(math.inf), in_fit(10)
+    count = one.protocol["num_samples"]
+    assert 7 < at_once <= min(10, count) and waiting == -(-count // 4) < at_once
+    assert other.values[8] == pytest.approx(one.values[8], rel=1e-6)
+    assert other.pictures["grid.png"].equal(one.pictures["grid.png"])
+    assert other.protocol == one.protocol and one.protocol["samples_read"] == 40
+
+
+def test_batches_that_do_not_come():
+    with pytest.raises(RuntimeError, match="2 of 12 batches of the test set did not come.*length of its dataloader"):
+        in_fit(12)
+
+
 def test_real_statistics_are_kept_on_disk(tmp_path):
     samples, options = pictures(17), {"cache_dir": tmp_path / "cache", "budgets": [8]}
     first = evaluate(tmp_path, samples, data_hash="a", **options)
