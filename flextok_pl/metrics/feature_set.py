@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flextok_pl.distributed import gather_rows
 from flextok_pl.metrics.frechet import FeatureStatistics
+from flextok_pl.transfer import send
 
 POOL_SIZE = 5000  # samples whose features are kept for the kernel distance; below this number, all
 
@@ -30,9 +31,7 @@ class FeatureSet:
         rows = features.to(self.device)
         self.statistics.update(rows)
         if not pooled.all():
-            index = pooled.nonzero().flatten()
-            index = index.pin_memory() if rows.is_cuda else index
-            rows = rows[index.to(rows.device, non_blocking=True)]
+            rows = rows[send(pooled.nonzero().flatten(), rows.device)]
         self._rows.append(rows)
         self._ids.append(ids[pooled])
 
