@@ -15,6 +15,7 @@ from flextok_pl.config import FlexTokConfig
 from flextok_pl.layers.blocks import compile_for_all_lengths
 from flextok_pl.models.objective import TrainingDraws, flow_loss, sample_draws
 from flextok_pl.models.prior import Prior
+from flextok_pl.models.routing import Routing, sample_route
 from flextok_pl.models.tokenizer import FlexTok
 
 pytestmark = pytest.mark.gpu
@@ -93,8 +94,9 @@ def test_tokens_and_pictures_equal_those_of_a_cpu(image_shards: Path) -> None:
     torch.testing.assert_close(made[0][2], made[1][2], rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("routing", [None, Routing(0.5, 0, 0)])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_half_precision_keeps_the_merged_register(compiled: bool) -> None:
+def test_half_precision_keeps_the_merged_register(compiled: bool, routing: Routing | None) -> None:
     """Loss and gradients of published blocks under autocast, beside those in float32."""
     config = replace(FlexTokConfig.preset("d12_d12"), vae=None, encoder_depth=2, decoder_depth=2)
     torch.manual_seed(0)
@@ -103,11 +105,13 @@ def test_half_precision_keeps_the_merged_register(compiled: bool) -> None:
         if parameter.requires_grad and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
     latents = torch.randn(8, config.latent_channels, *tokenizer.latent_size, device="cuda")
-    draws: TrainingDraws = sample_draws(config, latents, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    draws: TrainingDraws = sample_draws(config, latents, generator)
+    route = sample_route(routing, config, latents, generator)
 
     def step() -> tuple[float, dict[str, Tensor]]:
         tokenizer.zero_grad()
-        loss = flow_loss(tokenizer, latents, draws).loss.mean()
+        loss = flow_loss(tokenizer, latents, draws, route=route).loss.mean()
         loss.backward()
         return loss.item(), {n: p.grad.clone() for n, p in tokenizer.named_parameters() if p.grad is not None}
 

@@ -1,6 +1,7 @@
 """A training step does not wait for its device, from the arrival of a batch to the start of the next."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -93,6 +94,11 @@ def tokenizer(**options: Any) -> TokenizerModule:
     return TokenizerModule(FlexTokConfig.preset("tiny"), warmup_steps=0, **options)
 
 
+def aligned(**options: Any) -> TokenizerModule:
+    net = replace(FlexTokConfig.preset("tiny"), repa_layer=0)
+    return TokenizerModule(net, warmup_steps=0, teacher="effnet-lite2", **options)
+
+
 MODULES: dict[str, Callable[[], pl.LightningModule]] = {
     "prior": prior,
     "prior, smoothed labels in one chunk": lambda: prior(label_smoothing=0.1, loss_chunk=None),
@@ -101,6 +107,8 @@ MODULES: dict[str, Callable[[], pl.LightningModule]] = {
     "vae, perceptual": lambda: vae(perceptual_weight=0.5),
     "tokenizer": tokenizer,
     "tokenizer, pure noise": lambda: tokenizer(pure_noise=0.5, activation_checkpointing=True, mup_base_width=32),
+    "tokenizer, aligned for a while": lambda: aligned(repa_until=0.5, repa_projection="conv", repa_spatial_norm=0.6),
+    "tokenizer, patches on a route": lambda: tokenizer(route_share=0.5, route_blocks=(0, 0)),
 }
 
 
