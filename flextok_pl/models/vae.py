@@ -21,6 +21,7 @@ from flextok_pl.config import VAEConfig
 from flextok_pl.files import write_file
 from flextok_pl.interop.autoencoder import read_vae_config, vae_config_from_diffusers, vae_config_to_diffusers
 from flextok_pl.models.arguments import as_images
+from flextok_pl.models.vae_inference import decode, encode
 from flextok_pl.precision import outside_autocast, require_float32
 from flextok_pl.transfer import send
 
@@ -118,7 +119,7 @@ class VAE(nn.Module):
         if self.config.kind == "pixel":
             mean = rearrange(images, "b c (h p) (w q) -> b (c p q) h w", p=factor, q=factor)  # (B, 3 f^2, h, w)
             return torch.cat([mean, torch.full_like(mean, _LOG_VARIANCE_RANGE[0])], dim=1)
-        mean, log_variance = self.vae._encode(images).chunk(2, dim=1)
+        mean, log_variance = encode(self.vae, images).chunk(2, dim=1)
         return torch.cat([mean, log_variance.clamp(*_LOG_VARIANCE_RANGE)], dim=1)  # (B, 2C, h, w)
 
     def scale(
@@ -159,8 +160,7 @@ class VAE(nn.Module):
         if self.config.kind == "pixel":
             factor = self.config.downsampling
             return rearrange(latents, "b (c p q) h w -> b c (h p) (w q)", p=factor, q=factor)
-        images: Tensor = self.vae.decode(latents, return_dict=False)[0]
-        return images
+        return decode(self.vae, latents)
 
     def _require_float32(self) -> None:
         if self.config.kind == "kl":
