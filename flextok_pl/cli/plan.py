@@ -26,6 +26,7 @@ from flextok_pl.data.shards.sources import load_indices
 from flextok_pl.errors import UserError
 from flextok_pl.files import write_file
 from flextok_pl.runtime.launch import devices_per_node
+from flextok_pl.runtime.sharding import GATHERS_HALF
 
 # Module -> its network's configuration, its workload, and what it is trained on where nothing says otherwise.
 KINDS: dict[str, tuple[type[Any], Callable[..., Workload], Inputs]] = {
@@ -146,6 +147,7 @@ def _setup(options: Namespace, arguments: dict[str, Any]) -> Setup:
         checkpointing=bool(arguments.get("activation_checkpointing")),
         compiled=bool(arguments.get("compile_blocks")),
         averaged=options.ema is not None,
+        gathers_half=GATHERS_HALF,
     )
 
 

@@ -12,12 +12,11 @@ GIB = 2**30
 LABELS = {
     "weights": "weights",
     "gradients": "gradients",
-    "gradient_buckets": "gradients, as ddp sends them",
     "optimizer": "AdamW states",
     "averaged": "averaged copy (ema)",
     "frozen": "frozen networks",
     "cast_weights": "weights in half precision",
-    "gathered": "blocks that fsdp has gathered",
+    "gathered": "what fsdp has gathered",
     "activations": "activations",
     "recomputed": "a block that is computed again",
     "loss": "loss and logits",
@@ -63,7 +62,7 @@ def _memory(plan: dict[str, Any]) -> Iterator[str]:
     for name, label in LABELS.items():
         if needed[name]:
             yield _row(label, _gib(needed[name]), _activation_remark(plan) if name == "activations" else "")
-    for name, when in (("frozen_work", "frozen networks at work"), ("optimizer_work", "update by AdamW")):
+    for name, when in (("frozen_work", "frozen networks at work"), ("scattered", "last gradients of fsdp")):
         if needed[name]:
             yield _row(when, _gib(needed[name]), "not at the same time as what a backward pass needs")
     share = needed["total"] / (plan["machine"]["memory_gib"] * GIB)

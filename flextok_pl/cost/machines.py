@@ -18,7 +18,6 @@ class Machine:
     memory_gib: float
     half_tflops: float | None  # peak of dense products in bfloat16 or float16 with sums in float32, where stated
     full_tflops: float | None  # peak in float32, without TF32, which PyTorch leaves off
-    foreach: bool = True  # AdamW updates all parameters at once there and needs room for as many numbers
 
 
 # Dense, which is half of what is stated "with sparsity". GB of memory are taken for as many GiB.
@@ -38,7 +37,7 @@ MACHINES = {
     # https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf (appendix A)
     "rtx4090": Machine(24, 165.2, 82.6),
     # No maker states what two cores of some server do: the memory is this machine's.
-    "cpu": Machine(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, None, None, foreach=False),
+    "cpu": Machine(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, None, None),
 }
 
 

@@ -34,6 +34,7 @@ class Setup:
     checkpointing: bool = False  # blocks are computed again in the backward pass
     compiled: bool = False  # blocks are compiled
     averaged: bool = True  # an averaged copy is on the device
+    gathers_half: bool = True  # fsdp gathers matrices in the precision of autocast
 
 
 @dataclass(frozen=True)
@@ -52,31 +53,35 @@ def memory(workload: Workload, setup: Setup, batch_size: int) -> dict[str, float
 
     `lasting` is what is there at all times, `total` the most at one time. The buffers of the loss and the activations
     of a block that is computed again are there one after the other, and so are all that the backward pass needs, what
-    a frozen network holds at work, and the optimizer's working memory. A network that is on the device in validations
-    only is counted among the frozen ones at work; what it makes there is left out.
+    a frozen network holds at work, and what fsdp holds when it sends the last gradients. A network that is on the
+    device in validations only is counted among the frozen ones at work; what it makes there is left out.
     """
-    numerics, alone, frozen = setup.numerics, setup.devices == 1, list(workload.frozen.values())
+    numerics, frozen = setup.numerics, list(workload.frozen.values())
     shares = setup.devices if setup.strategy == "fsdp" else 1
-    size = workload.parameters
+    size, sharded = workload.parameters, shares > 1
     trained, model = FULL * size.trained / shares, FULL * size.total / shares
-    outside = size.total - size.in_blocks
-    # Two blocks, as the next one is fetched meanwhile; what is in no block is never given back within a step.
-    whole = numerics.compute * (outside + 2 * size.largest_block)
-    sharded = shares > 1
+    gathered = spread = 0.0  # weights, and gradients before each process has its share
+    half = numerics.autocast and setup.gathers_half
+    if sharded:
+        # Two blocks, as the next one is fetched, or its gradients are sent, meanwhile; what is in no block is never
+        # given back within a step.
+        whole = size.total - size.in_blocks + 2 * size.largest_block
+        spread = float(FULL * whole)
+        gathered = numerics.compute * whole + (FULL - numerics.compute) * size.others if half else spread
     activations, kept = workload.activations(batch_size), 1.0
     if setup.compiled:
         kept = COMPILED_AUTOCAST if numerics.autocast else COMPILED
     lasting = {
         "weights": model,
         "gradients": trained,
-        "gradient_buckets": 0.0 if alone or setup.strategy == "fsdp" else trained,  # the copy that ddp sends
         "optimizer": ADAM_STATES * trained,
         "averaged": model if setup.averaged else 0.0,
         "frozen": float(FULL * sum(network.parameters for network in frozen if network.resident)),
     }
     computing = {
-        "cast_weights": float(numerics.compute * size.cast) if numerics.autocast and not sharded else 0.0,
-        "gathered": whole + numerics.compute * size.largest_block if sharded else 0.0,
+        "cast_weights": float(numerics.compute * size.cast) if numerics.autocast and not (sharded and half) else 0.0,
+        # When the backward pass begins, the shares of the gradients, which lasting counts, are not there yet.
+        "gathered": gathered + max(0.0, spread - trained),
         "activations": activations.inputs if setup.checkpointing else activations.kept * kept,
     }
     last = {
@@ -86,7 +91,7 @@ def memory(workload: Workload, setup: Setup, batch_size: int) -> dict[str, float
     apart = {
         "frozen_work": float(FULL * sum(network.parameters for network in frozen if not network.resident))
         + batch_size * max((network.working_bytes for network in frozen), default=0.0),
-        "optimizer_work": trained if setup.machine.foreach else 0.0,
+        "scattered": gathered + spread * (1 - 1 / shares),
     }
     always = sum(lasting.values())
     most = max(sum(computing.values()) + max(last.values()), *apart.values())

@@ -65,7 +65,8 @@ class Parameters:
 
     trained: int  # parameters with gradients
     fixed: int  # other parameters and buffers, which averaging copies, too
-    cast: int  # weights that autocast copies in half precision
+    matrices: int  # weights of products
+    cast: int  # those that autocast copies in half precision
     in_blocks: int  # parameters of all blocks
     largest_block: int  # those of the largest
 
@@ -73,6 +74,11 @@ class Parameters:
     def total(self) -> int:
         """All that training stores of the model."""
         return self.trained + self.fixed
+
+    @property
+    def others(self) -> int:
+        """What is no weight of a product."""
+        return self.total - self.matrices
 
 
 @dataclass(frozen=True)
@@ -194,11 +200,13 @@ def vae_workload(options: Mapping[str, Any], net: VAEConfig, size: int, inputs: 
 def _parameters(parts: Sequence[nn.Module], blocks: Sequence[nn.Module]) -> Parameters:
     trained = sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad)
     products = [m for part in parts for m in part.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    matrices = sum(product.weight.numel() for product in products)
     in_blocks = [_count(block) for block in blocks]
     return Parameters(
         trained=trained,
         fixed=sum(map(_count, parts)) - trained,
-        cast=sum(product.weight.numel() for product in products),
+        matrices=matrices,
+        cast=matrices,
         in_blocks=sum(in_blocks),
         largest_block=max(in_blocks, default=0),
     )

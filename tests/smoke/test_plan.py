@@ -48,7 +48,7 @@ def test_the_largest_tokenizer(plan) -> None:
     assert parameters["frozen"]["VAE"] == sum(p.numel() for p in model.vae.parameters())
     assert parameters["trained"] + parameters["fixed"] - projection == 2_540_882_841 - parameters["frozen"]["VAE"]
     assert memory["weights"] == memory["averaged"] == 4 * (parameters["trained"] + parameters["fixed"])
-    assert memory["optimizer"] == 2 * memory["gradients"] == 2 * memory["gradient_buckets"]
+    assert memory["optimizer"] == 2 * memory["gradients"]
     assert f"{parameters['trained']:,}" in text
     split = found["split"]
     assert split["batch_size"] * 8 * split["accumulate"] == found["recipe"]["global_batch"]
@@ -199,8 +199,12 @@ def test_fsdp_spreads_what_lasts(plan) -> None:
     assert ddp["split"] is None, "55 GiB of weights, gradients, states and averages on 40"
     for name in ("weights", "gradients", "optimizer", "averaged"):
         assert fsdp["recipe"]["memory"][name] == pytest.approx(ddp["recipe"]["memory"][name] / 8)
-    assert fsdp["recipe"]["memory"]["gathered"] > 0 == fsdp["recipe"]["memory"]["gradient_buckets"]
-    assert fsdp["split"]["batch_size"] > 1 and "fsdp has gathered" in text
+    memory = fsdp["recipe"]["memory"]
+    assert (
+        memory["gathered"] > 0 == memory["cast_weights"]
+        and memory["scattered"] > 0 == ddp["recipe"]["memory"]["scattered"]
+    )
+    assert fsdp["split"]["batch_size"] > 1 and "what fsdp has gathered" in text
 
 
 def test_what_does_not_fit_is_told_how(plan) -> None:
@@ -233,7 +237,6 @@ def test_the_largest_prior(plan) -> None:
 
 def test_options_change_what_they_should(plan) -> None:
     few, text = plan(TOKENIZER, "--devices", "1", "--peak_tflops", "100", "--memory-gib", "500", "--mfu", "1.0")
-    assert few["recipe"]["memory"]["gradient_buckets"] == 0.0
     assert "500 GiB, 100 TFLOP/s" in text and few["recipe"]["memory"]["fits"]
     latents, _ = plan(TOKENIZER, "--inputs", "latents", "--model.teacher", "null", "--ema", "null")
     assert latents["flops_per_sample"]["frozen"] == {} and latents["recipe"]["memory"]["averaged"] == 0.0

@@ -1,13 +1,21 @@
 """Costs that are counted from configurations against those of real steps."""
 
 import dataclasses
+import multiprocessing
+import os
+import socket
+import weakref
 from contextlib import nullcontext
 from math import prod
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig
@@ -35,6 +43,7 @@ from flextok_pl.models.routing import Routing, sample_route
 from flextok_pl.models.teacher import alignment_loss
 from flextok_pl.models.token_loss import token_loss
 from flextok_pl.models.tokenizer import FlexTok
+from flextok_pl.runtime.sharding import shard
 
 CONFIG = dataclasses.replace(
     FlexTokConfig.preset("tiny"), vae=None, encoder_width=32, decoder_width=64, decoder_depth=3, grid_size=(4, 4)
@@ -354,3 +363,72 @@ def test_peak_of_the_priors_steps(half: bool, checkpointing: bool, chunk: int | 
 def test_the_logits_are_most_of_an_unchunked_loss() -> None:
     whole, chunked = (token_loss_bytes(PRIOR, 64, chunk, Numerics()) for chunk in (None, 64))
     assert whole > 10 * chunked > 0
+
+
+class Held(TorchDispatchMode):
+    """The most that the storages of this process hold at one time, also those that grow and shrink, as fsdp's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, weakref.ref] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        for value in tree_leaves((args, kwargs, result)):
+            if isinstance(value, torch.Tensor):
+                value = value.to_local() if isinstance(value, DTensor) else value
+                storage = value.untyped_storage()
+                if storage._cdata not in self.storages:
+                    self.storages[storage._cdata] = weakref.ref(storage)
+                    weakref.finalize(storage, self.storages.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(ref().nbytes() for ref in list(self.storages.values()) if ref() is not None))
+        return result
+
+
+def peak_of_a_process(rank: int, port: int, batch: int, half: bool, answer) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo")
+    model, tokens = Prior(SHARDED), torch.randint(SHARDED.vocab_size, (batch, SHARDED.num_tokens))
+    module = SimpleNamespace(
+        device_mesh={"data_parallel": torch.distributed.init_device_mesh("cpu", (2,))},
+        trainer=SimpleNamespace(precision="bf16-mixed" if half else "32-true"),
+    )
+    shard(module, [model], methods=["hidden"])
+    classes, optimizer = torch.zeros(batch, dtype=torch.int64), torch.optim.AdamW(model.parameters(), fused=True)
+    with Held() as held:
+        for _ in range(3):
+            with autocast(half):
+                loss = token_loss(model.hidden(tokens, classes), model.head.weight, tokens, chunk_size=64).loss
+            optimizer.zero_grad()
+            loss.backward()
+            del loss
+            optimizer.step()
+    if rank == 0:
+        answer.put(held.peak)
+    torch.distributed.destroy_process_group()
+
+
+SHARDED = dataclasses.replace(PRIOR, depth=6, width=192)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("batch", [1, 24])
+def test_peak_of_sharded_steps(batch: int, half: bool) -> None:
+    """At the end of the backward pass for a small batch, at its beginning for a large one."""
+    fork = multiprocessing.get_context("fork")
+    answer = fork.SimpleQueue()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [fork.Process(target=peak_of_a_process, args=(rank, port, batch, half, answer)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    how = dataclasses.replace(setup(half, False), devices=2, strategy="fsdp")
+    options = {"loss_chunk": 64, "tokenizer": None, "text_encoder": None, "activation_checkpointing": False}
+    planned = memory(prior_workload(options, SHARDED, 256, "tokens", how.numerics), how, batch)
+    assert planned["total"] == pytest.approx(answer.get(), rel=0.08)
