@@ -157,7 +157,8 @@ def prior_workload(
             if works:
                 vae = tokenizer.require_vae()
                 flops, working = image_work(vae.moments, size)
-                part = encoder(tokenizer.config, net.num_tokens, _grid(size, vae.config, tokenizer.config))
+                with torch.device("cpu"):  # what is packed where has values
+                    part = encoder(tokenizer.config, net.num_tokens, _grid(size, vae.config, tokenizer.config))
                 flops += count_flops(part, tokenizer.config.encoder_depth).forward
             frozen["tokenizer"] = FrozenNetwork(_count(tokenizer), flops, working, resident=works)
             notes += [IN_FLOAT32] if works and numerics.autocast else []
