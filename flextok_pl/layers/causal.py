@@ -18,21 +18,53 @@ from flextok_pl.layers.blocks import SwiGLU
 NORM_EPS = 1e-6
 
 
+class Window(NamedTuple):
+    """Which positions of caches are filled, as tensors, so that a step with one position keeps its shapes."""
+
+    place: Tensor  # (1,) int64, the position of the step
+    bias: Tensor  # (1, length), added to the logits of attention: 0 for filled positions, -inf for others
+
+    @classmethod
+    def over(cls, cache: "KeyValueCache", place: Tensor) -> "Window":
+        """The window of a cache that is filled up to `place`, and of others like it."""
+        bias = torch.full((1, cache.length), float("-inf"), dtype=cache.keys.dtype, device=place.device)
+        bias[:, : cache.filled] = 0.0
+        return cls(place, bias)
+
+    def open(self) -> None:
+        """Let the position of the step be seen."""
+        self.bias.index_fill_(1, self.place, 0.0)
+
+
 class KeyValueCache:
-    """Keys and values of one layer, in memory taken once for `length` positions, of the device and type of `like`."""
+    """Keys and values of one layer, in memory taken once for `length` positions when the first ones come.
 
-    def __init__(self, batch_size: int, num_heads: int, length: int, head_dim: int, like: Tensor) -> None:
-        self._keys = like.new_empty(batch_size, num_heads, length, head_dim)
-        self._values = torch.empty_like(self._keys)
-        self.filled = 0
+    Steps see what is filled, in shapes that grow, or all of it through a `window`, which the steps of all layers share.
+    """
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add (B, H, L, d) keys and values; returns all P + L of them, as views."""
+    keys: Tensor  # (B, H, length, d)
+    values: Tensor  # (B, H, length, d)
+
+    def __init__(self, length: int) -> None:
+        self.length, self.filled = length, 0
+        self.window: Window | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Add (B, H, L, d) keys and values; returns those to attend to, as views, and the bias of their logits."""
+        if self.filled == 0:
+            # Zeros: through a window, values without weight are added, too.
+            self.keys, self.values = (
+                new.new_zeros(*new.shape[:2], self.length, new.shape[3]) for new in (keys, values)
+            )
+        if self.window is not None:
+            self.keys.index_copy_(2, self.window.place, keys)
+            self.values.index_copy_(2, self.window.place, values)
+            return self.keys, self.values, self.window.bias
         stop = self.filled + keys.shape[2]
-        self._keys[:, :, self.filled : stop] = keys
-        self._values[:, :, self.filled : stop] = values
+        self.keys[:, :, self.filled : stop] = keys
+        self.values[:, :, self.filled : stop] = values
         self.filled = stop
-        return self._keys[:, :, :stop], self._values[:, :, :stop]
+        return self.keys[:, :, :stop], self.values[:, :, :stop], None
 
 
 class CausalAttention(nn.Module):
@@ -53,10 +85,11 @@ class CausalAttention(nn.Module):
         """(B, L, D) -> (B, L, D); with a cache that holds positions already, L must be 1."""
         q, k, v = rearrange(self.wqkv(x), "b l (n h d) -> n b h l d", n=3, d=self.head_dim)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        bias = None
         if cache is not None:
             assert cache.filled == 0 or x.shape[1] == 1
-            k, v = cache.append(k, v)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=x.shape[1] > 1)
+            k, v, bias = cache.append(k, v)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=x.shape[1] > 1)
         return self.proj(rearrange(out, "b h l d -> b l (h d)"))  # type: ignore[no-any-return]
 
 

@@ -20,8 +20,9 @@ from flextok_pl.config import PriorConfig
 from flextok_pl.contracts import PositionScale, check_sampling
 from flextok_pl.interop import PRIOR_FORMATS
 from flextok_pl.layers.blocks import run_block
-from flextok_pl.layers.causal import NORM_EPS, CausalBlock, KeyValueCache, TextMemory
+from flextok_pl.layers.causal import NORM_EPS, CausalBlock, KeyValueCache, TextMemory, Window
 from flextok_pl.models.arguments import as_generators, as_ids, check_budget
+from flextok_pl.models.cuda_graph import can_capture, repeat
 from flextok_pl.models.pretrained import load_model, save_model
 from flextok_pl.models.sampling import sample_tokens, scale_at_positions
 from flextok_pl.precision import accumulation_dtype, full_precision
@@ -198,10 +199,10 @@ class Prior(nn.Module):
             tokens[:, :first] = prefix
         if first == length or batch == 0:
             return tokens
-        uniform = _uniform(batch, config.num_tokens, generator)
+        uniform = _uniform(batch, config.num_tokens, generator).to(accumulation_dtype(self.device)).to(self.device)
 
-        def draw(logits: Tensor, position: int) -> Tensor:
-            return sample_tokens(logits, uniform[:, position], temperature, top_k, top_p)
+        def draw(logits: Tensor, place: Tensor) -> Tensor:
+            return sample_tokens(logits, uniform.index_select(1, place)[:, 0], temperature, top_k, top_p)
 
         with full_precision(self.device):
             self._continue(tokens, first, condition, scales, draw)
@@ -213,32 +214,46 @@ class Prior(nn.Module):
         first: int,
         condition: Condition,
         scales: Sequence[float],
-        draw: Callable[[Tensor, int], Tensor],
+        draw: Callable[[Tensor, Tensor], Tensor],
     ) -> None:
-        """Fill (B, k) tokens from position `first` on by what `draw` makes of (B, V) logits at a position."""
-        config, (batch, length) = self.config, tokens.shape
+        """Fill (B, k) tokens from position `first` on by what `draw` makes of (B, V) logits at a position (1,)."""
+        batch, length = tokens.shape
         guided = any(scale != 1.0 for scale in scales[first:length])
         null = torch.zeros(batch, dtype=torch.bool, device=self.device)
         if guided:
             condition, null = _doubled(condition), torch.cat([null, ~null])
         memories = self._memories(condition, null)
         repeats = 2 if guided else 1
-        heads = config.width // config.head_dim
-        caches = [
-            KeyValueCache(batch * repeats, heads, length, config.head_dim, like=self.head.weight) for _ in self.blocks
-        ]
-        x = self._embed(tokens[:, :first].repeat(repeats, 1), condition, null)  # (R, m+1, D)
-        finite = torch.ones((), dtype=torch.bool, device=self.device)  # looked at once, at the end
-        for position in range(first, length):
+        caches = [KeyValueCache(length) for _ in self.blocks]
+        # What changes from step to step is on the device, in place: the host waits for nothing until the end.
+        place = torch.full((1,), first, device=self.device)  # of the token that is drawn next
+        scale_at = torch.tensor(scales, device=self.device)
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+
+        def draw_next(x: Tensor) -> None:
+            """Draw a token from what the last of (R, L, D) new positions predicts."""
             logits = self.head(self._run(x, memories, caches)[:, -1]).float()  # (R, V)
-            finite = finite & logits.isfinite().all()
+            finite.logical_and_(logits.isfinite().all())
             if guided:
                 conditional, unconditional = logits.chunk(2)
-                logits = torch.lerp(unconditional, conditional, scales[position])
-            tokens[:, position] = draw(logits, position)
-            if position + 1 < length:
-                x = self.token_embedding(tokens[:, position : position + 1].repeat(repeats, 1))
-                x = x + self.positions[position + 1]
+                logits = torch.lerp(unconditional, conditional, scale_at.index_select(0, place))
+            tokens.index_copy_(1, place, draw(logits, place)[:, None])
+            place.add_(1)
+
+        def step() -> None:
+            """Draw a token after the one that was drawn last."""
+            if window is not None:
+                window.open()
+            drawn = tokens.index_select(1, place - 1).repeat(repeats, 1)  # (R, 1)
+            draw_next(self.token_embedding(drawn) + self.positions.index_select(0, place))
+
+        draw_next(self._embed(tokens[:, :first].repeat(repeats, 1), condition, null))
+        # Shapes that grow spare a CPU half of the attention; a graph needs shapes that do not.
+        captured = can_capture(self)
+        window = Window.over(caches[0], place) if captured else None
+        for cache in caches:
+            cache.window = window
+        repeat(step, length - first - 1, captured)
         if not finite:
             raise ValueError("the prior's logits hold NaN or infinite values: its weights or the texts' states do")
 

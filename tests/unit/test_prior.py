@@ -1,12 +1,17 @@
 """The prior: what it predicts, what it generates, and that the cache changes nothing."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from flextok_pl.config import PriorConfig
+from flextok_pl.layers.causal import KeyValueCache
 from flextok_pl.models.prior import Prior, TextStates
 from flextok_pl.models.sampling import sample_tokens, scale_at_positions
 
@@ -129,6 +134,65 @@ def test_logits_with_the_cache(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
     with torch.no_grad():
         own, free = prior(tokens, condition), prior(tokens)
     torch.testing.assert_close(torch.stack(seen, 1), free + 2 * (own - free), rtol=0, atol=1e-5)
+
+
+class Calls(TorchDispatchMode):
+    """Names and shapes of all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, list[torch.Size]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.seen.append((str(func), [tensor.shape for tensor in tensors]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("options", [{}, {"cfg_scale": [1.0, 4.0], "top_p": 0.9}, {"cfg_scale": 2.0, "top_k": 9}])
+def test_steps_for_a_graph_change_nothing(
+    kind: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a CUDA graph captures is the same operations on the same shapes at each position, and reads no number."""
+    import flextok_pl.models.prior as module
+
+    prior, condition, logits, steps = build(kind), condition_of(kind), [], []
+
+    def spy(values: Tensor, *arguments: object) -> Tensor:
+        logits.append(values)
+        return sample_tokens(values, *arguments)
+
+    def repeat(step: Callable[[], None], count: int, captured: bool) -> None:
+        assert captured
+        for _ in range(count):
+            with Calls() as calls:
+                step()
+            steps.append(calls.seen)
+
+    monkeypatch.setattr(module, "sample_tokens", spy)
+    growing = [prior.generate(condition, **options, generator=seeds())]
+    growing.append(prior.generate(condition, **options, prefix=growing[0][:, :4], generator=seeds()))
+    expected, logits[:] = torch.stack(logits), []
+    monkeypatch.setattr(module, "can_capture", lambda model: True)
+    monkeypatch.setattr(module, "repeat", repeat)
+    fixed = [prior.generate(condition, **options, generator=seeds())]
+    fixed.append(prior.generate(condition, **options, prefix=growing[0][:, :4], generator=seeds()))
+    torch.testing.assert_close(torch.stack(logits), expected, rtol=0, atol=1e-5)
+    for one, other in zip(fixed, growing, strict=True):
+        assert torch.equal(one, other)
+    assert len(steps) == (K - 1) + (K - 5) and all(step == steps[0] for step in steps)
+    assert not any(name in seen for seen, _ in steps[0] for name in ("_local_scalar_dense", "nonzero"))
+
+
+def test_the_cache_has_the_type_of_the_keys() -> None:
+    """Which is not that of the weights under autocast."""
+    block, x = build("qk_norm").blocks[0], torch.randn(B, K, 32, generator=torch.Generator().manual_seed(3))
+    cache = KeyValueCache(K)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        steps = [block(x[:, :4], None, cache), *(block(x[:, i : i + 1], None, cache) for i in range(4, K))]
+        assert cache.keys.dtype == cache.values.dtype == torch.bfloat16
+        torch.testing.assert_close(torch.cat(steps, 1), block(x), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
