@@ -1,7 +1,7 @@
 """The same small step many times over, as a CUDA graph.
 
-Launching the kernels of one position of a prior takes the host longer than they run. A graph
-(https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs) is launched at once.
+One position of a prior is hundreds of small kernels, which the host may take longer to launch than the device to run. A
+graph (https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs) of them is launched at once.
 """
 
 from collections.abc import Callable
@@ -21,22 +21,24 @@ def can_capture(module: nn.Module) -> bool:
     return on_cuda and not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
-def repeat(step: Callable[[], None], count: int, captured: bool) -> None:
-    """Call `step` `count` times, of which all but the first one are replayed where they are to be `captured`.
+def repeat(step: Callable[[], None], count: int, graph_device: torch.device | None) -> None:
+    """Call `step` `count` times; with a `graph_device`, all but the first one are replayed there.
 
     Then it must keep its shapes, work in place on tensors that stay, and neither wait for the device nor draw random
-    numbers; what decides that it can is `can_capture`.
+    numbers. `can_capture` says whether its networks allow that.
     """
-    if not captured or count < FEWEST:
+    if graph_device is None or count < FEWEST:
         for _ in range(count):
             step()
         return
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()  # libraries take their memory now, which they must not do within a capture
-    torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # loaders' threads use CUDA, too
-        step()
-    for _ in range(count - 1):
-        graph.replay()
+    with torch.cuda.device(graph_device):
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()  # libraries take their memory now, which they must not do within a capture
+        torch.cuda.current_stream().wait_stream(stream)
+        # What other threads do on the device, such as those of loaders, does not end the capture.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            step()
+        for _ in range(count - 1):
+            graph.replay()

@@ -1,6 +1,7 @@
 """What differs on a GPU: half precision, compiled blocks, other attention kernels."""
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from flextok_pl.layers.blocks import compile_for_all_lengths
 from flextok_pl.models.objective import TrainingDraws, flow_loss, sample_draws
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.routing import Routing, sample_route
+from flextok_pl.models.token_loss import token_loss
 from flextok_pl.models.tokenizer import FlexTok
+from flextok_pl.modules import PriorModule
 
 pytestmark = pytest.mark.gpu
 
@@ -125,3 +128,72 @@ def test_half_precision_keeps_the_merged_register(compiled: bool, routing: Routi
     for name, gradient in gradients.items():
         if name.startswith("decoder"):  # a rounded code is another code: the encoder's gradients differ by more
             assert (half[name] - gradient).norm() < 0.05 * gradient.norm(), name
+
+
+def generated(prior: Prior, num_tokens: int) -> Tensor:
+    classes = torch.arange(4, device=prior.device)
+    options = {"cfg_scale": [1.0, 3.0], "top_p": 0.95, "generator": torch.Generator().manual_seed(0)}
+    return prior.generate(classes, num_tokens, **options)
+
+
+def test_generation_replays_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer tokens than a capture is worth are drawn one by one, and so is what is compared with."""
+    prior, replays = Prior.from_pretrained(DEMO_PRIOR, device="cuda"), []
+
+    class Counted(torch.cuda.CUDAGraph):
+        def replay(self) -> None:
+            replays.append(1)
+            super().replay()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Counted)
+    few = generated(prior, 8)
+    assert not replays
+    tokens = generated(prior, prior.num_tokens)
+    assert len(replays) == prior.num_tokens - 2, "the first position and the step before the capture are not replayed"
+    assert (tokens[:, :8] == few).float().mean() > 0.98
+    monkeypatch.setattr("flextok_pl.models.prior.can_capture", lambda model: False)
+    assert (tokens == generated(prior, prior.num_tokens)).float().mean() > 0.9  # a token that differs changes the rest
+    assert len(replays) == prior.num_tokens - 2
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_the_host_waits_for_no_token(captured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    prior, waits = Prior.from_pretrained(DEMO_PRIOR, device="cuda"), []
+    if not captured:
+        monkeypatch.setattr("flextok_pl.models.prior.can_capture", lambda model: False)
+    for num_tokens in (20, 40):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            generated(prior, num_tokens)
+            torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchronizing" in str(warning.message) for warning in caught))
+    assert 0 < waits[0] == waits[1], "those before the first token and after the last"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_priors_loss(dtype: torch.dtype, compiled: bool) -> None:
+    """Loss and gradients in half precision, with a large scale, beside those in float32."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(1300, 128, device="cuda", generator=generator, requires_grad=True)
+    weight = (0.02 * torch.randn(64000, 128, device="cuda", generator=generator)).requires_grad_()
+    targets = torch.randint(32000, (1300,), device="cuda", generator=generator)
+    plain = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, label_smoothing=0.1)
+    expected = torch.autograd.grad(65536 * plain, (hidden, weight))
+    with torch.autocast("cuda", dtype):
+        result = token_loss(hidden, weight, targets, 0.1, compiled=compiled)
+    gradients = torch.autograd.grad(65536 * result.loss, (hidden, weight))
+    torch.testing.assert_close(result.loss, plain, rtol=1e-3, atol=0)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_a_priors_tokenizer_is_on_the_gpu_while_it_is_needed() -> None:
+    config = Prior.from_pretrained(DEMO_PRIOR).config
+    module = PriorModule(replace(config, tokenizer=None), tokenizer=str(DEMO_TOKENIZER)).to("cuda")
+    assert module.prior.device.type == "cuda" and module.tokenizer.module.device.type == "cpu"
+    tokens = module.generate_tokens(torch.zeros(1, dtype=torch.int64))
+    assert module.reconstructor.detokenize(tokens, num_steps=1).device.type == "cuda"
+    module.teardown("validate")
+    assert module.tokenizer.module.device.type == "cpu"

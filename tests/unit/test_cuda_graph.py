@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import nn
 
 from flextok_pl.models.cuda_graph import can_capture, repeat
@@ -32,7 +33,7 @@ def test_what_can_be_captured() -> None:
 
 
 def test_repeats_without_a_graph() -> None:
-    for count, captured in ((0, False), (40, False), (0, True), (3, True)):
+    for count, device in ((0, None), (40, None), (0, torch.device("cuda")), (3, torch.device("cuda"))):
         calls: list[int] = []
-        repeat(lambda calls=calls: calls.append(1), count, captured)
+        repeat(lambda calls=calls: calls.append(1), count, device)
         assert len(calls) == count

@@ -163,8 +163,8 @@ def test_steps_for_a_graph_change_nothing(
         logits.append(values)
         return sample_tokens(values, *arguments)
 
-    def repeat(step: Callable[[], None], count: int, captured: bool) -> None:
-        assert captured
+    def repeat(step: Callable[[], None], count: int, graph_device: torch.device | None) -> None:
+        assert graph_device == prior.device
         for _ in range(count):
             with Calls() as calls:
                 step()
@@ -193,6 +193,23 @@ def test_the_cache_has_the_type_of_the_keys() -> None:
         steps = [block(x[:, :4], None, cache), *(block(x[:, i : i + 1], None, cache) for i in range(4, K))]
         assert cache.keys.dtype == cache.values.dtype == torch.bfloat16
         torch.testing.assert_close(torch.cat(steps, 1), block(x), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_logits_without_a_value(value: float) -> None:
+    prior = build("class")
+    prior.head.weight.data[7, 3] = value
+    with pytest.raises(ValueError, match="the prior's logits hold NaN or infinite values"):
+        prior.generate(condition_of("class"), generator=seeds())
+
+
+@pytest.mark.parametrize("vocabulary", [64, 64 * 7, 50, 3 * 16])
+def test_the_head_by_slices(vocabulary: int) -> None:
+    prior = Prior(dataclasses.replace(SMALL, vocab_size=vocabulary))
+    states = torch.randn(5, 32, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        torch.testing.assert_close(prior._logits(states), prior.head(states), rtol=0, atol=1e-6)
+        assert prior.bfloat16()._logits(states.bfloat16()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
