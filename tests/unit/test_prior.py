@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pretended_device import DEVICE, pretended_device
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -183,6 +184,31 @@ def test_steps_for_a_graph_change_nothing(
         assert torch.equal(one, other)
     assert len(steps) == (K - 1) + (K - 5) and all(step == steps[0] for step in steps)
     assert not any(name in seen for seen, _ in steps[0] for name in ("_local_scalar_dense", "nonzero"))
+
+
+@pytest.mark.parametrize("for_graph", [False, True])
+@pytest.mark.parametrize("options", [{}, {"cfg_scale": 2.0, "top_k": 9, "top_p": 0.9}])
+def test_the_host_waits_for_no_token(
+    options: dict[str, object], for_graph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import flextok_pl.models.prior as module
+
+    expected = build("class").generate(condition_of("class"), **options, generator=seeds())
+    monkeypatch.setattr(module, "can_capture", lambda model: for_graph)
+    with pretended_device(monkeypatch) as device:
+
+        def repeat(step: Callable[[], None], count: int, graph_device: torch.device | None) -> None:
+            assert (graph_device == DEVICE) == for_graph
+            device.watching = True
+            for _ in range(count):
+                step()
+            device.watching = False
+
+        monkeypatch.setattr(module, "repeat", repeat)
+        prior = build("class").to(DEVICE)
+        tokens = prior.generate(condition_of("class"), **options, generator=seeds()).cpu()
+    assert not device.waits, "\n".join(device.waits)
+    assert torch.equal(tokens, expected)
 
 
 def test_the_cache_has_the_type_of_the_keys() -> None:
