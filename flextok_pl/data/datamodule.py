@@ -22,7 +22,7 @@ from flextok_pl.data.shards.sources import load_indices, require_same_classes, r
 from flextok_pl.data.stream import CachedBatches, EpochPlan, EpochStream, ShardSet, StreamedBatches
 from flextok_pl.data.transforms import CENTER_CROP, DEFAULT_AUGMENTATION, Augmentation
 from flextok_pl.distributed import rank, world_size
-from flextok_pl.progress import announced
+from flextok_pl.progress import announced, say
 
 Split = Literal["train", "val", "test"]
 
@@ -158,6 +158,10 @@ class ShardDataModule(pl.LightningDataModule):
             warnings.warn(
                 f"{index.where} holds images of {made_for} px, which image_size={self.image_size} enlarges",
                 stacklevel=3,
+            )
+        if (dtype := index.provenance.get("compute_dtype", "float32")) != "float32":
+            say(
+                f"{index.where} was computed in {dtype} (compute_dtype of flextok data); evaluations compute in float32"
             )
         if self.verify_checksums:
             index.verify()

@@ -31,9 +31,9 @@ _LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistributio
 class VAE(nn.Module):
     """An image autoencoder with scaled latents: latents = (posterior - shift_factor) * scaling_factor.
 
-    `moments`, `encode` and `decode` compute in float32, also under autocast. `forward` is the pass of its own training,
-    in the precision of the caller. A `network`, diffusers' `AutoencoderKL` of the configured architecture, takes the
-    place of a new one with random weights; the kind `pixel` has none.
+    `moments`, `encode` and `decode` compute in float32, also under autocast (but see `precision.frozen_networks_in`).
+    `forward` is the pass of its own training, in the precision of the caller. A `network`, diffusers' `AutoencoderKL`
+    of the configured architecture, takes the place of a new one with random weights; the kind `pixel` has none.
     """
 
     def __init__(self, config: VAEConfig, network: diffusers.AutoencoderKL | None = None) -> None:
@@ -108,7 +108,7 @@ class VAE(nn.Module):
         images = as_images(images)
         self._require_float32()
         with outside_autocast(images.device):
-            return self._moments(images)
+            return self._moments(images).float()
 
     def _moments(self, images: Tensor) -> Tensor:
         factor, (height, width) = self.config.downsampling, images.shape[-2:]
@@ -153,7 +153,7 @@ class VAE(nn.Module):
             )
         self._require_float32()
         with outside_autocast(latents.device):
-            return self._decode(latents.float())
+            return self._decode(latents.float()).float()
 
     def _decode(self, latents: Tensor) -> Tensor:
         latents = latents / self.config.scaling_factor + self.config.shift_factor

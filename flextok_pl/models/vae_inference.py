@@ -46,8 +46,10 @@ def decode(network: diffusers.AutoencoderKL, latents: Tensor) -> Tensor:
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """In the order of memory that convolutions on a CPU are faster with; a GPU's choice depends on the precision."""
-    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+    """In the order of memory that convolutions on a CPU are faster with, and on a GPU in half precision."""
+    kind = x.device.type
+    faster = kind == "cpu" or (kind == "cuda" and torch.is_autocast_enabled(kind))
+    return x.contiguous(memory_format=torch.channels_last) if faster else x
 
 
 def _serves(network: diffusers.AutoencoderKL, inputs: Tensor) -> bool:

@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from flextok_pl.data import Augmentation, ShardDataModule, ShardError, write_folder, write_latents
+from flextok_pl.precision import outside_autocast
 
 
 def encode(images):
@@ -125,3 +126,31 @@ def test_features_of_an_unknown_teacher(images, tmp_path):
 def test_numbers_of_another_type(images, tmp_path):
     with pytest.raises(ValueError, match="dtype='int8'"):
         write(images, tmp_path, dtype="int8")
+
+
+def test_latents_in_bfloat16(images, tmp_path, capsys):
+    """The index says what they were computed in; sets of the same weights are read together, whatever it was."""
+    weight = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def encode_frozen(images):
+        with outside_autocast(images.device):
+            return torch.nn.functional.conv2d(images, weight, stride=4).float()
+
+    options = {"source_id": {"sha256": "1"}, "image_size": 8, "num_workers": 0, "dtype": "float32"}
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        index = write_latents(images, tmp_path / dtype, encode_frozen, compute_dtype=dtype, **options)
+        assert index.provenance["compute_dtype"] == dtype
+        assert index.arguments.get("compute_dtype", "float32") == dtype
+        found[dtype] = load(tmp_path / dtype)["latent"]
+        assert ("was computed in bfloat16" in capsys.readouterr().err) == (dtype == "bfloat16")
+    assert torch.equal(found["bfloat16"], found["bfloat16"].bfloat16().float())
+    difference = (found["bfloat16"] - found["float32"]).abs().max()
+    assert 0 < difference < 2**-7 * found["float32"].abs().max()
+    assert ShardDataModule(train=str(tmp_path / "{float32,bfloat16}"), image_size=8, drop_last=False).num_samples(
+        "train"
+    ) == 2 * len(found["float32"])
+    with pytest.raises(ShardError, match="overwrite"):
+        write_latents(images, tmp_path / "float32", encode_frozen, compute_dtype="bfloat16", **options)
+    with pytest.raises(ValueError, match="compute_dtype='half'"):
+        write_latents(images, tmp_path / "float32", encode_frozen, compute_dtype="half", **options)

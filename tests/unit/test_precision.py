@@ -24,7 +24,13 @@ from flextok_pl.models.sampling import sample_tokens
 from flextok_pl.models.teacher import Teacher
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.modules import PriorModule, TokenizerModule
-from flextok_pl.precision import accumulation_dtype, check_training_precision, full_precision
+from flextok_pl.precision import (
+    accumulation_dtype,
+    check_training_precision,
+    frozen_networks_in,
+    full_precision,
+    outside_autocast,
+)
 
 PACKAGE = Path(__file__).parents[2] / "flextok_pl"
 OPERATIONS = (
@@ -67,6 +73,32 @@ def test_settings_hold_inside_only(before: list[str]) -> None:
             raise KeyError
     assert precisions() == before
     assert torch.backends.cudnn.allow_tf32  # readable, and true as before
+
+
+def test_frozen_networks_compute_in_bfloat16_where_asked(demo: tuple[FlexTok, Prior]) -> None:
+    """In that thread and until the end; what they give stays float32."""
+    tokenizer = demo[0]
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents, tokens = tokenizer.encode_latents(images), tokenizer.tokenize(images)
+    elsewhere: list[bool] = []
+
+    def look() -> None:
+        with outside_autocast("cpu"):
+            elsewhere.append(torch.is_autocast_enabled("cpu"))
+
+    with pytest.raises(KeyError), frozen_networks_in(torch.bfloat16):
+        inexact = tokenizer.encode_latents(images)
+        assert (tokenizer.tokenize(images) == tokens).float().mean() > 0.8
+        with outside_autocast("cpu"), frozen_networks_in(torch.float32):
+            assert torch.equal(tokenizer.encode_latents(images), latents)
+        thread = Thread(target=look)
+        thread.start()
+        thread.join()
+        raise KeyError
+    assert elsewhere == [False]
+    assert inexact.dtype == torch.float32
+    assert 1e-3 < (inexact - latents).abs().max() / latents.abs().max() < 0.05
+    assert torch.equal(tokenizer.encode_latents(images), latents)
 
 
 def test_threads_that_overlap_leave_the_settings_as_they_were() -> None:

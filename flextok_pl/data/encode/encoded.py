@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from flextok_pl.data.shards.sources import load_indices
 from flextok_pl.data.shards.writer import Sample, complete_shard, shard_name, shard_sizes, write_index, write_shard
 from flextok_pl.data.stream import EpochPlan, ShardSet, StreamedBatches
 from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, Augmentation
+from flextok_pl.precision import frozen_networks_in
 
 Encoder = Callable[[Batch], Iterable[dict[str, bytes]]]
 """A batch of B pictures -> for each the files of its new fields, by extension."""
@@ -46,6 +47,8 @@ class Encoding:
         num_workers: processes that decode pictures; the set does not depend on it.
         samples_per_shard: samples per tar file.
         overwrite: replace a set that was made with other arguments.
+        compute_dtype: `float32`, or `bfloat16`: the networks compute under autocast, faster where the device has the
+            type. That moves latents a little and changes some tokens, and the index records it.
     """
 
     image_size: int = 256
@@ -56,17 +59,23 @@ class Encoding:
     num_workers: int = 2
     samples_per_shard: int = 4000
     overwrite: bool = False
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         minima = {"image_size": 1, "num_views": 1, "batch_size": 1, "num_workers": 0, "samples_per_shard": 1}
         for name, least in minima.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"compute_dtype={self.compute_dtype!r} must be 'float32' or 'bfloat16'")
 
     def arguments(self) -> dict[str, Any]:
         """What of these decides the content of the set, as JSON types."""
         augmentation = vars(self.augmentation) if self.num_views > 1 else None
-        chosen = {name: value for name, value in vars(self).items() if name not in ("num_workers", "overwrite")}
+        without = ["num_workers", "overwrite"]
+        if self.compute_dtype == "float32":  # as before there was a choice
+            without.append("compute_dtype")
+        chosen = {name: value for name, value in vars(self).items() if name not in without}
         return {**chosen, "augmentation": augmentation}
 
     def samples(self, data: ShardSet, encode: Encoder, start: int) -> Iterator[Sample]:
@@ -82,7 +91,7 @@ class Encoding:
         stream = StreamedBatches(data, collate, EpochPlan(self.batch_size, train=False))
         stream.start_at(view, first)
         for batch in DataLoader(stream, batch_size=None, num_workers=self.num_workers):
-            with torch.inference_mode():
+            with torch.inference_mode(), frozen_networks_in(getattr(torch, self.compute_dtype)):
                 encoded = list(encode(batch))
             for i, (key, files) in enumerate(zip(batch["key"], encoded, strict=True)):
                 if "label" in batch:
@@ -134,7 +143,11 @@ def write_encoded(
     shards = process.gather(folder, counts, own)
     if shards is None:
         return process.finished_set(folder)
-    provenance = {**made_by, "images": [dict(index.provenance) for index in indices]}
+    provenance = {
+        **made_by,
+        "compute_dtype": encoding.compute_dtype,
+        "images": [dict(index.provenance) for index in indices],
+    }
     contents = (*fields, *(name for name in indices[0].fields if name in ("label", "text")))
     index = ShardIndex(folder, contents, tuple(shards), indices[0].classes, encoding.image_size, arguments, provenance)
     if index.num_samples != sum(counts):
