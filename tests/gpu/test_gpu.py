@@ -2,24 +2,30 @@
 
 import json
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
 from torch import Tensor
+from torch.utils.data import DataLoader
 
+from flextok_pl import Trainer
 from flextok_pl.assets import DEMO_PRIOR, DEMO_TOKENIZER
+from flextok_pl.callbacks import EMA, Throughput
 from flextok_pl.cli import main
-from flextok_pl.config import FlexTokConfig
+from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig
 from flextok_pl.layers.blocks import compile_for_all_lengths
 from flextok_pl.models.objective import TrainingDraws, flow_loss, sample_draws
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.routing import Routing, sample_route
 from flextok_pl.models.token_loss import token_loss
 from flextok_pl.models.tokenizer import FlexTok
-from flextok_pl.modules import PriorModule
+from flextok_pl.modules import PriorModule, TokenizerModule, VAEModule
 
 pytestmark = pytest.mark.gpu
 
@@ -197,3 +203,105 @@ def test_a_priors_tokenizer_is_on_the_gpu_while_it_is_needed() -> None:
     assert module.reconstructor.detokenize(tokens, num_steps=1).device.type == "cuda"
     module.teardown("validate")
     assert module.tokenizer.module.device.type == "cpu"
+
+
+class Batches(pl.LightningDataModule):
+    """Batches of four samples in page-locked memory, with everything that a module may want."""
+
+    batch_size = 4
+    tokenizer: ClassVar = {"sha256": "a" * 16, "vocab_size": 50, "num_tokens": 8}
+    classes = ()
+
+    def train_dataloader(self) -> DataLoader:
+        random = torch.Generator().manual_seed(0)
+        batch: Any = {
+            "image": (torch.rand(4, 3, 32, 32, generator=random) * 2 - 1).pin_memory(),
+            "tokens": torch.randint(50, (4, 8), generator=random).pin_memory(),
+            "label": torch.tensor([0, 1, 0, 1]).pin_memory(),
+            "key": list("abcd"),
+        }
+        return DataLoader([batch] * 12, batch_size=None)
+
+
+class NothingWaits(pl.Callback):
+    """Makes it an error to wait, from the start of a step that is not logged to that of the next."""
+
+    def __init__(self, steps: set[int]) -> None:
+        self.steps = steps
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        torch.cuda.set_sync_debug_mode("error" if trainer.global_step in self.steps else "default")
+
+
+@pytest.fixture
+def waiting_allowed_again() -> Iterator[None]:
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def small_prior() -> PriorModule:
+    net = PriorConfig(num_classes=2, num_tokens=8, vocab_size=50, depth=2, width=64, head_dim=32)
+    return PriorModule(net, warmup_steps=0)
+
+
+def small_vae() -> VAEModule:
+    net = VAEConfig(latent_channels=4, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)
+    return VAEModule(net, warmup_steps=0, gan_weight=0.5, discriminator_width=8)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize(
+    "make",
+    [small_prior, small_vae, lambda: TokenizerModule(FlexTokConfig.preset("tiny"), warmup_steps=0)],
+    ids=["prior", "vae", "tokenizer"],
+)
+def test_no_step_waits(
+    make: Callable[[], pl.LightningModule],
+    precision: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    waiting_allowed_again: None,
+) -> None:
+    """See tests/unit/test_no_waiting.py; here the device itself finds what waits, also in the optimizer's step."""
+    module = make()
+    if isinstance(module, VAEModule) and precision == "16-mixed":
+        pytest.skip("no precision for a discriminator")
+    monkeypatch.setattr(type(module), "on_train_end", lambda self: None)
+    Trainer(
+        accelerator="gpu",
+        devices=1,
+        precision=precision,
+        max_steps=9,
+        log_every_n_steps=3,
+        gradient_clip_val=1.0,
+        callbacks=[NothingWaits({3, 4, 6, 7}), EMA(), Throughput()],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=tmp_path,
+    ).fit(module, Batches())
+
+
+def test_a_step_that_waits_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting_allowed_again: None
+) -> None:
+    real = PriorModule.training_step
+
+    def training_step(self: PriorModule, batch: Any, batch_idx: int) -> Any:
+        outputs = real(self, batch, batch_idx)
+        outputs["loss"].item()
+        return outputs
+
+    monkeypatch.setattr(PriorModule, "training_step", training_step)
+    trainer = Trainer(
+        accelerator="gpu",
+        devices=1,
+        max_steps=3,
+        callbacks=[NothingWaits({2})],
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        default_root_dir=tmp_path,
+    )
+    with pytest.raises(RuntimeError, match="synchronizing CUDA operation"):
+        trainer.fit(small_prior(), Batches())

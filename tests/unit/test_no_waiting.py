@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from pretended_device import DEVICE, PretendedDevice, pretended_device
 from torch import Tensor
@@ -118,11 +119,19 @@ def test_nothing_waits(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize(
-    "options", [{"accumulate_grad_batches": 2}, {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"}]
-)
-def test_nor_in_other_steps(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = waits(prior(), tmp_path, monkeypatch, **options)
+OTHER: dict[str, Callable[[], dict[str, Any]]] = {
+    "accumulated": lambda: {"accumulate_grad_batches": 2},
+    "clipped by value": lambda: {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"},
+    "scaled": lambda: {
+        "plugins": MixedPrecision("16-mixed", "cuda", torch.amp.GradScaler("cpu")),  # which has no driver to ask
+        "gradient_clip_val": 1.0,
+    },
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_nor_in_other_steps(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = waits(prior(), tmp_path, monkeypatch, **OTHER[name]())
     assert not found, "\n".join(found)
 
 
