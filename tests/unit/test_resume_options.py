@@ -15,7 +15,7 @@ from flextok_pl.cli import main
 from flextok_pl.config import FlexTokConfig, VAEConfig
 from flextok_pl.models.vae import VAE
 from flextok_pl.modules import TokenizerModule
-from flextok_pl.modules.optim import warmup_cosine
+from flextok_pl.modules.optim import FUSED, warmup_cosine
 from flextok_pl.modules.resume import Change
 
 EXPERIMENT = Path(__file__).parents[2] / "experiments" / "tokenizer" / "tiny.yaml"
@@ -100,6 +100,26 @@ def test_what_changes_the_meaning_is_refused_by_name(
 
 def test_what_has_no_effect_is_taken(half: Path, tmp_path: Path) -> None:
     run(tmp_path, TokenizerModule(NET, activation_checkpointing=True, **OPTIONS), half, steps=5)
+
+
+def test_a_checkpoint_of_an_optimizer_in_many_kernels_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As version 0.1.0 and devices without the one kernel write them."""
+    ends = []
+    for name, fused in (("many", ()), ("one", FUSED)):
+        with monkeypatch.context() as patch:
+            patch.setattr("flextok_pl.modules.optim.FUSED", fused)
+            torch.manual_seed(0)
+            run(tmp_path / name, TokenizerModule(NET, **OPTIONS), steps=4)
+        file = tmp_path / name / "step=4.ckpt"
+        written = torch.load(file, weights_only=True)["optimizer_states"][0]["param_groups"]
+        assert [group["fused"] for group in written] == [True if fused else None] * 2
+        module = TokenizerModule(NET, **OPTIONS)
+        run(tmp_path / name, module, file)
+        optimizer: Any = module.optimizers()
+        assert all(group["fused"] for group in optimizer.param_groups)
+        ends.append(list(module.tokenizer.parameters()))
+    for own, expected in zip(*ends, strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5)  # of steps of 1e-2
 
 
 def test_a_frozen_network_is_known_by_its_weights(tmp_path: Path) -> None:
