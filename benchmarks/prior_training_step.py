@@ -1,4 +1,7 @@
-"""Peak memory and speed of one training step of a prior, with the chunked loss and with all logits at once.
+"""Peak memory and speed of one training step of a prior: the chunked loss, all logits at once, PyTorch's chunked loss.
+
+PyTorch's (`torch.nn.functional.linear_cross_entropy`, from 2.13 on) takes chunks of 512 and gives the loss alone; under
+autocast its inputs are cast to the half type, as autocast leaves them.
 
 Each setting runs in a process of its own, so that one's peak does not hide another's. Peak memory is the process's
 resident set on a CPU and the allocator's maximum on a GPU; `baseline` is that before the first step.
@@ -11,6 +14,7 @@ import json
 import time
 
 import torch
+import torch.nn.functional as F
 from report import measure_apart, peak_gib, synchronize, write_results
 
 from flextok_pl.config import PriorConfig
@@ -20,7 +24,7 @@ from flextok_pl.models.token_loss import token_loss
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--preset", default="85m")
 parser.add_argument("--batch-size", type=int, default=8)
-parser.add_argument("--chunks", nargs="+", default=["512", "none"], help="positions per chunk, or none")
+parser.add_argument("--chunks", nargs="+", default=["512", "none", "torch"], help="positions, none or torch")
 parser.add_argument("--repeats", type=int, default=2)
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="autocast to this type")
@@ -39,14 +43,22 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     shape = (options.batch_size, config.num_tokens)
     tokens = torch.randint(config.vocab_size, shape, generator=generator).to(options.device)
     classes = torch.zeros(options.batch_size, dtype=torch.int64, device=options.device)
-    chunk = None if options.measure == "none" else int(options.measure)
+    dtype = getattr(torch, options.dtype)
+
+    def loss_of(hidden: torch.Tensor) -> torch.Tensor:
+        weight = prior.head.weight
+        if options.measure == "torch":
+            rows, chunks = hidden.flatten(0, 1).to(dtype), torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512)
+            return F.linear_cross_entropy(rows, weight.to(dtype), tokens.flatten(), options=chunks)
+        chunk = None if options.measure == "none" else int(options.measure)
+        return token_loss(hidden, weight, tokens, chunk_size=chunk).loss
+
     baseline, seconds = peak_gib(options.device), []
     for repeat in range(options.repeats + 1):
         synchronize(options.device)
         start = time.perf_counter()
         with torch.autocast(options.device, torch.bfloat16, enabled=options.dtype == "bfloat16"):
-            hidden = prior.hidden(tokens, classes)
-            loss = token_loss(hidden, prior.head.weight, tokens, chunk_size=chunk).loss
+            loss = loss_of(prior.hidden(tokens, classes))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
