@@ -1,7 +1,8 @@
 """What nine token budgets cost, as a multiple of one: with what an evaluation shares, and as nine evaluations.
 
 The demo tokenizer, and the demo prior, on the demo's held-out pictures, as `flextok test` evaluates them. `one` is the
-mean over nine evaluations at one budget each, which is also what nine evaluations cost that share nothing.
+mean over nine evaluations at one budget each, which is also what nine evaluations cost that share nothing. A further
+budget costs `of_a_budget`, most of it in `detokenize`, and all budgets share the rest of `one`.
 
     make data && python benchmarks/evaluation_cost.py --json benchmarks/results/evaluation_cost_cpu.json
 """
@@ -10,12 +11,13 @@ import argparse
 import tempfile
 import time
 import warnings
+from unittest.mock import patch
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from report import write_results
 
-from flextok_pl import DEMO_PRIOR, DEMO_TOKENIZER, GenerationFID, ReconstructionFID, ShardDataModule
+from flextok_pl import DEMO_PRIOR, DEMO_TOKENIZER, FlexTok, GenerationFID, ReconstructionFID, ShardDataModule
 from flextok_pl.modules.saved import SavedPrior, SavedTokenizer
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -26,8 +28,17 @@ parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else
 parser.add_argument("--json", default=None, help="file to write the results to")
 
 
-def seconds(options: argparse.Namespace, kind: str, budgets: list[int]) -> float:
-    """One evaluation, without what it keeps for the next."""
+def seconds(options: argparse.Namespace, kind: str, budgets: list[int]) -> tuple[float, float]:
+    """One evaluation, without what it keeps for the next; and the time in `detokenize`, which waits for the device."""
+    decoding: list[float] = []
+    detokenize = FlexTok.detokenize
+
+    def timed(*args: object, **kwargs: object) -> object:
+        begin = time.perf_counter()
+        images = detokenize(*args, **kwargs)
+        decoding.append(time.perf_counter() - begin)
+        return images
+
     data = ShardDataModule(test=options.data, image_size=64, eval_batch_size=96, num_workers=0)
     settings = {"num_steps": options.num_steps, "guidance": "cfg", "guidance_scale": 2.0, "cache_dir": None}
     with tempfile.TemporaryDirectory() as folder:
@@ -47,9 +58,10 @@ def seconds(options: argparse.Namespace, kind: str, budgets: list[int]) -> float
             use_distributed_sampler=False,
         )
         trainer.test(module, data, verbose=False)  # the first one reads weights
-        start = time.perf_counter()
-        trainer.test(module, data, verbose=False)
-        return time.perf_counter() - start
+        with patch.object(FlexTok, "detokenize", timed):
+            start = time.perf_counter()
+            trainer.test(module, data, verbose=False)
+            return time.perf_counter() - start, sum(decoding)
 
 
 def main() -> None:
@@ -58,13 +70,17 @@ def main() -> None:
     results = {}
     for kind in ("rfid", "gfid"):
         alone = {budget: seconds(options, kind, [budget]) for budget in options.budgets}
-        together = seconds(options, kind, options.budgets)
-        one = sum(alone.values()) / len(alone)
+        together, decoding_together = seconds(options, kind, options.budgets)
+        separately, decoding = (sum(each) for each in zip(*alone.values(), strict=True))
+        one, count = separately / len(alone), len(alone)
         results[kind] = {
-            "seconds_alone": alone,
+            "seconds_alone": {budget: whole for budget, (whole, _) in alone.items()},
+            "seconds_one": one,
             "seconds_together": together,
+            "seconds_of_a_budget": (together - one) / (count - 1),
+            "seconds_decoding": {"one": decoding / count, "together": decoding_together},
             "together_over_one": together / one,
-            "separately_over_together": sum(alone.values()) / together,
+            "separately_over_together": separately / together,
         }
         print(kind, results[kind], flush=True)
     write_results("evaluation_cost", vars(options), results, options.json)

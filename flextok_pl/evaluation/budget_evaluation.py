@@ -30,6 +30,7 @@ from flextok_pl.keys import choose_fraction, key_hash
 from flextok_pl.metrics.feature_set import POOL_SIZE, FeatureSet
 from flextok_pl.precision import MEASURED_IN
 from flextok_pl.progress import announced
+from flextok_pl.transfer import send
 
 GRID_COLUMNS = 12
 """Most columns of the grid picture; beyond, powers of two are shown."""
@@ -295,7 +296,7 @@ def _at(places: Tensor | None, rows: Any) -> Any:
     """Those of B rows that are in these places; all where that is None."""
     if places is None:
         return rows
-    return rows[places.to(rows.device)] if isinstance(rows, Tensor) else [rows[i] for i in places.tolist()]
+    return rows[send(places, rows.device)] if isinstance(rows, Tensor) else [rows[i] for i in places.tolist()]
 
 
 def _joined(parts: Sequence[Any]) -> Any:

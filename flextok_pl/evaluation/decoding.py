@@ -14,6 +14,7 @@ from flextok_pl.contracts import Reconstructor
 from flextok_pl.flow.decoding import Decoding
 from flextok_pl.keys import sample_generators
 from flextok_pl.metrics.images import to_uint8
+from flextok_pl.transfer import send
 
 PIXELS_AT_ONCE = 2**21
 """Pixels of the images that a device decodes at a time unless told otherwise: 32 images of 256, 512 images of 64."""
@@ -49,7 +50,7 @@ def decode(
     for start in range(0, len(places), at_once or len(keys)):
         kept, rows = (torch.tensor(each) for each in zip(*places[start : start + (at_once or len(keys))], strict=True))
         noise = sample_generators([keys[i] for i in rows], seed)
-        given = tokens[rows.to(tokens.device), : int(kept.max())]
+        given = tokens[send(rows, tokens.device), : int(kept.max())]
         images = to_uint8(tokenizer.detokenize(given, num_tokens=kept, generator=noise, **decoding.arguments))
         pause()
         waiting = torch.cat([waiting, images]) if len(waiting) else images

@@ -16,9 +16,11 @@ from torch.utils.data import DataLoader
 
 from flextok_pl import Trainer
 from flextok_pl.assets import DEMO_PRIOR, DEMO_TOKENIZER
+from flextok_pl.backbones.extractors import build_extractor
 from flextok_pl.callbacks import EMA, Throughput
 from flextok_pl.cli import main
 from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig
+from flextok_pl.evaluation.reconstruction_statistics import ReconstructionStatistics
 from flextok_pl.layers.blocks import compile_for_all_lengths
 from flextok_pl.models.objective import TrainingDraws, flow_loss, sample_draws
 from flextok_pl.models.prior import Prior
@@ -82,6 +84,32 @@ def test_evaluation_equals_that_of_a_cpu(image_shards: Path, tmp_path: Path) -> 
         tables.append(json.loads(next(folder.glob("**/rfid.json")).read_text()))
     for on_cpu, on_gpu in zip(*tables, strict=True):
         assert on_gpu["value"] == pytest.approx(on_cpu["value"], rel=1e-3, abs=1e-4), on_cpu["metric"]
+
+
+def test_measuring_reconstructions_does_not_wait() -> None:
+    extractor = build_extractor("effnet-lite0").to("cuda")
+    statistics = ReconstructionStatistics([1, 2], extractor, pool_fraction=0.5)
+    pictures = torch.randint(256, (2, 9, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    originals, made = pictures.to("cuda")
+    keys = [str(i) for i in range(9)]
+    statistics.update_real(originals, keys)
+    try:
+        for mode in ("default", "error"):  # libraries wait when they are first used
+            torch.cuda.set_sync_debug_mode(mode)
+            of_mode = [f"{mode} {key}" for key in keys]
+            for budget in (1, 2):
+                statistics.update_reconstructions(budget, originals, made, of_mode, [originals])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert statistics.home.type == "cuda" and statistics.num_images == 18
+    on_cpu = ReconstructionStatistics([1], build_extractor("effnet-lite0"))
+    on_cpu.update_real(*pictures[:1], keys)
+    on_cpu.update_reconstructions(1, *pictures, keys)
+    on_gpu = ReconstructionStatistics([1], extractor)
+    on_gpu.update_real(originals, keys)
+    on_gpu.load_state_dict(on_cpu.state_dict())
+    assert on_gpu.home.type == "cuda"
+    assert on_gpu.values()[1] == pytest.approx(on_cpu.values()[1], rel=1e-6)
 
 
 def test_tokens_and_pictures_equal_those_of_a_cpu(image_shards: Path) -> None:
