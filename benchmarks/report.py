@@ -15,10 +15,12 @@ from typing import Any
 import torch
 
 
-def median_seconds(calls: Mapping[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
+def median_seconds(
+    calls: Mapping[str, Callable[[], object]], repeats: int, device: str, warm_up: bool = True
+) -> dict[str, float]:
     """Median wall time of each call. The calls take turns, so that a slow moment of the machine hits all of them."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(repeats + 1):  # the first round warms up
+    for repeat in range(not warm_up, repeats + 1):
         for name, call in calls.items():
             synchronize(device)
             start = time.perf_counter()
