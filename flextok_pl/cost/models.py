@@ -40,6 +40,7 @@ from flextok_pl.models.prior import Prior, TextStates
 from flextok_pl.models.routing import Routing
 from flextok_pl.models.teacher import alignment_loss
 from flextok_pl.models.vae import VAE
+from flextok_pl.precision import accumulation_dtype
 
 Grid = tuple[int, int]
 LayoutT = TypeVar("LayoutT", CodeLayout, TokenLayout)
@@ -245,8 +246,9 @@ def _at_every_budget(
         return count(whole, config.decoder_depth - blocks) + (count(part, 1 + blocks) + count(part, 1) * -1)
 
     def interpolated(cost: Callable[[int], CostT], first: int, last: int) -> Tensor:
-        nodes = torch.tensor(sorted({first + (last - first) * i // degree for i in range(degree + 1)})).double()
-        powers, budgets = torch.arange(len(nodes)), torch.arange(first, last + 1).double()
+        wide = accumulation_dtype("cpu")
+        nodes = torch.tensor(sorted({first + (last - first) * i // degree for i in range(degree + 1)}), dtype=wide)
+        powers, budgets = torch.arange(len(nodes)), torch.arange(first, last + 1, dtype=wide)
         counted = torch.tensor([astuple(cost(int(node))) for node in nodes], dtype=nodes.dtype)
         weights: Tensor = budgets[:, None] ** powers @ torch.linalg.inv(nodes[:, None] ** powers)
         return weights @ counted

@@ -22,7 +22,7 @@ def budgets_from_uniform(law: str, num_registers: int, u: Tensor) -> Tensor:
     `none`, always K.
     """
     cumulative = budget_probabilities(law, num_registers).cumsum(0)
-    return torch.searchsorted(cumulative, u.double(), right=True).clamp(max=num_registers)
+    return torch.searchsorted(cumulative, u.to(cumulative), right=True).clamp(max=num_registers)
 
 
 def budget_probabilities(law: str, num_registers: int) -> Tensor:

@@ -26,6 +26,7 @@ from flextok_pl.models.decoder import token_layout
 from flextok_pl.models.encoder import code_layout
 from flextok_pl.models.routing import Route
 from flextok_pl.models.tokenizer import FlexTok
+from flextok_pl.precision import accumulation_dtype
 from flextok_pl.transfer import send
 
 
@@ -92,7 +93,7 @@ def _sample_budgets(
 
     Numbers in equal strata make the sum of what images keep almost the same in each step, on each process.
     """
-    u = torch.rand(batch, generator=generator, dtype=torch.float64)
+    u = torch.rand(batch, generator=generator, dtype=accumulation_dtype("cpu"))
     if stratified:
         u = stratify(u)[lattice(batch, generator)]
     share = config.null_dropout

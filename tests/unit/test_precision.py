@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pretended_device import DEVICE, pretended_device
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flextok_pl import precision
@@ -182,25 +183,20 @@ def test_what_is_trained_follows_autocast(demo: tuple[FlexTok, Prior]) -> None:
         assert prior(torch.zeros(1, 4, dtype=torch.int64)).dtype == torch.bfloat16
 
 
-class NoWaiting(TorchDispatchMode):
-    """A device that nobody waits for."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("a value is brought to the host")
-        return func(*args, **(kwargs or {}))
-
-
-def test_no_look_at_values_in_a_training_step(demo: tuple[FlexTok, Prior]) -> None:
-    """What turns a batch into latents and tokens does not wait for the device."""
-    images = torch.zeros(1, 3, 64, 64)
+def test_nothing_waits_for_latents_and_tokens(demo: tuple[FlexTok, Prior], monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = TokenizerModule(replace(demo[0].config, encoder_depth=1, decoder_depth=1))
     prior = PriorModule(replace(demo[1].config, depth=1, tokenizer=None), tokenizer=str(DEMO_TOKENIZER))
-    with NoWaiting():
-        assert tokenizer.latents({"image": images}).shape == (1, 16, 8, 8)
-        assert prior.tokens({"image": images}).shape == (1, 64)
-        with pytest.raises(RuntimeError, match="brought to the host"):
-            demo[0].tokenize(images)
+    with pretended_device(monkeypatch) as device:
+        batch = {"image": torch.zeros(1, 3, 64, 64).to(DEVICE)}
+        tokenizer.to(DEVICE)
+        prior.to(DEVICE).tokens(batch)  # brings the tokenizer there
+        for device.watching in (True, False):
+            assert tokenizer.latents(batch).shape == (1, 16, 8, 8)
+            assert prior.tokens(batch).shape == (1, 64)
+        assert not device.waits, "\n".join(device.waits)
+        device.watching = True
+        prior.reconstructor.tokenize(batch["image"])
+        assert device.waits, "it looks at the values"
 
 
 class NoFloat64(TorchDispatchMode):
@@ -252,7 +248,6 @@ WIDE = {
     "evaluation/reconstruction_statistics.py": "sums on a `summing_device`",
     "metrics/linear_probe.py": "fitted on the CPU",
     "flow/nested_dropout.py": "probabilities for the plan, on the CPU",
-    "cost/models.py": "the plan, on the CPU",
     "data/transforms.py": "draws of a CPU generator",
 }
 """Files that name float64, and why they may."""

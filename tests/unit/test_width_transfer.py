@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
 from flextok_pl.config import FlexTokConfig, PriorConfig
+from flextok_pl.layers.packing import Positions
 from flextok_pl.models.irepa import ConvProjection
 from flextok_pl.models.objective import flow_loss, sample_draws
 from flextok_pl.models.prior import Prior
@@ -248,12 +249,19 @@ def tokenizer_step(module: TokenizerModule, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(8, 12, 8, 8, generator=generator)
     draws = sample_draws(module.tokenizer.config, latents, generator)
+    draws = draws._replace(num_tokens=torch.full((8,), module.tokenizer.num_registers), null=draws.null & False)
     return flow_loss(module.tokenizer, latents, draws).loss.mean()
 
 
 def prior_step(module: PriorModule, seed: int) -> Tensor:
     tokens = torch.randint(30, (8, 16), generator=torch.Generator().manual_seed(seed))
     return token_loss(module.prior.hidden(tokens, torch.arange(8) % 4), module.prior.head.weight, tokens).loss
+
+
+def joined(output: Tensor | Positions) -> Tensor:
+    """The values of all positions, (..., D)."""
+    parts = [output] if isinstance(output, Tensor) else [each for each in output if each is not None]
+    return torch.cat([each.flatten(0, -2) for each in parts])
 
 
 def growth(build: Callable[..., Any], step: Callable[[Any, int], Tensor], blocks: list[str], **options: Any) -> Any:
@@ -266,7 +274,9 @@ def growth(build: Callable[..., Any], step: Callable[[Any, int], Tensor], blocks
 
         def look(module: Any = module, outputs: dict[str, list[Tensor]] = outputs) -> None:
             handles = [
-                module.get_submodule(block).register_forward_hook(lambda _, __, output, kept=kept: kept.append(output))
+                module.get_submodule(block).register_forward_hook(
+                    lambda _, __, output, kept=kept: kept.append(joined(output))
+                )
                 for block, kept in outputs.items()
             ]
             with torch.no_grad():
