@@ -209,7 +209,6 @@ def test_half_precision_is_the_same_with_shards(
     for name in ("ddp", "fsdp2"):
         (tmp_path / name).mkdir()
     arguments = [*make(image_shards, tmp_path), "--trainer.precision", "bf16-mixed"]
-    arguments += ["--model.budget_groups", "1"] if make is tokenizer_fit else []
     copied, sharded = (fit(start_ranks, tmp_path / n, n, 2, arguments, note_weights) for n in ("ddp", "fsdp2"))
     for own, expected in zip(gradients(tmp_path / "fsdp2")[:1], gradients(tmp_path / "ddp")[:1], strict=True):
         for tensor, value in expected.items():
@@ -242,7 +241,7 @@ def test_ddp_sends_gradients_from_where_they_are(image_shards: Path, tmp_path: P
     size = sum(each["exp_avg"].nbytes for each in state.values())
     held = [[int(part) for part in line.split()] for line in (tmp_path / "held0").read_text().splitlines()]
     assert {step for step, *_ in held} == {*range(STEPS)} and len(held) > STEPS, "an epoch may end within one"
-    assert held[0][1] == held[0][2] == len(state), "before the first buckets each has its own place"
+    assert held[0][1] == len(state) and held[0][2] > 2, "before the first buckets they lie here and there"
     assert all(buckets <= 2 and total == size for _, _, buckets, total in held[1:]), held
 
 
