@@ -26,34 +26,50 @@ PIXELS_AT_A_TIME = 4 * 256 * 256
 """More images go through one group after another, which bounds the memory; so many share the work on the weights."""
 
 
+FEWEST_PIXELS = 128 * 128
+"""Of an image: below, diffusers' pass is faster (AMD EPYC with AVX-512)."""
+
+WIDE = 128
+"""Channels of the widest level, from where on a network has convolutions for `layers/winograd.py`."""
+
+
 def encode(network: diffusers.AutoencoderKL, images: Tensor) -> Tensor:
     """(B, 3, H, W) -> (B, 2C, h, w), mean and log-variance, as diffusers' `encode` before it clamps the latter."""
-    if not _serves(network, images):
-        return network._encode(_channels_last(images))  # type: ignore[no-any-return]
-    at_a_time = max(1, PIXELS_AT_A_TIME // images[0, 0].numel())
+    pixels = images.shape[2] * images.shape[3]
+    if not _serves(network, images, pixels):
+        return network._encode(_ordered(network, images))  # type: ignore[no-any-return]
+    at_a_time = max(1, PIXELS_AT_A_TIME // pixels)
     with torch.no_grad():
         return torch.cat([_Pass(images).encode(network, some) for some in torch.split(images, at_a_time)])
 
 
 def decode(network: diffusers.AutoencoderKL, latents: Tensor) -> Tensor:
     """(B, C, h, w) -> (B, 3, H, W), as diffusers' `decode`."""
-    if not _serves(network, latents):
-        return network.decode(_channels_last(latents), return_dict=False)[0]  # type: ignore[no-any-return]
-    factor = 2 ** (len(network.config.block_out_channels) - 1)
-    at_a_time = max(1, PIXELS_AT_A_TIME // (latents[0, 0].numel() * factor**2))
+    pixels = latents.shape[2] * latents.shape[3] * 4 ** (len(network.config.block_out_channels) - 1)
+    if not _serves(network, latents, pixels):
+        return network.decode(_ordered(network, latents), return_dict=False)[0]  # type: ignore[no-any-return]
+    at_a_time = max(1, PIXELS_AT_A_TIME // pixels)
     with torch.no_grad():
         return torch.cat([_Pass(latents).decode(network, some) for some in torch.split(latents, at_a_time)])
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    """In the order of memory that convolutions on a CPU are faster with, and on a GPU in half precision."""
+def _ordered(network: diffusers.AutoencoderKL, x: Tensor) -> Tensor:
+    """In the order of memory that is faster for diffusers' pass.
+
+    Channels are last for a narrow network on a CPU, and in half precision; else the order stays.
+    """
     kind = x.device.type
-    faster = kind == "cpu" or (kind == "cuda" and torch.is_autocast_enabled(kind))
-    return x.contiguous(memory_format=torch.channels_last) if faster else x
+    narrow = kind == "cpu" and max(network.config.block_out_channels) < WIDE
+    faster = narrow or (kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind))
+    return _channels_last(x) if faster else x
 
 
-def _serves(network: diffusers.AutoencoderKL, inputs: Tensor) -> bool:
-    """Whether the pass of this file can take the place of diffusers', and is faster."""
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _serves(network: diffusers.AutoencoderKL, inputs: Tensor, pixels: int) -> bool:
+    """Whether the pass of this file can take the place of diffusers' for images of so many pixels, and is faster."""
     config = network.config
     learning = torch.is_grad_enabled() and any(x.requires_grad for x in (inputs, *network.parameters()))
     as_known = (
@@ -66,7 +82,8 @@ def _serves(network: diffusers.AutoencoderKL, inputs: Tensor) -> bool:
         as_known
         and inputs.device.type == "cpu"
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and max(config.block_out_channels) >= 128
+        and max(config.block_out_channels) >= WIDE
+        and pixels >= FEWEST_PIXELS
         and len(inputs) > 0
         and not (learning or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
     )

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from flextok_pl.config import FlexTokConfig, VAEConfig
+from flextok_pl.layers import winograd
 from flextok_pl.layers.frozen import Frozen
 from flextok_pl.models import vae_inference
 from flextok_pl.models.tokenizer import FlexTok
@@ -32,7 +33,7 @@ ARCHITECTURES = {
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What parts ran in the pass under test; diffusers' is not there."""
+    """What parts ran in the pass under test, which takes small images, too; diffusers' is not there."""
     made: list[str] = []
     for name in ("encode", "decode"):
         original = getattr(vae_inference._Pass, name)
@@ -42,6 +43,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             return original(self, *arguments)
 
         monkeypatch.setattr(vae_inference._Pass, name, spied)
+    monkeypatch.setattr(vae_inference, "FEWEST_PIXELS", 1)
     yield made
 
 
@@ -62,8 +64,11 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, share: float) -> None:
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 @pytest.mark.parametrize(("height", "width"), [(32, 48), (16, 40)])  # at 40 some levels are no multiples of 4
 @torch.no_grad()
-def test_the_function_of_diffusers(name: str, height: int, width: int, calls: list[str]) -> None:
+def test_the_function_of_diffusers(
+    name: str, height: int, width: int, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Measured in float32 were up to 7e-6 of the largest value, and 8e-6 by diffusers with channels last in memory."""
+    monkeypatch.setattr(winograd, "FEWEST_POSITIONS", 1)
     network, images, latents = network_and_inputs(ARCHITECTURES[name], height, width)
     kept = images.clone(), latents.clone()
     wide = copy.deepcopy(network).double()
@@ -97,12 +102,12 @@ def test_tokens_are_those_of_diffusers_pass(monkeypatch: pytest.MonkeyPatch, cal
     tokenizer, images = FlexTok(config).eval(), torch.rand(8, 3, 32, 32) * 2 - 1
     tokens = tokenizer.tokenize(images)
     assert calls
-    monkeypatch.setattr(vae_inference, "_serves", lambda network, inputs: False)
+    monkeypatch.setattr(vae_inference, "_serves", lambda *_: False)
     assert torch.equal(tokens, tokenizer.tokenize(images))
     assert len(tokens.unique()) > 16
 
 
-def test_weights_may_change_between_calls() -> None:
+def test_weights_may_change_between_calls(calls: list[str]) -> None:
     """As weights do in a training that validates, and when an average of them is put in their place."""
     network, images, _ = network_and_inputs(WIDE)
     other = network_and_inputs(WIDE)[0]
@@ -113,6 +118,16 @@ def test_weights_may_change_between_calls() -> None:
         for parameter, changed in zip(network.parameters(), other.parameters(), strict=True):
             parameter.data.copy_(changed)
         close(vae_inference.encode(network, images), other._encode(images), 2e-5)
+    assert calls == ["encode"] * 2
+
+
+@torch.no_grad()
+def test_small_images_take_diffusers_pass(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    network, images, latents = network_and_inputs(WIDE)
+    monkeypatch.setattr(vae_inference, "FEWEST_PIXELS", 32 * 48 + 1)
+    assert torch.equal(vae_inference.encode(network, images), network._encode(images))
+    assert torch.equal(vae_inference.decode(network, latents), network.decode(latents).sample)
+    assert calls == []
 
 
 def test_gradients_take_diffusers_pass(calls: list[str]) -> None:
