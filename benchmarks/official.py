@@ -147,9 +147,8 @@ KINDS = {
 
 def profiled(call: Callable[[], object], device: str) -> dict[str, float]:
     """Seconds of a call by kind of operation; what is of no kind is elementwise, or moves data."""
-    kind = ProfilerActivity.CUDA if device.startswith("cuda") else ProfilerActivity.CPU
     call()
-    with profile(activities=[ProfilerActivity.CPU, kind]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA if device.startswith("cuda") else ProfilerActivity.CPU]) as profiler:
         call()
     seconds = dict.fromkeys([*KINDS, "elementwise and copies"], 0.0)
     for event in profiler.key_averages():
