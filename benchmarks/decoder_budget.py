@@ -14,6 +14,7 @@ import torch
 from report import median_seconds, write_results
 
 from flextok_pl.config import FlexTokConfig
+from flextok_pl.models.decoder import token_layout
 from flextok_pl.models.tokenizer import FlexTok
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -40,13 +41,14 @@ def main() -> None:
 
     def call(batch: int, budget: int, unconditional: bool = False) -> Callable[[], None]:
         x_t = torch.randn(batch, config.latent_channels, *tokenizer.latent_size, device=options.device, dtype=dtype)
-        codes = torch.zeros(batch, 0 if unconditional else budget, len(config.fsq_levels), device=options.device)
-        null = torch.ones(batch, dtype=torch.bool, device=options.device) if unconditional else None
-        t = torch.full((batch,), 0.5, device=options.device)
-        return lambda: decoder(x_t, t, codes, null=null)
+        kept = torch.full((batch,), 0 if unconditional else budget)
+        codes = torch.zeros(int(kept.sum()), len(config.fsq_levels), device=options.device)
+        layout = token_layout(config, x_t, kept, kept == 0)
+        t = torch.full((1,), 0.5, device=options.device)
+        return lambda: decoder(x_t, t, codes, layout)
 
     full = config.num_registers
-    rows = {f"k={k}": call(options.batch_size, k) for k in (1, 8, 32, 64, 128, full)}
+    rows = {f"k={k}": call(options.batch_size, k) for k in (1, 8, 32, 64, 128, full) if k <= full}
     rows["unconditional"] = call(options.batch_size, 1, unconditional=True)
     rows[f"k={full}, one image"] = call(1, full)
     seconds = median_seconds(rows, options.repeats, options.device)

@@ -36,12 +36,12 @@ SETTINGS = [
     "85m 8 float32 kept 512",
     "49m 4 float32 compiled 512",
     "49m 4 bfloat16 compiled 512",
-    "d12_d12 1 float32 kept 1",
-    "d12_d12 2 float32 kept 2",
-    "d12_d12 2 float32 checkpointed 1",
-    "d12_d12 2 bfloat16 kept 1",
-    "d12_d12 2 float32 compiled 1",
-    "d12_d12 2 bfloat16 compiled 1",
+    "d12_d12 1 float32 kept none",
+    "d12_d12 2 float32 kept none",
+    "d12_d12 2 float32 checkpointed none",
+    "d12_d12 2 bfloat16 kept none",
+    "d12_d12 2 float32 compiled none",
+    "d12_d12 2 bfloat16 compiled none",
 ]
 STEPS = 3
 

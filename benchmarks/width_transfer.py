@@ -31,6 +31,7 @@ from report import write_results
 from torch import Tensor, nn
 
 from flextok_pl import FlexTokConfig, PriorConfig, ShardDataModule
+from flextok_pl.layers.packing import Positions
 from flextok_pl.models.objective import flow_loss, sample_draws
 from flextok_pl.models.token_loss import token_loss
 from flextok_pl.modules import PriorModule, TokenizerModule
@@ -120,6 +121,12 @@ def optimizer_of(module: TokenizerModule | PriorModule, lr: float) -> torch.opti
     return torch.optim.AdamW(groups, lr=lr, betas=module.hparams["betas"])
 
 
+def joined(output: Tensor | Positions) -> Tensor:
+    """The values of all positions."""
+    parts = [output] if isinstance(output, Tensor) else [each for each in output if each is not None]
+    return parts[0] if len(parts) == 1 else torch.cat([each.flatten(0, -2) for each in parts])
+
+
 def outputs_of(module: TokenizerModule | PriorModule, batch_size: int) -> dict[str, Tensor]:
     """What blocks and heads put out for one batch, always the same."""
     networks = (
@@ -129,8 +136,8 @@ def outputs_of(module: TokenizerModule | PriorModule, batch_size: int) -> dict[s
     )
     found: dict[str, Tensor] = {}
 
-    def keeper(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda _, __, output: found.update({name: output})
+    def keeper(name: str) -> Callable[[nn.Module, Any, Tensor | Positions], None]:
+        return lambda _, __, output: found.update({name: joined(output)})
 
     watched = {
         f"{network} {name}": block

@@ -73,9 +73,8 @@ def stratify(u: Tensor) -> Tensor:
 def lattice(batch_size: int, generator: torch.Generator) -> Tensor:
     """A permutation (B,) int64 that pairs B strata of one number with those of another: i -> (a i + shift) mod B.
 
-    With a near the golden section of B, pairs cover the plane evenly (a rank-1 lattice,
-    https://doi.org/10.1093/oso/9780198534723.001.0001). Every n-th image has, if n divides B, every n-th stratum of
-    both numbers, so that the images of each process are stratified, too.
+    With a near the golden section of B, pairs cover the plane evenly (a rank-1 lattice). Every n-th image has, if n
+    divides B, every n-th stratum of both numbers, so that the images of each process are stratified, too.
     """
     step = round(0.618 * batch_size)
     while math.gcd(step, batch_size) != 1:

@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from model_helpers import randomized
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -55,16 +56,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 BASELINES = {name: dataclasses.replace(PUBLISHED, **options) for name, options in OPTIONS.items()}
 LATENTS = (12, 8, 8)
-
-
-def randomized(config: FlexTokConfig) -> FlexTok:
-    """A model in which every parameter matters: nothing is zero."""
-    torch.manual_seed(0)
-    tok = FlexTok(config)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in [*tok.encoder.parameters(), *tok.decoder.parameters()]:
-        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return tok
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

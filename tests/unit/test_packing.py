@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from model_helpers import randomized
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -49,16 +50,6 @@ VARIANTS = {
     "mse": replace(CONFIG, objective="mse"),
 }
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5}
-
-
-def randomized(config: FlexTokConfig, dtype: torch.dtype = torch.float64) -> FlexTok:
-    """A model in which every parameter matters: nothing is zero."""
-    torch.manual_seed(0)
-    tokenizer = FlexTok(config)
-    for parameter in tokenizer.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return tokenizer.to(dtype)
 
 
 # The reference
@@ -231,7 +222,7 @@ def test_variants(variant: str, budgets: list[int], null: list[int], dtype: torc
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_smaller_latents_and_checkpointing(checkpointing: bool, kernel: str) -> None:
-    tokenizer = randomized(CONFIG)
+    tokenizer = randomized(CONFIG, torch.float64)
     tokenizer.checkpoint_activations(checkpointing)
     latents = latents_of(CONFIG, 5)[..., :2, :6]
     check(tokenizer, latents, draw(CONFIG, latents), 1e-12)
@@ -240,7 +231,7 @@ def test_smaller_latents_and_checkpointing(checkpointing: bool, kernel: str) -> 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_images_alone_and_in_another_order(variant: str, kernel: str) -> None:
     config = VARIANTS[variant]
-    tokenizer, latents = randomized(config), latents_of(config, 6)
+    tokenizer, latents = randomized(config, torch.float64), latents_of(config, 6)
     draws = draw(config, latents, seed=4)
     together = flow_loss(tokenizer, latents, draws).loss
     order = torch.tensor([3, 0, 5, 1, 4, 2])
@@ -257,7 +248,7 @@ def test_images_alone_and_in_another_order(variant: str, kernel: str) -> None:
 @pytest.mark.parametrize("routing", [Routing(0.5, 1, 2), Routing(0.7, 0, 0)])
 def test_patches_on_a_route(routing: Routing, variant: str, checkpointing: bool, kernel: str) -> None:
     config = replace(VARIANTS[variant], decoder_depth=4, repa_layer=3)
-    tokenizer = randomized(config)
+    tokenizer = randomized(config, torch.float64)
     tokenizer.checkpoint_activations(checkpointing)
     latents = latents_of(config, 5)
     route = sample_route(routing, config, latents, torch.Generator().manual_seed(2))
@@ -283,7 +274,7 @@ def positions(part: nn.Module, call: Callable[[], object]) -> list[int]:
 
 def test_only_what_an_image_keeps_is_computed(kernel: str) -> None:
     """Of B images with budgets k: N + k each in the encoder, N + k + 1 in the decoder, N for the null condition."""
-    tokenizer = randomized(CONFIG)
+    tokenizer = randomized(CONFIG, torch.float64)
     latents, patches = latents_of(CONFIG, 5), 16
     null = torch.tensor([False, True, False, False, False])
     draws = draw(CONFIG, latents)._replace(num_tokens=torch.tensor([1, 9, 16, 5, 3]), null=null)

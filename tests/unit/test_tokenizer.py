@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 import torch
+from model_helpers import randomized
 from torch import Tensor
 
 from flextok_pl.config import FlexTokConfig, VAEConfig, config_from_dict
@@ -29,15 +30,6 @@ CONFIG = FlexTokConfig(
     max_timestep=1000.0,
     repa_layer=0,
 )
-
-
-def randomized(config: FlexTokConfig) -> FlexTok:
-    """A model in which every parameter matters: nothing is zero."""
-    tokenizer = FlexTok(config)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in [*tokenizer.encoder.parameters(), *tokenizer.decoder.parameters()]:
-        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return tokenizer
 
 
 @pytest.fixture(scope="module")
