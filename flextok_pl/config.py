@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -210,6 +210,10 @@ class FlexTokConfig:
     def vocab_size(self) -> int:
         """Number of distinct tokens."""
         return math.prod(self.fsq_levels)
+
+    def num_patches(self, latent_size: Sequence[int]) -> int:
+        """N, of latents of (h, w) positions."""
+        return math.prod(latent_size) // self.patch_size**2
 
     @staticmethod
     def preset(name: str) -> FlexTokConfig:

@@ -51,7 +51,7 @@ def token_layout(
 ) -> TokenLayout:
     """How to decode a number of first tokens of each image."""
     k, device, batch = config.num_registers, latents.device, len(latents)
-    num_patches = latents.shape[2:].numel() // config.patch_size**2
+    num_patches = config.num_patches(latents.shape[2:])
     owner, place = places(num_tokens)
     replacements = torch.zeros_like(num_tokens) if null is None else null.long()
     if config.layout == "grid":

@@ -34,7 +34,7 @@ class CodeLayout(NamedTuple):
 def code_layout(config: FlexTokConfig, latents: Tensor, num_tokens: Tensor) -> CodeLayout:
     """How to compute the first `num_tokens` (B,) int64 codes, on the CPU, of (B, C, h, w) latents."""
     k, device, batch = config.num_registers, latents.device, len(latents)
-    num_patches = latents.shape[2:].numel() // config.patch_size**2
+    num_patches = config.num_patches(latents.shape[2:])
     owner, place = places(num_tokens)
     if config.layout == "grid":
         return CodeLayout(None, None, send(owner * k + place, device))

@@ -97,7 +97,7 @@ def sample_route(
     """
     if routing is None:
         return None
-    num_patches = latents.shape[2:].numel() // config.patch_size**2
+    num_patches = config.num_patches(latents.shape[2:])
     seeds = torch.randint(2**62, (len(latents) * world_size,), generator=generator)[rank::world_size]
     order = seeded_normal(send(seeds, latents.device), (num_patches,)).argsort(dim=1)  # (B, N)
     kept = order[:, : routing.kept(num_patches)].sort(dim=1).values  # (B, n)
