@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 from urllib.parse import quote
 
@@ -41,6 +42,7 @@ class Prompt(NamedTuple):
     key: str  # seeds the sample
     label: int = -1  # class that is asked for, -1 for none
     text: str = ""  # caption that is asked for
+    metadata: Mapping[str, Any] = MappingProxyType({})  # what else its source says of it; nothing here looks at it
 
 
 class GenerationEvaluation(BudgetEvaluation):
@@ -95,7 +97,7 @@ class GenerationEvaluation(BudgetEvaluation):
             **reference_facts,
         }
         mine = range(rank(), num_made or 0, world_size())
-        self.prompts = [(*balanced_prompt(i, module.num_classes),) for i in mine]
+        self.prompts = [balanced_prompt(i, module.num_classes)[:3] for i in mine]
         self._start(module.reconstructor, context, facts, num_made, reference)
         if reference is not None:
             self.statistics.check_size(reference_facts["reference"]["image_size"])
