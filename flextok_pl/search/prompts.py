@@ -1,0 +1,157 @@
+"""Prompts of a search: from options, or from files of lines, of GenEval or of COCO captions.
+
+A prompt's key names its condition and its number among those of the same condition. What is drawn for it depends on the
+key, so that other prompts, or their order, change nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from flextok_pl.data.conditions import class_index
+from flextok_pl.evaluation.generation import Prompt
+
+SHOWN = 8
+"""Classes that are searched for where none is named; all, where there are at most twice as many."""
+
+Row = tuple[int | str | None, str | None, Mapping[str, Any]]
+"""Class by number or name, text, and all that its source says; None for what it does not say."""
+
+
+class Conditions(NamedTuple):
+    """What a prior can be asked for; a verifier judges prompts by classes and texts, too."""
+
+    kind: Literal["class", "text", "none"]
+    num_classes: int = 0
+    class_names: Sequence[str] = ()
+
+
+def prompts_from_options(
+    known: Conditions,
+    classes: Sequence[str] | None = None,
+    texts: Sequence[str] | None = None,
+    file: Path | None = None,
+    limit: int | None = None,
+    samples: int = 1,
+) -> list[Prompt]:
+    """The prompts that options name, each as often as there are samples; `limit` counts prompts of the file.
+
+    Raises:
+        ValueError: the options fit neither each other nor the prior, or the file cannot be read.
+    """
+    for name, value in (("samples", samples), ("limit", limit)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    options = {"--class": classes, "--text": texts, "--prompts": file}
+    given = [option for option, value in options.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{given[0]} and {given[1]} both say what to draw: give one of them")
+    if limit is not None and file is None:
+        raise ValueError(f"limit={limit} counts the prompts of a file: give --prompts, or leave it out")
+    if file is not None:
+        rows = read_prompts(file, known.kind == "class")[:limit]
+    elif classes is not None and known.kind != "text":
+        rows = [(each, None, {}) for each in classes]
+    elif texts is not None and known.kind != "class":
+        rows = [(None, each, {}) for each in texts]
+    elif given:
+        raise ValueError(f"{given[0]}: this prior is conditioned on {known.kind}, leave {given[0]} out")
+    elif known.kind == "text":
+        raise ValueError('this prior is conditioned on text: say what to draw, --text "red apple" or --prompts FILE')
+    else:
+        count = known.num_classes if known.num_classes <= 2 * SHOWN else SHOWN
+        rows = [(number, None, {}) for number in range(count)] or [(None, "", {})]
+    try:
+        prompts = [_prompt(known, row) for row in rows]
+    except ValueError as error:
+        raise ValueError(f"prompts={file}: {error}" if file is not None else str(error)) from error
+    return _with_keys([prompt for prompt in prompts for _ in range(samples)], by_text=known.kind != "class")
+
+
+def read_prompts(file: Path, of_classes: bool = False) -> list[Row]:
+    """The rows of a file, in UTF-8.
+
+    `.txt` has a text on each line, or with `of_classes` a class. `.jsonl` has an object on each, as GenEval's prompts
+    (https://github.com/djghosh13/geneval), with `prompt` or `label` or both. `.json` are captions of COCO
+    (https://cocodataset.org), of which the first of each picture counts, in the order of the pictures' ids.
+
+    Raises:
+        ValueError: the file is none of these; of JSON lines, the message names the line.
+    """
+    if file.suffix not in (".txt", ".jsonl", ".json"):
+        raise ValueError(f"prompts={file} must be a file of lines (.txt), of JSON lines (.jsonl) or of COCO (.json)")
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+        if file.suffix == ".txt":
+            lines = [line.strip() for line in text.split("\n") if line.strip()]
+            rows: list[Row] = [(line, None, {}) if of_classes else (None, line, {}) for line in lines]
+        else:
+            rows = _objects(text) if file.suffix == ".jsonl" else _captions(text)
+    except (ValueError, OSError) as error:  # bytes that are no UTF-8, and no JSON, are ValueErrors
+        raise ValueError(f"prompts={file} cannot be read: {error}") from error
+    if not rows:
+        raise ValueError(f"prompts={file} holds no prompt")
+    return rows
+
+
+def _objects(text: str) -> list[Row]:
+    rows: list[Row] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
+        prompt = row.get("prompt") if isinstance(row, dict) else None
+        if not isinstance(row, dict) or not (isinstance(prompt, str) or (prompt is None and "label" in row)):
+            raise ValueError(f"line {number} must be an object with a text as prompt, or a label; it is {line.strip()}")
+        rows.append((row.get("label"), prompt, row))
+    return rows
+
+
+def _captions(text: str) -> list[Row]:
+    content = json.loads(text)
+    entries = content.get("annotations") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not all(
+        isinstance(e, dict) and {"image_id", "caption"} <= set(e) for e in entries
+    ):
+        raise ValueError("it needs `annotations` with image_id and caption, as COCO's captions_*.json has them")
+    first: dict[int, str] = {}
+    for entry in entries:
+        first.setdefault(entry["image_id"], entry["caption"])
+    return [(None, first[image].strip(), {"image_id": image}) for image in sorted(first)]
+
+
+def _prompt(known: Conditions, row: Row) -> Prompt:
+    """The prompt of a row, whose key is still to come."""
+    label, text, metadata = row
+    if known.kind == "text" and text is None:
+        raise ValueError(f"this prior is conditioned on text, and {label!r} comes without a prompt")
+    if known.kind == "class" and label is None:
+        raise ValueError(f"this prior is conditioned on class, and {text!r} comes without a label")
+    number = -1
+    if known.num_classes and label is not None:
+        number = class_index(label, known.class_names, known.num_classes)
+    elif label is not None:  # a verifier may know what it means
+        number = int(label) if str(label).isdecimal() else -1
+        if number < 0:
+            raise ValueError(f"label {label!r} must be the number of a class: this prior knows none by name")
+    if text is None:
+        text = known.class_names[number] if known.class_names else ""
+    return Prompt("", number, text, metadata)
+
+
+def _with_keys(prompts: Sequence[Prompt], by_text: bool) -> list[Prompt]:
+    """The prompts with their keys: what is asked for, and its number among the same."""
+    seen: Counter[str] = Counter()
+    found = []
+    for prompt in prompts:
+        asked = f"text {prompt.text}" if by_text and prompt.text else f"class {prompt.label}"
+        found.append(prompt._replace(key=f"{asked} sample {seen[asked]}"))
+        seen[asked] += 1
+    return found
