@@ -24,13 +24,11 @@ from flextok_pl.contracts import GenerationModule, PositionScale
 from flextok_pl.data.conditions import class_index
 from flextok_pl.distributed import all_agree, rank, world_size
 from flextok_pl.evaluation.budget_evaluation import BudgetEvaluation, Context, stacked
-from flextok_pl.evaluation.decoding import decode
 from flextok_pl.evaluation.generation_statistics import Classifier, GenerationStatistics
 from flextok_pl.evaluation.image_set import ImageSet
 from flextok_pl.evaluation.options import PROBE, GenerationOptions
 from flextok_pl.evaluation.pictures import image_grid, save_png
-from flextok_pl.evaluation.probe import fitted_probe
-from flextok_pl.evaluation.protocol import model_hashes
+from flextok_pl.evaluation.probe import tokenizer_probe
 from flextok_pl.keys import sample_generators
 from flextok_pl.metrics.feature_set import POOL_SIZE, FeatureSet
 from flextok_pl.metrics.images import to_uint8
@@ -132,17 +130,9 @@ class GenerationEvaluation(BudgetEvaluation):
         """The probe, which knows how the tokenizer's images look, decoded as generated ones are."""
         if image_size is None:
             raise ValueError("classifier='probe' looks at images of one size, which the context does not state")
-        options, tokenizer = self.options, self.module.reconstructor
-
-        def reconstruct(images: Tensor, keys: list[str]) -> Tensor:
-            tokens, budgets = tokenizer.tokenize(images.to(self.device)), [tokenizer.num_registers]
-            ((_, made),) = decode(tokenizer, tokens, budgets, options.decoding, keys, options.seed)
-            return made
-
-        digest = model_hashes(tokenizer).get("tokenizer_hash", type(tokenizer).__name__)
-        made_by = [digest, options.num_steps, options.guidance, options.guidance_scale, options.seed]
-        names, folder = self.module.class_names, options.cache_folder
-        return fitted_probe(source, image_size, self.extractor, reconstruct, made_by, folder, names).to(self.device)
+        options, tokenizer, names = self.options, self.module.reconstructor, self.module.class_names
+        where = (options.seed, options.cache_folder, names)
+        return tokenizer_probe(source, image_size, self.extractor, tokenizer, options.decoding, *where)
 
     @cached_property
     def _reference_features(self) -> tuple[FeatureSet | None, dict[str, Any]]:

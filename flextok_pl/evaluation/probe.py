@@ -14,10 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flextok_pl.backbones.extractors import FeatureExtractor
-from flextok_pl.contracts import class_difference
+from flextok_pl.contracts import Reconstructor, class_difference
 from flextok_pl.data import ShardDataModule
 from flextok_pl.distributed import all_agree, gather_rows, rank
+from flextok_pl.evaluation.decoding import decode
 from flextok_pl.evaluation.kept_files import keep, kept_file, load_kept
+from flextok_pl.evaluation.protocol import model_hashes
+from flextok_pl.flow.decoding import Decoding
 from flextok_pl.keys import key_hash
 from flextok_pl.metrics.images import to_uint8
 from flextok_pl.metrics.linear_probe import LinearProbe
@@ -45,6 +48,29 @@ def probe_data(source: str, image_size: int, classes: Sequence[str] = ()) -> Sha
             "classes (flextok data folder --classes)"
         )
     return data
+
+
+def tokenizer_probe(
+    source: str,
+    image_size: int,
+    extractor: FeatureExtractor,
+    tokenizer: Reconstructor,
+    decoding: Decoding,
+    seed: int,
+    cache_dir: Path | None,
+    classes: Sequence[str] = (),
+) -> LinearProbe:
+    """The `fitted_probe` for images of a tokenizer that are decoded in this way, on the extractor's device."""
+
+    def reconstruct(images: Tensor, keys: list[str]) -> Tensor:
+        tokens = tokenizer.tokenize(images.to(extractor.device))
+        ((_, made),) = decode(tokenizer, tokens, [tokenizer.num_registers], decoding, keys, seed)
+        return made
+
+    digest = model_hashes(tokenizer).get("tokenizer_hash", type(tokenizer).__name__)
+    made_by = [digest, decoding.num_steps, decoding.guidance, decoding.guidance_scale, seed]
+    probe = fitted_probe(source, image_size, extractor, reconstruct, made_by, cache_dir, classes)
+    return probe.to(extractor.device)
 
 
 def fitted_probe(

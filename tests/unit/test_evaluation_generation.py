@@ -112,7 +112,7 @@ def probe():
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr("flextok_pl.evaluation.budget_evaluation.build_extractor", lambda *_: MeanColour())
-    monkeypatch.setattr("flextok_pl.evaluation.generation.fitted_probe", lambda *_: probe())
+    monkeypatch.setattr("flextok_pl.evaluation.generation.tokenizer_probe", lambda *_: probe())
 
 
 def evaluate(tmp_path, prior=None, samples=None, split=5, **options):
