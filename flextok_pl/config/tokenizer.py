@@ -1,46 +1,18 @@
-"""Hyper-parameters of the models: VAE, tokenizer and prior.
-
-What is special about them:
-- Each is one flat, frozen dataclass that names all there is to know to build the model, and checks itself when made.
-- The same fields are the options of `model.net` in YAML and on the command line, and the metadata of a checkpoint.
-- Presets are such configurations by name; the files in `experiments/nets` hold the same values.
-
-The published architecture is described in FlexTok (https://arxiv.org/abs/2502.13967). No primary source states the
-values marked "unconfirmed"; a checkpoint's own metadata always decides.
-"""
+"""Hyper-parameters of the tokenizer and its autoencoder; see `flextok_pl.config`."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Literal, get_args
+
+from flextok_pl.config.checks import as_tuples, at_least, preset_of
 
 NestedDropoutLaw = Literal["uniform", "pow2", "uniform_pow2", "exponential", "none"]
 TimestepLaw = Literal["logit_normal", "uniform", "mode"]
 Layout = Literal["registers", "grid"]
 Objective = Literal["flow", "mse"]
-
-ConfigT = TypeVar("ConfigT", "VAEConfig", "FlexTokConfig", "PriorConfig")
-
-
-def _as_tuples(config: object, *names: str) -> None:
-    for name in names:
-        object.__setattr__(config, name, tuple(getattr(config, name)))
-
-
-def _at_least(config: object, **minima: int) -> None:
-    for name, least in minima.items():
-        if getattr(config, name) < least:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least {least}")
-
-
-def _preset(presets: Mapping[str, ConfigT], name: str) -> ConfigT:
-    if name not in presets:
-        raise ValueError(f"preset {name!r} is unknown; use one of {sorted(presets)}")
-    return presets[name]
 
 
 @dataclass(frozen=True)
@@ -80,7 +52,7 @@ class VAEConfig:
     shift_factor: float = 0.0
 
     def __post_init__(self) -> None:
-        _as_tuples(self, "block_out_channels", "down_block_types", "up_block_types")
+        as_tuples(self, "block_out_channels", "down_block_types", "up_block_types")
         if self.kind not in ("kl", "pixel"):
             raise ValueError(f"kind={self.kind!r} is not a known autoencoder; use 'kl' or 'pixel'")
         if self.kind == "pixel" and 3 * math.isqrt(self.latent_channels // 3) ** 2 != self.latent_channels:
@@ -167,9 +139,9 @@ class FlexTokConfig:
     objective: Objective = "flow"
 
     def __post_init__(self) -> None:
-        _as_tuples(self, "fsq_levels", "grid_size")
-        _at_least(self, encoder_head_dim=1, encoder_depth=1, decoder_head_dim=1, decoder_depth=1)
-        _at_least(self, num_registers=1, patch_size=1, latent_channels=1)
+        as_tuples(self, "fsq_levels", "grid_size")
+        at_least(self, encoder_head_dim=1, encoder_depth=1, decoder_head_dim=1, decoder_depth=1)
+        at_least(self, num_registers=1, patch_size=1, latent_channels=1)
         for side in ("encoder", "decoder"):
             width, head_dim = getattr(self, f"{side}_width"), getattr(self, f"{side}_head_dim")
             if width % head_dim:
@@ -218,7 +190,7 @@ class FlexTokConfig:
     @staticmethod
     def preset(name: str) -> FlexTokConfig:
         """A named configuration: `d12_d12`, `d18_d18`, `d18_d28` (as published), `tiny` or `demo`."""
-        return _preset(TOKENIZER_PRESETS, name)
+        return preset_of(TOKENIZER_PRESETS, name)
 
 
 def _published(encoder_depth: int, decoder_depth: int) -> FlexTokConfig:
@@ -276,103 +248,3 @@ TOKENIZER_PRESETS = {
         timestep_law="logit_normal",
     ),
 }
-
-
-@dataclass(frozen=True)
-class PriorConfig:
-    """An autoregressive prior over the tokens of a FlexTok tokenizer.
-
-    It has one kind of condition: a class (`num_classes`), a text (`text_width`), or none.
-
-    Args:
-        num_classes: number of classes; 0 for a prior without classes.
-        text_width: E, width of the text encoder's states; None for a prior without text.
-        vocab_size: V, number of distinct tokens; that of the tokenizer.
-        num_tokens: K, length of a sequence; the tokenizer's `num_registers`.
-        depth: number of blocks.
-        width: D; 64 * depth in the presets.
-        head_dim: width of an attention head.
-        mlp_ratio: SwiGLU hidden width is int(2 * int(mlp_ratio * D) / 3).
-        qk_norm: normalise queries and keys, which keeps large models stable.
-        null_text_length: positions of the empty string's states: 1 for T5, 2 for MiniLM.
-        tokenizer: hash of the weights of the tokenizer whose tokens it knows; empty where unknown.
-        text_encoder: name of the text encoder whose states it knows; empty where unknown.
-        class_names: names of the classes, or empty.
-    """
-
-    num_classes: int = 0
-    text_width: int | None = None
-    vocab_size: int = 64000
-    num_tokens: int = 256
-    depth: int = 12
-    width: int = 768
-    head_dim: int = 64
-    mlp_ratio: float = 4.0
-    qk_norm: bool = False
-    null_text_length: int = 1
-    tokenizer: str = ""
-    text_encoder: str = ""
-    class_names: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        _as_tuples(self, "class_names")
-        _at_least(self, num_classes=0, vocab_size=2, num_tokens=1, depth=1, head_dim=1, null_text_length=1)
-        if self.width < 1 or self.width % self.head_dim:
-            raise ValueError(f"width={self.width} must be a multiple of head_dim={self.head_dim}")
-        if self.text_width is not None and self.text_width < 1:
-            raise ValueError(f"text_width={self.text_width} must be at least 1, or null for a prior without text")
-        if self.text_width is not None and self.num_classes:
-            raise ValueError(
-                f"num_classes={self.num_classes} and text_width={self.text_width}: a prior has one kind of condition; "
-                "set num_classes=0 or text_width=null"
-            )
-        if self.class_names and len(self.class_names) != self.num_classes:
-            raise ValueError(f"class_names has {len(self.class_names)} entries for num_classes={self.num_classes}")
-
-    @staticmethod
-    def preset(name: str) -> PriorConfig:
-        """A configuration by its number of parameters in blocks, at width 64 * depth.
-
-        `49m`, `85m`, `201m`, `393m`, `679m`, `1.33b` are for ImageNet's 1,000 classes; `113m_text`, `382m_text`,
-        `1.15b_text`, `3.06b_text` for the states of FLAN-T5-XL. All for 256 tokens of 64,000.
-        """
-        return _preset(PRIOR_PRESETS, name)
-
-
-_CLASS_DEPTHS = {"49m": 10, "85m": 12, "201m": 16, "393m": 20, "679m": 24, "1.33b": 30}
-_TEXT_DEPTHS = {"113m_text": 12, "382m_text": 18, "1.15b_text": 26, "3.06b_text": 36}
-PRIOR_PRESETS = {
-    **{n: PriorConfig(num_classes=1000, depth=d, width=64 * d) for n, d in _CLASS_DEPTHS.items()},
-    **{n: PriorConfig(text_width=2048, depth=d, width=64 * d) for n, d in _TEXT_DEPTHS.items()},
-}
-
-
-def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-    """Build a config from plain JSON types; ValueError where a key is unknown or a value has the wrong type."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise ValueError(f"{cls.__name__} has no option {unknown[0]!r}; its options are {sorted(fields)}")
-    hints = get_type_hints(cls)
-    return cls(**{name: _checked(name, value, hints[name]) for name, value in values.items()})
-
-
-def _checked(name: str, value: Any, hint: Any) -> Any:
-    """`value` if it fits `hint`, converting lists to tuples and mappings to configs."""
-    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    for option in options:
-        origin = get_origin(option)
-        if origin is Literal and value in get_args(option):
-            return value
-        if origin is tuple and isinstance(value, list | tuple):
-            arguments = get_args(option)
-            items = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-            if len(items) == len(value):
-                return tuple(_checked(f"{name}[{i}]", v, t) for i, (v, t) in enumerate(zip(value, items, strict=True)))
-        if option is VAEConfig and isinstance(value, Mapping):
-            return config_from_dict(VAEConfig, value)
-        if option is float and type(value) in (int, float):
-            return float(value)
-        if isinstance(option, type) and type(value) is option:
-            return value
-    raise ValueError(f"{name}={value!r} has the wrong type; it must be {hint}")

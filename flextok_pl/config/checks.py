@@ -1,0 +1,63 @@
+"""What all configurations share: their checks, their presets by name, and how they are read from plain JSON types."""
+
+import dataclasses
+from collections.abc import Mapping
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+ValueT = TypeVar("ValueT")
+ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
+
+
+def as_tuples(config: object, *names: str) -> None:
+    """Make tuples of a configuration's options that came as lists."""
+    for name in names:
+        object.__setattr__(config, name, tuple(getattr(config, name)))
+
+
+def at_least(config: object, **minima: int) -> None:
+    """Compare a configuration's options with the least that each may be."""
+    for name, least in minima.items():
+        if getattr(config, name) < least:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least {least}")
+
+
+def preset_of(presets: Mapping[str, ValueT], name: str) -> ValueT:
+    """The configuration of this name, or ValueError with the names that there are."""
+    if name not in presets:
+        raise ValueError(f"preset {name!r} is unknown; use one of {sorted(presets)}")
+    return presets[name]
+
+
+def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """Build a config from plain JSON types; ValueError where a key is unknown or a value has the wrong type."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no option {unknown[0]!r}; its options are {sorted(fields)}")
+    hints = get_type_hints(cls)
+    return cls(**{name: _checked(name, value, hints[name]) for name, value in values.items()})
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """`value` if it fits `hint`, converting lists to tuples and mappings to configs."""
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    for option in options:
+        origin = get_origin(option)
+        if origin is Literal and value in get_args(option):
+            return value
+        if origin is tuple and isinstance(value, list | tuple):
+            arguments = get_args(option)
+            items = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+            if len(items) == len(value):
+                return tuple(_checked(f"{name}[{i}]", v, t) for i, (v, t) in enumerate(zip(value, items, strict=True)))
+        if dataclasses.is_dataclass(option) and isinstance(option, type) and isinstance(value, Mapping):
+            return config_from_dict(option, value)
+        if option is float and type(value) in (int, float):
+            return float(value)
+        if isinstance(option, type) and type(value) is option:
+            return value
+    raise ValueError(f"{name}={value!r} has the wrong type; it must be {hint}")
