@@ -1,5 +1,6 @@
 """Sums and rows from all processes; each function is the identity outside torch.distributed."""
 
+import os
 from typing import TypeVar
 
 import torch
@@ -7,6 +8,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+VARIABLES = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
+"""What torchrun, and srun, call a process's number and their count."""
+
+
+def launched() -> tuple[int, int]:
+    """Number of this process and their count, as torchrun or srun says; (0, 1) for a process alone.
+
+    For processes that need no messages from each other.
+    """
+    for number, count in VARIABLES:
+        if number in os.environ and count in os.environ:
+            return int(os.environ[number]), int(os.environ[count])
+    return 0, 1
 
 
 def world_size() -> int:

@@ -16,6 +16,7 @@ from flextok_pl.data import samples as samples_module
 from flextok_pl.data.encode import ranks
 from flextok_pl.data.shards.index import ShardError
 from flextok_pl.data.shards.writer import PARTIAL_NAME, Sample, shard_name, write_shard
+from flextok_pl.distributed import VARIABLES
 
 
 class Model:
@@ -118,9 +119,7 @@ def together(pictures, folder, world_size, variables, kill_rank=None):
     return codes
 
 
-@pytest.mark.parametrize(
-    "world_size, variables", [(2, ranks.VARIABLES[0]), (3, ranks.VARIABLES[1]), (9, ranks.VARIABLES[0])]
-)
+@pytest.mark.parametrize("world_size, variables", [(2, VARIABLES[0]), (3, VARIABLES[1]), (9, VARIABLES[0])])
 def test_several_processes_write_what_one_does(pictures, tmp_path, world_size, variables):
     write_encoded_set("tokens", pictures, tmp_path / "whole", Model())
     assert together(pictures, tmp_path / "parts", world_size, variables) == [0] * world_size
@@ -130,9 +129,9 @@ def test_several_processes_write_what_one_does(pictures, tmp_path, world_size, v
 
 def test_one_of_several_processes_is_killed(pictures, tmp_path):
     write_encoded_set("tokens", pictures, tmp_path / "whole", Model())
-    assert together(pictures, tmp_path / "parts", 3, ranks.VARIABLES[0], kill_rank=1)[1] == -signal.SIGKILL
+    assert together(pictures, tmp_path / "parts", 3, VARIABLES[0], kill_rank=1)[1] == -signal.SIGKILL
     assert not (tmp_path / "parts" / "index.json").exists()
-    assert together(pictures, tmp_path / "parts", 2, ranks.VARIABLES[0]) == [0, 0]
+    assert together(pictures, tmp_path / "parts", 2, VARIABLES[0]) == [0, 0]
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 

@@ -28,6 +28,7 @@ from flextok_pl.data.shards.sources import load_indices
 from flextok_pl.data.shards.writer import Sample, complete_shard, shard_name, shard_sizes, write_index, write_shard
 from flextok_pl.data.stream import EpochPlan, ShardSet, StreamedBatches
 from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, Augmentation
+from flextok_pl.distributed import launched
 from flextok_pl.precision import frozen_networks_in
 
 Encoder = Callable[[Batch], Iterable[dict[str, bytes]]]
@@ -125,7 +126,7 @@ def write_encoded(
             raise ShardError(f"{indices[0].where} holds {list(indices[0].fields)}, no {name}s to encode")
     source = [index.digest() for index in indices]
     arguments = {"writer": writer, "source": source, **made_by, **options, **encoding.arguments()}
-    folder, process = Path(dst), WriterRank.of_environment()
+    folder, process = Path(dst), WriterRank(*launched())
     ready = process.start_set(folder, arguments, encoding.overwrite)
     if ready is not None:
         return ready

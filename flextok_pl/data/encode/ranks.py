@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,6 @@ from typing import Any, TypeVar
 
 from flextok_pl.data.shards.index import INDEX_NAME, ShardError, ShardIndex, ShardInfo
 from flextok_pl.data.shards.writer import PARTIAL_NAME, complete_shard, shard_name, start_set
-
-VARIABLES = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
-"""What torchrun, and srun, call a process's number and their count."""
 
 LOOK_EVERY = 0.5
 """Seconds between looks into the folder."""
@@ -34,14 +30,6 @@ class WriterRank:
 
     rank: int = 0
     world_size: int = 1
-
-    @classmethod
-    def of_environment(cls) -> WriterRank:
-        """What torchrun or srun says, else one process alone."""
-        for rank, world_size in VARIABLES:
-            if rank in os.environ and world_size in os.environ:
-                return cls(int(os.environ[rank]), int(os.environ[world_size]))
-        return cls()
 
     def share(self, number: int) -> range:
         """Those of `number` shards that this process writes: neighbours, so that few pictures are encoded twice."""
