@@ -66,6 +66,12 @@ class KeyValueCache:
         self.filled = stop
         return self.keys[:, :, :stop], self.values[:, :, :stop], None
 
+    def select(self, rows: Tensor, length: int) -> "KeyValueCache":
+        """A cache for `length` positions with what some rows (N,) int64 of this one hold, in memory of its own."""
+        cache = KeyValueCache(length)
+        cache.append(*(part[:, :, : self.filled].index_select(0, rows) for part in (self.keys, self.values)))
+        return cache
+
 
 class CausalAttention(nn.Module):
     """Self-attention in which a position sees itself and what came before.
@@ -99,6 +105,10 @@ class TextMemory(NamedTuple):
     keys: Tensor  # (B, H, T, d)
     values: Tensor  # (B, H, T, d)
     mask: Tensor  # (B, T) bool, True where there is text and no padding
+
+    def select(self, rows: Tensor) -> "TextMemory":
+        """What queries of rows (N,) int64 of this one find."""
+        return TextMemory(*(part.index_select(0, rows) for part in self))
 
 
 class CrossAttention(nn.Module):

@@ -9,7 +9,7 @@ Shapes: B batch, K tokens, m prefix, D width, V vocabulary, T text positions, E 
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self, cast
 
@@ -21,12 +21,13 @@ from flextok_pl.config import PriorConfig
 from flextok_pl.contracts import PositionScale, check_sampling
 from flextok_pl.interop import PRIOR_FORMATS
 from flextok_pl.layers.blocks import run_block
-from flextok_pl.layers.causal import NORM_EPS, CausalBlock, KeyValueCache, TextMemory, Window
-from flextok_pl.models.arguments import as_generators, as_ids, check_budget
-from flextok_pl.models.cuda_graph import can_capture, repeat
+from flextok_pl.layers.causal import NORM_EPS, CausalBlock, KeyValueCache, TextMemory
+from flextok_pl.models.arguments import as_ids, check_budget
+from flextok_pl.models.cuda_graph import can_capture
+from flextok_pl.models.generation import GenerationState, begin_generation, uniform_numbers
 from flextok_pl.models.pretrained import load_model, save_model
-from flextok_pl.models.sampling import sample_tokens, scale_at_positions
-from flextok_pl.precision import accumulation_dtype, full_precision
+from flextok_pl.models.sampling import Sampling, scale_at_positions
+from flextok_pl.precision import full_precision
 
 
 class TextStates(NamedTuple):
@@ -143,7 +144,27 @@ class Prior(nn.Module):
         """
         null = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device) if null is None else null
         memories = self._memories(condition, null)
-        return self._run(self._embed(tokens[:, :-1], condition, null), memories)
+        return self.run(self._embed(tokens[:, :-1], condition, null), memories)
+
+    def begin(
+        self,
+        condition: Condition = None,
+        prefix: Tensor | None = None,
+        cfg_scale: PositionScale = 1.0,
+        num_tokens: int | None = None,
+    ) -> GenerationState:
+        """The state from which tokens are drawn, one by one or in branches; arguments are those of `generate`.
+
+        `prefix` has fewer than `num_tokens` tokens.
+
+        Raises:
+            ValueError: an argument does not fit the model.
+        """
+        length = self.num_tokens if num_tokens is None else num_tokens
+        condition, prefix = self._checked_start(condition, prefix, _batch_size(condition, prefix, None), length)
+        if prefix.shape[1] == length:
+            raise ValueError(f"prefix has all num_tokens={length} tokens: nothing follows")
+        return self._begin(condition, prefix, scale_at_positions(cfg_scale, self.num_tokens), length)
 
     @torch.no_grad()
     def generate(
@@ -181,84 +202,48 @@ class Prior(nn.Module):
         Raises:
             ValueError: an argument does not fit the model.
         """
-        config = self.config
-        length = config.num_tokens if num_tokens is None else num_tokens
-        check_budget(length, config.num_tokens)
+        length = self.num_tokens if num_tokens is None else num_tokens
         check_sampling(temperature, top_k, top_p)
-        scales = scale_at_positions(cfg_scale, config.num_tokens)
+        scales = scale_at_positions(cfg_scale, self.num_tokens)
         batch = _batch_size(condition, prefix, generator)
-        condition = self._checked_condition(condition, batch)
-        tokens = torch.empty(batch, length, dtype=torch.int64, device=self.device)
-        first = 0
-        if prefix is not None:
-            prefix = self._checked_tokens(prefix, "prefix", 0)
-            first = prefix.shape[1]
-            if first > length or len(prefix) != batch:
-                raise ValueError(
-                    f"prefix has shape {tuple(prefix.shape)}, but {batch} samples of num_tokens={length} are wanted"
-                )
-            tokens[:, :first] = prefix
-        if first == length or batch == 0:
-            return tokens
-        uniform = _uniform(batch, config.num_tokens, generator).to(accumulation_dtype(self.device)).to(self.device)
+        condition, prefix = self._checked_start(condition, prefix, batch, length)
+        if prefix.shape[1] == length or batch == 0:
+            return prefix.new_zeros(0, length) if batch == 0 else prefix
+        uniform = uniform_numbers(generator, batch, self.num_tokens, self.device)
+        state = self._begin(condition, prefix, scales, length)
+        state.extend(length - prefix.shape[1], uniform, Sampling(temperature, top_k, top_p))
+        return state.tokens
 
-        def draw(logits: Tensor, place: Tensor) -> Tensor:
-            return sample_tokens(logits, uniform.index_select(1, place)[:, 0], temperature, top_k, top_p)
-
-        with full_precision(self.device):
-            self._continue(tokens, first, condition, scales, draw)
-        return tokens
-
-    def _continue(
-        self,
-        tokens: Tensor,
-        first: int,
-        condition: Condition,
-        scales: Sequence[float],
-        draw: Callable[[Tensor, Tensor], Tensor],
-    ) -> None:
-        """Fill (B, k) tokens from position `first` on by what `draw` makes of (B, V) logits at a position (1,)."""
-        batch, length = tokens.shape
-        guided = any(scale != 1.0 for scale in scales[first:length])
-        null = torch.zeros(batch, dtype=torch.bool, device=self.device)
-        if guided:
-            condition, null = _doubled(condition), torch.cat([null, ~null])
-        memories = self._memories(condition, null)
-        repeats = 2 if guided else 1
-        caches = [KeyValueCache(length) for _ in self.blocks]
-        # What changes from step to step is on the device, in place: the host waits for nothing until the end.
-        place = torch.full((1,), first, device=self.device)  # of the token that is drawn next
-        scale_at = torch.tensor(scales, device=self.device)
-        finite = torch.ones((), dtype=torch.bool, device=self.device)
-
-        def draw_next(x: Tensor) -> None:
-            """Draw a token from what the last of (R, L, D) new positions predicts."""
-            logits = self._logits(self._run(x, memories, caches)[:, -1])  # (R, V)
-            finite.logical_and_(logits.sum().isfinite())
-            if guided:
-                conditional, unconditional = logits.chunk(2)
-                logits = torch.lerp(unconditional, conditional, scale_at.index_select(0, place))
-            tokens.index_copy_(1, place, draw(logits, place)[:, None])
-            place.add_(1)
-
-        def step() -> None:
-            """Draw a token after the one that was drawn last."""
-            if window is not None:
-                window.open()
-            drawn = tokens.index_select(1, place - 1).repeat(repeats, 1)  # (R, 1)
-            draw_next(self.token_embedding(drawn) + self.positions.index_select(0, place))
-
-        draw_next(self._embed(tokens[:, :first].repeat(repeats, 1), condition, null))
-        # Shapes that grow spare a CPU half of the attention; a graph needs shapes that do not.
+    @torch.no_grad()
+    def _begin(self, condition: Condition, prefix: Tensor, scales: Sequence[float], length: int) -> GenerationState:
+        """Run (B, m) first tokens under the condition and, where guidance needs it, under none."""
+        null, tokens = torch.zeros(len(prefix), dtype=torch.bool, device=self.device), prefix
+        if any(scale != 1.0 for scale in scales[prefix.shape[1] : length]):
+            condition, null, tokens = _doubled(condition), torch.cat([null, ~null]), prefix.repeat(2, 1)
         graph_device = self.device if can_capture(self) else None
-        window = Window.over(caches[0], place) if graph_device is not None else None
-        for cache in caches:
-            cache.window = window
-        repeat(step, length - first - 1, graph_device)
-        if not finite:
-            raise ValueError("the prior's logits hold NaN or infinite values: its weights or the texts' states do")
+        with full_precision(self.device):
+            x, memories = self._embed(tokens, condition, null), self._memories(condition, null)
+            return begin_generation(self, prefix, x, memories, scales, length, graph_device)
 
-    def _logits(self, states: Tensor) -> Tensor:
+    def _checked_start(
+        self, condition: Condition, prefix: Tensor | None, batch: int, length: int
+    ) -> tuple[Condition, Tensor]:
+        """The condition and the (B, m) first tokens that B sequences of `length` tokens start with."""
+        check_budget(length, self.num_tokens)
+        if prefix is None:
+            prefix = torch.zeros(batch, 0, dtype=torch.int64, device=self.device)
+        prefix = self._checked_tokens(prefix, "prefix", 0)
+        if prefix.shape[1] > length or len(prefix) != batch:
+            raise ValueError(
+                f"prefix has shape {tuple(prefix.shape)}, but {batch} samples of num_tokens={length} are wanted"
+            )
+        return self._checked_condition(condition, batch), prefix
+
+    def embed_next(self, tokens: Tensor, place: Tensor) -> Tensor:
+        """The input of the blocks for one position more: (R, 1) tokens, before position (1,) -> (R, 1, D)."""
+        return self.token_embedding(tokens) + self.positions.index_select(0, place)  # type: ignore[no-any-return]
+
+    def logits(self, states: Tensor) -> Tensor:
         """What the head makes of few states: (R, D) -> (R, V) float32."""
         weight: Tensor = self.head.weight
         if weight.device.type != "cpu" or weight.dtype != torch.float32:
@@ -295,7 +280,7 @@ class Prior(nn.Module):
         text = self.text_projection(states)  # (B, T, D)
         return [cast(CausalBlock, block).text_memory(text, mask) for block in self.blocks]
 
-    def _run(self, x: Tensor, memories: list[TextMemory | None], caches: list[KeyValueCache] | None = None) -> Tensor:
+    def run(self, x: Tensor, memories: list[TextMemory | None], caches: list[KeyValueCache] | None = None) -> Tensor:
         """All blocks and the last norm: (R, L, D) -> (R, L, D)."""
         for i, (block, memory) in enumerate(zip(self.blocks, memories, strict=True)):
             cache = None if caches is None else caches[i]
@@ -370,12 +355,3 @@ def _batch_size(
     if prefix is not None:
         return len(prefix)
     return len(generator) if isinstance(generator, Sequence) else 1
-
-
-def _uniform(batch: int, length: int, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
-    """(B, K) uniform numbers on the CPU, one row per sample in order."""
-    rows = []
-    for each in as_generators(generator, batch):
-        device = torch.device("cpu") if each is None else each.device
-        rows.append(torch.rand(length, generator=each, device=device, dtype=accumulation_dtype(device)).cpu())
-    return torch.stack(rows)

@@ -1,10 +1,11 @@
 """From logits to a token, with the randomness as an argument; and guidance scales over positions.
 
-Shapes: B batch, K positions, V vocabulary.
+Shapes: B batch, K positions, V vocabulary, N draws from one distribution.
 """
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,17 +42,39 @@ def _interpolated(values: Sequence[float], share: float) -> float:
     return float(values[left] + (values[right] - values[left]) * (place - left))
 
 
+class Sampling(NamedTuple):
+    """How a token is drawn from logits; see `filter_logits`."""
+
+    temperature: float = 1.0  # 0 takes the most likely token
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+GREEDY = Sampling(temperature=0)
+
+
 def sample_tokens(
     logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
     """Draw one token per sample by inverting its cumulative distribution: (B, V) and (B,) in [0, 1) -> (B,) int64.
 
     A sample's token depends on its own logits and number only; it is one of the vocabulary even where logits are NaN.
-    `temperature` 0 takes the most likely token. Then `top_k` keeps the k most likely tokens, and `top_p` of these the
-    fewest whose probabilities sum up to p (https://arxiv.org/abs/1904.09751).
     """
     if temperature == 0:
         return logits.argmax(-1)
+    return draw_tokens(filter_logits(logits, temperature, top_k, top_p), uniform[:, None])[:, 0]
+
+
+def filter_logits(
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """Logits of the distribution that tokens are drawn from: (B, V) -> (B, V) float32, -inf for what is left out.
+
+    `temperature` divides them. Then `top_k` keeps the k most likely tokens, and `top_p` of these the fewest whose
+    probabilities sum up to p (https://arxiv.org/abs/1904.09751). With temperature 0 the logits stay what they are.
+    """
+    if temperature == 0:
+        return logits.float()
     logits = logits.float() if temperature == 1 else logits.float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
@@ -60,22 +83,64 @@ def sample_tokens(
         before = ordered.softmax(-1, dtype=accumulation_dtype(logits.device))
         dropped = before.cumsum(-1) - before >= top_p  # the likeliest token is never dropped
         logits = logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), float("-inf"))
-    return _invert_cumulative((logits - logits.amax(-1, keepdim=True)).exp(), uniform)
+    return logits
 
 
-def _invert_cumulative(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Where the running sum of (B, V) weights passes `uniform` (B,) of its total: (B,) int64.
+def token_log_probs(filtered: Tensor, tokens: Tensor) -> Tensor:
+    """Logarithms of the probabilities of tokens under `filter_logits`' result: (B, V) and (B, N) -> (B, N)."""
+    shifted = filtered - filtered.amax(-1, keepdim=True)
+    total = shifted.exp().sum(-1, keepdim=True, dtype=accumulation_dtype(filtered.device))
+    return shifted.gather(1, tokens).to(total.dtype) - total.log()
+
+
+def draw_tokens(filtered: Tensor, uniform: Tensor) -> Tensor:
+    """Draw tokens by inverting the cumulative distributions: (B, V) logits and (B, N) in [0, 1) -> (B, N) int64."""
+    blocks = _blocks(filtered)
+    return _invert_cumulative(blocks, _sums(blocks), uniform).clamp(max=filtered.shape[1] - 1)  # NaN reaches beyond
+
+
+def draw_distinct(filtered: Tensor, uniform: Tensor) -> Tensor:
+    """Draw without replacement, one after the other: (B, V) logits and (B, N) in [0, 1) -> (B, N) int64.
+
+    The first tokens are those of `draw_tokens`. Where no token is left that has a probability, all come again.
+    """
+    all_blocks = _blocks(filtered)
+    all_sums, enough = _sums(all_blocks), bool(((all_blocks > 0).flatten(1).sum(1) >= uniform.shape[1]).all())
+    blocks, sums, drawn = all_blocks.clone(), all_sums.clone(), []
+    for numbers in uniform[..., None].unbind(1):  # (B, 1)
+        if not enough and not (left := sums.any(1, keepdim=True)).all():
+            sums, blocks = torch.where(left, sums, all_sums), torch.where(left[..., None], blocks, all_blocks)
+        token = _invert_cumulative(blocks, sums, numbers)  # (B, 1)
+        drawn.append(token)
+        blocks.flatten(1).scatter_(1, token, 0.0)
+        block = token // BLOCK
+        sums.scatter_(1, block, _sums(blocks.take_along_dim(block[..., None], 1)))
+    return torch.cat(drawn, dim=1)
+
+
+def _blocks(filtered: Tensor) -> Tensor:
+    """Probabilities up to a factor, in blocks of the vocabulary: (B, V) logits -> (B, M, BLOCK)."""
+    weights = (filtered - filtered.amax(-1, keepdim=True)).exp()
+    return F.pad(weights, (0, -weights.shape[1] % BLOCK)).reshape(len(weights), -1, BLOCK)
+
+
+def _sums(blocks: Tensor) -> Tensor:
+    return blocks.sum(-1, dtype=accumulation_dtype(blocks.device))
+
+
+def _invert_cumulative(blocks: Tensor, sums: Tensor, uniform: Tensor) -> Tensor:
+    """Where the running sums of weights pass `uniform` (B, N) of their totals: (B, N) int64.
 
     First the block of the vocabulary, then the place in it: sums of blocks cost far less than V wide partial sums.
     """
-    wide = accumulation_dtype(weights.device)
+    wide = sums.dtype
     below_one = BELOW_ONE[wide]
-    blocks = F.pad(weights, (0, -weights.shape[1] % BLOCK)).reshape(len(weights), -1, BLOCK)  # (B, N, BLOCK)
-    cumulative = blocks.sum(-1, dtype=wide).cumsum(-1)  # (B, N)
+    cumulative = sums.cumsum(-1)  # (B, M)
     # Below the total in spite of rounding, so that a weight of zero at the end cannot be drawn.
-    wanted = uniform.to(wide).to(weights.device)[:, None] * cumulative[:, -1:] * below_one
-    block = torch.searchsorted(cumulative, wanted, right=True).clamp(max=blocks.shape[1] - 1)  # (B, 1)
+    wanted = uniform.to(wide).to(sums.device) * cumulative[:, -1:] * below_one  # (B, N)
+    block = torch.searchsorted(cumulative, wanted, right=True).clamp(max=sums.shape[1] - 1)  # (B, N)
     before = F.pad(cumulative, (1, 0)).gather(1, block)
-    within = blocks.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1, dtype=wide)  # (B, BLOCK)
-    place = torch.searchsorted(within, torch.minimum(wanted - before, within[:, -1:] * below_one), right=True)
-    return (block * BLOCK + place)[:, 0].clamp(max=weights.shape[1] - 1)  # beyond only where weights are NaN
+    within = blocks.take_along_dim(block[..., None], 1).cumsum(-1, dtype=wide)  # (B, N, BLOCK)
+    left = torch.minimum(wanted - before, within[..., -1] * below_one)  # (B, N)
+    place = torch.searchsorted(within, left[..., None], right=True)[..., 0]
+    return block * BLOCK + place

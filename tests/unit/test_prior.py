@@ -13,8 +13,10 @@ from torch.utils._pytree import tree_leaves
 
 from flextok_pl.config import PriorConfig
 from flextok_pl.layers.causal import KeyValueCache
+from flextok_pl.models import generation
+from flextok_pl.models import prior as module
 from flextok_pl.models.prior import Prior, TextStates
-from flextok_pl.models.sampling import sample_tokens, scale_at_positions
+from flextok_pl.models.sampling import filter_logits, sample_tokens, scale_at_positions
 
 B, K, V, E = 3, 12, 40, 8
 SMALL = PriorConfig(num_classes=5, vocab_size=V, num_tokens=K, depth=2, width=32, head_dim=16)
@@ -122,15 +124,13 @@ def test_the_cache_and_the_batched_guidance_change_nothing(kind: str, scale: obj
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_logits_with_the_cache(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 within 1e-5 of those of a whole pass, guidance included."""
-    import flextok_pl.models.prior as module
-
     prior, condition, seen = build(kind), condition_of(kind), []
 
     def spy(logits: Tensor, *arguments: object) -> Tensor:
         seen.append(logits)
-        return sample_tokens(logits, *arguments)
+        return filter_logits(logits, *arguments)
 
-    monkeypatch.setattr(module, "sample_tokens", spy)
+    monkeypatch.setattr(generation, "filter_logits", spy)
     tokens = prior.generate(condition, cfg_scale=2.0, generator=seeds())
     with torch.no_grad():
         own, free = prior(tokens, condition), prior(tokens)
@@ -156,13 +156,11 @@ def test_steps_for_a_graph_change_nothing(
     kind: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a CUDA graph captures is the same operations on the same shapes at each position, and reads no number."""
-    import flextok_pl.models.prior as module
-
     prior, condition, logits, steps = build(kind), condition_of(kind), [], []
 
     def spy(values: Tensor, *arguments: object) -> Tensor:
         logits.append(values)
-        return sample_tokens(values, *arguments)
+        return filter_logits(values, *arguments)
 
     def repeat(step: Callable[[], None], count: int, graph_device: torch.device | None) -> None:
         assert graph_device == prior.device
@@ -171,12 +169,12 @@ def test_steps_for_a_graph_change_nothing(
                 step()
             steps.append(calls.seen)
 
-    monkeypatch.setattr(module, "sample_tokens", spy)
+    monkeypatch.setattr(generation, "filter_logits", spy)
     growing = [prior.generate(condition, **options, generator=seeds())]
     growing.append(prior.generate(condition, **options, prefix=growing[0][:, :4], generator=seeds()))
     expected, logits[:] = torch.stack(logits), []
     monkeypatch.setattr(module, "can_capture", lambda model: True)
-    monkeypatch.setattr(module, "repeat", repeat)
+    monkeypatch.setattr(generation, "repeat", repeat)
     fixed = [prior.generate(condition, **options, generator=seeds())]
     fixed.append(prior.generate(condition, **options, prefix=growing[0][:, :4], generator=seeds()))
     torch.testing.assert_close(torch.stack(logits), expected, rtol=0, atol=1e-5)
@@ -191,8 +189,6 @@ def test_steps_for_a_graph_change_nothing(
 def test_the_host_waits_for_no_token(
     options: dict[str, object], for_graph: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import flextok_pl.models.prior as module
-
     expected = build("class").generate(condition_of("class"), **options, generator=seeds())
     monkeypatch.setattr(module, "can_capture", lambda model: for_graph)
     with pretended_device(monkeypatch) as device:
@@ -204,7 +200,7 @@ def test_the_host_waits_for_no_token(
                 step()
             device.watching = False
 
-        monkeypatch.setattr(module, "repeat", repeat)
+        monkeypatch.setattr(generation, "repeat", repeat)
         prior = build("class").to(DEVICE)
         tokens = prior.generate(condition_of("class"), **options, generator=seeds()).cpu()
     assert not device.waits, "\n".join(device.waits)
@@ -234,8 +230,8 @@ def test_the_head_by_slices(vocabulary: int) -> None:
     prior = Prior(dataclasses.replace(SMALL, vocab_size=vocabulary))
     states = torch.randn(5, 32, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
-        torch.testing.assert_close(prior._logits(states), prior.head(states), rtol=0, atol=1e-6)
-        assert prior.bfloat16()._logits(states.bfloat16()).dtype == torch.float32
+        torch.testing.assert_close(prior.logits(states), prior.head(states), rtol=0, atol=1e-6)
+        assert prior.bfloat16().logits(states.bfloat16()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

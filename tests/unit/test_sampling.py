@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from flextok_pl.contracts import check_sampling
-from flextok_pl.models.sampling import sample_tokens, scale_at_positions
+from flextok_pl.models.sampling import (
+    draw_distinct,
+    draw_tokens,
+    filter_logits,
+    sample_tokens,
+    scale_at_positions,
+    token_log_probs,
+)
 
 
 def draw(logits: list[float], count: int = 4000, **options: object) -> torch.Tensor:
@@ -88,3 +95,44 @@ def test_scales() -> None:
     assert scale_at_positions(lambda i: 1 + i, 3) == [1.0, 2.0, 3.0]
     with pytest.raises(ValueError, match="cfg_scale"):
         scale_at_positions([], 3)
+
+
+def test_many_draws_from_one_distribution() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, uniform = torch.randn(3, 600, generator=generator), torch.rand(3, 50, generator=generator)
+    tokens = draw_tokens(logits, uniform)
+    for i in range(50):
+        assert torch.equal(tokens[:, i], sample_tokens(logits, uniform[:, i]))
+
+
+def test_draws_without_replacement() -> None:
+    """Each draw is one from what is left, so that probabilities follow the formula of two draws."""
+    generator = torch.Generator().manual_seed(0)
+    logits, uniform = torch.randn(2, 600, generator=generator), torch.rand(2, 300, generator=generator)
+    tokens = draw_distinct(logits, uniform)
+    assert torch.equal(tokens[:, 0], sample_tokens(logits, uniform[:, 0]))
+    assert all(len(set(row)) == 300 for row in tokens.tolist())
+    for i in (1, 7, 299):
+        left = logits.scatter(1, tokens[:, :i], float("-inf"))
+        assert torch.equal(tokens[:, i], sample_tokens(left, uniform[:, i]))
+    p = torch.tensor([0.5, 0.3, 0.2])
+    pairs = draw_distinct(p.log().expand(8000, -1), torch.rand(8000, 2, generator=generator))
+    for a, b in ((0, 1), (1, 0), (2, 1)):
+        share = ((pairs[:, 0] == a) & (pairs[:, 1] == b)).float().mean()
+        assert share.item() == pytest.approx((p[a] * p[b] / (1 - p[a])).item(), abs=0.02)
+
+
+def test_tokens_come_again_where_none_is_left() -> None:
+    logits = torch.tensor([[0.0, 1.0, float("-inf"), 2.0], [0.0, 0.0, 0.0, 0.0]])
+    tokens = draw_distinct(logits, torch.rand(2, 7, generator=torch.Generator().manual_seed(0)))
+    assert sorted(tokens[0, :3].tolist()) == sorted(tokens[0, 3:6].tolist()) == [0, 1, 3]
+    assert sorted(tokens[1, :4].tolist()) == [0, 1, 2, 3] and len(set(tokens[1, 4:].tolist())) == 3
+
+
+def test_log_probs() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    for sampling in ((0.5, None, None), (1.0, 2, None), (1.0, None, 0.7)):
+        filtered = filter_logits(logits, *sampling)
+        expected = filtered.double().log_softmax(-1)
+        torch.testing.assert_close(token_log_probs(filtered, torch.tensor([[0, 1, 2]])), expected)
+    assert torch.equal(filter_logits(logits, 0.0, 1, 0.1), logits)

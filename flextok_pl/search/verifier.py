@@ -1,0 +1,41 @@
+"""What search asks of a verifier, and what it tells it beside the images.
+
+Shapes: B candidates, k tokens, H x W image.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from flextok_pl.evaluation.generation import Prompt
+
+
+class Context(NamedTuple):
+    """What search knows of B candidates beside their images."""
+
+    tokens: Tensor  # (B, k) int64, without those that lookahead adds for the image only
+    log_probs: Tensor | None = None  # (B,) float64, of all k tokens under what they were drawn from: see `Step`
+    last_log_probs: Tensor | None = None  # (B,) float64, of the tokens of the newest step only
+
+
+class Verifier(Protocol):
+    """Says how good candidates are; whatever raises an error in `score` ends the search.
+
+    The score of a candidate does not depend on the others. Only an ensemble that ranks may look at all of them: it is
+    called once for each prompt and step, with the whole pool.
+    """
+
+    @property
+    def name(self) -> str:
+        """What records call it."""
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether candidates must be decoded for it."""
+
+    def score(self, images: Tensor | None, prompts: Sequence[Prompt], context: Context) -> Tensor:
+        """(B, 3, H, W) uint8 images, or None where `needs_images` is False, and B prompts -> (B,) float64.
+
+        Higher is better.
+        """
