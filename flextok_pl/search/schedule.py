@@ -1,11 +1,10 @@
 """At how many tokens candidates are judged."""
 
-from collections.abc import Sequence
 from typing import Literal
 
 from flextok_pl.contracts import is_whole
 
-Schedule = Literal["geometric", "linear"] | Sequence[int]
+Schedule = Literal["geometric", "linear"] | list[int]
 
 
 def token_counts(schedule: Schedule, tokens_per_step: int, most: int) -> list[int]:
