@@ -1,13 +1,9 @@
 """At how many tokens candidates are judged."""
 
-from typing import Literal
-
 from flextok_pl.contracts import is_whole
 
-Schedule = Literal["geometric", "linear"] | list[int]
 
-
-def token_counts(schedule: Schedule, tokens_per_step: int, most: int) -> list[int]:
+def token_counts(schedule: str | list[int], tokens_per_step: int, most: int) -> list[int]:
     """The numbers of tokens after each step of a search, ascending.
 
     Args:
