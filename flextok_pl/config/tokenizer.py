@@ -12,6 +12,7 @@ from flextok_pl.config.checks import as_tuples, at_least, preset_of
 NestedDropoutLaw = Literal["uniform", "pow2", "uniform_pow2", "exponential", "none"]
 TimestepLaw = Literal["logit_normal", "uniform", "mode"]
 Layout = Literal["registers", "grid"]
+MissingTokens = Literal["mask", "zero"]
 Objective = Literal["flow", "mse"]
 
 
@@ -105,6 +106,9 @@ class FlexTokConfig:
         layout: `registers` reads tokens from registers. `grid` is a baseline of 2-D tokens: they are read at the
             encoder's patches in raster order and added to the decoder's, `num_registers` being the number of patches.
             Its images have the size that `grid_size` holds, and no smaller one.
+        missing_tokens: what the decoder gets for tokens beyond the budget: `mask` is a learned vector. `zero` is the
+            token 0, as in published 2-D models; only for a `grid` that is trained with all tokens
+            (`nested_dropout: none`).
         causal_registers: registers of the encoder see no later ones. False is a baseline: they all see each other, and
             the first k codes cost as much as all.
         objective: `flow` is rectified flow. `mse` is a baseline whose decoder regresses the latents: flow at t = 1 from
@@ -135,6 +139,7 @@ class FlexTokConfig:
     mode_scale: float = 0.25
     stratified: bool = False
     layout: Layout = "registers"
+    missing_tokens: MissingTokens = "mask"
     causal_registers: bool = True
     objective: Objective = "flow"
 
@@ -164,7 +169,7 @@ class FlexTokConfig:
             raise ValueError(f"position_base={self.position_base} must be above 1; published models have 10000")
         if not 0.0 <= self.null_dropout <= 1.0:
             raise ValueError(f"null_dropout={self.null_dropout} must be a probability in [0, 1]")
-        for name, known in (("layout", Layout), ("objective", Objective)):
+        for name, known in (("layout", Layout), ("missing_tokens", MissingTokens), ("objective", Objective)):
             if getattr(self, name) not in get_args(known):
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {get_args(known)}")
         patches = math.prod(self.grid_size)
@@ -176,6 +181,12 @@ class FlexTokConfig:
         if self.layout == "grid" and not self.causal_registers:
             raise ValueError(
                 "causal_registers=False has no effect with layout='grid', which has no registers; leave it out"
+            )
+
+        if self.missing_tokens == "zero" and (self.layout != "grid" or self.nested_dropout != "none"):
+            raise ValueError(
+                f"missing_tokens='zero' with layout={self.layout!r} and nested_dropout={self.nested_dropout!r} must be "
+                "'mask'; only a grid that is trained with all tokens (nested_dropout='none') has zeros"
             )
 
     @property

@@ -5,6 +5,7 @@ file.
 """
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,15 +19,16 @@ from flextok_pl.interop.autoencoder import (
     vae_config_to_diffusers,
 )
 from flextok_pl.interop.format import Contents, Format
-from flextok_pl.interop.official_schema import LAWS, fact_names, read, write
-from flextok_pl.interop.official_table import PARTS, TOP
+from flextok_pl.interop.official_schema import LAWS, by_our_names, entries_of, fact_names, read, write
+from flextok_pl.interop.official_table import ADDITION, NESTED_DROPOUT, POSITIONS, REGISTERS, TOP, Variant, parts_of
 from flextok_pl.interop.plain_data import check_plain, parse_text, read_json
 from flextok_pl.interop.tensor_file import TensorFile
 
 PUBLISHED_VAE = VAEConfig()  # the architecture that the official code builds for every checkpoint
 
 _BESIDE = "config.json"
-_SAID_OTHERWISE = {"vae", "patch_size", "repa_layer", "timestep_law", "position_base"}  # the last by the tables' values
+# By other facts, by the modules that there are, or by the values of the position tables.
+_SAID_OTHERWISE = {"vae", "patch_size", "repa_layer", "timestep_law", "layout", "missing_tokens", "position_base"}
 _ENC, _DEC = "encoder.module_dict.", "decoder.module_dict."
 _PREFIXES = {  # start of a name in our state dict -> start of the official name
     "vae.vae.": "vae.vae.",
@@ -69,7 +71,13 @@ class Official(Format[FlexTokConfig]):
             "give vae_config, the diffusers AutoencoderKL configuration (a mapping or a JSON file)"
         )
         config = official_to_config(official, vae_config)
-        return Contents(config, official_name, _is_repa_head, doubt if vae_config is None else "")
+        _, names = by_our_names(official, parts_of(_variant(official)))
+
+        def source(ours: str) -> str:
+            part, folder, module, *rest = official_name(ours).split(".")
+            return ".".join([part, folder, names.get((part, module), module), *rest])
+
+        return Contents(config, source, _is_repa_head, doubt if vae_config is None else "")
 
     def write(self, config: FlexTokConfig) -> tuple[dict[str, str], Callable[[str], str]]:
         """Each part as a Python literal; the autoencoder's tensors are in the file, its architecture is not."""
@@ -104,10 +112,16 @@ def official_to_config(
     published one. ValueError for an option that is unknown, contradicts another, or asks for what our model lacks.
     """
     check_plain("the configuration", official)
-    facts = read(official, TOP, PARTS)
+    variant = _variant(official)
+    parts = parts_of(variant)
+    facts = read(by_our_names(official, parts)[0], TOP, parts)
     patches, grid = facts.pop("patch_sizes"), facts["grid_size"]
     if len(patches) != 2 or len(set(patches)) != 1 or len(grid) != 2:
         raise ValueError(f"patch_sizes={patches} and max_sizes={grid}: patches must be square, the grid 2-D")
+    if variant.grid:
+        facts |= {"layout": "grid", "num_registers": math.prod(grid), "register_table": (math.prod(grid),)}
+    if not variant.nested_dropout:
+        facts |= {"nested_dropout": "none", "missing_tokens": "zero"}
     for value, wanted, path in (
         (facts.pop("register_table"), (facts["num_registers"],), "decoder.dec_registers_posemb_module.max_sizes"),
         (facts.pop("num_levels"), len(facts["fsq_levels"]), "encoder.enc_to_latents.dim_out"),
@@ -121,6 +135,22 @@ def official_to_config(
     autoencoder = _vae_config(facts.pop("scaling_factor", None), facts["latent_channels"], vae_config)
     values = {"patch_size": patches[0], "repa_layer": layers[0] if layers else None, "timestep_law": law}
     return dataclasses.replace(config_from_dict(FlexTokConfig, {"vae": None, **facts, **values}), vae=autoencoder)
+
+
+def _variant(official: Mapping[str, Any]) -> Variant:
+    """Which model a configuration describes: without registers it is one of 2-D tokens, as for the published code."""
+    encoder, decoder = (
+        [
+            each["_target_"]
+            for each in entries_of(official, part).values()
+            if isinstance(each, dict) and "_target_" in each
+        ]
+        for part in ("encoder", "decoder")
+    )
+    if not encoder or REGISTERS in encoder:
+        return Variant()
+    order = [each for each in decoder if each in (ADDITION, POSITIONS)]
+    return Variant(grid=True, nested_dropout=NESTED_DROPOUT in decoder, sum_first=order[:1] == [ADDITION])
 
 
 def _vae_config(
@@ -145,14 +175,16 @@ def _vae_config(
 def config_to_official(config: FlexTokConfig) -> dict[str, Any]:
     """The official configuration of a model, as plain data; ValueError where the official code cannot express it."""
     facts = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    known = fact_names(PARTS) | _SAID_OTHERWISE
+    grid = config.layout == "grid"
+    parts = parts_of(Variant(grid, nested_dropout=config.missing_tokens == "mask"))
+    known = fact_names(parts) | _SAID_OTHERWISE | ({"num_registers", "nested_dropout"} if grid else set())
     for field in dataclasses.fields(config):
         if field.name not in known and facts[field.name] != field.default:
             raise ValueError(
                 f"{field.name}={facts[field.name]!r} does not exist in the official format; it must be "
                 f"{field.default!r}, or save the model in our own format"
             )
-    if config.nested_dropout not in LAWS:
+    if config.missing_tokens == "mask" and config.nested_dropout not in LAWS:
         warnings.warn(
             f"nested_dropout={config.nested_dropout!r} does not exist in the official code; written as 'uniform'",
             stacklevel=4,
@@ -167,7 +199,7 @@ def config_to_official(config: FlexTokConfig) -> dict[str, Any]:
         "logit_normal": config.timestep_law == "logit_normal",
         "mode_scale": 0.0 if config.timestep_law == "uniform" else config.mode_scale,
     }
-    official = write(facts, TOP, PARTS)
+    official = write(facts, TOP, parts)
     if config.repa_layer is None:
         modules = official["decoder"]["module_dict"]
         del modules["dec_repa_unpacker"], modules["dec_transformer"]["intermediate_layer_write_key"]

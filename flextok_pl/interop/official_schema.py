@@ -1,8 +1,8 @@
 """A configuration that names classes, read and written by one table of its modules; nothing that it names is imported.
 
 Each option of a module states a fact of the model, or must have the value that our model implements, or has no effect
-on the function. The names under which modules pass tensors on (`..._key`) are not followed: they differ between
-sources, and order and kinds of the modules already fix the computation.
+on the function. Modules pass tensors on under names (`..._key`) that differ between sources. Where order and kinds of
+the modules fix the computation, these names are not followed; elsewhere (`Sequence.by_flow`) they are.
 """
 
 import math
@@ -73,12 +73,13 @@ class Module:
 
 @dataclass(frozen=True)
 class Sequence:
-    """Modules that work one after the other, in this order."""
+    """Modules that work one after the other."""
 
     target: str  # the only class it may name
     modules: Mapping[str, Module]
     aside: str = ""  # part of the name of modules that do not change what is decoded: any or none may be there
     aside_targets: tuple[str, ...] = ()  # the classes that those may name
+    by_flow: bool = False  # any order will do in which each module reads what the same modules have written
 
     def is_aside(self, name: str) -> bool:
         """Whether a module of this name does not change what is decoded."""
@@ -112,6 +113,48 @@ def fact_names(parts: Mapping[str, Part]) -> set[str]:
     """The facts that a configuration states."""
     modules = [m for each in parts.values() for m in (each.modules.values() if isinstance(each, Sequence) else [each])]
     return {each.fact for m in modules for each in (m.options | m.also).values() if isinstance(each, Option)}
+
+
+def entries_of(official: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """The modules of a sequence, by name; none where it is malformed, which `read` refuses."""
+    values = official.get(part)
+    entries = values.get("module_dict") if isinstance(values, dict) else None
+    return entries if isinstance(entries, dict) else {}
+
+
+def by_our_names(
+    official: Mapping[str, Any], parts: Mapping[str, Part]
+) -> tuple[dict[str, Any], dict[tuple[str, str], str]]:
+    """A configuration whose modules have our names, and their own names by part and ours.
+
+    A module of another name is taken for the only one of its kind in the table whose name no module has.
+    """
+    renamed, names = dict(official), dict[tuple[str, str], str]()
+    for name, part in parts.items():
+        entries = entries_of(official, name)
+        if isinstance(part, Sequence) and entries:
+            ours = {each: _our_name(each, entries, part) for each in entries}
+            if len(set(ours.values())) == len(ours):
+                renamed[name] = official[name] | {"module_dict": {ours[each]: entries[each] for each in entries}}
+                names |= {(name, our): each for each, our in ours.items()}
+    return renamed, names
+
+
+def _our_name(name: str, entries: Mapping[str, Any], part: Sequence) -> str:
+    if name in part.modules or part.is_aside(name):
+        return name
+    same = [
+        each
+        for each, module in part.modules.items()
+        if each not in entries and _classes(_written(module, {})) == _classes(entries[name])
+    ]
+    return same[0] if len(same) == 1 else name
+
+
+def _classes(entry: Any) -> list[Any]:
+    """What an entry names, and then what its options name."""
+    values = entry if isinstance(entry, dict) else {}
+    return [each.get("_target_") for each in (values, *values.values()) if isinstance(each, dict)]
 
 
 def read(official: Mapping[str, Any], target: str, parts: Mapping[str, Part]) -> dict[str, Any]:
@@ -158,11 +201,46 @@ def _entries(name: str, values: Any, part: Part) -> list[tuple[str, Module, Any]
         elif each not in part.modules:
             raise ValueError(f"{name} has an unknown module {each!r}; the function may depend on it")
     found, wanted = ([each for each in names if not part.is_aside(each)] for names in (entries, part.modules))
-    if found != wanted:
-        missing = [each for each in wanted if each not in found]
+    missing = [each for each in wanted if each not in found]
+    if missing or (found != wanted and not part.by_flow):
         problem = f"lacks {missing[0]!r}" if missing else f"has its modules in another order: {', '.join(found)}"
         raise ValueError(f"{name} {problem}; they must be {', '.join(wanted)}")
-    return [(f"{name}.{each}", part.modules[each], entries[each]) for each in found]
+    if part.by_flow:
+        _check_flow(name, entries, {each: _written(part.modules[each], {}) for each in wanted})
+    return [(f"{name}.{each}", part.modules[each], entries[each]) for each in wanted]
+
+
+def _check_flow(path: str, entries: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Compare who writes what each module reads with our own order and names."""
+    found = _writers(entries)
+    for (module, option), wanted in _writers(ours).items():
+        writers = found.get((module, option))
+        if writers != wanted:
+            where = f"{path}.{module}.{option}={_short(entries[module].get(option))}"
+            said = "it is missing" if writers is None else f"that is written by {_listed(writers)}"
+            raise ValueError(f"{where}: {said}; it must name what is written by {_listed(wanted)}")
+
+
+def _writers(entries: Mapping[str, Any]) -> dict[tuple[str, str], list[str]]:
+    """The modules that have last written what each reads, by its name and option; "" for what comes from outside."""
+    last: dict[str, str] = {}
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, entry in entries.items():
+        passed = {
+            option: [repr(key) for key in (value if isinstance(value, list | tuple) else [value])]
+            for option, value in (entry if isinstance(entry, dict) else {}).items()
+            if option.endswith(("_key", "_keys")) and value is not None
+        }
+        reads = {option: keys for option, keys in passed.items() if "read" in option}
+        found |= {(name, option): sorted(last.get(key, "") for key in keys) for option, keys in reads.items()}
+        for option, keys in passed.items():
+            if "write" in option:
+                last |= dict.fromkeys(keys, name)
+    return found
+
+
+def _listed(writers: list[str]) -> str:
+    return " and ".join(each or "no module before it" for each in writers)
 
 
 def _stated(path: str, values: Any, module: Module) -> list[tuple[str, str, Any]]:

@@ -3,7 +3,7 @@
 From the constructors at https://github.com/apple/ml-flextok/tree/87d00cc8babf4a25ffce0f3f0c4d8b529d3d6abf.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from flextok_pl.interop.official_schema import REQUIRED, Module, Option, Part, Sequence, fact, fixed, training
 
@@ -13,6 +13,10 @@ _HEADS = f"{_MODEL}.postprocessors.heads"
 _OPERATIONS = f"{_MODEL}.utils.dict_ops"
 _UNPACKER = f"{_MODEL}.postprocessors.seq_unpacking.SequenceUnpacker"
 _WRAPPER = f"{_MODEL}.utils.wrappers.SequentialModuleDictWrapper"
+# The classes that tell variants apart.
+REGISTERS = f"{_MODEL}.preprocessors.registers.Registers1D"
+NESTED_DROPOUT = f"{_MODEL}.preprocessors.token_dropout.MaskedNestedDropout"
+POSITIONS, ADDITION = f"{_MODEL}.utils.posembs.PositionalEmbeddingAdder", f"{_OPERATIONS}.PerSampleReducer"
 
 _ENCODER_WIDTH, _DECODER_WIDTH = fact("encoder_width", "size"), fact("decoder_width", "size")
 _CHANNELS, _PATCH_SIZES = fact("latent_channels", "size"), fact("patch_sizes", "sizes")
@@ -23,6 +27,15 @@ _PRECISION = fixed(None, "fp32", "float32")
 # Names of what is passed between the modules.
 _NOISED, _PATCHES, _REGISTERS = "vae_latents_noised_patched", "dec_patches", "dec_registers_proj"
 _ENC_PATCHES, _ENC_REGISTERS = "enc_vae_latents_patched", "enc_registers"
+_GRID, _ENC_GRID = "dec_latents_proj", "enc_latents"  # what takes the place of registers
+
+
+class Variant(NamedTuple):
+    """Which of the official models a configuration describes."""
+
+    grid: bool = False  # 2-D tokens, without registers
+    nested_dropout: bool = True  # in its decoder; always there with registers
+    sum_first: bool = False  # tokens are added to the patches of a grid before their positions, not after: the same
 
 
 def _permutation(read_key: str, write_key: str, operation: str) -> Module:
@@ -45,7 +58,7 @@ def _patching(width: Option, read_key: str, write_key: str, count_key: str) -> M
 
 def _positions(width: Option, read_key: str, write_key: str, sizes: str, kind: Option) -> Module:
     return Module(
-        f"{_MODEL}.utils.posembs.PositionalEmbeddingAdder",
+        POSITIONS,
         read_key=read_key,
         write_key=write_key,
         dim=width,
@@ -100,11 +113,11 @@ def _transformer(side: str, name: str, **options: Any) -> Module:
     )
 
 
-def _head(kind: str, width: Option, key: str, **options: Any) -> Module:
+def _head(kind: str, width: Option, read_key: str, write_key: str, **options: Any) -> Module:
     return Module(
         f"{_HEADS}.{kind}",
-        read_key=key,
-        write_key=key,
+        read_key=read_key,
+        write_key=write_key,
         dim=width,
         use_mup_readout=fixed(False, default=REQUIRED),
         weight_init_style="zero",
@@ -112,12 +125,11 @@ def _head(kind: str, width: Option, key: str, **options: Any) -> Module:
     ).taking(proj_bias=fixed(True), adaLN_bias=fixed(True), dtype_override=_PRECISION)
 
 
-_ENCODER = {
-    "enc_channels_to_last": _permutation("vae_latents", "vae_latents_bhwc", "channels_first_to_last"),
-    "enc_patch_emb": _patching(_ENCODER_WIDTH, "vae_latents_bhwc", _ENC_PATCHES, "enc_n_patches"),
-    "enc_posemb_module": _positions(_ENCODER_WIDTH, _ENC_PATCHES, _ENC_PATCHES, "grid_size", fixed("sincos")),
-    "enc_register_module": Module(
-        f"{_MODEL}.preprocessors.registers.Registers1D",
+def _encoder(grid: bool) -> dict[str, Module]:
+    coded = _ENC_PATCHES if grid else _ENC_REGISTERS
+    parts = [_ENC_PATCHES] if grid else [_ENC_PATCHES, _ENC_REGISTERS]
+    registers = Module(
+        REGISTERS,
         input_tensor_list_read_key=_ENC_PATCHES,
         register_sizes_read_write_key="register_sizes",
         registers_write_key=_ENC_REGISTERS,
@@ -130,91 +142,138 @@ _ENCODER = {
         n_eval=fact("num_registers", "size?", None),
         extra_registers_write_key=fixed(None),
         extra_registers_dim=fixed(None),
-    ),
-    "enc_seq_packer": _packer(
-        "enc", [_ENC_PATCHES, _ENC_REGISTERS], mask_mode=fixed("causal_last", default="full")
-    ).taking("per_subseq_embs"),
-    "enc_transformer": _transformer("enc", "encoder").taking(
-        intermediate_layers=fact("", "indices?", None), adaLN_expansion=fixed(1, 2), adaLN_emb_read_key=fixed(None)
-    ),
-    "enc_unpacker": _unpacker("enc", "enc_packed_seq", [_ENC_PATCHES, _ENC_REGISTERS]),
-    "enc_to_latents": _head(
-        "LinearHead", _ENCODER_WIDTH, _ENC_REGISTERS, dim_out=_NUM_LEVELS, dtype_override=_PRECISION
-    ).taking(adaLN_emb_read_key=fixed(None)),
-}
+    )
+    return {
+        "enc_channels_to_last": _permutation("vae_latents", "vae_latents_bhwc", "channels_first_to_last"),
+        "enc_patch_emb": _patching(_ENCODER_WIDTH, "vae_latents_bhwc", _ENC_PATCHES, "enc_n_patches"),
+        "enc_posemb_module": _positions(_ENCODER_WIDTH, _ENC_PATCHES, _ENC_PATCHES, "grid_size", fixed("sincos")),
+        **({} if grid else {"enc_register_module": registers}),
+        "enc_seq_packer": _packer(
+            "enc", parts, mask_mode=fixed("full") if grid else fixed("causal_last", default="full")
+        ).taking("per_subseq_embs"),
+        "enc_transformer": _transformer("enc", "encoder").taking(
+            intermediate_layers=fact("", "indices?", None), adaLN_expansion=fixed(1, 2), adaLN_emb_read_key=fixed(None)
+        ),
+        "enc_unpacker": _unpacker("enc", "enc_packed_seq", parts),
+        "enc_to_latents": _head(
+            "LinearHead",
+            _ENCODER_WIDTH,
+            coded,
+            _ENC_GRID if grid else coded,
+            dim_out=_NUM_LEVELS,
+            dtype_override=_PRECISION,
+        ).taking(adaLN_emb_read_key=fixed(None)),
+    }
 
-_DECODER = {
-    "dec_from_latents": Module(
+
+def _tokens(variant: Variant) -> dict[str, Module]:
+    """What makes the decoder's tokens of the codes."""
+    key = _GRID if variant.grid else _REGISTERS
+    embedding = Module(
         f"{_MODEL}.preprocessors.linear.LinearLayer",
-        read_key="enc_registers_quant",
-        write_key=_REGISTERS,
+        read_key=f"{_ENC_GRID if variant.grid else _ENC_REGISTERS}_quant",
+        write_key=key,
         dim_in=_NUM_LEVELS,
         dim=_DECODER_WIDTH,
-    ).taking("weight_init_style", proj_bias=fixed(True), dtype_override=_PRECISION),
+    ).taking("weight_init_style", proj_bias=fixed(True), dtype_override=_PRECISION)
     # With a single axis, the sum and the product over axes are the same table.
-    "dec_registers_posemb_module": _positions(
-        _DECODER_WIDTH,
-        _REGISTERS,
-        _REGISTERS,
-        "register_table",
-        fixed("learnable_sum", "learnable_prod", default="sincos"),
-    ),
-    "dec_nested_dropout": Module(
-        f"{_MODEL}.preprocessors.token_dropout.MaskedNestedDropout",
-        read_write_key=_REGISTERS,
+    kind = fixed("learnable_sum", "learnable_prod", default="sincos")
+    positions = _positions(_DECODER_WIDTH, key, key, "register_table", kind)
+    nested_dropout = Module(
+        NESTED_DROPOUT,
+        read_write_key=key,
         dim=_DECODER_WIDTH,
         size_sampling_mode=fact("nested_dropout", "law", "uniform"),
-    ),
-    "dec_latent_dropout": Module(
+    )
+    null_condition = Module(
         f"{_MODEL}.preprocessors.nullcond.LearnedNullCond",
-        read_write_key=_REGISTERS,
+        read_write_key=key,
         dim=_DECODER_WIDTH,
         dropout_prob=fact("null_dropout", "probability", 0.0),
-    ).taking(replace_with_single_token=fixed(False)),
-    "dec_noise_channels_to_last": _permutation(
-        "vae_latents_noised", "vae_latents_noised_bhwc", "channels_first_to_last"
-    ),
-    "dec_noise_patch_emb": _patching(_DECODER_WIDTH, "vae_latents_noised_bhwc", _NOISED, "dec_n_patches"),
-    "dec_patches_posemb_module": _positions(_DECODER_WIDTH, _NOISED, _PATCHES, "grid_size", fixed("sincos")),
-    "dec_seq_packer": _packer(
-        "dec",
-        [_PATCHES, _REGISTERS],
-        emb_packing_fn_write_key="emb_packing_fn",
-        mask_mode=fixed("full"),
-        per_subseq_embs=fixed(True, default=False),
-    ),
-    "dec_time_embedder": Module(
-        f"{_MODEL}.preprocessors.time_embedding.TimestepEmbedder",
-        timesteps_read_key="timesteps",
-        time_embedding_write_key="dec_temb",
-        dim=_DECODER_WIDTH,
-        frequency_embedding_size=fact("time_frequencies", "even", 256),
-        max_timestep=fact("max_timestep", "positive", 1000.0),
-    ).taking("weight_init_style", temb_as_tokens=fixed(False)),
-    "dec_transformer": _transformer(
-        "dec",
-        "decoder",
-        adaLN_emb_read_key=_TIME,
-        adaLN_packing_fn_read_key="emb_packing_fn",
-        adaLN_expansion=fixed(2, default=REQUIRED),
-        intermediate_layer_write_key="dec_packed_seq_repa_layer",
-        intermediate_layers=fact("repa_layers", "indices?", None),
-    ),
-    "dec_repa_unpacker": _unpacker("dec", "dec_packed_seq_repa_layer", ["dec_patches_repa_layer"]),
-    "dec_unpacker": _unpacker("dec", "dec_packed_seq", [_PATCHES, _REGISTERS]),
-    "dec_to_patches": _head(
-        "ToPatchesLinearHead",
-        _DECODER_WIDTH,
-        _PATCHES,
-        channels_out=_CHANNELS,
-        patch_sizes=_PATCH_SIZES,
-        adaLN_emb_read_key=_TIME,
-    ),
-    "dec_channels_to_first": _permutation(_PATCHES, "vae_latents_reconst", "channels_last_to_first"),
-}
+    ).taking(replace_with_single_token=fixed(False))
+    return {
+        "dec_from_latents": embedding,
+        **({} if variant.grid else {"dec_registers_posemb_module": positions}),
+        **({"dec_nested_dropout": nested_dropout} if variant.nested_dropout else {}),
+        "dec_latent_dropout": null_condition,
+    }
 
-PARTS: dict[str, Part] = {
-    "vae": Module(
+
+def _patches(variant: Variant) -> dict[str, Module]:
+    """What makes the decoder's patches of noised latents, and adds a grid's tokens to them."""
+    embedding = {
+        "dec_noise_channels_to_last": _permutation(
+            "vae_latents_noised", "vae_latents_noised_bhwc", "channels_first_to_last"
+        ),
+        "dec_noise_patch_emb": _patching(_DECODER_WIDTH, "vae_latents_noised_bhwc", _NOISED, "dec_n_patches"),
+    }
+    read_key = _PATCHES if variant.sum_first else _NOISED
+    write_key = _NOISED if variant.grid and not variant.sum_first else _PATCHES
+    positions = {
+        "dec_patches_posemb_module": _positions(_DECODER_WIDTH, read_key, write_key, "grid_size", fixed("sincos"))
+    }
+    addition = {
+        "dec_add_noise_and_latents": Module(
+            ADDITION,
+            read_keys=[_NOISED, _GRID],
+            write_key=_PATCHES,
+            per_sample_op=Module(f"{_OPERATIONS}.sum_tensors", _partial_=True),
+        )
+    }
+    if not variant.grid:
+        return embedding | positions
+    return embedding | addition | positions if variant.sum_first else embedding | positions | addition
+
+
+def _decoder(variant: Variant) -> dict[str, Module]:
+    grid, parts = variant.grid, [_PATCHES] if variant.grid else [_PATCHES, _REGISTERS]
+    return {
+        **_tokens(variant),
+        **_patches(variant),
+        "dec_seq_packer": _packer(
+            "dec",
+            parts,
+            emb_packing_fn_write_key="emb_packing_fn",
+            mask_mode=fixed("full"),
+            per_subseq_embs=fixed(False, True) if grid else fixed(True, default=False),
+        ),
+        "dec_time_embedder": Module(
+            f"{_MODEL}.preprocessors.time_embedding.TimestepEmbedder",
+            timesteps_read_key="timesteps",
+            time_embedding_write_key="dec_temb",
+            dim=_DECODER_WIDTH,
+            frequency_embedding_size=fact("time_frequencies", "even", 256),
+            max_timestep=fact("max_timestep", "positive", 1000.0),
+        ).taking("weight_init_style", temb_as_tokens=fixed(False)),
+        "dec_transformer": _transformer(
+            "dec",
+            "decoder",
+            adaLN_emb_read_key=_TIME,
+            adaLN_packing_fn_read_key="emb_packing_fn",
+            adaLN_expansion=fixed(1) if grid else fixed(2, default=REQUIRED),
+            intermediate_layer_write_key="dec_packed_seq_repa_layer",
+            intermediate_layers=fact("repa_layers", "indices?", None),
+        ),
+        "dec_repa_unpacker": _unpacker("dec", "dec_packed_seq_repa_layer", ["dec_patches_repa_layer"]),
+        "dec_unpacker": _unpacker("dec", "dec_packed_seq", parts),
+        "dec_to_patches": _head(
+            "ToPatchesLinearHead",
+            _DECODER_WIDTH,
+            _PATCHES,
+            _PATCHES,
+            channels_out=_CHANNELS,
+            patch_sizes=_PATCH_SIZES,
+            adaLN_emb_read_key=_TIME,
+        ),
+        "dec_channels_to_first": _permutation(_PATCHES, "vae_latents_reconst", "channels_last_to_first"),
+    }
+
+
+def parts_of(variant: Variant) -> dict[str, Part]:
+    """The parts of an official configuration, in the order in which they are written."""
+    grid = variant.grid
+    codes = _ENC_GRID if grid else _ENC_REGISTERS
+    vae = Module(
         "flextok.vae_wrapper.StableDiffusionVAE",
         images_read_key="rgb",
         vae_latents_read_key="vae_latents_reconst",
@@ -227,20 +286,17 @@ PARTS: dict[str, Part] = {
         sample_posterior=False,
         force_vae_encode=True,
         frozen=True,
-    ).taking("hf_hub_path", "logvar_init", "compile_encode_fn", learnable_logvar=fixed(False)),
-    "encoder": Sequence(_WRAPPER, _ENCODER),
-    # What aligns the decoder with a teacher reads patches and changes nothing that is decoded.
-    "decoder": Sequence(_WRAPPER, _DECODER, "repa", (_UNPACKER, f"{_HEADS}.MLPHead", f"{_HEADS}.LinearHead")),
-    "regularizer": Module(
+    ).taking("hf_hub_path", "logvar_init", "compile_encode_fn", learnable_logvar=fixed(False))
+    regularizer = Module(
         "flextok.regularizers.quantize_fsq.FSQ",
-        latents_read_key=_ENC_REGISTERS,
-        quants_write_key="enc_registers_quant",
+        latents_read_key=codes,
+        quants_write_key=f"{codes}_quant",
         tokens_write_key="tokens",
         levels=fact("fsq_levels", "sizes"),
         drop_quant_p=training(0.0),
-        packed_call=False,
-    ).taking(corrupt_tokens_p=training(0.0), min_corrupt_tokens_p=training(None), apply_corrupt_tokens_p=training(0.2)),
-    "flow_matching_noise_module": Module(
+        packed_call=fixed(False, default=True) if grid else False,  # packed, it takes a raster's columns for codes
+    ).taking(corrupt_tokens_p=training(0.0), min_corrupt_tokens_p=training(None), apply_corrupt_tokens_p=training(0.2))
+    noise = Module(
         "flextok.flow_matching.noise_modules.MinRFNoiseModule",
         clean_images_read_key="vae_latents",
         noised_images_write_key="vae_latents_noised",
@@ -250,15 +306,24 @@ PARTS: dict[str, Part] = {
         ln=fact("logit_normal", "flag", True),
         stratisfied=fact("stratified", "flag", False),
         mode_scale=fact("mode_scale", "number", 0.0),
-    ),
-    "pipeline": Module(
+    )
+    pipeline = Module(
         "flextok.flow_matching.pipelines.MinRFPipeline",
         _partial_=True,
         target_sizes_read_key=None,
-        latents_read_key="enc_registers_quant",
+        latents_read_key=f"{codes}_quant",
         timesteps_read_key="timesteps",
         noised_images_read_key="vae_latents_noised",
         reconst_write_key="vae_latents_reconst",
         out_channels=fact("latent_channels", "size?", None),
-    ),
-}
+    )
+    # What aligns the decoder with a teacher reads patches and changes nothing that is decoded.
+    aside = ("repa", (_UNPACKER, f"{_HEADS}.MLPHead", f"{_HEADS}.LinearHead"))
+    return {
+        "vae": vae,
+        "encoder": Sequence(_WRAPPER, _encoder(grid), by_flow=grid),
+        "decoder": Sequence(_WRAPPER, _decoder(variant), *aside, by_flow=grid),
+        "regularizer": regularizer,
+        "flow_matching_noise_module": noise,
+        "pipeline": pipeline,
+    }

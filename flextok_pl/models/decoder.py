@@ -91,8 +91,7 @@ class FlowDecoder(nn.Module):
     and its gradients are those of the full sequence, at N+k+1 positions instead of N+K. A dropped condition
     replaces all K tokens by another vector, and is the same trick with k = 0.
 
-    In the baseline `layout="grid"` there are no positions for tokens: each is added to its patch, and so is what
-    replaces it.
+    With `layout="grid"` there are no positions for tokens: each is added to its patch, and so is what replaces it.
     """
 
     def __init__(self, config: FlexTokConfig) -> None:
@@ -104,7 +103,8 @@ class FlowDecoder(nn.Module):
         self.code_embed = nn.Linear(len(config.fsq_levels), width)
         if registers:
             self.register_posemb = nn.Parameter(torch.empty(1, 1, width, config.num_registers))
-        self.mask_token = nn.Parameter(torch.empty(width))
+        if config.missing_tokens == "mask":
+            self.mask_token = nn.Parameter(torch.empty(width))
         self.null_token = nn.Parameter(torch.empty(width))
         self.patch_embed = nn.Linear(config.latent_channels * config.patch_size**2, width)
         self.patch_posemb = nn.Parameter(
@@ -149,7 +149,7 @@ class FlowDecoder(nn.Module):
         """What the blocks compute for (B, N, D) patches."""
         # All codes are embedded, also where no image keeps one, so that all parameters have gradients.
         tokens = self.code_embed(codes.to(self.code_embed.weight.dtype))[: len(layout.places)]  # (T, D)
-        replacements = F.embedding(layout.replacements, torch.stack([self.mask_token, self.null_token]))
+        replacements = F.embedding(layout.replacements, torch.stack([self._missing_token(), self.null_token]))
         if layout.packing is None:
             assert layout.patches is not None
             flat = replacements.to(patches.dtype).repeat_interleave(patches.shape[1], 0)  # (B N, D)
@@ -158,3 +158,10 @@ class FlowDecoder(nn.Module):
         tokens = tokens + F.embedding(layout.places, self.register_posemb[0, 0].T)
         registers = torch.cat([tokens, replacements.to(tokens.dtype)]).to(patches.dtype)
         return Positions(patches, layout.packing.fill(registers))
+
+    def _missing_token(self) -> Tensor:
+        """What stands for a token beyond the budget, (D,)."""
+        if self.config.missing_tokens == "mask":
+            return self.mask_token
+        lowest = self.null_token.new_full((len(self.config.fsq_levels),), -1.0)  # the code of token 0
+        return self.code_embed(lowest).to(self.null_token.dtype)  # type: ignore[no-any-return]

@@ -49,6 +49,7 @@ PUBLISHED = FlexTokConfig(
 OPTIONS: dict[str, dict[str, Any]] = {
     "grid": {"layout": "grid"},
     "grid of a fixed length": {"layout": "grid", "nested_dropout": "none"},
+    "grid of zeros": {"layout": "grid", "nested_dropout": "none", "missing_tokens": "zero"},
     "full attention": {"causal_registers": False},
     "regression": {"objective": "mse", "null_dropout": 0.0},
     "fixed length": {"nested_dropout": "none"},
@@ -134,7 +135,7 @@ def test_as_few_tokens_as_a_quality_takes(baseline: FlexTok) -> None:
 
 def test_older_configurations_are_those_of_the_published_model() -> None:
     values = dataclasses.asdict(PUBLISHED)
-    for name in ("layout", "causal_registers", "objective"):
+    for name in ("layout", "missing_tokens", "causal_registers", "objective"):
         del values[name]
     assert config_from_dict(FlexTokConfig, values) == PUBLISHED
 
@@ -145,6 +146,9 @@ def test_older_configurations_are_those_of_the_published_model() -> None:
         ({"layout": "grid", "num_registers": 12}, r"num_registers=12.*grid_size=\(4, 4\).*num_registers=16"),
         ({"layout": "grid", "causal_registers": False}, "causal_registers=False.*leave it out"),
         ({"layout": "ring"}, "layout='ring' is unknown"),
+        ({"missing_tokens": "noise"}, "missing_tokens='noise' is unknown"),
+        ({"missing_tokens": "zero", "nested_dropout": "none"}, "layout='registers' .* must be 'mask'"),
+        ({"missing_tokens": "zero", "layout": "grid"}, "nested_dropout='pow2' must be 'mask'"),
         ({"objective": "l1"}, "objective='l1' is unknown"),
     ],
 )
@@ -153,7 +157,7 @@ def test_wrong_configurations(options: dict[str, Any], message: str) -> None:
         dataclasses.replace(PUBLISHED, **options)
 
 
-@pytest.mark.parametrize("name", ["grid", "full attention", "regression"])
+@pytest.mark.parametrize("name", ["full attention", "regression"])
 def test_the_official_format_has_no_baselines(name: str, tmp_path: Path) -> None:
     vae = VAEConfig(latent_channels=4, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)
     config = dataclasses.replace(BASELINES[name], vae=vae, latent_channels=4)
@@ -222,6 +226,18 @@ def test_a_grid_adds_tokens_to_the_patches() -> None:
             x = block(Positions(x, None), time).patches
         expected = unpatchify(decoder.head(x, time).unflatten(1, (4, 4)), 2)
         torch.testing.assert_close(tok.velocity(x_t, 0.5, tokens, kept, null), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_grid_of_zeros_takes_the_first_token_for_missing_ones() -> None:
+    tok = randomized(BASELINES["grid of zeros"])
+    assert not hasattr(tok.decoder, "mask_token")
+    tokens, noise = tokens_of(tok), drawn(2, *LATENTS)
+    filled = tokens.clone()
+    filled[0, 3:], filled[1, 7:] = 0, 0
+    options: dict[str, Any] = {"num_steps": 2, "guidance_scale": 3.0, "noise": noise}
+    short = tok.detokenize([tokens[0, :3], tokens[1, :7]], **options)
+    torch.testing.assert_close(short, tok.detokenize(filled, **options), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(short, tok.detokenize(tokens, **options), atol=1e-2)
 
 
 def test_a_grid_has_one_size() -> None:
@@ -371,7 +387,7 @@ def error_of(tok: FlexTok, images: Tensor) -> float:
         return flow_loss(tok, latents, draws).loss.mean().item()
 
 
-@pytest.mark.parametrize("name", ["grid", "full attention", "regression", "fixed length"])
+@pytest.mark.parametrize("name", ["grid", "grid of zeros", "full attention", "regression", "fixed length"])
 def test_from_pictures_to_a_prior(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training, evaluation at every budget, the exported file, and a prior of its tokens."""
     monkeypatch.setattr("flextok_pl.evaluation.budget_evaluation.build_extractor", lambda *_: MeanColours())

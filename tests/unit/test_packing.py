@@ -47,6 +47,7 @@ VARIANTS = {
     "one_register": replace(CONFIG, num_registers=1),
     "without_order": replace(CONFIG, causal_registers=False),
     "grid": replace(CONFIG, layout="grid"),
+    "grid_of_zeros": replace(CONFIG, layout="grid", nested_dropout="none", missing_tokens="zero"),
     "mse": replace(CONFIG, objective="mse"),
 }
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -104,7 +105,9 @@ def reference_loss(
     if config.layout == "registers":
         tokens = tokens + decoder.register_posemb[0, 0].T
     dropped = torch.arange(config.num_registers) >= draws.num_tokens[:, None]
-    tokens = torch.where(dropped[..., None], decoder.mask_token, tokens)
+    missing = tokenizer.quantizer.tokens_to_codes(torch.tensor(0)).to(tokens.dtype)
+    missing = decoder.code_embed(missing) if config.missing_tokens == "zero" else decoder.mask_token
+    tokens = torch.where(dropped[..., None], missing, tokens)
     tokens = torch.where(draws.null[:, None, None], decoder.null_token, tokens)
     x_t = interpolate(latents, draws.noise, draws.t)
     patches = decoder.patch_embed(patchify(x_t, 2))
@@ -244,7 +247,7 @@ def test_images_alone_and_in_another_order(variant: str, kernel: str) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("variant", ["registers", "one_register", "grid"])
+@pytest.mark.parametrize("variant", ["registers", "one_register", "grid", "grid_of_zeros"])
 @pytest.mark.parametrize("routing", [Routing(0.5, 1, 2), Routing(0.7, 0, 0)])
 def test_patches_on_a_route(routing: Routing, variant: str, checkpointing: bool, kernel: str) -> None:
     config = replace(VARIANTS[variant], decoder_depth=4, repa_layer=3)
