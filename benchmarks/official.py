@@ -5,8 +5,8 @@ with another autoencoder gets the published kind. First both are compared, in fl
 take turns at
 
 - `tokenize`: images to few and to all tokens, the autoencoder included;
-- `detokenize`: tokens to images at several budgets, and at one for each image that is drawn from 1..K, with Euler steps
-  and adaptive projected guidance at 7.5 as published, the autoencoder included;
+- `detokenize`: tokens to images at several budgets, and at one for each image, in equal strata of 1..K, with Euler
+  steps and adaptive projected guidance at 7.5 as published, the autoencoder included;
 - `train`: forward and backward pass on latents, without an optimizer, under laws of the budgets. Both draw times, null
   conditions and budgets, ours in equal strata so that few steps tell their mean; the published cost is the same at all.
   `memory_gib` is the most that a step allocates: activations and gradients (CUDA only).
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from flextok_pl.config import FlexTokConfig, VAEConfig
-from flextok_pl.flow.nested_dropout import BUDGET_LAWS
+from flextok_pl.flow.nested_dropout import BUDGET_LAWS, budgets_from_uniform
 from flextok_pl.layers.blocks import compile_for_all_lengths
 from flextok_pl.models.objective import flow_loss, sample_draws
 from flextok_pl.models.tokenizer import FlexTok
@@ -45,7 +45,7 @@ parser.add_argument("--preset", default="d12_d12")
 parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
 parser.add_argument("--batch-size", type=int, default=16)
 parser.add_argument("--repeats", type=int, default=3)
-parser.add_argument("--budgets", type=int, nargs="+", default=[8, 256])
+parser.add_argument("--budgets", type=int, nargs="*", default=[8, 256])
 parser.add_argument("--laws", nargs="+", default=["uniform", "pow2"], choices=BUDGET_LAWS)
 parser.add_argument("--steps", type=int, default=25, help="Euler steps of a decoding")
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -216,7 +216,8 @@ def main() -> None:
             {f"k={k}": (partial(ours, images, k), partial(theirs, official, images, k)) for k, ours, theirs in calls},
         )
     if "detokenize" in options.parts:
-        mixed = torch.randint(1, registers + 1, (batch,), generator=generator).tolist()
+        strata = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+        mixed = budgets_from_uniform("uniform", registers, strata).tolist()
         rows = {f"k={k}": list(tokens[:, :k]) for k in budgets}
         rows["mixed"] = [row[:k] for row, k in zip(tokens, mixed, strict=True)]
         results["mixed_budgets"] = mixed
