@@ -164,7 +164,8 @@ class Prior(nn.Module):
         condition, prefix = self._checked_start(condition, prefix, _batch_size(condition, prefix, None), length)
         if prefix.shape[1] == length:
             raise ValueError(f"prefix has all num_tokens={length} tokens: nothing follows")
-        return self._begin(condition, prefix, scale_at_positions(cfg_scale, self.num_tokens), length)
+        scales = scale_at_positions(cfg_scale, self.num_tokens)
+        return self._begin(condition, prefix, scales, any(scale != 1.0 for scale in scales), length)
 
     @torch.no_grad()
     def generate(
@@ -210,15 +211,18 @@ class Prior(nn.Module):
         if prefix.shape[1] == length or batch == 0:
             return prefix.new_zeros(0, length) if batch == 0 else prefix
         uniform = uniform_numbers(generator, batch, self.num_tokens, self.device)
-        state = self._begin(condition, prefix, scales, length)
+        guided = any(scale != 1.0 for scale in scales[prefix.shape[1] : length])
+        state = self._begin(condition, prefix, scales, guided, length)
         state.extend(length - prefix.shape[1], uniform, Sampling(temperature, top_k, top_p))
         return state.tokens
 
     @torch.no_grad()
-    def _begin(self, condition: Condition, prefix: Tensor, scales: Sequence[float], length: int) -> GenerationState:
-        """Run (B, m) first tokens under the condition and, where guidance needs it, under none."""
+    def _begin(
+        self, condition: Condition, prefix: Tensor, scales: Sequence[float], guided: bool, length: int
+    ) -> GenerationState:
+        """Run (B, m) first tokens under the condition and, for guidance, under none."""
         null, tokens = torch.zeros(len(prefix), dtype=torch.bool, device=self.device), prefix
-        if any(scale != 1.0 for scale in scales[prefix.shape[1] : length]):
+        if guided:
             condition, null, tokens = _doubled(condition), torch.cat([null, ~null]), prefix.repeat(2, 1)
         graph_device = self.device if can_capture(self) else None
         with full_precision(self.device):

@@ -1,0 +1,93 @@
+"""Candidates to images and scores, and what that costs.
+
+Shapes: C candidates, k tokens, H x W image.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flextok_pl.evaluation.decoding import decode
+from flextok_pl.evaluation.generation import Prompt
+from flextok_pl.flow.decoding import Decoding
+from flextok_pl.models.tokenizer import FlexTok
+from flextok_pl.precision import as_float64
+from flextok_pl.search.candidates import candidate_keys
+from flextok_pl.search.options import SearchOptions
+from flextok_pl.search.results import Cost
+from flextok_pl.search.verifier import Context, Verifier
+
+
+def decode_tokens(
+    tokenizer: FlexTok, tokens: Tensor, prompt: Prompt, options: SearchOptions, candidates: Sequence[int] | None = None
+) -> Tensor:
+    """Images of (C, k) tokens, (C, 3, H, W) uint8, from the noise of plain sampling for this prompt.
+
+    Args:
+        tokenizer: of the tokens.
+        tokens: all of the same length.
+        prompt: its key seeds the noise.
+        options: `decoding`, `decode_batch_size`, `seed` and `vary_noise` count.
+        candidates: numbers of the sequences in their pool, which have noise of their own with `vary_noise`.
+    """
+    numbers = [0] * len(tokens) if candidates is None or not options.vary_noise else candidates
+    keys, parts = candidate_keys(prompt.key, numbers), []
+    for start in range(0, len(tokens), options.decode_batch_size):
+        part = slice(start, start + options.decode_batch_size)
+        budgets = [tokens.shape[1]]
+        decoded = decode(tokenizer, tokens[part], budgets, options.decoding, keys[part], options.seed)
+        parts += [images for _, images in decoded]
+    return torch.cat(parts)
+
+
+def decoder_calls(decoding: Decoding, objective: str) -> int:
+    """Evaluations of the decoder's network for one image, conditional and unconditional ones."""
+    calls = 0
+
+    def field(x: Tensor, t: float, guided: bool) -> tuple[Tensor, Tensor | None]:
+        nonlocal calls
+        calls += 2 if guided else 1
+        return x, x if guided else None
+
+    decoding.under(objective).sample(field, torch.ones(1, 1, 1, 1))
+    return calls
+
+
+@dataclass
+class Judge:
+    """Decodes and scores the candidates of one prompt, and keeps count."""
+
+    tokenizer: FlexTok
+    verifier: Verifier
+    prompt: Prompt
+    options: SearchOptions
+    cost: Cost = field(default_factory=Cost)
+
+    def images(self, tokens: Tensor, candidates: Sequence[int] | None = None) -> Tensor | None:
+        """What the verifier needs of (C, k) tokens, of which `candidates` are the numbers in their pool."""
+        if not self.verifier.needs_images:
+            return None
+        calls = len(tokens) * decoder_calls(self.options.decoding, self.tokenizer.config.objective)
+        self.cost += Cost(decoder_calls=calls, decoded_images=len(tokens))
+        return decode_tokens(self.tokenizer, tokens, self.prompt, self.options, candidates)
+
+    def scores(self, images: Tensor | None, context: Context) -> Tensor:
+        """(C,) float64 on the CPU.
+
+        Raises:
+            ValueError: the verifier gives something else than a number for each candidate.
+        """
+        count = len(context.tokens)
+        self.cost += Cost(verifier_calls=count)
+        scores = self.verifier.score(images, [self.prompt] * count, context)
+        if not isinstance(scores, Tensor) or scores.shape != (count,):
+            found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(f"verifier {self.verifier.name!r} gives {found}, and not a tensor ({count},) of scores")
+        if scores.isnan().any():
+            raise ValueError(
+                f"verifier {self.verifier.name!r} gives NaN as a score of the prompt {self.prompt.key!r}: a search "
+                "cannot order it"
+            )
+        return as_float64(scores).cpu()
