@@ -1,45 +1,86 @@
-"""CLIP score (Hessel et al., arXiv 2104.08718): how well an image fits its caption, 100 x the cosine of embeddings."""
+"""How well an image fits a text, by models of the kind of CLIP that `transformers` loads.
+
+CLIP score (Hessel et al., https://arxiv.org/abs/2104.08718) and PickScore (Kirstain et al.,
+https://arxiv.org/abs/2305.01569). B pairs, D features.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from flextok_pl.backbones.pretrained import MeasuringNetwork, Pretrained
 from flextok_pl.precision import as_float64
 
+PICKSCORE = "yuvalkirstain/PickScore_v1"
+PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+"""Of the model that PickScore was tuned from: its own repository has no vocabulary."""
 
-class CLIPScore(MeasuringNetwork):
-    """A CLIP model of `transformers`, which moves to where the images are.
 
-    `model` is a local folder, or a name on the Hugging Face hub such as `openai/clip-vit-base-patch16`.
+class CLIPNetwork(MeasuringNetwork):
+    """A CLIP model, which moves to where the images are.
+
+    `model` is a local folder, or a name on the Hugging Face hub, given by `option`; `processor` is where its image
+    settings and its vocabulary are, if not there.
     """
 
-    def __init__(self, model: Path | str) -> None:
+    def __init__(self, option: str, model: Path | str, processor: Path | str | None = None) -> None:
         remedy = "download a CLIP model where there is a network and give its folder"
-        with Pretrained("clip", str(model)).loading(remedy, "pip install 'flextok_pl[text]'"):
+        with Pretrained(option, str(model)).loading(remedy, "pip install 'flextok_pl[text]'"):
             from transformers import CLIPModel, CLIPProcessor
 
-            network: Any = CLIPModel.from_pretrained(model)
-            self.processor: Any = CLIPProcessor.from_pretrained(model)
+            network: Any = CLIPModel.from_pretrained(model).float()
+            self.processor: Any = CLIPProcessor.from_pretrained(processor or model)
         super().__init__(str(model), network)
 
-    def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
-        """Score of each pair, not clamped at 0.
+    def cosines(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """Cosine of the embeddings of each pair: (B, 3, H, W) uint8, B texts -> (B,) float32 on the images' device.
 
-        (B, 3, H, W) uint8 and B captions -> (B,) float64, on the images' `summing_device`.
+        A text that is longer than the model has places for is cut.
         """
+        different, places = distinct(texts)
         length = self.network.config.text_config.max_position_embeddings
-        inputs = self.processor(
-            text=list(captions),
-            images=list(images.cpu()),
-            return_tensors="pt",
-            padding=True,
-            truncation=True,
-            max_length=length,
+        words = self.processor.tokenizer(
+            different, return_tensors="pt", padding=True, truncation=True, max_length=length
         ).to(images.device)
+        pixels = self.processor.image_processor(list(images.cpu()), return_tensors="pt").to(images.device)
         with self.to(images.device).measuring():
-            outputs = self.network(**inputs)
-        cosine: Tensor = (outputs.image_embeds * outputs.text_embeds).sum(1)  # the model has normalised both
-        return 100 * as_float64(cosine)
+            seen = self.network.visual_projection(self.network.vision_model(**pixels).pooler_output)
+            read = self.network.text_projection(self.network.text_model(**words).pooler_output)
+        cosines: Tensor = (F.normalize(seen) * F.normalize(read)[places]).sum(1)
+        return cosines
+
+
+def distinct(texts: Sequence[str]) -> tuple[list[str], list[int]]:
+    """The texts without repetitions, and the place among them of each: candidates of a prompt share one."""
+    places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+    return list(places), [places[text] for text in texts]
+
+
+class CLIPScore(CLIPNetwork):
+    """100 x the cosine, not clamped at 0; `model` such as `openai/clip-vit-base-patch16`."""
+
+    def __init__(self, model: Path | str) -> None:
+        super().__init__("clip", model)
+
+    def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        """Score of each pair: (B, 3, H, W) uint8 and B captions -> (B,) float64, on the images' `summing_device`."""
+        return 100 * as_float64(self.cosines(images, captions))
+
+
+class PickScore(CLIPNetwork):
+    """The cosine x the learned temperature of a CLIP that was tuned to people's choices between two images.
+
+    The published folder has no vocabulary; a local copy of it may hold that of `PICKSCORE_PROCESSOR`.
+    """
+
+    def __init__(self, model: Path | str = PICKSCORE) -> None:
+        own = (Path(model) / "preprocessor_config.json").is_file()
+        super().__init__("pickscore", model, model if own else PICKSCORE_PROCESSOR)
+
+    def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """Score of each pair: (B, 3, H, W) uint8 and B texts -> (B,) float64, on the images' `summing_device`."""
+        cosines = as_float64(self.cosines(images, texts))
+        return as_float64(self.network.logit_scale).exp() * cosines
