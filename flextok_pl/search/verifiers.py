@@ -1,0 +1,238 @@
+"""Verifiers: each judges candidates by one measure, and higher is better.
+
+Whatever goes wrong in one stops the search: no candidate is ranked by fewer verifiers than were asked for. Networks
+compute in float32 outside autocast, in parts of a fixed size. B candidates.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flextok_pl.backbones.dreamsim import DreamSim
+from flextok_pl.backbones.extractors import FeatureExtractor
+from flextok_pl.data.pictures import read_picture
+from flextok_pl.data.transforms import to_tensor
+from flextok_pl.evaluation.generation import Prompt
+from flextok_pl.evaluation.generation_statistics import Classifier
+from flextok_pl.metrics.images import to_uint8
+from flextok_pl.precision import as_float64
+from flextok_pl.search.verifier import Context
+
+PART = 32
+"""Images that a network is given at a time."""
+
+
+class BaseVerifier(ABC):
+    """A `Verifier` that says beforehand which prompts it cannot judge, and whose scores are checked."""
+
+    needs_images: bool = True
+
+    def __init__(self, name: str, network: object = None) -> None:
+        self.name, self._network = name, network
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a record states of it: its name, and what its network is."""
+        known = {"network": "name", "weights_hash": "weights_hash"}
+        return {"verifier": self.name} | {
+            fact: getattr(self._network, of) for fact, of in known.items() if hasattr(self._network, of)
+        }
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise ValueError for a prompt that cannot be judged."""
+        for prompt in prompts:
+            if lack := self._lack(prompt):
+                raise ValueError(
+                    f"verifier={self.name!r} cannot judge the prompt {prompt.key!r}, which has {lack}: give it one, or "
+                    "use another verifier"
+                )
+
+    def _lack(self, prompt: Prompt) -> str | None:
+        """What a prompt should have instead, such as `no text`; None where nothing is missing."""
+        return None
+
+    def score(self, images: Tensor | None, prompts: Sequence[Prompt], context: Context) -> Tensor:
+        """Score of each candidate, higher is better.
+
+        Args:
+            images: (B, 3, H, W) uint8; None where `needs_images` is False.
+            prompts: what each candidate was drawn for.
+            context: its tokens and their log-probabilities.
+
+        Returns:
+            (B,) float64 on the CPU.
+
+        Raises:
+            ValueError: a score is missing or no number, or the candidates cannot be judged.
+        """
+        scores = self._scores(images, prompts, context)
+        if not isinstance(scores, Tensor) or scores.shape != (len(prompts),):
+            what = f"a tensor {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(f"verifier={self.name!r} gave {what}; it must give a tensor ({len(prompts)},) of scores")
+        scores = as_float64(scores.detach()).cpu()
+        if scores.isnan().any():
+            which = prompts[int(scores.isnan().nonzero()[0])].key
+            raise ValueError(
+                f"verifier={self.name!r} gave no number for a candidate of {which!r}: mend or leave it out"
+            )
+        return scores
+
+    @abstractmethod
+    def _scores(self, images: Tensor | None, prompts: Sequence[Prompt], context: Context) -> Tensor:
+        """See `score`; any type and device."""
+
+
+class Likelihood(BaseVerifier):
+    """log p(tokens | prompt) / number of tokens, under the distribution that they were drawn from.
+
+    That is the guided, tempered and filtered one. The published verifier of this name (FlexAR's search, April 2026)
+    divides the log-probability of the newest tokens only by the number of all in beam search, so that it forgets how
+    likely the prefix was, and sums without dividing in best-of-N, which ranks as this does.
+    """
+
+    needs_images = False
+
+    def __init__(self) -> None:
+        super().__init__("likelihood")
+
+    def _scores(self, images: Tensor | None, prompts: Sequence[Prompt], context: Context) -> Tensor:
+        if context.log_probs is None:
+            raise ValueError(
+                "verifier='likelihood' needs the log-probabilities of a prior, and candidates of a uniform prior have "
+                "none: use another verifier, or a prior"
+            )
+        return context.log_probs / context.tokens.shape[1]
+
+
+class NetworkVerifier(BaseVerifier):
+    """A verifier that looks at one image at a time, of which a network is given `PART` together."""
+
+    def _scores(self, images: Tensor | None, prompts: Sequence[Prompt], context: Context) -> Tensor:
+        assert images is not None, f"{self.name} needs images"
+        starts = range(0, len(images), PART)
+        return torch.cat([self._judged(images[i : i + PART], prompts[i : i + PART]) for i in starts])
+
+    @abstractmethod
+    def _judged(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """(B, 3, H, W) uint8 -> (B,) scores."""
+
+
+class ClassProbability(NetworkVerifier):
+    """The probability that a classifier gives to the class that was asked for.
+
+    The classifier is a probe on the features of `extractor`, or looks at the image itself.
+    """
+
+    def __init__(self, classifier: Classifier, extractor: FeatureExtractor | None = None) -> None:
+        super().__init__("class", classifier)
+        self.classifier, self._extractor = classifier, extractor
+
+    def _lack(self, prompt: Prompt) -> str | None:
+        classes = self.classifier.num_classes
+        if 0 <= prompt.label < classes:
+            return None
+        return "no class" if prompt.label < 0 else f"class {prompt.label}, and none of the {classes} that it knows"
+
+    def _judged(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        features = images.new_empty(len(images), 0) if self._extractor is None else self._extractor(images)
+        probabilities = self.classifier.probabilities(images, features)
+        labels = torch.tensor([prompt.label for prompt in prompts], device=probabilities.device)
+        return probabilities.gather(1, labels[:, None])[:, 0]
+
+
+class TextScore(NetworkVerifier):
+    """How well an image fits the prompt's text, by a network: CLIP score, PickScore, HPSv2 or ImageReward."""
+
+    def __init__(self, name: str, network: Callable[[Tensor, Sequence[str]], Tensor]) -> None:
+        super().__init__(name, network)
+        self._judge = network
+
+    def _lack(self, prompt: Prompt) -> str | None:
+        return None if prompt.text.strip() else "no text"
+
+    def _judged(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return self._judge(images, [prompt.text for prompt in prompts])
+
+
+class ImageScore(NetworkVerifier):
+    """A rating of the image, whatever the prompt."""
+
+    def __init__(self, name: str, network: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(name, network)
+        self._judge = network
+
+    def _judged(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return self._judge(images)
+
+
+class Similarity(NetworkVerifier):
+    """1 - the DreamSim distance from a reference picture.
+
+    It is `reference`, or where that is None the file that a prompt's metadata name as `reference`.
+    """
+
+    def __init__(self, network: DreamSim, reference: Path | str | None = None) -> None:
+        super().__init__("dreamsim", network)
+        self._embed, self._reference = network.embeddings, reference
+        self._embeddings: dict[Path, Tensor] = {}  # (1, D) of each reference
+        if reference is not None:
+            self._embedding(_file(reference))
+
+    def _lack(self, prompt: Prompt) -> str | None:
+        if self._reference is not None:
+            return None
+        named = prompt.metadata.get("reference")
+        if not isinstance(named, str):
+            return "no reference picture in its metadata"
+        return None if _file(named).is_file() else f"no reference picture in the place of {named}"
+
+    def _embedding(self, file: Path) -> Tensor:
+        if file not in self._embeddings:
+            self._embeddings[file] = self._embed(to_uint8(to_tensor([read_picture(file)])))
+        return self._embeddings[file]
+
+    def _judged(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        files = [_file(self._reference or prompt.metadata["reference"]) for prompt in prompts]
+        references = torch.cat([self._embedding(file) for file in files])  # (B, D)
+        return F.cosine_similarity(self._embed(images), references)
+
+
+class FunctionVerifier(BaseVerifier):
+    """A Python function of (images, prompts, context), such as `my_module:score`, found as `import` finds it.
+
+    The folder in which the command runs is looked into last. The function gives (B,) scores, of any type and device,
+    and gets images unless it has an attribute `needs_images = False`.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        module, _, name = path.partition(":")
+        if str(Path.cwd()) not in sys.path:
+            sys.path.append(str(Path.cwd()))
+        remedy = "give MODULE:FUNCTION of a module that Python finds, in this folder or on PYTHONPATH"
+        try:
+            found: Any = import_module(module)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"verifier={path!r}: there is no module {error.name}; {remedy}") from error
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if not callable(found):
+            raise ValueError(f"verifier={path!r}: {module} has no function {name}; {remedy}")
+        self._function: Callable[..., Tensor] = found
+        self.needs_images = bool(getattr(found, "needs_images", True))
+
+    def _scores(self, images: Tensor | None, prompts: Sequence[Prompt], context: Context) -> Tensor:
+        return self._function(images, prompts, context)
+
+
+def _file(name: Path | str) -> Path:
+    return Path(name).expanduser()
