@@ -112,9 +112,9 @@ class VerifierOptions:
         """Refuse what can be refused before anything is loaded."""
         for each in fields(VerifierOptions)[3:]:
             value, owner = getattr(self, each.name), OWNERS[each.name.split("_")[0]]
-            if value != each.default and owner not in self.verifiers:
+            if str(value) != str(each.default) and owner not in self.verifiers:
                 raise ValueError(
-                    f"{each.name}={value!r} is for the verifier {owner}: add --verifier {owner}, or leave it"
+                    f"{each.name}={value!r} is for the verifier {owner}: add --verifier {owner}, or leave it out"
                 )
         if "class" in self.verifiers:
             if self.classifier is None:

@@ -168,6 +168,8 @@ def test_the_package_with_random_weights(tmp_path):
     values = distance(images, images.flip(3))
     assert (values > 1e-4).all()
     torch.testing.assert_close(distance(images[2:], images[2:].flip(3)), values[2:], rtol=1e-3, atol=1e-5)
+    embedded = [distance.embeddings(each) for each in (images, images.flip(3))]
+    torch.testing.assert_close(1 - torch.cosine_similarity(*embedded).double(), values, rtol=0, atol=1e-6)
 
 
 def test_the_callback_reports_it(stand_in, image_shards, tmp_path):
