@@ -31,7 +31,8 @@ class CLIPNetwork(MeasuringNetwork):
         with Pretrained(option, str(model)).loading(remedy, "pip install 'flextok_pl[text]'"):
             from transformers import CLIPModel, CLIPProcessor
 
-            network, found = CLIPModel.from_pretrained(model, output_loading_info=True)
+            loaded: Any = CLIPModel.from_pretrained(model, output_loading_info=True)
+            network, found = loaded
             if found["missing_keys"]:
                 raise ValueError(f"it lacks {sorted(found['missing_keys'])[0]}, which would stay random")
             self.processor: Any = CLIPProcessor.from_pretrained(processor or model)
