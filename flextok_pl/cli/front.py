@@ -38,7 +38,7 @@ SUFFIXES = (".yaml", ".yml", ".json", ".safetensors", ".ckpt", ".npz")
 
 OUTPUTS = ("json", "out")
 
-MODEL_FILES = ("tokenizer", "prior", "vae", "ckpt_path", "weights", "teacher_weights")
+MODEL_FILES = ("tokenizer", "prior", "vae", "ckpt_path", "weights", "teacher_weights", "init_from")
 """Options that name a file or folder, where their value looks like a path; else it may be the id of a model."""
 
 
@@ -249,9 +249,12 @@ def _check_names(file: Path, content: Mapping[str, Any], level: Options, options
 
 
 def _check_inputs(named: Named, inputs: Sequence[str]) -> None:
-    """Check that files and folders are there."""
+    """Check that files and folders are there, but for what a checkpoint stands in for."""
+    goes_on = any(name == "ckpt_path" and value not in (None, "null") for name, value in named)
     for name, value in named:
         last = name.rpartition(".")[2]
+        if goes_on and last == "init_from":
+            continue
         for place in _places(value):
             is_file = str(place).endswith(SUFFIXES) and last not in OUTPUTS
             is_model = str(place).startswith(("/", "./", "../", "~")) and last in MODEL_FILES

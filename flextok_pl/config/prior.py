@@ -27,6 +27,7 @@ class PriorConfig:
         tokenizer: hash of the weights of the tokenizer whose tokens it knows; empty where unknown.
         text_encoder: name of the text encoder whose states it knows; empty where unknown.
         class_names: names of the classes, or empty.
+        started_from: source and hash of the weights that its training started from; empty for new ones.
     """
 
     num_classes: int = 0
@@ -42,6 +43,7 @@ class PriorConfig:
     tokenizer: str = ""
     text_encoder: str = ""
     class_names: tuple[str, ...] = ()
+    started_from: str = ""
 
     def __post_init__(self) -> None:
         as_tuples(self, "class_names")

@@ -114,6 +114,7 @@ class FlexTokConfig:
         objective: `flow` is rectified flow. `mse` is a baseline whose decoder regresses the latents: flow at t = 1 from
             zeros in place of noise. It decodes in one step, whatever steps, guidance and noise are asked for, and the
             options of t have no effect.
+        started_from: note of a training: source and hash of the weights that it started from; empty for new ones.
     """
 
     vae: VAEConfig | None = VAEConfig()
@@ -142,6 +143,7 @@ class FlexTokConfig:
     missing_tokens: MissingTokens = "mask"
     causal_registers: bool = True
     objective: Objective = "flow"
+    started_from: str = ""
 
     def __post_init__(self) -> None:
         as_tuples(self, "fsq_levels", "grid_size")

@@ -29,6 +29,7 @@ PUBLISHED_VAE = VAEConfig()  # the architecture that the official code builds fo
 _BESIDE = "config.json"
 # By other facts, by the modules that there are, or by the values of the position tables.
 _SAID_OTHERWISE = {"vae", "patch_size", "repa_layer", "timestep_law", "layout", "missing_tokens", "position_base"}
+_NOTES = {"started_from"}  # for which the official format has no place
 _ENC, _DEC = "encoder.module_dict.", "decoder.module_dict."
 _PREFIXES = {  # start of a name in our state dict -> start of the official name
     "vae.vae.": "vae.vae.",
@@ -177,7 +178,7 @@ def config_to_official(config: FlexTokConfig) -> dict[str, Any]:
     facts = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     grid = config.layout == "grid"
     parts = parts_of(Variant(grid, nested_dropout=config.missing_tokens == "mask"))
-    known = fact_names(parts) | _SAID_OTHERWISE | ({"num_registers", "nested_dropout"} if grid else set())
+    known = fact_names(parts) | _SAID_OTHERWISE | _NOTES | ({"num_registers", "nested_dropout"} if grid else set())
     for field in dataclasses.fields(config):
         if field.name not in known and facts[field.name] != field.default:
             raise ValueError(

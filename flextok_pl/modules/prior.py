@@ -16,10 +16,11 @@ from flextok_pl.config import PriorConfig, config_from_dict
 from flextok_pl.contracts import Batch, run_folder
 from flextok_pl.cost.models import prior_flops
 from flextok_pl.models.prior import Prior
+from flextok_pl.models.starting import Start
 from flextok_pl.models.text import TextEncoder
 from flextok_pl.models.token_loss import token_loss
 from flextok_pl.modules.prior_base import PriorBase, TokenOutputs
-from flextok_pl.modules.resume import ResumableModule
+from flextok_pl.modules.starting import StartedModule
 from flextok_pl.modules.steps import log_means, step_generator
 from flextok_pl.modules.width_transfer import WidthPart, check_base_width, rescale_initial_weights
 from flextok_pl.runtime.sharding import gather_for_evaluation, shard, shard_again, whole_weights
@@ -29,7 +30,7 @@ _CLASS_NAMES = "class_names"
 """Where a checkpoint holds the names of the classes that the prior is trained on."""
 
 
-class PriorModule(ResumableModule, PriorBase):
+class PriorModule(StartedModule, PriorBase):
     """Trains a prior on token shards, or on images that it tokenizes as it goes.
 
     At the end of a fit the weights in use, averaged where an averaging callback runs, are exported as
@@ -41,6 +42,10 @@ class PriorModule(ResumableModule, PriorBase):
         text_encoder: for a prior of texts: `minilm`, or a T5 such as `google/flan-t5-xl`. It is not stored in
             checkpoints. Where shards hold text states it only encodes the empty string.
         text_encoder_dtype: `float32` or `bfloat16`.
+        init_from: finished prior whose weights to start from: a `.safetensors` file, a folder or a Hub id. It must fit
+            `net`. A training that goes on from a checkpoint does without it.
+        init_parts: which of them: `blocks`, `head`, `class_embedding`, ..., or what is below, such as `blocks.0`; None
+            for all. The others are new.
         lr: peak learning rate.
         betas: of AdamW.
         weight_decay: of matrices; embeddings, positions and norms have none.
@@ -63,6 +68,8 @@ class PriorModule(ResumableModule, PriorBase):
         tokenizer: str | None = None,
         text_encoder: str | None = None,
         text_encoder_dtype: Literal["float32", "bfloat16"] = "float32",
+        init_from: str | None = None,
+        init_parts: list[str] | None = None,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.05,
@@ -89,12 +96,18 @@ class PriorModule(ResumableModule, PriorBase):
         self.save_hyperparameters(ignore="net")
         self.hparams["net"] = dataclasses.asdict(net)  # plain types: a checkpoint must load with weights_only
         self.seed = seed
+        self.check_start()
         for part in self.width_parts():
             rescale_initial_weights(part)
         self.prior.checkpoint_activations(activation_checkpointing)
         if compile_blocks:
             for block in self.prior.blocks:
                 block.compile()
+
+    @property
+    def network(self) -> Prior:
+        """The prior."""
+        return self.prior
 
     @property
     def flops_per_sample(self) -> float:
@@ -113,6 +126,18 @@ class PriorModule(ResumableModule, PriorBase):
             raise ValueError("these shards hold no tokens: write some (flextok data tokens), or set model.tokenizer")
         names = config.class_names or (getattr(data, "classes", ()) if self.num_classes else ())
         self.prior.trained_on(made_by["sha256"], names)
+
+    def on_start(self, start: Start) -> None:
+        """Learn whose tokens and which classes the weights know."""
+        own, its = self.prior.config, start.source.config
+        assert isinstance(its, PriorConfig)
+        taken = {name.partition(".")[0] for name in start.taken}
+        tokenizer = its.tokenizer if taken & {"token_embedding", "head"} else ""
+        names = its.class_names if "class_embedding" in taken else ()
+        self.check_classes(names, f"init_from={self.hparams['init_from']!r}")
+        self.prior.trained_on(tokenizer or own.tokenizer, names or own.class_names)
+        if self.tokenizer is not None:
+            self.check_tokens(f"tokenizer={self.hparams['tokenizer']!r}", self.tokenizer_id)
 
     def frozen_weights(self) -> dict[str, str]:
         """The tokenizer's, where there is one."""

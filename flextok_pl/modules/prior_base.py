@@ -57,14 +57,14 @@ class PriorBase(pl.LightningModule):
             network = FlexTok.from_pretrained(tokenizer)
             self.tokenizer = Frozen(network, follows=False)
             self.tokenizer_id = network.identity()
-            self._check_tokens(f"tokenizer={tokenizer!r}", self.tokenizer_id)
+            self.check_tokens(f"tokenizer={tokenizer!r}", self.tokenizer_id)
 
     def setup(self, stage: str) -> None:
         """Check that tokens, classes and text states of the shards fit the prior."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         source, encoder = getattr(data, "tokenizer", None), getattr(data, "text_encoder", None)
         if source is not None:
-            self._check_tokens("the set of token shards", source)
+            self.check_tokens("the set of token shards", source)
         if self.condition_kind == "class" and hasattr(data, "require_same_classes"):
             data.require_same_classes()
         self.check_classes(getattr(data, "classes", ()), "the shards")
@@ -90,7 +90,8 @@ class PriorBase(pl.LightningModule):
                 "(flextok data folder --classes), or train another prior on it"
             )
 
-    def _check_tokens(self, source: str, made_by: Mapping[str, Any]) -> None:
+    def check_tokens(self, source: str, made_by: Mapping[str, Any]) -> None:
+        """Check that a source, named in errors, has tokens of the tokenizer that the prior knows, if it knows one."""
         config = self.prior.config
         for name in ("vocab_size", "num_tokens"):
             if made_by[name] != getattr(config, name):

@@ -27,7 +27,10 @@ from flextok_pl.runtime.lightning_internals import attached_trainer
 APPLIED = ("lr", "betas", "weight_decay", "warmup_steps", "min_lr_ratio", "repa_until")
 """Options that a training goes on with as they are given now."""
 
-WITHOUT_EFFECT = ("activation_checkpointing", "compile_blocks", "loss_chunk", "scale_batches", "init")
+WITHOUT_EFFECT = (
+    *("activation_checkpointing", "compile_blocks", "loss_chunk", "scale_batches"),
+    *("init", "init_from", "init_parts", "started_from"),
+)
 """Options that change how something is computed, or only how a training begins."""
 
 EVALUATED = ("net", "vae", "tokenizer", "text_encoder", "text_encoder_dtype", "_class_path")

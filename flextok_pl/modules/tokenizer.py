@@ -36,7 +36,7 @@ from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
 from flextok_pl.modules.loss_buckets import LossBuckets
 from flextok_pl.modules.repa_stop import aligned_steps, check_share, without_alignment
-from flextok_pl.modules.resume import ResumableModule
+from flextok_pl.modules.starting import StartedModule
 from flextok_pl.modules.steps import (
     SampleMeans,
     evaluation_generators,
@@ -56,7 +56,7 @@ from flextok_pl.runtime.lightning_internals import step_ends
 from flextok_pl.runtime.sharding import gather_for_evaluation, shard, shard_again, whole_weights
 
 
-class TokenizerModule(ResumableModule):
+class TokenizerModule(StartedModule):
     """Trains the register encoder, the quantiser's codes and the flow decoder on VAE latents.
 
     Batches carry images, or latents that the same VAE made, with features of the same teacher. VAE and teacher are
@@ -68,6 +68,10 @@ class TokenizerModule(ResumableModule):
         net: the model. Its `vae` describes the autoencoder and is replaced by that of `vae` where given.
         vae: folder or Hub id of a trained autoencoder, or a FlexTok `.safetensors` file whose autoencoder to use. None
             builds `net.vae` with random weights, which makes sense for kind `pixel` only.
+        init_from: finished tokenizer whose weights to start from: a `.safetensors` file, a folder or a Hub id. It must
+            fit `net`, and have the autoencoder of `vae`. A training that goes on from a checkpoint does without it.
+        init_parts: which of them: `encoder`, `decoder`, or what is below, such as `decoder.blocks`; None for all. The
+            others are new.
         lr: peak learning rate.
         betas: of AdamW.
         weight_decay: of matrices; biases, tokens and positions have none.
@@ -102,6 +106,8 @@ class TokenizerModule(ResumableModule):
         self,
         net: FlexTokConfig,
         vae: str | None = None,
+        init_from: str | None = None,
+        init_parts: list[str] | None = None,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.05,
@@ -140,6 +146,7 @@ class TokenizerModule(ResumableModule):
         if mup_base_width is not None:
             check_base_width(mup_base_width, math.lcm(4, net.encoder_head_dim, net.decoder_head_dim))
         self.tokenizer = build_tokenizer(net, vae)
+        self.check_start()
         self.teacher_name, self.teacher_weights, self.seed = teacher, teacher_weights, seed
         self._vae_hash: str | None = None
         self.routing = build_routing(route_share, route_blocks, net, teacher is not None)
@@ -160,6 +167,11 @@ class TokenizerModule(ResumableModule):
                 compile_for_all_lengths(part.blocks)
         self.train_loss = LossBuckets(net.num_registers)
         self.val_loss = LossBuckets(net.num_registers)
+
+    @property
+    def network(self) -> FlexTok:
+        """The tokenizer."""
+        return self.tokenizer
 
     @property
     def reconstructor(self) -> FlexTok:
@@ -194,6 +206,7 @@ class TokenizerModule(ResumableModule):
 
     def setup(self, stage: str) -> None:
         """Check that precomputed latents and features fit the model, and load the teacher where there are none."""
+        super().setup(stage)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         latents, features = getattr(data, "autoencoder", None), getattr(data, "teacher", None)
         if latents is not None and "sha256" in latents:

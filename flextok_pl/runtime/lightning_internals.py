@@ -37,6 +37,15 @@ def attached_trainer(module: pl.LightningModule) -> pl.Trainer | None:
     return module._trainer
 
 
+def goes_on(trainer: pl.Trainer) -> bool:
+    """Whether a run loads a checkpoint, for a module's `setup`; all processes must ask.
+
+    Lightning's own trainer says so too late. Its answer is no, and a checkpoint is loaded over what was there.
+    """
+    connector = trainer._checkpoint_connector
+    return isinstance(connector, CheckpointConnector) and connector.found() is not None
+
+
 def shard_over_all_processes(strategy: ModelParallelStrategy) -> None:
     """Put all processes in one data-parallel group; to be called once their number is known."""
     strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
@@ -151,24 +160,46 @@ class CheckpointConnector(_CheckpointConnector):
     That takes reading all of it. The first process does, and tells the others, which are connected by then.
     """
 
+    def __init__(self, trainer: pl.Trainer) -> None:
+        super().__init__(trainer)
+        self._asked: Any = None  # for a checkpoint
+        self._answer: tuple[str | Path | None] | None = None  # the one there is, once that was found out
+
+    def _select_ckpt_path(self, *arguments: Any, **options: Any) -> str | Path | None:
+        """Remember what a run is asked to go on from."""
+        self._asked, self._answer = super()._select_ckpt_path(*arguments, **options), None
+        return self._asked  # type: ignore[no-any-return]
+
     def _parse_ckpt_path(
         self, state_fn: TrainerFn, ckpt_path: Any, model_provided: bool, model_connected: bool
     ) -> str | Path | None:
-        """Leave `last` for `resume_start`, which knows the run's folder."""
+        """Leave `last` for `found`, which knows the run's folder."""
         if str(ckpt_path) == LAST:
             return LAST
         return super()._parse_ckpt_path(state_fn, ckpt_path, model_provided, model_connected)
 
+    def found(self) -> str | Path | None:
+        """The checkpoint that this run loads, or None; ValueError for a damaged one without one to go back to.
+
+        All processes must ask, from a module's `setup` on.
+        """
+        if self._answer is None:
+            path = self._asked
+            if path is not None and "://" not in str(path):
+                is_last = str(path) == LAST
+                path = checkpoint_folder(self.trainer) if is_last else Path(path)
+                answer: Any = self._find(path, is_last) if self.trainer.is_global_zero else None
+                path, problem = self.trainer.strategy.broadcast(answer)
+                if problem is not None:
+                    raise ValueError(problem)
+            self._answer = (path,)
+        return self._answer[0]
+
     def resume_start(self, checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
-        """Load a checkpoint, if there is one; refuse a damaged one without one to go back to."""
-        if checkpoint_path is not None and "://" not in str(checkpoint_path):
-            is_last = str(checkpoint_path) == LAST
-            path = checkpoint_folder(self.trainer) if is_last else Path(checkpoint_path)
-            found: Any = self._find(path, is_last) if self.trainer.is_global_zero else None
-            checkpoint_path, problem = self.trainer.strategy.broadcast(found)
-            if problem is not None:
-                raise ValueError(problem)
-        super().resume_start(checkpoint_path, weights_only)
+        """Load the checkpoint, if there is one."""
+        if checkpoint_path != self._asked:
+            self._asked, self._answer = checkpoint_path, None
+        super().resume_start(self.found(), weights_only)
 
     def _find(self, path: Path, is_last: bool) -> tuple[str | None, str | None]:
         """The checkpoint to load, and what keeps from it."""

@@ -28,6 +28,7 @@ METHODS: dict[Callable[..., Any], list[str]] = {
     _TrainingEpochLoop._should_check_val_fx: ["self", "data_fetcher"],
     _CheckpointConnector.__init__: ["self", "trainer"],
     _CheckpointConnector.resume_start: ["self", "checkpoint_path", "weights_only"],
+    _CheckpointConnector._select_ckpt_path: ["self", "state_fn", "ckpt_path", "model_provided", "model_connected"],
     _CheckpointConnector._parse_ckpt_path: ["self", "state_fn", "ckpt_path", "model_provided", "model_connected"],
     ModelCheckpoint._monitor_candidates: ["self", "trainer"],
     ModelCheckpoint._save_last_checkpoint: ["self", "trainer", "monitor_candidates"],

@@ -1,0 +1,158 @@
+"""Start a new model from the weights of a finished one, or say by name what keeps it from that."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flextok_pl.contracts import weights_hash
+from flextok_pl.models.prior import Prior
+from flextok_pl.models.tokenizer import FlexTok
+from flextok_pl.models.vae import VAE
+
+NOTES = frozenset({"tokenizer", "text_encoder", "null_text_length", "class_names", "started_from"})
+"""Options that say what belongs to a model. The states of the empty string stay those of the own text encoder."""
+
+OF_NEW_MODELS = frozenset({"vae", "position_base"})
+"""Options that decide about a new model only; an autoencoder is frozen, and given by itself."""
+
+OF_TRAINING = frozenset({"nested_dropout", "null_dropout", "timestep_law", "mode_scale", "stratified", "repa_layer"})
+"""Options that decide how a model is trained, and not what it computes."""
+
+OF_SHAPES = frozenset(
+    {"num_classes", "text_width", "vocab_size", "num_tokens", "depth", "width", "mlp_ratio", "qk_norm"}
+    | {"latent_channels", "encoder_width", "encoder_depth", "decoder_width", "decoder_depth", "num_registers"}
+    | {"grid_size", "time_frequencies"}
+)
+"""Options that names and shapes of tensors show: where those fit, these do."""
+
+OF_PARTS = {
+    **{"head_dim": "blocks", "encoder_head_dim": "encoder", "decoder_head_dim": "decoder"},
+    **{"causal_registers": "encoder", "max_timestep": "decoder", "objective": "decoder"},
+    "missing_tokens": "decoder",,
+}
+"""Options that matter to one part only."""
+
+_SHOWN = 5
+
+
+class Start(NamedTuple):
+    """What a model has started from."""
+
+    source: Prior | FlexTok  # the finished model
+    taken: frozenset[str]  # names of the weights
+    note: str  # where they came from: the source as it was given, and the hash of its weights
+
+
+def check_parts(network: Prior | FlexTok, source: str | None, parts: Sequence[str] | None) -> None:
+    """Refuse parts that the model does not have; None for all."""
+    if parts is None:
+        return
+    if source is None or not parts:
+        wrong = "takes nothing; null takes all" if source is not None else "needs model.init_from"
+        raise ValueError(f"init_parts={list(parts)} {wrong}")
+    names = list(_weights(network))
+    for part in parts:
+        if not any(_within(name, [part]) for name in names):
+            known = sorted({name.partition(".")[0] for name in names})
+            raise ValueError(
+                f"init_parts has {part!r}, which is no part of the model; it has {', '.join(known)}, and what is below "
+                f"them, such as {names[0]}"
+            )
+
+
+def start_from(network: Prior | FlexTok, source: str, parts: Sequence[str] | None = None) -> Start:
+    """Give a model the weights of a finished one, in place.
+
+    Args:
+        network: a new model, on the CPU. Buffers and a tokenizer's autoencoder stay as they are.
+        source: see `from_pretrained` of its class.
+        parts: beginnings of the names of what to take, such as `encoder` or `blocks.0`; None for all.
+
+    Raises:
+        ValueError: there is no such model, or it does not fit: a configuration that computes something else, weights
+            of other names or shapes, or, for all of a tokenizer, another autoencoder.
+    """
+    try:
+        given = type(network).from_pretrained(source)
+    except ValueError as error:
+        raise ValueError(f"init_from={source!r}: {error}") from error
+    there, here = _weights(given, parts), _weights(network, parts)
+    wrong = _wrong_tensors(there, here)
+    concerned = {name.partition(".")[0] for name in here}
+    differing = {
+        name: values
+        for name, values in _differing(given.config, network.config).items()
+        if (name not in OF_PARTS or OF_PARTS[name] in concerned) and (wrong or name not in OF_SHAPES)
+    }
+    if wrong or differing:
+        facts = [f"{name} is {_plain(its)} there and {_plain(own)} here" for name, (its, own) in differing.items()]
+        options = [f"model.net.{name}={_plain(its)}" for name, (its, _) in differing.items()]
+        remedy = f"set {_some(options, ' ')}" if options else "give a model of this architecture"
+        raise ValueError(
+            f"init_from={source!r} does not fit the model: {_some(facts or wrong, '; ')}; {remedy}, or name the parts "
+            "to take as model.init_parts"
+        )
+    if isinstance(given, FlexTok) and isinstance(network, FlexTok) and parts is None:
+        _check_autoencoder(given, network, source)
+    with torch.no_grad():
+        for name, weight in here.items():
+            weight.copy_(there[name])
+    note = f"{source} ({weights_hash(given)})"
+    return Start(given, frozenset(here), note if parts is None else f"{note}: {', '.join(parts)}")
+
+
+def _check_autoencoder(given: FlexTok, network: FlexTok, source: str) -> None:
+    if given.vae is None or network.vae is None:
+        return
+    its, own = _latents_of(given.require_vae()), _latents_of(network.require_vae())
+    if its != own:
+        raise ValueError(
+            f"init_from={source!r} knows latents of the autoencoder {its}, and the model has {own}: set model.vae to "
+            "the former, such as the .safetensors file that holds both, or name model.init_parts=[encoder,decoder] to "
+            "train them on other latents"
+        )
+
+
+def _latents_of(vae: VAE) -> dict[str, Any]:
+    """What decides about an autoencoder's latents: its weights, by their hash, and its scale."""
+    config = vae.config
+    return {"sha256": weights_hash(vae), "scaling_factor": config.scaling_factor, "shift_factor": config.shift_factor}
+
+
+def _weights(network: Prior | FlexTok, parts: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """Name -> parameter, of all that may be taken or of some parts."""
+    found = ((name, weight) for name, weight in network.named_parameters() if not _within(name, ["vae"]))
+    return {name: weight for name, weight in found if parts is None or _within(name, parts)}
+
+
+def _within(name: str, parts: Iterable[str]) -> bool:
+    return any(f"{name}.".startswith(f"{part}.") for part in parts)
+
+
+def _differing(there: Any, here: Any) -> dict[str, tuple[Any, Any]]:
+    """Option -> its values in two configurations of one class, where they differ in more than notes."""
+    names = [field.name for field in dataclasses.fields(there)]
+    counted = [name for name in names if name not in NOTES | OF_NEW_MODELS | OF_TRAINING]
+    values = {name: (getattr(there, name), getattr(here, name)) for name in counted}
+    return {name: (its, own) for name, (its, own) in values.items() if its != own}
+
+
+def _wrong_tensors(there: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> list[str]:
+    wrong = [f"{name} is missing there" for name in here if name not in there]
+    wrong += [f"{name} is there, and not here" for name in there if name not in here]
+    shapes = [(name, list(there[name].shape), list(here[name].shape)) for name in here if name in there]
+    return wrong + [f"{name} is {its} there and {own} here" for name, its, own in shapes if its != own]
+
+
+def _plain(value: Any) -> str:
+    """As it is written in YAML and on the command line."""
+    return json.dumps(value)
+
+
+def _some(facts: Sequence[str], between: str) -> str:
+    more = f"{between}and {len(facts) - _SHOWN} more" if len(facts) > _SHOWN else ""
+    return f"{between.join(facts[:_SHOWN])}{more}"

@@ -1,0 +1,275 @@
+"""Models that start from the weights of finished ones: what they take, and what they refuse by name."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from flextok_pl.callbacks import EMA
+from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig
+from flextok_pl.contracts import weights_hash
+from flextok_pl.models.prior import Prior
+from flextok_pl.models.starting import check_parts, start_from
+from flextok_pl.models.tokenizer import FlexTok
+from flextok_pl.modules import PriorModule, TokenizerModule
+from flextok_pl.runtime import Trainer
+
+PRIOR = PriorConfig(num_classes=4, vocab_size=30, num_tokens=8, depth=2, width=32, head_dim=16)
+TOKENIZER = dataclasses.replace(FlexTokConfig.preset("tiny"), encoder_depth=1, decoder_depth=1)
+
+
+def saved(folder: Path, config: PriorConfig | FlexTokConfig, seed: int = 1, **changes: Any) -> str:
+    """The file of a new model."""
+    torch.manual_seed(seed)
+    kind = Prior if isinstance(config, PriorConfig) else FlexTok
+    return str(kind(dataclasses.replace(config, **changes)).save_pretrained(folder / f"{seed}.safetensors"))  # type: ignore
+
+
+def weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> set[str]:
+    """Names of the tensors that are equal, of two models of one kind."""
+    assert one.keys() == other.keys()
+    return {name for name, value in one.items() if torch.equal(value, other[name])}
+
+
+@pytest.mark.parametrize("config", [PRIOR, TOKENIZER], ids=["prior", "tokenizer"])
+def test_all_weights(config: Any, tmp_path: Path) -> None:
+    file, network = saved(tmp_path, config), type(config)(**vars(config))
+    model = Prior(network) if config is PRIOR else FlexTok(network)
+    given = type(model).from_pretrained(file)
+    start = start_from(model, file)
+    assert same(weights(model), weights(given)) == {*weights(given)}
+    assert start.note == f"{file} ({weights_hash(given)})" and model.config == config
+
+
+def test_parts(tmp_path: Path) -> None:
+    file, model = saved(tmp_path, PRIOR, num_classes=7), Prior(PRIOR)
+    before = weights(model)
+    start = start_from(model, file, ["blocks.0", "head", "start"])
+    given = weights(Prior.from_pretrained(file))
+    taken = {name for name in before if name.startswith(("blocks.0.", "head.")) or name == "start"}
+    assert start.taken == taken and start.note.endswith("): blocks.0, head, start")
+    ones = {name for name in taken if "norm" in name}  # of every new model
+    assert same(weights(model), before) & taken == ones
+    assert all(torch.equal(model.state_dict()[name], given[name]) for name in taken)
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before.keys() - taken)
+
+
+def test_what_a_training_may_change(tmp_path: Path) -> None:
+    """Laws of training, notes, and the fill of tables that are taken; a text prior keeps its own empty string."""
+    file = saved(tmp_path, TOKENIZER, nested_dropout="uniform", null_dropout=0.5, repa_layer=0, position_base=10.0)
+    model = FlexTok(TOKENIZER)
+    start_from(model, file)
+    assert torch.equal(model.decoder.patch_posemb, FlexTok.from_pretrained(file).decoder.patch_posemb)
+    text = dataclasses.replace(PRIOR, num_classes=0, text_width=6)
+    file = saved(tmp_path, text, 2, tokenizer="a" * 16, text_encoder="other", null_text_length=3)
+    prior = Prior(text)
+    prior.set_null_text(torch.ones(1, 6))
+    start_from(prior, file)
+    assert torch.equal(prior.null_text, torch.ones(1, 6)) and prior.config == text
+    assert torch.equal(prior.text_projection[0].weight, Prior.from_pretrained(file).text_projection[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("there", "parts", "messages"),
+    [
+        (
+            {"depth": 3, "width": 64},
+            None,
+            ["depth is 3 there and 2 here; width is 64 there and 32 here; set model.net.depth=3 model.net.width=64"],
+        ),
+        ({"num_classes": 5}, None, ["num_classes is 5 there and 4 here; set model.net.num_classes=5", "init_parts"]),
+        ({"num_classes": 0, "text_width": 6}, None, ["text_width is 6 there and null here"]),
+        ({"head_dim": 32}, None, ["head_dim is 32 there and 16 here; set model.net.head_dim=32"]),
+        ({"head_dim": 32}, ["blocks.1"], ["set model.net.head_dim=32"]),
+        ({"mlp_ratio": 2.0}, ["blocks"], ["set model.net.mlp_ratio=2.0"]),
+        ({"qk_norm": True}, ["blocks"], ["set model.net.qk_norm=true"]),
+    ],
+)
+def test_priors_that_do_not_fit(there: dict[str, Any], parts: Any, messages: list[str], tmp_path: Path) -> None:
+    file, model = saved(tmp_path, PRIOR, **there), Prior(PRIOR)
+    before = weights(model)
+    with pytest.raises(ValueError, match="init_from=.* does not fit the model: ") as refused:
+        start_from(model, file, parts)
+    assert all(message in str(refused.value) for message in messages), refused.value
+    assert same(weights(model), before) == {*before}
+
+
+def test_parts_fit_though_others_do_not(tmp_path: Path) -> None:
+    file = saved(tmp_path, PRIOR, head_dim=32, depth=1, num_classes=9, num_tokens=16)
+    start_from(Prior(PRIOR), file, ["token_embedding", "head", "norm"])
+    start_from(Prior(dataclasses.replace(PRIOR, head_dim=32)), file, ["blocks.0"])
+    with pytest.raises(ValueError, match=r"positions is \[16, 32\] there and \[8, 32\]|num_tokens is 16 there"):
+        start_from(Prior(PRIOR), file, ["positions"])
+
+
+@pytest.mark.parametrize(
+    ("there", "parts", "message"),
+    [
+        ({"fsq_levels": (7, 5, 5, 5, 5, 5)}, None, r"set model.net.fsq_levels=\[7, 5, 5, 5, 5, 5\]"),
+        ({"causal_registers": False}, ["encoder"], "causal_registers is false there and true here"),
+        ({"objective": "mse"}, ["decoder.blocks"], 'set model.net.objective="mse"'),
+        ({"num_registers": 8}, None, "num_registers is 8 there and 16 here"),
+        ({"decoder_head_dim": 16}, None, "decoder_head_dim is 16 there"),
+        ({"vae": VAEConfig("pixel", 12, scaling_factor=2.0)}, None, r"set model.vae to .* model.init_parts=\[encoder"),
+    ],
+)
+def test_tokenizers_that_do_not_fit(there: dict[str, Any], parts: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        start_from(FlexTok(TOKENIZER), saved(tmp_path, TOKENIZER, **there), parts)
+
+
+def test_one_side_of_a_tokenizer(tmp_path: Path) -> None:
+    """A decoder of another size, or with another objective, for a finished encoder, on latents of another scale."""
+    vae = VAEConfig("pixel", 12, scaling_factor=2.0)
+    file = saved(tmp_path, TOKENIZER, decoder_head_dim=16, decoder_depth=3, objective="mse", vae=vae)
+    model = FlexTok(TOKENIZER)
+    decoder = weights(model.decoder)
+    start_from(model, file, ["encoder"])
+    given = FlexTok.from_pretrained(file)
+    assert same(weights(model.encoder), weights(given.encoder)) == {*weights(given.encoder)}
+    assert same(weights(model.decoder), decoder) == {*decoder}
+
+
+def test_an_official_tokenizer(golden_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the published format, with a small autoencoder in the place of the published one."""
+    source = FlexTok.from_pretrained(golden_dir, vae_config=golden_dir / "vae_config.json")
+    monkeypatch.setattr("flextok_pl.interop.official.PUBLISHED_VAE", source.config.vae)
+    model = FlexTok(source.config, source.vae)
+    assert not torch.equal(model.decoder.head.proj.weight, source.decoder.head.proj.weight)
+    start_from(model, str(golden_dir))
+    assert same(weights(model), weights(source)) == {*weights(source)}
+
+
+@pytest.mark.parametrize(
+    ("source", "parts", "message"),
+    [
+        ("x", ["encodr"], "init_parts has 'encodr', which is no part of the model; it has decoder, encoder"),
+        ("x", ["encoder", "encoder.block"], "'encoder.block'"),
+        ("x", ["vae"], "'vae'"),
+        ("x", [], "null takes all"),
+        (None, ["encoder"], "needs model.init_from"),
+    ],
+)
+def test_parts_that_there_are_not(source: str | None, parts: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_parts(FlexTok(TOKENIZER), source, parts)
+    with pytest.raises(ValueError, match=message):
+        TokenizerModule(TOKENIZER, init_from=source, init_parts=parts)
+
+
+def test_sources_that_there_are_not(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="init_from='nowhere': no checkpoint 'nowhere'"):
+        start_from(Prior(PRIOR), "nowhere")
+    with pytest.raises(ValueError, match="init_from=.* is no Prior checkpoint"):
+        start_from(Prior(PRIOR), saved(tmp_path, TOKENIZER))
+
+
+class Sequences(pl.LightningDataModule):
+    """Token shards of one batch, made by a tokenizer."""
+
+    def __init__(self, sha256: str = "a" * 16, classes: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.tokenizer = {"sha256": sha256, "vocab_size": 30, "num_tokens": 8}
+        self.classes = classes
+
+    def train_dataloader(self) -> DataLoader:
+        batch = {"tokens": torch.arange(8).repeat(4, 1), "label": torch.arange(4), "key": list("abcd")}
+        return DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
+
+    test_dataloader = val_dataloader = train_dataloader
+
+
+def starting(file: str, **options: Any) -> PriorModule:
+    return PriorModule(options.pop("net", PRIOR), init_from=file, lr=1e-2, warmup_steps=0, **options)
+
+
+def trainer(path: Path, max_steps: int = 1) -> Trainer:
+    options = {"enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0}
+    return Trainer(accelerator="cpu", max_steps=max_steps, default_root_dir=path, log_every_n_steps=1, **options)
+
+
+def test_weights_stay_what_a_run_or_a_checkpoint_made_them(tmp_path: Path) -> None:
+    """The source is read once, in whatever is run first, and never where a checkpoint was loaded."""
+    file = saved(tmp_path, PRIOR)
+    expected = weights(Prior.from_pretrained(file))
+    module = starting(file)
+    trainer(tmp_path / "a").test(module, Sequences(), verbose=False)
+    assert same(weights(module.prior), expected) == {*expected}, "an evaluation begins with them, too"
+    run = trainer(tmp_path / "a")
+    run.fit(module, Sequences())
+    trained = weights(module.prior)
+    assert not torch.equal(trained["head.weight"], expected["head.weight"])
+    run.test(module, Sequences(), verbose=False)
+    (checkpoint,) = {each.resolve() for each in (tmp_path / "a" / "checkpoints").glob("*.ckpt")}
+    loaded = PriorModule.load_from_checkpoint(checkpoint, weights_only=True)
+    assert loaded.prior.config.started_from == loaded.hparams["started_from"] == module.hparams["started_from"]
+    Path(file).unlink()
+    again = starting(file)
+    trainer(tmp_path / "a").test(again, Sequences(), ckpt_path=checkpoint, verbose=False)
+    for each in (module, loaded, again):
+        trainer(tmp_path / "a").test(each, Sequences(), verbose=False)
+        assert same(weights(each.prior), trained) == {*trained}
+    with pytest.raises(ValueError, match="no checkpoint"):
+        trainer(tmp_path / "b").fit(starting(file), Sequences())
+
+
+def test_tokens_and_classes_that_the_weights_know(tmp_path: Path) -> None:
+    named = saved(tmp_path, PRIOR, tokenizer="a" * 16, class_names=("p", "q", "r", "s"))
+    module = starting(named)
+    trainer(tmp_path / "a").fit(module, Sequences())
+    assert module.class_names == ("p", "q", "r", "s") and module.prior.config.tokenizer == "a" * 16
+    for data, message in (
+        (Sequences("b" * 16), "belongs to tokenizer b+, the prior to tokenizer a+"),
+        (Sequences(classes=("p", "r", "q", "s")), "the prior and the shards differ in classes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path / "b").fit(starting(named), data)
+    other = starting(named, init_parts=["blocks", "norm", "positions", "start"])
+    trainer(tmp_path / "c").fit(other, Sequences("b" * 16, ("w", "x", "y", "z")))
+    assert other.class_names == ("w", "x", "y", "z") and other.prior.config.tokenizer == "b" * 16
+    net = dataclasses.replace(PRIOR, class_names=("s", "q", "r", "p"))
+    with pytest.raises(ValueError, match="the prior and init_from=.* differ in classes"):
+        trainer(tmp_path / "d").fit(starting(named, net=net), Sequences())
+
+
+def test_the_tokenizer_beside_the_prior_is_that_of_its_weights(tmp_path: Path) -> None:
+    tokenizer = saved(tmp_path, TOKENIZER, 5, fsq_levels=(5, 3, 2), num_registers=8)
+    module = starting(saved(tmp_path, PRIOR, tokenizer="a" * 16), tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="tokenizer=.* belongs to tokenizer .*, the prior to tokenizer a+"):
+        trainer(tmp_path / "a").fit(module, Sequences(FlexTok.from_pretrained(tokenizer).identity()["sha256"]))
+
+
+def test_the_average_begins_with_them(tmp_path: Path) -> None:
+    file = saved(tmp_path, PRIOR)
+    averaging = EMA(decay=0.5, update_starting_at_step=1)
+    run = trainer(tmp_path / "a", 2)
+    run.callbacks.append(averaging)
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            head = averaging._weights["prior.head.weight"]  # type: ignore[index]
+            assert torch.equal(head, Prior.from_pretrained(file).head.weight)
+            self.looked = True
+
+    run.callbacks.append(look := Look())
+    run.fit(starting(file), Sequences())
+    assert look.looked
+
+
+def test_an_export_says_where_it_started(tmp_path: Path) -> None:
+    file = saved(tmp_path, PRIOR)
+    trainer(tmp_path / "a").fit(starting(file), Sequences())
+    exported = Prior.from_pretrained(tmp_path / "a" / "prior.safetensors")
+    assert exported.config.started_from == f"{file} ({weights_hash(Prior.from_pretrained(file))})"
+    again = starting(str(tmp_path / "a"))
+    trainer(tmp_path / "b").fit(again, Sequences())
+    assert again.prior.config.started_from == f"{tmp_path / 'a'} ({weights_hash(exported)})"
+    assert "started_from" not in PriorModule(PRIOR).hparams
