@@ -20,6 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.distributed.tensor import DTensor
 
 from flextok_pl.assets import DEMO_TOKENIZER
+from flextok_pl.config import PriorConfig
+from flextok_pl.models.prior import Prior
 from flextok_pl.modules.resume import ResumableModule
 
 ROOT = Path(__file__).parents[2]
@@ -181,6 +183,29 @@ def test_two_processes_train_as_one(
     assert not list(checkpoint.parent.glob(".*")), "nothing unfinished stays"
     resumed = fit(start_ranks, tmp_path / "sharded", strategy, 2, [*arguments, "--ckpt_path", str(checkpoint)])
     assert all(torch.equal(value, exported(resumed)[name]) for name, value in exported(parts).items())
+
+
+def test_processes_start_from_a_model_alike(
+    image_shards: Path, tmp_path: Path, start_ranks: Any, keep_gradients: None
+) -> None:
+    """The average, too, which holds the first weights until step 2; sharded training goes on without the file."""
+    arguments, file = prior_fit(image_shards, tmp_path), tmp_path / "given.safetensors"
+    net = yaml.safe_load((tmp_path / "prior.yaml").read_text())["model"]["init_args"]["net"]
+    torch.manual_seed(5)
+    given = Prior(PriorConfig(**net))
+    given.save_pretrained(file)
+    arguments += ["--model.init_from", str(file), "--ema.update_starting_at_step", "2"]
+    runs = {}
+    for name, processes in (("auto", 1), ("ddp", 2), ("fsdp2", 2)):
+        (tmp_path / name).mkdir()
+        runs[name] = fit(start_ranks, tmp_path / name, name, processes, arguments)
+        assert_same_training(runs[name], runs["auto"])
+        early = torch.load(runs[name] / "checkpoints" / "step0000002.ckpt", weights_only=True)["state_dict"]
+        assert torch.equal(early["prior.head.weight"], given.head.weight)
+    file.unlink()
+    arguments += ["--ckpt_path", str(runs["fsdp2"] / "checkpoints" / "step0000002.ckpt")]
+    resumed = fit(start_ranks, tmp_path / "fsdp2", "fsdp2", 2, arguments)
+    assert all(torch.equal(value, exported(resumed)[name]) for name, value in exported(runs["fsdp2"]).items())
 
 
 def note_weights(rank: int) -> None:
