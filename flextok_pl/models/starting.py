@@ -31,8 +31,7 @@ OF_SHAPES = frozenset(
 
 OF_PARTS = {
     **{"head_dim": "blocks", "encoder_head_dim": "encoder", "decoder_head_dim": "decoder"},
-    **{"causal_registers": "encoder", "max_timestep": "decoder", "objective": "decoder"},
-    "missing_tokens": "decoder",,
+    **{"causal_registers": "encoder", "max_timestep": "decoder", "objective": "decoder", "missing_tokens": "decoder"},
 }
 """Options that matter to one part only."""
 
