@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +27,15 @@ def tool_parser(command: str, function: Callable[..., Any]) -> ArgumentParser:
     parser = ArgumentParser(prog=f"flextok {command}")
     parser.add_function_arguments(function, as_positional=False)
     return parser
+
+
+def instances(command: str, arguments: Sequence[str], *kinds: type) -> list[Any]:
+    """The options of a command line, as instances of the dataclasses whose fields they are."""
+    parser = ArgumentParser(prog=f"flextok {command}")
+    for kind in kinds:
+        parser.add_class_arguments(kind, None)
+    values = parsed(parser, arguments)
+    return [kind(**{each.name: values[each.name] for each in dataclasses.fields(kind)}) for kind in kinds]
 
 
 def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:

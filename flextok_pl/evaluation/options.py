@@ -201,16 +201,21 @@ class GenerationOptions(EvaluationOptions):
             raise ValueError(f"conditions={self.conditions!r} must be 'balanced' or 'data'")
         self.require_positive("num_samples", "batch_size")
         check_sampling(self.temperature, self.top_k, self.top_p)
-        if (self.classifier == PROBE) != (self.classifier_data is not None):
-            raise ValueError(
-                f"classifier={self.classifier!r} and classifier_data={self.classifier_data!r}: a probe needs real "
-                "images with classes, another classifier none"
-            )
+        check_probe(self.classifier, self.classifier_data)
         if self.reference is not None and Path(self.reference).suffix != ".npz":
             raise ValueError(
                 f"reference={str(self.reference)!r} must be a .npz file; evaluate a split of other images to measure "
                 "against those, and leave it out"
             )
+
+
+def check_probe(classifier: str | None, classifier_data: str | None) -> None:
+    """Refuse a probe without data, and data without a probe."""
+    if (classifier == PROBE) != (classifier_data is not None):
+        raise ValueError(
+            f"classifier={classifier!r} and classifier_data={classifier_data!r}: a probe needs real images with "
+            "classes, another classifier none"
+        )
 
 
 def validations_between(every_n_validations: int, every_n_epochs: int | None) -> int:

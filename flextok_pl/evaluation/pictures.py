@@ -68,9 +68,9 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, format="png")
 
 
-def save_png(image: Tensor, path: Path) -> None:
-    """Write (3, H, W) uint8 as a PNG file."""
-    with whole_file(path, synced=False) as temporary:
+def save_png(image: Tensor, path: Path, synced: bool = False) -> None:
+    """Write (3, H, W) uint8 as a PNG file; see `whole_file`."""
+    with whole_file(path, synced=synced) as temporary:
         Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(temporary, format="png")
 
 

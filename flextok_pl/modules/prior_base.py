@@ -141,13 +141,18 @@ class PriorBase(pl.LightningModule):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> Tensor:
         """All K tokens, (B, K), for (B,) classes, -1 for none; or B texts; or None; see `Prior.generate`."""
-        given: Condition = None
-        if isinstance(condition, Tensor):
-            given = condition.to(self.device)
-        elif condition is not None:
-            with full_precision(self.device):
-                given = self._encode(condition, truncate=False)
+        given = self.encoded_condition(condition)
         return self.prior.generate(given, None, cfg_scale, temperature, top_k, top_p, prefix=None, generator=generator)
+
+    @torch.no_grad()
+    def encoded_condition(self, condition: Tensor | Sequence[str] | None) -> Condition:
+        """What the prior takes for (B,) classes, -1 for none; or B texts; or None; on its device."""
+        if condition is None:
+            return None
+        if isinstance(condition, Tensor):
+            return condition.to(self.device)
+        with full_precision(self.device):
+            return self._encode(condition, truncate=False)
 
     @torch.no_grad()
     def tokens(self, batch: Batch) -> Tensor:

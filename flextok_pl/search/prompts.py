@@ -151,7 +151,7 @@ def _with_keys(prompts: Sequence[Prompt], by_text: bool) -> list[Prompt]:
     seen: Counter[str] = Counter()
     found = []
     for prompt in prompts:
-        asked = f"text {prompt.text}" if by_text and prompt.text else f"class {prompt.label}"
+        asked = f"text {prompt.text}" if by_text and prompt.text else f"class {max(0, prompt.label)}"
         found.append(prompt._replace(key=f"{asked} sample {seen[asked]}"))
         seen[asked] += 1
     return found

@@ -38,7 +38,8 @@ def test_a_key_depends_on_what_is_asked_for_only() -> None:
     alone = prompts_from_options(TEXTS, texts=["blue cup"])
     assert some[1] == alone[0]
     assert [p.key for p in some] == ["text red apple sample 0", "text blue cup sample 0", "text red apple sample 1"]
-    assert prompts_from_options(NOTHING, samples=2)[1].key == "class -1 sample 1"
+    nothing = prompts_from_options(NOTHING, samples=2)[1]
+    assert (nothing.key, nothing.label) == (balanced_prompt(1, 0).key, -1)
 
 
 def test_lines(tmp_path: Path) -> None:
