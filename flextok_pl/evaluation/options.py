@@ -27,8 +27,8 @@ class EvaluationOptions:
     Args:
         budgets: numbers of tokens of the full grid: a list, `all` for 1 to K, or null for the powers of two up to K.
         fit_budgets: those measured during a fit; null for the smallest, the middle and the largest of `budgets`.
-        extractor: feature network: `effnet-lite0` or `effnet-lite2` (offline), `inception-v3-compat` (FID), `dinov2-*` or
-            `clip-*`.
+        extractor: feature network: `effnet-lite0` or `effnet-lite2` (offline), `inception-v3-compat` (FID), `dinov2-*`
+            or `clip-*`.
         weights: a local file with the extractor's weights; null for the packaged or downloaded ones. CLIP's is OpenAI's
             own file and no other, since it is a program.
         num_steps: steps of the decoder's solver.
