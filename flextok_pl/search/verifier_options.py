@@ -53,8 +53,8 @@ class VerifierOptions:
             `classifier_data` and of its reconstructions, or a timm model whose classes are the prior's.
         classifier_data: shard set of real images with classes, for the probe.
         classifier_weights: local weights file of a timm classifier.
-        classifier_extractor: the feature network of the probe: `effnet-lite0` (offline), `inception-v3-compat`,
-            `dinov2-*` or `clip-*`.
+        classifier_extractor: the feature network of the probe: `effnet-lite0` or `effnet-lite2` (offline),
+            `inception-v3-compat`, `dinov2-*` or `clip-*`.
         classifier_extractor_weights: local file with its weights.
         classifier_cache: where a fitted probe is kept between runs; null for nowhere.
         clip: of the verifier `clip`: Hub id or folder of a CLIP model.

@@ -127,7 +127,7 @@ def test_options_make_an_ensemble(tmp_path, monkeypatch):
                 "classifier_data": "x",
                 "classifier_extractor": "inception",
             },
-            "'inception' is unknown; use one of effnet-lite0",
+            "'inception' is unknown; use one of effnet-lite0, effnet-lite2",
         ),
         (
             {"classifier": "probe"},
