@@ -10,7 +10,7 @@ values marked "unconfirmed"; a checkpoint's own metadata always decides.
 """
 
 from flextok_pl.config.checks import config_from_dict
-from flextok_pl.config.prior import PRIOR_PRESETS, PriorConfig
+from flextok_pl.config.prior import PRIOR_PRESETS, Activation, GenerationConfig, NormKind, PriorConfig
 from flextok_pl.config.tokenizer import (
     TOKENIZER_PRESETS,
     FlexTokConfig,
@@ -24,9 +24,12 @@ from flextok_pl.config.tokenizer import (
 __all__ = [
     "PRIOR_PRESETS",
     "TOKENIZER_PRESETS",
+    "Activation",
     "FlexTokConfig",
+    "GenerationConfig",
     "Layout",
     "NestedDropoutLaw",
+    "NormKind",
     "Objective",
     "PriorConfig",
     "TimestepLaw",

@@ -25,6 +25,13 @@ def at_least(config: object, **minima: int) -> None:
             raise ValueError(f"{name}={getattr(config, name)} must be at least {least}")
 
 
+def one_of(config: object, **choices: Any) -> None:
+    """Compare a configuration's options with the `Literal` of what each may be."""
+    for name, known in choices.items():
+        if getattr(config, name) not in get_args(known):
+            raise ValueError(f"{name}={getattr(config, name)!r} is unknown; use one of {get_args(known)}")
+
+
 def preset_of(presets: Mapping[str, ValueT], name: str) -> ValueT:
     """The configuration of this name, or ValueError with the names that there are."""
     if name not in presets:

@@ -2,9 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
-from flextok_pl.config.checks import as_tuples, at_least, preset_of
+from flextok_pl.config.checks import as_tuples, at_least, one_of, preset_of
+
+NormKind = Literal["rms", "layer", "layer_no_bias"]
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+NullClass = Literal["learned", "zero"]
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How those who published a prior generate with it; null leaves an option to the default of the command.
+
+    Args:
+        cfg_scale: guidance of the prior, 1 for none.
+        temperature: of the prior; 0 takes the most likely token.
+        top_k: draw from the k most likely tokens.
+        top_p: draw from the fewest most likely tokens that have this probability together.
+        guidance: of the decoder: `cfg` or `apg`.
+        guidance_scale: its strength.
+        num_steps: steps of the decoder.
+    """
+
+    cfg_scale: float | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    guidance: Literal["cfg", "apg"] | None = None
+    guidance_scale: float | None = None
+    num_steps: int | None = None
+
+    def choose(self, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """Of each option what was given, else what the publisher uses, else the default."""
+        own = {name: getattr(self, name) for name in defaults}
+        return {
+            name: next((value for value in (given[name], own[name]) if value is not None), default)
+            for name, default in defaults.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -15,19 +52,43 @@ class PriorConfig:
 
     Args:
         num_classes: number of classes; 0 for a prior without classes.
-        text_width: E, width of the text encoder's states; None for a prior without text.
+        text_width: E, width of the text encoder's states; null for a prior without text.
         vocab_size: V, number of distinct tokens; that of the tokenizer.
         num_tokens: K, length of a sequence; the tokenizer's `num_registers`.
         depth: number of blocks.
         width: D; 64 * depth in the presets.
         head_dim: width of an attention head.
-        mlp_ratio: SwiGLU hidden width is int(2 * int(mlp_ratio * D) / 3).
-        qk_norm: normalise queries and keys, which keeps large models stable.
+        mlp_ratio: hidden width of the MLP is h = int(mlp_ratio * D), or int(2 * h / 3) where it is gated.
+        qk_norm: normalise queries and keys of self-attention, which keeps large models stable.
         null_text_length: positions of the empty string's states: 1 for T5, 2 for MiniLM.
         tokenizer: hash of the weights of the tokenizer whose tokens it knows; empty where unknown.
+        tokenizer_id: file, folder or Hub id of that tokenizer; empty where unknown.
         text_encoder: name of the text encoder whose states it knows; empty where unknown.
         class_names: names of the classes, or empty.
         started_from: source and hash of the weights that its training started from; empty for new ones.
+        norm: kind of norms: `rms`, or `layer` for LayerNorm with gain and bias, or `layer_no_bias` for gain alone. This
+            and what follows is for published priors; the presets leave it as it is.
+        norm_eps: what norms add to the variance.
+        qk_norm_kind: kind of the norms of queries and keys; null for that of the others.
+        qk_norm_eps: what they add to the variance; null for `norm_eps`.
+        cross_qk_norm: normalise queries and keys of cross-attention, too.
+        qk_scale: factor of self-attention's logits; null for head_dim ** -0.5.
+        qkv_bias: biases of queries, keys and values.
+        bias: biases of the attention's output and of the MLP.
+        head_bias: bias of the head.
+        gated: multiply the MLP's hidden values by a second projection, as in SwiGLU; false for two plain layers.
+        activation: of the MLP: `silu`, `gelu` or `gelu_tanh`, its approximation by tanh.
+        mlp_hidden_width: hidden width of the MLP in place of what `mlp_ratio` gives.
+        fixed_positions: sines and cosines of the position that are not trained, in place of learned positions.
+        final_norm: a norm after the last block.
+        head_norm: one more before the head, a LayerNorm of eps 1e-5.
+        null_class: the null condition is an embedding of its own (`learned`), or nothing is added (`zero`).
+        text_hidden_width: hidden width of the projection of text states; null for D.
+        text_activation: its activation.
+        text_bias: biases of the projection.
+        text_length: most tokens of a text, special ones included.
+        text_mask: cross-attention sees no padding. If false, all texts must be padded to `text_length`.
+        generation: options that `flextok generate` takes where they are not given.
     """
 
     num_classes: int = 0
@@ -41,17 +102,48 @@ class PriorConfig:
     qk_norm: bool = False
     null_text_length: int = 1
     tokenizer: str = ""
+    tokenizer_id: str = ""
     text_encoder: str = ""
     class_names: tuple[str, ...] = ()
     started_from: str = ""
+    norm: NormKind = "rms"
+    norm_eps: float = 1e-6
+    qk_norm_kind: NormKind | None = None
+    qk_norm_eps: float | None = None
+    cross_qk_norm: bool = False
+    qk_scale: float | None = None
+    qkv_bias: bool = False
+    bias: bool = False
+    head_bias: bool = False
+    gated: bool = True
+    activation: Activation = "silu"
+    mlp_hidden_width: int | None = None
+    fixed_positions: bool = False
+    final_norm: bool = True
+    head_norm: bool = False
+    null_class: NullClass = "learned"
+    text_hidden_width: int | None = None
+    text_activation: Activation = "gelu_tanh"
+    text_bias: bool = True
+    text_length: int = 128
+    text_mask: bool = True
+    generation: GenerationConfig = GenerationConfig()
 
     def __post_init__(self) -> None:
         as_tuples(self, "class_names")
         at_least(self, num_classes=0, vocab_size=2, num_tokens=1, depth=1, head_dim=1, null_text_length=1)
+        at_least(self, text_length=1)
+        for name in ("text_width", "mlp_hidden_width", "text_hidden_width"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1, or null")
+        for name in ("norm_eps", "qk_norm_eps", "qk_scale"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        one_of(self, norm=NormKind, activation=Activation, text_activation=Activation, null_class=NullClass)
+        if self.qk_norm_kind is not None:
+            one_of(self, qk_norm_kind=NormKind)
         if self.width < 1 or self.width % self.head_dim:
             raise ValueError(f"width={self.width} must be a multiple of head_dim={self.head_dim}")
-        if self.text_width is not None and self.text_width < 1:
-            raise ValueError(f"text_width={self.text_width} must be at least 1, or null for a prior without text")
         if self.text_width is not None and self.num_classes:
             raise ValueError(
                 f"num_classes={self.num_classes} and text_width={self.text_width}: a prior has one kind of condition; "
@@ -59,6 +151,23 @@ class PriorConfig:
             )
         if self.class_names and len(self.class_names) != self.num_classes:
             raise ValueError(f"class_names has {len(self.class_names)} entries for num_classes={self.num_classes}")
+        if self.fixed_positions and self.width % 4:
+            raise ValueError(f"fixed_positions=true needs a width that is a multiple of 4, not width={self.width}")
+        if self.null_class == "zero" and not self.num_classes:
+            raise ValueError("null_class='zero' is for a prior of classes: set num_classes, or leave it at 'learned'")
+        if not self.text_mask and self.null_text_length != self.text_length:
+            raise ValueError(
+                f"text_mask=false with text_length={self.text_length} and null_text_length={self.null_text_length}: "
+                "where padding is seen, the empty string is padded as any text; set both to the same number"
+            )
+
+    @property
+    def hidden_width(self) -> int:
+        """Hidden width of the MLP."""
+        if self.mlp_hidden_width is not None:
+            return self.mlp_hidden_width
+        plain = int(self.mlp_ratio * self.width)
+        return int(2 * plain / 3) if self.gated else plain
 
     @staticmethod
     def preset(name: str) -> PriorConfig:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from flextok_pl.config.checks import as_tuples, at_least, preset_of
+from flextok_pl.config.checks import as_tuples, at_least, one_of, preset_of
 
 NestedDropoutLaw = Literal["uniform", "pow2", "uniform_pow2", "exponential", "none"]
 TimestepLaw = Literal["logit_normal", "uniform", "mode"]
@@ -171,9 +171,7 @@ class FlexTokConfig:
             raise ValueError(f"position_base={self.position_base} must be above 1; published models have 10000")
         if not 0.0 <= self.null_dropout <= 1.0:
             raise ValueError(f"null_dropout={self.null_dropout} must be a probability in [0, 1]")
-        for name, known in (("layout", Layout), ("missing_tokens", MissingTokens), ("objective", Objective)):
-            if getattr(self, name) not in get_args(known):
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {get_args(known)}")
+        one_of(self, layout=Layout, missing_tokens=MissingTokens, objective=Objective)
         patches = math.prod(self.grid_size)
         if self.layout == "grid" and self.num_registers != patches:
             raise ValueError(

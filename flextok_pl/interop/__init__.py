@@ -4,6 +4,7 @@ Tokenizers and priors are loaded and saved by `FlexTok` and `Prior` themselves, 
 """
 
 from flextok_pl.config import FlexTokConfig, PriorConfig
+from flextok_pl.interop.flexar import FlexAR
 from flextok_pl.interop.format import Format
 from flextok_pl.interop.native import Native
 from flextok_pl.interop.official import Official, config_to_official, official_to_config
@@ -14,4 +15,7 @@ TOKENIZER_FORMATS: dict[str, Format[FlexTokConfig]] = {
     "ours": Native("flextok_pl", "model.safetensors", FlexTokConfig),
     "official": Official(),
 }
-PRIOR_FORMATS: dict[str, Format[PriorConfig]] = {"ours": Native("flextok_pl.prior", "prior.safetensors", PriorConfig)}
+PRIOR_FORMATS: dict[str, Format[PriorConfig]] = {
+    "ours": Native("flextok_pl.prior", "prior.safetensors", PriorConfig),
+    "flexar": FlexAR(),
+}

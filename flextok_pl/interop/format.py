@@ -6,7 +6,7 @@ file with a `Format` in it, listed in `flextok_pl.interop`.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -36,6 +36,15 @@ class Contents(Generic[ConfigT]):
     doubt: str = ""  # what may be wrong where the tensors do not fit the configuration
 
 
+@dataclass(frozen=True)
+class Written:
+    """What is written of a model."""
+
+    metadata: dict[str, str]
+    tensors: Mapping[str, Tensor]  # by their names in the file
+    beside: Mapping[str, str] = field(default_factory=dict)  # texts of files beside it, by name
+
+
 class Format(ABC, Generic[ConfigT]):
     """One way to keep a model in a safetensors file."""
 
@@ -54,5 +63,5 @@ class Format(ABC, Generic[ConfigT]):
         """
 
     @abstractmethod
-    def write(self, config: ConfigT) -> tuple[dict[str, str], Callable[[str], str]]:
-        """Metadata that describe a model, and the names of its tensors in the file, by their name in our state dict."""
+    def write(self, config: ConfigT, weights: Mapping[str, Tensor]) -> Written:
+        """A model by its configuration and state dict; ValueError, which names the option, for what cannot be said."""

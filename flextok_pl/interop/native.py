@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from flextok_pl.config import config_from_dict
-from flextok_pl.interop.format import ConfigT, Contents, Format
+from flextok_pl.interop.format import ConfigT, Contents, Format, Written
 from flextok_pl.interop.tensor_file import TensorFile
 
 VERSION = "1"
@@ -45,7 +47,7 @@ class Native(Format[ConfigT]):
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"its configuration is wrong: {error}") from error
 
-    def write(self, config: ConfigT) -> tuple[dict[str, str], Callable[[str], str]]:
+    def write(self, config: ConfigT, weights: Mapping[str, Tensor]) -> Written:
         """The configuration and our own names."""
         text = json.dumps(dataclasses.asdict(config))
-        return {"format": self.kind, "version": VERSION, "config": text}, lambda name: name
+        return Written({"format": self.kind, "version": VERSION, "config": text}, weights)

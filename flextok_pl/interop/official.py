@@ -7,9 +7,11 @@ file.
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from flextok_pl.config import FlexTokConfig, VAEConfig, config_from_dict
 from flextok_pl.interop.autoencoder import (
@@ -18,7 +20,7 @@ from flextok_pl.interop.autoencoder import (
     vae_config_from_diffusers,
     vae_config_to_diffusers,
 )
-from flextok_pl.interop.format import Contents, Format
+from flextok_pl.interop.format import Contents, Format, Written
 from flextok_pl.interop.official_schema import LAWS, by_our_names, entries_of, fact_names, read, write
 from flextok_pl.interop.official_table import ADDITION, NESTED_DROPOUT, POSITIONS, REGISTERS, TOP, Variant, parts_of
 from flextok_pl.interop.plain_data import check_plain, parse_text, read_json
@@ -80,9 +82,10 @@ class Official(Format[FlexTokConfig]):
 
         return Contents(config, source, _is_repa_head, doubt if vae_config is None else "")
 
-    def write(self, config: FlexTokConfig) -> tuple[dict[str, str], Callable[[str], str]]:
+    def write(self, config: FlexTokConfig, weights: Mapping[str, Tensor]) -> Written:
         """Each part as a Python literal; the autoencoder's tensors are in the file, its architecture is not."""
-        return {key: str(value) for key, value in config_to_official(config).items()}, official_name
+        metadata = {key: str(value) for key, value in config_to_official(config).items()}
+        return Written(metadata, {official_name(name): tensor for name, tensor in weights.items()})
 
 
 def official_name(name: str) -> str:

@@ -1,11 +1,14 @@
 """Causal self-attention with a cache of keys and values, cross-attention over text, and the block of the prior.
 
-The block is that of Llama (https://arxiv.org/abs/2302.13971) without rotary positions, as in LlamaGen
-(https://arxiv.org/abs/2406.06525): RMSNorm before attention and SwiGLU, no biases.
+By default the block is that of Llama (https://arxiv.org/abs/2302.13971) without rotary positions, as in LlamaGen
+(https://arxiv.org/abs/2406.06525): RMSNorm before attention and SwiGLU, no biases. Options of `PriorConfig` make those
+of l3m (https://github.com/apple/ml-l3m), of which published priors consist.
 
 Shapes: B batch, L new positions, P positions in the cache, T text positions, H heads, D width, d head width.
 """
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,9 +16,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from flextok_pl.layers.blocks import SwiGLU
+from flextok_pl.config import Activation, PriorConfig
+from flextok_pl.layers.norm import make_norm
 
-NORM_EPS = 1e-6
+ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 class Window(NamedTuple):
@@ -76,16 +84,15 @@ class KeyValueCache:
 class CausalAttention(nn.Module):
     """Self-attention in which a position sees itself and what came before.
 
-    With `qk_norm`, RMSNorm on the queries and keys of each head (https://arxiv.org/abs/2302.05442).
+    With `qk_norm`, a norm on the queries and keys of each head (https://arxiv.org/abs/2302.05442).
     """
 
-    def __init__(self, width: int, head_dim: int, qk_norm: bool) -> None:
+    def __init__(self, config: PriorConfig) -> None:
         super().__init__()
-        self.head_dim = head_dim
-        self.wqkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width, bias=False)
-        self.q_norm = nn.RMSNorm(head_dim, eps=NORM_EPS) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(head_dim, eps=NORM_EPS) if qk_norm else nn.Identity()
+        self.head_dim, self.scale = config.head_dim, config.qk_scale
+        self.wqkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.width, config.width, bias=config.bias)
+        self.q_norm, self.k_norm = (_head_norm(config, config.qk_norm) for _ in range(2))
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """(B, L, D) -> (B, L, D); with a cache that holds positions already, L must be 1."""
@@ -95,7 +102,7 @@ class CausalAttention(nn.Module):
         if cache is not None:
             assert cache.filled == 0 or x.shape[1] == 1
             k, v, bias = cache.append(k, v)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=x.shape[1] > 1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=x.shape[1] > 1, scale=self.scale)
         return self.proj(rearrange(out, "b h l d -> b l (h d)"))  # type: ignore[no-any-return]
 
 
@@ -114,37 +121,77 @@ class TextMemory(NamedTuple):
 class CrossAttention(nn.Module):
     """Attention over text states."""
 
-    def __init__(self, width: int, head_dim: int) -> None:
+    def __init__(self, config: PriorConfig) -> None:
         super().__init__()
-        self.head_dim = head_dim
-        self.wq = nn.Linear(width, width, bias=False)
-        self.wkv = nn.Linear(width, 2 * width, bias=False)
-        self.proj = nn.Linear(width, width, bias=False)
+        self.head_dim = config.head_dim
+        self.wq = nn.Linear(config.width, config.width, bias=config.qkv_bias)
+        self.wkv = nn.Linear(config.width, 2 * config.width, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.width, config.width, bias=config.bias)
+        self.q_norm, self.k_norm = (_head_norm(config, config.cross_qk_norm) for _ in range(2))
 
     def memory(self, text: Tensor, mask: Tensor) -> TextMemory:
         """Keys and values of (B, T, D) text, which do not depend on the queries."""
         k, v = rearrange(self.wkv(text), "b t (n h d) -> n b h t d", n=2, d=self.head_dim)
-        return TextMemory(k, v, mask)
+        return TextMemory(self.k_norm(k).to(v.dtype), v, mask)
 
     def forward(self, x: Tensor, memory: TextMemory) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
         q = rearrange(self.wq(x), "b l (h d) -> b h l d", d=self.head_dim)
+        q = self.q_norm(q).to(memory.keys.dtype)
         visible = memory.mask[:, None, None, :].expand(-1, 1, x.shape[1], -1)
         out = F.scaled_dot_product_attention(q, memory.keys, memory.values, attn_mask=visible)
         return self.proj(rearrange(out, "b h l d -> b l (h d)"))  # type: ignore[no-any-return]
 
 
-class CausalBlock(nn.Module):
-    """Pre-norm block: self-attention, cross-attention if it is made for `text`, then the MLP."""
+class Activated(nn.Module):
+    """One of `ACTIVATIONS`."""
 
-    def __init__(self, width: int, head_dim: int, mlp_ratio: float, qk_norm: bool, text: bool) -> None:
+    def __init__(self, name: Activation) -> None:
         super().__init__()
-        self.attn_norm = nn.RMSNorm(width, eps=NORM_EPS)
-        self.attn = CausalAttention(width, head_dim, qk_norm)
-        self.cross_norm = nn.RMSNorm(width, eps=NORM_EPS) if text else None
-        self.cross = CrossAttention(width, head_dim) if text else None
-        self.mlp_norm = nn.RMSNorm(width, eps=NORM_EPS)
-        self.mlp = SwiGLU(width, mlp_ratio)
+        self.function = ACTIVATIONS[name]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(...) -> (...)."""
+        return self.function(x)
+
+
+def _head_norm(config: PriorConfig, wanted: bool) -> nn.Module:
+    """The norm of queries or keys, per head."""
+    if not wanted:
+        return nn.Identity()
+    return make_norm(config.qk_norm_kind or config.norm, config.head_dim, config.qk_norm_eps or config.norm_eps)
+
+
+class CausalMLP(nn.Module):
+    """fc2(a(fc1 x) * fc3 x), with SiLU as `a` SwiGLU (https://arxiv.org/abs/2002.05202), or plain fc2(a(fc1 x))."""
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        width, hidden = config.width, config.hidden_width
+        self.activation = Activated(config.activation)
+        self.fc1 = nn.Linear(width, hidden, bias=config.bias)
+        self.fc2 = nn.Linear(hidden, width, bias=config.bias)
+        self.fc3 = nn.Linear(width, hidden, bias=config.bias) if config.gated else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        hidden = self.activation(self.fc1(x))
+        return self.fc2(hidden if self.fc3 is None else hidden * self.fc3(x))  # type: ignore[no-any-return]
+
+
+class CausalBlock(nn.Module):
+    """Pre-norm block: self-attention, cross-attention in a prior of texts, then the MLP."""
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        text = config.text_width is not None
+        norm = partial(make_norm, config.norm, config.width, config.norm_eps)
+        self.attn_norm = norm()
+        self.attn = CausalAttention(config)
+        self.cross_norm = norm() if text else None
+        self.cross = CrossAttention(config) if text else None
+        self.mlp_norm = norm()
+        self.mlp = CausalMLP(config)
 
     def text_memory(self, text: Tensor, mask: Tensor) -> TextMemory:
         """What the block's queries find in (B, T, D) text with a (B, T) mask."""

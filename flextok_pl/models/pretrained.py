@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from flextok_pl.files import write_file
 from flextok_pl.interop.format import ConfigT, Contents, Format, Made
 from flextok_pl.interop.tensor_file import TensorFile, find_file, open_tensors, write_tensors
 
@@ -59,8 +60,14 @@ def save_model(
         raise ValueError(f"format={name!r} is unknown; use one of {list(formats)}")
     path = Path(path).expanduser()
     file = path if path.suffix == ".safetensors" else path / formats[name].file_name
-    metadata, name_in_file = formats[name].write(config)
-    write_tensors({name_in_file(ours): tensor for ours, tensor in weights.items()}, file, metadata)
+    written = formats[name].write(config, weights)
+    if written.beside and file.name != formats[name].file_name:
+        raise ValueError(f"format={name!r} writes files beside {formats[name].file_name}: give a folder, not {path}")
+    for beside, text in written.beside.items():
+        if file.with_name(beside).exists() and not file.exists():
+            raise ValueError(f"{file.with_name(beside)} is there and belongs to something else: give another folder")
+        write_file(file.with_name(beside), text)
+    write_tensors(written.tensors, file, written.metadata)
     return file
 
 

@@ -2,7 +2,8 @@
 
 Settings follow the class-conditional and text-conditional models of FlexTok (https://arxiv.org/abs/2502.13967):
 learned absolute positions, pre-norm, SwiGLU, width 64 * depth; a class embedding is added to the start token, a text is
-attended to. Their code is not published; the block is the one of `flextok_pl.layers.causal`.
+attended to. Options of `PriorConfig` give the variants of those that were published as FlexAR
+(https://github.com/EPFL-VILAB/search-over-tokens), which `Prior.from_pretrained` reads.
 
 Shapes: B batch, K tokens, m prefix, D width, V vocabulary, T text positions, E text width, R rows (2B under guidance).
 """
@@ -21,7 +22,9 @@ from flextok_pl.config import PriorConfig
 from flextok_pl.contracts import PositionScale, check_sampling
 from flextok_pl.interop import PRIOR_FORMATS
 from flextok_pl.layers.blocks import run_block
-from flextok_pl.layers.causal import NORM_EPS, CausalBlock, KeyValueCache, TextMemory
+from flextok_pl.layers.causal import Activated, CausalBlock, KeyValueCache, TextMemory
+from flextok_pl.layers.embeddings import sincos_position_table
+from flextok_pl.layers.norm import make_norm
 from flextok_pl.models.arguments import as_ids, check_budget
 from flextok_pl.models.cuda_graph import can_capture
 from flextok_pl.models.generation import GenerationState, begin_generation, uniform_numbers
@@ -45,8 +48,8 @@ class Prior(nn.Module):
     """Predicts each token from those before it and from the condition.
 
     Position 0 is the start token, position i > 0 holds token i-1; the output at position i predicts token i. The null
-    condition of guidance is a class embedding of its own, or the text encoder's states of the empty string, which
-    `set_null_text` stores in the model.
+    condition of guidance is a class embedding of its own, or no embedding at all (`null_class`), or the text encoder's
+    states of the empty string, which `set_null_text` stores in the model; until then a published prior has NaN there.
     """
 
     null_text: Tensor
@@ -58,30 +61,36 @@ class Prior(nn.Module):
         self.activation_checkpointing = False
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.start = nn.Parameter(torch.empty(width))
-        self.positions = nn.Parameter(torch.empty(config.num_tokens, width))
+        self.positions = nn.Parameter(torch.empty(config.num_tokens, width), requires_grad=not config.fixed_positions)
         if config.text_width is None:
-            self.class_embedding = nn.Embedding(config.num_classes + 1, width)  # the last one is the null class
+            learned = config.null_class == "learned"  # the last embedding
+            self.class_embedding = nn.Embedding(config.num_classes + learned, width)
         else:
+            hidden = config.text_hidden_width or width
             self.text_projection = nn.Sequential(
-                nn.Linear(config.text_width, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
+                nn.Linear(config.text_width, hidden, bias=config.text_bias),
+                Activated(config.text_activation),
+                nn.Linear(hidden, width, bias=config.text_bias),
             )
             self.register_buffer("null_text", torch.zeros(config.null_text_length, config.text_width))
-        text = config.text_width is not None
-        self.blocks = nn.ModuleList(
-            CausalBlock(width, config.head_dim, config.mlp_ratio, config.qk_norm, text) for _ in range(config.depth)
-        )
-        self.norm = nn.RMSNorm(width, eps=NORM_EPS)
-        self.head = nn.Linear(width, config.vocab_size, bias=False)
+        self.blocks = nn.ModuleList(CausalBlock(config) for _ in range(config.depth))
+        self.norm = make_norm(config.norm, width, config.norm_eps) if config.final_norm else nn.Identity()
+        self.head_norm = nn.LayerNorm(width, eps=1e-5) if config.head_norm else nn.Identity()
+        self.head = nn.Linear(width, config.vocab_size, bias=config.head_bias)
         self._init_weights()
 
     def _init_weights(self) -> None:
         """Normal of deviation 0.02, and less for what adds to the residual stream, as in GPT-2."""
+        config = self.config
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif "norm" not in name:
                 adds = name.endswith(("proj.weight", "fc2.weight"))
-                nn.init.normal_(parameter, std=0.02 / (2 * self.config.depth) ** 0.5 if adds else 0.02)
+                nn.init.normal_(parameter, std=0.02 / (2 * config.depth) ** 0.5 if adds else 0.02)
+        if config.fixed_positions:
+            table = sincos_position_table(config.width, (config.num_tokens, 1))[0, :, :, 0].T  # (K, D)
+            self.positions.data.copy_(F.pad(table, (0, 0, 1, -1)))  # the start token has none
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path, *, device: str | torch.device | None = None) -> Self:
@@ -116,7 +125,10 @@ class Prior(nn.Module):
         return self.start.device
 
     def set_null_text(self, states: Tensor) -> None:
-        """Store the text encoder's states of the empty string, (T, E), as the null condition."""
+        """Store the text encoder's states of the empty string, (T, E), as the null condition.
+
+        They are `TextEncoder.null_states()`. The files of published priors do not hold them.
+        """
         wanted = (self.config.null_text_length, self.config.text_width)
         if tuple(states.shape) != wanted:
             raise ValueError(
@@ -124,6 +136,11 @@ class Prior(nn.Module):
                 "and text_width to those of the text encoder"
             )
         self.null_text.copy_(states)
+
+    @property
+    def knows_null(self) -> bool:
+        """Whether it has a null condition: false for a published prior of texts until `set_null_text`."""
+        return self.config.text_width is None or bool(self.null_text.isfinite().all())
 
     def forward(self, tokens: Tensor, condition: Condition = None) -> Tensor:
         """Logits under teacher forcing, with gradients: (B, k) int64 tokens, k <= K, and a `Condition` -> (B, k, V).
@@ -223,6 +240,7 @@ class Prior(nn.Module):
         """Run (B, m) first tokens under the condition and, for guidance, under none."""
         null, tokens = torch.zeros(len(prefix), dtype=torch.bool, device=self.device), prefix
         if guided:
+            self._require_null()
             condition, null, tokens = _doubled(condition), torch.cat([null, ~null]), prefix.repeat(2, 1)
         graph_device = self.device if can_capture(self) else None
         with full_precision(self.device):
@@ -254,7 +272,8 @@ class Prior(nn.Module):
             return self.head(states).float()  # type: ignore[no-any-return]
         # By slices of the vocabulary: MKL takes 1.3 to 2 times as long for one wide product with few rows.
         slices = weight.view(math.gcd(len(weight), 64), -1, weight.shape[1])  # (S, V / S, D)
-        return torch.matmul(states, slices.mT).transpose(0, 1).flatten(1)
+        logits = torch.matmul(states, slices.mT).transpose(0, 1).flatten(1)
+        return logits if self.head.bias is None else logits + self.head.bias
 
     def _embed(self, tokens: Tensor, condition: Condition, null: Tensor) -> Tensor:
         """The input of the blocks: start token and (B, m) tokens -> (B, m+1, D)."""
@@ -262,8 +281,11 @@ class Prior(nn.Module):
         if self.config.text_width is None:
             empty = null.new_full((len(tokens),), -1, dtype=torch.int64)
             classes = condition if isinstance(condition, Tensor) else empty
-            null_class = self.config.num_classes
-            start = start + self.class_embedding(classes.masked_fill(null | (classes < 0), null_class))
+            null = null | (classes < 0)
+            if self.config.null_class == "learned":
+                start = start + self.class_embedding(classes.masked_fill(null, self.config.num_classes))
+            else:
+                start = start + self.class_embedding(classes.clamp(min=0)).masked_fill(null[:, None], 0)
         x = torch.cat([start[:, None], self.token_embedding(tokens)], dim=1)
         return x + self.positions[: x.shape[1]]
 
@@ -281,6 +303,8 @@ class Prior(nn.Module):
             mask = F.pad(mask, (0, longest - mask.shape[1]))  # (B, T)
             states = torch.where(null[:, None, None], F.pad(empty, (0, 0, 0, longest - length)), states)
             mask = torch.where(null[:, None], torch.arange(longest, device=null.device) < length, mask)
+        if not self.config.text_mask:
+            mask = torch.ones_like(mask)
         text = self.text_projection(states)  # (B, T, D)
         return [cast(CausalBlock, block).text_memory(text, mask) for block in self.blocks]
 
@@ -289,7 +313,7 @@ class Prior(nn.Module):
         for i, (block, memory) in enumerate(zip(self.blocks, memories, strict=True)):
             cache = None if caches is None else caches[i]
             x = run_block(block, self.activation_checkpointing and cache is None, x, memory, cache)
-        return self.norm(x)  # type: ignore[no-any-return]
+        return self.head_norm(self.norm(x))  # type: ignore[no-any-return]
 
     def _checked_tokens(self, tokens: Tensor, name: str, least: int) -> Tensor:
         config = self.config
@@ -306,8 +330,16 @@ class Prior(nn.Module):
             )
         return tokens.to(self.device)
 
+    def _require_null(self) -> None:
+        if not self.knows_null:
+            raise ValueError(
+                "no condition and guidance need the states of the empty string, which the file of a published prior "
+                "does not hold: prior.set_null_text(TextEncoder(prior.config.text_encoder).null_states())"
+            )
+
     def _checked_condition(self, condition: Condition, batch: int) -> Condition:
         if condition is None:
+            self._require_null()
             return None
         config = self.config
         if config.text_width is not None:
@@ -316,6 +348,11 @@ class Prior(nn.Module):
                 raise ValueError(
                     f"text states {tuple(states.shape)} with mask {tuple(mask.shape)}: this prior takes ({batch}, T, "
                     f"{config.text_width}) with ({batch}, T); encode the texts with its text encoder"
+                )
+            if not config.text_mask and states.shape[1] != config.text_length:
+                raise ValueError(
+                    f"text states of {states.shape[1]} positions: this prior sees padding, so all texts must have "
+                    f"text_length={config.text_length} positions; make them with TextEncoder(..., pad=True)"
                 )
             if not mask.any(1).all():
                 raise ValueError("a text has no state at all; the empty string has some, too: pass condition=None")

@@ -4,15 +4,19 @@ Llama's block has rotary positions; with cos = 1 and sin = 0 they vanish, and th
 attention, SwiGLU. Qwen3's is the same with RMSNorm on the queries and keys of each head.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from flextok_pl.layers.causal import NORM_EPS, CausalBlock, CrossAttention, KeyValueCache
+from flextok_pl.config import PriorConfig
+from flextok_pl.layers.causal import CausalBlock, CrossAttention, KeyValueCache
 
 WIDTH, HEAD_DIM, LENGTH = 64, 16, 11
+CONFIG = PriorConfig(width=WIDTH, head_dim=HEAD_DIM)
 HIDDEN = int(2 * 4 * WIDTH / 3)
 OPTIONS = {
     "hidden_size": WIDTH,
@@ -21,14 +25,14 @@ OPTIONS = {
     "num_attention_heads": WIDTH // HEAD_DIM,
     "num_key_value_heads": WIDTH // HEAD_DIM,
     "head_dim": HEAD_DIM,
-    "rms_norm_eps": NORM_EPS,
+    "rms_norm_eps": CONFIG.norm_eps,
     "attn_implementation": "eager",
 }
 
 
 def pair(qk_norm: bool) -> tuple[CausalBlock, torch.nn.Module]:
     torch.manual_seed(0)
-    ours = CausalBlock(WIDTH, HEAD_DIM, 4.0, qk_norm, text=False)
+    ours = CausalBlock(replace(CONFIG, qk_norm=qk_norm))
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.1)
     theirs = Qwen3DecoderLayer(Qwen3Config(**OPTIONS), 0) if qk_norm else LlamaDecoderLayer(LlamaConfig(**OPTIONS), 0)
@@ -77,7 +81,7 @@ def test_block_with_a_cache(qk_norm: bool) -> None:
 
 def test_cross_attention() -> None:
     torch.manual_seed(0)
-    ours = CrossAttention(WIDTH, HEAD_DIM)
+    ours = CrossAttention(CONFIG)
     theirs = torch.nn.MultiheadAttention(WIDTH, WIDTH // HEAD_DIM, bias=False, batch_first=True)
     theirs.in_proj_weight.data = torch.cat([ours.wq.weight, ours.wkv.weight])
     theirs.out_proj.weight.data = ours.proj.weight
