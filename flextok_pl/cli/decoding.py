@@ -88,7 +88,9 @@ def compare_decodings(
         for steps in num_steps or [5, 10, 25]
     ]
     place = default_device(device)
-    source = None if prior is None else SavedPrior(prior, tokenizer or str(DEMO_TOKENIZER)).eval().to(place)
+    source = (
+        None if prior is None else SavedPrior(prior, tokenizer, other_tokenizer=str(DEMO_TOKENIZER)).eval().to(place)
+    )
     if source is not None and source.condition_kind == "text":
         raise ValueError(f"prior={prior!r} is conditioned on text: measure it by `flextok test` and its group gfid")
     tok = FlexTok.from_pretrained(tokenizer or DEMO_TOKENIZER, device=place) if source is None else source.reconstructor

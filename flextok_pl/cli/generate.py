@@ -15,6 +15,10 @@ from flextok_pl.evaluation.pictures import image_grid, save_png
 from flextok_pl.modules.prior_base import PriorBase
 from flextok_pl.modules.saved import SavedPrior
 
+SAMPLING = {"cfg_scale": 1.5, "temperature": 1.0, "top_k": None, "top_p": None}
+DECODING = {"guidance": "apg", "guidance_scale": 7.5, "num_steps": 25}
+"""Defaults of the options that a published prior may set, too."""
+
 
 def generate_images(
     classes: list[str] | None = None,
@@ -23,13 +27,13 @@ def generate_images(
     tokenizer: str | None = None,
     budgets: str | None = None,
     samples: int = 1,
-    cfg_scale: float | list[float] = 1.5,
-    temperature: float = 1.0,
+    cfg_scale: float | list[float] | None = None,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
-    guidance: Literal["none", "cfg", "apg"] = "apg",
-    guidance_scale: float = 7.5,
-    num_steps: int = 25,
+    guidance: Literal["none", "cfg", "apg"] | None = None,
+    guidance_scale: float | None = None,
+    num_steps: int | None = None,
     seed: int = 0,
     out: str = "grid.png",
     text_encoder: str | None = None,
@@ -37,23 +41,27 @@ def generate_images(
 ) -> None:
     """Generate images, decode each from several numbers of its tokens, and draw all in one picture.
 
-    A picture depends on its condition, the seed and its number among those of its condition only.
+    A picture depends on its condition, the seed and its number among those of its condition only. Options of the prior
+    and of the decoder that are not given are those that a published prior's configuration names, or else the defaults
+    below.
 
     Args:
         classes: number or name of a class, for a prior of classes (or `--class`, once or several times); default all
             of up to 16 classes, else the first 8.
         texts: a text, for a prior of texts (or `--text`, once or several times); the empty text is no condition.
-        prior: a `.safetensors` file that training left; default the demo prior of this package.
-        tokenizer: the tokenizer whose tokens it knows; default the demo tokenizer.
+        prior: a `.safetensors` file that training left, or a published prior, as a folder or Hub id such as
+            `EPFL-VILAB/FlexAR-1B-C2I`; default the demo prior of this package.
+        tokenizer: the tokenizer whose tokens it knows; default the one that the prior names, else the demo tokenizer.
         budgets: numbers of tokens, such as 1,8,64; default 1, 2, 4, ... up to all.
         samples: pictures of each condition.
-        cfg_scale: guidance of the prior, 1 for none: a number, or numbers to interpolate over the token positions.
-        temperature: of the prior; 0 takes the most likely token.
-        top_k: draw from the k most likely tokens.
-        top_p: draw from the fewest most likely tokens that have this probability together.
-        guidance: of the decoder: `none`, `cfg` or `apg`.
-        guidance_scale: its strength; 1 is none.
-        num_steps: steps of the decoder.
+        cfg_scale: guidance of the prior, 1 for none: a number, or numbers to interpolate over the token positions;
+            default 1.5.
+        temperature: of the prior; 0 takes the most likely token; default 1.
+        top_k: draw from the k most likely tokens; default all.
+        top_p: draw from the fewest most likely tokens that have this probability together; default all.
+        guidance: of the decoder: `none`, `cfg` or `apg`; default `apg`.
+        guidance_scale: its strength; 1 is none; default 7.5.
+        num_steps: steps of the decoder; default 25.
         seed: of tokens and noise.
         out: PNG file to write: one row per picture, one column per budget.
         text_encoder: in place of the prior's own, such as a local copy of it.
@@ -61,21 +69,20 @@ def generate_images(
     """
     if samples < 1:
         raise ValueError(f"samples={samples} must be at least 1")
-    path, decoder = prior or str(DEMO_PRIOR), tokenizer or str(DEMO_TOKENIZER)
-    module = SavedPrior(path, decoder, text_encoder).eval().to(default_device(device))
+    module = SavedPrior(prior or str(DEMO_PRIOR), tokenizer, text_encoder, str(DEMO_TOKENIZER))
+    module = module.eval().to(default_device(device))
+    published = module.prior.config.generation
+    sampling = published.or_given(SAMPLING, cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p)
+    decoding = published.or_given(DECODING, guidance=guidance, guidance_scale=guidance_scale, num_steps=num_steps)
     wanted = checked_budgets(budgets, module.prior.num_tokens)
     names, condition = _conditions(module, classes, texts, samples)
     seeds = [seed + i % samples for i in range(len(names))]
-    tokens = module.generate_tokens(
-        condition, cfg_scale, temperature, top_k, top_p, [torch.Generator().manual_seed(s) for s in seeds]
-    )
+    tokens = module.generate_tokens(condition, **sampling, generator=[torch.Generator().manual_seed(s) for s in seeds])
     images = {
         budget: module.reconstructor.detokenize(
             tokens,
             num_tokens=budget,
-            num_steps=num_steps,
-            guidance=guidance,
-            guidance_scale=guidance_scale,
+            **decoding,
             generator=[torch.Generator().manual_seed(s) for s in seeds],
         ).cpu()
         for budget in wanted

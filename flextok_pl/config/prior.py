@@ -35,13 +35,10 @@ class GenerationConfig:
     guidance_scale: float | None = None
     num_steps: int | None = None
 
-    def choose(self, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-        """Of each option what was given, else what the publisher uses, else the default."""
-        own = {name: getattr(self, name) for name in defaults}
-        return {
-            name: next((value for value in (given[name], own[name]) if value is not None), default)
-            for name, default in defaults.items()
-        }
+    def or_given(self, defaults: Mapping[str, Any], **given: Any) -> dict[str, Any]:
+        """Of each option what was given, or else what is here, or else its default."""
+        ranked = {name: (given[name], getattr(self, name), default) for name, default in defaults.items()}
+        return {name: next((each for each in values if each is not None), None) for name, values in ranked.items()}
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ class Resolver:
         except (ArithmeticError, TypeError, ValueError) as error:
             raise ValueError(f"{where} cannot be computed: {error}") from error
         if isinstance(result, complex) or abs(result) > 2**63 or not math.isfinite(result):
-            raise ValueError(f"{where} is {result}")
+            raise ValueError(f"{where} is a number that no configuration has")
         return result
 
     def _argument(self, text: str, place: tuple[str, ...], depth: int) -> Any:

@@ -23,11 +23,18 @@ OFFLINE_ENCODER = "minilm"
 class TextEncoder(nn.Module):
     """Texts to one float32 state per token: `minilm`, or a T5 or BERT-like encoder that transformers can load.
 
-    `max_length` is the most tokens of a text, special ones included; at most what the encoder was made for. `dtype` is
-    that of its weights: T5 overflows in float16, so that is not a choice.
+    `max_length` is the most tokens of a text, special ones included; at most what the encoder was made for. With `pad`
+    every text has states of so many positions, for priors that see padding. `dtype` is that of its weights: T5
+    overflows in float16, so that is not a choice.
     """
 
-    def __init__(self, name: str, max_length: int = 128, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
+    def __init__(
+        self,
+        name: str,
+        max_length: int = 128,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        pad: bool = False,
+    ) -> None:
         super().__init__()
         if max_length < 3:
             raise ValueError(f"max_length={max_length} leaves no room for text; set at least 3")
@@ -47,7 +54,7 @@ class TextEncoder(nn.Module):
             self.tokenizer: Any = AutoTokenizer.from_pretrained(place)
             self.network: Any = AutoModelForTextEncoding.from_pretrained(place, dtype=getattr(torch, dtype))
         self.network.requires_grad_(False).eval()
-        self.name = name
+        self.name, self.pad = name, pad
         positions = getattr(self.network.config, "max_position_embeddings", None) or max_length
         self.max_length = min(max_length, positions, self.tokenizer.model_max_length)
         self.width: int = self.network.config.hidden_size
@@ -65,15 +72,15 @@ class TextEncoder(nn.Module):
                 if not truncate:
                     raise ValueError(f"{message}; shorten it")
                 warnings.warn(f"{message}: such texts are cut", stacklevel=2)
-        device = self.network.device
+        device, padding = self.network.device, "max_length" if self.pad else "longest"
         batch = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+            list(texts), padding=padding, truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(device)
         with outside_autocast(device):
             states = self.network(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
         return TextStates(states.float(), batch.attention_mask.bool())
 
     def null_states(self) -> Tensor:
-        """The states of the empty string, (T, E)."""
+        """The states of the empty string, (T, E), with those of its padding where texts are padded to one length."""
         states, mask = self.forward([""])
-        return states[0, mask[0]]
+        return states[0] if self.pad else states[0, mask[0]]

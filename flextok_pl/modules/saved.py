@@ -40,11 +40,22 @@ class SavedPrior(PriorBase):
 
     Args:
         path: see `Prior.from_pretrained`.
-        tokenizer: see `FlexTok.from_pretrained`.
+        tokenizer: see `FlexTok.from_pretrained`; default the one that the prior's file names.
         text_encoder: in place of the name that the prior's file states, such as a local copy of the same encoder.
+        other_tokenizer: for a prior whose file names none.
     """
 
-    def __init__(self, path: str, tokenizer: str | None, text_encoder: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        tokenizer: str | None,
+        text_encoder: str | None = None,
+        other_tokenizer: str | None = None,
+    ) -> None:
         prior = Prior.from_pretrained(path)
-        name = text_encoder or prior.config.text_encoder
-        super().__init__(prior, tokenizer, TextEncoder(name) if name else None)
+        config, encoder = prior.config, None
+        if name := text_encoder or config.text_encoder:
+            encoder = TextEncoder(name, config.text_length, pad=not config.text_mask)
+            if not prior.knows_null:
+                prior.set_null_text(encoder.null_states())
+        super().__init__(prior, tokenizer or config.tokenizer_id or other_tokenizer, encoder)
