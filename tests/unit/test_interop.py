@@ -541,7 +541,7 @@ class Merged(Format[PriorConfig]):
         names = {"token_embedding.weight": "tokens", "positions": "rows", "head.weight": "out"}
         return odd.get(ours) or names.get(ours, ours)
 
-    def write(self, config: PriorConfig) -> Any:
+    def write(self, config: PriorConfig, weights: Any) -> Any:
         raise ValueError("the format is only read")
 
 
