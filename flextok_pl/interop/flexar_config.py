@@ -21,6 +21,7 @@ HEAD = "models.ar_image_model.head."
 TEXT_MLP = "models.text_encoder.mlp."
 TOKENIZER = "EPFL-VILAB/flextok_d18_d28_dfn"  # where a release names none
 LONGEST_TEXT = 512  # tokens, to which the tokenizers of T5 cut where there is no limit
+NOTES = ("tokenizer", "started_from")  # options of ours that stand, with class_names, under the key flextok_pl
 MODEL_TYPES = {"text": "ar_text_to_image_model", "class": "ar_label_to_image_model"}
 
 _LAYER_NORMS = ("LayerNorm", "LayerNormFP32", "LPLayerNorm", "Fp32LayerNorm")
@@ -381,7 +382,8 @@ def _place(name: Any, folder: Path) -> str:
 def _notes(values: Any) -> dict[str, Any]:
     """What we write of a prior that the published configuration has no place for."""
     notes = values if isinstance(values, dict) else {}
-    tokenizer, names = notes.get("tokenizer", ""), notes.get("class_names", [])
-    if type(tokenizer) is not str or not isinstance(names, list) or any(type(name) is not str for name in names):
-        raise ValueError(f"flextok_pl={notes} must hold a hash of the tokenizer and a list of class_names")
-    return {"tokenizer": tokenizer, "class_names": tuple(names)}
+    names = notes.get("class_names", [])
+    texts = {key: notes[key] for key in NOTES if key in notes}
+    if not isinstance(names, list) or any(type(text) is not str for text in [*names, *texts.values()]):
+        raise ValueError(f"flextok_pl={notes} must hold texts, and class_names as a list of them")
+    return {**texts, "class_names": tuple(names)}

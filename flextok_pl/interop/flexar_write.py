@@ -7,7 +7,7 @@ https://github.com/apple/ml-l3m/tree/e6376a3 (`l3m`).
 from typing import Any
 
 from flextok_pl.config import Activation, NormKind, PriorConfig
-from flextok_pl.interop.flexar_config import LONGEST_TEXT, MODEL_TYPES
+from flextok_pl.interop.flexar_config import LONGEST_TEXT, MODEL_TYPES, NOTES
 
 _ACTIVATIONS: dict[Activation, dict[str, Any]] = {
     "silu": {"_target_": "torch.nn.SiLU"},
@@ -54,8 +54,9 @@ def config_to_flexar(config: PriorConfig) -> dict[str, Any]:
         "model": {"meta_model": {"_target_": "l3m.model.meta_models.InSeriesMetaModels", "models": models}},
         "generation": _generation(config, text),
     }
-    notes = {"tokenizer": config.tokenizer, "class_names": list(config.class_names)}
-    return written | ({"flextok_pl": notes} if any(notes.values()) else {})
+    notes = {key: getattr(config, key) for key in NOTES if getattr(config, key)}
+    notes |= {"class_names": list(config.class_names)} if config.class_names else {}
+    return written | ({"flextok_pl": notes} if notes else {})
 
 
 def _partial(named: dict[str, Any], **options: Any) -> dict[str, Any]:

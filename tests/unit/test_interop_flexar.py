@@ -40,6 +40,7 @@ EVERYTHING: dict[str, Any] = {
     "generation": GenerationConfig(2.5, 0.7, 9, 0.8, "cfg", 3.0, 12),
     "tokenizer_id": "owner/name",
     "tokenizer": "hash",
+    "started_from": "elsewhere",
 }
 CONFIGS = {
     "class": SMALL,
