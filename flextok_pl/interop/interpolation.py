@@ -59,7 +59,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8")
         if len(text) > MAX_CHARACTERS:
             raise ValueError(f"it has {len(text)} characters; a configuration has at most {MAX_CHARACTERS}")
-        values = yaml.load(text, _Loader)
+        values = _Loader(text).get_single_data()
     except (yaml.YAMLError, ValueError, TypeError, RecursionError, OSError) as error:
         raise ValueError(f"{file.name} is no YAML of plain data: {str(error)[:300]}") from error
     if not isinstance(values, dict):
