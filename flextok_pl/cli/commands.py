@@ -46,6 +46,8 @@ def _tool(summary: str, function: str, **more: Any) -> Command:
 TRAINING = "flextok_pl.cli.training"
 FINISHED = f"{TRAINING}:FinishedModels"
 SWEEP = "flextok_pl.sweeps.sweep:Sweep"
+SEARCH = "flextok_pl.cli.search"
+VERIFIERS = "flextok_pl.search.verifier_options:VerifierOptions"
 
 COMMANDS = {
     "fit": _training("train a model", "fit"),
@@ -126,6 +128,21 @@ COMMANDS = {
         "show generated images at several token budgets, as one picture",
         "cli.generate:generate_images",
         former={"num_tokens": "budgets", "class": "classes", "text": "texts"},
+    ),
+    "search": Command(
+        "search for the tokens whose images a verifier likes best, for classes or texts",
+        (f"{SEARCH}:RunOptions", "flextok_pl.search.options:SearchOptions", VERIFIERS),
+        "search:run",
+        inputs=("prompts", "classifier_data"),
+        former={
+            **{"class": "classes", "text": "texts", "verifier": "verifiers"},
+            **{name: f"decoding.{name}" for name in ("num_steps", "guidance", "guidance_scale", "solver")},
+        },
+    ),
+    "search measure": _tool(
+        "measure what searches found, and draw quality against their cost",
+        "cli.search:measure_searches",
+        inputs=("runs", "reference", "classifier_data", "weights", "classifier_weights"),
     ),
     "reconstruct": _tool(
         "show images at several token budgets, as one picture",

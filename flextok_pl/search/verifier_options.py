@@ -19,7 +19,7 @@ from flextok_pl.backbones.hpsv2 import HPSv2
 from flextok_pl.backbones.image_reward import VOCABULARY, ImageReward
 from flextok_pl.contracts import Reconstructor
 from flextok_pl.evaluation.generation import Prompt
-from flextok_pl.evaluation.options import PROBE
+from flextok_pl.evaluation.options import PROBE, check_probe
 from flextok_pl.evaluation.probe import tokenizer_probe
 from flextok_pl.flow.decoding import Decoding
 from flextok_pl.search.prompts import Conditions
@@ -121,11 +121,7 @@ class VerifierOptions:
                 raise ValueError(
                     "verifier='class' needs a classifier: give classifier='probe' with classifier_data, or timm's"
                 )
-            if (self.classifier == PROBE) != (self.classifier_data is not None):
-                raise ValueError(
-                    f"classifier={self.classifier!r} and classifier_data={self.classifier_data!r}: a probe needs real "
-                    "images with classes, another classifier none"
-                )
+            check_probe(self.classifier, self.classifier_data)
             check_extractor(self.classifier_extractor, self.classifier_extractor_weights)
         check_dreamsim(self.dreamsim, self.dreamsim_weights)
 

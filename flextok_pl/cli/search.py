@@ -1,0 +1,284 @@
+"""`flextok search`: images found by a search at test time; `flextok search measure`: their quality and cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+import torch
+
+from flextok_pl.assets import DEMO_PRIOR, DEMO_TOKENIZER
+from flextok_pl.backbones.classifier import TimmClassifier
+from flextok_pl.backbones.clip_score import CLIPScore
+from flextok_pl.backbones.extractors import OFFLINE_EXTRACTOR, FeatureExtractor, build_extractor
+from flextok_pl.cli.tool import instances
+from flextok_pl.cli.tools import default_device, picture_size
+from flextok_pl.contracts import weights_hash
+from flextok_pl.evaluation.generation import Prompt
+from flextok_pl.evaluation.generation_statistics import Classifier
+from flextok_pl.evaluation.options import PROBE, check_probe
+from flextok_pl.evaluation.pictures import save_figure
+from flextok_pl.evaluation.probe import tokenizer_probe
+from flextok_pl.evaluation.protocol import decoding_facts, extractor_facts, model_hashes, versions
+from flextok_pl.evaluation.report import Record, format_columns, format_value, write_json
+from flextok_pl.flow.decoding import Decoding
+from flextok_pl.models.prior import Condition
+from flextok_pl.models.tokenizer import FlexTok
+from flextok_pl.modules.saved import SavedPrior
+from flextok_pl.search.driver import Searcher, search_prompts
+from flextok_pl.search.options import SearchOptions
+from flextok_pl.search.priors import SearchPrior, UniformPrior
+from flextok_pl.search.prompts import Conditions, prompts_from_options
+from flextok_pl.search.quality import COSTS, image_size, measure_run, plot_quality, reference_features
+from flextok_pl.search.records import RunFolder
+from flextok_pl.search.verifier_options import VerifierOptions, build_verifiers
+
+PROBES = Path("~/.cache/flextok_pl/statistics")
+"""Where probes are kept."""
+
+UNIFORM = "uniform"
+"""In place of a prior: every token is as likely."""
+
+NOT_RECORDED = ("decoding", "decode_batch_size")
+"""Options of a search that records state in another way, or that change no result."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Search for the tokens whose images a verifier likes best, for each of some classes or texts.
+
+    Candidates are judged while they have few tokens: a prefix is already a picture. What is drawn depends on seed,
+    condition and number of a candidate only. Given again after a kill, the command goes on after the last step;
+    torchrun or srun may start it several times, and each process takes a part of the prompts. Then the folder holds
+    `images` in the layout of GenEval, `search.jsonl` with a record for each prompt, and `trees`, pictures of what each
+    step kept.
+
+    Args:
+        classes: number or name of a class, for a prior of classes (or `--class`, once or several times); default all
+            of up to 16 classes, else the first 8.
+        texts: a text, for a prior of texts (or `--text`, once or several times).
+        prompts: a file in place of them: lines (`.txt`), GenEval's prompts (`.jsonl`) or COCO's captions (`.json`).
+        limit: how many of the file's prompts, the first ones; default all.
+        samples: searches for each prompt, with different draws.
+        prior: a file, folder or Hub id, or `uniform` for none: every token is as likely; default the demo prior.
+        tokenizer: the tokenizer whose tokens it knows; default the demo tokenizer.
+        text_encoder: in place of the prior's own, such as a local copy of it.
+        trees: draw what each step kept, for so many prompts, the first ones; which decodes that once more.
+        out: folder of the results.
+        device: default a GPU where there is one.
+    """
+
+    classes: list[str] | None = None
+    texts: list[str] | None = None
+    prompts: str | None = None
+    limit: int | None = None
+    samples: int = 1
+    prior: str | None = None
+    tokenizer: str | None = None
+    text_encoder: str | None = None
+    trees: int = 8
+    out: str = "runs/search"
+    device: str | None = None
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Run `flextok search`."""
+    given, options, verifiers = instances(command, arguments, RunOptions, SearchOptions, VerifierOptions)
+    search_images(given, options, verifiers)
+
+
+def search_images(given: RunOptions, options: SearchOptions, verifiers: VerifierOptions) -> None:
+    """Search as options say, and print where the results are."""
+    models = load_models(given)
+    file = None if given.prompts is None else Path(given.prompts).expanduser()
+    prompts = prompts_from_options(models.known, given.classes, given.texts, file, given.limit, given.samples)
+    tok = models.tokenizer
+    decoding = options.decoding.under(tok.config.objective)
+    verifier = build_verifiers(
+        verifiers, prompts, models.known, tok, picture_size(tok), decoding, options.seed, tok.device
+    )
+    protocol = {
+        **{each.name: getattr(options, each.name) for each in fields(options) if each.name not in NOT_RECORDED},
+        **decoding_facts(tok, options.decoding),
+        **models.facts,
+        "verifier": {**verifier.facts, **_given(verifiers)},
+        "device": tok.device.type,
+        "versions": versions(),
+        "class_names": models.known.class_names,
+    }
+    folder = RunFolder(Path(given.out).expanduser(), protocol)
+    searcher = Searcher(models.prior, tok, verifier, models.condition, options)
+    records = search_prompts(searcher, prompts, folder, given.trees)
+    if records is not None:
+        print(_summary(records, folder.path))
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a search runs."""
+
+    prior: SearchPrior
+    tokenizer: FlexTok
+    known: Conditions
+    condition: Callable[[Prompt], Condition]
+    facts: Mapping[str, Any]  # which models these are
+
+
+def load_models(given: RunOptions) -> Models:
+    """The prior and the tokenizer that options name."""
+    place, path = default_device(given.device), given.tokenizer or str(DEMO_TOKENIZER)
+    if given.prior == UNIFORM:
+        tok = FlexTok.from_pretrained(path, device=place)
+        uniform = UniformPrior(tok.config.vocab_size, tok.num_registers, place)
+        facts: dict[str, Any] = {"prior": UNIFORM, "tokenizer": _named(path), **model_hashes(tok)}
+        return Models(uniform, tok, Conditions("none"), lambda prompt: None, facts)
+    name = given.prior or str(DEMO_PRIOR)
+    module = SavedPrior(name, path, given.text_encoder).eval().to(place)
+    facts = {
+        "prior": _named(name),
+        "tokenizer": _named(path),
+        "text_encoder": None if module.text_encoder is None else module.text_encoder.name,
+        "condition": module.condition_kind,
+        **model_hashes(module.reconstructor, module.prior),
+    }
+
+    def condition(prompt: Prompt) -> Condition:
+        asked: dict[str, Any] = {"class": torch.tensor([prompt.label]), "text": [prompt.text], "none": None}
+        return module.encoded_condition(asked[module.condition_kind])
+
+    known = Conditions(module.condition_kind, module.num_classes, module.class_names)
+    return Models(module.prior, module.reconstructor, known, condition, facts)
+
+
+def _named(model: str) -> str:
+    """The name of a model, whole where it is a file's."""
+    file = Path(model).expanduser()
+    return str(file.resolve()) if file.exists() else model
+
+
+def _given(options: VerifierOptions) -> dict[str, Any]:
+    """The options that are not the default, and change what it is."""
+    given = {each.name: getattr(options, each.name) for each in fields(options) if each.name != "classifier_cache"}
+    defaults = {each.name: each.default for each in fields(options)}
+    return {name: value for name, value in given.items() if value != defaults[name]}
+
+
+def _summary(records: Sequence[Record], folder: Path) -> str:
+    score = fmean(record["results"][0]["score"] for record in records)
+    cost = {name: fmean(record["cost"][name] for record in records) for name in COSTS}
+    spent = ", ".join(f"{value:.0f} {name.replace('_', ' ')}" for name, value in cost.items())
+    return f"{folder}: prompts: {len(records)}, mean score {format_value(score)}; for each {spent}"
+
+
+def measure_searches(
+    runs: list[str],
+    reference: str | None = None,
+    classifier: str | None = None,
+    classifier_data: str | None = None,
+    classifier_weights: str | None = None,
+    clip: str | None = None,
+    extractor: str = OFFLINE_EXTRACTOR,
+    weights: str | None = None,
+    against: Literal["decoder_calls", "decoded_images", "prior_positions", "verifier_calls"] = "decoder_calls",
+    batch_size: int = 64,
+    seed: int = 0,
+    out: str = "runs/quality",
+    device: str | None = None,
+) -> None:
+    """Measure the best image of each prompt of finished searches, and draw quality against what the searches cost.
+
+    Agreement with the class that was asked for, CLIP score, Frechet and kernel distance, precision and recall: each
+    where its option is given. The classifier should not be the one that the search has optimised. Writes
+    `quality.json`, a record for each number, and `quality.png`: a panel for each metric, a line for each way to search,
+    points for runs of different sizes, with their spread over seeds.
+
+    Args:
+        runs: folders that `flextok search` has written.
+        reference: real pictures for the distances: a folder, a shard set or a pattern of them, or a `.npz` file.
+        classifier: judges whether an image shows its class: `probe`, a linear classifier that is fitted to the
+            extractor's features of `classifier_data` and of its reconstructions, or a timm model.
+        classifier_data: shard set of real images with classes, for the probe.
+        classifier_weights: local weights file of a timm classifier.
+        clip: Hub id or folder of a CLIP model, to score images against texts.
+        extractor: feature network of distances and of the probe: `effnet-lite0` (offline), `inception-v3-compat` (FID),
+            `dinov2-*` or `clip-*`.
+        weights: a local file with the extractor's weights.
+        against: the cost on the plot's axis, per prompt.
+        batch_size: images at a time.
+        seed: of the kernel distance's subsets.
+        out: folder of the results.
+        device: default a GPU where there is one.
+    """
+    check_probe(classifier, classifier_data)
+    folders = [Path(run).expanduser() for run in runs]
+    network = build_extractor(extractor, weights).to(default_device(device))
+    clip_score = None if clip is None else CLIPScore(clip)
+    judges = _Judges(network, classifier, classifier_data, classifier_weights)
+    real, facts = None, None
+    if reference is not None:
+        real, facts = reference_features(reference, network, image_size(folders[0]))
+    protocol = {
+        **extractor_facts(network),
+        "reference": facts,
+        "classifier_data": classifier_data,
+        "clip": clip,
+        "clip_weights_hash": None if clip_score is None else clip_score.weights_hash,
+        "seed": seed,
+        "device": network.device.type,
+        "versions": versions(),
+    }
+    records: list[Record] = []
+    for folder in folders:
+        found = measure_run(folder, network, judges.of, clip_score, real, batch_size, seed)
+        records += [{**record, **protocol} for record in found]
+    target = Path(out).expanduser()
+    write_json(records, target / "quality.json")
+    save_figure(plot_quality(records, against), target / "quality.png")
+    print(_table(records, against))
+    print(f"{len(folders)} searches; records and the plot: {target}")
+
+
+def _table(records: Sequence[Record], against: str) -> str:
+    """One row for each run."""
+    metrics = list(dict.fromkeys(record["metric"] for record in records))
+    runs: dict[str, dict[str, Record]] = {}
+    for record in records:
+        runs.setdefault(record["run"], {})[record["metric"]] = record
+    rows = [["run", "images", against.replace("_", " "), *metrics]]
+    for run, found in runs.items():
+        first = next(iter(found.values()))
+        values = [format_value(found[m]["value"]) if m in found else "" for m in metrics]
+        rows.append([run, str(first["num_samples"]), f"{first[against]:.0f}", *values])
+    return format_columns(rows)
+
+
+class _Judges:
+    """The classifier of each run: a probe has to know how the tokenizer's images look."""
+
+    def __init__(
+        self, network: FeatureExtractor, classifier: str | None, data: str | None, weights: str | None
+    ) -> None:
+        self._network, self._data = network, data
+        self._timm = None if classifier in (None, PROBE) else TimmClassifier(str(classifier), weights)
+        self._probes: dict[str, Classifier] = {}
+
+    def of(self, protocol: Mapping[str, Any]) -> Classifier | None:
+        """What judges a run of this protocol."""
+        if self._data is None:
+            return self._timm
+        decoding = Decoding(*(protocol[name] for name in ("num_steps", "guidance", "guidance_scale", "solver")))
+        key = f"{protocol['tokenizer_hash']} {decoding}"
+        if key not in self._probes:
+            tok = FlexTok.from_pretrained(protocol["tokenizer"], device=self._network.device)
+            if weights_hash(tok) != protocol["tokenizer_hash"]:
+                raise ValueError(
+                    f"tokenizer={protocol['tokenizer']!r} is not the one whose images were searched: put that back"
+                )
+            size, names = picture_size(tok), protocol["class_names"]
+            self._probes[key] = tokenizer_probe(
+                self._data, size, self._network, tok, decoding, protocol["seed"], PROBES.expanduser(), names
+            )
+        return self._probes[key]
