@@ -13,11 +13,10 @@ from flextok_pl.evaluation.decoding import decode
 from flextok_pl.evaluation.generation import Prompt
 from flextok_pl.flow.decoding import Decoding
 from flextok_pl.models.tokenizer import FlexTok
-from flextok_pl.precision import as_float64
 from flextok_pl.search.candidates import candidate_keys
 from flextok_pl.search.options import SearchOptions
 from flextok_pl.search.results import Cost
-from flextok_pl.search.verifier import Context, Verifier
+from flextok_pl.search.verifier import Context, Verifier, checked_scores
 
 
 def decode_tokens(
@@ -81,13 +80,5 @@ class Judge:
         """
         count = len(context.tokens)
         self.cost += Cost(verifier_calls=count)
-        scores = self.verifier.score(images, [self.prompt] * count, context)
-        if not isinstance(scores, Tensor) or scores.shape != (count,):
-            found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise ValueError(f"verifier {self.verifier.name!r} gives {found}, and not a tensor ({count},) of scores")
-        if scores.isnan().any():
-            raise ValueError(
-                f"verifier {self.verifier.name!r} gives NaN as a score of the prompt {self.prompt.key!r}: a search "
-                "cannot order it"
-            )
-        return as_float64(scores).cpu()
+        prompts = [self.prompt] * count
+        return checked_scores(self.verifier.score(images, prompts, context), self.verifier.name, prompts)

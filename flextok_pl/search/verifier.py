@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from flextok_pl.evaluation.generation import Prompt
+from flextok_pl.precision import as_float64
 
 
 class Context(NamedTuple):
@@ -39,3 +40,22 @@ class Verifier(Protocol):
 
         Higher is better.
         """
+
+
+def checked_scores(scores: object, verifier: str, prompts: Sequence[Prompt]) -> Tensor:
+    """What a verifier of this name gave for candidates of B prompts, as (B,) float64 on the CPU.
+
+    Raises:
+        ValueError: it is something else than a number for each candidate.
+    """
+    if not isinstance(scores, Tensor) or scores.shape != (len(prompts),):
+        found = f"a tensor {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"verifier={verifier!r} gives {found}, and not a tensor ({len(prompts)},) of scores")
+    scores = as_float64(scores.detach()).cpu()
+    if scores.isnan().any():
+        key = prompts[int(scores.isnan().nonzero()[0])].key
+        raise ValueError(
+            f"verifier={verifier!r} gives NaN as a score of the prompt {key!r}: a search cannot order it; mend the "
+            "verifier, or use another"
+        )
+    return scores

@@ -24,8 +24,7 @@ from flextok_pl.data.transforms import to_tensor
 from flextok_pl.evaluation.generation import Prompt
 from flextok_pl.evaluation.generation_statistics import Classifier
 from flextok_pl.metrics.images import to_uint8
-from flextok_pl.precision import as_float64
-from flextok_pl.search.verifier import Context
+from flextok_pl.search.verifier import Context, checked_scores
 
 PART = 32
 """Images that a network is given at a time."""
@@ -74,17 +73,7 @@ class BaseVerifier(ABC):
         Raises:
             ValueError: a score is missing or no number, or the candidates cannot be judged.
         """
-        scores = self._scores(images, prompts, context)
-        if not isinstance(scores, Tensor) or scores.shape != (len(prompts),):
-            what = f"a tensor {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-            raise ValueError(f"verifier={self.name!r} gave {what}; it must give a tensor ({len(prompts)},) of scores")
-        scores = as_float64(scores.detach()).cpu()
-        if scores.isnan().any():
-            which = prompts[int(scores.isnan().nonzero()[0])].key
-            raise ValueError(
-                f"verifier={self.name!r} gave no number for a candidate of {which!r}: mend or leave it out"
-            )
-        return scores
+        return checked_scores(self._scores(images, prompts, context), self.name, prompts)
 
     @abstractmethod
     def _scores(self, images: Tensor | None, prompts: Sequence[Prompt], context: Context) -> Tensor:

@@ -264,7 +264,7 @@ def test_budgets(tmp_path):
         ({"decode_batch_size": 0}, "decode_batch_size=0"),
         ({"guidance": "strong"}, "guidance='strong'"),
         ({"guidance_scale": 2.0}, "no effect with guidance='none'"),
-        ({"extractor": "inception"}, "use one of effnet-lite0, inception-v3-compat"),
+        ({"extractor": "inception"}, "use one of effnet-lite0, effnet-lite2, inception-v3-compat"),
         ({"weights": "/nowhere.pth"}, "not a file"),
     ],
 )

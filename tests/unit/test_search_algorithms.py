@@ -312,8 +312,8 @@ def test_a_verifier_that_fails_ends_the_search(tokenizer: FlexTok) -> None:
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
-        (lambda count: torch.full((count,), float("nan")), "verifier 'sum' gives NaN as a score of the prompt 'apple'"),
-        (lambda count: torch.zeros(count, 1), r"gives \(3, 1\), and not a tensor \(3,\) of scores"),
+        (lambda count: torch.full((count,), float("nan")), "verifier='sum' gives NaN as a score of the prompt 'apple'"),
+        (lambda count: torch.zeros(count, 1), r"gives a tensor \(3, 1\), and not a tensor \(3,\) of scores"),
         (lambda count: [0.0] * count, "gives list"),
     ],
 )

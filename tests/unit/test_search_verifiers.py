@@ -228,9 +228,9 @@ def test_a_python_function(module):
 @pytest.mark.parametrize(
     "name, error, message",
     [
-        ("short", ValueError, r"verifier='\w+:short' gave a tensor \(1,\); it must give a tensor \(2,\) of scores"),
-        ("silent", ValueError, r"verifier='\w+:silent' gave NoneType; it must give"),
-        ("undefined", ValueError, r"verifier='\w+:undefined' gave no number for a candidate of 'prompt 1'"),
+        ("short", ValueError, r"verifier='\w+:short' gives a tensor \(1,\), and not a tensor \(2,\) of scores"),
+        ("silent", ValueError, r"verifier='\w+:silent' gives NoneType, and not"),
+        ("undefined", ValueError, r"verifier='\w+:undefined' gives NaN as a score of the prompt 'prompt 1'"),
         ("failing", OSError, "the disk is full"),
     ],
 )
