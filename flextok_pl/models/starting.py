@@ -13,25 +13,32 @@ from flextok_pl.models.prior import Prior
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
 
-NOTES = frozenset({"tokenizer", "text_encoder", "null_text_length", "class_names", "started_from"})
+NOTES = frozenset(
+    {"tokenizer", "tokenizer_id", "text_encoder", "null_text_length", "text_length", "class_names"}
+    | {"generation", "started_from"}
+)
 """Options that say what belongs to a model. The states of the empty string stay those of the own text encoder."""
 
 OF_NEW_MODELS = frozenset({"vae", "position_base"})
 """Options that decide about a new model only; an autoencoder is frozen, and given by itself."""
 
-OF_TRAINING = frozenset({"nested_dropout", "null_dropout", "timestep_law", "mode_scale", "stratified", "repa_layer"})
+OF_TRAINING = frozenset(
+    {"nested_dropout", "null_dropout", "timestep_law", "mode_scale", "stratified", "repa_layer", "fixed_positions"}
+)
 """Options that decide how a model is trained, and not what it computes."""
 
 OF_SHAPES = frozenset(
-    {"num_classes", "text_width", "vocab_size", "num_tokens", "depth", "width", "mlp_ratio", "qk_norm"}
-    | {"latent_channels", "encoder_width", "encoder_depth", "decoder_width", "decoder_depth", "num_registers"}
-    | {"grid_size", "time_frequencies"}
+    {"num_classes", "text_width", "vocab_size", "num_tokens", "depth", "width", "mlp_ratio", "mlp_hidden_width"}
+    | {"qk_norm", "cross_qk_norm", "qkv_bias", "bias", "head_bias", "gated", "final_norm", "head_norm", "null_class"}
+    | {"text_hidden_width", "text_bias", "latent_channels", "grid_size", "num_registers", "time_frequencies"}
+    | {"encoder_width", "encoder_depth", "decoder_width", "decoder_depth"}
 )
 """Options that names and shapes of tensors show: where those fit, these do."""
 
 OF_PARTS = {
-    **{"head_dim": "blocks", "encoder_head_dim": "encoder", "decoder_head_dim": "decoder"},
-    **{"causal_registers": "encoder", "max_timestep": "decoder", "objective": "decoder", "missing_tokens": "decoder"},
+    **dict.fromkeys(("head_dim", "qk_scale", "qk_norm_kind", "qk_norm_eps", "activation", "text_mask"), "blocks"),
+    **{"text_activation": "text_projection", "encoder_head_dim": "encoder", "causal_registers": "encoder"},
+    **dict.fromkeys(("decoder_head_dim", "max_timestep", "objective", "missing_tokens"), "decoder"),
 }
 """Options that matter to one part only."""
 
@@ -90,9 +97,9 @@ def start_from(network: Prior | FlexTok, source: str, parts: Sequence[str] | Non
     if wrong or differing:
         facts = [f"{name} is {_plain(its)} there and {_plain(own)} here" for name, (its, own) in differing.items()]
         options = [f"model.net.{name}={_plain(its)}" for name, (its, _) in differing.items()]
-        remedy = f"set {_some(options, ' ')}" if options else "give a model of this architecture"
+        remedy = f"set {' '.join(options)}" if options else "give a model of this architecture"
         raise ValueError(
-            f"init_from={source!r} does not fit the model: {_some(facts or wrong, '; ')}; {remedy}, or name the parts "
+            f"init_from={source!r} does not fit the model: {_some(facts or wrong)}; {remedy}, or name the parts "
             "to take as model.init_parts"
         )
     if isinstance(given, FlexTok) and isinstance(network, FlexTok) and parts is None:
@@ -152,6 +159,6 @@ def _plain(value: Any) -> str:
     return json.dumps(value)
 
 
-def _some(facts: Sequence[str], between: str) -> str:
-    more = f"{between}and {len(facts) - _SHOWN} more" if len(facts) > _SHOWN else ""
-    return f"{between.join(facts[:_SHOWN])}{more}"
+def _some(facts: Sequence[str]) -> str:
+    more = f"; and {len(facts) - _SHOWN} more" if len(facts) > _SHOWN else ""
+    return f"{'; '.join(facts[:_SHOWN])}{more}"

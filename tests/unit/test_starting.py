@@ -1,6 +1,7 @@
 """Models that start from the weights of finished ones: what they take, and what they refuse by name."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch.utils.data import DataLoader
 from flextok_pl.callbacks import EMA
 from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig
 from flextok_pl.contracts import weights_hash
+from flextok_pl.interop.official import config_to_official
+from flextok_pl.models import starting as tables_of
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.starting import check_parts, start_from
 from flextok_pl.models.tokenizer import FlexTok
@@ -146,6 +149,41 @@ def test_an_official_tokenizer(golden_dir: Path, monkeypatch: pytest.MonkeyPatch
     assert not torch.equal(model.decoder.head.proj.weight, source.decoder.head.proj.weight)
     start_from(model, str(golden_dir))
     assert same(weights(model), weights(source)) == {*weights(source)}
+
+
+@pytest.mark.parametrize("kind", ["class", "text"])
+def test_a_published_prior(kind: str, golden_dir: Path) -> None:
+    """The options that it needs are told all at once; the states of its empty string, which it lacks, are not taken."""
+    folder = golden_dir.with_name(f"flexar_{kind}_a")
+    source = Prior.from_pretrained(folder)
+    config = source.config
+    sizes = ("num_classes", "text_width", "vocab_size", "num_tokens", "depth", "width", "head_dim")
+    bare = PriorConfig(**{name: getattr(config, name) for name in sizes})
+    with pytest.raises(ValueError, match="does not fit the model: .*; set ") as refused:
+        start_from(Prior(bare), str(folder))
+    options = dict(each.split("=") for each in str(refused.value).split("; set ")[1].split(", or")[0].split(" "))
+    told = {name.removeprefix("model.net."): json.loads(value) for name, value in options.items()}
+    model = Prior(dataclasses.replace(bare, **told))
+    start_from(model, str(folder))
+    states = {name: value for name, value in weights(source).items() if name != "null_text"}
+    assert {*states} <= same(weights(model), weights(source))
+
+
+def test_the_tables_name_options() -> None:
+    known = {field.name for config in (PriorConfig, FlexTokConfig) for field in dataclasses.fields(config)}
+    tables = (
+        tables_of.NOTES,
+        tables_of.OF_NEW_MODELS,
+        tables_of.OF_TRAINING,
+        tables_of.OF_SHAPES,
+        {*tables_of.OF_PARTS},
+    )
+    assert all(table <= known for table in tables) and sum(map(len, tables)) == len(frozenset().union(*tables))
+
+
+def test_official_files_have_no_place_for_the_note() -> None:
+    config = dataclasses.replace(FlexTokConfig(), started_from="x (0123456789abcdef)")
+    assert config_to_official(config) == config_to_official(FlexTokConfig())
 
 
 @pytest.mark.parametrize(
