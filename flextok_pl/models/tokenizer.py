@@ -354,7 +354,7 @@ class FlexTok(nn.Module):
         Args:
             tokens: (B, k') of any integer type, or B 1-D tensors of different lengths.
             num_tokens: tokens to use, one for all or (B,) int64; default all that are given. A sample with
-                fewer tokens than that uses those it has.
+                fewer tokens than that uses those it has. `config.missing_tokens` stands for the others.
             num_steps: steps of the solver.
             guidance: `none`, `cfg` (classifier-free) or `apg` (adaptive projected guidance).
             guidance_scale: a number, 1 being no guidance, or a function of t.
