@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from flextok_pl.models.generation import GenerationState
 from flextok_pl.models.prior import Condition, Prior, TextStates
 from flextok_pl.models.sampling import Sampling, filter_logits
 from flextok_pl.models.text import TextEncoder
+from flextok_pl.search.candidates import draw_candidates
 
 pytestmark = pytest.mark.usefixtures("no_tf32")
 
@@ -147,29 +147,18 @@ def test_the_null_class_stays_null(golden: Golden) -> None:
     near(tench[:, 1:], numbers["greedy_cfg_uncond_logits"][:, 1:], LOGITS)
 
 
-def branches(state: GenerationState, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    """The likeliest continuations by one token: tokens (3 * 4, k + 1) and their log-probabilities (3 * 4, 1)."""
-    top = state.logits().log_softmax(-1).topk(BRANCHES)
-    rows = torch.arange(3).repeat_interleave(BRANCHES)
-    after = state.branch(rows, top.indices.flatten(), 16)
-    return after.tokens, (log_probs[:, None] + top.values).flatten()[:, None]
-
-
-def test_branches(golden: Golden) -> None:
-    numbers, prefix = golden.numbers, golden.tokens[:, :5]
-    begin = lambda: golden.prior.begin(golden.greedy, prefix, golden.scale)  # noqa: E731
-    tokens, log_probs = branches(begin(), torch.zeros(3))
-    assert torch.equal(tokens, numbers["branch1_tokens"])
-    near(log_probs, numbers["branch1_logprob"], GUIDED)
-    if golden.greedy_name == "greedy_cfg":  # that of the classes has class 0 for null from its second step on
-        state, so_far = begin(), torch.zeros(3, dtype=torch.float64)
-        state.extend(2, None, Sampling(0.0), so_far)
-        tokens, log_probs = branches(state, so_far)
-        assert torch.equal(tokens, numbers["branch3_tokens"])
-        near(log_probs, numbers["branch3_logprob"], GUIDED)
-        two = numbers["branch3_tokens"][::BRANCHES, :7]
-        top = guided(golden, two, golden.greedy).log_softmax(-1).topk(BRANCHES)
-        assert torch.equal(top.indices.flatten(), numbers["branch3_tokens"][:, -1])
+@pytest.mark.parametrize("count", [1, 3])
+def test_branches(golden: Golden, count: int) -> None:
+    """The likeliest last tokens after the likeliest ones before, which search takes at temperature 0."""
+    if count == 3 and golden.greedy_name != "greedy_cfg":
+        return  # that of the classes has class 0 for null from its second step on
+    numbers, state = golden.numbers, golden.prior.begin(golden.greedy, golden.tokens[:, :5], golden.scale)
+    drawn = draw_candidates(state, count, torch.zeros(3, BRANCHES, 16), Sampling(0.0), last_only=True, distinct=True)
+    theirs = numbers[f"branch{count}_tokens"]
+    assert torch.equal(drawn.tokens, theirs)
+    near(drawn.log_probs[:, None], numbers[f"branch{count}_logprob"], GUIDED)
+    top = guided(golden, theirs[::BRANCHES, :-1], golden.greedy).topk(BRANCHES)
+    assert torch.equal(top.indices.flatten(), theirs[:, -1])
 
 
 def test_texts_under_their_encoder() -> None:
