@@ -40,14 +40,17 @@ def token_loss(
     label_smoothing: float = 0.0,
     chunk_size: int | None = 512,
     compiled: bool = False,
+    bias: Tensor | None = None,
 ) -> TokenLoss:
-    """Cross-entropy of `hidden @ weight.T`, (..., D) and (V, D), against (...) int64 targets.
+    """Cross-entropy of `hidden @ weight.T + bias`, (..., D), (V, D) and (V,), against (...) int64 targets.
 
     `label_smoothing` is the share of the target's probability that is spread over the vocabulary; `chunk_size` the
     positions whose logits exist at a time, None for all at once, through autograd. `compiled` is for chunks on a GPU:
     what comes between their matrix products becomes a few kernels. On a CPU it takes longer than without.
     """
     rows, wanted = hidden.flatten(0, -2), targets.flatten()
+    if bias is not None:  # one more column, of ones
+        rows, weight = F.pad(rows, (0, 1), value=1.0), torch.cat([weight, bias[:, None]], 1)
     if chunk_size is None:
         logits = F.linear(rows, weight).float()
         loss = F.cross_entropy(logits, wanted, label_smoothing=label_smoothing)

@@ -91,7 +91,11 @@ class PriorModule(StartedModule, PriorBase):
             raise ValueError(f"loss_chunk={loss_chunk} must be at least 1, or null for all positions at once")
         if mup_base_width is not None:
             check_base_width(mup_base_width, net.head_dim)
-        encoder = None if text_encoder is None else TextEncoder(text_encoder, dtype=text_encoder_dtype)
+        encoder = (
+            None
+            if text_encoder is None
+            else TextEncoder(text_encoder, net.text_length, text_encoder_dtype, pad=not net.text_mask)
+        )
         super().__init__(build_prior(net, encoder), tokenizer, encoder)
         self.save_hyperparameters(ignore="net")
         self.hparams["net"] = dataclasses.asdict(net)  # plain types: a checkpoint must load with weights_only
@@ -178,7 +182,8 @@ class PriorModule(StartedModule, PriorBase):
         null = send(draws[self.global_rank :: world_size] < options["condition_dropout"], tokens.device)
         hidden, weight = self.prior.hidden(tokens, condition, null), self.prior.head.weight
         compiled = options["compile_blocks"] and hidden.is_cuda
-        result = token_loss(hidden, weight, tokens, options["label_smoothing"], options["loss_chunk"], compiled)
+        bias, smoothing, chunk = self.prior.head.bias, options["label_smoothing"], options["loss_chunk"]
+        result = token_loss(hidden, weight, tokens, smoothing, chunk, compiled, bias)
         values = {"train/loss": result.loss, "train/bits_per_token": result.nll.mean() / math.log(2)}
         log_means(self, values, len(tokens))
         return {"loss": result.loss, "nll": result.nll, "correct": result.correct}

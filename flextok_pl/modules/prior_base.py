@@ -212,15 +212,15 @@ class PriorBase(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> TokenOutputs:
         """Loss with the condition and without, in float32."""
-        weight = self.prior.head.weight
+        weight, bias = self.prior.head.weight, self.prior.head.bias
         with full_precision(self.device):
             tokens, condition = self.tokens(batch), self.condition(batch)
-            own = token_loss(self.prior.hidden(tokens, condition), weight, tokens)
+            own = token_loss(self.prior.hidden(tokens, condition), weight, tokens, bias=bias)
             values = {"val/loss": own.loss, "val/bits_per_token": own.loss / math.log(2)}
             values["val/accuracy"] = own.correct.float().mean()
             if condition is not None:
                 null = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
-                without = token_loss(self.prior.hidden(tokens, condition, null), weight, tokens)
+                without = token_loss(self.prior.hidden(tokens, condition, null), weight, tokens, bias=bias)
                 values["val/condition_gap"] = without.loss - own.loss
         self._val_means.add(values, len(tokens))
         return {"loss": own.loss, "nll": own.nll, "correct": own.correct}

@@ -216,6 +216,19 @@ PRIORS = {
     "class": PRIOR,
     "normalised": dataclasses.replace(PRIOR, qk_norm=True),
     "text": dataclasses.replace(PRIOR, num_classes=0, text_width=24),
+    "published": dataclasses.replace(
+        PRIOR,
+        norm="layer",
+        qk_norm=True,
+        qk_norm_kind="rms",
+        qkv_bias=True,
+        bias=True,
+        head_norm=True,
+        null_class="zero",
+    ),
+    "published_text": dataclasses.replace(
+        PRIOR, num_classes=0, text_width=24, norm="layer", gated=False, activation="gelu", cross_qk_norm=True
+    ),
 }
 
 
@@ -283,7 +296,7 @@ def test_prior(name: str, half: bool) -> None:
     model = Prior(config)
     tokens = torch.randint(config.vocab_size, (BATCH, config.num_tokens))
     condition = torch.zeros(BATCH, dtype=torch.int64)
-    if name == "text":
+    if config.text_width is not None:
         condition = TextStates(torch.randn(BATCH, length, 24), torch.ones(BATCH, length, dtype=torch.bool))
     kept = bytes_kept(lambda: model.hidden(tokens, condition), half)
     planned = prior_activations(config, Numerics(2 if half else 4, fused_norms=False), length) * BATCH

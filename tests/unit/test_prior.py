@@ -25,6 +25,13 @@ CONFIGS = {
     "qk_norm": dataclasses.replace(SMALL, qk_norm=True),
     "text": dataclasses.replace(SMALL, num_classes=0, text_width=E, null_text_length=2),
     "none": dataclasses.replace(SMALL, num_classes=0),
+    "published": dataclasses.replace(
+        SMALL,
+        **{"norm": "layer", "norm_eps": 1e-5, "qk_norm": True, "qk_norm_kind": "rms", "qk_scale": 0.1},
+        **{"qkv_bias": True, "bias": True, "head_bias": True, "head_norm": True, "final_norm": False},
+        **{"gated": False, "activation": "gelu_tanh", "mlp_hidden_width": 70, "fixed_positions": True},
+        null_class="zero",
+    ),
 }
 
 

@@ -35,6 +35,22 @@ def test_values_and_gradients(inputs, smoothing: float, chunk: int | None) -> No
     assert not result.nll.requires_grad
 
 
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_a_bias_of_the_head(inputs, chunk: int | None) -> None:
+    hidden, weight, targets = inputs
+    bias = torch.randn(V, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    logits = F.linear(hidden, weight, bias)
+    plain = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    result = token_loss(hidden, weight, targets, chunk_size=chunk, bias=bias)
+    torch.testing.assert_close(result.loss, plain, rtol=1e-6, atol=0)
+    assert torch.equal(result.correct, logits.argmax(-1) == targets)
+    sources = (hidden, weight, bias)
+    for ours, theirs in zip(
+        torch.autograd.grad(result.loss, sources), torch.autograd.grad(plain, sources), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
 def test_without_gradients_none_are_made(inputs) -> None:
     hidden, weight, targets = (tensor.detach() for tensor in inputs)
     result = token_loss(hidden, weight, targets, chunk_size=4)
