@@ -266,7 +266,8 @@ def _mlp(trunk: Section, tensors: Shapes, width: int, passed: Section | None) ->
             f"{BLOCKS}0.mlp.fc1.weight has {hidden} rows"
         )
     section.refuse("norm_layer", "a norm in the MLP is not supported")
-    section.close("act_layer", "drop", "use_bias", "in_features", "hidden_features", "out_features")
+    if not gated:  # those take further options and drop them
+        section.close("act_layer", "drop", "use_bias", "in_features", "hidden_features", "out_features")
     activation = _GATED.get(name) or _activation(passed) or "gelu"
     ours = PriorConfig(width=width, head_dim=width, mlp_ratio=ratio, gated=gated).hidden_width
     sizes = {"mlp_ratio": ratio, "mlp_hidden_width": None if hidden == ours else hidden}

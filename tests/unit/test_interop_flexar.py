@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -420,6 +421,21 @@ def test_what_a_release_says_of_its_use(tmp_path: Path) -> None:
     assert Prior.from_pretrained(GOLDEN / "flexar_class_a").config.tokenizer_id == ""
     none = lambda c, t: c["generation"].update(cfg_factor=None)  # noqa: E731
     assert Prior.from_pretrained(changed("class", none, tmp_path / "d")).config.generation.cfg_scale == 1.0
+
+
+def test_releases_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(repository: str, name: str) -> str:
+        asked.append((repository, name))
+        if name == "prior.safetensors":
+            raise EntryNotFoundError("no prior.safetensors")
+        return str(GOLDEN / "flexar_class_a" / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.chdir(tmp_path)
+    same_logits(Prior.from_pretrained("owner/FlexAR"), Prior.from_pretrained(GOLDEN / "flexar_class_a"))
+    assert asked == [("owner/FlexAR", name) for name in ("prior.safetensors", "model.safetensors", "config.yaml")]
 
 
 def test_grid_releases_have_rows_of_columns(tmp_path: Path) -> None:
