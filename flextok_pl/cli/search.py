@@ -21,7 +21,7 @@ from flextok_pl.evaluation.generation import Prompt
 from flextok_pl.evaluation.generation_statistics import Classifier
 from flextok_pl.evaluation.options import PROBE, check_probe
 from flextok_pl.evaluation.pictures import save_figure
-from flextok_pl.evaluation.probe import tokenizer_probe
+from flextok_pl.evaluation.probe import PROBE_SEED, tokenizer_probe
 from flextok_pl.evaluation.protocol import decoding_facts, extractor_facts, model_hashes, versions
 from flextok_pl.evaluation.report import Record, format_columns, format_value, write_json
 from flextok_pl.flow.decoding import Decoding
@@ -97,9 +97,7 @@ def search_images(given: RunOptions, options: SearchOptions, verifiers: Verifier
     prompts = prompts_from_options(models.known, given.classes, given.texts, file, given.limit, given.samples)
     tok = models.tokenizer
     decoding = options.decoding.under(tok.config.objective)
-    verifier = build_verifiers(
-        verifiers, prompts, models.known, tok, picture_size(tok), decoding, options.seed, tok.device
-    )
+    verifier = build_verifiers(verifiers, prompts, models.known, tok, picture_size(tok), decoding, tok.device)
     protocol = {
         **{each.name: getattr(options, each.name) for each in fields(options) if each.name not in NOT_RECORDED},
         **decoding_facts(tok, options.decoding),
@@ -279,6 +277,6 @@ class _Judges:
                 )
             size, names = picture_size(tok), protocol["class_names"]
             self._probes[key] = tokenizer_probe(
-                self._data, size, self._network, tok, decoding, protocol["seed"], PROBES.expanduser(), names
+                self._data, size, self._network, tok, decoding, PROBE_SEED, PROBES.expanduser(), names
             )
         return self._probes[key]

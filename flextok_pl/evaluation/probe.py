@@ -29,6 +29,9 @@ from flextok_pl.progress import announced
 VERSION = 2
 """Of what a kept probe was fitted to; a new one where that changes for the same key."""
 
+PROBE_SEED = 0
+"""Of the noise that reconstructions are decoded from, where runs of different seeds are to have the same probe."""
+
 NONE = torch.zeros(0, dtype=torch.int64)
 
 

@@ -20,7 +20,7 @@ from flextok_pl.backbones.image_reward import VOCABULARY, ImageReward
 from flextok_pl.contracts import Reconstructor
 from flextok_pl.evaluation.generation import Prompt
 from flextok_pl.evaluation.options import PROBE, check_probe
-from flextok_pl.evaluation.probe import tokenizer_probe
+from flextok_pl.evaluation.probe import PROBE_SEED, tokenizer_probe
 from flextok_pl.flow.decoding import Decoding
 from flextok_pl.search.prompts import Conditions
 from flextok_pl.search.verifier_ensemble import Combination, Ensemble, check_weights
@@ -133,7 +133,6 @@ class Surroundings(NamedTuple):
     tokenizer: Reconstructor | None
     image_size: int | None
     decoding: Decoding
-    seed: int
     device: torch.device | str
 
 
@@ -144,7 +143,6 @@ def build_verifiers(
     tokenizer: Reconstructor | None = None,
     image_size: int | None = None,
     decoding: Decoding | None = None,
-    seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> BaseVerifier:
     """The verifier of these options, or an ensemble of several. All processes must call it.
@@ -156,13 +154,12 @@ def build_verifiers(
         tokenizer: what decodes the candidates; the probe learns from its images.
         image_size: side of its images in pixels.
         decoding: how it decodes them.
-        seed: of the noise that the probe's images are decoded from.
         device: where networks are, unless they follow the images.
 
     Raises:
         ValueError: a package, weights or classes are missing or wrong, or a prompt cannot be judged.
     """
-    around = Surroundings(conditions or Conditions("none"), tokenizer, image_size, decoding or Decoding(), seed, device)
+    around = Surroundings(conditions or Conditions("none"), tokenizer, image_size, decoding or Decoding(), device)
     built = [
         MADE_BY[name](options, around) if name in MADE_BY else FunctionVerifier(name) for name in options.verifiers
     ]
@@ -187,7 +184,7 @@ def _class_verifier(options: VerifierOptions, around: Surroundings) -> BaseVerif
     name, weights, cache = options.classifier_extractor, options.classifier_extractor_weights, options.classifier_cache
     extractor = build_extractor(name, weights).to(around.device)
     folder = None if cache is None else Path(cache).expanduser()
-    where = (around.tokenizer, around.decoding, around.seed, folder, known.class_names)
+    where = (around.tokenizer, around.decoding, PROBE_SEED, folder, known.class_names)
     probe = tokenizer_probe(str(options.classifier_data), around.image_size, extractor, *where)
     return ClassProbability(probe, extractor)
 
