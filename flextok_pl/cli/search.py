@@ -64,7 +64,7 @@ class RunOptions:
         limit: how many of the file's prompts, the first ones; default all.
         samples: searches for each prompt, with different draws.
         prior: a file, folder or Hub id, or `uniform` for none: every token is as likely; default the demo prior.
-        tokenizer: the tokenizer whose tokens it knows; default the demo tokenizer.
+        tokenizer: the tokenizer whose tokens it knows; default the one that the prior names, else the demo tokenizer.
         text_encoder: in place of the prior's own, such as a local copy of it.
         trees: draw what each step kept, for so many prompts, the first ones; which decodes that once more.
         out: folder of the results.
@@ -127,17 +127,18 @@ class Models:
 
 def load_models(given: RunOptions) -> Models:
     """The prior and the tokenizer that options name."""
-    place, path = default_device(given.device), given.tokenizer or str(DEMO_TOKENIZER)
+    place = default_device(given.device)
     if given.prior == UNIFORM:
+        path = given.tokenizer or str(DEMO_TOKENIZER)
         tok = FlexTok.from_pretrained(path, device=place)
         uniform = UniformPrior(tok.config.vocab_size, tok.num_registers, place)
         facts: dict[str, Any] = {"prior": UNIFORM, "tokenizer": _named(path), **model_hashes(tok)}
         return Models(uniform, tok, Conditions("none"), lambda prompt: None, facts)
     name = given.prior or str(DEMO_PRIOR)
-    module = SavedPrior(name, path, given.text_encoder).eval().to(place)
+    module = SavedPrior(name, given.tokenizer, given.text_encoder, str(DEMO_TOKENIZER)).eval().to(place)
     facts = {
         "prior": _named(name),
-        "tokenizer": _named(path),
+        "tokenizer": _named(module.tokenizer_name or ""),
         "text_encoder": None if module.text_encoder is None else module.text_encoder.name,
         "condition": module.condition_kind,
         **model_hashes(module.reconstructor, module.prior),

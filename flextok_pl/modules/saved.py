@@ -58,4 +58,6 @@ class SavedPrior(PriorBase):
             encoder = TextEncoder(name, config.text_length, pad=not config.text_mask)
             if not prior.knows_null:
                 prior.set_null_text(encoder.null_states())
-        super().__init__(prior, tokenizer or config.tokenizer_id or other_tokenizer, encoder)
+        decoder = tokenizer or config.tokenizer_id or other_tokenizer
+        super().__init__(prior, decoder, encoder)
+        self.tokenizer_name = decoder
