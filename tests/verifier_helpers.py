@@ -2,11 +2,12 @@
 
 import json
 
+import pytest
 import torch
-import transformers
 
 from flextok_pl.backbones.aesthetic import aesthetic_head
 
+transformers = pytest.importorskip("transformers", reason="the extra `text` is not installed")
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "apple", "tree", "on", "the", "##s"]
 
 

@@ -4,11 +4,9 @@ import sys
 
 import pytest
 import torch
-from verifier_helpers import pictures, random_tensors, write_clip
+from verifier_helpers import pictures, random_tensors, transformers, write_clip
 
 from flextok_pl.backbones.aesthetic import AestheticScore, aesthetic_head
-
-transformers = pytest.importorskip("transformers", reason="the extra `text` is not installed")
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from verifier_helpers import write_clip
+from verifier_helpers import transformers, write_clip
 
 from flextok_pl.backbones.clip_score import CLIPScore, PickScore
 
-transformers = pytest.importorskip("transformers", reason="the extra `text` is not installed")
 CAPTIONS = ["a cat", "dog", "a caption that is longer than the model has places for text"]
 
 

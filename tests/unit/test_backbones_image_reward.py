@@ -6,7 +6,6 @@ from verifier_helpers import image_reward_state, pictures, write_vocabulary
 
 from flextok_pl.backbones.image_reward import ImageReward
 
-pytest.importorskip("transformers", reason="the extra `text` is not installed")
 TEXTS = ["a red apple", "the blue trees on a tree", "apple " * 50]
 PUBLISHED = [26.88764190673828, 14.19570255279541, 22.59297752380371]
 """Rewards of these texts and `pictures(3)` by ImageReward's own code (THUDM/ImageReward, blip_pretrain.py and

@@ -21,7 +21,6 @@ from flextok_pl.search.prompts import Conditions
 from flextok_pl.search.verifier import Context
 from flextok_pl.search.verifier_options import VerifierOptions, build_verifiers
 
-pytest.importorskip("transformers", reason="the extra `text` is not installed")
 TIMM = "test_efficientnet"
 CONTEXT = Context(torch.zeros(6, 3, dtype=torch.int64))
 
