@@ -351,16 +351,18 @@ def _head(section: Section, tensors: Shapes, vocabulary: int, width: int) -> dic
 
 
 def _generation(values: Any, kind: str) -> GenerationConfig:
-    section = Section("generation", values or {})
+    section = Section("generation", {} if values is None else values)
     section.must_be("model_type", MODEL_TYPES[kind], f"tensors show a {kind} condition")
     top_k, top_p = section.take("top_k", 0), section.take("top_p", 0.0)
     if type(top_k) is not int or type(top_p) not in (int, float):
         raise ValueError(f"generation.top_k={top_k} and generation.top_p={top_p} must be numbers")
     greedy = section.take("sample") is False
     scale = section.take("cfg_factor")
-    if type(scale) not in (int, float, type(None)):
+    if scale is not None and (type(scale) not in (int, float) or not abs(scale) < 1e9):
         raise ValueError(f"generation.cfg_factor={scale} must be a number or null")
     norm_guidance = section.take("tokenizer_perform_norm_guidance")
+    if type(norm_guidance) not in (bool, type(None)):
+        raise ValueError(f"generation.tokenizer_perform_norm_guidance={norm_guidance} must be true or false")
     return GenerationConfig(
         cfg_scale=None if scale is None and not section.has("cfg_factor") else float(1.0 if scale is None else scale),
         temperature=0.0 if greedy else section.number("temperature"),

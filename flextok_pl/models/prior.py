@@ -376,7 +376,7 @@ def _text(condition: Condition) -> tuple[Tensor, Tensor]:
     if isinstance(condition, Tensor):
         return condition, torch.ones(condition.shape[:2], dtype=torch.bool, device=condition.device)
     assert condition is not None
-    return condition[0], condition[1]
+    return condition[0], condition[1].bool()
 
 
 def _doubled(condition: Condition) -> Condition:

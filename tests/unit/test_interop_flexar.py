@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import functools
+import itertools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flextok_pl.config import GenerationConfig, PriorConfig
-from flextok_pl.interop.interpolation import read_yaml
+from flextok_pl.interop.flexar_config import read_config
+from flextok_pl.interop.interpolation import Resolver, read_yaml
+from flextok_pl.interop.tensor_file import open_tensors
 from flextok_pl.models.prior import Prior, TextStates
 
 GOLDEN = Path(__file__).parents[1] / "parity" / "golden"
@@ -282,6 +286,10 @@ REFUSED: list[tuple[str, Change, str]] = [
         lambda c, t: c["generation"].update(model_type="ar_text_to_image_model"),
         "generation.model_type=ar_text",
     ),
+    ("class", lambda c, t: c["generation"].update(cfg_factor="3"), "generation.cfg_factor=3 must be a number"),
+    ("class", lambda c, t: c["generation"].update(top_k=1.5), "generation.top_k=1.5"),
+    ("class", lambda c, t: c["generation"].update(temperature=-1), "generation.temperature=-1 must be a positive"),
+    ("class", lambda c, t: c.update(generation=[]), "generation is a list instead of a mapping"),
     # tensors
     ("class", tensor(f"{MODEL}trunk.blocks.0.mlp.norm.weight", 64), "unexpected tensors: .*mlp.norm.weight"),
     ("class", tensor("models.other.weight", 3), "unexpected tensors: models.other.weight"),
@@ -321,6 +329,31 @@ def test_no_configuration(tmp_path: Path) -> None:
     shutil.copy(GOLDEN / "flexar_class_a" / "model.safetensors", tmp_path)
     with pytest.raises(ValueError, match=r"there is no config.yaml beside it"):
         Prior.from_pretrained(tmp_path)
+
+
+VALUES = (None, -1, 0, 1e308, 2**40, "x", [], [1], {}, True, {"_target_": "os.system"}, float("nan"), "${model}")
+
+
+def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The paths of all that is in a configuration."""
+    for key in tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ():
+        yield (*path, key)
+        yield from places(tree[key], (*path, key))
+
+
+@pytest.mark.parametrize("kind", ["class", "text"])
+def test_any_value_anywhere_is_read_or_refused(kind: str) -> None:
+    folder = GOLDEN / f"flexar_{kind}_a"
+    config, results = read_yaml(folder / "config.yaml"), set()
+    with open_tensors(folder / "model.safetensors", {}) as file:
+        for path, value in itertools.product(places(config), VALUES):
+            tree = copy.deepcopy(config)
+            functools.reduce(lambda node, key: node[key], path[:-1], tree)[path[-1]] = value
+            try:
+                read_config(Resolver(tree), file.shapes, folder)
+            except ValueError as error:
+                results.add(str(error).split("=")[0])
+    assert len(results) > 50
 
 
 # What may be otherwise
