@@ -25,6 +25,7 @@ from flextok_pl.layers.blocks import compile_for_all_lengths
 from flextok_pl.models.objective import TrainingDraws, flow_loss, sample_draws
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.routing import Routing, sample_route
+from flextok_pl.models.sampling import Sampling
 from flextok_pl.models.token_loss import token_loss
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.modules import PriorModule, TokenizerModule, VAEModule
@@ -188,6 +189,29 @@ def test_generation_replays_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flextok_pl.models.prior.can_capture", lambda model: False)
     assert (tokens == generated(prior, prior.num_tokens)).float().mean() > 0.9  # a token that differs changes the rest
     assert len(replays) == prior.num_tokens - 2
+
+
+def test_branches_replay_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each extension of a state captures a graph of its own, and adds up log-probabilities within it."""
+    prior = Prior.from_pretrained(DEMO_PRIOR, device="cuda")
+    uniform = torch.rand(4, prior.num_tokens, generator=torch.Generator().manual_seed(0)).cuda()
+
+    def drawn() -> tuple[Tensor, Tensor]:
+        log_probs = torch.zeros(4, dtype=torch.float64, device="cuda")
+        state = prior.begin(torch.tensor([1]), cfg_scale=2.0, num_tokens=2)
+        rows = torch.zeros(4, dtype=torch.int64, device="cuda")
+        state = state.branch(rows, state.logits().topk(4).indices[0], 25)
+        state.extend(24, uniform, Sampling(0.8), log_probs)
+        state = state.branch(torch.arange(4, device="cuda"), state.logits().argmax(-1), prior.num_tokens)
+        state.extend(prior.num_tokens - 26, uniform, Sampling(0.8), log_probs)
+        return state.tokens, log_probs
+
+    tokens, log_probs = drawn()
+    monkeypatch.setattr("flextok_pl.models.prior.can_capture", lambda model: False)
+    expected, expected_log_probs = drawn()
+    same = (tokens == expected).all(1)
+    assert (tokens == expected).float().mean() > 0.9  # a token that differs changes the rest
+    torch.testing.assert_close(log_probs[same], expected_log_probs[same], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("captured", [False, True])
