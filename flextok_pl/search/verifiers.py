@@ -96,8 +96,8 @@ class Likelihood(BaseVerifier):
     def _scores(self, images: Tensor | None, prompts: Sequence[Prompt], context: Context) -> Tensor:
         if context.log_probs is None:
             raise ValueError(
-                "verifier='likelihood' needs the log-probabilities of the tokens, which only a search knows: use another "
-                "verifier for images from elsewhere"
+                "verifier='likelihood' needs the log-probabilities of tokens, which a search has: use another verifier "
+                "for images from elsewhere"
             )
         return context.log_probs / context.tokens.shape[1]
 

@@ -120,7 +120,7 @@ def test_likelihood_is_per_token():
     context = Context(torch.zeros(3, 4, dtype=torch.int64), log_probs, torch.zeros(3, dtype=torch.float64))
     assert not verifier.needs_images and verifier.facts == {"verifier": "likelihood"}
     assert verifier.score(None, prompts(3), context).tolist() == [-1.5, -0.75, -0.375]
-    with pytest.raises(ValueError, match="verifier='likelihood' needs the log-probabilities of a prior"):
+    with pytest.raises(ValueError, match="verifier='likelihood' needs the log-probabilities of tokens"):
         verifier.score(None, prompts(3), Context(torch.zeros(3, 4)))
 
 
