@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from flextok_pl.backbones.clip_score import CLIPScore
 from flextok_pl.backbones.extractors import OFFLINE_EXTRACTOR, FeatureExtractor, build_extractor
 from flextok_pl.cli.tool import instances
 from flextok_pl.cli.tools import default_device, picture_size
+from flextok_pl.config import GenerationConfig
 from flextok_pl.contracts import weights_hash
 from flextok_pl.evaluation.generation import Prompt
 from flextok_pl.evaluation.generation_statistics import Classifier
@@ -64,6 +65,7 @@ class RunOptions:
         limit: how many of the file's prompts, the first ones; default all.
         samples: searches for each prompt, with different draws.
         prior: a file, folder or Hub id, or `uniform` for none: every token is as likely; default the demo prior.
+            What a published prior's configuration names is the default of guidance, sampling and decoding.
         tokenizer: the tokenizer whose tokens it knows; default the one that the prior names, else the demo tokenizer.
         text_encoder: in place of the prior's own, such as a local copy of it.
         trees: draw what each step kept, for so many prompts, the first ones; which decodes that once more.
@@ -84,15 +86,34 @@ class RunOptions:
     device: str | None = None
 
 
+@dataclass(frozen=True)
+class Models:
+    """What a search runs."""
+
+    prior: SearchPrior
+    tokenizer: FlexTok
+    known: Conditions
+    condition: Callable[[Prompt], Condition]
+    facts: Mapping[str, Any]  # which models these are
+    published: GenerationConfig  # how those who published the prior generate with it
+
+
 def run(command: str, arguments: Sequence[str]) -> None:
     """Run `flextok search`."""
-    given, options, verifiers = instances(command, arguments, RunOptions, SearchOptions, VerifierOptions)
-    search_images(given, options, verifiers)
+    (chosen, options, verifiers), given = instances(command, arguments, RunOptions, SearchOptions, VerifierOptions)
+    models = load_models(chosen)
+    search_images(models, chosen, with_published(options, models.published, given), verifiers)
 
 
-def search_images(given: RunOptions, options: SearchOptions, verifiers: VerifierOptions) -> None:
+def with_published(options: SearchOptions, published: GenerationConfig, given: Collection[str]) -> SearchOptions:
+    """The options, with those of a published prior in place of defaults: where none is given."""
+    own = {name: value for name, value in asdict(published).items() if value is not None and name not in given}
+    decoding = {name: own.pop(name) for name in ("num_steps", "guidance", "guidance_scale") if name in own}
+    return replace(options, decoding=replace(options.decoding, **decoding), **own)
+
+
+def search_images(models: Models, given: RunOptions, options: SearchOptions, verifiers: VerifierOptions) -> None:
     """Search as options say, and print where the results are."""
-    models = load_models(given)
     file = None if given.prompts is None else Path(given.prompts).expanduser()
     prompts = prompts_from_options(models.known, given.classes, given.texts, file, given.limit, given.samples)
     tok = models.tokenizer
@@ -114,17 +135,6 @@ def search_images(given: RunOptions, options: SearchOptions, verifiers: Verifier
         print(_summary(records, folder.path))
 
 
-@dataclass(frozen=True)
-class Models:
-    """What a search runs."""
-
-    prior: SearchPrior
-    tokenizer: FlexTok
-    known: Conditions
-    condition: Callable[[Prompt], Condition]
-    facts: Mapping[str, Any]  # which models these are
-
-
 def load_models(given: RunOptions) -> Models:
     """The prior and the tokenizer that options name."""
     place = default_device(given.device)
@@ -133,7 +143,7 @@ def load_models(given: RunOptions) -> Models:
         tok = FlexTok.from_pretrained(path, device=place)
         uniform = UniformPrior(tok.config.vocab_size, tok.num_registers, place)
         facts: dict[str, Any] = {"prior": UNIFORM, "tokenizer": _named(path), **model_hashes(tok)}
-        return Models(uniform, tok, Conditions("none"), lambda prompt: None, facts)
+        return Models(uniform, tok, Conditions("none"), lambda prompt: None, facts, GenerationConfig())
     name = given.prior or str(DEMO_PRIOR)
     module = SavedPrior(name, given.tokenizer, given.text_encoder, str(DEMO_TOKENIZER)).eval().to(place)
     facts = {
@@ -149,7 +159,7 @@ def load_models(given: RunOptions) -> Models:
         return module.encoded_condition(asked[module.condition_kind])
 
     known = Conditions(module.condition_kind, module.num_classes, module.class_names)
-    return Models(module.prior, module.reconstructor, known, condition, facts)
+    return Models(module.prior, module.reconstructor, known, condition, facts, module.prior.config.generation)
 
 
 def _named(model: str) -> str:

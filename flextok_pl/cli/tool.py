@@ -29,13 +29,18 @@ def tool_parser(command: str, function: Callable[..., Any]) -> ArgumentParser:
     return parser
 
 
-def instances(command: str, arguments: Sequence[str], *kinds: type) -> list[Any]:
-    """The options of a command line, as instances of the dataclasses whose fields they are."""
+def instances(command: str, arguments: Sequence[str], *kinds: type) -> tuple[list[Any], set[str]]:
+    """The options of a command line as instances of the dataclasses that have them, and the names of those given.
+
+    Of an option below another one, that is the last part of its name.
+    """
     parser = ArgumentParser(prog=f"flextok {command}")
     for kind in kinds:
         parser.add_class_arguments(kind, None)
     values = parsed(parser, arguments)
-    return [kind(**{each.name: values[each.name] for each in dataclasses.fields(kind)}) for kind in kinds]
+    made = [kind(**{each.name: values[each.name] for each in dataclasses.fields(kind)}) for kind in kinds]
+    given = parser.parse_args(list(arguments), defaults=False)
+    return made, {name.rpartition(".")[2] for name in given.keys()}  # noqa: SIM118 - of a Namespace
 
 
 def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:

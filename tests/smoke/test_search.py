@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from flextok_pl.cli import main
-from flextok_pl.config import PriorConfig
+from flextok_pl.config import GenerationConfig, PriorConfig
 from flextok_pl.contracts import weights_hash
 from flextok_pl.data import write_folder
 from flextok_pl.evaluation.generation import Prompt, generate_tokens
@@ -127,6 +128,18 @@ def test_the_best_of_one_is_a_sample(models: list[str], place: Path) -> None:
     _, records = read_run(place / "runs/search")
     assert [record["results"][0]["tokens"] for record in records] == wanted
     assert records[0]["cost"]["decoder_calls"] == 0, "the verifier looks at tokens"
+
+
+def test_options_of_a_published_prior(models: list[str], place: Path) -> None:
+    """What its configuration names holds where the command line says nothing else."""
+    prior = Prior.from_pretrained(models[1])
+    prior.config = replace(prior.config, generation=GenerationConfig(cfg_scale=3.0, top_k=7, num_steps=2))
+    own = ["--prior", str(prior.save_pretrained(place / "published")), *models[2:4], "--guidance", "none"]
+    one = ["--algorithm", "best_of_n", "--num_candidates", "2", "--class", "0"]
+    for more, wanted in (([], (3.0, 7, 2)), (["--cfg_scale", "1.0", "--num_steps", "25"], (1.0, 7, 25))):
+        main(["search", *own, *one, *more, "--out", f"run{len(more)}"])
+        _, (record,) = read_run(place / f"run{len(more)}")
+        assert (record["cfg_scale"], record["top_k"], record["num_steps"]) == wanted
 
 
 def killed_at(call: int, arguments: list[str]) -> int | None:
