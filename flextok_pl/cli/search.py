@@ -55,7 +55,7 @@ class RunOptions:
     condition and number of a candidate only. Given again after a kill, the command goes on after the last step;
     torchrun or srun may start it several times, and each process takes a part of the prompts. Then the folder holds
     `images` in the layout of GenEval, `search.jsonl` with a record for each prompt, and `trees`, pictures of what each
-    step kept.
+    step kept. `--num_steps`, `--guidance` and `--guidance_scale` may be given without the word `decoding`.
 
     Args:
         classes: number or name of a class, for a prior of classes (or `--class`, once or several times); default all

@@ -25,11 +25,21 @@ GUIDANCE_KINDS = ("none", "cfg", "apg")
 
 @dataclass(frozen=True)
 class Decoding:
-    """The options of one decoding; the defaults are those of the published models."""
+    """The options of one decoding; the defaults are those of the published models.
 
-    num_steps: int = 25  # of the solver
-    guidance: str = "apg"  # one of `GUIDANCE_KINDS`: none, classifier-free, or adaptive projected guidance
-    guidance_scale: GuidanceScale = 7.5  # 1 is no guidance
+    Args:
+        num_steps: steps of the solver.
+        guidance: `none`, `cfg` (classifier-free), or `apg` (adaptive projected guidance).
+        guidance_scale: its strength; 1 is no guidance.
+        solver: `euler`, or `heun`, of second order and about twice the work.
+
+    Raises:
+        ValueError: an option is out of range or unknown.
+    """
+
+    num_steps: int = 25
+    guidance: str = "apg"  # one of `GUIDANCE_KINDS`
+    guidance_scale: GuidanceScale = 7.5
     solver: str = "euler"  # one of `SOLVERS`
 
     def __post_init__(self) -> None:
