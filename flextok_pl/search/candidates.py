@@ -18,6 +18,9 @@ from flextok_pl.models.sampling import Sampling, draw_distinct, draw_tokens, fil
 from flextok_pl.precision import accumulation_dtype
 from flextok_pl.search.priors import State
 
+ROWS = 256
+"""Distributions from which tokens are drawn at once, which bounds the memory for large pools."""
+
 
 class Candidates(NamedTuple):
     """C sequences: those of a state, each with a last token of its own."""
@@ -68,42 +71,48 @@ def draw_candidates(
     numbers, first = uniform.flatten(0, 1), beam.tokens.shape[1]  # (C, K)
     log_probs = torch.zeros(width, dtype=accumulation_dtype(uniform.device), device=uniform.device)
     rows = torch.arange(width, device=uniform.device).repeat_interleave(each)
-    state = beam
-    if last_only or count == 1:
+    state, shared = beam, last_only or count == 1  # all but the last token
+    if shared:
         if count > 1:
             state.extend(count - 1, uniform[:, 0], sampling, log_probs)
         log_probs = log_probs.repeat_interleave(each)
     else:
-        filtered = filter_logits(state.logits(), *sampling)  # (W, V)
-        tokens = draw_tokens(filtered, uniform[:, :, first])  # (W, N)
-        log_probs = token_log_probs(filtered, tokens).flatten()
+        tokens, drawn_log_probs = _draw(state.logits(), uniform[:, :, first], sampling, False)  # (W, N)
+        log_probs = drawn_log_probs.flatten()
         state = state.branch(rows, tokens.flatten(), first + count)
         if count > 2:
             state.extend(count - 2, numbers, sampling, log_probs)
         rows = torch.arange(width * each, device=uniform.device)
-    filtered = filter_logits(state.logits(), *sampling)  # (S, V)
-    last = numbers[:, first + count - 1].reshape(len(filtered), -1)  # (S, C / S)
-    drawn = _last_tokens(state, filtered, last, sampling, distinct)
-    log_probs = log_probs + token_log_probs(filtered, drawn).flatten()
-    return Candidates(state, rows, drawn.flatten(), log_probs)
+    last_numbers = numbers[:, first + count - 1].reshape(-1, each if shared else 1)  # (S, C / S)
+    last, last_log_probs = _last_tokens(state, last_numbers, sampling, distinct)
+    return Candidates(state, rows, last.flatten(), log_probs + last_log_probs.flatten())
 
 
-def _last_tokens(state: State, filtered: Tensor, uniform: Tensor, sampling: Sampling, distinct: bool) -> Tensor:
-    """Tokens (S, n) after S sequences with (S, V) logits, by (S, n) numbers."""
-    if sampling.temperature == 0:
-        each, vocabulary = uniform.shape[1], filtered.shape[1]
-        likely = filtered.topk(min(each, vocabulary)).indices
-        return likely[:, torch.arange(each, device=likely.device) % vocabulary]
-    if not distinct:
-        return draw_tokens(filtered, uniform)
-    if uniform.shape[1] > 1:
-        return draw_distinct(filtered, uniform)
+def _last_tokens(state: State, uniform: Tensor, sampling: Sampling, distinct: bool) -> tuple[Tensor, Tensor]:
+    """Tokens (S, n) after S sequences and their log-probabilities, by (S, n) numbers."""
+    logits, parts = state.logits(), []
+    for start in range(0, len(logits), ROWS):
+        rows = slice(start, start + ROWS)
+        parts.append(_draw(logits[rows], uniform[rows], sampling, distinct))
+    tokens, log_probs = (torch.cat(part) for part in zip(*parts, strict=True))
+    if not distinct or uniform.shape[1] > 1 or len(tokens) == 1:
+        return tokens, log_probs
     # Each candidate has a sequence of its own; those of equal ones take turns.
-    drawn = draw_tokens(filtered, uniform)
-    if len(drawn) == 1:
-        return drawn
     _, group, sizes = torch.unique(state.tokens, dim=0, return_inverse=True, return_counts=True)
     for number in (sizes > 1).nonzero().flatten().tolist():
         members = (group == number).nonzero().flatten()
-        drawn[members] = draw_distinct(filtered[members[:1]], uniform[members].T).T
-    return drawn
+        drawn = _draw(logits[members[:1]], uniform[members].T, sampling, distinct)
+        tokens[members], log_probs[members] = drawn[0].T, drawn[1].T
+    return tokens, log_probs
+
+
+def _draw(logits: Tensor, uniform: Tensor, sampling: Sampling, distinct: bool) -> tuple[Tensor, Tensor]:
+    """N tokens from each of B distributions by (B, N) numbers, and their log-probabilities: (B, N) each."""
+    filtered, each = filter_logits(logits, *sampling), uniform.shape[1]
+    if sampling.temperature == 0:
+        likely = filtered.topk(min(each, filtered.shape[1])).indices
+        tokens = likely[:, torch.arange(each, device=likely.device) % filtered.shape[1]]
+    else:
+        draw = draw_distinct if distinct and each > 1 else draw_tokens
+        tokens = draw(filtered, uniform)
+    return tokens, token_log_probs(filtered, tokens)

@@ -86,8 +86,10 @@ def test_the_shared_cache_gives_what_none_gives(
     torch.testing.assert_close(state.logits(), expected, rtol=0, atol=2e-5)
 
 
-def test_equal_sequences_take_turns() -> None:
+@pytest.mark.parametrize("at_once", [1, 5, 256])
+def test_equal_sequences_take_turns(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tokens each: with few tokens left, several candidates have the same first one."""
+    monkeypatch.setattr("flextok_pl.search.candidates.ROWS", at_once)
     prior = small_prior()
     numbers = candidate_numbers("key", 0, 12, K, prior.device).view(1, 12, K)
     sampling = Sampling(1.0, 8)
