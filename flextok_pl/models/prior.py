@@ -81,29 +81,29 @@ class Prior(nn.Module):
 
     def _init_weights(self) -> None:
         """Normal of deviation 0.02, and less for what adds to the residual stream, as in GPT-2."""
-        config = self.config
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif "norm" not in name:
                 adds = name.endswith(("proj.weight", "fc2.weight"))
-                nn.init.normal_(parameter, std=0.02 / (2 * config.depth) ** 0.5 if adds else 0.02)
-        if config.fixed_positions:
-            table = sincos_position_table(config.width, (config.num_tokens, 1))[0, :, :, 0].T  # (K, D)
+                nn.init.normal_(parameter, std=0.02 / (2 * self.config.depth) ** 0.5 if adds else 0.02)
+        if self.config.fixed_positions:
+            table = sincos_position_table(self.config.width, (self.num_tokens, 1))[0, :, :, 0].T  # (K, D)
             self.positions.data.copy_(F.pad(table, (0, 0, 1, -1)))  # the start token has none
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path, *, device: str | torch.device | None = None) -> Self:
-        """Load a prior saved by `save_pretrained`, in evaluation mode; see `FlexTok.from_pretrained`.
+        """Load a prior saved by `save_pretrained`, or a FlexAR release, in evaluation mode.
 
-        A folder holds it as `prior.safetensors`.
+        A folder or Hub repository holds it as `prior.safetensors`; a release as `model.safetensors` and `config.yaml`,
+        without the null text; see `set_null_text`. For the rest see `FlexTok.from_pretrained`.
         """
         return load_model(path_or_hub_id, PRIOR_FORMATS, cls, device)
 
     def save_pretrained(
         self, path: str | Path, format: str = "ours", weights: Mapping[str, Tensor] | None = None
     ) -> Path:
-        """Save weights and configuration in one safetensors file, atomically; see `FlexTok.save_pretrained`."""
+        """See `FlexTok.save_pretrained`; `flexar` is a folder that the loader of the FlexAR releases reads, too."""
         return save_model(weights or self.state_dict(), self.config, path, PRIOR_FORMATS, format)
 
     def trained_on(self, tokenizer: str, class_names: Sequence[str]) -> None:
