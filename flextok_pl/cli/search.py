@@ -248,6 +248,11 @@ def measure_searches(
     save_figure(plot_quality(records, against), target / "quality.png")
     print(_table(records, against))
     print(f"{len(folders)} searches; records and the plot: {target}")
+    if real is not None and not all(record["full_rank"] for record in records):
+        print(
+            f"{network.metric_name} compares runs of as many images only: the covariance of a side with at most "
+            f"{network.dim} images is singular; prefer {network.kernel_metric_name}"
+        )
 
 
 def _table(records: Sequence[Record], against: str) -> str:

@@ -90,6 +90,7 @@ def measure_run(
         **{name: fmean(each["cost"][name] for each in run) for name in COSTS},
         "num_samples": len(run),
         "image_size": statistics.image_size,
+        "full_rank": all(f.statistics.full_rank for f in (statistics.real, *statistics.made.values())),
         "classifier": None if judge is None else judge.name,
         "search": protocol,
     }

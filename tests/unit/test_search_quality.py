@@ -56,6 +56,7 @@ def test_agreement_distance_and_cost(run: Path, emoji_folder: Path, extractor: F
     assert values["fd_effnet_lite0"] > 0 and {"kd_effnet_lite0", "precision", "coverage"} <= set(values)
     assert asked == [{"algorithm": "beam", "seed": 0}]
     first = records[0]
+    assert not first["full_rank"], "of 12 images"
     assert first["decoder_calls"] == 15.5 and first["num_samples"] == 12 and first["image_size"] == [48, 48]
     assert first["search"] == {"algorithm": "beam", "seed": 0} and first["classifier"] == "probe_constant"
     # The distance of the same images to themselves is none, whatever the batches.
