@@ -249,6 +249,7 @@ WIDE = {
     "metrics/linear_probe.py": "fitted on the CPU",
     "flow/nested_dropout.py": "probabilities for the plan, on the CPU",
     "data/transforms.py": "draws of a CPU generator",
+    "search/verifier_ensemble.py": "scores, which verifiers give on the CPU",
 }
 """Files that name float64, and why they may."""
 
