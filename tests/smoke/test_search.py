@@ -189,6 +189,27 @@ def test_killed_and_given_again(models: list[str], place: Path) -> None:
         main(beam(models, "--class", "left", "--out", "again"))
 
 
+@pytest.mark.parametrize("algorithm", ["beam", "lookahead", "best_of_n"])
+def test_stopped_when_the_last_step_is_done(
+    models: list[str], place: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
+) -> None:
+    """Nothing is left to search, only to write."""
+    command = beam(models, "--class", "up", "--algorithm", algorithm, "--lookahead", "3", "--num_results", "3")
+    main([*command, "--out", "whole"])
+    calls = (place / "calls").read_text()
+
+    def stopped(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("flextok_pl.search.driver.RunFolder.finish", stopped)
+        main([*command, "--out", "again"])
+    assert (place / "calls").read_text() == 2 * calls
+    main([*command, "--out", "again"])
+    assert (place / "calls").read_text() == 2 * calls
+    assert_same_runs(place / "again", place / "whole")
+
+
 def test_two_processes_find_what_one_does(models: list[str], place: Path, start_ranks: Callable[..., Any]) -> None:
     asked = ["--class", "up", "--class", "left", "--class", "right", "--trees", "2"]
     main(beam(models, *asked, "--out", "one"))
