@@ -61,8 +61,9 @@ class RunOptions:
         classes: number or name of a class, for a prior of classes (or `--class`, once or several times); default all
             of up to 16 classes, else the first 8.
         texts: a text, for a prior of texts (or `--text`, once or several times).
-        prompts: a file in place of them: lines (`.txt`), GenEval's prompts (`.jsonl`) or COCO's captions (`.json`).
-        limit: how many of the file's prompts, the first ones; default all.
+        prompts: a file in place of them: lines (`.txt`), GenEval's prompts (`.jsonl`) or COCO's captions (`.json`); or
+            a shard set, for its captions and classes.
+        limit: how many of its prompts, the first ones; default all.
         samples: searches for each prompt, with different draws.
         prior: a file, folder or Hub id, or `uniform` for none: every token is as likely; default the demo prior.
             What a published prior's configuration names is the default of guidance, sampling and decoding.

@@ -1,4 +1,4 @@
-"""Prompts of a search: from options, or from files of lines, of GenEval or of COCO captions.
+"""Prompts of a search: from options, from files of lines, of GenEval or of COCO captions, or from a shard set.
 
 A prompt's key names its condition and its number among those of the same condition. What is drawn for it depends on the
 key, so that other prompts, or their order, change nothing.
@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from flextok_pl.data import ShardDataModule
 from flextok_pl.data.conditions import class_index
+from flextok_pl.data.shards.sources import load_indices
 from flextok_pl.evaluation.generation import Prompt
 
 SHOWN = 8
@@ -77,13 +79,18 @@ def read_prompts(file: Path, of_classes: bool = False) -> list[Row]:
 
     `.txt` has a text on each line, or with `of_classes` a class. `.jsonl` has an object on each, as GenEval's prompts
     (https://github.com/djghosh13/geneval), with `prompt` or `label` or both. `.json` are captions of COCO
-    (https://cocodataset.org), of which the first of each picture counts, in the order of the pictures' ids.
+    (https://cocodataset.org), of which the first of each picture counts, in the order of the pictures' ids. A folder is
+    a shard set with captions or classes; with `of_classes` it numbers them in its own way.
 
     Raises:
         ValueError: the file is none of these; of JSON lines, the message names the line.
     """
+    if file.is_dir():
+        return _of_shards(file, by_name=of_classes)
     if file.suffix not in (".txt", ".jsonl", ".json"):
-        raise ValueError(f"prompts={file} must be a file of lines (.txt), of JSON lines (.jsonl) or of COCO (.json)")
+        raise ValueError(
+            f"prompts={file} must be a file of lines (.txt), of JSON lines (.jsonl) or of COCO (.json), or a shard set"
+        )
     try:
         text = file.read_bytes().decode("utf-8-sig")
         if file.suffix == ".txt":
@@ -95,6 +102,19 @@ def read_prompts(file: Path, of_classes: bool = False) -> list[Row]:
         raise ValueError(f"prompts={file} cannot be read: {error}") from error
     if not rows:
         raise ValueError(f"prompts={file} holds no prompt")
+    return rows
+
+
+def _of_shards(folder: Path, by_name: bool) -> list[Row]:
+    index = load_indices(str(folder))[0]
+    # The pictures are not looked at.
+    data = ShardDataModule(test=str(folder), image_size=index.image_size or 1, num_workers=0)
+    rows: list[Row] = []
+    for batch in data.test_dataloader():
+        labels = batch["label"].tolist() if "label" in batch else [-1] * len(batch["key"])
+        texts = batch.get("text", [None] * len(batch["key"]))
+        for label, text, key in zip(labels, texts, batch["key"], strict=True):
+            rows.append(((index.classes[label] if by_name else label) if label >= 0 else None, text, {"key": key}))
     return rows
 
 

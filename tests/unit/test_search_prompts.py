@@ -73,6 +73,17 @@ def test_the_first_caption_of_each_picture_of_coco(tmp_path: Path) -> None:
     assert [(p.text, p.metadata) for p in found] == [("two", {"image_id": 2}), ("nine", {"image_id": 9})]
 
 
+def test_a_shard_set(image_shards: Path) -> None:
+    known = Conditions("class", 2, ("right", "left"))
+    found = prompts_from_options(known, file=image_shards / "val")
+    assert [known.class_names[p.label] for p in found] == [p.metadata["key"].split("/")[0] for p in found], "by name"
+    assert len(found) == 18 and prompts_from_options(known, file=image_shards / "val", limit=5) == found[:5]
+    with pytest.raises(ValueError, match="class 'left' is unknown"):
+        prompts_from_options(CLASSES, file=image_shards / "val")
+    with pytest.raises(ValueError, match="conditioned on text, and . comes without a prompt"):
+        prompts_from_options(TEXTS, file=image_shards / "val")
+
+
 @pytest.mark.parametrize(
     ("known", "options", "complaint"),
     [
