@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from flextok_pl.assets import DEMO_PRIOR, DEMO_TOKENIZER
 from flextok_pl.cli.tools import checked_budgets, default_device
-from flextok_pl.data.conditions import class_index
+from flextok_pl.evaluation.generation import as_condition
 from flextok_pl.evaluation.pictures import image_grid, save_png
-from flextok_pl.modules.prior_base import PriorBase
 from flextok_pl.modules.saved import SavedPrior
+from flextok_pl.search.prompts import Conditions, prompts_from_options
 
 SAMPLING = {"cfg_scale": 1.5, "temperature": 1.0, "top_k": None, "top_p": None}
 DECODING = {"guidance": "apg", "guidance_scale": 7.5, "num_steps": 25}
@@ -67,17 +66,17 @@ def generate_images(
         text_encoder: in place of the prior's own, such as a local copy of it.
         device: default a GPU where there is one.
     """
-    if samples < 1:
-        raise ValueError(f"samples={samples} must be at least 1")
     module = SavedPrior(prior or str(DEMO_PRIOR), tokenizer, text_encoder, str(DEMO_TOKENIZER))
     module = module.eval().to(default_device(device))
     published = module.prior.config.generation
     sampling = published.or_given(SAMPLING, cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p)
     decoding = published.or_given(DECODING, guidance=guidance, guidance_scale=guidance_scale, num_steps=num_steps)
     wanted = checked_budgets(budgets, module.prior.num_tokens)
-    names, condition = _conditions(module, classes, texts, samples)
-    seeds = [seed + i % samples for i in range(len(names))]
-    tokens = module.generate_tokens(condition, **sampling, generator=[torch.Generator().manual_seed(s) for s in seeds])
+    known = Conditions(module.condition_kind, module.num_classes, module.class_names)
+    prompts = prompts_from_options(known, classes, texts, samples=samples)
+    seeds = [seed + i % samples for i in range(len(prompts))]
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    tokens = module.generate_tokens(as_condition(known.kind, prompts), **sampling, generator=generators)
     images = {
         budget: module.reconstructor.detokenize(
             tokens,
@@ -88,27 +87,6 @@ def generate_images(
         for budget in wanted
     }
     target = Path(out).expanduser()
+    names = [prompt.text or (f"class {prompt.label}" if known.kind == "class" else "") for prompt in prompts]
     save_png(image_grid(images.items(), names), target)
-    print(f"{target}: pictures: {len(names)}, at {wanted} tokens")
-
-
-def _conditions(
-    module: PriorBase, classes: list[str] | None, texts: list[str] | None, samples: int
-) -> tuple[list[str], Tensor | list[str] | None]:
-    """Names of the rows, and what the prior is given."""
-    kind = module.condition_kind
-    for given, option, needs in ((classes, "--class", "class"), (texts, "--text", "text")):
-        if given and kind != needs:
-            raise ValueError(f"{option} {given[0]}: this prior is conditioned on {kind}, leave {option} out")
-    if kind == "none":
-        return [""] * samples, None
-    if kind == "text":
-        if not texts:
-            raise ValueError('this prior is conditioned on text: say what to draw, --text "red apple"')
-        rows = [text for text in texts for _ in range(samples)]
-        return rows, rows
-    count = module.num_classes
-    numbers = [class_index(given, module.class_names, count) for given in classes or range(count if count <= 16 else 8)]
-    numbers = [number for number in numbers for _ in range(samples)]
-    names = [module.class_names[number] if module.class_names else f"class {number}" for number in numbers]
-    return names, torch.tensor(numbers)
+    print(f"{target}: pictures: {len(prompts)}, at {wanted} tokens")

@@ -8,8 +8,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-import torch
-
 from flextok_pl.assets import DEMO_PRIOR, DEMO_TOKENIZER
 from flextok_pl.backbones.classifier import TimmClassifier
 from flextok_pl.backbones.clip_score import CLIPScore
@@ -18,7 +16,7 @@ from flextok_pl.cli.tool import instances
 from flextok_pl.cli.tools import default_device, picture_size
 from flextok_pl.config import GenerationConfig
 from flextok_pl.contracts import weights_hash
-from flextok_pl.evaluation.generation import Prompt
+from flextok_pl.evaluation.generation import Prompt, as_condition
 from flextok_pl.evaluation.generation_statistics import Classifier
 from flextok_pl.evaluation.options import PROBE, check_probe
 from flextok_pl.evaluation.pictures import save_figure
@@ -156,8 +154,7 @@ def load_models(given: RunOptions) -> Models:
     }
 
     def condition(prompt: Prompt) -> Condition:
-        asked: dict[str, Any] = {"class": torch.tensor([prompt.label]), "text": [prompt.text], "none": None}
-        return module.encoded_condition(asked[module.condition_kind])
+        return module.encoded_condition(as_condition(module.condition_kind, [prompt]))
 
     known = Conditions(module.condition_kind, module.num_classes, module.class_names)
     return Models(module.prior, module.reconstructor, known, condition, facts, module.prior.config.generation)

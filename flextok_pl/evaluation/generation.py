@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 from urllib.parse import quote
 
 import torch
@@ -233,13 +233,16 @@ def generate_tokens(
     top_p: float | None = None,
 ) -> Tensor:
     """All K tokens for each prompt, (B, K), drawn by its key and the seed."""
-    condition: Tensor | list[str] | None = None
-    if module.condition_kind == "class":
-        condition = torch.tensor([prompt.label for prompt in prompts])
-    elif module.condition_kind == "text":
-        condition = [prompt.text for prompt in prompts]
     generators = sample_generators([prompt.key for prompt in prompts], seed, "tokens")
+    condition = as_condition(module.condition_kind, prompts)
     return module.generate_tokens(condition, cfg_scale, temperature, top_k, top_p, generators)
+
+
+def as_condition(kind: Literal["class", "text", "none"], prompts: Sequence[Prompt]) -> Tensor | list[str] | None:
+    """What a prior of this kind of condition is asked for: (B,) classes, or B texts."""
+    if kind == "class":
+        return torch.tensor([prompt.label for prompt in prompts])
+    return [prompt.text for prompt in prompts] if kind == "text" else None
 
 
 def balanced_prompt(number: int, num_classes: int) -> Prompt:
