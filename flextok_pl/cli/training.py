@@ -68,7 +68,8 @@ class FinishedModels:
 
     Args:
         tokenizer: this tokenizer (a .safetensors file, a folder or a Hub id).
-        prior: this prior (a .safetensors file) with that tokenizer.
+        prior: this prior (a .safetensors file, a folder or a Hub id) with that tokenizer; without one, with the
+            tokenizer that a published prior names.
     """
 
     tokenizer: str | None = None
@@ -140,8 +141,6 @@ class FlexTokCLI(LightningCLI):
         if config.ckpt_path is not None:
             name = "tokenizer" if prior is None else "prior"
             raise UserError(f"--{name} and --ckpt_path both name weights; give one of them")
-        if tokenizer is None:
-            raise UserError(f"--prior {prior} needs --tokenizer, the one whose tokens it knows, to decode images")
         saved: type[LightningModule] = SavedTokenizer
         options = {"path": tokenizer, "vae_config": None}
         if prior is not None:
@@ -164,6 +163,11 @@ class FlexTokCLI(LightningCLI):
             if said is None or "Union subtypes" not in str(error):
                 raise
             raise said from said.__cause__
+        if isinstance(self.model, SavedPrior) and self.model.tokenizer is None:
+            raise UserError(
+                f"--prior {self.config.prior} needs --tokenizer, the one whose tokens it knows, to decode images: its "
+                "file names none"
+            )
 
     def instantiate_trainer(self, **_: Any) -> Trainer:
         """The trainer with the callbacks of the groups, and what the command shows and leaves behind."""

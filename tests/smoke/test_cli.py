@@ -356,6 +356,11 @@ def test_a_prior_from_pictures_to_gfid(
     main(["generate", *finished, "--budgets", "16", "--num-steps", "1", "--class", "left"])
 
     assert "needs --tokenizer" in error_of(capsys, "test", *base, *finished[:2])
+    prior = Prior.from_pretrained(run / "prior.safetensors")
+    prior.config = dataclasses.replace(prior.config, tokenizer_id=str(tiny_tokenizer))
+    naming = ["--prior", str(prior.save_pretrained(workplace / "naming.safetensors"))]
+    main(["test", *base, *naming, "--rfid=null", "--gfid.num_samples=8"])
+    assert "8 generated images, 18 real ones of test" in capsys.readouterr().out
     torch.manual_seed(17)  # a command leaves its own seed behind, and the first tokenizer may have had the same
     other = FlexTok(FlexTokConfig.preset("tiny")).save_pretrained(workplace / "other.safetensors")
     assert "tokens mean nothing" in error_of(capsys, "test", *base, *finished[:2], "--tokenizer", str(other))
