@@ -32,7 +32,7 @@ from flextok_pl.search.options import SearchOptions
 from flextok_pl.search.priors import SearchPrior, UniformPrior
 from flextok_pl.search.prompts import Conditions, prompts_from_options
 from flextok_pl.search.quality import COSTS, image_size, measure_run, plot_quality, reference_features
-from flextok_pl.search.records import RunFolder
+from flextok_pl.search.records import RunFolder, mean_score
 from flextok_pl.search.verifier_options import VerifierOptions, build_verifiers
 
 PROBES = Path("~/.cache/flextok_pl/statistics")
@@ -174,10 +174,11 @@ def _given(options: VerifierOptions) -> dict[str, Any]:
 
 
 def _summary(records: Sequence[Record], folder: Path) -> str:
-    score = fmean(record["results"][0]["score"] for record in records)
+    score = mean_score(records)
+    shown = "infinite" if score is None else format_value(score)
     cost = {name: fmean(record["cost"][name] for record in records) for name in COSTS}
     spent = ", ".join(f"{value:.0f} {name.replace('_', ' ')}" for name, value in cost.items())
-    return f"{folder}: prompts: {len(records)}, mean score {format_value(score)}; for each {spent}"
+    return f"{folder}: prompts: {len(records)}, mean score {shown}; for each {spent}"
 
 
 def measure_searches(
@@ -219,6 +220,8 @@ def measure_searches(
         out: folder of the results.
         device: default a GPU where there is one.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
     check_probe(classifier, classifier_data)
     folders = [Path(run).expanduser() for run in runs]
     network = build_extractor(extractor, weights).to(default_device(device))

@@ -33,7 +33,7 @@ class SearchOptions:
         top_k: draw from the k most likely tokens; null for all.
         top_p: draw from the fewest most likely tokens that have this probability together; null for all.
         decoding: how tokens become images.
-        decode_batch_size: candidates decoded at a time; it changes no result.
+        decode_batch_size: candidates decoded at a time, and drawn with best-of-N; results change by rounding at most.
         vary_noise: with best-of-N, decode each candidate from noise of its own; else all from the same.
         seed: of tokens and noise.
         num_results: sequences to return.

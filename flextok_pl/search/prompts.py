@@ -98,6 +98,7 @@ def read_prompts(file: Path, of_classes: bool = False) -> list[Row]:
             rows: list[Row] = [(line, None, {}) if of_classes else (None, line, {}) for line in lines]
         else:
             rows = _objects(text) if file.suffix == ".jsonl" else _captions(text)
+        "".join(prompt or "" for _, prompt, _ in rows).encode()  # JSON can hold half a character
     except (ValueError, OSError) as error:  # bytes that are no UTF-8, and no JSON, are ValueErrors
         raise ValueError(f"prompts={file} cannot be read: {error}") from error
     if not rows:
@@ -138,9 +139,10 @@ def _captions(text: str) -> list[Row]:
     content = json.loads(text)
     entries = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not all(
-        isinstance(e, dict) and {"image_id", "caption"} <= set(e) for e in entries
+        isinstance(e, dict) and isinstance(e.get("image_id"), int) and isinstance(e.get("caption"), str)
+        for e in entries
     ):
-        raise ValueError("it needs `annotations` with image_id and caption, as COCO's captions_*.json has them")
+        raise ValueError("it needs `annotations` with image_id, a number, and caption, a text, as COCO has them")
     first: dict[int, str] = {}
     for entry in entries:
         first.setdefault(entry["image_id"], entry["caption"])

@@ -23,7 +23,7 @@ from flextok_pl.evaluation.image_set import ONLY, ImageSet
 from flextok_pl.evaluation.report import Record
 from flextok_pl.metrics.feature_set import POOL_SIZE, FeatureSet
 from flextok_pl.metrics.images import to_uint8
-from flextok_pl.search.records import FREE, read_run
+from flextok_pl.search.records import FREE, mean_score, read_run
 
 SIZES = ("num_candidates", "beam_width")
 """What a run may spend more on, along a line of the plot."""
@@ -71,7 +71,10 @@ def measure_run(
 
     Returns:
         One record per metric of `GenerationStatistics`, and one of `verifier_score`, the mean of the scores by which
-        the search chose. Each says which run that is, what it cost per prompt, and how it searched.
+        the search chose, if all are finite. Each says which run that is, what it cost per prompt, and how it searched.
+
+    Raises:
+        ValueError: the folder holds no finished run, or there is nothing to measure.
     """
     protocol, run = read_run(folder)
     judge = classifier_of(protocol)
@@ -84,7 +87,13 @@ def measure_run(
         keys, texts = [each["key"] for each in part], [each["text"] for each in part]
         statistics.update_generated(ONLY, images, keys, labels, texts)
     values = statistics.values(seed)[ONLY]
-    values["verifier_score"] = fmean(each["results"][0]["score"] for each in run)
+    score = mean_score(run)
+    if score is not None:
+        values["verifier_score"] = score
+    if not values:
+        raise ValueError(
+            f"{folder} has infinite scores, of which there is no mean: measure by a reference or classifier"
+        )
     facts = {
         "run": str(folder),
         **{name: fmean(each["cost"][name] for each in run) for name in COSTS},

@@ -20,6 +20,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
@@ -46,13 +47,13 @@ class RunFolder:
     protocol: Mapping[str, Any]
 
     def open(self) -> None:
-        """Make the folder, or go on in it.
+        """Make the folder, or go on in it; where no step has been finished it may hold any protocol.
 
         Raises:
             ValueError: it holds a run that searches in another way.
         """
         file = self.path / "protocol.json"
-        if not file.is_file():
+        if not (file.is_file() and any((self.path / begun).is_dir() for begun in ("records", "unfinished"))):
             write_file(file, _json(dict(self.protocol), indent=1))
         found = _read(file)
         former, wanted = ({k: v for k, v in each.items() if k not in FREE} for each in (found, _plain(self.protocol)))
@@ -148,6 +149,12 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:
     except OSError as error:
         raise ValueError(f"{folder} holds no finished search: {error}; give its command again") from error
     return _read(folder / "protocol.json"), [json.loads(line) for line in lines]
+
+
+def mean_score(records: Sequence[Record]) -> float | None:
+    """The mean score of the best results; None where one is infinite, which records state as None."""
+    scores = [record["results"][0]["score"] for record in records]
+    return None if None in scores else fmean(scores)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -39,6 +39,9 @@ def red(images, prompts, context):
     if len(Path("calls").read_text().splitlines()) == int(os.environ.get("KILL_AT", 0)):
         os.kill(os.getpid(), signal.SIGKILL)
     return images[:, 0].double().mean((1, 2)) - images[:, 2].double().mean((1, 2))
+
+def veto(images, prompts, context):
+    return red(images, prompts, context) - float("inf")
 """
 
 
@@ -117,6 +120,15 @@ def test_what_a_search_leaves(models: list[str], place: Path, capsys: pytest.Cap
     assert len(tiles) == 6
     for tokens in tiles:
         assert occurs(decode_tokens(tok, torch.tensor([tokens]), Prompt(first["key"]), options)[0], tree)
+
+
+def test_all_candidates_refused(models: list[str], place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    veto = os.environ["VERIFIER"].replace(":red", ":veto")
+    options = ["--class", "up", "--verifier", veto, "--schedule", "[1]", "--num_candidates", "2", "--out", "run"]
+    main(["search", *models, *options])
+    assert "run: prompts: 1, mean score infinite" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="run has infinite scores, of which there is no mean"):
+        main(["search", "measure", "run"])
 
 
 def test_the_best_of_one_is_a_sample(models: list[str], place: Path) -> None:
@@ -312,6 +324,7 @@ def test_quality_against_cost(
     for arguments, complaint in (
         (["nowhere"], "nowhere: there is no such file or folder"),
         (["beam", "--classifier", "probe"], "a probe needs real images"),
+        (["beam", "--batch_size", "0"], "batch_size=0 must be at least 1"),
         ([str(tmp_path / "pictures")], "holds no finished search"),
     ):
         with pytest.raises(SystemExit, match=complaint):

@@ -110,7 +110,11 @@ def test_options_that_do_not_fit(known: Conditions, options: dict[str, Any], com
         ("a.jsonl", '{"prompt": "x"}\n{"prompt": ', "line 2"),
         ("a.jsonl", '{"prompt": 3}', "line 1 must be an object"),
         ("a.jsonl", '{"label": 3}', "3 comes without a prompt"),
-        ("a.json", {"annotations": [{"caption": "x"}]}, "needs `annotations` with image_id and caption"),
+        ("a.json", {"annotations": [{"caption": "x"}]}, "needs `annotations` with image_id, a number, and caption"),
+        ("a.json", {"annotations": [{"image_id": 1, "caption": 3}]}, "needs `annotations`"),
+        ("a.json", {"annotations": [{"image_id": [1], "caption": "x"}]}, "needs `annotations`"),
+        ("a.json", {"annotations": [{"image_id": i, "caption": "x"} for i in (1, "a")]}, "needs `annotations`"),
+        ("a.jsonl", '{"prompt": "\\ud800"}', "surrogates not allowed"),
         ("a.json", "[", "cannot be read"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flextok_pl.evaluation.generation import Prompt
-from flextok_pl.search.records import RunFolder, read_run
+from flextok_pl.search.records import RunFolder, mean_score, read_run
 from flextok_pl.search.results import Cost, SearchResult, Step
 
 PROTOCOL = {"algorithm": "beam", "schedule": (1, 2), "verifier": {"name": "mine"}, "device": "cpu"}
@@ -72,6 +72,23 @@ def test_what_is_not_finite_is_no_number_in_a_record(tmp_path: Path) -> None:
     assert folder.finish(0, CAT, result()._replace(log_probs=no_prior), images())["results"][1]["log_prob"] is None
 
 
+def test_infinite_scores_have_no_mean(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, PROTOCOL)
+    vetoed = torch.full((2,), -float("inf"), dtype=torch.float64)
+    records = [folder.finish(0, CAT, result(), images()), folder.finish(1, DOG, result(), images())]
+    assert mean_score(records) == 0.5
+    assert mean_score([*records, folder.finish(2, DOG, result()._replace(scores=vetoed), images())]) is None
+
+
+def test_a_run_that_did_nothing_does_not_bind(tmp_path: Path) -> None:
+    RunFolder(tmp_path, {**PROTOCOL, "num_results": 9}).open()
+    folder = RunFolder(tmp_path, {**PROTOCOL, "num_results": 1})
+    folder.open()
+    folder.keep_steps(0, CAT, [step(1)], None)
+    with pytest.raises(ValueError, match="num_results=1, not 9"):
+        RunFolder(tmp_path, {**PROTOCOL, "num_results": 9}).open()
+
+
 def test_steps_are_kept_until_the_prompt_is_done(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, PROTOCOL)
     folder.open()
@@ -89,12 +106,12 @@ def test_steps_are_kept_until_the_prompt_is_done(tmp_path: Path) -> None:
 
 
 def test_another_search_is_refused(tmp_path: Path) -> None:
-    RunFolder(tmp_path, PROTOCOL).open()
+    folder = RunFolder(tmp_path, PROTOCOL)
+    folder.open()
+    folder.keep_steps(0, CAT, [step(1)], None)
     RunFolder(tmp_path, PROTOCOL | {"device": "cuda"}).open()
     with pytest.raises(ValueError, match=r"holds a search with verifier.name=mine, not other: name another folder"):
         RunFolder(tmp_path, PROTOCOL | {"verifier": {"name": "other"}}).open()
-    folder = RunFolder(tmp_path, PROTOCOL)
-    folder.keep_steps(0, CAT, [step(1)], None)
     folder.finish(1, DOG, result(), images())
     for look, number, prompt in ((folder.steps, 0, DOG), (folder.record, 1, CAT)):
         with pytest.raises(ValueError, match=f"as number {number}, which is now that for '{prompt.key}'"):
