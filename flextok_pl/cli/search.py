@@ -148,7 +148,7 @@ def load_models(given: RunOptions) -> Models:
     facts = {
         "prior": _named(name),
         "tokenizer": _named(module.tokenizer_name or ""),
-        "text_encoder": None if module.text_encoder is None else module.text_encoder.name,
+        "text_encoder": None if module.text_encoder is None else _named(module.text_encoder.name),
         "condition": module.condition_kind,
         **model_hashes(module.reconstructor, module.prior),
     }

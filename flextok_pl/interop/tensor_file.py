@@ -48,7 +48,8 @@ def find_file(
         or name.endswith(".safetensors")
     ):
         raise ValueError(
-            f"no checkpoint {name!r}: give a .safetensors file, a folder with {names[0]}, or a Hub id owner/name"
+            f"no checkpoint {name!r}: give a .safetensors file, a folder with {' or '.join(names)}, or a Hub id "
+            "owner/name"
         )
     try:
         weights = next((file for each in names if (file := _fetched(name, each))), None)

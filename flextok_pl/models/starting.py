@@ -82,6 +82,11 @@ def start_from(network: Prior | FlexTok, source: str, parts: Sequence[str] | Non
         ValueError: there is no such model, or it does not fit: a configuration that computes something else, weights
             of other names or shapes, or, for all of a tokenizer, another autoencoder.
     """
+    if source.endswith(".ckpt"):
+        raise ValueError(
+            f"init_from={source!r} is a checkpoint of a training: give the .safetensors file that it has exported, or "
+            "go on with that training by --ckpt_path"
+        )
     try:
         given = type(network).from_pretrained(source)
     except ValueError as error:

@@ -95,3 +95,12 @@ def test_what_a_release_does_not_name(
     assert "text_encoder='t5_tiny' cannot be loaded" in f"{capsys.readouterr().err}{error.value}"
     own = ["--tokenizer", str(tokenizer), "--text-encoder", str(tmp_path / "elsewhere")]
     assert generate(folder, "--text", "a red cat", *own) == picture
+
+
+def test_one_search_from_anywhere(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The paths of models are recorded whole, so that the folder they are given from changes nothing."""
+    release("text", tmp_path / "release", tokenizer)
+    for place, prior in ((tmp_path, "release"), (tmp_path.parent, str(tmp_path / "release"))):
+        monkeypatch.chdir(place)
+        options = ["--text", "a red cat", "--schedule", "[1]", "--num_candidates", "2", "--out", str(tmp_path / "run")]
+        main(["search", "--prior", prior, *options])

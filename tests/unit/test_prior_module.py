@@ -366,7 +366,7 @@ def test_a_prior_keeps_its_classes(tmp_path: Path) -> None:
 
 
 def test_damaged_files(tmp_path: Path, tokenizer: str) -> None:
-    with pytest.raises(ValueError, match="no checkpoint .*prior.safetensors"):
+    with pytest.raises(ValueError, match="no checkpoint .*prior.safetensors or model.safetensors"):
         Prior.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is no Prior checkpoint"):
         Prior.from_pretrained(tokenizer)
