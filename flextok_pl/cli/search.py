@@ -84,6 +84,12 @@ class RunOptions:
     out: str = "runs/search"
     device: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.trees < 0:
+            raise ValueError(f"trees={self.trees} must be 0 or more")
+        if not self.out:
+            raise ValueError("out='' names no folder: leave it out, or name one")
+
 
 @dataclass(frozen=True)
 class Models:
@@ -223,7 +229,7 @@ def measure_searches(
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     check_probe(classifier, classifier_data)
-    folders = [Path(run).expanduser() for run in runs]
+    folders = list(dict.fromkeys(Path(run).expanduser() for run in runs))
     network = build_extractor(extractor, weights).to(default_device(device))
     clip_score = None if clip is None else CLIPScore(clip)
     judges = _Judges(network, classifier, classifier_data, classifier_weights)

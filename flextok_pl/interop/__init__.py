@@ -12,7 +12,7 @@ from flextok_pl.interop.official import Official, config_to_official, official_t
 __all__ = ["PRIOR_FORMATS", "TOKENIZER_FORMATS", "config_to_official", "official_to_config"]
 
 TOKENIZER_FORMATS: dict[str, Format[FlexTokConfig]] = {
-    "ours": Native("flextok_pl", "model.safetensors", FlexTokConfig),
+    "ours": Native("flextok_pl", "model.safetensors", FlexTokConfig, "tokenizer.safetensors"),
     "official": Official(),
 }
 PRIOR_FORMATS: dict[str, Format[PriorConfig]] = {

@@ -49,6 +49,7 @@ class Format(ABC, Generic[ConfigT]):
     """One way to keep a model in a safetensors file."""
 
     file_name: str = "model.safetensors"  # in a folder
+    other_names: tuple[str, ...] = ()  # under which a folder may hold it instead, such as that of a run
     companion: str | None = None  # a file beside it that may describe the model
 
     @abstractmethod

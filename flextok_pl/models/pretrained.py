@@ -34,7 +34,7 @@ def load_model(
 
     ValueError where there is no such file, or it is damaged, has another format, or does not fit its configuration.
     """
-    names = dict.fromkeys(each.file_name for each in formats.values())
+    names = dict.fromkeys(name for each in formats.values() for name in (each.file_name, *each.other_names))
     companions = dict.fromkeys(each.companion for each in formats.values() if each.companion)
     path, beside = find_file(path_or_hub_id, list(names), list(companions))
     with open_tensors(path, beside) as file:

@@ -96,8 +96,8 @@ class PriorBase(pl.LightningModule):
         for name in ("vocab_size", "num_tokens"):
             if made_by[name] != getattr(config, name):
                 raise ValueError(
-                    f"{name}={getattr(config, name)} of the prior, but {source} has {made_by[name]}; set "
-                    f"model.net.{name}={made_by[name]}"
+                    f"{name}={getattr(config, name)} of the prior, but {source} has {made_by[name]}; give "
+                    f"the tokenizer whose tokens the prior knows, or train one with model.net.{name}={made_by[name]}"
                 )
         known = config.tokenizer or getattr(self, "tokenizer_id", made_by)["sha256"]
         if made_by["sha256"] != known:

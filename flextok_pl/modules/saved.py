@@ -54,6 +54,8 @@ class SavedPrior(PriorBase):
     ) -> None:
         prior = Prior.from_pretrained(path)
         config, encoder = prior.config, None
+        if text_encoder is not None and config.text_width is None:
+            raise ValueError(f"text_encoder={text_encoder!r}: this prior listens to no text; leave it out")
         if name := text_encoder or config.text_encoder:
             encoder = TextEncoder(name, config.text_length, pad=not config.text_mask)
             if not prior.knows_null:

@@ -296,7 +296,7 @@ def test_generate(
         (["--top-p", "0"], "top_p=0.0"),
         (["--samples", "0"], "samples=0"),
         (["--prior", "nowhere"], "no checkpoint 'nowhere'"),
-        (["--tokenizer", str(DEMO_TOKENIZER)], "set model.net.vocab_size"),
+        (["--tokenizer", str(DEMO_TOKENIZER)], "give the tokenizer whose tokens the prior knows"),
     ):
         assert message in error_of(capsys, *command, *arguments)
 

@@ -275,6 +275,9 @@ def test_texts_in_genevals_layout(tiny_tokenizer: Path, place: Path) -> None:
         (["--verifier", "class"], "needs a classifier"),
         (["--verifier", "nowhere:function"], "there is no module nowhere"),
         (["--top_p", "0"], "top_p=0.0"),
+        (["--trees", "-1"], "trees=-1 must be 0 or more"),
+        (["--out", ""], "out='' names no folder"),
+        (["--text-encoder", "minilm"], "text_encoder='minilm': this prior listens to no text"),
     ],
 )
 def test_wrong_options_are_one_line(

@@ -94,6 +94,8 @@ def test_our_format_keeps_every_bit(kind: str, tmp_path: Path) -> None:
     assert tok.save_pretrained(tmp_path / "folder") == tmp_path / "folder" / "model.safetensors"
     loaded = FlexTok.from_pretrained(tmp_path / "folder")
     assert_same(tok, loaded)
+    tok.save_pretrained(tmp_path / "run" / "tokenizer.safetensors")
+    assert_same(tok, FlexTok.from_pretrained(tmp_path / "run"))
     assert not loaded.training and isinstance(loaded.config.fsq_levels, tuple)
     frozen = {name for name, parameter in loaded.named_parameters() if not parameter.requires_grad}
     assert frozen == {"encoder.patch_posemb", "decoder.patch_posemb"}

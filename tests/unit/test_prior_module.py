@@ -284,8 +284,8 @@ def test_tokens_of_another_tokenizer(tmp_path: Path, tokenizer: str) -> None:
     fit(tmp_path, module(tokenizer=tokenizer), 3, Sequences(made_by))
     for change, message in (
         ({"sha256": "b" * 16}, "belongs to tokenizer bbbb"),
-        ({"vocab_size": 31}, "set model.net.vocab_size"),
-        ({"num_tokens": 8}, "set model.net.num_tokens"),
+        ({"vocab_size": 31}, "train one with model.net.vocab_size"),
+        ({"num_tokens": 8}, "train one with model.net.num_tokens"),
     ):
         with pytest.raises(ValueError, match=message):
             fit(tmp_path, module(tokenizer=tokenizer), 3, Sequences({**made_by, **change}))
@@ -295,7 +295,7 @@ def test_tokens_of_another_tokenizer(tmp_path: Path, tokenizer: str) -> None:
     other = str(FlexTok(TOKENIZER).save_pretrained(tmp_path / "other.safetensors"))
     with pytest.raises(ValueError, match="tokens mean nothing to another tokenizer"):
         SavedPrior(str(file), other)
-    with pytest.raises(ValueError, match="set model.net.vocab_size"):
+    with pytest.raises(ValueError, match="train one with model.net.vocab_size"):
         module(tokenizer=str(FlexTok(FlexTokConfig.preset("tiny")).save_pretrained(tmp_path / "x.safetensors")))
 
 
