@@ -52,6 +52,11 @@ class Format(ABC, Generic[ConfigT]):
     other_names: tuple[str, ...] = ()  # under which a folder may hold it instead, such as that of a run
     companion: str | None = None  # a file beside it that may describe the model
 
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """Those that a folder may have, in order of preference."""
+        return (self.file_name, *self.other_names)
+
     @abstractmethod
     def recognises(self, file: TensorFile) -> bool:
         """Whether an open file is one of this format."""

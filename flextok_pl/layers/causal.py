@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flextok_pl.config import Activation, PriorConfig
+from flextok_pl.layers.few_rows import Linear
 from flextok_pl.layers.norm import make_norm
 
 ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
@@ -90,8 +91,8 @@ class CausalAttention(nn.Module):
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
         self.head_dim, self.scale = config.head_dim, config.qk_scale
-        self.wqkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
-        self.proj = nn.Linear(config.width, config.width, bias=config.bias)
+        self.wqkv = Linear(config.width, 3 * config.width, bias=config.qkv_bias)
+        self.proj = Linear(config.width, config.width, bias=config.bias)
         self.q_norm, self.k_norm = (_head_norm(config, config.qk_norm) for _ in range(2))
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
@@ -124,9 +125,9 @@ class CrossAttention(nn.Module):
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.wq = nn.Linear(config.width, config.width, bias=config.qkv_bias)
-        self.wkv = nn.Linear(config.width, 2 * config.width, bias=config.qkv_bias)
-        self.proj = nn.Linear(config.width, config.width, bias=config.bias)
+        self.wq = Linear(config.width, config.width, bias=config.qkv_bias)
+        self.wkv = Linear(config.width, 2 * config.width, bias=config.qkv_bias)
+        self.proj = Linear(config.width, config.width, bias=config.bias)
         self.q_norm, self.k_norm = (_head_norm(config, config.cross_qk_norm) for _ in range(2))
 
     def memory(self, text: Tensor, mask: Tensor) -> TextMemory:
@@ -169,9 +170,9 @@ class CausalMLP(nn.Module):
         super().__init__()
         width, hidden = config.width, config.hidden_width
         self.activation = Activated(config.activation)
-        self.fc1 = nn.Linear(width, hidden, bias=config.bias)
-        self.fc2 = nn.Linear(hidden, width, bias=config.bias)
-        self.fc3 = nn.Linear(width, hidden, bias=config.bias) if config.gated else None
+        self.fc1 = Linear(width, hidden, bias=config.bias)
+        self.fc2 = Linear(hidden, width, bias=config.bias)
+        self.fc3 = Linear(width, hidden, bias=config.bias) if config.gated else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""

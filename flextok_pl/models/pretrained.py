@@ -7,6 +7,7 @@ the mapped file to its place, so the peak is one copy of the weights. They becom
 import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +35,7 @@ def load_model(
 
     ValueError where there is no such file, or it is damaged, has another format, or does not fit its configuration.
     """
-    names = dict.fromkeys(name for each in formats.values() for name in (each.file_name, *each.other_names))
+    names = dict.fromkeys(chain.from_iterable(each.file_names for each in formats.values()))
     companions = dict.fromkeys(each.companion for each in formats.values() if each.companion)
     path, beside = find_file(path_or_hub_id, list(names), list(companions))
     with open_tensors(path, beside) as file:
