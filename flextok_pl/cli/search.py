@@ -18,7 +18,7 @@ from flextok_pl.config import GenerationConfig
 from flextok_pl.contracts import weights_hash
 from flextok_pl.evaluation.generation import Prompt, as_condition
 from flextok_pl.evaluation.generation_statistics import Classifier
-from flextok_pl.evaluation.options import PROBE, check_probe
+from flextok_pl.evaluation.options import CACHE_DIR, PROBE, check_probe
 from flextok_pl.evaluation.pictures import save_figure
 from flextok_pl.evaluation.probe import PROBE_SEED, tokenizer_probe
 from flextok_pl.evaluation.protocol import decoding_facts, extractor_facts, model_hashes, versions
@@ -34,9 +34,6 @@ from flextok_pl.search.prompts import Conditions, prompts_from_options
 from flextok_pl.search.quality import COSTS, image_size, measure_run, plot_quality, reference_features
 from flextok_pl.search.records import RunFolder, mean_score
 from flextok_pl.search.verifier_options import VerifierOptions, build_verifiers
-
-PROBES = Path("~/.cache/flextok_pl/statistics")
-"""Where probes are kept."""
 
 UNIFORM = "uniform"
 """In place of a prior: every token is as likely."""
@@ -300,6 +297,6 @@ class _Judges:
                 )
             size, names = picture_size(tok), protocol["class_names"]
             self._probes[key] = tokenizer_probe(
-                self._data, size, self._network, tok, decoding, PROBE_SEED, PROBES.expanduser(), names
+                self._data, size, self._network, tok, decoding, PROBE_SEED, Path(CACHE_DIR).expanduser(), names
             )
         return self._probes[key]

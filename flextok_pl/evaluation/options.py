@@ -16,6 +16,9 @@ from flextok_pl.backbones.extractors import OFFLINE_EXTRACTOR, check_extractor
 from flextok_pl.contracts import check_sampling, default_budgets
 from flextok_pl.flow.decoding import Decoding
 
+CACHE_DIR = "~/.cache/flextok_pl/statistics"
+"""Where statistics of real images and fitted probes are kept between runs."""
+
 PROBE = "probe"
 """The classifier that is fitted to the data's own classes."""
 
@@ -69,7 +72,7 @@ class EvaluationOptions:
     seed: int = 0
     grid_samples: int = 8
     output_dir: Path | str | None = None
-    cache_dir: Path | str | None = "~/.cache/flextok_pl/statistics"
+    cache_dir: Path | str | None = CACHE_DIR
     save_every_minutes: float | None = 5.0
     every_n_epochs: int | None = None
 

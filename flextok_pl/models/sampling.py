@@ -1,4 +1,4 @@
-"""From logits to a token, with the randomness as an argument; and guidance scales over positions.
+"""From logits to tokens, with the randomness as an argument; and guidance scales over positions.
 
 Shapes: B batch, K positions, V vocabulary, N draws from one distribution.
 """
@@ -53,18 +53,6 @@ class Sampling(NamedTuple):
 GREEDY = Sampling(temperature=0)
 
 
-def sample_tokens(
-    logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
-) -> Tensor:
-    """Draw one token per sample by inverting its cumulative distribution: (B, V) and (B,) in [0, 1) -> (B,) int64.
-
-    A sample's token depends on its own logits and number only; it is one of the vocabulary even where logits are NaN.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    return draw_tokens(filter_logits(logits, temperature, top_k, top_p), uniform[:, None])[:, 0]
-
-
 def filter_logits(
     logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
@@ -94,7 +82,10 @@ def token_log_probs(filtered: Tensor, tokens: Tensor) -> Tensor:
 
 
 def draw_tokens(filtered: Tensor, uniform: Tensor) -> Tensor:
-    """Draw tokens by inverting the cumulative distributions: (B, V) logits and (B, N) in [0, 1) -> (B, N) int64."""
+    """Draw tokens by inverting the cumulative distributions: (B, V) logits and (B, N) in [0, 1) -> (B, N) int64.
+
+    Tokens depend on their own logits and number only, and are of the vocabulary even where logits are NaN.
+    """
     blocks = _blocks(filtered)
     return _invert_cumulative(blocks, _sums(blocks), uniform).clamp(max=filtered.shape[1] - 1)  # NaN reaches beyond
 

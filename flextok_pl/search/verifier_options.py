@@ -19,7 +19,7 @@ from flextok_pl.backbones.hpsv2 import HPSv2
 from flextok_pl.backbones.image_reward import VOCABULARY, ImageReward
 from flextok_pl.contracts import Reconstructor
 from flextok_pl.evaluation.generation import Prompt
-from flextok_pl.evaluation.options import PROBE, check_probe
+from flextok_pl.evaluation.options import CACHE_DIR, PROBE, check_probe
 from flextok_pl.evaluation.probe import PROBE_SEED, tokenizer_probe
 from flextok_pl.flow.decoding import Decoding
 from flextok_pl.search.prompts import Conditions
@@ -80,7 +80,7 @@ class VerifierOptions:
     classifier_weights: Path | str | None = None
     classifier_extractor: str = OFFLINE_EXTRACTOR
     classifier_extractor_weights: Path | str | None = None
-    classifier_cache: Path | str | None = "~/.cache/flextok_pl/statistics"
+    classifier_cache: Path | str | None = CACHE_DIR
     clip: str = "openai/clip-vit-base-patch16"
     dreamsim: str = "ensemble"
     dreamsim_weights: Path | str | None = None

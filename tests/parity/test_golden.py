@@ -9,7 +9,6 @@ all for the time embedding, which takes sines and cosines of up to 1000 radians.
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -28,22 +27,6 @@ FEATURES = {"cpu": 1e-5, "cuda": 3e-5}
 TIME_EMBEDDING = {"cpu": 1e-5, "cuda": 1e-4}
 SAMPLES = {"cpu": 3e-5, "cuda": 1e-4}
 TIMES = dict.fromkeys(("cpu", "cuda"), 1e-6)
-
-
-@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def golden(device: str) -> dict[str, Tensor]:
-    with np.load(GOLDEN / "golden.npz") as arrays:
-        return {name: torch.from_numpy(arrays[name]).to(device) for name in arrays.files}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(device: str) -> FlexTok:
-    return FlexTok.from_pretrained(GOLDEN / "model.safetensors", vae_config=GOLDEN / "vae_config.json", device=device)
 
 
 def assert_near(ours: Tensor, theirs: Tensor, tolerance: dict[str, float]) -> None:

@@ -7,7 +7,6 @@ those of `test_golden.py`.
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -24,22 +23,6 @@ GOLDEN = Path(__file__).parent / "golden" / "flextok_grid_a"
 VAE = GOLDEN / "vae_config.json"
 FEATURES = {"cpu": 1e-5, "cuda": 3e-5}
 SAMPLES = {"cpu": 3e-5, "cuda": 1e-4}
-
-
-@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def golden(device: str) -> dict[str, Tensor]:
-    with np.load(GOLDEN / "golden.npz") as arrays:
-        return {name: torch.from_numpy(arrays[name]).to(device) for name in arrays.files}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(device: str) -> FlexTok:
-    return FlexTok.from_pretrained(GOLDEN / "model.safetensors", vae_config=VAE, device=device)
 
 
 @pytest.fixture(scope="module")
