@@ -19,7 +19,7 @@ from report import synchronize, write_results
 
 from flextok_pl.config import PriorConfig
 from flextok_pl.models.prior import Prior
-from flextok_pl.models.sampling import sample_tokens
+from flextok_pl.models.sampling import draw_tokens, filter_logits
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--presets", nargs="+", default=["49m", "201m"])
@@ -87,12 +87,12 @@ def without_cache(prior: Prior, batch: int, cfg_scale: float, num_tokens: int, r
     """Seconds that a loop of whole passes would take."""
     rows = batch * (2 if cfg_scale != 1.0 else 1)
     classes = torch.zeros(rows, dtype=torch.int64, device=device)
-    uniform = torch.rand(rows, dtype=torch.float64)
+    uniform = torch.rand(rows, 1, dtype=torch.float64)
     lengths = [1, num_tokens // 2, num_tokens]
 
     def step(length: int) -> None:
         tokens = torch.zeros(rows, length, dtype=torch.int64, device=device)
-        sample_tokens(prior.head(prior.hidden(tokens, classes)[:, -1]).float(), uniform)
+        draw_tokens(filter_logits(prior.head(prior.hidden(tokens, classes)[:, -1])), uniform)
 
     times = [seconds(lambda length=length: step(length), repeats, device) for length in lengths]
     quadratic = np.polynomial.Polynomial.fit(lengths, times, 2)

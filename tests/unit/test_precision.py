@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from model_helpers import sample_tokens
 from pretended_device import DEVICE, pretended_device
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,7 +22,6 @@ from flextok_pl.metrics.codes import position_entropy
 from flextok_pl.metrics.kernel import kernel_distance
 from flextok_pl.models.attention_maps import register_attention
 from flextok_pl.models.prior import Prior
-from flextok_pl.models.sampling import sample_tokens
 from flextok_pl.models.teacher import Teacher
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.modules import PriorModule, TokenizerModule

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from model_helpers import sample_tokens
 from pretended_device import DEVICE, pretended_device
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,7 +17,7 @@ from flextok_pl.layers.causal import KeyValueCache
 from flextok_pl.models import generation
 from flextok_pl.models import prior as module
 from flextok_pl.models.prior import Prior, TextStates
-from flextok_pl.models.sampling import filter_logits, sample_tokens, scale_at_positions
+from flextok_pl.models.sampling import filter_logits, scale_at_positions
 
 B, K, V, E = 3, 12, 40, 8
 SMALL = PriorConfig(num_classes=5, vocab_size=V, num_tokens=K, depth=2, width=32, head_dim=16)
@@ -75,7 +76,7 @@ def without_cache(prior: Prior, condition: Tensor | TextStates | None, scale: ob
         with torch.no_grad():
             own, free = prior(padded, condition)[:, -1], prior(padded)[:, -1]
         logits = free + scales[position] * (own - free)
-        tokens = torch.cat([tokens, sample_tokens(logits, uniform[:, position], temperature)[:, None]], 1)
+        tokens = torch.cat([tokens, sample_tokens(logits, uniform[:, position], temperature=temperature)[:, None]], 1)
     return tokens
 
 

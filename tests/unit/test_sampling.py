@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from model_helpers import sample_tokens
 
 from flextok_pl.contracts import check_sampling
 from flextok_pl.models.sampling import (
@@ -11,11 +12,6 @@ from flextok_pl.models.sampling import (
     scale_at_positions,
     token_log_probs,
 )
-
-
-def sample_tokens(logits: torch.Tensor, uniform: torch.Tensor, **options: object) -> torch.Tensor:
-    """One token for each row: (B, V) and (B,) -> (B,)."""
-    return draw_tokens(filter_logits(logits, **options), uniform[:, None])[:, 0]
 
 
 def draw(logits: list[float], count: int = 4000, **options: object) -> torch.Tensor:
