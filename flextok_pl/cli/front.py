@@ -6,6 +6,7 @@ The parser of a command has the last word. What is let through here it may still
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -36,7 +37,7 @@ GENERAL = {
 SUFFIXES = (".yaml", ".yml", ".json", ".safetensors", ".ckpt", ".npz")
 """A value that ends so is a file that is read, but for `OUTPUTS`."""
 
-OUTPUTS = ("json", "out")
+OUTPUTS = ("json", "out", "dst")
 
 MODEL_FILES = ("tokenizer", "prior", "vae", "ckpt_path", "weights", "teacher_weights", "init_from")
 """Options that name a file or folder, where their value looks like a path; else it may be the id of a model."""
@@ -249,7 +250,7 @@ def _check_names(file: Path, content: Mapping[str, Any], level: Options, options
 
 
 def _check_inputs(named: Named, inputs: Sequence[str]) -> None:
-    """Check that files and folders are there, but for what a checkpoint stands in for."""
+    """Check that what is read is there, but for what a checkpoint stands in for, and that output can be written."""
     goes_on = any(name == "ckpt_path" and value not in (None, "null") for name, value in named)
     for name, value in named:
         last = name.rpartition(".")[2]
@@ -260,6 +261,8 @@ def _check_inputs(named: Named, inputs: Sequence[str]) -> None:
             is_model = str(place).startswith(("/", "./", "../", "~")) and last in MODEL_FILES
             if (name in inputs or is_file or is_model) and _is_missing(place):
                 raise UserError(f"{name}={place}: there is no such file or folder")
+            if last in OUTPUTS and isinstance(place, str) and not _is_writable(Path(place).expanduser()):
+                raise UserError(f"{name}={place}: nothing can be written there; name a place in a folder of yours")
 
 
 def _check_shards(name: str, named: Named, files: Sequence[tuple[Path, Any]]) -> None:
@@ -298,3 +301,9 @@ def _is_missing(place: Any) -> bool:
     """Whether a place here is named that is not there; patterns, URLs and commands may name anything."""
     here = isinstance(place, str) and not has_magic(place) and "{" not in place and ":" not in place
     return here and not Path(place).expanduser().exists()
+
+
+def _is_writable(place: Path) -> bool:
+    """Whether a file or folder can be made there, with the folders above it."""
+    there = next(folder for folder in place.absolute().parents if os.path.lexists(folder))
+    return there.is_dir() and os.access(there, os.W_OK)

@@ -140,6 +140,8 @@ WRONG = [
     ("data verify", "nowhere", "shards=nowhere"),
     ("fid", "nowhere.npz tests", "images=nowhere.npz"),
     ("reconstruct", "nowhere.png", "images=nowhere.png"),
+    ("reconstruct", "README.md --out README.md/grid.png", "out=README.md/grid.png: nothing can be written there"),
+    ("data folder", "tests README.md/shards", "dst=README.md/shards: nothing can be written there"),
     ("report", "nowhere", "folder=nowhere"),
     ("compare", "nowhere.json tests", "first=nowhere.json"),
     ("data folders", "", "'data folders' is none of the commands above; did you mean data folder?"),
