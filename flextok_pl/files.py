@@ -7,7 +7,7 @@ kill, a crash or a full disk leaves what had the name before.
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,24 +29,45 @@ def whole_file(
     Raises:
         OSError: writing failed; nothing temporary stays.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial" if shared else f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # as the umask says; some libraries let only the owner read
+    with whole_files([path], remedy, shared, synced) as (temporary,):
         yield temporary
-        temporary.chmod(mode)
-        if synced:
-            _to_disk(temporary)
-        os.replace(temporary, path)
+
+
+@contextmanager
+def whole_files(
+    paths: Sequence[Path], remedy: str = "run the same command again", shared: bool = False, synced: bool = True
+) -> Iterator[list[Path]]:
+    """`whole_file` for files that belong together: none gets its name before all are on the disk.
+
+    The last one says that the others belong together, such as an index: one that is there goes first and the new one
+    comes last, so that it never names files of two sets.
+    """
+    temporaries = [path.with_name(f".{path.name}.{os.getpid()}.partial" if shared else f".{path.name}.partial") for path in paths]
+    for folder in {path.parent for path in paths}:
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for temporary in temporaries:
+            temporary.touch()
+        mode = temporaries[0].stat().st_mode  # as the umask says; some libraries let only the owner read
+        yield temporaries
+        for temporary in temporaries:
+            temporary.chmod(mode)
+            if synced:
+                _to_disk(temporary)
+        if len(paths) > 1:
+            paths[-1].unlink(missing_ok=True)
+        for temporary, path in zip(temporaries, paths, strict=True):
+            os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in FULL:
             text = f"{os.strerror(error.errno)}: the file was not written, and one before it is as it was"
-            raise OSError(error.errno, f"{text}. Free some space and {remedy}", str(path)) from error
+            raise OSError(error.errno, f"{text}. Free some space and {remedy}", str(paths[-1])) from error
         raise
     if synced:
-        _to_disk(path.parent)
+        for folder in {path.parent for path in paths}:
+            _to_disk(folder)
 
 
 def write_file(path: Path, content: bytes | str, shared: bool = True) -> None:

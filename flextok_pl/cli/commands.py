@@ -124,6 +124,12 @@ COMMANDS = {
         "measure how well the class can be read off the first tokens", "cli.probe:probe_tokens", inputs=("train", "val")
     ),
     "report": _tool("write what an evaluation left as one HTML page", "cli.report:write_report", inputs=("folder",)),
+    "push": _tool(
+        "publish a model on the Hugging Face Hub with its card; shows first what would go",
+        "cli.push:push_model",
+        inputs=("records",),
+        former={"licence": "license", "data_licence": "data_license", "branch": "revision"},
+    ),
     "generate": _tool(
         "show generated images at several token budgets, as one picture",
         "cli.generate:generate_images",

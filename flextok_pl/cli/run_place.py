@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -21,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from flextok_pl.contracts import run_folder
 from flextok_pl.errors import UserError
 from flextok_pl.files import write_file
+from flextok_pl.sharing.run import TRAINING
 
 IN_FOLDERS = (TensorBoardLogger, CSVLogger)
 """Loggers that keep what is logged in the run's folder."""
@@ -168,6 +170,7 @@ class RunRecord(SaveConfigCallback):
         self.title = title
         # Whether the run has come to its first batch, in any process of this machine.
         self.used = torch.zeros((), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
+        self._started: tuple[float, int] | None = None  # clock and step of the training's start
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the files."""
@@ -196,6 +199,30 @@ class RunRecord(SaveConfigCallback):
             f"on {trainer.world_size} x {name}, precision {trainer.precision}",
             flush=True,
         )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count what the training costs."""
+        self._started = (time.monotonic(), trainer.global_step)
+
+    @rank_zero_only
+    def _note_cost(self, trainer: Trainer, *_: Any) -> None:
+        """Add what this start of the training has cost to `training.json`, for the model card."""
+        if self._started is None or not self.used:
+            return
+        (began, first), self._started = self._started, None
+        root = trainer.strategy.root_device
+        attempt = {
+            "from_step": first,
+            "to_step": trainer.global_step,
+            "seconds": round(time.monotonic() - began, 1),
+            "devices": trainer.world_size,
+            "device": torch.cuda.get_device_name(root) if root.type == "cuda" else root.type,
+        }
+        file = run_folder(trainer) / TRAINING
+        known = json.loads(file.read_text())["attempts"] if file.is_file() else []
+        write_file(file, json.dumps({"attempts": [*known, attempt]}, indent=1) + "\n")
+
+    on_train_end = on_exception = _note_cost
 
     def _use(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if not trainer.sanity_checking:

@@ -39,9 +39,11 @@ def bits_per_token(tokenizer: Reconstructor) -> float | None:
 
 
 def model_hashes(tokenizer: object, prior: object = None) -> dict[str, str]:
-    """`weights_hash` of those that have weights; of a tokenizer it is the one that token shards name."""
-    parts = {"tokenizer_hash": tokenizer, "prior_hash": prior}
-    return {name: weights_hash(part) for name, part in parts.items() if isinstance(part, nn.Module)}
+    """`weights_hash` of those that have weights, which of a tokenizer token shards name; of the Hub's also the commit."""
+    parts = {"tokenizer": tokenizer, "prior": prior}
+    hashes = {f"{name}_hash": weights_hash(part) for name, part in parts.items() if isinstance(part, nn.Module)}
+    known = {f"{name}_source": getattr(part, "loaded_from", "") for name, part in parts.items()}
+    return hashes | {name: source for name, source in known.items() if source}
 
 
 def data_hash_text(total: int) -> str:

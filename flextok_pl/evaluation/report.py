@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from flextok_pl.evaluation.pictures import save_figure, save_png
 from flextok_pl.files import write_file
-
-Record = dict[str, Any]
-"""At least `metric`, `value`, `num_samples`, `num_tokens` of a token budget, and the protocol."""
+from flextok_pl.records import Record as Record  # for those who take results from here
+from flextok_pl.records import read_records as read_records
+from flextok_pl.records import write_json as write_json
 
 
 @dataclass(frozen=True)
@@ -80,17 +79,6 @@ def format_columns(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def read_records(path: Path) -> list[Record]:
-    """The records of a file that `write_json` wrote."""
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as records: {error}") from error
-    if not isinstance(records, list) or not all(isinstance(r, dict) and {"metric", "value"} <= set(r) for r in records):
-        raise ValueError(f"{path} holds no list of records with metric and value, as an evaluation writes them")
-    return records
-
-
 def protocol_differences(first: Record, second: Record) -> dict[str, tuple[Any, Any]]:
     """What two records of a metric state differently beside the value, by dotted name; what one lacks is None there."""
     one, two = _flat(first), _flat(second)
@@ -103,11 +91,6 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in record.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
-
-
-def write_json(records: Sequence[Record], path: Path) -> None:
-    """Write a list of records; a value that is not a finite number raises ValueError."""
-    write_file(path, json.dumps(list(records), indent=1, allow_nan=False).encode() + b"\n")
 
 
 def draw_budgets(values: Mapping[int, Mapping[str, float]]) -> tuple[Figure, dict[str, Axes]]:

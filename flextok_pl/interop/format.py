@@ -51,6 +51,7 @@ class Format(ABC, Generic[ConfigT]):
     file_name: str = "model.safetensors"  # in a folder
     other_names: tuple[str, ...] = ()  # under which a folder may hold it instead, such as that of a run
     companion: str | None = None  # a file beside it that may describe the model
+    max_shard_size: str | None = None  # of a file in a folder, where more than one is read; None for one file
 
     @property
     def file_names(self) -> tuple[str, ...]:

@@ -19,6 +19,8 @@ _MAX_CONFIG_CHARACTERS = 100_000
 class Native(Format[ConfigT]):
     """Our format for one kind of model."""
 
+    max_shard_size = "5GB"
+
     def __init__(self, kind: str, file_name: str, config_type: type[ConfigT], *other_names: str) -> None:
         self.kind, self.file_name, self.other_names = kind, file_name, other_names
         self.config_type: type[ConfigT] = config_type

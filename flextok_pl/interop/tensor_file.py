@@ -1,25 +1,24 @@
-"""Safetensors files: found here or on the Hub, opened as data, written atomically."""
+"""Safetensors files: found here or on the Hub, opened as data, written atomically; one, or several with an index."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flextok_pl.files import whole_file
+from flextok_pl.files import whole_files
+from flextok_pl.interop.hub import HubFiles, HubId, not_in_cache, reason
+from flextok_pl.interop.shards import INDEX, check_shard, index_text, read_index, size_in_bytes, split
 from flextok_pl.progress import announced
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """An open file; only its header has been read."""
+    """An open file, or the files of an index; only headers have been read."""
 
     path: Path
     beside: Mapping[str, Path]  # the files there that may describe the model, by name
@@ -29,52 +28,92 @@ class TensorFile:
     handle: Any  # reads a tensor, by `get_tensor(name)`
 
 
+def with_indices(names: Sequence[str]) -> list[str]:
+    """Names of weights files, then those of their indices: the order in which a folder is searched."""
+    return [*names, *(name + INDEX for name in names)]
+
+
 def find_file(
     path_or_hub_id: str | Path, names: Sequence[str], companions: Sequence[str]
 ) -> tuple[Path, dict[str, Path]]:
-    """A weights file and, by name, those beside it that there are; on this machine, or else on the Hub.
+    """A weights file or its index and, by name, those beside it that there are; on this machine, or else on the Hub.
 
-    `names` are those that the weights file may have in a folder, in order of preference.
+    `names` are those that the weights file may have in a folder, in order of preference. What an index names is there,
+    too, where it comes from the Hub.
     """
+    candidates = with_indices(names)
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
-        path = next((path / name for name in names if (path / name).is_file()), path)
+        path = next((path / name for name in candidates if (path / name).is_file()), path)
     if path.is_file():
         return path, {each: path.parent / each for each in companions if (path.parent / each).is_file()}
     name = str(path_or_hub_id)
-    if (
-        isinstance(path_or_hub_id, Path)
-        or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)
-        or name.endswith(".safetensors")
-    ):
+    source = None if isinstance(path_or_hub_id, Path) else HubId.parse(name)
+    if source is None:
         raise ValueError(
             f"no checkpoint {name!r}: give a .safetensors file, a folder with {' or '.join(names)}, or a Hub id "
-            "owner/name"
+            "owner/name or owner/name@revision"
         )
-    try:
-        weights = next((file for each in names if (file := _fetched(name, each))), None)
-        beside = {each: file for each in companions if (file := _fetched(name, each))}
-    except Exception as error:  # its errors come from several network libraries
-        raise ValueError(
-            f"no folder {name!r} here, and it could not be fetched from the Hub: {type(error).__name__}: {error}"
-        ) from error
+    files, failed = HubFiles(source), f"no folder {name!r} here, and it could not be fetched from the Hub"
+
+    def fetched(file: str) -> Path | None:
+        try:
+            return files.fetch(file)
+        except Exception as error:  # its errors come from several network libraries
+            raise ValueError(f"{failed}: {reason(error, source)}") from error
+
+    weights = next((file for each in candidates if (file := fetched(each))), None)
+    beside = {each: file for each in companions if weights and (file := fetched(each))}
+    parts = dict.fromkeys(read_index(weights).values() if weights and weights.name.endswith(INDEX) else [])
+    lacking = [each for each in parts if fetched(each) is None] if weights else list(names)
+    if lacking and files.away is not None:
+        raise ValueError(f"{failed}: {not_in_cache(source, lacking[0], files.away)}")
     if weights is None:
         raise ValueError(f"{name!r} of the Hub has no {' or '.join(names)}")
+    if lacking:
+        raise ValueError(f"{name!r} of the Hub is incomplete: {weights.name} names {lacking[0]}, which is not there")
     return weights, beside
-
-
-def _fetched(repository: str, name: str) -> Path | None:
-    try:
-        return Path(huggingface_hub.hf_hub_download(repository, name))
-    except LocalEntryNotFoundError:  # a sort of the next one, but of a Hub out of reach
-        raise
-    except EntryNotFoundError:
-        return None
 
 
 @contextmanager
 def open_tensors(path: Path, beside: Mapping[str, Path]) -> Iterator[TensorFile]:
-    """Open a safetensors file, memory-mapped; ValueError where it is damaged or of another format."""
+    """Open a safetensors file, memory-mapped, or those of an index.
+
+    ValueError where one is damaged, missing or of another format, or holds what the index does not say.
+    """
+    if not path.name.endswith(INDEX):
+        with _open(path, beside) as file:
+            yield file
+        return
+    index = read_index(path)
+    with ExitStack() as opened:
+        parts: dict[str, TensorFile] = {}
+        for name in dict.fromkeys(index.values()):
+            if not (path.parent / name).is_file():
+                raise ValueError(f"{path} names {name}, which is not beside it: copy all its files, or save it again")
+            parts[name] = opened.enter_context(_open(path.parent / name, {}))
+            check_shard(path, name, (each for each, file in index.items() if file == name), parts[name].shapes)
+        first = next(iter(parts.values()))
+        for part in parts.values():
+            if part.metadata != first.metadata:
+                raise ValueError(f"{part.path} and {first.path} have other metadata: they are of different models")
+        shapes = {name: parts[file].shapes[name] for name, file in index.items()}
+        types = {name: parts[file].types[name] for name, file in index.items()}
+        yield TensorFile(path, beside, first.metadata, shapes, types, _Parts(index, parts))
+
+
+class _Parts:
+    """Reads tensors from the file that has each."""
+
+    def __init__(self, index: Mapping[str, str], parts: Mapping[str, TensorFile]) -> None:
+        self._index, self._parts = index, parts
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self._parts[self._index[name]].handle.get_tensor(name)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _open(path: Path, beside: Mapping[str, Path]) -> Iterator[TensorFile]:
     try:
         opened = safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
@@ -86,11 +125,45 @@ def open_tensors(path: Path, beside: Mapping[str, Path]) -> Iterator[TensorFile]
         yield TensorFile(path, beside, handle.metadata() or {}, shapes, types, handle)
 
 
-def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file as `whole_file` does: a reader never sees half of it."""
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with whole_file(file, shared=True) as temporary:
-        try:
-            save_file(contiguous, temporary, metadata=dict(metadata))
-        except SafetensorError as error:
-            raise OSError(f"cannot write {file}: {error}") from error
+def write_tensors(
+    tensors: Mapping[str, Tensor],
+    file: Path,
+    metadata: Mapping[str, str],
+    max_shard_size: int | str | None = None,
+    beside: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a safetensors file, or several with an index where they are larger; returns the file or the index.
+
+    All are written as `whole_files` does, with the texts `beside` them: a reader never sees half of a model, and one
+    that was there stays where writing fails. Then the files of one that was kept in the other way go.
+    """
+    most = None if max_shard_size is None else size_in_bytes(max_shard_size)
+    shards = {file: list(tensors)} if most is None else split(tensors, file, most)
+    index, former = file.with_name(file.name + INDEX), files_of(file)
+    texts = {file.with_name(name): text for name, text in (beside or {}).items()}
+    last = [index] if len(shards) > 1 else []
+    with whole_files([*texts, *shards, *last], shared=True) as temporaries:
+        places = dict(zip([*texts, *shards, *last], temporaries, strict=True))
+        for place, text in texts.items():
+            places[place].write_text(text, encoding="utf-8")
+        for shard, names in shards.items():
+            part = {name: tensors[name].detach().cpu().contiguous() for name in names}
+            try:
+                save_file(part, places[shard], metadata=dict(metadata))
+            except SafetensorError as error:
+                raise OSError(f"cannot write {shard}: {error}") from error
+        for place in last:
+            places[place].write_text(index_text(shards, tensors), encoding="utf-8")
+    for each in sorted(former - {*shards, *last}, key=lambda each: each != index):  # an index before what it names
+        each.unlink(missing_ok=True)
+    return index if last else file
+
+
+def files_of(file: Path) -> set[Path]:
+    """The files of a model that is kept under this name, in one or in several with an index."""
+    index = file.with_name(file.name + INDEX)
+    try:
+        named = [name for name in read_index(index).values() if name.startswith(f"{file.stem}-")]
+    except ValueError:
+        named = []
+    return {file, index, *map(file.with_name, named)}

@@ -9,19 +9,75 @@ import warnings
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flextok_pl.files import write_file
 from flextok_pl.interop.format import ConfigT, Contents, Format, Made
+from flextok_pl.interop.hub import HubId, commit_of
 from flextok_pl.interop.tensor_file import TensorFile, find_file, open_tensors, write_tensors
+from flextok_pl.models.publishing import Publishable
 
-ModelT = TypeVar("ModelT", bound=nn.Module)
+ModelT = TypeVar("ModelT", bound="PretrainedModel")
 
 _SHOWN = 5
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+class PretrainedModel(Publishable):
+    """A model that is loaded and saved in the formats of `flextok_pl.interop`."""
+
+    formats: ClassVar[Mapping[str, Format[Any]]]
+
+    def file_names(self) -> list[str]:
+        """Names that its file may have in a folder, in the order of preference."""
+        return _file_names(self.formats)
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str | Path, *, device: str | torch.device | None = None) -> Self:
+        """Load a model saved by this package or in a published format, in evaluation mode and float32.
+
+        Args:
+            path_or_hub_id: a `.safetensors` file, a folder with one or with an index of several, or a Hub id
+                `OWNER/NAME` or `OWNER/NAME@REVISION`; what is on this machine comes first.
+            device: where to put the weights.
+
+        Raises:
+            ValueError: there is no such file, it is damaged, or is not a model that this package can represent.
+        """
+        return load_model(path_or_hub_id, cls.formats, cls, device)
+
+    def save_pretrained(
+        self,
+        path: str | Path,
+        format: str = "ours",
+        weights: Mapping[str, Tensor] | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> Path:
+        """Save weights, a tokenizer's autoencoder included, and configuration as safetensors; returns the file.
+
+        It is written atomically: what was there stays whole until the new one is.
+
+        Args:
+            path: a `.safetensors` file, or a folder: a tokenizer is `model.safetensors` there, a prior
+                `prior.safetensors`, and a published format `model.safetensors`.
+            format: `ours`; `official` for the published code of tokenizers, `flexar` for that of priors.
+            weights: the state dict, where the model itself holds parts of it only.
+            max_shard_size: the largest file in a folder, in bytes or such as `5GB`. A larger model becomes several
+                files with an index, which is returned and written last. Default 5 GB for our format, and one file for
+                the published ones, whose code reads no other.
+
+        Raises:
+            ValueError: the format cannot express the model, or the size is none.
+        """
+        return save_model(
+            self.weights_to_save(weights), self.config, path, self.formats, format, max_shard_size
+        )
+
+    def save_to_publish(self, folder: Path, format: str, max_shard_size: int | str | None) -> Path:
+        """Save it in a folder."""
+        return self.save_pretrained(folder, format, max_shard_size=max_shard_size)
 
 
 def load_model(
@@ -35,9 +91,8 @@ def load_model(
 
     ValueError where there is no such file, or it is damaged, has another format, or does not fit its configuration.
     """
-    names = dict.fromkeys(chain.from_iterable(each.file_names for each in formats.values()))
     companions = dict.fromkeys(each.companion for each in formats.values() if each.companion)
-    path, beside = find_file(path_or_hub_id, list(names), list(companions))
+    path, beside = find_file(path_or_hub_id, _file_names(formats), list(companions))
     with open_tensors(path, beside) as file:
         format_ = next((each for each in formats.values() if each.recognises(file)), None)
         if format_ is None:
@@ -50,26 +105,55 @@ def load_model(
             contents = format_.read(file, vae_config)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        return _build(file, contents, make, device)
+        model = _build(file, contents, make, device)
+    source, commit = HubId.parse(str(path_or_hub_id)), commit_of(path)
+    if source is not None and commit is not None:
+        model.loaded_from = str(HubId(source.repository, commit))
+    return model
+
+
+def kind_of(path_or_hub_id: str | Path, *kinds: type[ModelT]) -> tuple[type[ModelT], Path]:
+    """Which of these classes a file, folder or Hub id is of, and its file; ValueError for none of them."""
+    names = dict.fromkeys(chain.from_iterable(_file_names(each.formats) for each in kinds))
+    formats = [(kind, each) for kind in kinds for each in kind.formats.values()]
+    companions = [each.companion for _, each in formats if each.companion]
+    path, beside = find_file(path_or_hub_id, list(names), companions)
+    with open_tensors(path, beside) as file:
+        found = next((kind for kind, each in formats if each.recognises(file)), None)
+    if found is None:
+        raise ValueError(f"{path} is none of {', '.join(kind.__name__ for kind in kinds)}: its metadata do not say so")
+    return found, path
 
 
 def save_model(
-    weights: Mapping[str, Tensor], config: ConfigT, path: str | Path, formats: Mapping[str, Format[ConfigT]], name: str
+    weights: Mapping[str, Tensor],
+    config: ConfigT,
+    path: str | Path,
+    formats: Mapping[str, Format[ConfigT]],
+    name: str,
+    max_shard_size: int | str | None = None,
 ) -> Path:
     """Write a state dict and its configuration to a `.safetensors` file or a folder, atomically; returns the file."""
     if name not in formats:
         raise ValueError(f"format={name!r} is unknown; use one of {list(formats)}")
     path = Path(path).expanduser()
-    file = path if path.suffix == ".safetensors" else path / formats[name].file_name
+    file, most = path, max_shard_size
+    if path.suffix != ".safetensors":
+        file = path / formats[name].file_name
+        most = formats[name].max_shard_size if max_shard_size is None else max_shard_size
+    elif max_shard_size is not None:
+        raise ValueError(f"max_shard_size={max_shard_size!r} makes several files: give a folder, not {path}")
     written = formats[name].write(config, weights)
     if written.beside and file.name != formats[name].file_name:
         raise ValueError(f"format={name!r} writes files beside {formats[name].file_name}: give a folder, not {path}")
-    for beside, text in written.beside.items():
-        if file.with_name(beside).exists() and not file.exists():
+    for beside in written.beside:
+        if file.with_name(beside).exists() and not any(map(Path.exists, files_of(file))):
             raise ValueError(f"{file.with_name(beside)} is there and belongs to something else: give another folder")
-        write_file(file.with_name(beside), text)
-    write_tensors(written.tensors, file, written.metadata)
-    return file
+    return write_tensors(written.tensors, file, written.metadata, most, written.beside)
+
+
+def _file_names(formats: Mapping[str, Format[Any]]) -> list[str]:
+    return list(dict.fromkeys(chain.from_iterable(each.file_names for each in formats.values())))
 
 
 def _build(

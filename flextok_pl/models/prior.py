@@ -9,9 +9,8 @@ Shapes: B batch, K tokens, m prefix, D width, V vocabulary, T text positions, E 
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import NamedTuple, Self, cast
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +27,7 @@ from flextok_pl.layers.norm import make_norm
 from flextok_pl.models.arguments import as_ids, check_budget
 from flextok_pl.models.cuda_graph import can_capture
 from flextok_pl.models.generation import GenerationState, begin_generation, uniform_numbers
-from flextok_pl.models.pretrained import load_model, save_model
+from flextok_pl.models.pretrained import PretrainedModel
 from flextok_pl.models.sampling import Sampling, scale_at_positions
 from flextok_pl.precision import full_precision
 
@@ -44,15 +43,18 @@ Condition = Tensor | tuple[Tensor, Tensor] | None
 """(B,) int64 classes, -1 for none; or `TextStates`; or None, which is no condition."""
 
 
-class Prior(nn.Module):
+class Prior(PretrainedModel):
     """Predicts each token from those before it and from the condition.
 
     Position 0 is the start token, position i > 0 holds token i-1; the output at position i predicts token i. The null
     condition of guidance is a class embedding of its own, or no embedding at all (`null_class`), or the text encoder's
     states of the empty string, which `set_null_text` stores in the model; until then a published prior has NaN there.
+
+    A folder or Hub repository holds it as `prior.safetensors`; a FlexAR release is `model.safetensors` and `config.yaml`.
     """
 
     null_text: Tensor
+    formats = PRIOR_FORMATS
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
@@ -90,21 +92,6 @@ class Prior(nn.Module):
         if self.config.fixed_positions:
             table = sincos_position_table(self.config.width, (self.num_tokens, 1))[0, :, :, 0].T  # (K, D)
             self.positions.data.copy_(F.pad(table, (0, 0, 1, -1)))  # the start token has none
-
-    @classmethod
-    def from_pretrained(cls, path_or_hub_id: str | Path, *, device: str | torch.device | None = None) -> Self:
-        """Load a prior saved by `save_pretrained`, or a FlexAR release, in evaluation mode.
-
-        A folder or Hub repository holds it as `prior.safetensors`; a release as `model.safetensors` and `config.yaml`,
-        without the null text; see `set_null_text`. For the rest see `FlexTok.from_pretrained`.
-        """
-        return load_model(path_or_hub_id, PRIOR_FORMATS, cls, device)
-
-    def save_pretrained(
-        self, path: str | Path, format: str = "ours", weights: Mapping[str, Tensor] | None = None
-    ) -> Path:
-        """See `FlexTok.save_pretrained`; `flexar` is a folder that the loader of the FlexAR releases reads, too."""
-        return save_model(weights or self.state_dict(), self.config, path, PRIOR_FORMATS, format)
 
     def trained_on(self, tokenizer: str, class_names: Sequence[str]) -> None:
         """Note in the configuration the hash of the tokenizer whose tokens it learns, and the names of the classes."""

@@ -112,7 +112,7 @@ def start_from(network: Prior | FlexTok, source: str, parts: Sequence[str] | Non
     with torch.no_grad():
         for name, weight in here.items():
             weight.copy_(there[name])
-    note = f"{source} ({weights_hash(given)})"
+    note = f"{given.loaded_from or source} ({weights_hash(given)})"
     return Start(given, frozenset(here), note if parts is None else f"{note}: {', '.join(parts)}")
 
 

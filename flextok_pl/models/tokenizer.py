@@ -36,7 +36,7 @@ from flextok_pl.models.arguments import (
 from flextok_pl.models.decoder import FlowDecoder, token_layout
 from flextok_pl.models.encoder import RegisterEncoder, code_layout
 from flextok_pl.models.fsq import FSQ
-from flextok_pl.models.pretrained import load_model, save_model
+from flextok_pl.models.pretrained import PretrainedModel, load_model
 from flextok_pl.models.vae import VAE
 from flextok_pl.precision import full_precision, require_float32
 from flextok_pl.transfer import send
@@ -44,7 +44,7 @@ from flextok_pl.transfer import send
 DIVERGED = "the weights hold some, or have diverged: load or train others"
 
 
-class FlexTok(nn.Module):
+class FlexTok(PretrainedModel):
     """The tokenizer: an autoencoder for latents, a register encoder, FSQ, and a flow decoder.
 
     `encode_latents`, `tokenize`, `sample_latents` and `detokenize` are for use: they compute in float32 without TF32,
@@ -56,6 +56,7 @@ class FlexTok(nn.Module):
     """
 
     vae: VAE | Frozen[VAE] | None
+    formats = TOKENIZER_FORMATS
 
     def __init__(self, config: FlexTokConfig, vae: VAE | Frozen[VAE] | None = None) -> None:
         super().__init__()
@@ -99,8 +100,8 @@ class FlexTok(nn.Module):
         """Load a tokenizer saved by this package or by the official code, in evaluation mode and float32.
 
         Args:
-            path_or_hub_id: a `.safetensors` file, a folder with `model.safetensors`, or a Hub id; what is on this
-                machine comes first.
+            path_or_hub_id: a `.safetensors` file, a folder with `model.safetensors` or its index, or a Hub id
+                `OWNER/NAME` or `OWNER/NAME@REVISION`; what is on this machine comes first.
             vae_config: diffusers' `AutoencoderKL` configuration (a mapping or a JSON file) of an official
                 checkpoint whose autoencoder is not the published one.
             device: where to put the weights.
@@ -110,23 +111,10 @@ class FlexTok(nn.Module):
         """
         return load_model(path_or_hub_id, TOKENIZER_FORMATS, cls, device, vae_config)
 
-    def save_pretrained(
-        self, path: str | Path, format: str = "ours", weights: Mapping[str, Tensor] | None = None
-    ) -> Path:
-        """Save weights, autoencoder included, and configuration in one safetensors file, atomically; returns the file.
-
-        Args:
-            path: a `.safetensors` file, or a folder that then holds `model.safetensors`.
-            format: `ours`, or `official` for the published code.
-            weights: the state dict, where the model itself holds parts of it only.
-
-        Raises:
-            ValueError: the official format cannot express the model.
-        """
-        weights = dict(self.state_dict() if weights is None else weights)
-        if isinstance(self.vae, Frozen):
-            weights |= self.vae.module.state_dict(prefix="vae.")
-        return save_model(weights, self.config, path, TOKENIZER_FORMATS, format)
+    def weights_to_save(self, weights: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
+        """The state dict, and the autoencoder where that is frozen."""
+        weights = super().weights_to_save(weights)
+        return {**weights, **self.vae.module.state_dict(prefix="vae.")} if isinstance(self.vae, Frozen) else weights
 
     def checkpoint_activations(self, enabled: bool = True) -> None:
         """Recompute blocks in the backward pass instead of keeping activations, for less memory."""

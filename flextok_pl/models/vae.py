@@ -15,12 +15,14 @@ from pathlib import Path
 import diffusers  # which loads an architecture when it is first used: half a second that not every command pays
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from flextok_pl.config import VAEConfig
 from flextok_pl.files import write_file
 from flextok_pl.interop.autoencoder import read_vae_config, vae_config_from_diffusers, vae_config_to_diffusers
+from flextok_pl.interop.hub import PREFETCH, HubId
 from flextok_pl.models.arguments import as_images
+from flextok_pl.models.publishing import Publishable
 from flextok_pl.models.vae_inference import decode, encode
 from flextok_pl.precision import outside_autocast, require_float32
 from flextok_pl.transfer import send
@@ -28,7 +30,7 @@ from flextok_pl.transfer import send
 _LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution
 
 
-class VAE(nn.Module):
+class VAE(Publishable):
     """An image autoencoder with scaled latents: latents = (posterior - shift_factor) * scaling_factor.
 
     `moments`, `encode` and `decode` compute in float32, also under autocast (but see `precision.frozen_networks_in`).
@@ -54,25 +56,31 @@ class VAE(nn.Module):
         Raises:
             ValueError: there is no such model, its config is not supported, or its tensors do not fit its config.
         """
-        name = str(path_or_hub_id)
+        name, revision = str(path_or_hub_id), None
         folder = Path(path_or_hub_id).expanduser()
+        source = HubId.parse(name)
         if folder.is_dir():
             config = read_vae_config(folder)  # says what is not supported before the weights are read
             if config.kind == "pixel":
                 return cls(config)
-        elif isinstance(path_or_hub_id, Path) or name[:1] in "./~" or name.count("/") != 1:
+        elif isinstance(path_or_hub_id, Path) or source is None:
             raise ValueError(
-                f"there is no autoencoder folder {name!r}; give a folder, or a Hub id such as 'owner/name'"
+                f"there is no autoencoder folder {name!r}; give a folder, or a Hub id such as 'owner/name' or "
+                "'owner/name@revision'"
             )
+        else:
+            name, revision = source.repository, source.revision
         try:
             network, info = diffusers.AutoencoderKL.from_pretrained(
                 str(folder) if folder.is_dir() else name,
+                revision=revision,
                 use_safetensors=True,  # never unpickle
                 low_cpu_mem_usage=False,
                 output_loading_info=True,
             )
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"cannot load the autoencoder {name!r}: {error}") from error
+            remedy = "" if source is None or folder.is_dir() else f"; without a network, {PREFETCH}"
+            raise ValueError(f"cannot load the autoencoder {name!r}: {error}{remedy}") from error
         for kind in ("missing", "unexpected", "mismatched"):
             if keys := sorted(info[f"{kind}_keys"]):
                 raise ValueError(f"the autoencoder {name!r} does not fit its config: {kind} tensors {keys[:3]}")
@@ -89,6 +97,21 @@ class VAE(nn.Module):
             scaling_factor=self.config.scaling_factor, shift_factor=self.config.shift_factor or None
         )
         self.vae.save_pretrained(str(folder), safe_serialization=True)
+
+    def file_names(self) -> list[str]:
+        """The one that diffusers gives it."""
+        return ["diffusion_pytorch_model.safetensors"]
+
+    def save_to_publish(self, folder: Path, format: str, max_shard_size: int | str | None) -> Path:
+        """Save it in a folder; diffusers' layout is the only one."""
+        if (format, max_shard_size) != ("ours", None):
+            raise ValueError(
+                f"format={format!r} and max_shard_size={max_shard_size!r}: an autoencoder has one format, and one file"
+            )
+        if self.config.kind == "pixel":
+            raise ValueError("a `pixel` autoencoder has no weights to publish; its config.json says all")
+        self.save_pretrained(folder)
+        return folder / self.file_names()[0]
 
     def rescaled(self, scaling_factor: float, shift_factor: float = 0.0) -> VAE:
         """The same autoencoder, sharing its weights, with another scaling of the latents."""

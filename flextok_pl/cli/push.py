@@ -1,0 +1,70 @@
+"""`flextok push`: a model to the Hugging Face Hub, with a card from its run's records."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from flextok_pl.models.pretrained import PretrainedModel, kind_of
+from flextok_pl.models.prior import Prior
+from flextok_pl.models.publishing import Publishable
+from flextok_pl.models.tokenizer import FlexTok
+from flextok_pl.models.vae import VAE
+from flextok_pl.sharing.publication import Publication
+
+
+def push_model(
+    source: str,
+    repository: str,
+    *,
+    send: bool = False,
+    records: list[str] | None = None,
+    tokenizer: str | None = None,
+    half: bool = False,
+    format: Literal["ours", "official", "flexar"] = "ours",
+    max_shard_size: str | None = None,
+    out: str | None = None,
+    **options: Any,
+) -> None:
+    """Publish a model on the Hugging Face Hub with a model card; without `--send` only show what would go there.
+
+    Shown are repository, visibility, files with their sizes, and the text of the card, which is written from what the
+    run and its evaluations have recorded. All files go in one commit, with the token in HF_TOKEN or that of
+    `hf auth login`.
+
+    Args:
+        source: the folder of a run, a `.safetensors` file, or a folder with a model: a tokenizer, a prior or an
+            autoencoder.
+        repository: `OWNER/NAME`; it is made where there is none.
+        send: send it. By default nothing leaves this machine.
+        records: folders that `flextok test` has left; by default that of the run, or the newest one beside it whose
+            records are of these weights.
+        tokenizer: of a prior: Hub id of the tokenizer whose tokens it knows, for its file and its card.
+        half: weights in half precision, for half the size.
+        format: `official` for the published code of tokenizers, `flexar` for that of priors.
+        max_shard_size: the largest file, such as `5GB`; a larger model becomes several with an index. Default 5 GB for
+            our format, and one file for the published ones, whose code reads no other.
+        out: folder that keeps what would go, to be looked at; it must be empty or new.
+        **options: those of `Publication`.
+    """
+    given = Publication(repository=repository, **options)  # says what is missing before a model is read
+    model, run = _model(source)
+    if tokenizer is not None:
+        if not isinstance(model, Prior):
+            raise ValueError(f"tokenizer={tokenizer}: only a prior has one, and {source} is a {type(model).__name__}")
+        model.config = dataclasses.replace(model.config, tokenizer_id=tokenizer)
+    if half:
+        model.half()
+    model.publish(given, send, run, records or [], format, max_shard_size, out)
+
+
+def _model(source: str) -> tuple[Publishable, Path | None]:
+    """A model, and the folder of its run."""
+    place = Path(source).expanduser()
+    for folder in (place / "vae", place):
+        if (folder / "diffusion_pytorch_model.safetensors").is_file():
+            return VAE.from_pretrained(folder), place
+    kinds: tuple[type[PretrainedModel], ...] = (Prior, FlexTok)  # the official format may be told by a file's name alone
+    kind, file = kind_of(source, *kinds)
+    return kind.from_pretrained(source), file.parent if place.exists() else None

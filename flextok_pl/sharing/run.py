@@ -1,0 +1,133 @@
+"""What a run's folders say of a model: results with their protocol, pictures, data, and how it was trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flextok_pl.records import Record, read_records
+
+RESULTS = {"tokenizer": ("rfid", "tokenizer_hash"), "prior": ("gfid", "prior_hash")}
+"""Kind of model -> name of the records that measure it, and where they state its weights."""
+
+PICTURES = {
+    "rfid": {
+        "grid.png": "Held-out pictures and their reconstructions, from one token to all",
+        "extremes.png": "Smallest and largest squared error at each budget",
+        "rfid.png": "Results by token budget",
+    },
+    "gfid": {
+        "gfid_grid.png": "Generated pictures at each budget: the first tokens of one sample per row",
+        "gfid.png": "Results by token budget",
+    },
+}
+"""Name of records -> pictures that an evaluation leaves beside them, and their captions."""
+
+TRAINING = "training.json"
+"""File of a run's folder: for each time that it was started, its steps, time and devices."""
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known of a model; what is empty was not recorded."""
+
+    records: Sequence[Record] = ()
+    pictures: Mapping[Path, str] = field(default_factory=dict)  # file -> caption
+    config: Mapping[str, Any] = field(default_factory=dict)  # the run's options
+    data: Mapping[str, Any] = field(default_factory=dict)  # the index of the training set
+    credits: Sequence[str] = ()  # of the pictures in both
+    attempts: Sequence[Mapping[str, Any]] = ()  # see `TRAINING`
+
+    @property
+    def train(self) -> str:
+        """The training set, as the run's options name it; empty where they do not name one."""
+        return _training_set(self.config)
+
+
+def read_run(folder: Path | None, kind: str, digest: str, results: Sequence[str | Path] = ()) -> RunFacts:
+    """Collect what is known of the weights with this hash.
+
+    Args:
+        folder: the run that made them; None for none.
+        kind: of the model: `tokenizer`, `prior` or `autoencoder`.
+        digest: `weights_hash` of the model in float32.
+        results: folders of evaluations; by default that of the run, and those beside it, of which the newest whose
+            records are of these weights counts.
+
+    Raises:
+        ValueError: a folder in `results` has no records, or they are of other weights; a file is damaged.
+    """
+    files = _files_of_records(folder, kind, digest, results)
+    records = [record for file in files for record in read_records(file)]
+    pictures = {file.parent / name: text for file in files for name, text in PICTURES[file.stem].items()}
+    config = _mapping(folder / "config.yaml") if folder is not None else {}
+    attempts = _mapping(folder / TRAINING).get("attempts", []) if folder is not None else []
+    data = _index(_training_set(config))
+    sets = [data, *map(_index, dict.fromkeys(str(record.get("reference") or "") for record in records))]
+    credits = [str(each["provenance"]["credit"]) for each in sets if (each.get("provenance") or {}).get("credit")]
+    shown = {file: text for file, text in pictures.items() if file.is_file()}
+    return RunFacts(records, shown, config, data, list(dict.fromkeys(credits)), attempts)
+
+
+def _files_of_records(folder: Path | None, kind: str, digest: str, results: Sequence[str | Path]) -> list[Path]:
+    if kind not in RESULTS:
+        if results:
+            raise ValueError(f"records={results[0]}: no command measures an {kind} by itself; leave records out")
+        return []
+    name, stated = RESULTS[kind]
+    files = [Path(given).expanduser() / f"{name}.json" for given in results]
+    for given, file in zip(results, files, strict=True):
+        if not file.is_file():
+            raise ValueError(f"records={given} has no {name}.json: give the folder that `flextok test` has left")
+        if others := sorted({str(record.get(stated)) for record in read_records(file)} - {digest}):
+            raise ValueError(
+                f"records={given} are of the weights {others[0]}, and these are {digest}: evaluate these by `flextok test`"
+            )
+    if files or folder is None:
+        return files
+    beside = sorted(folder.parent.glob(f"*/{name}.json"), key=lambda file: file.stat().st_mtime)
+    found = [file for file in [*beside, folder / f"{name}.json"] if file.is_file() and _are_of(file, stated, digest)]
+    return found[-1:]
+
+
+def _are_of(file: Path, stated: str, digest: str) -> bool:
+    records = read_records(file)
+    return bool(records) and all(record.get(stated) == digest for record in records)
+
+
+def _training_set(config: Mapping[str, Any]) -> str:
+    given = (config.get("data") or {}).get("train")
+    return ", ".join(map(str, given)) if isinstance(given, list) else str(given or "")
+
+
+def _index(data: str) -> dict[str, Any]:
+    """The index of a shard set, by its folder; empty where there is none on this machine."""
+    return _mapping(Path(data).expanduser() / "index.json") if data else {}
+
+
+def _mapping(file: Path) -> dict[str, Any]:
+    """A YAML or JSON file that holds a mapping; empty where there is no such file."""
+    if not file.is_file():
+        return {}
+    text = file.read_text(encoding="utf-8")
+    try:
+        found = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def without_places(value: Any) -> Any:
+    """A value for others to read: of a path on this machine only the end, which names the thing."""
+    if isinstance(value, Mapping):
+        return {name: without_places(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_places(each) for each in value]
+    if isinstance(value, str) and (value.startswith(("/", "~", "./", "../")) or Path(value).is_absolute()):
+        return "/".join(Path(value).parts[-2:])
+    return value
