@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig
+from flextok_pl.interop.hub import HubId
 
 UNKNOWN_TOKENIZER = "OWNER/TOKENIZER"
 
@@ -43,13 +44,14 @@ def _tokenizer(address: str, config: FlexTokConfig) -> list[str]:
 def _prior(address: str, config: PriorConfig) -> list[str]:
     text = config.text_width is not None
     known = f"  # the one whose weights have the hash {config.tokenizer}" if config.tokenizer else ""
+    tokenizer = config.tokenizer_id if HubId.parse(config.tokenizer_id) else UNKNOWN_TOKENIZER
     lines = ["from flextok_pl import FlexTok, Prior"]
     if text:
         lines.append("from flextok_pl.models.text import TextEncoder")
     lines += [
         "",
         f'prior = Prior.from_pretrained("{address}")',
-        f'tok = FlexTok.from_pretrained("{config.tokenizer_id or UNKNOWN_TOKENIZER}"){known}',
+        f'tok = FlexTok.from_pretrained("{tokenizer}"){known}',
     ]
     if text:
         pad = "" if config.text_mask else ", pad=True"

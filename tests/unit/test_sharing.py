@@ -120,12 +120,12 @@ def test_a_run_goes_there_and_comes_back(
     assert measured["metrics"][2] == {"type": "fd_x", "value": 0.5, "name": "fd_x, tokens: 16"}
     for fact in (
         *("| 16 | 0.5 | 0.125 |", "| num_samples | `9` |", "![Held-out pictures", "Samples: 4,133", "Credit: by Ada"),
-        *("Licence: CC BY-SA 4.0", "Steps: 40", "4.01 device hours on 2 x H200 for 32 steps", "further 8 steps were not"),
+        *("Licence: CC BY-SA 4.0", "Steps: 40", "Cost: 8 device hours on 2 x H200 for 32 steps", "further 8 steps were"),
         *("bachmann2025flextok", f"`{weights_hash(tok)}`", "pictures/val"),
     ):
-        assert fact in card or fact == "4.01 device hours on 2 x H200 for 32 steps", fact
+        assert fact in card, fact
     exec(code_of(card), scope := {})
-    assert scope["again"].shape == (1, 3, 16, 16) or scope["again"].shape == scope["images"].shape
+    assert scope["again"].shape == scope["images"].shape
 
 
 def test_states_of_a_repository(hub: Hub, tok: FlexTok, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,10 +159,8 @@ def test_states_of_a_repository(hub: Hub, tok: FlexTok, monkeypatch: pytest.Monk
 def test_what_the_hub_refuses(hub: Hub, tok: FlexTok, monkeypatch: pytest.MonkeyPatch) -> None:
     tok.push_to_hub("me/m", send=True, gated="auto", **LICENCES)
     commits = len(hub.repositories["me/m"].commits)
-    for status, said in {403: "must be one that may write to repositories of me", 409: "", 500: "answers 500"}.items():
+    for status, said in {403: "must be one that may write to repositories of me", 418: "the Hub answers 418"}.items():
         hub.refuse = status
-        if status == 409:  # of a repository that is there is no error; of a commit it is
-            continue
         with pytest.raises(ValueError, match=f"nothing was committed: .*{said}"):
             tok.push_to_hub("me/new", send=True, **LICENCES)
     hub.refuse = None
@@ -204,10 +202,10 @@ def test_files_that_would_be_loaded_instead(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "r").mkdir()
     prior.save_pretrained(tmp_path / "r")
     hub.add("me/both", tmp_path / "r")
+    assert prior.push_to_hub("me/both", send=True, **LICENCES)
+    (tmp_path / "r" / "prior.safetensors").rename(tmp_path / "r" / "model.safetensors")
+    hub.add("me/both", tmp_path / "r")
     with pytest.raises(ValueError, match=r"me/both has model.safetensors, which would be loaded in place of prior"):
-        (tmp_path / "r" / "prior.safetensors").rename(tmp_path / "r" / "model.safetensors")
-        hub.repositories.clear()
-        hub.add("me/both", tmp_path / "r")
         prior.push_to_hub("me/both", send=True, max_shard_size="10KB", **LICENCES)
 
 
@@ -302,7 +300,7 @@ def test_cards_of_text_priors_and_autoencoders(hub: Hub, tmp_path: Path) -> None
     text = PriorConfig(text_width=8, text_encoder="minilm", tokenizer_id="/home/ada/tok")
     card = model_card(Publication("me/m", **LICENCES), ModelFacts(text, {"blocks": 7}, "float32", "0", "ours"), RunFacts())
     assert matter(card)["pipeline_tag"] == "text-to-image" and "TextEncoder(" in code_of(card)
-    assert "/home" not in card.split("```python")[0] and "| Tokenizer | ada/tok |" in card
+    assert "/home" not in card and "OWNER/TOKENIZER" in code_of(card) and "| Tokenizer | ada/tok |" in card
 
     vae = VAE(VAEConfig(latent_channels=4, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4))
     vae.save_pretrained(tmp_path / "run" / "vae")
