@@ -39,7 +39,7 @@ class Repository:
 
 
 class Hub(ThreadingHTTPServer):
-    """The stand-in. Whoever has `TOKEN` may write; `refuse` answers all that writes with this status."""
+    """The stand-in. Whoever has `TOKEN` may write; `refuse` has the status with which a route answers instead."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -47,7 +47,7 @@ class Hub(ThreadingHTTPServer):
         self.repositories: dict[str, Repository] = {}
         self.blobs: dict[str, bytes] = {}
         self.asked: list[tuple[str, str]] = []
-        self.refuse: int | None = None
+        self.refuse: dict[str, int] = {}  # part of a path -> status
 
     def add(self, name: str, folder: Path, branch: str = "main") -> str:
         """Put the files of a folder there, in a commit of their own."""
@@ -93,9 +93,11 @@ class Handler(BaseHTTPRequestHandler):
         path, content = urlsplit(self.path).path, self._content()
         self.server.asked.append(("POST", path))
         if self.headers.get("authorization") != f"Bearer {TOKEN}":
-            return self._answer(401, {"error": "no"}, {"X-Error-Message": "Invalid credentials in Authorization header"})
-        if self.server.refuse is not None:
-            return self._answer(self.server.refuse, {"error": "refused"}, {"X-Error-Message": "refused"})
+            said = {"X-Error-Message": "Invalid credentials in Authorization header"}
+            return self._answer(401, {"error": "no"}, said)
+        for part, status in self.server.refuse.items():
+            if part in path:
+                return self._answer(status, {"error": "refused"}, {"X-Error-Message": "refused"})
         if path == "/api/repos/create":
             return self._create(json.loads(content))
         if path == "/api/validate-yaml":
@@ -104,8 +106,9 @@ class Handler(BaseHTTPRequestHandler):
             return self._answer(400 if errors else 200, {"errors": errors, "warnings": []})
         if path.endswith(".git/info/lfs/objects/batch"):
             wanted = json.loads(content)["objects"]
-            places = [{**each, "actions": {"upload": {"href": f"{self.server.url}/blobs/{each['oid']}"}}} for each in wanted]
-            return self._answer(200, {"transfer": "basic", "objects": places})
+            places = [{"upload": {"href": f"{self.server.url}/blobs/{each['oid']}"}} for each in wanted]
+            objects = [{**each, "actions": place} for each, place in zip(wanted, places, strict=True)]
+            return self._answer(200, {"transfer": "basic", "objects": objects})
         _, _, _, owner, name, what, revision = path.split("/")
         repository = self._repository(f"{owner}/{name}")
         if repository is None:
@@ -115,17 +118,16 @@ class Handler(BaseHTTPRequestHandler):
             repository.branches.setdefault(unquote(revision), repository.branches["main"])
             return self._answer(409 if known else 200, {})
         if what == "preupload":
-            files = json.loads(content)["files"]
-            modes = {each["path"]: "lfs" if each["path"].endswith((".safetensors", ".png")) else "regular" for each in files}
-            return self._answer(
-                200, {"files": [{"path": p, "uploadMode": mode, "shouldIgnore": False} for p, mode in modes.items()]}
-            )
+            paths = [each["path"] for each in json.loads(content)["files"]]
+            modes = ["lfs" if path.endswith((".safetensors", ".png")) else "regular" for path in paths]
+            found = [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in zip(paths, modes, strict=True)]
+            return self._answer(200, {"files": found})
         return self._take(repository, f"{owner}/{name}", unquote(revision), content)
 
     def _create(self, wanted: dict[str, Any]) -> None:
         name = f"{wanted['organization']}/{wanted['name']}"
         if name in self.server.repositories:
-            return self._answer(409, {"error": "You already created this model repo", "url": f"{self.server.url}/{name}"})
+            return self._answer(409, {"error": "You already created it", "url": f"{self.server.url}/{name}"})
         repository = Repository(private=wanted.get("visibility") == "private" or wanted.get("private") is True)
         repository.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
         self.server.repositories[name] = repository
@@ -186,7 +188,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, content: dict[str, Any], headers: dict[str, str] | None = None) -> None:
         text = b"" if self.command == "HEAD" else json.dumps(content).encode()
-        self._send(status, text, {"Content-Type": "application/json", "Content-Length": str(len(text)), **(headers or {})})
+        own = {"Content-Type": "application/json", "Content-Length": str(len(text))}
+        self._send(status, text, own | (headers or {}))
 
     def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)

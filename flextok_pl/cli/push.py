@@ -19,7 +19,7 @@ def push_model(
     repository: str,
     *,
     send: bool = False,
-    records: list[str] | None = None,
+    records: str | None = None,
     tokenizer: str | None = None,
     half: bool = False,
     format: Literal["ours", "official", "flexar"] = "ours",
@@ -38,7 +38,7 @@ def push_model(
             autoencoder.
         repository: `OWNER/NAME`; it is made where there is none.
         send: send it. By default nothing leaves this machine.
-        records: folders that `flextok test` has left; by default that of the run, or the newest one beside it whose
+        records: folder that `flextok test` has left; by default that of the run, or the newest one beside it whose
             records are of these weights.
         tokenizer: of a prior: Hub id of the tokenizer whose tokens it knows, for its file and its card.
         half: weights in half precision, for half the size.
@@ -56,7 +56,7 @@ def push_model(
         model.config = dataclasses.replace(model.config, tokenizer_id=tokenizer)
     if half:
         model.half()
-    model.publish(given, send, run, records or [], format, max_shard_size, out)
+    model.publish(given, send, run, records, format, max_shard_size, out)
 
 
 def _model(source: str) -> tuple[Publishable, Path | None]:
@@ -65,6 +65,6 @@ def _model(source: str) -> tuple[Publishable, Path | None]:
     for folder in (place / "vae", place):
         if (folder / "diffusion_pytorch_model.safetensors").is_file():
             return VAE.from_pretrained(folder), place
-    kinds: tuple[type[PretrainedModel], ...] = (Prior, FlexTok)  # the official format may be told by a file's name alone
+    kinds: tuple[type[PretrainedModel], ...] = (Prior, FlexTok)  # the official format may be told by a file beside it
     kind, file = kind_of(source, *kinds)
     return kind.from_pretrained(source), file.parent if place.exists() else None

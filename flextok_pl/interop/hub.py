@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: how a model there is named, its files in this machine's cache, and its errors in plain words."""
+"""The Hugging Face Hub: names of models, their files in this machine's cache, and its errors in plain words."""
 
 from __future__ import annotations
 

@@ -47,10 +47,9 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def check_shard(index: Path, shard: str, wanted: Iterable[str], there: Iterable[str]) -> None:
     """Refuse a file that holds other tensors than the index places there."""
     missing, extra = sorted(set(wanted) - set(there)), sorted(set(there) - set(wanted))
-    if missing:
-        raise ValueError(f"{index} places {missing[0]} in {shard}, which does not hold it: they are of different models")
-    if extra:
-        raise ValueError(f"{shard} holds {extra[0]}, which {index} does not place there: they are of different models")
+    if missing or extra:
+        what = f"does not hold {missing[0]}" if missing else f"holds {extra[0]}, too"
+        raise ValueError(f"{index} does not describe {shard}, which {what}: they are of different models")
 
 
 def size_in_bytes(size: int | str) -> int:

@@ -50,7 +50,7 @@ class Prior(PretrainedModel):
     condition of guidance is a class embedding of its own, or no embedding at all (`null_class`), or the text encoder's
     states of the empty string, which `set_null_text` stores in the model; until then a published prior has NaN there.
 
-    A folder or Hub repository holds it as `prior.safetensors`; a FlexAR release is `model.safetensors` and `config.yaml`.
+    A folder or Hub repository has it as `prior.safetensors`; a release is `model.safetensors` and `config.yaml`.
     """
 
     null_text: Tensor

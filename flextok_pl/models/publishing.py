@@ -68,7 +68,7 @@ class Publishable(nn.Module):
         given: Publication,
         send: bool = False,
         run: str | Path | None = None,
-        records: Sequence[str | Path] = (),
+        records: str | Path | None = None,
         format: str = "ours",
         max_shard_size: int | str | None = None,
         out: str | Path | None = None,
@@ -82,7 +82,7 @@ class Publishable(nn.Module):
             given: where to, and what the card has to say.
             send: see `push_to_hub`.
             run: folder of the run that has trained the model.
-            records: folders of evaluations by `flextok test`; by default that of the run or the newest one beside it
+            records: folder of an evaluation by `flextok test`; by default that of the run or the newest one beside it
                 whose records are of these weights.
             format: see `save_pretrained`.
             max_shard_size: see `save_pretrained`.
@@ -95,7 +95,8 @@ class Publishable(nn.Module):
             for picture in known.pictures:
                 shutil.copy(picture, folder / picture.name)
             if known.records:
-                write_json([without_places(record) for record in known.records], folder / f"{RESULTS[facts.kind][0]}.json")
+                name, _ = RESULTS[facts.kind]
+                write_json([without_places(record) for record in known.records], folder / f"{name}.json")
             write_file(folder / "README.md", model_card(given, facts, known))
             print(_shown(given, folder))
             if not send:

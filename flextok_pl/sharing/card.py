@@ -100,7 +100,7 @@ def model_card(given: Publication, model: ModelFacts, run: RunFacts) -> str:
         f"## Training\n\n{_training(model, run)}",
         f"## The model\n\n{_model(model)}",
         f"## Licence\n\n{_licence(given)}",
-        f"## Citation\n\nThe method is FlexTok, by Apple and EPFL. This model was trained with {LIBRARY}, which is other code.",
+        f"## Citation\n\nThe method is FlexTok, by Apple and EPFL. This model was trained with other code, {LIBRARY}.",
         f"```bibtex\n{CITATION}\n```",
     ]
     return "\n\n".join(parts) + "\n"

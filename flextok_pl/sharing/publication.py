@@ -50,8 +50,8 @@ class Publication:
             )
         if not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", self.license):
             raise ValueError(
-                f"license={self.license!r} is not an identifier of https://huggingface.co/docs/hub/repositories-licenses "
-                "(small letters, digits, dots and hyphens); what has none is `other`, with license_link"
+                f"license={self.license!r} is not an identifier (small letters, digits, dots and hyphens) of "
+                "https://huggingface.co/docs/hub/repositories-licenses; what has none is `other`, with license_link"
             )
         if (self.license == "other") != bool(self.license_link):
             raise ValueError(

@@ -49,50 +49,52 @@ class RunFacts:
         return _training_set(self.config)
 
 
-def read_run(folder: Path | None, kind: str, digest: str, results: Sequence[str | Path] = ()) -> RunFacts:
+def read_run(folder: Path | None, kind: str, digest: str, results: str | Path | None = None) -> RunFacts:
     """Collect what is known of the weights with this hash.
 
     Args:
         folder: the run that made them; None for none.
         kind: of the model: `tokenizer`, `prior` or `autoencoder`.
         digest: `weights_hash` of the model in float32.
-        results: folders of evaluations; by default that of the run, and those beside it, of which the newest whose
-            records are of these weights counts.
+        results: folder of an evaluation; by default that of the run, or the newest one beside it whose records are of
+            these weights.
 
     Raises:
-        ValueError: a folder in `results` has no records, or they are of other weights; a file is damaged.
+        ValueError: `results` has no records, or they are of other weights; a file is damaged.
     """
-    files = _files_of_records(folder, kind, digest, results)
-    records = [record for file in files for record in read_records(file)]
-    pictures = {file.parent / name: text for file in files for name, text in PICTURES[file.stem].items()}
+    file = _file_of_records(folder, kind, digest, results)
+    records = read_records(file) if file is not None else []
+    pictures = {file.parent / name: text for name, text in PICTURES[file.stem].items()} if file is not None else {}
     config = _mapping(folder / "config.yaml") if folder is not None else {}
     attempts = _mapping(folder / TRAINING).get("attempts", []) if folder is not None else []
     data = _index(_training_set(config))
-    sets = [data, *map(_index, dict.fromkeys(str(record.get("reference") or "") for record in records))]
+    sets = [data, _index(str(records[0].get("reference") or "")) if records else {}]
     credits = [str(each["provenance"]["credit"]) for each in sets if (each.get("provenance") or {}).get("credit")]
-    shown = {file: text for file, text in pictures.items() if file.is_file()}
+    shown = {picture: text for picture, text in pictures.items() if picture.is_file()}
     return RunFacts(records, shown, config, data, list(dict.fromkeys(credits)), attempts)
 
 
-def _files_of_records(folder: Path | None, kind: str, digest: str, results: Sequence[str | Path]) -> list[Path]:
+def _file_of_records(folder: Path | None, kind: str, digest: str, results: str | Path | None) -> Path | None:
     if kind not in RESULTS:
-        if results:
-            raise ValueError(f"records={results[0]}: no command measures an {kind} by itself; leave records out")
-        return []
+        if results is not None:
+            raise ValueError(f"records={results}: no command measures an {kind} by itself; leave records out")
+        return None
     name, stated = RESULTS[kind]
-    files = [Path(given).expanduser() / f"{name}.json" for given in results]
-    for given, file in zip(results, files, strict=True):
+    if results is not None:
+        file = Path(results).expanduser() / f"{name}.json"
         if not file.is_file():
-            raise ValueError(f"records={given} has no {name}.json: give the folder that `flextok test` has left")
+            raise ValueError(f"records={results} has no {name}.json: give the folder that `flextok test` has left")
         if others := sorted({str(record.get(stated)) for record in read_records(file)} - {digest}):
             raise ValueError(
-                f"records={given} are of the weights {others[0]}, and these are {digest}: evaluate these by `flextok test`"
+                f"records={results} are of the weights {others[0]}, and these are {digest}: evaluate these by "
+                "`flextok test`"
             )
-    if files or folder is None:
-        return files
+        return file
+    if folder is None:
+        return None
     beside = sorted(folder.parent.glob(f"*/{name}.json"), key=lambda file: file.stat().st_mtime)
     found = [file for file in [*beside, folder / f"{name}.json"] if file.is_file() and _are_of(file, stated, digest)]
-    return found[-1:]
+    return found[-1] if found else None
 
 
 def _are_of(file: Path, stated: str, digest: str) -> bool:

@@ -14,7 +14,7 @@ from flextok_pl.sharing.publication import Publication
 
 
 def upload(folder: Path, given: Publication, weights: str, names: Sequence[str]) -> str:
-    """Send the files of a folder, and delete what an earlier model of the same name leaves; returns the commit's address.
+    """Send the files of a folder, and delete what is left of an earlier model of that name; returns the commit's address.
 
     Nobody sees the files before the repository is as private and as gated as was asked for, and either all files are
     there or none. The token is that of huggingface_hub: HF_TOKEN, or that of `hf auth login`.
@@ -51,7 +51,8 @@ def _upload(api: HfApi, folder: Path, given: Publication, weights: str, names: S
     new = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
     old = {each.rfilename for each in there.siblings or ()} - set(new)
     stem = re.escape(weights.partition(".")[0])
-    stale = [each for each in sorted(old) if re.fullmatch(rf"{stem}(-\d+-of-\d+)?\.safetensors(\.index\.json)?", each)]
+    family = re.compile(rf"{stem}(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+    stale = [each for each in sorted(old) if family.fullmatch(each)]
     before = [each for each in names[: names.index(weights)] if each in old and each not in stale]
     if before:
         raise ValueError(

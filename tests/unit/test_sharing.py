@@ -159,11 +159,16 @@ def test_states_of_a_repository(hub: Hub, tok: FlexTok, monkeypatch: pytest.Monk
 def test_what_the_hub_refuses(hub: Hub, tok: FlexTok, monkeypatch: pytest.MonkeyPatch) -> None:
     tok.push_to_hub("me/m", send=True, gated="auto", **LICENCES)
     commits = len(hub.repositories["me/m"].commits)
-    for status, said in {403: "must be one that may write to repositories of me", 418: "the Hub answers 418"}.items():
-        hub.refuse = status
+    for route, status, said in (
+        ("create", 403, "must be one that may write to repositories of me"),
+        ("commit", 409, "somebody else has changed me/new meanwhile"),
+        ("preupload", 418, "the Hub answers 418"),
+        ("validate-yaml", 400, "Invalid metadata in README.md"),
+    ):
+        hub.refuse = {route: status}
         with pytest.raises(ValueError, match=f"nothing was committed: .*{said}"):
             tok.push_to_hub("me/new", send=True, **LICENCES)
-    hub.refuse = None
+    hub.refuse = {}
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(ValueError, match="the Hub does not accept the token"):
         tok.push_to_hub("me/m", send=True, **LICENCES)
@@ -262,9 +267,9 @@ def test_records_must_be_of_these_weights(tok: FlexTok, tmp_path: Path, capsys: 
     assert "No evaluation of these weights was recorded." in card and "model-index" not in matter(card)
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["README.md", "model.safetensors"]
     with pytest.raises(ValueError, match="are of the weights 0123456789abcdef, and these are"):
-        tok.push_to_hub("me/m", records=[run.with_name("version_1")], **LICENCES)
+        tok.push_to_hub("me/m", records=run.with_name("version_1"), **LICENCES)
     with pytest.raises(ValueError, match="has no rfid.json"):
-        tok.push_to_hub("me/m", records=[run], **LICENCES)
+        tok.push_to_hub("me/m", records=run, **LICENCES)
 
 
 def test_half_precision(tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -312,6 +317,6 @@ def test_cards_of_text_priors_and_autoencoders(hub: Hub, tmp_path: Path) -> None
     with pytest.raises(ValueError, match="an autoencoder has one format"):
         vae.push_to_hub("me/vae", max_shard_size="1MB", **LICENCES)
     with pytest.raises(ValueError, match="no command measures an autoencoder"):
-        vae.push_to_hub("me/vae", records=[tmp_path], **LICENCES)
+        vae.push_to_hub("me/vae", records=tmp_path, **LICENCES)
     with pytest.raises(ValueError, match="`pixel` autoencoder has no weights"):
         VAE(VAEConfig(kind="pixel", latent_channels=3)).push_to_hub("me/vae", **LICENCES)
