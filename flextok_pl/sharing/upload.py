@@ -14,7 +14,7 @@ from flextok_pl.sharing.publication import Publication
 
 
 def upload(folder: Path, given: Publication, weights: str, names: Sequence[str]) -> str:
-    """Send the files of a folder, and delete what is left of an earlier model of that name; returns the commit's address.
+    """Send the files of a folder, and delete the rest of an earlier model of that name; returns the commit's address.
 
     Nobody sees the files before the repository is as private and as gated as was asked for, and either all files are
     there or none. The token is that of huggingface_hub: HF_TOKEN, or that of `hf auth login`.
@@ -56,7 +56,8 @@ def _upload(api: HfApi, folder: Path, given: Publication, weights: str, names: S
     before = [each for each in names[: names.index(weights)] if each in old and each not in stale]
     if before:
         raise ValueError(
-            f"{name} has {before[0]}, which would be loaded in place of {weights}: delete it, or take another repository"
+            f"{name} has {before[0]}, which would be loaded in place of {weights}: delete it there, or take another "
+            "repository"
         )
     commit = api.create_commit(
         name,

@@ -3,12 +3,13 @@
 import errno
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from interop_helpers import assert_same, small_tokenizer
+from interop_helpers import SMALL_VAE_FILE, assert_same, small_tokenizer
 from safetensors.torch import load_file, save_file
 
 from flextok_pl.config import PriorConfig
@@ -32,6 +33,11 @@ def folder(tok: FlexTok, tmp_path: Path) -> Path:
     return tmp_path / "m"
 
 
+def assert_same_weights(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    left, right = one.state_dict(), other.state_dict()
+    assert list(left) == list(right) and all(map(torch.equal, left.values(), right.values()))
+
+
 def names(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir())
 
@@ -52,22 +58,14 @@ def test_shards_are_as_huggingface_has_them(tok: FlexTok, folder: Path) -> None:
 
 @pytest.mark.parametrize("format", ["ours", "official"])
 def test_tokenizers_come_back(tok: FlexTok, format: str, tmp_path: Path) -> None:
-    from interop_helpers import SMALL_VAE_FILE
-
-    with pytest.warns() if format == "official" else _quiet():
+    with pytest.warns() if format == "official" else nullcontext():
         index = tok.save_pretrained(tmp_path, format=format, max_shard_size="0.06MB")
     given: dict[str, Any] = {} if format == "ours" else {"vae_config": SMALL_VAE_FILE}
     for place in (tmp_path, index):
         loaded = FlexTok.from_pretrained(place, **given)
-        assert all(torch.equal(a, b) for a, b in zip(tok.state_dict().values(), loaded.state_dict().values(), strict=True))
+        assert_same_weights(tok, loaded)
     if format == "ours":
         assert_same(tok, loaded)
-
-
-def _quiet() -> Any:
-    from contextlib import nullcontext
-
-    return nullcontext()
 
 
 @pytest.mark.parametrize("format", ["ours", "flexar"])
@@ -76,7 +74,7 @@ def test_priors_come_back(format: str, tmp_path: Path) -> None:
     index = prior.save_pretrained(tmp_path, format=format, max_shard_size=8_000)
     assert index.name == ("prior" if format == "ours" else "model") + ".safetensors.index.json"
     loaded = Prior.from_pretrained(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(prior.state_dict().values(), loaded.state_dict().values(), strict=True))
+    assert_same_weights(prior, loaded)
 
 
 def test_one_layout_takes_the_place_of_the_other(tok: FlexTok, folder: Path) -> None:
