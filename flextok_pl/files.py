@@ -42,7 +42,8 @@ def whole_files(
     The last one says that the others belong together, such as an index: one that is there goes first and the new one
     comes last, so that it never names files of two sets.
     """
-    temporaries = [path.with_name(f".{path.name}.{os.getpid()}.partial" if shared else f".{path.name}.partial") for path in paths]
+    ending = f".{os.getpid()}.partial" if shared else ".partial"
+    temporaries = [path.with_name(f".{path.name}{ending}") for path in paths]
     for folder in {path.parent for path in paths}:
         folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -39,7 +39,7 @@ def bits_per_token(tokenizer: Reconstructor) -> float | None:
 
 
 def model_hashes(tokenizer: object, prior: object = None) -> dict[str, str]:
-    """`weights_hash` of those that have weights, which token shards name of a tokenizer; of the Hub's also the commit."""
+    """`weights_hash` of those that have weights, and the commit of those that the Hub has."""
     parts = {"tokenizer": tokenizer, "prior": prior}
     hashes = {f"{name}_hash": weights_hash(part) for name, part in parts.items() if isinstance(part, nn.Module)}
     known = {f"{name}_source": getattr(part, "loaded_from", "") for name, part in parts.items()}

@@ -87,7 +87,7 @@ def test_fit_resume_validate_test(tiny: Any, workplace: Path, capsys: pytest.Cap
     assert FlexTok.from_pretrained(first / "tokenizer.safetensors").config.num_registers == 16
     assert list((workplace / "mine").glob("*.ckpt")), "users' callbacks stay free"
     (cost,) = json.loads((first / "training.json").read_text())["attempts"]
-    assert (cost["from_step"], cost["to_step"], cost["devices"], cost["device"]) == (0, 2, 1, "cpu") and cost["seconds"] > 0
+    assert [cost[name] for name in ("from_step", "to_step", "devices", "device")] == [0, 2, 1, "cpu"]
 
     last = str(first / "checkpoints" / "last.ckpt")
     main(tiny("fit", {"trainer.max_steps": 3, "rfid": None, "ckpt_path": last}))
