@@ -205,7 +205,7 @@ class RunRecord(SaveConfigCallback):
         self._started = (time.monotonic(), trainer.global_step)
 
     @rank_zero_only
-    def _note_cost(self, trainer: Trainer, *_: Any) -> None:
+    def _note_cost(self, trainer: Trainer) -> None:
         """Add what this start of the training has cost to `training.json`, for the model card."""
         if self._started is None or not self.used:
             return
@@ -222,7 +222,13 @@ class RunRecord(SaveConfigCallback):
         known = json.loads(file.read_text())["attempts"] if file.is_file() else []
         write_file(file, json.dumps({"attempts": [*known, attempt]}, indent=1) + "\n")
 
-    on_train_end = on_exception = _note_cost
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record what it has cost."""
+        self._note_cost(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Record what it has cost until now."""
+        self._note_cost(trainer)
 
     def _use(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if not trainer.sanity_checking:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from flextok_pl.evaluation.pictures import save_figure, save_png
 from flextok_pl.files import write_file
 from flextok_pl.records import Record as Record  # for those who take results from here
 from flextok_pl.records import read_records as read_records
-from flextok_pl.records import write_json as write_json
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,11 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in record.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
+
+
+def write_json(records: Sequence[Record], path: Path) -> None:
+    """Write a list of records; a value that is not a finite number raises ValueError."""
+    write_file(path, json.dumps(list(records), indent=1, allow_nan=False).encode() + b"\n")
 
 
 def draw_budgets(values: Mapping[int, Mapping[str, float]]) -> tuple[Figure, dict[str, Axes]]:

@@ -5,7 +5,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def check_shard(index: Path, shard: str, wanted: Iterable[str], there: Iterable[str]) -> None:
+def check_shard(index: Path, shard: str, wanted: Collection[str], there: Collection[str]) -> None:
     """Refuse a file that holds other tensors than the index places there."""
     missing, extra = sorted(set(wanted) - set(there)), sorted(set(there) - set(wanted))
     if missing or extra:

@@ -92,7 +92,7 @@ def open_tensors(path: Path, beside: Mapping[str, Path]) -> Iterator[TensorFile]
             if not (path.parent / name).is_file():
                 raise ValueError(f"{path} names {name}, which is not beside it: copy all its files, or save it again")
             parts[name] = opened.enter_context(_open(path.parent / name, {}))
-            check_shard(path, name, (each for each, file in index.items() if file == name), parts[name].shapes)
+            check_shard(path, name, [each for each, file in index.items() if file == name], parts[name].shapes)
         first = next(iter(parts.values()))
         for part in parts.values():
             if part.metadata != first.metadata:

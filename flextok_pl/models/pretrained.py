@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flextok_pl.interop.format import ConfigT, Contents, Format, Made
 from flextok_pl.interop.hub import HubId, commit_of
-from flextok_pl.interop.tensor_file import TensorFile, find_file, open_tensors, write_tensors
+from flextok_pl.interop.tensor_file import TensorFile, files_of, find_file, open_tensors, write_tensors
 from flextok_pl.models.publishing import Publishable
 
 ModelT = TypeVar("ModelT", bound="PretrainedModel")
@@ -71,9 +71,7 @@ class PretrainedModel(Publishable):
         Raises:
             ValueError: the format cannot express the model, or the size is none.
         """
-        return save_model(
-            self.weights_to_save(weights), self.config, path, self.formats, format, max_shard_size
-        )
+        return save_model(self.weights_to_save(weights), self.config, path, self.formats, format, max_shard_size)
 
     def save_to_publish(self, folder: Path, format: str, max_shard_size: int | str | None) -> Path:
         """Save it in a folder."""

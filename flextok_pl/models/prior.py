@@ -53,6 +53,7 @@ class Prior(PretrainedModel):
     A folder or Hub repository has it as `prior.safetensors`; a release is `model.safetensors` and `config.yaml`.
     """
 
+    config: PriorConfig
     null_text: Tensor
     formats = PRIOR_FORMATS
 

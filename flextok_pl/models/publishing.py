@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import shutil
 import tempfile
 from collections import Counter
@@ -15,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig
 from flextok_pl.contracts import weights_hash
 from flextok_pl.files import write_file
 from flextok_pl.interop.tensor_file import with_indices
-from flextok_pl.records import write_json
 from flextok_pl.sharing.card import ModelFacts, model_card
 from flextok_pl.sharing.publication import Publication
 from flextok_pl.sharing.run import RESULTS, read_run, without_places
@@ -28,7 +29,7 @@ from flextok_pl.sharing.upload import upload
 class Publishable(nn.Module):
     """A model with a configuration, weights to save, and a folder to save them in."""
 
-    config: Any
+    config: FlexTokConfig | PriorConfig | VAEConfig
     loaded_from: str = ""
     """`OWNER/NAME@COMMIT` of a model of the Hub; empty for any other."""
 
@@ -96,7 +97,7 @@ class Publishable(nn.Module):
                 shutil.copy(picture, folder / picture.name)
             if known.records:
                 name, _ = RESULTS[facts.kind]
-                write_json([without_places(record) for record in known.records], folder / f"{name}.json")
+                write_file(folder / f"{name}.json", json.dumps(without_places(known.records), indent=1) + "\n")
             write_file(folder / "README.md", model_card(given, facts, known))
             print(_shown(given, folder))
             if not send:

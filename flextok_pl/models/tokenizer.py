@@ -55,6 +55,7 @@ class FlexTok(PretrainedModel):
     is not part of the state dict, but is saved.
     """
 
+    config: FlexTokConfig
     vae: VAE | Frozen[VAE] | None
     formats = TOKENIZER_FORMATS
 

@@ -38,6 +38,8 @@ class VAE(Publishable):
     of the configured architecture, takes the place of a new one with random weights; the kind `pixel` has none.
     """
 
+    config: VAEConfig
+
     def __init__(self, config: VAEConfig, network: diffusers.AutoencoderKL | None = None) -> None:
         super().__init__()
         self.config = config
