@@ -17,6 +17,9 @@ from torch import Tensor, nn
 GuidanceScale = float | Callable[[float], float]
 """A constant guidance scale, or a function of the flow time t in (0, 1]."""
 
+ImageSize = int | tuple[int, int]
+"""Size of pictures in pixels: the side of squares, or (H, W)."""
+
 PositionScale = float | Sequence[float] | Callable[[int], float]
 """A guidance scale over token positions: constant; numbers between which it runs linearly from the first position to
 the last; or a function of the position 0..K-1."""
@@ -25,7 +28,7 @@ the last; or a function of the position 0..K-1."""
 class Batch(TypedDict, total=False):
     """One collated batch of a `ShardDataModule`; the keys present depend on the shards."""
 
-    image: Tensor  # (B, 3, H, W) float32 in [-1, 1]
+    image: Tensor  # (B, 3, H, W) float32 in [-1, 1]; other channels than 3 where the data module is told so
     latent: Tensor  # (B, 2C, h, w) float32, the VAE posterior's mean and log-variance, unscaled
     teacher_features: Tensor  # (B, F, h', w') float32, a map of the REPA teacher's patch features, precomputed
     tokens: Tensor  # (B, K) int64
@@ -103,6 +106,19 @@ def class_difference(one: Sequence[str], other: Sequence[str]) -> str | None:
 def is_whole(number: object) -> bool:
     """Whether this is an integer, of Python or of NumPy, and not a bool."""
     return isinstance(number, Integral) and not isinstance(number, bool)
+
+
+def checked_size(size: int | Sequence[int], option: str = "image_size") -> ImageSize:
+    """A size as records state it: one number for squares, (H, W) for others; `ValueError` where it is none."""
+    sides = tuple(size) if isinstance(size, Sequence) else (size, size)
+    if len(sides) != 2 or not all(is_whole(side) and side >= 1 for side in sides):
+        raise ValueError(f"{option}={size} must be a side of at least 1 pixel, or two of them, [height, width]")
+    return sides[0] if sides[0] == sides[1] else sides
+
+
+def height_width(size: ImageSize) -> tuple[int, int]:
+    """(H, W) of a size."""
+    return size if isinstance(size, tuple) else (size, size)
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:

@@ -100,6 +100,9 @@ COMMANDS = {
     "data verify": _tool(
         "read a shard set in full and list everything that is wrong", "cli.shards:verify_shards", inputs=("shards",)
     ),
+    "data measure": _tool(
+        "add the sizes of pictures to the index of an older shard set", "cli.shards:measure_shards", inputs=("shards",)
+    ),
     "data stats": _tool(
         "show what is in a shard set: classes, sizes, captions, pixels",
         "cli.shards:show_statistics",

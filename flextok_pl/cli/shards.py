@@ -1,18 +1,22 @@
-"""`flextok data verify` and `flextok data stats`: look at shard sets."""
+"""`flextok data verify`, `stats` and `measure`: look at shard sets, and add the sizes of pictures to their index."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from json import dumps
 from pathlib import Path
 from typing import Any, Literal
 
 from flextok_pl.data.convert.conversion import check_choice
-from flextok_pl.data.shards.index import INDEX_NAME, ShardError
+from flextok_pl.data.shards.index import INDEX_NAME, ShardError, ShardIndex, ShardInfo
+from flextok_pl.data.shards.jobs import run_jobs
 from flextok_pl.data.shards.listing import matching_paths
 from flextok_pl.data.shards.sources import load_indices
 from flextok_pl.data.shards.stats import shard_statistics
 from flextok_pl.data.shards.verify import verify_sets
+from flextok_pl.data.shards.writer import shard_info, write_index
 from flextok_pl.files import write_file
 
 
@@ -44,6 +48,38 @@ def verify_shards(shards: str, duplicates: Literal["note", "fail"] = "note", num
     wrong = len(found.findings) + (len(found.duplicates) if duplicates == "fail" else 0)
     if wrong:
         raise ShardError(f"{wrong} things are wrong in {shards}; they are listed above")
+
+
+def measure_shards(shards: str, num_workers: int | None = None) -> None:
+    """Add the sizes of all pictures to the index of shard sets that earlier releases wrote, for `data.shapes`.
+
+    The tars stay as they are, and sets that have the sizes are left alone.
+
+    Args:
+        shards: folder of a shard set of pictures, or a pattern with `*` or `{train,val}`.
+        num_workers: processes; default one per core.
+
+    Raises:
+        ShardError: a set has a picture that cannot be read, or was changed; it stays as it is.
+    """
+    for index in load_indices(shards):
+        if all(shard.sizes for shard in index.shards):
+            print(f"{index.where} has the sizes of its {index.num_samples:,} pictures")
+            continue
+        whole = ShardIndex.load(index.folder)  # also where a pattern names some of its tars
+        found = run_jobs(partial(_measured, whole), whole.shards, num_workers, str(index.folder), "shard")
+        write_index(replace(whole, shards=tuple(found)))
+        print(f"{index.where}: measured {whole.num_samples:,} pictures")
+
+
+def _measured(index: ShardIndex, shard: ShardInfo) -> ShardInfo:
+    found = shard_info(index.folder / shard.name, shard.name)
+    if not found.sizes or replace(found, sizes="") != replace(shard, sizes=""):
+        raise ShardError(
+            f"shard {index.folder / shard.name} {'differs from its index' if found.sizes else 'has no picture to read'}"
+            " in some sample; see `flextok data verify`"
+        )
+    return found
 
 
 def show_statistics(

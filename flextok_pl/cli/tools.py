@@ -91,7 +91,7 @@ def tokenize_shards(
     dst: str,
     *,
     tokenizer: str,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     text_encoder: str | None = None,
     device: str | None = None,
     **options: Any,
@@ -105,7 +105,7 @@ def tokenize_shards(
         src: shard set of images.
         dst: folder of the new set.
         tokenizer: a `.safetensors` file, a folder or a Hub id.
-        image_size: side in pixels of the pictures that are tokenized; default the tokenizer's own.
+        image_size: side in pixels of the pictures that are tokenized, or [height, width]; default the tokenizer's own.
         text_encoder: also store the captions' states under this encoder: `minilm`, or a folder or Hub id of a T5.
         device: where to run the tokenizer; default a GPU where there is one.
         **options: those of `write_tokens`.

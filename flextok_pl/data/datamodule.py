@@ -7,20 +7,20 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from math import ceil
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
-from flextok_pl.contracts import Batch
+from flextok_pl.contracts import Batch, checked_size
+from flextok_pl.data.buckets import Shape, checked_shapes, name_of
 from flextok_pl.data.epoch_loader import EpochLoader
 from flextok_pl.data.samples import Collate, Decoder
 from flextok_pl.data.shards.index import ShardError, ShardIndex
 from flextok_pl.data.shards.sources import load_indices, require_same_classes, require_same_kind, require_same_origin
 from flextok_pl.data.stream import CachedBatches, EpochPlan, EpochStream, ShardSet, StreamedBatches
-from flextok_pl.data.transforms import CENTER_CROP, DEFAULT_AUGMENTATION, Augmentation
+from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, MODES, Augmentation, crop_name, enlarges
 from flextok_pl.distributed import rank, world_size
 from flextok_pl.progress import announced, say
 
@@ -41,7 +41,8 @@ class ShardDataModule(pl.LightningDataModule):
             an epoch does not depend on it; an entry that runs out begins again in a new order.
         val: shard set(s) to validate on.
         test: shard set(s) to test on; default `val`.
-        image_size: side in pixels of the images in a batch, and of those that latents were made from.
+        image_size: side in pixels of the images in a batch, or [height, width], and of those that latents were made
+            from.
         batch_size: samples per batch and process in training.
         eval_batch_size: in evaluation; default `batch_size`.
         num_workers: loader processes per training process; 0 loads in the training process itself.
@@ -65,15 +66,17 @@ class ShardDataModule(pl.LightningDataModule):
             not on the number of processes: with one lane each of them reads in all shards, with as many lanes as
             processes, or a multiple, in its own only. Unused with `cache_in_memory`.
         labels: give the classes of samples; false leaves them out, so that a list may hold sets whose classes differ.
+        shapes: several [height, width] in pixels in place of `image_size` for training: each picture is resized to
+            cover the one whose aspect ratio is nearest its own, and cropped to it. A batch has one shape, the same on
+            all processes.
+        eval_shapes: take evaluation pictures in these shapes, too; false takes them in `image_size`.
+        channels: of pictures: 3, or 1 for grey, or 4 for colour with opacity.
     """
-
-    crop = CENTER_CROP
-    """What is done to evaluation pictures."""
 
     train: str | list[str] | None = None
     val: str | list[str] | None = None
     test: str | list[str] | None = None
-    image_size: int = 256
+    image_size: int | tuple[int, int] = 256
     batch_size: int = 64
     eval_batch_size: int | None = None
     num_workers: int = 2
@@ -92,11 +95,23 @@ class ShardDataModule(pl.LightningDataModule):
     max_skipped: int = 100
     lanes: int = 1
     labels: bool = True
+    shapes: list[tuple[int, int]] | None = None
+    eval_shapes: bool = False
+    channels: int = 3
 
     def __post_init__(self) -> None:
         super().__init__()
         self.sources = {"train": self.train, "val": self.val, "test": self.test or self.val}
-        minima = {"image_size": 1, "batch_size": 1, "eval_batch_size": 1, "lanes": 1}
+        self.image_size = checked_size(self.image_size)
+        self._shapes = None if self.shapes is None else checked_shapes(self.shapes)
+        if self.eval_shapes and self.shapes is None:
+            raise ValueError("eval_shapes=true needs shapes, a list of [height, width]")
+        if self.channels not in MODES:
+            raise ValueError(
+                f"channels={self.channels} must be 1 (grey), 3 (colour) or 4 (colour with opacity), which is what "
+                "picture files hold; write pictures of other channels as latents (write_latents)"
+            )
+        minima = {"batch_size": 1, "eval_batch_size": 1, "lanes": 1}
         for name, least in {**minima, "num_workers": 0, "shuffle_buffer": 0, "max_skipped": 0}.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -127,15 +142,19 @@ class ShardDataModule(pl.LightningDataModule):
             with announced(f"reading the index of data.{split}"):
                 data = self._load(split, source)
             for index in data.indices:
-                self._check(index)
+                self._check(index, split)
             for loaded in self._sets.values():
                 require_same_origin(loaded.indices[0], data.indices[0])
             self._sets[split] = data
+            if self._shapes_of(split) is not None:
+                counts = (f"{bucket.name}: {sum(bucket.counts):,}" for bucket in data.buckets)
+                say(f"samples of data.{split} by shape: {', '.join(counts)}")
         return self._sets[split]
 
     def _load(self, split: Split, source: str | list[str]) -> ShardSet:
+        shapes = self._shapes_of(split)
         if split != "train" or self.train_weights is None:
-            return ShardSet(load_indices(source, self.cache_dir, self.labels))
+            return ShardSet(load_indices(source, self.cache_dir, self.labels), shapes=shapes)
         indices: list[ShardIndex] = []
         weights: list[float] = []
         for entry, weight in zip(source if isinstance(source, list) else [source], self.train_weights, strict=True):
@@ -145,20 +164,29 @@ class ShardDataModule(pl.LightningDataModule):
             weights += [weight * index.num_samples / total for index in found]
         for other in indices[1:]:
             require_same_kind(indices[0], other)
-        return ShardSet(indices, weights)
+        return ShardSet(indices, weights, shapes)
 
-    def _check(self, index: ShardIndex) -> None:
-        made_for = index.image_size
-        if "image" not in index.fields and made_for is not None and made_for != self.image_size:
-            raise ShardError(
-                f"{index.where} was made from images of {made_for} px, but image_size={self.image_size}; set "
-                f"image_size={made_for} or write it again"
-            )
-        if "image" in index.fields and made_for is not None and made_for < self.image_size:
-            warnings.warn(
-                f"{index.where} holds images of {made_for} px, which image_size={self.image_size} enlarges",
-                stacklevel=3,
-            )
+    def _shapes_of(self, split: Split) -> tuple[Shape, ...] | None:
+        """The shapes that the samples of a split come in; None for `image_size`."""
+        return self._shapes if split == "train" or self.eval_shapes else None
+
+    def _check(self, index: ShardIndex, split: Split) -> None:
+        made_for, shapes = index.image_size, self._shapes_of(split)
+        if "image" not in index.fields and shapes is None:
+            several = made_for is None and any(shard.sizes for shard in index.shards)
+            if several and {"latent", "teacher_features"} & {*index.fields}:
+                made_in = index.arguments.get("shapes")
+                raise ShardError(f"{index.where} was made in several shapes; set shapes={made_in}, or write it again")
+            if made_for is not None and made_for != self.image_size:
+                raise ShardError(
+                    f"{index.where} was made from images of {made_for} px, but image_size={self.image_size}; set "
+                    f"image_size={made_for} or write it again"
+                )
+        if "image" in index.fields and made_for is not None:
+            large = [each for each in shapes or [self.image_size] if enlarges(made_for, each)]
+            if large:
+                option = f"image_size={self.image_size}" if shapes is None else f"shape {name_of(large[0])}"
+                warnings.warn(f"{index.where} holds images of {made_for} px, which {option} enlarges", stacklevel=3)
         if (dtype := index.provenance.get("compute_dtype", "float32")) != "float32":
             say(
                 f"{index.where} was computed in {dtype} (compute_dtype of flextok data); evaluations compute in float32"
@@ -171,15 +199,24 @@ class ShardDataModule(pl.LightningDataModule):
         total = self.shard_set(split).num_samples
         if split == "train" and self.drop_last:
             together = self.batch_size * self._position()[1]
-            return total // together * together
+            return sum(each.length // together * together for each in self.shard_set(split).mixtures())
         return min(total, self.val_limit or total) if split == "val" else total
 
     def data_hash(self, split: Split) -> str:
-        """Identifies what a pass over the split sees: contents of the shards, image size, number of samples."""
+        """Identifies what a pass over the split sees: contents of the shards, shape of pictures, number of samples."""
         shards = [shard.sha256 for index in self.shard_set(split).indices for shard in index.shards]
         weights = [self.train_weights] if split == "train" and self.train_weights else []
-        seen = [shards, self.image_size, self.num_samples(split), *weights]
+        shapes = self._shapes_of(split) or self.image_size
+        channels = [] if self.channels == 3 else [{"channels": self.channels}]
+        seen = [shards, shapes, self.num_samples(split), *weights, *channels]
         return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
+
+    @property
+    def crop(self) -> str:
+        """What is done to evaluation pictures."""
+        if not self.eval_shapes or self._shapes is None:
+            return crop_name(self.image_size)
+        return f"largest centre window of the nearest of {', '.join(map(name_of, self._shapes))}, antialiased bicubic"
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -262,19 +299,21 @@ class ShardDataModule(pl.LightningDataModule):
             limit=self.val_limit if split == "val" else None,
             lanes=self.lanes,
         )
-        if train and self.drop_last and data.num_samples < plan.together:
-            raise ValueError(
-                f"the training set has {data.num_samples} samples, fewer than batch_size={self.batch_size} on "
-                f"{world_size} processes need; lower batch_size, or set drop_last=false"
-            )
-        collate, decoder = Collate(self.image_size, self.augmentation if train else None, self.seed), Decoder()
+        for bucket, mixture in zip(data.buckets, data.mixtures(), strict=True):
+            if plan.train and plan.drop_last and mixture.length < plan.together:
+                what = f"shape {bucket.name} of the training set" if bucket.name else "the training set"
+                raise ValueError(
+                    f"{what} has {mixture.length} samples, fewer than batch_size={self.batch_size} on {world_size} "
+                    f"processes need; lower batch_size, {'leave the shape out, ' if bucket.name else ''}or set "
+                    "drop_last=false"
+                )
+        collate = Collate(self.image_size, self.augmentation if train else None, self.seed)
+        decoder = Decoder(channels=self.channels)
         if train:
             window = 1.0 if self.augmentation is None else self.augmentation.smallest_window
-            decoder = Decoder(
-                min_side=ceil(2 * self.image_size / window) if self.fast_decode else None,
-                max_skipped=self.max_skipped if self.on_error == "skip" else None,
-                counts=self._skipped,
-            )
+            decoder.smallest_window = window if self.fast_decode else None
+            decoder.max_skipped = self.max_skipped if self.on_error == "skip" else None
+            decoder.counts = self._skipped
         if self.cache_in_memory:
             with announced(f"reading the samples of data.{split} into memory"):
                 return CachedBatches(data, collate, plan, decoder)

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from torch.utils.data import DataLoader
@@ -25,8 +25,8 @@ class HasEpochs(Protocol):
 class EpochLoader(DataLoader[Batch]):
     """A loader that tells its stream, workers included, which epoch begins, and resumes within one.
 
-    Lightning stores `state_dict` in its checkpoints and hands it back. The position is a number of samples, so that a
-    run may go on with other numbers of processes, workers and samples per batch.
+    Lightning stores `state_dict` in its checkpoints and hands it back. The position is a number of samples of each
+    bucket, so that a run may go on with other numbers of processes, workers and samples per batch.
     """
 
     def __init__(self, module: HasEpochs, stream: EpochStream, num_workers: int, pin_memory: bool) -> None:
@@ -39,42 +39,56 @@ class EpochLoader(DataLoader[Batch]):
             worker_init_fn=_outlive_warnings,
         )
         self.module, self.stream = module, stream
-        self.position: dict[str, int] | None = None
-        self.resume_from: dict[str, int] | None = None
+        self.position: tuple[int, list[int]] | None = None  # epoch, and samples of each bucket that have come
+        self.resume_from: dict[str, Any] | None = None
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         # A generator, so that the start is decided when the first batch is asked for: a resumed Trainer makes its
         # iterators before it has restored its progress.
-        epoch, samples = self._next_start()
-        self.stream.start_at(epoch, samples)
-        self.position = {"epoch": epoch, "samples": samples}
-        for batch in super().__iter__():
-            self.position["samples"] += self.stream.plan.together
+        epoch, taken = self.position = self._next_start()
+        self.stream.start_at(epoch, taken)
+        for batch, (bucket, _) in zip(super().__iter__(), self.stream.steps(epoch, [*taken]), strict=False):
+            taken[bucket] += self.stream.plan.together
             yield batch
 
-    def _next_start(self) -> tuple[int, int]:
+    def _next_start(self) -> tuple[int, list[int]]:
         """Epoch at which the next pass starts, and how many of its samples have been seen.
 
         Under a Trainer the passes are counted here: Lightning's own count runs ahead when `max_steps` ended a run
         within an epoch.
         """
         state, self.resume_from = self.resume_from, None
-        trainer = self.module.trainer
+        trainer, none = self.module.trainer, [0] * len(self.stream.data.buckets)
         if trainer is None or not self.stream.plan.train:
-            return self.module.epoch, 0
+            return self.module.epoch, none
         if state is None:
             begun = trainer.fit_loop.epoch_progress.current.processed
-            return begun if self.position is None else self.position["epoch"] + 1, 0
+            return begun if self.position is None else self.position[0] + 1, none
         within_epoch = trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0
-        if not within_epoch or not self.stream.batches_left(state["samples"]):
-            return state["epoch"] + 1, 0
-        return state["epoch"], state["samples"]
+        if not within_epoch or not self.stream.batches_left(self._taken(state)):
+            return state["epoch"] + 1, none
+        return state["epoch"], self._taken(state)
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the current pass is."""
-        return {**(self.position or {"epoch": 0, "samples": 0}), "together": self.stream.plan.together}
+    def state_dict(self) -> dict[str, Any]:
+        """Where the current pass is; `samples` of each shape, or one number without shapes."""
+        names = [bucket.name for bucket in self.stream.data.buckets]
+        epoch, taken = self.position or (0, [0] * len(names))
+        samples = taken[0] if names == [""] else dict(zip(names, taken, strict=True))
+        return {"epoch": epoch, "samples": samples, "together": self.stream.plan.together}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def _taken(self, state: Mapping[str, Any]) -> list[int]:
+        """Samples of each bucket that have come at a position."""
+        names = [bucket.name for bucket in self.stream.data.buckets]
+        samples = state["samples"] if isinstance(state["samples"], dict) else {"": state["samples"]}
+        if samples.keys() != {*names}:
+            was, now = (", ".join(filter(None, each)) or "null" for each in (samples, names))
+            raise ValueError(
+                f"the checkpoint is within an epoch with data.shapes={was}, of which {now} cannot take what is left; "
+                "finish the epoch with the former, or start anew from its weights (model.init_from)"
+            )
+        return [samples[name] for name in names]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next pass go on from a position."""
         self.resume_from = dict(state)
         trainer = self.module.trainer
@@ -83,7 +97,7 @@ class EpochLoader(DataLoader[Batch]):
         # Lightning counts batches, and these are of another size now.
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         if progress.ready:
-            shift = len(self.stream) - self.stream.batches_left(state["samples"]) - progress.ready
+            shift = len(self.stream) - self.stream.batches_left(self._taken(state)) - progress.ready
             for count in ("ready", "started", "processed", "completed"):
                 setattr(progress, count, getattr(progress, count) + shift)
 

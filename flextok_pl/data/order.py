@@ -17,13 +17,17 @@ from torch import Tensor
 IntT = TypeVar("IntT", int, Tensor)
 
 
-def eval_share(num_samples: int, limit: int | None, rank: int, world_size: int) -> Sequence[int]:
-    """The samples that a rank evaluates, ascending: over all ranks each one exactly once, or `limit` evenly spread."""
-    chosen: Sequence[int] = range(num_samples)
-    if limit is not None and limit < num_samples:
-        chosen = [i * num_samples // limit for i in range(limit)]
-    total = len(chosen)
-    return chosen[total * rank // world_size : total * (rank + 1) // world_size]
+def eval_samples(num_samples: int, limit: int | None) -> Sequence[int]:
+    """The samples that are evaluated, ascending: all, or `limit` evenly spread."""
+    if limit is None or limit >= num_samples:
+        return range(num_samples)
+    return [i * num_samples // limit for i in range(limit)]
+
+
+def rank_share(samples: Sequence[int], rank: int, world_size: int) -> Sequence[int]:
+    """What a rank evaluates of them: over all ranks each one exactly once."""
+    total = len(samples)
+    return samples[total * rank // world_size : total * (rank + 1) // world_size]
 
 
 def train_steps(num_samples: int, batch_size: int, world_size: int, drop_last: bool, first: int = 0) -> range:
@@ -107,9 +111,9 @@ class Mixture:
     steps: tuple[int, ...]  # samples of each part from the start of one epoch to that of the next
 
     @classmethod
-    def whole(cls, size: int, length: int) -> Mixture:
-        """One part, which every epoch begins anew: with `length` up to `size` no sample comes twice."""
-        return cls((size,), (length,), (size,))
+    def whole(cls, size: int) -> Mixture:
+        """One part, which every epoch takes once."""
+        return cls((size,), (size,), (size,))
 
     @classmethod
     def weighted(cls, sizes: Sequence[int], weights: Sequence[float], length: int) -> Mixture:
@@ -122,6 +126,23 @@ class Mixture:
                 "of the set that gets none, or leave the set out"
             )
         return cls(tuple(sizes), takes, takes)
+
+    @property
+    def length(self) -> int:
+        """Samples in an epoch."""
+        return sum(self.takes)
+
+    def split(self, sizes: Sequence[Sequence[int]]) -> list[Mixture]:
+        """One mixture for each kind of samples, given how many of the kind are in each part.
+
+        An epoch takes the kinds in the shares that they have in the parts.
+        """
+        takes = []
+        for total, take, counts in zip(self.sizes, self.takes, zip(*sizes, strict=True), strict=True):
+            edges = [take * before // total for before in accumulate(counts, initial=0)]
+            takes.append([stop - start for start, stop in pairwise(edges)])
+        kinds = zip(sizes, zip(*takes, strict=True), strict=True)
+        return [Mixture(tuple(size), tuple(take), tuple(take)) for size, take in kinds]
 
     def cut(self, position: IntT) -> list[IntT]:
         """How many samples of each part lie before a position of the row; grows with it by one of them at each step."""

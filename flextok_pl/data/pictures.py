@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from flextok_pl.contracts import Batch
+from flextok_pl.contracts import Batch, ImageSize, checked_size
 from flextok_pl.data.datamodule import ShardDataModule
 from flextok_pl.data.image_files import list_images
 from flextok_pl.data.shards.index import INDEX_NAME
@@ -25,18 +25,18 @@ ARRAY = "arr_0"
 
 
 def open_pictures(
-    source: str, image_size: int | None = None, batch_size: int = 64, num_workers: int = 0
+    source: str, image_size: ImageSize | None = None, batch_size: int = 64, num_workers: int = 0
 ) -> tuple[DataLoader[Batch], int]:
     """A loader of the pictures, each once and in a fixed order, and their number.
 
     The source is a folder of images, searched recursively; a shard set, also a remote one, or a pattern of them; or a
-    `.npz` file with `arr_0`. Batches have `image` (B, 3, H, W) in [-1, 1] and `key`. With `image_size` the centre
-    square of each picture is scaled to that side. A broken picture raises `ValueError` when its turn comes.
+    `.npz` file with `arr_0`. Batches have `image` (B, 3, H, W) in [-1, 1] and `key`. With `image_size` each picture is
+    cropped to it, see `center_crop`. A broken picture raises `ValueError` when its turn comes.
     """
-    least = {"batch_size": (batch_size, 1), "num_workers": (num_workers, 0), "image_size": (image_size, 1)}
-    for name, (value, minimum) in least.items():
-        if value is not None and value < minimum:
+    for name, value, minimum in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+        if value < minimum:
             raise ValueError(f"{name}={value} must be at least {minimum}")
+    image_size = None if image_size is None else checked_size(image_size)
     if is_remote(source):
         return _of_shards(source, image_size, batch_size, num_workers)
     path = Path(source).expanduser()
@@ -54,7 +54,7 @@ def open_pictures(
 class _Pictures(Dataset[tuple[str, Image.Image]]):
     """Pictures by name, read one by one and cropped to `image_size` if that is given."""
 
-    def __init__(self, names: Sequence[str], read: Callable[[str], Image.Image], image_size: int | None) -> None:
+    def __init__(self, names: Sequence[str], read: Callable[[str], Image.Image], image_size: ImageSize | None) -> None:
         self.names, self.read, self.image_size = names, read, image_size
 
     def __len__(self) -> int:
@@ -71,7 +71,7 @@ def _collate(pictures: Sequence[tuple[str, Image.Image]]) -> Batch:
         if image.size != first.size:
             raise ValueError(
                 f"pictures of different sizes: {first_name} has {first.width} x {first.height} pixels, {name} "
-                f"{image.width} x {image.height}; give image_size, the side of the square to take of each"
+                f"{image.width} x {image.height}; give image_size, what to crop each to"
             )
     return {"image": to_tensor([image for _, image in pictures]), "key": [name for name, _ in pictures]}
 
@@ -92,7 +92,7 @@ def _read_row(pixels: np.ndarray[Any, Any], name: str) -> Image.Image:
     return Image.fromarray(pixels[int(name)])
 
 
-def _of_array(path: Path, image_size: int | None) -> _Pictures:
+def _of_array(path: Path, image_size: ImageSize | None) -> _Pictures:
     pixels = read_arrays(path, [ARRAY]).get(ARRAY)
     if pixels is None or pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
         held = "nothing" if pixels is None else f"{pixels.dtype} {pixels.shape}"
@@ -110,14 +110,16 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read as a .npz file of numbers: {error}") from error
 
 
-def _of_shards(source: str, image_size: int | None, batch_size: int, num_workers: int) -> tuple[DataLoader[Batch], int]:
+def _of_shards(
+    source: str, image_size: ImageSize | None, batch_size: int, num_workers: int
+) -> tuple[DataLoader[Batch], int]:
     index = load_indices(source)[0]
     size = image_size or index.image_size
     if "image" not in index.fields:
         raise ValueError(f"{source} holds {list(index.fields)}, and no pictures")
     if size is None:
         raise ValueError(
-            f"{source} holds pictures of any size: give image_size, the side of the square to take of each"
+            f"{source} holds pictures of any size: give image_size, what to crop each to"
         )
     data = ShardDataModule(test=source, image_size=size, eval_batch_size=batch_size, num_workers=num_workers)
     return data.test_dataloader(), data.num_samples("test")

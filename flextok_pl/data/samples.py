@@ -1,7 +1,7 @@
 """One sample of a shard: checked, decoded, and collated into a batch.
 
-Shapes in this file: B batch, S image side, (2C, h, w) moments, K registers, L text positions, E text width, F teacher
-width.
+Shapes in this file: B batch, C x H x W image, (2c, h, w) moments, K registers, L text positions, E text width, F
+teacher width.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import get_worker_info
 
-from flextok_pl.contracts import Batch
+from flextok_pl.contracts import Batch, ImageSize, height_width
 from flextok_pl.data.shards.index import ARRAYS, IMAGE_EXTENSIONS, ShardError, ShardIndex
 from flextok_pl.data.transforms import Augmentation, augment, center_crop, decode_image, sample_generator, to_tensor
 
@@ -38,15 +39,19 @@ def in_batch(tensor: Tensor) -> Tensor:
 class Decoder:
     """Decodes the fields that an index promises."""
 
-    min_side: int | None = None  # see `decode_image`
+    smallest_window: float | None = None  # decode in part what is twice the size needed, see `Augmentation`
     max_skipped: int | None = None  # broken samples to leave out with a warning before one raises; None: raise at once
     counts: Tensor | None = None  # (W,) int64 in shared memory, where worker w notes how many it has left out
+    channels: int = 3  # of pictures
     skipped: set[tuple[str, str]] = field(default_factory=set, init=False)
 
-    def __call__(self, index: ShardIndex, raw: dict[str, Any]) -> Decoded | None:
-        """Decode a raw sample, or give None for one that is left out; an error names shard and key."""
+    def __call__(self, index: ShardIndex, raw: dict[str, Any], size: ImageSize | None = None) -> Decoded | None:
+        """Decode a raw sample, or give None for one that is left out; an error names shard and key.
+
+        `size` is what its picture is going to be cropped to, where that may be decoded in part.
+        """
         try:
-            return _decode(index, raw, self.min_side)
+            return _decode(index, raw, self.least(size), self.channels)
         except (ValueError, KeyError, OSError) as error:
             shard, key = raw["__url__"], raw["__key__"]
             problem = f"shard {shard}, sample {key!r}: {error}; repair the source and write the set again"
@@ -65,8 +70,15 @@ class Decoder:
                 ) from error
         return None
 
+    def least(self, size: ImageSize | None) -> tuple[int, int] | None:
+        """Width and height that a picture keeps when it is decoded in part; None where all of it is."""
+        if self.smallest_window is None or size is None:
+            return None
+        height, width = height_width(size)
+        return ceil(2 * width / self.smallest_window), ceil(2 * height / self.smallest_window)
 
-def _decode(index: ShardIndex, raw: dict[str, Any], min_side: int | None) -> Decoded:
+
+def _decode(index: ShardIndex, raw: dict[str, Any], least: tuple[int, int] | None, channels: int) -> Decoded:
     sample: Decoded = {"key": raw["__key__"]}
     for name, (extension, kinds, ndim, _) in ARRAYS.items():
         if name in index.fields:
@@ -75,7 +87,7 @@ def _decode(index: ShardIndex, raw: dict[str, Any], min_side: int | None) -> Dec
         extension = next((each for each in IMAGE_EXTENSIONS if each in raw), "")
         if not extension:
             raise ValueError("it has no picture (perhaps the shard is truncated)")
-        sample["image"] = decode_image(raw[extension], min_side)
+        sample["image"] = decode_image(raw[extension], least, channels)
     if "label" in index.fields:
         sample["label"] = _label(raw, len(index.classes))
     if "text" in index.fields:
@@ -140,19 +152,20 @@ def _require_equal_shapes(samples: Sequence[Decoded], name: str, first_axis: int
 class Collate:
     """Turns decoded samples into a `Batch`."""
 
-    image_size: int  # S
+    image_size: ImageSize
     augmentation: Augmentation | None  # None for the evaluation crop
     seed: int  # of the augmentations
 
-    def __call__(self, samples: Sequence[Decoded], epoch: int) -> Batch:
-        """One batch; the pictures' augmentations depend on (seed, epoch, key) only."""
+    def __call__(self, samples: Sequence[Decoded], epoch: int, shape: ImageSize | None = None) -> Batch:
+        """One batch of a shape, default `image_size`; augmentations depend on (seed, epoch, key) only."""
+        size = self.image_size if shape is None else shape
         batch: dict[str, Any] = {"key": [sample["key"] for sample in samples]}
         first = samples[0]
         if "image" in first:
-            batch["image"] = to_tensor([self.picture(s["image"], s["key"], epoch) for s in samples])  # (B, 3, S, S)
+            batch["image"] = to_tensor([self.picture(s["image"], s["key"], epoch, size) for s in samples])  # BCHW
         for name in STACKED:
             if name in first:
-                batch[name] = in_batch(stacked(samples, name))  # (B, 2C, h, w), (B, F, h', w'), (B, K)
+                batch[name] = in_batch(stacked(samples, name))  # (B, 2c, h, w), (B, F, h', w'), (B, K)
         if "label" in first:
             batch["label"] = torch.tensor([s["label"] for s in samples], dtype=torch.int64)  # (B,)
         if "text" in first:
@@ -161,8 +174,8 @@ class Collate:
             batch["text_states"], batch["text_mask"] = padded(samples)  # (B, L, E), (B, L)
         return cast(Batch, batch)
 
-    def picture(self, image: Image.Image, key: str, epoch: int) -> Image.Image:
-        """RGB of any size -> RGB of S x S pixels."""
+    def picture(self, image: Image.Image, key: str, epoch: int, size: ImageSize) -> Image.Image:
+        """A picture of any size -> one of this size."""
         if self.augmentation is None:
-            return center_crop(image, self.image_size)
-        return augment(image, self.image_size, self.augmentation, sample_generator(self.seed, epoch, key))
+            return center_crop(image, size)
+        return augment(image, size, self.augmentation, sample_generator(self.seed, epoch, key))

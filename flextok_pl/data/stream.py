@@ -3,6 +3,7 @@
 The order of a training epoch is a pure function of (seed, epoch, lanes), and known without reading: shards are
 permuted, the row of their samples is cut into lanes and groups as `order` describes, and groups are permuted.
 Evaluation keeps the stored order. Batch i of a rank comes from worker i modulo their number, as the loader asks them.
+Each bucket has a sequence of its own, see `buckets`; all ranks take their batches of one bucket at the same step.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise, starmap
 from typing import cast
 
+import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from flextok_pl.contracts import Batch
-from flextok_pl.data.order import Lanes, Mixture, Row, eval_share, train_steps
+from flextok_pl.contracts import Batch, ImageSize
+from flextok_pl.data.buckets import Bucket, Shape, buckets_of, interleaved, uniform
+from flextok_pl.data.order import Lanes, Mixture, Row, eval_samples, rank_share, train_steps
 from flextok_pl.data.samples import STACKED, Collate, Decoded, Decoder, in_batch, stacked
 from flextok_pl.data.shards.index import ShardError, ShardIndex
 from flextok_pl.data.shards.open_shards import OpenShards, Shard
@@ -26,36 +29,57 @@ from flextok_pl.data.transforms import sample_generator
 Group = list[tuple[int, int]]
 """Samples read together, as (shard, number in it)."""
 
-Key = tuple[int, int]
-"""A lane, and a group in it."""
+Key = tuple[int, int, int]
+"""A bucket, a lane, and a group in it."""
+
+Places = tuple[int, Sequence[int]]
+"""A bucket, and a batch of it: places in its sequence, or numbers of samples in the set."""
 
 MAX_OPEN = 100
-"""Shards of the current groups that a reader holds open, about; it opens as many of the next ones ahead."""
+"""Shards of the current groups that a reader holds open, about; it opens as many of the next ones ahead, and with
+several buckets leaves as many open that others may still come to."""
 
 
 class ShardSet:
     """One or several shard sets of one kind, seen as one row of shards.
 
-    With `weights` a training epoch takes these shares of the sets, else all samples once.
+    With `weights` a training epoch takes these shares of the sets, else all samples once. With `shapes` there is a
+    bucket for each shape that samples go to, else one of all.
     """
 
-    def __init__(self, indices: Sequence[ShardIndex], weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        indices: Sequence[ShardIndex],
+        weights: Sequence[float] | None = None,
+        shapes: Sequence[Shape] | None = None,
+    ) -> None:
         self.indices, self.weights = list(indices), weights
         self.shards = [(index, number) for index in indices for number in range(len(index.shards))]
         self.counts = [index.shards[number].count for index, number in self.shards]
         edges = [0, *accumulate(len(index.shards) for index in indices)]
         self.parts = [range(edges[-1])] if weights is None else [range(*ends) for ends in pairwise(edges)]
+        self.buckets = [Bucket(self.counts)] if shapes is None else buckets_of(self.shards, shapes)
 
     @property
     def num_samples(self) -> int:
         """N, samples in all sets."""
         return sum(self.counts)
 
-    def mixture(self, length: int) -> Mixture:
-        """What epochs of `length` samples take of the parts."""
-        if self.weights is None:
-            return Mixture.whole(self.num_samples, length)
-        return Mixture.weighted([index.num_samples for index in self.indices], self.weights, length)
+    def mixtures(self) -> list[Mixture]:
+        """What an epoch takes of the parts, for each bucket; all of them together are as long as the set."""
+        total = self.num_samples
+        sizes = [index.num_samples for index in self.indices]
+        whole = Mixture.whole(total) if self.weights is None else Mixture.weighted(sizes, self.weights, total)
+        return whole.split([[sum(bucket.counts[i] for i in part) for part in self.parts] for bucket in self.buckets])
+
+    def chosen(self, limit: int | None) -> list[Sequence[int]]:
+        """The samples of each bucket that are evaluated, as numbers in the set; see `eval_samples`."""
+        chosen = eval_samples(self.num_samples, limit)
+        if len(self.buckets) == 1:
+            return [chosen]
+        numbers = np.asarray(chosen)
+        of = np.concatenate(self.buckets[0].choice)[numbers]  # their shapes
+        return [numbers[of == bucket.number].tolist() for bucket in self.buckets]
 
 
 @dataclass(frozen=True)
@@ -68,7 +92,7 @@ class EpochPlan:
     world_size: int = 1
     seed: int = 0  # of the order
     drop_last: bool = True  # in training, see `train_steps`
-    limit: int | None = None  # in evaluation, see `eval_share`
+    limit: int | None = None  # in evaluation, see `eval_samples`
     lanes: int = 1  # in training, see `Lanes`
 
     @property
@@ -83,46 +107,75 @@ class EpochStream(IterableDataset[Batch]):
     def __init__(self, data: ShardSet, collate: Collate, plan: EpochPlan, decoder: Decoder | None = None) -> None:
         super().__init__()
         self.data, self.collate, self.plan, self.decoder = data, collate, plan, decoder or Decoder()
-        self.mixture = data.mixture(data.num_samples)
-        self._start = torch.zeros(2, dtype=torch.int64)
+        self.mixtures = data.mixtures()
+        chosen = [] if plan.train else data.chosen(plan.limit)
+        self.shares = [rank_share(each, plan.rank, plan.world_size) for each in chosen]  # in evaluation, per bucket
+        self._start = torch.zeros(1 + len(data.buckets), dtype=torch.int64)
         self._start.share_memory_()  # type: ignore[no-untyped-call]
 
-    def start_at(self, epoch: int, sample: int = 0) -> None:
+    def start_at(self, epoch: int, taken: Sequence[int] | int = 0) -> None:
         """Choose the epoch of the next pass, and how many samples it leaves out; workers that already run see it, too.
 
-        The samples are those of the sequence of all ranks in training, of this rank's share in evaluation.
+        The samples of each bucket (of the only one, or none) are those of the sequence of all ranks in training, of
+        this rank's share in evaluation.
         """
-        self._start.copy_(torch.tensor([epoch, sample]))
+        self._start.copy_(torch.tensor([epoch, *self._per_bucket(taken)]))
 
-    def batches_left(self, sample: int) -> int:
-        """Batches of this rank in an epoch after `sample` samples, as `start_at` counts them."""
-        return len(self._starts(sample))
+    def batches_left(self, taken: Sequence[int] | int) -> int:
+        """Batches of this rank in an epoch after the samples that `start_at` leaves out."""
+        return sum(map(len, self._starts(self._per_bucket(taken))))
 
     def __len__(self) -> int:
         """Batches of this rank in one epoch."""
         return self.batches_left(0)
 
-    def _starts(self, sample: int) -> range:
-        plan, total = self.plan, self.data.num_samples
-        if plan.train:
-            return train_steps(total, plan.batch_size, plan.world_size, plan.drop_last, sample)
-        return range(sample, len(eval_share(total, plan.limit, plan.rank, plan.world_size)), plan.batch_size)
+    def steps(self, epoch: int, taken: Sequence[int] | int) -> Iterator[tuple[int, int]]:
+        """Bucket of each batch that is left, and the place of its first sample there."""
+        plan = self.plan
+        lengths = [mixture.length for mixture in self.mixtures] if plan.train else [*map(len, self.shares)]
+        names = [bucket.name for bucket in self.data.buckets]
 
-    def next_pass(self) -> tuple[int, Iterator[Sequence[int]]]:
-        """Epoch, and of each batch of this process and worker the samples: places in the sequence, or numbers."""
-        epoch, sample = self._start.tolist()
+        def draw(bucket: int, start: int) -> float:
+            return uniform(f"{plan.seed}/{epoch}/{names[bucket]}/{start}") if plan.train else 0.0
+
+        return interleaved(self._starts(self._per_bucket(taken)), lengths, plan.together, draw)
+
+    def batches(self) -> Iterator[tuple[int, int]]:
+        """Bucket and number of samples of each batch of an evaluation."""
+        assert not self.plan.train
+        for bucket, start in self.steps(0, 0):
+            yield bucket, min(self.plan.batch_size, len(self.shares[bucket]) - start)
+
+    def _per_bucket(self, taken: Sequence[int] | int) -> list[int]:
+        return [taken] * len(self.data.buckets) if isinstance(taken, int) else [*taken]
+
+    def _starts(self, taken: Sequence[int]) -> list[range]:
+        """Where in the sequence of each bucket batches begin."""
+        plan = self.plan
+        if not plan.train:
+            return [range(n, len(share), plan.batch_size) for n, share in zip(taken, self.shares, strict=True)]
+        sizes = (plan.batch_size, plan.world_size, plan.drop_last)
+        return [train_steps(each.length, *sizes, n) for n, each in zip(taken, self.mixtures, strict=True)]
+
+    def size_of(self, bucket: int) -> ImageSize:
+        """What the pictures of a bucket are cropped to."""
+        shape = self.data.buckets[bucket].shape
+        return self.collate.image_size if shape is None else shape
+
+    def next_pass(self) -> tuple[int, Iterator[Places]]:
+        """Epoch, and the batches of this process and worker."""
+        epoch, *taken = self._start.tolist()
         info = get_worker_info()
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
-        plan, total, starts = self.plan, self.data.num_samples, self._starts(sample)
-        share = range(total) if plan.train else eval_share(total, plan.limit, plan.rank, plan.world_size)
+        plan, stops = self.plan, [starts.stop for starts in self._starts(taken)]
 
-        def batch(start: int) -> Sequence[int]:
+        def batch(bucket: int, start: int) -> Places:
             if not plan.train:
-                return share[start : start + plan.batch_size]
-            stop = min(start + plan.together, starts.stop)
-            return [place % total for place in range(start + plan.rank, stop, plan.world_size)]
+                return bucket, self.shares[bucket][start : start + plan.batch_size]
+            stop, length = min(start + plan.together, stops[bucket]), self.mixtures[bucket].length
+            return bucket, [place % length for place in range(start + plan.rank, stop, plan.world_size)]
 
-        return epoch, map(batch, starts[worker::num_workers])
+        return epoch, starmap(batch, islice(self.steps(epoch, taken), worker, None, num_workers))
 
 
 class _Groups:
@@ -133,10 +186,10 @@ class _Groups:
         self._held: dict[int, dict[Key, tuple[Group, dict[int, None]]]] = {}  # of each lane this group and the next
 
     def __getitem__(self, key: Key) -> Group:
-        lane, number = key
+        *lane, number = key
         held = self._held.get(lane, {})
         if next(iter(held), None) != key:
-            following = (lane, number + 1)
+            following = (*lane, number + 1)
             self._held[lane] = {k: held[k] if k in held else self._made(k) for k in (key, following)}
             for _, shards in self._held[lane].values():
                 self.shards.prepare(shards)
@@ -166,41 +219,49 @@ class StreamedBatches(EpochStream):
     ) -> None:
         super().__init__(data, collate, plan, decoder)
         self.shuffle = shuffle_buffer > 1
-        most = max(1, MAX_OPEN * data.num_samples // (len(data.shards) * plan.lanes))
-        self.lanes = Lanes(data.num_samples, plan.lanes, min(shuffle_buffer if self.shuffle else 1000, most))
+        total = data.num_samples
+        most = max(1, MAX_OPEN * total // (len(data.shards) * plan.lanes))
+        size = min(shuffle_buffer if self.shuffle else 1000, most)
+        # The groups of all buckets, which advance together, lie in the same shards.
+        self.lanes = [Lanes(n, plan.lanes, max(1, size * n // total)) for n in (each.length for each in self.mixtures)]
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, batches = self.next_pass()
-        with OpenShards(self.data.shards) as shards:
-            for samples in self._train(shards, epoch, batches) if self.plan.train else self._evaluate(shards, batches):
-                yield self.collate(samples, epoch)
+        with OpenShards(self.data.shards, MAX_OPEN if len(self.lanes) > 1 else 0) as shards:
+            read = self._train(shards, epoch, batches) if self.plan.train else self._evaluate(shards, batches)
+            for bucket, samples in read:
+                yield self.collate(samples, epoch, self.size_of(bucket))
 
-    def _train(self, shards: OpenShards, epoch: int, batches: Iterator[Sequence[int]]) -> Iterator[list[Decoded]]:
+    def _train(
+        self, shards: OpenShards, epoch: int, batches: Iterator[Places]
+    ) -> Iterator[tuple[int, list[Decoded]]]:
         rows: dict[Key, Row] = {}
         groups = _Groups(shards, lambda key: self._train_group(epoch, key, rows))
-        for places in batches:
-            yield [self._sample(groups, *self.lanes.place(place)) for place in places]
+        for bucket, places in batches:
+            found = [self.lanes[bucket].place(place) for place in places]
+            yield bucket, [self._sample(groups, (bucket, *group), number) for group, number in found]
 
-    def _evaluate(self, shards: OpenShards, batches: Iterator[Sequence[int]]) -> Iterator[list[Decoded]]:
+    def _evaluate(self, shards: OpenShards, batches: Iterator[Places]) -> Iterator[tuple[int, list[Decoded]]]:
         counts = self.data.counts
         row = Row(range(len(counts)), counts)
-        found = [[row.find(number) for number in batch] for batch in batches]
-        needed = sorted({shard for batch in found for shard, _ in batch})
-        turn = {shard: (0, number) for number, shard in enumerate(needed)}
+        found = [(bucket, [row.find(number) for number in numbers]) for bucket, numbers in batches]
+        shards_of = [sorted({s for b, batch in found if b == bucket for s, _ in batch}) for bucket in range(len(self.data.buckets))]
+        turns = [{shard: number for number, shard in enumerate(needed)} for needed in shards_of]
 
         def whole_shard(key: Key) -> Group:
-            return [(shard, i) for shard in needed[key[1] : key[1] + 1] for i in range(counts[shard])]
+            bucket, _, turn = key
+            return [(shard, i) for shard in shards_of[bucket][turn : turn + 1] for i in range(counts[shard])]
 
         groups = _Groups(shards, whole_shard)
-        for batch in found:
-            yield [self._sample(groups, turn[shard], number) for shard, number in batch]
+        for bucket, batch in found:
+            yield bucket, [self._sample(groups, (bucket, 0, turns[bucket][shard]), n) for shard, n in batch]
 
     def _sample(self, groups: _Groups, key: Key, number: int) -> Decoded:
         """A sample of a group; in place of one that is skipped the next one."""
-        group = groups[key]
+        group, size = groups[key], self.size_of(key[0])
         for place in range(number, number + len(group)):
             shard, sample = group[place % len(group)]
-            decoded = self.decoder(self.data.shards[shard][0], groups.shards[shard].read(sample))
+            decoded = self.decoder(self.data.shards[shard][0], groups.shards[shard].read(sample), size)
             if decoded is not None:
                 return decoded
         where = self.data.shards[group[number][0]][0].where
@@ -209,21 +270,23 @@ class StreamedBatches(EpochStream):
     def _train_group(self, epoch: int, key: Key, rows: dict[Key, Row]) -> Group:
         """The samples of a group, in the order in which the sequence takes them.
 
-        `rows` has the shards, in their order, of each part of the data and pass over it; missing ones are added.
+        `rows` has the shards, in their order, of each bucket, part of the data and pass over it; missing ones are added.
         """
-        low, high = self.lanes.span(*key)
+        number, *place = key
+        low, high = self.lanes[number].span(*place)
+        bucket = self.data.buckets[number]
         group: Group = []
-        for part, number, begin, end in self.mixture.pieces(epoch, low, high):
-            if (part, number) not in rows:
+        for part, turn, begin, end in self.mixtures[number].pieces(epoch, low, high):
+            if (number, part, turn) not in rows:
                 shards = self.data.parts[part]
-                generator = sample_generator(self.plan.seed, number, f"shards {part}")
+                generator = sample_generator(self.plan.seed, turn, f"shards {part}")  # the same for all buckets
                 order = [shards[i] for i in torch.randperm(len(shards), generator=generator).tolist()]
-                rows[part, number] = Row(order, self.data.counts)
-            for shard, *span in rows[part, number].spans(begin, end):
-                group += [(shard, sample) for sample in range(*span)]
+                rows[number, part, turn] = Row(order, bucket.counts)
+            for shard, *span in rows[number, part, turn].spans(begin, end):
+                group += [(shard, sample) for sample in bucket.numbers(shard, *span)]
         if not self.shuffle:
             return group
-        generator = sample_generator(self.plan.seed, epoch, f"group {low}")
+        generator = sample_generator(self.plan.seed, epoch, f"group {low}{bucket.name}")
         return [group[i] for i in torch.randperm(len(group), generator=generator).tolist()]
 
 
@@ -231,47 +294,66 @@ class CachedBatches(EpochStream):
     """Holds the decoded samples in memory, and permutes all of them in every training epoch; for small sets.
 
     The memory is filled once, in the main process, and shared with the workers. In place of a sample that the decoder
-    skips the one before it is kept.
+    skips the one before it in its bucket is kept.
     """
 
     def __init__(self, data: ShardSet, collate: Collate, plan: EpochPlan, decoder: Decoder | None = None) -> None:
         super().__init__(data, collate, plan, decoder)
         self.cache = self._decoded()
-        # (N, 2C, h, w), (N, F, h', w'), (N, K)
-        self.tensors = {name: stacked(self.cache, name) for name in STACKED if name in self.cache[0]}
+        # (N, 2C, h, w), (N, F, h', w'), (N, K); of several buckets they have several shapes
+        names = [name for name in STACKED if name in self.cache[0] and len(data.buckets) == 1]
+        self.tensors = {name: stacked(self.cache, name) for name in names}
         for sample in self.cache:
             for name in self.tensors:
                 sample.pop(name, None)  # one object may stand in for others, too
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, batches = self.next_pass()
-        order = self._order(epoch) if self.plan.train else range(len(self.cache))
-        for places in batches:
-            chosen = [order[place] for place in places]
-            batch = self.collate([self.cache[i] for i in chosen], epoch)
+        everything = range(len(self.cache))
+        orders = [self._order(i, epoch) if self.plan.train else everything for i in range(len(self.data.buckets))]
+        for bucket, places in batches:
+            chosen = [orders[bucket][place] for place in places]
+            batch = self.collate([self.cache[i] for i in chosen], epoch, self.size_of(bucket))
             arrays = {name: in_batch(tensor[chosen]) for name, tensor in self.tensors.items()}
             yield cast(Batch, {**batch, **arrays})
 
     def _decoded(self) -> list[Decoded]:
-        decoded: list[Decoded | None] = []
-        for (index, number), count in zip(self.data.shards, self.data.counts, strict=True):
+        found: dict[int, Decoded] = {}
+        for i, (index, number) in enumerate(self.data.shards):
             with closing(Shard(index, number)) as shard:
-                decoded += [self.decoder(index, shard.read(sample)) for sample in range(count)]
-        kept = next(filter(None, decoded), None)  # the first good one stands in for those before it
-        if kept is None:
-            raise ShardError(f"{self.data.indices[0].where}: all samples are broken")
-        return [kept := sample or kept for sample in decoded]
+                for n in range(len(self.data.buckets)):
+                    for place, sample in self._numbers(n, range(i, i + 1)):
+                        decoded = self.decoder(index, shard.read(sample), self.size_of(n))
+                        if decoded is not None:
+                            found[place] = decoded
+        for n in range(len(self.data.buckets)):
+            places = [place for place, _ in self._numbers(n, range(len(self.data.shards)))]
+            kept = next((found[place] for place in places if place in found), None)  # stands in for those before it
+            if kept is None:
+                raise ShardError(f"{self.data.indices[0].where}: all samples are broken")
+            for place in places:
+                kept = found.setdefault(place, kept)
+        return [found[place] for place in range(len(found))]
 
-    def _order(self, epoch: int) -> list[int]:
-        """The sequence of an epoch."""
-        total = len(self.cache)
+    def _numbers(self, bucket: int, shards: range) -> list[tuple[int, int]]:
+        """The samples of a bucket in some shards, as numbers in the set and in their shard."""
+        first, result = sum(self.data.counts[: shards.start]), []
+        for shard in shards:
+            held = self.data.buckets[bucket]
+            result += [(first + sample, sample) for sample in held.numbers(shard, 0, held.counts[shard])]
+            first += self.data.counts[shard]
+        return result
+
+    def _order(self, bucket: int, epoch: int) -> list[int]:
+        """The sequence of an epoch in a bucket."""
+        mixture, name = self.mixtures[bucket], self.data.buckets[bucket].name
         samples: list[list[int]] = [[] for _ in self.data.parts]  # of each part, in their order
-        for part, number, begin, end in self.mixture.pieces(epoch, 0, total):
-            generator = sample_generator(self.plan.seed, number, f"samples{part or ''}")
-            first = sum(self.data.counts[: self.data.parts[part].start])
-            permutation = torch.randperm(self.mixture.sizes[part], generator=generator) + first
-            samples[part] += permutation[begin:end].tolist()
-        before = torch.stack(self.mixture.cut(torch.arange(total + 1)))  # (parts, samples + 1)
+        for part, number, begin, end in mixture.pieces(epoch, 0, mixture.length):
+            generator = sample_generator(self.plan.seed, number, f"samples{part or ''}{name}")
+            numbers = self._numbers(bucket, self.data.parts[part])
+            permutation = torch.randperm(len(numbers), generator=generator)[begin:end].tolist()
+            samples[part] += [numbers[i][0] for i in permutation]
+        before = torch.stack(mixture.cut(torch.arange(mixture.length + 1)))  # (parts, samples + 1)
         turns = before.diff(dim=1).argmax(dim=0).tolist()  # whose turn it is at each place of the row
         parts = [iter(part) for part in samples]
         return [next(parts[part]) for part in turns]

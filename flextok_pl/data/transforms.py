@@ -1,6 +1,6 @@
 """From encoded picture to tensor: conversion to RGB, the evaluation crop and the training augmentations.
 
-Shapes in this file: H x W source image, S target side.
+Shapes in this file: H x W target size, C channels.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from flextok_pl.contracts import ImageSize, height_width
 from flextok_pl.data.metadata import orientation_of, strip_metadata, turned
 from flextok_pl.keys import text_generator
 
@@ -29,16 +30,18 @@ with suppress(ImportError):  # an optional package: with it, Pillow reads .heic
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of a training picture; one square window of the source is resized, antialiased, once.
+    """Random changes of a training picture; one window of the source is resized, antialiased, once.
+
+    The window has the aspect ratio of the target size.
 
     Photos want `crop_scale` and `hflip`. Drawings on a plain ground also bear `translate` and `scale`, which let the
     window leave the picture; what it sees there is `fill`.
 
     Args:
-        crop_scale: bounds of the window's area as a share of the largest centred square; its place is uniform among
-            those inside the picture.
+        crop_scale: bounds of the window's area as a share of the largest window; its place is uniform among those
+            inside the picture.
         hflip: mirror half of the pictures.
-        translate: the window moves by up to this share of its side, along each axis.
+        translate: the window moves by up to this share of its own side, along each axis.
         scale: bounds of an extra magnification; below 1 the picture shrinks within a frame of `fill`.
         fill: grey level outside the picture, 0..255.
     """
@@ -63,7 +66,7 @@ class Augmentation:
 
     @property
     def smallest_window(self) -> float:
-        """Side of the smallest window as a share of the picture's shorter side."""
+        """Side of the smallest window as a share of the largest one's."""
         return math.sqrt(self.crop_scale[0]) / self.scale[1]
 
 
@@ -79,23 +82,29 @@ class PictureError(ValueError):
     """A picture that is broken, or of a kind whose levels cannot be told."""
 
 
-def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
-    """Decode a picture of any common kind to 8-bit RGB.
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""What Pillow calls pictures of so many channels: grey, colour, colour with opacity."""
+
+
+def decode_image(data: bytes, least: tuple[int, int] | None = None, channels: int = 3) -> Image.Image:
+    """Decode a picture of any common kind to 8-bit RGB, grey or RGBA, by the number of channels.
 
     Grey, palette, CMYK, Lab and 1-bit pictures are converted, deeper ones scaled to 8 bits, transparent ones laid on
-    white, and the orientation that its metadata state is applied. Nothing else of them is read: they may be damaged.
-    A JPEG is decoded to 1/2, 1/4 or 1/8 of its size, by leaving out high frequencies of its transform, where both sides
-    keep `min_side` pixels.
+    white but for RGBA, and the orientation that its metadata state is applied. Nothing else of them is read: they may
+    be damaged. A JPEG is decoded to 1/2, 1/4 or 1/8 of its size, by leaving out high frequencies of its transform,
+    where it keeps `least`, a width and a height in pixels.
 
     Raises:
         PictureError: the bytes are no complete picture, or one of floating-point, signed or 32-bit levels.
     """
     with _decoding():
         image, orientation = _open(data)
-        if min_side is not None:
-            image.draft(None, (min_side, min_side))  # does nothing to other kinds
+        if least is not None:
+            image.draft(None, least[::-1] if orientation >= 5 else least)  # does nothing to other kinds
         image.load()
-        return turned(_to_rgb(image), orientation)
+        if channels == 4 and image.has_transparency_data:
+            return turned(_to_rgba(image), orientation)
+        return turned(_to_rgb(image).convert(MODES[channels]), orientation)
 
 
 def inspect_image(data: bytes) -> tuple[str, tuple[int, int]]:
@@ -148,10 +157,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         return _deep_grey_to_rgb(image, tags)
     if image.has_transparency_data:
-        rgba = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+        rgba = _to_rgba(image)
         ground = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(ground, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _to_rgba(image: Image.Image) -> Image.Image:
+    return image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
 
 
 _BITS, _PHOTOMETRIC, _SIGNED = 258, 262, 339
@@ -170,48 +183,89 @@ def _deep_grey_to_rgb(image: Image.Image, tags: Mapping[int, Any]) -> Image.Imag
 
 
 CENTER_CROP = "centre square, antialiased bicubic"
-"""What `center_crop` does, as a protocol states it."""
+"""What `center_crop` does for squares, as a protocol states it."""
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The evaluation picture: shorter side resized to `size` by antialiased bicubic, then the centre square.
+def crop_name(size: ImageSize) -> str:
+    """What `center_crop` does for a size, as a protocol states it."""
+    if isinstance(size, int):
+        return CENTER_CROP
+    return f"largest centre window of height to width {size[0]}:{size[1]}, antialiased bicubic"
 
-    It is the centre crop of guided diffusion (https://arxiv.org/abs/2105.05233) in one resampling step: their halving
-    by box filters before the bicubic step is a speed-up that Pillow's antialiased bicubic filter does not need.
+
+def covering(held: tuple[int, int], size: ImageSize) -> tuple[int, int]:
+    """Width and height of a picture that is shrunk, its aspect ratio kept, as far as it still covers a size."""
+    sides = zip(held, height_width(size)[::-1], strict=True)
+    side, target = max(sides, key=lambda pair: pair[1] / pair[0])  # along which it is shorter for its target
+    if side <= target:
+        return held
+    return round(held[0] * target / side), round(held[1] * target / side)
+
+
+def enlarges(held: ImageSize, size: ImageSize) -> bool:
+    """Whether pictures of one size have fewer pixels than their crop to another one."""
+    return any(side < target for side, target in zip(height_width(held), height_width(size), strict=True))
+
+
+def center_crop(image: Image.Image, size: ImageSize) -> Image.Image:
+    """The evaluation picture: resized by antialiased bicubic to cover `size`, of which the centre is kept.
+
+    For squares it is the centre crop of guided diffusion (https://arxiv.org/abs/2105.05233) in one resampling step:
+    their halving by box filters before the bicubic step is a speed-up that Pillow's antialiased bicubic filter does not
+    need.
     """
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    height, width = height_width(size)
+    across, down = _largest_window(image, height, width)
+    left, top = (image.width - across) // 2, (image.height - down) // 2
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, left + across, top + down))
 
 
-def augment(image: Image.Image, size: int, augmentation: Augmentation, generator: torch.Generator) -> Image.Image:
-    """A training picture, RGB H x W -> S x S; always seven draws, so that one option does not shift another's."""
+def _largest_window(image: Image.Image, height: int, width: int) -> tuple[float, float]:
+    """Width and height of the largest window of a picture that has the aspect ratio of a size."""
+    if image.width * height <= image.height * width:
+        return image.width, image.width * height / width
+    return image.height * width / height, image.height
+
+
+def augment(image: Image.Image, size: ImageSize, augmentation: Augmentation, generator: torch.Generator) -> Image.Image:
+    """A training picture of H x W; always seven draws, so that one option does not shift another's."""
+    height, width = height_width(size)
     area, zoom, x, y, flip, *shift = torch.rand(7, generator=generator, dtype=torch.float64).tolist()
     low, high = augmentation.crop_scale
-    side = min(image.size) * (low + (high - low) * area) ** 0.5
-    left, top = x * (image.width - side), y * (image.height - side)
+    share = (low + (high - low) * area) ** 0.5
     low, high = augmentation.scale
-    window = side / (low + (high - low) * zoom)
-    left += (side - window) / 2 + (2 * shift[0] - 1) * augmentation.translate * window
-    top += (side - window) / 2 + (2 * shift[1] - 1) * augmentation.translate * window
-    margin = int(np.ceil(max(0.0, -left, -top, left + window - image.width, top + window - image.height)))
+    zoomed = low + (high - low) * zoom
+    starts, windows = [], []
+    for side, largest, place, move in zip(
+        image.size, _largest_window(image, height, width), (x, y), shift, strict=True
+    ):
+        kept = largest * share
+        window = kept / zoomed
+        starts.append(
+            place * (side - kept) + ((kept - window) / 2 + (2 * move - 1) * augmentation.translate * window)
+        )
+        windows.append(window)
+    left, top = starts
+    across, down = windows
+    margin = int(np.ceil(max(0.0, -left, -top, left + across - image.width, top + down - image.height)))
     if margin:
-        image = ImageOps.expand(image, margin, (augmentation.fill,) * 3)
+        opaque = (255,) if image.mode == "RGBA" else ()
+        image = ImageOps.expand(image, margin, (augmentation.fill,) * (len(image.getbands()) - len(opaque)) + opaque)
         left, top = left + margin, top + margin
-    box = (left, top, min(left + window, image.width), min(top + window, image.height))
-    image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    box = (left, top, min(left + across, image.width), min(top + down, image.height))
+    image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
     if augmentation.hflip and flip < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return image
 
 
 def to_tensor(images: Sequence[Image.Image]) -> Tensor:
-    """B pictures, RGB S x S -> (B, 3, S, S) float32 in [-1, 1]."""
+    """B pictures of H x W -> (B, C, H, W) float32 in [-1, 1]."""
     # In a loader's worker this stacks them where the main process reads them, which saves a copy of the batch.
     return default_collate([picture_tensor(image) for image in images])  # type: ignore[no-any-return]
 
 
 def picture_tensor(image: Image.Image) -> Tensor:
-    """A picture, RGB S x S -> (3, S, S) float32 in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    """A picture of H x W -> (C, H, W) float32 in [-1, 1]."""
+    pixels = torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1).contiguous()
     return pixels.to(torch.float32).div_(127.5).sub_(1.0)

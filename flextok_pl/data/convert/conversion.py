@@ -17,10 +17,11 @@ from typing import Any, Literal, TypeVar
 
 from PIL import Image
 
+from flextok_pl.contracts import ImageSize, checked_size
 from flextok_pl.data.shards.index import IMAGE_EXTENSIONS, ShardError, ShardIndex, is_utf8
 from flextok_pl.data.shards.tars import Span
 from flextok_pl.data.shards.writer import Sample, start_set, write_index, write_shards
-from flextok_pl.data.transforms import decode_image
+from flextok_pl.data.transforms import covering, decode_image
 from flextok_pl.keys import text_hash
 
 _LOG = logging.getLogger(__name__)
@@ -33,7 +34,8 @@ class Conversion:
     """How pictures are stored, and how their set is written.
 
     Args:
-        size: shrink pictures whose shorter side is longer than this to it, antialiased; default keeps the files' bytes.
+        size: shrink pictures whose shorter side is longer than this to it, antialiased; of [height, width] as far as
+            they still cover it. The aspect ratio is kept. Default keeps the files' bytes.
         image_format: format of the pictures that were shrunk; `png` is lossless.
         quality: of `jpg` and `webp`, 1..100.
         on_error: `raise` stops at a broken picture, `skip` leaves it out, with a message and a count in the index.
@@ -42,7 +44,7 @@ class Conversion:
         overwrite: replace a set that was made with other arguments.
     """
 
-    size: int | None = None
+    size: int | tuple[int, int] | None = None
     image_format: Literal["png", "jpg", "webp"] = "jpg"
     quality: int = 95
     on_error: Literal["raise", "skip"] = "raise"
@@ -51,8 +53,8 @@ class Conversion:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.size is not None and self.size < 1:
-            raise ValueError(f"size={self.size} must be at least 1 pixel, or null to keep the pictures as they are")
+        if self.size is not None:
+            object.__setattr__(self, "size", checked_size(self.size, "size"))
         if not 1 <= self.quality <= 100:
             raise ValueError(f"quality={self.quality} must be in 1..100")
         check_choice("image_format", self.image_format, ("png", "jpg", "webp"))
@@ -74,17 +76,16 @@ class Conversion:
     def stored(self, content: bytes, extension: str) -> tuple[str, bytes]:
         """Check an encoded picture, and shrink it where asked; gives extension and bytes to store."""
         image = decode_image(content)
-        shorter = min(image.size)
-        if self.size is None or shorter <= self.size:
+        size = image.size if self.size is None else covering(image.size, self.size)
+        if size == image.size:
             return extension, content
-        width, height = (round(side * self.size / shorter) for side in image.size)
         buffer = io.BytesIO()
         how: dict[str, dict[str, Any]] = {
             "jpg": {"format": "JPEG", "quality": self.quality, "subsampling": 0},
             "webp": {"format": "WEBP", "quality": self.quality},
             "png": {"format": "PNG"},
         }
-        image.resize((width, height), Image.Resampling.BICUBIC).save(buffer, **how[self.image_format])
+        image.resize(size, Image.Resampling.BICUBIC).save(buffer, **how[self.image_format])
         return self.image_format, buffer.getvalue()
 
     def samples(self, readers: Iterable[tuple[str, Callable[[], Sample]]]) -> Iterator[Sample]:
@@ -113,7 +114,7 @@ class Conversion:
         arguments: Mapping[str, Any],
         provenance: Mapping[str, Any],
         classes: Sequence[str] = (),
-        image_size: int | None = None,
+        image_size: ImageSize | None = None,
     ) -> ShardIndex:
         """Write a set, or what an interrupted run left of it, or find that it is there.
 

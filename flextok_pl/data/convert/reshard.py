@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flextok_pl.contracts import checked_size, height_width
 from flextok_pl.data.convert.classes import Labels, classes_of, read_class_names
 from flextok_pl.data.convert.conversion import Conversion, Item, mixed
 from flextok_pl.data.shards.index import IMAGE_EXTENSIONS, INDEX_NAME, ShardIndex
@@ -19,6 +20,7 @@ from flextok_pl.data.shards.jobs import run_jobs
 from flextok_pl.data.shards.listing import listing_digest, matching_paths
 from flextok_pl.data.shards.sources import load_indices
 from flextok_pl.data.shards.tars import Span, tar_samples
+from flextok_pl.data.transforms import covering
 
 _LOG = logging.getLogger(__name__)
 
@@ -123,11 +125,14 @@ def _own(src: str, conversion: Conversion) -> tuple[list[Item], dict[str, Any]]:
     first, size = indices[0], conversion.size
     if size is not None and "image" not in first.fields:
         raise ValueError(f"size={size} is for pictures, and src={src} holds {list(first.fields)}")
+    held = first.image_size
+    if held is not None and size is not None:
+        held = checked_size(covering(height_width(held)[::-1], size)[::-1])
     raw = _list_tars([path.resolve() for index in indices for path in index.paths], None, conversion)
     return mixed(Item(key, tuple(sample.files.items())) for key, sample in zip(_keys(raw), raw, strict=True)), {
         "fields": first.fields,
         "classes": first.classes,
-        "image_size": first.image_size if size is None or first.image_size is None else min(size, first.image_size),
+        "image_size": held,
         "arguments": {"writer": "reshard", "source": [index.digest() for index in indices]},
         "provenance": {**first.provenance, "resharded": [str(index.folder.resolve()) for index in indices]},
     }

@@ -1,7 +1,7 @@
 """The pictures of image shards, encoded once and written as a new set: what latents and tokens share.
 
-All pictures follow one another once per view, in their stored order and cut into the same batches by any number of
-workers. So a set is a function of its arguments, and an interrupted run goes on with the batch in which its first
+All pictures follow one another once per view, in their stored order (with several shapes in that of an evaluation) and
+cut into the same batches by any number of workers. So a set is a function of its arguments, and an interrupted run goes on with the batch in which its first
 missing shard begins. View 0 of a picture is its centre crop, the further ones are training augmentations; keys are
 `<key>_v<view>`.
 """
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice, takewhile
+from dataclasses import dataclass, replace
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,14 +20,16 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from flextok_pl.contracts import Batch
+from flextok_pl.contracts import Batch, checked_size, height_width
+from flextok_pl.data.buckets import checked_shapes
 from flextok_pl.data.encode.ranks import WriterRank
-from flextok_pl.data.samples import Collate
+from flextok_pl.data.samples import Collate, Decoder
 from flextok_pl.data.shards.index import ShardError, ShardIndex
+from flextok_pl.data.shards.sizes import size_text
 from flextok_pl.data.shards.sources import load_indices
 from flextok_pl.data.shards.writer import Sample, complete_shard, shard_name, shard_sizes, write_index, write_shard
 from flextok_pl.data.stream import EpochPlan, ShardSet, StreamedBatches
-from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, Augmentation
+from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, MODES, Augmentation
 from flextok_pl.distributed import launched
 from flextok_pl.precision import frozen_networks_in
 
@@ -40,7 +42,7 @@ class Encoding:
     """How the pictures of a set are gone through, all of them once per view, and how the new set is written.
 
     Args:
-        image_size: side in pixels of the pictures that are encoded.
+        image_size: side in pixels of the pictures that are encoded, or [height, width].
         num_views: samples per picture: its centre crop, and further random changes of it.
         augmentation: those random changes.
         seed: of the changes.
@@ -50,9 +52,12 @@ class Encoding:
         overwrite: replace a set that was made with other arguments.
         compute_dtype: `float32`, or `bfloat16`: the networks compute under autocast, faster where the device has the
             type. That moves latents a little and changes some tokens, and the index records it.
+        shapes: several [height, width] in place of `image_size`: each picture is encoded in the one whose aspect ratio
+            is nearest its own, as `data.shapes` has them.
+        channels: of the pictures, 1, 3 or 4, as `data.channels`.
     """
 
-    image_size: int = 256
+    image_size: int | tuple[int, int] = 256
     num_views: int = 1
     augmentation: Augmentation = DEFAULT_AUGMENTATION
     seed: int = 0
@@ -61,9 +66,16 @@ class Encoding:
     samples_per_shard: int = 4000
     overwrite: bool = False
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    shapes: list[tuple[int, int]] | None = None
+    channels: int = 3
 
     def __post_init__(self) -> None:
-        minima = {"image_size": 1, "num_views": 1, "batch_size": 1, "num_workers": 0, "samples_per_shard": 1}
+        object.__setattr__(self, "image_size", checked_size(self.image_size))
+        if self.shapes is not None:
+            object.__setattr__(self, "shapes", [*checked_shapes(self.shapes)])
+        if self.channels not in MODES:
+            raise ValueError(f"channels={self.channels} must be 1 (grey), 3 (colour) or 4 (colour with opacity)")
+        minima = {"num_views": 1, "batch_size": 1, "num_workers": 0, "samples_per_shard": 1}
         for name, least in minima.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
@@ -73,9 +85,10 @@ class Encoding:
     def arguments(self) -> dict[str, Any]:
         """What of these decides the content of the set, as JSON types."""
         augmentation = vars(self.augmentation) if self.num_views > 1 else None
-        without = ["num_workers", "overwrite"]
-        if self.compute_dtype == "float32":  # as before there was a choice
-            without.append("compute_dtype")
+        without = ["num_workers", "overwrite", *([] if self.shapes is None else ["image_size"])]
+        for name in ("compute_dtype", "shapes", "channels"):
+            if getattr(self, name) == getattr(Encoding, name):  # as before there was a choice
+                without.append(name)
         chosen = {name: value for name, value in vars(self).items() if name not in without}
         return {**chosen, "augmentation": augmentation}
 
@@ -83,14 +96,35 @@ class Encoding:
         """The new samples from number `start` on; what lies in batches before it is neither decoded nor encoded."""
         first, within = divmod(start, data.num_samples)
         for view in range(first, self.num_views):
-            skipped = within if view == first else 0
-            done = skipped % self.batch_size
-            yield from islice(self._view(data, encode, view, skipped - done), done, None)
+            yield from self._view(data, encode, view, within if view == first else 0)
 
-    def _view(self, data: ShardSet, encode: Encoder, view: int, first: int) -> Iterator[Sample]:
+    def stream(self, data: ShardSet, view: int) -> StreamedBatches:
+        """The batches of a view."""
         collate = Collate(self.image_size, self.augmentation if view else None, self.seed)
-        stream = StreamedBatches(data, collate, EpochPlan(self.batch_size, train=False))
-        stream.start_at(view, first)
+        plan = EpochPlan(self.batch_size, train=False)
+        return StreamedBatches(data, collate, plan, Decoder(channels=self.channels))
+
+    def sizes(self, data: ShardSet, counts: Sequence[int]) -> list[str]:
+        """For shards of so many samples, what the index says of the sizes; empty where all are `image_size`."""
+        if self.shapes is None:
+            return ["" for _ in counts]
+        stream = self.stream(data, 0)
+        widths = [height_width(stream.size_of(bucket))[::-1] for bucket in range(len(data.buckets))]
+        view = [widths[bucket] for bucket, number in stream.batches() for _ in range(number)]
+        sizes = chain.from_iterable(view for _ in range(self.num_views))
+        return [size_text(islice(sizes, count)) for count in counts]
+
+    def _view(self, data: ShardSet, encode: Encoder, view: int, skipped: int) -> Iterator[Sample]:
+        """The samples of a view but the first few; of the batch in which it begins all are encoded."""
+        stream, taken = self.stream(data, view), [0] * len(data.buckets)
+        for bucket, number in stream.batches():
+            if skipped < number:
+                break
+            taken[bucket], skipped = taken[bucket] + number, skipped - number
+        stream.start_at(view, taken)
+        return islice(self._encoded(stream, encode, view), skipped, None)
+
+    def _encoded(self, stream: StreamedBatches, encode: Encoder, view: int) -> Iterator[Sample]:
         for batch in DataLoader(stream, batch_size=None, num_workers=self.num_workers):
             with torch.inference_mode(), frozen_networks_in(getattr(torch, self.compute_dtype)):
                 encoded = list(encode(batch))
@@ -130,7 +164,7 @@ def write_encoded(
     ready = process.start_set(folder, arguments, encoding.overwrite)
     if ready is not None:
         return ready
-    data = ShardSet(indices)
+    data = ShardSet(indices, shapes=encoding.shapes)
     counts = shard_sizes(data.num_samples * encoding.num_views, encoding.samples_per_shard)
     mine = process.share(len(counts))
     found = (complete_shard(folder / shard_name(number), counts[number]) for number in mine)
@@ -150,7 +184,10 @@ def write_encoded(
         "images": [dict(index.provenance) for index in indices],
     }
     contents = (*fields, *(name for name in indices[0].fields if name in ("label", "text")))
-    index = ShardIndex(folder, contents, tuple(shards), indices[0].classes, encoding.image_size, arguments, provenance)
+    sized = zip(shards, encoding.sizes(data, counts), strict=True)
+    shards = [replace(shard, sizes=sizes) for shard, sizes in sized]
+    size = encoding.image_size if encoding.shapes is None else None
+    index = ShardIndex(folder, contents, tuple(shards), indices[0].classes, size, arguments, provenance)
     if index.num_samples != sum(counts):
         raise ShardError(f"{index.num_samples} {writer} were written instead of {sum(counts)}")
     return write_index(index)

@@ -61,12 +61,17 @@ class ShardError(ValueError):
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One tar file of a shard set: its name in the set's folder, number of samples, size, and hexadecimal digest."""
+    """One tar file of a shard set: its name in the set's folder, number of samples, size, and hexadecimal digest.
+
+    `sizes` are those of the pictures that the samples hold or were made from, see `sizes`; empty where they are not
+    known, or all are `image_size`.
+    """
 
     name: str
     count: int
     bytes: int
     sha256: str
+    sizes: str = ""
 
 
 class Opener(Protocol):
@@ -92,8 +97,8 @@ class ShardIndex:
         fields: which of `FIELDS` each sample has.
         shards: the tar files, in order.
         classes: class names by label, empty for a set without classes.
-        image_size: side in pixels of the (square) pictures that the samples hold or were made from; None for pictures
-            of any size.
+        image_size: side in pixels of the pictures that the samples hold or were made from, or (H, W); None for pictures
+            of several sizes.
         arguments: what the writer was called with; equal arguments make an equal set.
         provenance: where the content comes from: source, licence, versions, the autoencoder of latents, the teacher of
             its features, the tokenizer of tokens, the text encoder of text states.
@@ -104,7 +109,7 @@ class ShardIndex:
     fields: tuple[str, ...]
     shards: tuple[ShardInfo, ...]
     classes: tuple[str, ...] = ()
-    image_size: int | None = None
+    image_size: int | tuple[int, int] | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     remote: Opener | None = None
@@ -145,14 +150,15 @@ class ShardIndex:
             "classes": list(self.classes),
             "arguments": dict(self.arguments),
             "provenance": dict(self.provenance),
-            "shards": [vars(shard) for shard in self.shards],
+            "shards": [{name: value for name, value in vars(shard).items() if value != ""} for shard in self.shards],
         }
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
         return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
     def digest(self) -> str:
-        """Identifies the set: the SHA-256 of its index."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        """Identifies the set: the SHA-256 of its index without sizes, which sets of older releases lack."""
+        plain = replace(self, shards=tuple(replace(shard, sizes="") for shard in self.shards))
+        return hashlib.sha256(plain.to_json().encode()).hexdigest()
 
     @classmethod
     def load(cls, path: str | Path) -> ShardIndex:
@@ -192,19 +198,23 @@ class ShardIndex:
                     f"{FORMAT!r} version {FORMAT_VERSION}; write the set again"
                 )
             shards = [
-                ShardInfo(str(s["name"]), int(s["count"]), int(s["bytes"]), str(s["sha256"])) for s in record["shards"]
+                ShardInfo(str(s["name"]), int(s["count"]), int(s["bytes"]), str(s["sha256"]), str(s.get("sizes", "")))
+                for s in record["shards"]
             ]
+            size = record["image_size"]
             index = cls(
                 folder=folder,
                 fields=tuple(record["fields"]),
                 shards=tuple(shards),
                 classes=tuple(record["classes"]),
-                image_size=record["image_size"],
+                image_size=(int(size[0]), int(size[1])) if isinstance(size, list) else size,
                 arguments=dict(record["arguments"]),
                 provenance=dict(record["provenance"]),
                 remote=remote,
             )
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        except ShardError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ShardError(f"{where} is damaged ({error!r}); write the set again with overwrite") from error
         if not index.fields or not set(index.fields) <= set(FIELDS):
             raise ShardError(f"{where}: fields {list(index.fields)} must be some of {FIELDS}")

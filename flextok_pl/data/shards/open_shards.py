@@ -68,10 +68,13 @@ class Shard:
 
 
 class OpenShards:
-    """Shards, each a set and a position in it, held open; those asked for ahead are brought in the background."""
+    """Shards, each a set and a position in it, held open; those asked for ahead are brought in the background.
 
-    def __init__(self, shards: list[tuple[ShardIndex, int]]) -> None:
-        self.shards = shards
+    The `spare` ones that were needed last stay open, for a reader that comes back to them.
+    """
+
+    def __init__(self, shards: list[tuple[ShardIndex, int]], spare: int = 0) -> None:
+        self.shards, self.spare = shards, spare
         self._open: dict[int, Future[Shard]] = {}
         self._thread = ThreadPoolExecutor(1, "flextok-shards")
 
@@ -80,6 +83,7 @@ class OpenShards:
 
     def __exit__(self, *error: object) -> None:
         self._thread.shutdown(cancel_futures=True)
+        self.spare = 0
         self.keep(())
 
     def prepare(self, numbers: Iterable[int]) -> None:
@@ -93,8 +97,11 @@ class OpenShards:
         return self._open[number].result()
 
     def keep(self, numbers: Iterable[int]) -> None:
-        """Close all shards but these."""
-        for number in self._open.keys() - set(numbers):
+        """Close all shards but these, and the spare ones."""
+        needed = self._open.keys() & set(numbers)
+        for number in needed:
+            self._open[number] = self._open.pop(number)  # behind those that were needed before
+        for number in list(self._open)[: max(0, len(self._open) - len(needed) - self.spare)]:
             future = self._open.pop(number)
             if not future.cancel() and future.exception() is None:
                 future.result().close()

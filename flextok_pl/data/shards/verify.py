@@ -9,9 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flextok_pl.contracts import height_width
 from flextok_pl.data.samples import STACKED, Decoder
 from flextok_pl.data.shards.index import IMAGE_EXTENSIONS, INDEX_NAME, ShardError, ShardIndex, file_sha256, is_utf8
 from flextok_pl.data.shards.jobs import run_jobs
+from flextok_pl.data.shards.sizes import parse_sizes
 from flextok_pl.data.shards.tars import tar_samples
 
 
@@ -105,6 +107,7 @@ def _verify_shard(index: ShardIndex, number: int) -> _Shard:
     found: list[tuple[str | None, str]] = []  # key and problem
     samples: list[tuple[str, bytes | None]] = []
     shapes: dict[str, tuple[int, ...]] = {}
+    sizes = parse_sizes(expected.sizes).tolist() if "image" in index.fields else []
     size = path.stat().st_size
     if size != expected.bytes:
         found.append((None, f"it has {size:,} bytes instead of {expected.bytes:,}"))
@@ -119,7 +122,8 @@ def _verify_shard(index: ShardIndex, number: int) -> _Shard:
                 raw[extension] = span.read(path.parent)
             if not is_utf8(key):
                 found.append((key, "its key is not UTF-8; rename its file and write the set again"))
-            found += [(key, problem) for problem in _problems(index, raw, shapes)]
+            stated = sizes[len(samples)] if len(samples) < len(sizes) else None
+            found += [(key, problem) for problem in _problems(index, raw, shapes, stated)]
             content = next((raw[extension] for extension in IMAGE_EXTENSIONS if extension in raw), None)
             digest = None if content is None else hashlib.blake2b(content, digest_size=16).digest()
             samples.append((key, digest))
@@ -131,8 +135,13 @@ def _verify_shard(index: ShardIndex, number: int) -> _Shard:
     return _Shard([Finding(path, *entry) for entry in found], samples, shapes, size)
 
 
-def _problems(index: ShardIndex, raw: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """What is wrong with each field of a sample; `shapes` receives those of the first one, which others must have."""
+def _problems(
+    index: ShardIndex, raw: dict[str, Any], shapes: dict[str, tuple[int, ...]], stated: Sequence[int] | None
+) -> list[str]:
+    """What is wrong with each field of a sample; `shapes` receives those of the first one, which others must have.
+
+    `stated` is the width and height of its picture in the index, where they are there.
+    """
     found, decoder = [], Decoder()
     for name in index.fields:
         try:
@@ -140,15 +149,17 @@ def _problems(index: ShardIndex, raw: dict[str, Any], shapes: dict[str, tuple[in
         except ShardError as error:
             found.append(str(error.__cause__))
             continue
-        side = index.image_size
         assert sample is not None, "this decoder raises"
-        if name == "image" and side is not None and sample["image"].size != (side, side):
-            width, height = sample["image"].size
-            found.append(f"it has {width} x {height} pixels instead of {side} x {side}")
+        if name == "image":
+            one = index.image_size
+            wanted = stated if one is None else height_width(one)[::-1]
+            if wanted is not None and sample["image"].size != tuple(wanted):
+                width, height = sample["image"].size
+                found.append(f"it has {width} x {height} pixels instead of {wanted[0]} x {wanted[1]}")
         vocabulary = (index.maker(name) or {}).get("vocab_size") if name == "tokens" else None
         if vocabulary is not None and ((sample["tokens"] < 0) | (sample["tokens"] >= vocabulary)).any():
             found.append(f"it has tokens outside 0..{vocabulary - 1}, those of its tokenizer")
-        if name in STACKED:
+        if name in STACKED and "shapes" not in index.arguments:
             shape = tuple(sample[name].shape)
             if shapes.setdefault(name, shape) != shape:
                 found.append(_other_shape(name, shape, shapes[name]))

@@ -20,6 +20,7 @@ from webdataset.writer import TarWriter
 
 from flextok_pl.data.shards.index import INDEX_NAME, ShardError, ShardIndex, ShardInfo, file_sha256, is_utf8
 from flextok_pl.data.shards.jobs import run_jobs
+from flextok_pl.data.shards.sizes import picture_sizes
 from flextok_pl.data.shards.tars import files_in_tar, grouped
 from flextok_pl.files import whole_file, write_file
 
@@ -52,14 +53,16 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> ShardInfo:
                         "or '/'"
                     )
                 tar.write({"__key__": sample.key, **sample.files})
-        shard = _shard_info(temporary, path.name)
+        shard = shard_info(temporary, path.name)
     return shard
 
 
-def _shard_info(path: Path, name: str) -> ShardInfo:
+def shard_info(path: Path, name: str) -> ShardInfo:
+    """What an index states of a tar file, read from it."""
     with path.open("rb") as file:
-        count = sum(1 for _ in grouped(files_in_tar(file)))
-    return ShardInfo(name, count, path.stat().st_size, file_sha256(path))
+        samples = [members for _, members in grouped(files_in_tar(file))]
+        sizes = picture_sizes(file, samples)
+    return ShardInfo(name, len(samples), path.stat().st_size, file_sha256(path), sizes)
 
 
 def write_index(index: ShardIndex) -> ShardIndex:
@@ -120,7 +123,7 @@ def complete_shard(path: Path, count: int | None = None) -> ShardInfo | None:
     where that is given, is seen here.
     """
     try:
-        shard = _shard_info(path, path.name)
+        shard = shard_info(path, path.name)
     except (FileNotFoundError, tarfile.TarError):
         return None
     return shard if count in (None, shard.count) else None
