@@ -4,6 +4,8 @@ Synthetic pictures of 500 x 375 pixels (noise with the 1/f spectrum of photos, a
 in class folders and, byte for byte, in tar files. All deliver batches of 256 px pictures, random crops resized with
 Pillow's antialiased bicubic filter, in [-1, 1]. The bare loop does the same without a loader, in one process per worker
 of the loaders. `fast_decode` is our loader at 64 px, where 500 x 375 may be decoded at half size, without and with it.
+`buckets` is our loader with five shapes of about 256 x 256 pixels, over itself with squares, both on a set of pictures
+of several aspect ratios.
 
 `memory_mib` is what a loader with one worker holds while it delivers 50,000 samples. The last entries are a simulated
 ImageNet, 1,282 shards of 1,000 small samples, which are one file under many names, and 1/10 and 1/100 of it.
@@ -43,11 +45,13 @@ parser.add_argument("--json", default=None, help="file to write the results to")
 parser.add_argument("--measure", nargs="*", help=argparse.SUPPRESS)
 
 SIZE, BATCH = 256, 64
+SHAPES = [(256, 256), (224, 288), (288, 224), (192, 336), (336, 192)]
+PICTURES = [(375, 500), (433, 433), (500, 375), (330, 570), (570, 330)]
+"""Height and width of the pictures in the set of several aspect ratios."""
 CROP = Augmentation(crop_scale=(0.8, 1.0))
 
 
-def picture(generator: np.random.Generator) -> bytes:
-    height, width = 375, 500
+def picture(generator: np.random.Generator, height: int = 375, width: int = 500) -> bytes:
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     amplitude = 1 / np.maximum(frequency, 1 / width)
     phases = np.exp(2j * np.pi * generator.random((3, *amplitude.shape)))
@@ -72,6 +76,12 @@ def write_pictures(folder: Path, count: int) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(different[number % len(different)])
     write_folder(folder / "pictures", folder / "shards", num_workers=0, samples_per_shard=250)
+    several = [picture(generator, *PICTURES[i % len(PICTURES)]) for i in range(min(count, 200))]
+    for number in range(count):
+        file = folder / "several" / f"p{number:06d}.jpg"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(several[number % len(several)])
+    write_folder(folder / "several", folder / "shards_several", num_workers=0, samples_per_shard=250)
 
 
 def resized(data: bytes, key: str) -> Image.Image:
@@ -98,6 +108,10 @@ def loader_of(name: str, folder: Path, workers: int):
     if name == "ours":
         data = ShardDataModule(str(folder / "shards"), batch_size=BATCH, num_workers=workers, augmentation=CROP)
         return data.train_dataloader()
+    if name in ("squares", "buckets"):
+        chosen = {"batch_size": BATCH, "num_workers": workers, "augmentation": CROP}
+        shapes = SHAPES if name == "buckets" else None
+        return ShardDataModule(str(folder / "shards_several"), shapes=shapes, **chosen).train_dataloader()
     if name == "webdataset":
         import webdataset as wds
 
@@ -128,8 +142,8 @@ def images_per_second(folder: Path, name: str, workers: int) -> float:
     for _ in range(2 * workers):
         next(batches)
     start, count = time.perf_counter(), 0
-    for images, *_ in (batch.values() if isinstance(batch, dict) else batch for batch in batches):
-        count += len(images)
+    for first, *_ in (batch.values() if isinstance(batch, dict) else batch for batch in batches):
+        count += len(first)
     return count / (time.perf_counter() - start)
 
 
@@ -234,6 +248,22 @@ def throughput(folder: str, options: argparse.Namespace) -> dict[str, object]:
     return results
 
 
+def buckets(folder: str, options: argparse.Namespace) -> dict[str, object]:
+    """Images per second in squares and in buckets, in turns."""
+    results = {}
+    for workers in options.workers:
+        found: dict[str, list[float]] = {"squares": [], "buckets": []}
+        for _ in range(options.repeats):
+            for name, rates in found.items():
+                rates.append(measure_apart(name, folder, str(workers)))
+        rates = {name: statistics.median(values) for name, values in found.items()}
+        results[f"workers={workers}"] = {
+            "images_per_second": rates,
+            "buckets_over_squares": rates["buckets"] / rates["squares"],
+        }
+    return results
+
+
 def main() -> None:
     options = parser.parse_args()
     if options.measure:
@@ -242,6 +272,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_pictures(Path(folder), options.pictures)
         results = throughput(folder, options)
+        results["buckets"] = buckets(folder, options)
         found = {"false": [], "true": []}
         for _ in range(options.repeats):
             for name, rates in found.items():

@@ -66,7 +66,7 @@ def measure_shards(shards: str, num_workers: int | None = None) -> None:
         if all(shard.sizes for shard in index.shards):
             print(f"{index.where} has the sizes of its {index.num_samples:,} pictures")
             continue
-        whole = ShardIndex.load(index.folder)  # also where a pattern names some of its tars
+        whole = ShardIndex.load(index.paths[0].parent)  # also where a pattern names some of its tars
         found = run_jobs(partial(_measured, whole), whole.shards, num_workers, str(index.folder), "shard")
         write_index(replace(whole, shards=tuple(found)))
         print(f"{index.where}: measured {whole.num_samples:,} pictures")

@@ -310,4 +310,31 @@ def test_fast_decoding_is_for_training_only_and_near_the_full_one(tmp_path):
     crops = Augmentation(crop_scale=(0.25, 1.0), scale=(1.0, 2.0))
     assert crops.smallest_window == 0.25  # 400 px leave too few for a half-size picture of 48 px
     data = ShardDataModule(str(tmp_path), image_size=48, batch_size=1, augmentation=crops, fast_decode=True)
-    assert data.train_dataloader().stream.decoder.min_side == 384
+    assert data.train_dataloader().stream.decoder.least(48) == (384, 384)
+
+
+def test_rectangles(folders, tmp_path):
+    data = module(folders, image_size=(4, 6))
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        assert next(iter(loader))["image"].shape[1:] == (3, 4, 6)
+    assert module(folders, image_size=[8, 8]).data_hash("val") == module(folders).data_hash("val") != data.data_hash("val")
+    assert data.crop == "largest centre window of height to width 4:6, antialiased bicubic"
+    with pytest.warns(UserWarning, match=r"images of 8 px, which image_size=\(4, 16\) enlarges"):
+        module(folders, image_size=(4, 16)).setup("fit")
+    write_latent(tmp_path, image_size=(4, 6))
+    assert ShardIndex.load(tmp_path).image_size == (4, 6)
+    ShardDataModule(str(tmp_path), image_size=[4, 6]).setup("fit")
+    with pytest.raises(ShardError, match=r"made from images of \(4, 6\) px, but image_size=8"):
+        ShardDataModule(str(tmp_path), image_size=8).setup("fit")
+    for wrong in (0, [8], [8, -1], (8, 8.5)):
+        with pytest.raises(ValueError, match="image_size=.* must be a side of at least 1 pixel, or two of them"):
+            module(folders, image_size=wrong)
+
+
+def test_channels(folders):
+    for channels in (1, 4):
+        data = module(folders, channels=channels, cache_in_memory=channels == 4)
+        assert next(iter(data.train_dataloader()))["image"].shape == (4, channels, 8, 8)
+        assert data.data_hash("val") != module(folders).data_hash("val")
+    with pytest.raises(ValueError, match="channels=2 must be 1 .grey., 3 .colour. or 4 .*write_latents"):
+        module(folders, channels=2)

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from flextok_pl.data.order import Lanes, Mixture, Row, eval_share, train_steps
+from flextok_pl.data.order import Lanes, Mixture, Row, eval_samples, rank_share, train_steps
 
 
 @pytest.mark.parametrize("total", [1, 2, 7, 64, 101])
 @pytest.mark.parametrize("world_size", [1, 3, 4])
 @pytest.mark.parametrize("limit", [None, 1, 5, 1000])
 def test_evaluation_sees_every_sample_once(total, world_size, limit):
-    seen = [i for rank in range(world_size) for i in eval_share(total, limit, rank, world_size)]
+    seen = [i for rank in range(world_size) for i in rank_share(eval_samples(total, limit), rank, world_size)]
     assert seen == sorted(set(seen))
     assert len(seen) == min(total, limit or total)
     if limit == 5 and total == 101:
@@ -70,6 +70,14 @@ def test_epochs_of_a_mixture_go_on_where_the_last_one_ended():
         for part, number, begin, end in mixture.pieces(epoch, 0, 10):
             taken[part] += [(number, sample) for sample in range(begin, end)]
     assert taken == [[divmod(i, 7) for i in range(15)], [divmod(i, 3) for i in range(15)]]
+
+
+def test_kinds_of_samples_share_what_a_mixture_takes():
+    mixture = Mixture.weighted([10, 6], [1.0, 2.0], 16)  # takes 5 and 11
+    kinds = mixture.split([[4, 0], [6, 1], [0, 5]])
+    assert [kind.takes for kind in kinds] == [(2, 0), (3, 1), (0, 10)]
+    assert sum(kind.length for kind in kinds) == 16
+    assert [[*kind.pieces(0, 0, kind.length)] for kind in kinds[::2]] == [[(0, 0, 0, 2)], [(1, 0, 0, 5), (1, 1, 0, 5)]]
 
 
 def test_a_part_that_gets_nothing_is_an_error():

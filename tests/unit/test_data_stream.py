@@ -179,7 +179,7 @@ def test_a_resumed_epoch_reads_what_it_delivers_and_opens_no_shard_before_it(tmp
     assert len(read) == 10 and 0 < len(opened) <= 2 * 5  # of 200: this group of 4 and the next, not all aligned
 
 
-def only_key(index, raw):
+def only_key(index, raw, size):
     return {"key": raw["__key__"]}
 
 

@@ -6,7 +6,15 @@ import torch
 from data_helpers import encoded
 from PIL import Image
 
-from flextok_pl.data.transforms import Augmentation, augment, center_crop, decode_image, sample_generator, to_tensor
+from flextok_pl.data.transforms import (
+    Augmentation,
+    augment,
+    center_crop,
+    covering,
+    decode_image,
+    sample_generator,
+    to_tensor,
+)
 
 
 def pixel(data):
@@ -142,3 +150,62 @@ def test_window_is_no_larger_than_asked():
 def test_bad_options_are_named(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Augmentation(**options)
+
+
+def test_a_crop_covers_its_size_and_leaves_out_as_little_as_it_can():
+    image = picture(40, 30)
+    assert np.array_equal(np.asarray(center_crop(image, (30, 40))), np.asarray(image)), "its own size"
+    assert np.array_equal(np.asarray(center_crop(image, (20, 40))), np.asarray(image)[5:25]), "all of its width"
+    assert np.array_equal(np.asarray(center_crop(image, (30, 10))), np.asarray(image)[:, 15:25]), "all of its height"
+    assert np.array_equal(center_crop(image, (16, 16)), center_crop(image, 16))
+    half = Image.fromarray(np.asarray(image).repeat(2, 0).repeat(2, 1))
+    near = np.asarray(center_crop(half, (30, 40))).astype(int) - np.asarray(image)
+    assert np.abs(near).mean() < 12
+
+
+@pytest.mark.parametrize("size", [(12, 24), (24, 12), (10, 11)])
+def test_augmented_windows_keep_the_aspect_ratio(size):
+    # A ramp along each axis tells how much of it the window saw.
+    rows, columns = np.mgrid[:200, :200].astype(np.uint8)
+    ramps = Image.fromarray(np.stack([rows, columns, rows], axis=2))
+    crops = Augmentation(crop_scale=(0.25, 0.25), hflip=False)
+    seen = np.asarray(augment(ramps, size, crops, sample_generator(0, 0, "k"))).astype(int)
+    assert seen.shape == (*size, 3)
+    down, across = seen[-1, 0, 0] - seen[0, 0, 0], seen[0, -1, 1] - seen[0, 0, 1]
+    pixel = 100 / max(size)  # the largest window is 200 pixels long, and a quarter of its area half as long
+    assert (down, across) == (pytest.approx((size[0] - 1) * pixel, abs=3), pytest.approx((size[1] - 1) * pixel, abs=3))
+    none = Augmentation(crop_scale=(1.0, 1.0), hflip=False)
+    assert np.array_equal(augment(ramps, size, none, sample_generator(0, 0, "k")), center_crop(ramps, size))
+
+
+@pytest.mark.parametrize(
+    "held, size, expected",
+    [
+        ((500, 375), 256, (341, 256)),
+        ((375, 500), 256, (256, 341)),
+        ((500, 375), (256, 256), (341, 256)),
+        ((500, 375), (150, 300), (300, 225)),
+        ((500, 375), (300, 150), (400, 300)),
+        ((500, 375), (100, 500), (500, 375)),
+        ((500, 375), 400, (500, 375)),
+    ],
+)
+def test_shrunk_pictures_still_cover_the_size(held, size, expected):
+    assert covering(held, size) == expected
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_pictures_of_other_channels(channels):
+    half = Image.new("RGBA", (8, 8), (200, 100, 0, 127))
+    for image in (half, half.convert("RGB"), half.convert("L"), half.convert("LA")):
+        decoded = decode_image(encoded(image), channels=channels)
+        tensor = to_tensor([center_crop(decoded, (4, 8))])
+        assert tensor.shape == (1, channels, 4, 8)
+        frame = augment(decoded, 8, Augmentation((1, 1), False, scale=(0.5, 0.5), fill=7), sample_generator(0, 0, "k"))
+        corner = frame.getpixel((0, 0))
+        assert corner == {1: 7, 3: (7, 7, 7), 4: (7, 7, 7, 255)}[channels]
+        if channels == 4:
+            opacity = 127 if "A" in image.mode else 255
+            assert decoded.getpixel((0, 0))[3] == opacity, "what is transparent stays so"
+    grey = decode_image(encoded(Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))), channels=1)
+    assert np.array_equal(np.asarray(grey).ravel(), np.arange(256)), "levels of grey are exact"

@@ -15,7 +15,7 @@ from typing import Any
 from flextok_pl.contracts import checked_size, height_width
 from flextok_pl.data.convert.classes import Labels, classes_of, read_class_names
 from flextok_pl.data.convert.conversion import Conversion, Item, mixed
-from flextok_pl.data.shards.index import IMAGE_EXTENSIONS, INDEX_NAME, ShardIndex
+from flextok_pl.data.shards.index import IMAGE_EXTENSIONS, INDEX_NAME, ShardError, ShardIndex
 from flextok_pl.data.shards.jobs import run_jobs
 from flextok_pl.data.shards.listing import listing_digest, matching_paths
 from flextok_pl.data.shards.sources import load_indices
@@ -125,6 +125,11 @@ def _own(src: str, conversion: Conversion) -> tuple[list[Item], dict[str, Any]]:
     first, size = indices[0], conversion.size
     if size is not None and "image" not in first.fields:
         raise ValueError(f"size={size} is for pictures, and src={src} holds {list(first.fields)}")
+    if "shapes" in first.arguments:
+        raise ShardError(
+            f"{first.where} was made in several shapes, whose order is fixed; write it again with other "
+            "samples_per_shard (flextok data latents or tokens)"
+        )
     held = first.image_size
     if held is not None and size is not None:
         held = checked_size(covering(height_width(held)[::-1], size)[::-1])

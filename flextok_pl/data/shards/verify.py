@@ -107,13 +107,13 @@ def _verify_shard(index: ShardIndex, number: int) -> _Shard:
     found: list[tuple[str | None, str]] = []  # key and problem
     samples: list[tuple[str, bytes | None]] = []
     shapes: dict[str, tuple[int, ...]] = {}
-    sizes = parse_sizes(expected.sizes).tolist() if "image" in index.fields else []
     size = path.stat().st_size
     if size != expected.bytes:
         found.append((None, f"it has {size:,} bytes instead of {expected.bytes:,}"))
     elif file_sha256(path) != expected.sha256:
         found.append((None, f"it does not match its checksum in {INDEX_NAME}"))
     try:
+        sizes = parse_sizes(expected.sizes).tolist() if "image" in index.fields else []
         for key, files in tar_samples(path.parent, path.name):
             raw: dict[str, Any] = {"__key__": key, "__url__": str(path)}
             for extension, span in files:
