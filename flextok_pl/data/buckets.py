@@ -41,7 +41,9 @@ def checked_shapes(shapes: Iterable[Sequence[int]]) -> tuple[Shape, ...]:
     for shape in found:
         other = ratios.setdefault(shape[1] / shape[0], shape)
         if other is not shape:
-            raise ValueError(f"shapes: {name_of(other)} and {name_of(shape)} have one aspect ratio; leave one of them out")
+            raise ValueError(
+                f"shapes: {name_of(other)} and {name_of(shape)} have one aspect ratio; leave one of them out"
+            )
     smallest, largest = min(found, key=prod), max(found, key=prod)
     if prod(largest) > MOST_UNALIKE * prod(smallest):
         warnings.warn(
@@ -105,16 +107,18 @@ def _choose(index: ShardIndex, number: int, shapes: Sequence[Shape]) -> np.ndarr
         )
     targets = np.array(shapes)[:, ::-1]  # (shapes, 2), width and height
     if "image" in index.fields:
-        wanted, given = (np.log(each[:, 0] / each[:, 1]) for each in (targets, sizes))
-        return np.abs(given[:, None] - wanted).argmin(axis=1).astype(np.uint16)
-    same = (sizes[:, None] == targets).all(axis=2)  # (N, shapes)
-    if not same.any(axis=1).all():
-        width, height = sizes[~same.any(axis=1)][0].tolist()
-        raise ShardError(
-            f"{index.where} was made from pictures of {height}x{width}, which shapes={list(map(name_of, shapes))} "
-            "lack; set shapes to those of the set, or write it again"
-        )
-    return same.argmax(axis=1).astype(np.uint16)
+        wanted, given = (np.log(each[:, 0] / each[:, 1]) for each in (targets, sizes))  # (shapes,), (N,)
+        nearest: np.ndarray[Any, Any] = np.abs(given[:, None] - wanted).argmin(axis=1)
+    else:
+        same = (sizes[:, None] == targets).all(axis=2)  # (N, shapes)
+        nearest = same.argmax(axis=1)
+        without = sizes[~same.any(axis=1)].tolist()
+        if without:
+            raise ShardError(
+                f"{index.where} was made from pictures of {without[0][1]}x{without[0][0]}, which shapes="
+                f"{list(map(name_of, shapes))} lack; set shapes to those of the set, or write it again"
+            )
+    return nearest.astype(np.uint16)
 
 
 def interleaved(

@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
-from flextok_pl.contracts import Batch, checked_size
+from flextok_pl.contracts import Batch, checked_size, height_width
 from flextok_pl.data.buckets import Shape, checked_shapes, name_of
 from flextok_pl.data.epoch_loader import EpochLoader
 from flextok_pl.data.samples import Collate, Decoder
@@ -173,17 +173,16 @@ class ShardDataModule(pl.LightningDataModule):
     def _check(self, index: ShardIndex, split: Split) -> None:
         made_for, shapes = index.image_size, self._shapes_of(split)
         if "image" not in index.fields and shapes is None:
-            several = made_for is None and any(shard.sizes for shard in index.shards)
-            if several and {"latent", "teacher_features"} & {*index.fields}:
-                made_in = index.arguments.get("shapes")
-                raise ShardError(f"{index.where} was made in several shapes; set shapes={made_in}, or write it again")
+            if "shapes" in index.arguments and "tokens" not in index.fields:
+                remedy = f"shapes={index.arguments.get('shapes')}" if self.shapes is None else "eval_shapes=true"
+                raise ShardError(f"{index.where} was made in several shapes; set {remedy}, or write it again")
             if made_for is not None and made_for != self.image_size:
                 raise ShardError(
                     f"{index.where} was made from images of {made_for} px, but image_size={self.image_size}; set "
                     f"image_size={made_for} or write it again"
                 )
         if "image" in index.fields and made_for is not None:
-            large = [each for each in shapes or [self.image_size] if enlarges(made_for, each)]
+            large = [each for each in shapes or [height_width(self.image_size)] if enlarges(made_for, each)]
             if large:
                 option = f"image_size={self.image_size}" if shapes is None else f"shape {name_of(large[0])}"
                 warnings.warn(f"{index.where} holds images of {made_for} px, which {option} enlarges", stacklevel=3)

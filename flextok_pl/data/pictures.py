@@ -118,8 +118,6 @@ def _of_shards(
     if "image" not in index.fields:
         raise ValueError(f"{source} holds {list(index.fields)}, and no pictures")
     if size is None:
-        raise ValueError(
-            f"{source} holds pictures of any size: give image_size, what to crop each to"
-        )
+        raise ValueError(f"{source} holds pictures of any size: give image_size, what to crop each to")
     data = ShardDataModule(test=source, image_size=size, eval_batch_size=batch_size, num_workers=num_workers)
     return data.test_dataloader(), data.num_samples("test")

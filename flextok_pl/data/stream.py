@@ -136,7 +136,8 @@ class EpochStream(IterableDataset[Batch]):
         names = [bucket.name for bucket in self.data.buckets]
 
         def draw(bucket: int, start: int) -> float:
-            return uniform(f"{plan.seed}/{epoch}/{names[bucket]}/{start}") if plan.train else 0.0
+            mixes = plan.train and len(names) > 1
+            return uniform(f"{plan.seed}/{epoch}/{names[bucket]}/{start}") if mixes else 0.0
 
         return interleaved(self._starts(self._per_bucket(taken)), lengths, plan.together, draw)
 
@@ -183,18 +184,19 @@ class _Groups:
 
     def __init__(self, shards: OpenShards, make: Callable[[Key], Group]) -> None:
         self.shards, self.make = shards, make
-        self._held: dict[int, dict[Key, tuple[Group, dict[int, None]]]] = {}  # of each lane this group and the next
+        # Of each lane of a bucket this group and the next.
+        self._held: dict[tuple[int, int], dict[Key, tuple[Group, dict[int, None]]]] = {}
 
     def __getitem__(self, key: Key) -> Group:
-        *lane, number = key
-        held = self._held.get(lane, {})
+        bucket, lane, number = key
+        held = self._held.get((bucket, lane), {})
         if next(iter(held), None) != key:
-            following = (*lane, number + 1)
-            self._held[lane] = {k: held[k] if k in held else self._made(k) for k in (key, following)}
-            for _, shards in self._held[lane].values():
+            following = (bucket, lane, number + 1)
+            self._held[bucket, lane] = {k: held[k] if k in held else self._made(k) for k in (key, following)}
+            for _, shards in self._held[bucket, lane].values():
                 self.shards.prepare(shards)
             self.shards.keep(s for groups in self._held.values() for _, shards in groups.values() for s in shards)
-        return self._held[lane][key][0]
+        return self._held[bucket, lane][key][0]
 
     def _made(self, key: Key) -> tuple[Group, dict[int, None]]:
         """A group, and its shards in the order in which it needs them."""
@@ -232,9 +234,7 @@ class StreamedBatches(EpochStream):
             for bucket, samples in read:
                 yield self.collate(samples, epoch, self.size_of(bucket))
 
-    def _train(
-        self, shards: OpenShards, epoch: int, batches: Iterator[Places]
-    ) -> Iterator[tuple[int, list[Decoded]]]:
+    def _train(self, shards: OpenShards, epoch: int, batches: Iterator[Places]) -> Iterator[tuple[int, list[Decoded]]]:
         rows: dict[Key, Row] = {}
         groups = _Groups(shards, lambda key: self._train_group(epoch, key, rows))
         for bucket, places in batches:
@@ -245,7 +245,10 @@ class StreamedBatches(EpochStream):
         counts = self.data.counts
         row = Row(range(len(counts)), counts)
         found = [(bucket, [row.find(number) for number in numbers]) for bucket, numbers in batches]
-        shards_of = [sorted({s for b, batch in found if b == bucket for s, _ in batch}) for bucket in range(len(self.data.buckets))]
+        shards_of = [
+            sorted({s for b, batch in found if b == bucket for s, _ in batch})
+            for bucket in range(len(self.data.buckets))
+        ]
         turns = [{shard: number for number, shard in enumerate(needed)} for needed in shards_of]
 
         def whole_shard(key: Key) -> Group:
@@ -270,7 +273,7 @@ class StreamedBatches(EpochStream):
     def _train_group(self, epoch: int, key: Key, rows: dict[Key, Row]) -> Group:
         """The samples of a group, in the order in which the sequence takes them.
 
-        `rows` has the shards, in their order, of each bucket, part of the data and pass over it; missing ones are added.
+        `rows` has the shards in their order, of each bucket, part of the data and pass over it; missing ones are added.
         """
         number, *place = key
         low, high = self.lanes[number].span(*place)

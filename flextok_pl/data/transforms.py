@@ -241,9 +241,7 @@ def augment(image: Image.Image, size: ImageSize, augmentation: Augmentation, gen
     ):
         kept = largest * share
         window = kept / zoomed
-        starts.append(
-            place * (side - kept) + ((kept - window) / 2 + (2 * move - 1) * augmentation.translate * window)
-        )
+        starts.append(place * (side - kept) + ((kept - window) / 2 + (2 * move - 1) * augmentation.translate * window))
         windows.append(window)
     left, top = starts
     across, down = windows

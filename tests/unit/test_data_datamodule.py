@@ -317,7 +317,9 @@ def test_rectangles(folders, tmp_path):
     data = module(folders, image_size=(4, 6))
     for loader in (data.train_dataloader(), data.val_dataloader()):
         assert next(iter(loader))["image"].shape[1:] == (3, 4, 6)
-    assert module(folders, image_size=[8, 8]).data_hash("val") == module(folders).data_hash("val") != data.data_hash("val")
+    assert (
+        module(folders, image_size=[8, 8]).data_hash("val") == module(folders).data_hash("val") != data.data_hash("val")
+    )
     assert data.crop == "largest centre window of height to width 4:6, antialiased bicubic"
     with pytest.warns(UserWarning, match=r"images of 8 px, which image_size=\(4, 16\) enlarges"):
         module(folders, image_size=(4, 16)).setup("fit")

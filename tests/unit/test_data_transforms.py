@@ -175,7 +175,8 @@ def test_augmented_windows_keep_the_aspect_ratio(size):
     pixel = 100 / max(size)  # the largest window is 200 pixels long, and a quarter of its area half as long
     assert (down, across) == (pytest.approx((size[0] - 1) * pixel, abs=3), pytest.approx((size[1] - 1) * pixel, abs=3))
     none = Augmentation(crop_scale=(1.0, 1.0), hflip=False)
-    assert np.array_equal(augment(ramps, size, none, sample_generator(0, 0, "k")), center_crop(ramps, size))
+    exact = picture(2 * size[1], 2 * size[0])
+    assert np.array_equal(augment(exact, size, none, sample_generator(0, 0, "k")), center_crop(exact, size))
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """The pictures of image shards, encoded once and written as a new set: what latents and tokens share.
 
 All pictures follow one another once per view, in their stored order (with several shapes in that of an evaluation) and
-cut into the same batches by any number of workers. So a set is a function of its arguments, and an interrupted run goes on with the batch in which its first
-missing shard begins. View 0 of a picture is its centre crop, the further ones are training augmentations; keys are
-`<key>_v<view>`.
+cut into the same batches by any number of workers. So a set is a function of its arguments, and an interrupted run goes
+on with the batch in which its first missing shard begins. View 0 of a picture is its centre crop, the further ones are
+training augmentations; keys are `<key>_v<view>`.
 """
 
 from __future__ import annotations
