@@ -6,6 +6,7 @@ from flextok_pl.callbacks.fid import GenerationFID, ReconstructionFID
 from flextok_pl.callbacks.hparams import HParams
 from flextok_pl.callbacks.metrics_log import MetricsLog
 from flextok_pl.callbacks.predictions import Predictions
+from flextok_pl.callbacks.run_checks import RunChecks
 from flextok_pl.callbacks.throughput import Throughput
 from flextok_pl.callbacks.token_report import TokenReport
 
@@ -17,6 +18,7 @@ __all__ = [
     "MetricsLog",
     "Predictions",
     "ReconstructionFID",
+    "RunChecks",
     "Throughput",
     "TokenReport",
 ]

@@ -36,6 +36,7 @@ class Throughput(Callback):
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps} must be at least 1")
         self.every_n_steps = every_n_steps
+        self.latest: dict[str, float] = {}  # what was logged last
         self._ended: float | None = None
         self._started = 0.0
         self._clear()
@@ -78,6 +79,7 @@ class Throughput(Callback):
                 number = torch.tensor(float(skipped), device=trainer.strategy.root_device)
                 metrics["train/skipped_samples"] = float(trainer.strategy.reduce(number, reduce_op="sum"))
             # Not through the module's log(), which drops what does not fall on the trainer's own logging step.
+            self.latest = metrics
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)
             self._clear()

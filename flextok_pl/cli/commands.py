@@ -126,6 +126,16 @@ COMMANDS = {
     "probe": _tool(
         "measure how well the class can be read off the first tokens", "cli.probe:probe_tokens", inputs=("train", "val")
     ),
+    "doctor": _tool(
+        "say whether a run is as it should be, and what to do about it",
+        "cli.doctor:diagnose_run",
+        inputs=("run", "data", "plan", "reference"),
+    ),
+    "doctor reference": _tool(
+        "write loss curves of several runs of an experiment, for comparison",
+        "cli.doctor:make_reference",
+        inputs=("runs",),
+    ),
     "report": _tool("write what an evaluation left as one HTML page", "cli.report:write_report", inputs=("folder",)),
     "push": _tool(
         "publish a model on the Hugging Face Hub with its card; shows first what would go",
@@ -170,6 +180,7 @@ GROUPS = {
     "throughput": "flextok_pl.callbacks:Throughput",
     "lr_monitor": "lightning.pytorch.callbacks:LearningRateMonitor",
     "hparams": "flextok_pl.callbacks:HParams",
+    "checks": "flextok_pl.callbacks:RunChecks",
     "checkpoint": "flextok_pl.runtime:StepCheckpoint",
     "best": "flextok_pl.runtime:StepCheckpoint",
     # Last, so that it swaps the raw weights back after every other callback has evaluated the averaged ones.
@@ -179,5 +190,5 @@ GROUPS = {
 }
 """Group of a training's options -> the callback that takes them: `null` leaves it out, `{}` takes its defaults."""
 
-FIT_ONLY = frozenset({"throughput", "lr_monitor", "hparams", "checkpoint", "best", "ema", "preemption"})
+FIT_ONLY = frozenset({"throughput", "lr_monitor", "hparams", "checks", "checkpoint", "best", "ema", "preemption"})
 """Groups of which an evaluation takes no notice."""

@@ -89,6 +89,14 @@ def test_fit_resume_validate_test(tiny: Any, workplace: Path, capsys: pytest.Cap
     (cost,) = json.loads((first / "training.json").read_text())["attempts"]
     assert [cost[name] for name in ("from_step", "to_step", "devices", "device")] == [0, 2, 1, "cpu"]
 
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", str(first), "--num_samples", "8", "--json", "doctor.json"])
+    assert stop.value.code == 3, "two steps teach nobody to use tokens"
+    findings = json.loads((workplace / "doctor.json").read_text())["findings"]
+    found = {each["check"]: each["verdict"] for each in findings}
+    assert found["token-use"] == "wrong" and found["finite"] == "ok"
+    assert {"ema-distance", "latent-scale"} <= found.keys()
+
     last = str(first / "checkpoints" / "last.ckpt")
     main(tiny("fit", {"trainer.max_steps": 3, "rfid": None, "ckpt_path": last}))
     second = first.with_name("version_1")

@@ -33,7 +33,7 @@ LAYERS = (
     ("sharing",),
     ("models",),
     ("data",),
-    ("evaluation", "cost"),
+    ("evaluation", "cost", "diagnosis"),
     ("search",),
     ("runtime",),
     ("modules", "callbacks"),

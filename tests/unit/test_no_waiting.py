@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from flextok_pl import Trainer
-from flextok_pl.callbacks import EMA, Throughput, TokenReport
+from flextok_pl.callbacks import EMA, RunChecks, Throughput, TokenReport
 from flextok_pl.callbacks.progress import StepLines
 from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig
 from flextok_pl.modules import PriorModule, TokenizerModule, VAEModule
@@ -69,11 +69,12 @@ def waits(module: pl.LightningModule, folder: Path, monkeypatch: pytest.MonkeyPa
     with pretended_device(monkeypatch) as device:
         report = [TokenReport()] if isinstance(module, PriorModule) else []
         saving = StepCheckpoint.of_newest(every_n_train_steps=100)
+        more = [RunChecks(), StepLines(), saving, *report]
         Trainer(
             strategy=SingleDeviceStrategy(DEVICE, accelerator=Accelerator()),
             max_steps=STEPS,
             log_every_n_steps=EVERY,
-            callbacks=[Watch(device), EMA(), Throughput(), LearningRateMonitor("step"), StepLines(), saving, *report],
+            callbacks=[Watch(device), EMA(), Throughput(), LearningRateMonitor("step"), *more],
             enable_model_summary=False,
             default_root_dir=folder,
             **options,
