@@ -155,7 +155,10 @@ COMMANDS = {
         inputs=("prompts", "classifier_data"),
         former={
             **{"class": "classes", "text": "texts", "verifier": "verifiers"},
-            **{name: f"decoding.{name}" for name in ("num_steps", "guidance", "guidance_scale", "solver")},
+            **{
+                name: f"decoding.{name}"
+                for name in ("num_steps", "guidance", "guidance_scale", "solver", "guidance_interval")
+            },
         },
     ),
     "search measure": _tool(

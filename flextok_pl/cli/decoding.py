@@ -25,7 +25,7 @@ from flextok_pl.evaluation.pictures import save_figure
 from flextok_pl.evaluation.protocol import data_hash_text, extractor_facts, model_hashes, versions
 from flextok_pl.evaluation.reconstruction_statistics import ReconstructionStatistics
 from flextok_pl.evaluation.report import format_columns, format_value, make_records, write_json
-from flextok_pl.flow.decoding import GUIDANCE_KINDS, Decoding
+from flextok_pl.flow.decoding import EVERYWHERE, GUIDANCE_KINDS, Decoding
 from flextok_pl.metrics.feature_set import POOL_SIZE
 from flextok_pl.metrics.images import to_uint8
 from flextok_pl.models.tokenizer import FlexTok
@@ -44,6 +44,7 @@ def compare_decodings(
     num_steps: list[int] | None = None,
     guidance: list[str] | None = None,
     guidance_scale: list[float] | None = None,
+    guidance_interval: list[tuple[float, float]] | None = None,
     cfg_scale: float = 1.0,
     temperature: float = 1.0,
     metric: str | None = None,
@@ -70,6 +71,8 @@ def compare_decodings(
         num_steps: default [5, 10, 25].
         guidance: `none`, `cfg`, `apg`; default all of them.
         guidance_scale: strengths of `cfg` and `apg`; default [1.5, 3.0, 7.5].
+        guidance_interval: flow times (low, high] at which these guide, 1 being noise, such as [[0,1],[0.2,0.8]]; default
+            all times, [[0,1]].
         cfg_scale: guidance of the prior.
         temperature: of the prior.
         metric: what is best where it is smallest; default the kernel distance.
@@ -82,9 +85,10 @@ def compare_decodings(
         device: default a GPU where there is one.
     """
     decodings = [
-        Decoding(steps, kind, scale)
+        Decoding(steps, kind, scale, guidance_interval=interval)
         for kind in guidance or GUIDANCE_KINDS
         for scale in ([1.0] if kind == "none" else guidance_scale or [1.5, 3.0, 7.5])
+        for interval in ([EVERYWHERE] if kind == "none" else guidance_interval or [EVERYWHERE])
         for steps in num_steps or [5, 10, 25]
     ]
     place = default_device(device)
@@ -186,7 +190,10 @@ def _write(statistics: Statistics, protocol: Mapping[str, Any], metric: str, fol
 
 def _guided(how: Decoding) -> str:
     """Guidance and its strength, as a label."""
-    return "none" if how.guidance == "none" else f"{how.guidance} {how.guidance_scale:g}"
+    if how.guidance == "none":
+        return "none"
+    low, high = how.guidance_interval
+    return f"{how.guidance} {how.guidance_scale:g}" + ("" if (low, high) == EVERYWHERE else f" ({low:g}, {high:g}]")
 
 
 def _heat_maps(table: Mapping[int, Mapping[Decoding, float]], metric: str) -> Figure:

@@ -8,15 +8,15 @@ from typing import Literal
 import torch
 
 from flextok_pl.assets import DEMO_PRIOR, DEMO_TOKENIZER
-from flextok_pl.cli.tools import checked_budgets, default_device
+from flextok_pl.cli.tools import checked_budgets, default_device, published_decoding
 from flextok_pl.evaluation.generation import as_condition
 from flextok_pl.evaluation.pictures import image_grid, save_png
+from flextok_pl.flow.decoding import chosen_decoding
 from flextok_pl.modules.saved import SavedPrior
 from flextok_pl.search.prompts import Conditions, prompts_from_options
 
 SAMPLING = {"cfg_scale": 1.5, "temperature": 1.0, "top_k": None, "top_p": None}
-DECODING = {"guidance": "apg", "guidance_scale": 7.5, "num_steps": 25}
-"""Defaults of the options that a published prior may set, too."""
+"""Defaults of the options of the prior that a published one may set, too."""
 
 
 def generate_images(
@@ -33,6 +33,7 @@ def generate_images(
     guidance: Literal["none", "cfg", "apg"] | None = None,
     guidance_scale: float | None = None,
     num_steps: int | None = None,
+    guidance_interval: tuple[float, float] | None = None,
     seed: int = 0,
     out: str = "grid.png",
     text_encoder: str | None = None,
@@ -41,8 +42,8 @@ def generate_images(
     """Generate images, decode each from several numbers of its tokens, and draw all in one picture.
 
     A picture depends on its condition, the seed and its number among those of its condition only. Options of the prior
-    and of the decoder that are not given are those that a published prior's configuration names, or else the defaults
-    below.
+    that are not given are those that a published prior's configuration names, those of the decoder what the tokenizer
+    was made for, or what that configuration names, or else the defaults below.
 
     Args:
         classes: number or name of a class, for a prior of classes (or `--class`, once or several times); default all
@@ -61,6 +62,8 @@ def generate_images(
         guidance: of the decoder: `none`, `cfg` or `apg`; default `apg`.
         guidance_scale: its strength; 1 is none; default 7.5.
         num_steps: steps of the decoder; default 25.
+        guidance_interval: (low, high]: flow times at which to guide the decoder, such as [0.2,0.8], 1 being noise;
+            default all.
         seed: of tokens and noise.
         out: PNG file to write: one row per picture, one column per budget.
         text_encoder: in place of the prior's own, such as a local copy of it.
@@ -70,7 +73,14 @@ def generate_images(
     module = module.eval().to(default_device(device))
     published = module.prior.config.generation
     sampling = published.or_given(SAMPLING, cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p)
-    decoding = published.or_given(DECODING, guidance=guidance, guidance_scale=guidance_scale, num_steps=num_steps)
+    decoding = chosen_decoding(
+        module.reconstructor.config,
+        published_decoding(published),
+        guidance=guidance,
+        guidance_scale=guidance_scale,
+        num_steps=num_steps,
+        guidance_interval=guidance_interval,
+    )
     wanted = checked_budgets(budgets, module.prior.num_tokens)
     known = Conditions(module.condition_kind, module.num_classes, module.class_names)
     prompts = prompts_from_options(known, classes, texts, samples=samples)
@@ -81,7 +91,7 @@ def generate_images(
         budget: module.reconstructor.detokenize(
             tokens,
             num_tokens=budget,
-            **decoding,
+            **decoding.arguments,
             generator=[torch.Generator().manual_seed(s) for s in seeds],
         ).cpu()
         for budget in wanted

@@ -118,6 +118,8 @@ def _section(kind: str, records: Sequence[Record], place: Path, dataset: str | N
 
 def _short_protocol(record: Record) -> str:
     guidance = f"{record.get('guidance')} {record.get('guidance_scale')}"
+    if record.get("guidance_interval"):
+        guidance += f" at times {record['guidance_interval']}"
     parts = [
         f"{record['num_samples']} images of {record.get('image_size')} px",
         f"{record.get('num_steps')} {record.get('solver')} steps, guidance {guidance}",

@@ -13,7 +13,7 @@ from flextok_pl.backbones.classifier import TimmClassifier
 from flextok_pl.backbones.clip_score import CLIPScore
 from flextok_pl.backbones.extractors import OFFLINE_EXTRACTOR, FeatureExtractor, build_extractor
 from flextok_pl.cli.tool import instances
-from flextok_pl.cli.tools import default_device, picture_size
+from flextok_pl.cli.tools import default_device, picture_size, published_decoding
 from flextok_pl.config import GenerationConfig
 from flextok_pl.contracts import weights_hash
 from flextok_pl.evaluation.generation import Prompt, as_condition
@@ -23,7 +23,7 @@ from flextok_pl.evaluation.pictures import save_figure
 from flextok_pl.evaluation.probe import PROBE_SEED, tokenizer_probe
 from flextok_pl.evaluation.protocol import decoding_facts, extractor_facts, model_hashes, versions
 from flextok_pl.evaluation.report import Record, format_columns, format_value, write_json
-from flextok_pl.flow.decoding import Decoding
+from flextok_pl.flow.decoding import EVERYWHERE, Decoding, chosen_decoding
 from flextok_pl.models.prior import Condition
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.modules.saved import SavedPrior
@@ -50,7 +50,8 @@ class RunOptions:
     condition and number of a candidate only. Given again after a kill, the command goes on after the last step;
     torchrun or srun may start it several times, and each process takes a part of the prompts. Then the folder holds
     `images` in the layout of GenEval, `search.jsonl` with a record for each prompt, and `trees`, pictures of what each
-    step kept. `--num_steps`, `--guidance` and `--guidance_scale` may be given without the word `decoding`.
+    step kept. `--num_steps`, `--guidance`, `--guidance_scale` and `--guidance_interval` may be given without the word
+    `decoding`; their defaults are what the tokenizer was made for, where it says.
 
     Args:
         classes: number or name of a class, for a prior of classes (or `--class`, once or several times); default all
@@ -104,14 +105,17 @@ def run(command: str, arguments: Sequence[str]) -> None:
     """Run `flextok search`."""
     (chosen, options, verifiers), given = instances(command, arguments, RunOptions, SearchOptions, VerifierOptions)
     models = load_models(chosen)
-    search_images(models, chosen, with_published(options, models.published, given), verifiers)
+    search_images(models, chosen, with_defaults(options, models, given), verifiers)
 
 
-def with_published(options: SearchOptions, published: GenerationConfig, given: Collection[str]) -> SearchOptions:
-    """The options, with those of a published prior in place of defaults: where none is given."""
-    own = {name: value for name, value in asdict(published).items() if value is not None and name not in given}
-    decoding = {name: own.pop(name) for name in ("num_steps", "guidance", "guidance_scale") if name in own}
-    return replace(options, decoding=replace(options.decoding, **decoding), **own)
+def with_defaults(options: SearchOptions, models: Models, given: Collection[str]) -> SearchOptions:
+    """The options, with those of a published prior, and the tokenizer's own decoding, where none is given."""
+    names = {each.name for each in fields(Decoding)}
+    asked = {name: getattr(options.decoding, name) for name in names.intersection(given)}
+    decoding = chosen_decoding(models.tokenizer.config, published_decoding(models.published, options.decoding), **asked)
+    own = {name: value for name, value in asdict(models.published).items() if value is not None}
+    own = {name: value for name, value in own.items() if name not in names.union(given)}
+    return replace(options, decoding=decoding, **own)
 
 
 def search_images(models: Models, given: RunOptions, options: SearchOptions, verifiers: VerifierOptions) -> None:
@@ -287,7 +291,8 @@ class _Judges:
         """What judges a run of this protocol."""
         if self._data is None:
             return self._timm
-        decoding = Decoding(*(protocol[name] for name in ("num_steps", "guidance", "guidance_scale", "solver")))
+        names = ("num_steps", "guidance", "guidance_scale", "solver")
+        decoding = Decoding(*(protocol[name] for name in names), protocol.get("guidance_interval", EVERYWHERE))
         key = f"{protocol['tokenizer_hash']} {decoding}"
         if key not in self._probes:
             tok = FlexTok.from_pretrained(protocol["tokenizer"], device=self._network.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor
 
 from flextok_pl.assets import DEMO_TOKENIZER
+from flextok_pl.config import GenerationConfig
 from flextok_pl.contracts import default_budgets, weights_hash
 from flextok_pl.data import ShardIndex, write_latents, write_tokens
 from flextok_pl.data.pictures import read_picture
 from flextok_pl.data.transforms import center_crop, to_tensor
 from flextok_pl.evaluation.pictures import image_grid, save_png
+from flextok_pl.flow.decoding import Decoding
 from flextok_pl.models.teacher import Teacher, resized_map
 from flextok_pl.models.text import TextEncoder
 from flextok_pl.models.tokenizer import FlexTok
@@ -132,9 +135,10 @@ def reconstruct_images(
     tokenizer: str | None = None,
     budgets: str | None = None,
     out: str = "grid.png",
-    guidance: Literal["none", "cfg", "apg"] = "apg",
-    guidance_scale: float = 7.5,
-    num_steps: int = 25,
+    guidance: Literal["none", "cfg", "apg"] | None = None,
+    guidance_scale: float | None = None,
+    num_steps: int | None = None,
+    guidance_interval: tuple[float, float] | None = None,
     seed: int = 0,
     vae_config: str | None = None,
     device: str | None = None,
@@ -146,9 +150,10 @@ def reconstruct_images(
         tokenizer: a `.safetensors` file, a folder or a Hub id; default the demo tokenizer of this package.
         budgets: numbers of tokens, such as 1,4,16,64; default 1, 2, 4, ... up to all.
         out: PNG file to write: originals in the first column, one column per budget.
-        guidance: `none`, `cfg` or `apg`.
-        guidance_scale: its strength; 1 is none.
-        num_steps: steps of the flow.
+        guidance: `none`, `cfg` or `apg`; default the tokenizer's own, or else `apg`.
+        guidance_scale: its strength; 1 is none; default the tokenizer's own, or else 7.5.
+        num_steps: steps of the flow; default those that the tokenizer was made for, or else 25.
+        guidance_interval: (low, high]: flow times at which to guide, such as [0.2,0.8], 1 being noise; default all.
         seed: of the noise, which is the same at every budget.
         vae_config: diffusers configuration (JSON) of an official checkpoint's autoencoder, if not the published one.
         device: default a GPU where there is one.
@@ -169,12 +174,19 @@ def reconstruct_images(
             num_steps=num_steps,
             guidance=guidance,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
             generator=generators,
             latent_size=(min(tok.latent_size),) * 2,
         ).cpu()
     target = Path(out).expanduser()
     save_png(image_grid([("original", originals), *decoded.items()]), target)
     print(f"{target}: pictures: {len(images)}, at {wanted} tokens")
+
+
+def published_decoding(published: GenerationConfig, usual: Decoding = Decoding()) -> Decoding:
+    """How those who published a prior decode its tokens, and as usual where they do not say."""
+    stated = {name: getattr(published, name) for name in ("num_steps", "guidance", "guidance_scale")}
+    return replace(usual, **{name: value for name, value in stated.items() if value is not None})
 
 
 def default_device(device: str | None) -> torch.device:

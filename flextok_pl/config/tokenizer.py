@@ -14,6 +14,7 @@ TimestepLaw = Literal["logit_normal", "uniform", "mode"]
 Layout = Literal["registers", "grid"]
 MissingTokens = Literal["mask", "zero"]
 Objective = Literal["flow", "mse"]
+Guidance = Literal["none", "cfg", "apg"]
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,10 @@ class FlexTokConfig:
             zeros in place of noise. It decodes in one step, whatever steps, guidance and noise are asked for, and the
             options of t have no effect.
         started_from: note of a training: source and hash of the weights that it started from; empty for new ones.
+        num_steps: steps that the decoder was made for, such as those of a distilled one; decoding takes them where none
+            are given. This and the two options below are null for a model that decodes by the usual defaults.
+        guidance: likewise `none`, `cfg` or `apg`.
+        guidance_scale: likewise its strength.
     """
 
     vae: VAEConfig | None = VAEConfig()
@@ -144,6 +149,9 @@ class FlexTokConfig:
     causal_registers: bool = True
     objective: Objective = "flow"
     started_from: str = ""
+    num_steps: int | None = None
+    guidance: Guidance | None = None
+    guidance_scale: float | None = None
 
     def __post_init__(self) -> None:
         as_tuples(self, "fsq_levels", "grid_size")
@@ -172,6 +180,12 @@ class FlexTokConfig:
         if not 0.0 <= self.null_dropout <= 1.0:
             raise ValueError(f"null_dropout={self.null_dropout} must be a probability in [0, 1]")
         one_of(self, layout=Layout, missing_tokens=MissingTokens, objective=Objective)
+        if self.num_steps is not None:
+            at_least(self, num_steps=1)
+        if self.guidance is not None:
+            one_of(self, guidance=Guidance)
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale={self.guidance_scale} must be a finite number, or null")
         patches = math.prod(self.grid_size)
         if self.layout == "grid" and self.num_registers != patches:
             raise ValueError(

@@ -95,6 +95,7 @@ class BudgetEvaluation(ABC):
         """Begin, with facts that only records of this kind state and features of real images other than the data's."""
         options, expected = self.options, context.num_samples
         self.tokenizer, self.context, self.num_made = tokenizer, context, num_made
+        self.decoding = options.decoding_of(tokenizer)
         self.budgets = options.budgets_up_to(tokenizer.num_registers, context.in_fit)
         self.fraction = min(1.0, (options.max_samples or expected) / expected) if context.in_fit else 1.0
         self.ids, self.rows = [], []
@@ -105,7 +106,7 @@ class BudgetEvaluation(ABC):
             "split": context.split,
             "samples_in_split": expected,
             **extractor_facts(self.extractor),
-            **decoding_facts(tokenizer, options.decoding),
+            **decoding_facts(tokenizer, self.decoding),
             "seed": options.seed,
             "precision": MEASURED_IN,
             "device": self.device.type,
@@ -202,7 +203,7 @@ class BudgetEvaluation(ABC):
         """Budgets with their images of tokens (B, K), (B, 3, H, W) uint8; see `decode`."""
         options = self.options
         at_once = options.decode_batch_size or images_at_once(len(keys), self.statistics.image_size, self.device)
-        return decode(self.tokenizer, tokens, budgets, options.decoding, keys, seed, at_once, self.context.pause)
+        return decode(self.tokenizer, tokens, budgets, self.decoding, keys, seed, at_once, self.context.pause)
 
     def finish(self) -> Results | None:
         """Add up all processes, each of which must call this; None where too few images were measured."""

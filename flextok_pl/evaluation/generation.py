@@ -131,8 +131,8 @@ class GenerationEvaluation(BudgetEvaluation):
         if image_size is None:
             raise ValueError("classifier='probe' looks at images of one size, which the context does not state")
         options, tokenizer, names = self.options, self.module.reconstructor, self.module.class_names
-        where = (options.seed, options.cache_folder, names)
-        return tokenizer_probe(source, image_size, self.extractor, tokenizer, options.decoding, *where)
+        where = (options.decoding_of(tokenizer), options.seed, options.cache_folder, names)
+        return tokenizer_probe(source, image_size, self.extractor, tokenizer, *where)
 
     @cached_property
     def _reference_features(self) -> tuple[FeatureSet | None, dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from flextok_pl.backbones.dreamsim import check_dreamsim
 from flextok_pl.backbones.extractors import OFFLINE_EXTRACTOR, check_extractor
 from flextok_pl.contracts import check_sampling, default_budgets
-from flextok_pl.flow.decoding import Decoding
+from flextok_pl.flow.decoding import UNGUIDED, Decoding, chosen_decoding
 
 CACHE_DIR = "~/.cache/flextok_pl/statistics"
 """Where statistics of real images and fitted probes are kept between runs."""
@@ -34,9 +34,10 @@ class EvaluationOptions:
             or `clip-*`.
         weights: a local file with the extractor's weights; null for the packaged or downloaded ones. CLIP's is OpenAI's
             own file and no other, since it is a program.
-        num_steps: steps of the decoder's solver.
-        guidance: of the decoder: `none`, `cfg` or `apg`.
-        guidance_scale: its scale; 1 is no guidance.
+        num_steps: steps of the decoder's solver; null for those that the tokenizer was made for, or else 25.
+        guidance: of the decoder: `none`, `cfg` or `apg`; null for the tokenizer's own, or else none.
+        guidance_scale: its scale; 1 is no guidance; null for the tokenizer's own, or else 1.
+        guidance_interval: (low, high]: flow times at which to guide, 1 being noise; null for all of them, [0, 1].
         decode_batch_size: images decoded at a time, of several budgets together; fewer need less memory. Null for a
             batch of one budget on a CPU, and on a GPU for as many images as have two million pixels, if that is more.
         every_n_validations: during a fit, measure in every n-th validation; 0 for never.
@@ -63,9 +64,10 @@ class EvaluationOptions:
     fit_budgets: list[int] | None = None
     extractor: str = OFFLINE_EXTRACTOR
     weights: Path | str | None = None
-    num_steps: int = 25
-    guidance: Literal["none", "cfg", "apg"] = "none"
-    guidance_scale: float = 1.0
+    num_steps: int | None = None
+    guidance: Literal["none", "cfg", "apg"] | None = None
+    guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
     decode_batch_size: int | None = None
     every_n_validations: int = 1
     max_samples: int | None = 256
@@ -86,7 +88,7 @@ class EvaluationOptions:
         self.require_positive("max_samples", "grid_samples", "decode_batch_size")
         if self.save_every_minutes is not None and not self.save_every_minutes >= 0:
             raise ValueError(f"save_every_minutes={self.save_every_minutes} must be at least 0, or null for never")
-        if self.decoding.guidance == "none" and self.guidance_scale != 1.0:
+        if self.decoding_of(None).guidance == "none" and self.guidance_scale not in (None, 1.0):
             raise ValueError(
                 f"guidance_scale={self.guidance_scale} has no effect with guidance='none'; choose cfg or apg"
             )
@@ -99,10 +101,10 @@ class EvaluationOptions:
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
 
-    @property
-    def decoding(self) -> Decoding:
-        """How tokens are decoded."""
-        return Decoding(self.num_steps, self.guidance, self.guidance_scale)
+    def decoding_of(self, tokenizer: Any) -> Decoding:
+        """How a tokenizer decodes its tokens: as these options say, or else as it was made for."""
+        given = {each.name: getattr(self, each.name) for each in fields(Decoding) if each.name != "solver"}
+        return chosen_decoding(getattr(tokenizer, "config", None), UNGUIDED, **given)
 
     @property
     def cache_folder(self) -> Path | None:

@@ -20,7 +20,7 @@ from flextok_pl.distributed import all_agree, gather_rows, rank
 from flextok_pl.evaluation.decoding import decode
 from flextok_pl.evaluation.kept_files import keep, kept_file, load_kept
 from flextok_pl.evaluation.protocol import model_hashes
-from flextok_pl.flow.decoding import Decoding
+from flextok_pl.flow.decoding import EVERYWHERE, Decoding
 from flextok_pl.keys import key_hash
 from flextok_pl.metrics.images import to_uint8
 from flextok_pl.metrics.linear_probe import LinearProbe
@@ -72,6 +72,8 @@ def tokenizer_probe(
 
     digest = model_hashes(tokenizer).get("tokenizer_hash", type(tokenizer).__name__)
     made_by = [digest, decoding.num_steps, decoding.guidance, decoding.guidance_scale, seed]
+    if decoding.guidance_interval != EVERYWHERE:
+        made_by.append(decoding.guidance_interval)
     probe = fitted_probe(source, image_size, extractor, reconstruct, made_by, cache_dir, classes)
     return probe.to(extractor.device)
 

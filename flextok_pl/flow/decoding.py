@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from flextok_pl.config import Guidance
+from flextok_pl.config.checks import as_tuples
 from flextok_pl.contracts import GuidanceScale, is_whole
 from flextok_pl.precision import accumulation_dtype
 
@@ -20,7 +22,9 @@ VelocityField = Callable[[Tensor, float], Tensor]  # (x, t) -> dx/dt at time t, 
 GuidedField = Callable[[Tensor, float, bool], tuple[Tensor, Tensor | None]]
 """(x, t, guided) -> dx/dt with the condition and, if guided, without it."""
 SOLVERS = ("euler", "heun")
-GUIDANCE_KINDS = ("none", "cfg", "apg")
+GUIDANCE_KINDS = get_args(Guidance)
+EVERYWHERE = (0.0, 1.0)
+"""The interval of all flow times."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Decoding:
         guidance: `none`, `cfg` (classifier-free), or `apg` (adaptive projected guidance).
         guidance_scale: its strength; 1 is no guidance.
         solver: `euler`, or `heun`, of second order and about twice the work.
+        guidance_interval: (low, high]: guide only at flow times t with low < t <= high, where 1 is noise and 0 is data.
+            At other times the decoder runs on the tokens alone, for half of the work.
 
     Raises:
         ValueError: an option is out of range or unknown.
@@ -41,8 +47,15 @@ class Decoding:
     guidance: str = "apg"  # one of `GUIDANCE_KINDS`
     guidance_scale: GuidanceScale = 7.5
     solver: str = "euler"  # one of `SOLVERS`
+    guidance_interval: tuple[float, float] = EVERYWHERE
 
     def __post_init__(self) -> None:
+        as_tuples(self, "guidance_interval")
+        low_high = self.guidance_interval
+        if len(low_high) != 2 or not 0 <= low_high[0] < low_high[1] <= 1:
+            raise ValueError(
+                f"guidance_interval={list(low_high)} must be two flow times, 0 <= low < high <= 1; [0, 1] guides at all"
+            )
         if not is_whole(self.num_steps) or self.num_steps < 1:
             raise ValueError(f"num_steps={self.num_steps} must be at least 1, and a whole number")
         for name, known in (("guidance", GUIDANCE_KINDS), ("solver", SOLVERS)):
@@ -51,25 +64,29 @@ class Decoding:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a record states of it."""
-        return asdict(self)
+        """What a record states of it: all options, and an interval of guidance where that is not all times."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != _ALWAYS}
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Arguments for `Reconstructor.detokenize`, which need not know other solvers than Euler's."""
-        return {name: value for name, value in asdict(self).items() if (name, value) != ("solver", "euler")}
+        """Arguments for `Reconstructor.detokenize`, which need not know other solvers than Euler's, nor intervals."""
+        return {name: value for name, value in self.facts.items() if (name, value) != ("solver", "euler")}
 
     def under(self, objective: str) -> Decoding:
         """How a tokenizer of this objective decodes: one that regresses takes a single step without guidance."""
         return ONE_STEP if objective == "mse" else self
 
     def sample(self, field: GuidedField, noise: Tensor) -> Tensor:
-        """Follow the guided velocity from noise to latents; `field` is guided only where that has an effect."""
+        """Follow the guided velocity from noise to latents."""
+        return integrate(self.guided(field), noise, self.num_steps, self.solver)
+
+    def guided(self, field: GuidedField) -> VelocityField:
+        """The velocity that one trajectory follows; `field` is guided only where that has an effect."""
         combine = AdaptiveProjectedGuidance() if self.guidance == "apg" else classifier_free_guidance
-        unguided = self.guidance == "none" or self.guidance_scale == 1.0
+        unguided, (low, high) = self.guidance == "none" or self.guidance_scale == 1.0, self.guidance_interval
 
         def velocity(x: Tensor, t: float) -> Tensor:
-            if unguided:
+            if unguided or not low < t <= high:
                 return field(x, t, False)[0]
             strength = self.guidance_scale(t) if callable(self.guidance_scale) else self.guidance_scale
             if not math.isfinite(strength):
@@ -78,20 +95,61 @@ class Decoding:
             conditional, unconditional = field(x, t, strength != 1 or self.guidance == "apg")
             return conditional if unconditional is None else combine(conditional, unconditional, strength)
 
-        return integrate(velocity, noise, self.num_steps, self.solver)
+        return velocity
 
 
 ONE_STEP = Decoding(num_steps=1, guidance="none", guidance_scale=1.0)
+UNGUIDED = Decoding(guidance="none", guidance_scale=1.0)
+_ALWAYS = ("guidance_interval", EVERYWHERE)
 
 
-def integrate(field: VelocityField, x: Tensor, num_steps: int, solver: str = "euler") -> Tensor:
+def chosen_decoding(own: object, usual: Decoding = Decoding(), **given: Any) -> Decoding:
+    """Of each option of `Decoding` what was given, or else the model's own, or else the usual one.
+
+    Args:
+        own: the model's configuration, `FlexTokConfig`, or anything else, which then has no decoding of its own. Its
+            guidance scale belongs to its guidance: it does not count where another guidance is given.
+        usual: what neither states.
+        **given: options; None is not given.
+
+    Raises:
+        ValueError: an option is out of range or unknown, or a scale is given for no guidance.
+    """
+    stated = {name: value for name in _OWN if (value := getattr(own, name, None)) is not None}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given.get("guidance", stated.get("guidance")) != stated.get("guidance"):
+        stated.pop("guidance_scale", None)
+    values = {each.name: getattr(usual, each.name) for each in fields(Decoding)}
+    decoding = Decoding(**{**values, **stated, **given})
+    if decoding.guidance == "none" and "guidance" not in given and given.get("guidance_scale", 1.0) != 1.0:
+        raise ValueError(
+            f"guidance_scale={decoding.guidance_scale} has no effect with guidance='none', which is the default here; "
+            "choose cfg or apg, too"
+        )
+    return decoding
+
+
+_OWN = ("num_steps", "guidance", "guidance_scale")
+"""Options of a decoding that a model may have been made for."""
+
+
+def integrate(
+    field: VelocityField,
+    x: Tensor,
+    num_steps: int,
+    solver: str = "euler",
+    first: int | None = None,
+    last: int = 0,
+) -> Tensor:
     """Integrate from noise at t = 1 to data at t = 0 in equal steps; the times are i / num_steps.
+
+    `first` and `last` are i where the trajectory begins, by default at t = 1, and where it ends.
 
     `euler` asks the field once a step. `heun` is of second order and asks twice; its last step is an Euler step, as
     t = 0 is outside what models are trained on.
     """
     step = 1 / num_steps
-    for i in range(num_steps, 0, -1):
+    for i in range(num_steps if first is None else first, last, -1):
         slope = field(x, i / num_steps)
         if solver == "heun" and i > 1:
             slope = (slope + field(x - step * slope, (i - 1) / num_steps)) / 2

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flextok_pl.flow.decoding import UNGUIDED, Decoding, chosen_decoding
 from flextok_pl.precision import full_precision
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -31,22 +32,27 @@ class Quality:
     Args:
         target: largest distance allowed.
         distance: between images and reconstructions; `PerceptualDistance(...).each` is another one.
-        num_steps: of the decoder.
-        guidance: `none`, `cfg` or `apg`.
+        num_steps: of the decoder; default the model's own, or else 25.
+        guidance: `none`, `cfg` or `apg`; default the model's own, or else none.
         guidance_scale: its strength; 1 is none.
         seed: of the noise, which is the same for every image and budget.
     """
 
     target: float
     distance: Distance = squared_error
-    num_steps: int = 25
-    guidance: str = "none"
-    guidance_scale: float = 1.0
+    num_steps: int | None = None
+    guidance: str | None = None
+    guidance_scale: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         if math.isnan(self.target):
             raise ValueError(f"target={self.target} must be a number, the largest distance allowed")
+
+    def decoding(self, own: object) -> Decoding:
+        """How a model of this configuration decodes the candidates."""
+        given = {"num_steps": self.num_steps, "guidance": self.guidance, "guidance_scale": self.guidance_scale}
+        return chosen_decoding(own, UNGUIDED, **given)
 
 
 def smallest_budgets(
@@ -54,6 +60,7 @@ def smallest_budgets(
     tokens: Sequence[Tensor],
     latent_size: tuple[int, int],
     quality: Quality,
+    decoding: Decoding,
     detokenize: Callable[..., Tensor],
 ) -> Tensor:
     """Search by bisection, all images at once, each from the same noise at every budget: (B,) int64 on the CPU.
@@ -69,9 +76,7 @@ def smallest_budgets(
         made = detokenize(
             [tokens[i] for i in open_.tolist()],
             num_tokens=middle,
-            num_steps=quality.num_steps,
-            guidance=quality.guidance,
-            guidance_scale=quality.guidance_scale,
+            **decoding.arguments,
             generator=[torch.Generator().manual_seed(quality.seed) for _ in range(len(which))],
             latent_size=latent_size,
         )

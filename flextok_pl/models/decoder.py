@@ -10,6 +10,7 @@ What is special about it:
 Shapes: B images, C channels, h x w latent, N patches, K registers, k kept tokens of an image and T in all, D width.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flextok_pl.config import FlexTokConfig
+from flextok_pl.flow.decoding import GuidedField
 from flextok_pl.layers.blocks import AdaLNBlock, run_block
 from flextok_pl.layers.embeddings import TimeEmbedding, grid_positions, patchify, sincos_position_table, unpatchify
 from flextok_pl.layers.norm import layer_norm
@@ -165,3 +167,28 @@ class FlowDecoder(nn.Module):
             return self.mask_token
         lowest = self.null_token.new_full((len(self.config.fsq_levels),), -1.0)  # the code of token 0
         return self.code_embed(lowest).to(self.null_token.dtype)  # type: ignore[no-any-return]
+
+
+def guided_field(
+    decoder: FlowDecoder,
+    codes: Tensor,  # (T or more, FSQ levels) quantised, those of an image after those of the one before
+    num_tokens: Tensor,  # (B,) int64 on the CPU, how many each image has
+    latents: Tensor,  # (B, C, h, w), of the shape and on the device of those to decode
+) -> GuidedField:
+    """The velocity of images given their tokens and, on request, given none, of the same states in one pass."""
+
+    @cache
+    def layout(guided: bool) -> TokenLayout:
+        if not guided:
+            return token_layout(decoder.config, latents, num_tokens)
+        halves = torch.cat([num_tokens, torch.zeros_like(num_tokens)])
+        return token_layout(decoder.config, torch.cat([latents, latents]), halves, halves == 0)
+
+    def field(x: Tensor, t: float, guided: bool) -> tuple[Tensor, Tensor | None]:
+        time = x.new_full((1,), t)
+        if not guided:
+            return decoder(x, time, codes, layout(False)).velocity, None
+        conditional, unconditional = decoder(torch.cat([x, x]), time, codes, layout(True)).velocity.chunk(2)
+        return conditional, unconditional
+
+    return field

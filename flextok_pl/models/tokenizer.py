@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from flextok_pl.config import FlexTokConfig
 from flextok_pl.contracts import GuidanceScale, weights_hash
-from flextok_pl.flow.decoding import Decoding
+from flextok_pl.flow.decoding import Decoding, chosen_decoding
 from flextok_pl.interop import TOKENIZER_FORMATS
 from flextok_pl.layers.frozen import Frozen
 from flextok_pl.layers.packing import places, take
@@ -33,7 +33,7 @@ from flextok_pl.models.arguments import (
     check_image_values,
     check_latents,
 )
-from flextok_pl.models.decoder import FlowDecoder, token_layout
+from flextok_pl.models.decoder import FlowDecoder, guided_field, token_layout
 from flextok_pl.models.encoder import RegisterEncoder, code_layout
 from flextok_pl.models.fsq import FSQ
 from flextok_pl.models.pretrained import PretrainedModel, load_model
@@ -229,7 +229,8 @@ class FlexTok(PretrainedModel):
         rows = list(torch.split(tokens, budgets.tolist()))
         if quality is not None:
             size = (latents.shape[2], latents.shape[3])
-            budgets = smallest_budgets(as_images(images).to(self.device), rows, size, quality, self.detokenize)
+            made_by = quality.decoding(self.config)
+            budgets = smallest_budgets(as_images(images).to(self.device), rows, size, quality, made_by, self.detokenize)
             return [row[:budget] for row, budget in zip(rows, budgets.tolist(), strict=True)]
         return rows if isinstance(num_tokens, Tensor) else tokens.view(len(rows), num_tokens or self.num_registers)
 
@@ -279,27 +280,24 @@ class FlexTok(PretrainedModel):
         self,
         tokens: Tensor | Sequence[Tensor],
         num_tokens: int | Tensor | None = None,
-        num_steps: int = 25,
-        guidance: str = "apg",
-        guidance_scale: GuidanceScale = 7.5,
+        num_steps: int | None = None,
+        guidance: str | None = None,
+        guidance_scale: GuidanceScale | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         noise: Tensor | None = None,
         latent_size: tuple[int, int] | None = None,
         solver: str = "euler",
+        guidance_interval: tuple[float, float] | None = None,
     ) -> Tensor:
         """`detokenize` without the VAE: the scaled latents, (B, C, h, w)."""
-        decoding = Decoding(num_steps, guidance, guidance_scale, solver)
-        return self._sample_latents(tokens, num_tokens, decoding, generator, noise, latent_size)
-
-    def _sample_latents(
-        self,
-        tokens: Tensor | Sequence[Tensor],
-        num_tokens: int | Tensor | None,
-        decoding: Decoding,
-        generator: torch.Generator | Sequence[torch.Generator] | None,
-        noise: Tensor | None,
-        latent_size: tuple[int, int] | None,
-    ) -> Tensor:
+        decoding = chosen_decoding(
+            self.config,
+            num_steps=num_steps,
+            guidance=guidance,
+            guidance_scale=guidance_scale,
+            solver=solver,
+            guidance_interval=guidance_interval,
+        )
         require_float32(self.decoder.patch_posemb.dtype, "tokenizer")
         codes, budgets = self._codes_and_budgets(tokens, num_tokens)
         x = as_noise(noise, generator, len(budgets), latent_size or self.latent_size, self.config).to(self.device)
@@ -308,17 +306,7 @@ class FlexTok(PretrainedModel):
         if len(x) == 0:
             return x
         with full_precision(self.device):
-            one = token_layout(self.config, x, budgets)
-            halves = torch.cat([budgets, torch.zeros_like(budgets)])
-            both = token_layout(self.config, torch.cat([x, x]), halves, halves == 0)
-
-            def field(x: Tensor, t: float, guided: bool) -> tuple[Tensor, Tensor | None]:
-                time = x.new_full((1,), t)
-                if not guided:
-                    return self.decoder(x, time, codes, one).velocity, None
-                conditional, unconditional = self.decoder(torch.cat([x, x]), time, codes, both).velocity.chunk(2)
-                return conditional, unconditional
-
+            field = guided_field(self.decoder, codes, budgets, x)
             latents = decoding.under(self.config.objective).sample(field, x)
         return check_finite(latents, "the decoded latents", DIVERGED)
 
@@ -327,18 +315,22 @@ class FlexTok(PretrainedModel):
         self,
         tokens: Tensor | Sequence[Tensor],
         num_tokens: int | Tensor | None = None,
-        num_steps: int = 25,
-        guidance: str = "apg",
-        guidance_scale: GuidanceScale = 7.5,
+        num_steps: int | None = None,
+        guidance: str | None = None,
+        guidance_scale: GuidanceScale | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         noise: Tensor | None = None,
         latent_size: tuple[int, int] | None = None,
         solver: str = "euler",
+        guidance_interval: tuple[float, float] | None = None,
     ) -> Tensor:
         """Images from tokens.
 
         A tokenizer with `objective="mse"` decodes in one step and always to the same images: steps, solver, guidance,
         generator and the values of `noise` have no effect.
+
+        Steps and guidance that are not given are those that the tokenizer was made for (`config.num_steps` and so on),
+        as a distilled one is for few steps and none, or else 25 steps with `apg` at 7.5.
 
         Args:
             tokens: (B, k') of any integer type, or B 1-D tensors of different lengths.
@@ -346,12 +338,13 @@ class FlexTok(PretrainedModel):
                 fewer tokens than that uses those it has. `config.missing_tokens` stands for the others.
             num_steps: steps of the solver.
             guidance: `none`, `cfg` (classifier-free) or `apg` (adaptive projected guidance).
-            guidance_scale: a number, 1 being no guidance, or a function of t.
+            guidance_scale: a number, 1 being no guidance, or a function of t; it needs a guidance that has an effect.
             generator: source of the noise: one for the batch, or one per sample, whose image then does not
                 depend on the rest of the batch.
             noise: (B, C, h, w), the state at t = 1, instead of a draw.
             latent_size: (h, w) of the noise to draw; default the training size, `self.latent_size`.
             solver: `euler` or `heun`.
+            guidance_interval: (low, high]: flow times at which to guide; default all, (0, 1).
 
         Returns:
             (B, 3, H, W) around [-1, 1], not clamped.
@@ -360,8 +353,8 @@ class FlexTok(PretrainedModel):
             ValueError: an argument does not fit the model.
         """
         vae = self.require_vae()
-        decoding = Decoding(num_steps, guidance, guidance_scale, solver)
-        latents = self._sample_latents(tokens, num_tokens, decoding, generator, noise, latent_size)
+        options = (num_steps, guidance, guidance_scale, generator, noise, latent_size, solver, guidance_interval)
+        latents = self.sample_latents(tokens, num_tokens, *options)
         with full_precision(self.device):
             images = vae.decode(latents)
         return check_finite(images, "the decoded images", DIVERGED)
