@@ -15,14 +15,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from flextok_pl.config import FlexTokConfig, config_from_dict
-from flextok_pl.contracts import Batch, run_folder, weights_hash
+from flextok_pl.contracts import Batch, weights_hash
 from flextok_pl.cost.models import tokenizer_flops
 from flextok_pl.layers.blocks import compile_for_all_lengths
 from flextok_pl.layers.frozen import Frozen
@@ -34,16 +34,10 @@ from flextok_pl.models.routing import build_routing, sample_route
 from flextok_pl.models.teacher import Teacher, alignment_loss, resized_map
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
-from flextok_pl.modules.loss_buckets import LossBuckets
 from flextok_pl.modules.repa_stop import aligned_steps, check_share, without_alignment
 from flextok_pl.modules.starting import StartedModule
-from flextok_pl.modules.steps import (
-    SampleMeans,
-    evaluation_generators,
-    log_means,
-    logging_now,
-    step_generator,
-)
+from flextok_pl.modules.steps import evaluation_generators, log_means, step_generator
+from flextok_pl.modules.tokenizer_base import TokenizerTraining
 from flextok_pl.modules.width_transfer import (
     WidthPart,
     check_base_width,
@@ -52,11 +46,10 @@ from flextok_pl.modules.width_transfer import (
     xavier_std,
 )
 from flextok_pl.precision import full_precision
-from flextok_pl.runtime.lightning_internals import step_ends
-from flextok_pl.runtime.sharding import gather_for_evaluation, shard, shard_again, whole_weights
+from flextok_pl.runtime.sharding import shard
 
 
-class TokenizerModule(StartedModule):
+class TokenizerModule(TokenizerTraining, StartedModule):
     """Trains the register encoder, the quantiser's codes and the flow decoder on VAE latents.
 
     Batches carry images, or latents that the same VAE made, with features of the same teacher. VAE and teacher are
@@ -102,6 +95,8 @@ class TokenizerModule(StartedModule):
         seed: of noise, times and budgets in training, and of the fixed ones in validation.
     """
 
+    val_means: ClassVar[tuple[str, ...]] = ("val/loss", "val/loss_other_tokens", "val/token_gap")
+
     def __init__(
         self,
         net: FlexTokConfig,
@@ -145,7 +140,7 @@ class TokenizerModule(StartedModule):
             raise ValueError(f"repa_spatial_norm={repa_spatial_norm} must be a share of the mean in [0, 1], or null")
         if mup_base_width is not None:
             check_base_width(mup_base_width, math.lcm(4, net.encoder_head_dim, net.decoder_head_dim))
-        self.tokenizer = build_tokenizer(net, vae)
+        self.hold(build_tokenizer(net, vae))
         self.check_start()
         self.teacher_name, self.teacher_weights, self.seed = teacher, teacher_weights, seed
         self._vae_hash: str | None = None
@@ -165,18 +160,6 @@ class TokenizerModule(StartedModule):
         if compile_blocks:
             for part in (self.tokenizer.encoder, self.tokenizer.decoder):
                 compile_for_all_lengths(part.blocks)
-        self.train_loss = LossBuckets(net.num_registers)
-        self.val_loss = LossBuckets(net.num_registers)
-
-    @property
-    def network(self) -> FlexTok:
-        """The tokenizer."""
-        return self.tokenizer
-
-    @property
-    def reconstructor(self) -> FlexTok:
-        """The tokenizer, with the weights now in use."""
-        return self.tokenizer
 
     @property
     def flops_per_sample(self) -> float:
@@ -205,17 +188,9 @@ class TokenizerModule(StartedModule):
         return parts
 
     def setup(self, stage: str) -> None:
-        """Check that precomputed latents and features fit the model, and load the teacher where there are none."""
+        """Check that precomputed features are the teacher's, and load it where there are none."""
         super().setup(stage)
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        latents, features = getattr(data, "autoencoder", None), getattr(data, "teacher", None)
-        if latents is not None and "sha256" in latents:
-            vae = weights_hash(self.tokenizer.require_vae())
-            if latents["sha256"] != vae:
-                raise ValueError(
-                    f"these are latents of autoencoder {latents}, but model.vae={self.hparams['vae']!r} is {vae}: "
-                    "set it to the former, or write the latents again (flextok data latents)"
-                )
+        features = getattr(self.trainer.datamodule, "teacher", None)  # type: ignore[attr-defined]
         if self.teacher_name is None or stage != "fit":
             return
         if features is None:
@@ -241,16 +216,6 @@ class TokenizerModule(StartedModule):
         super().on_train_start()
         self._aligned_steps = aligned_steps(self.hparams["repa_until"], self.trainer.estimated_stepping_batches)
 
-    @torch.no_grad()
-    def latents(self, batch: Batch) -> Tensor:
-        """Scaled latents (B, C, h, w) of a batch of images or of precomputed moments."""
-        vae = self.tokenizer.require_vae()
-        if "latent" in batch:
-            return vae.scale(batch["latent"])
-        if "image" in batch:
-            return vae.encode(batch["image"])
-        raise ValueError(f"a batch for the tokenizer needs 'image' or 'latent'; these shards give {sorted(batch)}")
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Velocity loss, and the alignment with the teacher where there is one."""
         latents = self.latents(batch)
@@ -268,12 +233,7 @@ class TokenizerModule(StartedModule):
         )
         route = sample_route(self.routing, config, latents, generator, *process)
         result = flow_loss(self.tokenizer, latents, draws, route=route)
-        loss = result.loss.mean()
-        log_means(self, {"train/loss": loss}, len(latents))
-        self.train_loss.update(result.loss, draws)
-        if logging_now(self) and step_ends(self):
-            self.log_dict(self.train_loss.compute_and_reset("train"), batch_size=len(latents))
-        return loss + self._alignment(batch, latents, result)
+        return self.logged_loss(result.loss, draws) + self._alignment(batch, latents, result)
 
     def _alignment(self, batch: Batch, latents: Tensor, result: FlowLoss) -> Tensor | float:
         if self.teacher_name is None or result.patch_features is None:
@@ -307,11 +267,6 @@ class TokenizerModule(StartedModule):
             )
         return features
 
-    def on_validation_epoch_start(self) -> None:
-        """Evaluate with all weights on each process."""
-        gather_for_evaluation(self)
-        self._val_means = SampleMeans(("val/loss", "val/loss_other_tokens", "val/token_gap"), self.device)
-
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss under draws that are each image's own, with its tokens and with random ones, in float32."""
         config = self.tokenizer.config
@@ -329,46 +284,12 @@ class TokenizerModule(StartedModule):
         self._val_means.add(values, len(latents))
         self.val_loss.update(own, draws)
 
-    def on_validation_epoch_end(self) -> None:
-        """Log the validation loss, also by time and by budget."""
-        shard_again(self)
-        self._val_means.log(self)
-        self.log_dict(self.val_loss.compute_and_reset("val"))
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Nothing of its own: metrics per budget are the callbacks' work."""
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Tokens of a batch, (B, K) int64, with the samples' keys."""
-        return {"key": batch.get("key"), "tokens": self.tokenizer.tokenize(batch["image"])}
-
     def frozen_weights(self) -> dict[str, str]:
         """The autoencoder's, where it is not part of `net`."""
         if self.hparams["vae"] is None:
             return {}
         self._vae_hash = self._vae_hash or weights_hash(self.tokenizer.require_vae())
         return {"vae": self._vae_hash}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the losses, of all processes, that wait for the next log."""
-        super().on_save_checkpoint(checkpoint)
-        reduce = self.trainer.strategy.reduce
-        waiting: dict[str, Any] = self.train_loss.metric_state
-        checkpoint["train_loss"] = {n: reduce(value.clone(), reduce_op="sum").cpu() for n, value in waiting.items()}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let the first process go on with them; the log sums over all."""
-        super().on_load_checkpoint(checkpoint)
-        if self.global_rank == 0:
-            for name, value in checkpoint.get("train_loss", {}).items():
-                getattr(self.train_loss, name).copy_(value)
-
-    def on_train_end(self) -> None:
-        """Export the tokenizer; averaging callbacks have put their weights in place by now."""
-        folder, weights = run_folder(self.trainer), whole_weights(self.tokenizer)
-        if self.trainer.is_global_zero:
-            path = self.tokenizer.save_pretrained(folder / "tokenizer.safetensors", weights=weights)
-            print(f"tokenizer exported to {path}")
 
 
 def build_tokenizer(net: FlexTokConfig, vae: str | None) -> FlexTok:

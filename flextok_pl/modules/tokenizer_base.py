@@ -1,0 +1,121 @@
+"""What trainings of a tokenizer, or of its decoder alone, share: latents, losses by time and budget, and the export.
+
+Shapes: B batch, C channels, h x w latent, K registers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from flextok_pl.contracts import Batch, run_folder, weights_hash
+from flextok_pl.models.objective import TrainingDraws
+from flextok_pl.models.tokenizer import FlexTok
+from flextok_pl.modules.loss_buckets import LossBuckets
+from flextok_pl.modules.resume import ResumableModule
+from flextok_pl.modules.steps import SampleMeans, log_means, logging_now
+from flextok_pl.runtime.lightning_internals import step_ends
+from flextok_pl.runtime.sharding import gather_for_evaluation, shard_again, whole_weights
+
+
+class TokenizerTraining(ResumableModule):
+    """A module that trains `tokenizer`, or a part of it, on latents that its frozen autoencoder makes or has made.
+
+    At the end of a fit it exports the weights in use, averaged where an averaging callback runs, as
+    `<log dir>/tokenizer.safetensors`.
+    """
+
+    autoencoder_option: ClassVar[str] = "vae"
+    """The option that names the autoencoder."""
+    val_means: ClassVar[tuple[str, ...]] = ("val/loss",)
+    """What a validation measures, as means over its samples."""
+
+    tokenizer: FlexTok
+
+    def hold(self, tokenizer: FlexTok) -> None:
+        """Take the tokenizer, in the constructor, and make room for its losses by time and by budget."""
+        self.tokenizer = tokenizer
+        self.train_loss = LossBuckets(tokenizer.num_registers)
+        self.val_loss = LossBuckets(tokenizer.num_registers)
+
+    @property
+    def network(self) -> FlexTok:
+        """The tokenizer."""
+        return self.tokenizer
+
+    @property
+    def reconstructor(self) -> FlexTok:
+        """The tokenizer, with the weights now in use."""
+        return self.tokenizer
+
+    def setup(self, stage: str) -> None:
+        """Check that precomputed latents are the autoencoder's."""
+        super().setup(stage)
+        latents = getattr(self.trainer.datamodule, "autoencoder", None)  # type: ignore[attr-defined]
+        if latents is not None and "sha256" in latents:
+            vae, option = weights_hash(self.tokenizer.require_vae()), self.autoencoder_option
+            if latents["sha256"] != vae:
+                raise ValueError(
+                    f"these are latents of autoencoder {latents}, but model.{option}={self.hparams[option]!r} is {vae}: "
+                    "set it to the former, or write the latents again (flextok data latents)"
+                )
+
+    @torch.no_grad()
+    def latents(self, batch: Batch) -> Tensor:
+        """Scaled latents (B, C, h, w) of a batch of images or of precomputed moments."""
+        vae = self.tokenizer.require_vae()
+        if "latent" in batch:
+            return vae.scale(batch["latent"])
+        if "image" in batch:
+            return vae.encode(batch["image"])
+        raise ValueError(f"a batch for the tokenizer needs 'image' or 'latent'; these shards give {sorted(batch)}")
+
+    def logged_loss(self, losses: Tensor, draws: TrainingDraws) -> Tensor:
+        """The mean of a training step's losses (B,), logged, also by time and by budget."""
+        loss = losses.mean()
+        log_means(self, {"train/loss": loss}, len(losses))
+        self.train_loss.update(losses, draws)
+        if logging_now(self) and step_ends(self):
+            self.log_dict(self.train_loss.compute_and_reset("train"), batch_size=len(losses))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Evaluate with all weights on each process."""
+        gather_for_evaluation(self)
+        self._val_means = SampleMeans(self.val_means, self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation loss, also by time and by budget."""
+        shard_again(self)
+        self._val_means.log(self)
+        self.log_dict(self.val_loss.compute_and_reset("val"))
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Nothing of its own: metrics per budget are the callbacks' work."""
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Tokens of a batch, (B, K) int64, with the samples' keys."""
+        return {"key": batch.get("key"), "tokens": self.tokenizer.tokenize(batch["image"])}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the losses, of all processes, that wait for the next log."""
+        super().on_save_checkpoint(checkpoint)
+        reduce = self.trainer.strategy.reduce
+        waiting: dict[str, Any] = self.train_loss.metric_state
+        checkpoint["train_loss"] = {n: reduce(value.clone(), reduce_op="sum").cpu() for n, value in waiting.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let the first process go on with them; the log sums over all."""
+        super().on_load_checkpoint(checkpoint)
+        if self.global_rank == 0:
+            for name, value in checkpoint.get("train_loss", {}).items():
+                getattr(self.train_loss, name).copy_(value)
+
+    def on_train_end(self) -> None:
+        """Export the tokenizer; averaging callbacks have put their weights in place by now."""
+        folder, weights = run_folder(self.trainer), whole_weights(self.tokenizer)
+        if self.trainer.is_global_zero:
+            path = self.tokenizer.save_pretrained(folder / "tokenizer.safetensors", weights=weights)
+            print(f"tokenizer exported to {path}")
