@@ -20,7 +20,7 @@ from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig, config_from
 from flextok_pl.cost.count import FULL, Numerics
 from flextok_pl.cost.machines import machine
 from flextok_pl.cost.plan import Recipe, Setup, plan_training
-from flextok_pl.cost.workload import Inputs, Workload, prior_workload, tokenizer_workload, vae_workload
+from flextok_pl.cost.workload import Inputs, Workload, distillation_workload, prior_workload, tokenizer_workload, vae_workload
 from flextok_pl.data.shards.index import ShardIndex
 from flextok_pl.data.shards.sources import load_indices
 from flextok_pl.errors import UserError
@@ -31,6 +31,7 @@ from flextok_pl.runtime.sharding import GATHERS_HALF
 # Module -> its network's configuration, its workload, and what it is trained on where nothing says otherwise.
 KINDS: dict[str, tuple[type[Any], Callable[..., Workload], Inputs]] = {
     "TokenizerModule": (FlexTokConfig, tokenizer_workload, "images"),
+    "DistillationModule": (FlexTokConfig, distillation_workload, "images"),
     "PriorModule": (PriorConfig, prior_workload, "tokens"),
     "VAEModule": (VAEConfig, vae_workload, "images"),
 }
@@ -118,7 +119,7 @@ def make_plan(options: Namespace, experiment: str, given: Sequence[str]) -> dict
     arguments = strip_meta(options.model.init_args).as_dict()
     setup, indices = _setup(options, arguments), training_sets(options.data.train)
     config, workload_of, usual = KINDS[name]
-    net = config_from_dict(config, arguments.pop("net"))
+    net = config_from_dict(config, arguments.pop("net")) if "net" in arguments else None  # that of a finished model
     inputs = options.inputs or next(
         (kind for field, kind in FIELDS.items() if indices and field in indices[0].fields), usual
     )

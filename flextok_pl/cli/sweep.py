@@ -55,7 +55,9 @@ class CheckCLI(ParsingCLI):
         options = self.config
         kind = KINDS.get(options.model.class_path.rsplit(".", 1)[-1])
         if kind is not None:
-            config_from_dict(kind[0], strip_meta(options.model.init_args).as_dict()["net"])
+            net = strip_meta(options.model.init_args).as_dict().get("net")
+            if net is not None:
+                config_from_dict(kind[0], net)
         launch_of(options).require_global_batch(options.global_batch_size)
         steps, warmup = options.trainer.max_steps, options.model.init_args.get("warmup_steps", 0)
         if 0 < steps <= warmup:

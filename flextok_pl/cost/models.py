@@ -188,16 +188,45 @@ def tokenizer_activations(
     `grid`.
     """
     law = _law(config)
-
-    def of_batch(bytes_of_image: Tensor) -> float:
-        mean = law @ bytes_of_image
-        deviation = (law @ (bytes_of_image - mean).square()).sqrt()
-        spread = 0.0 if stratified else RARE_DEVIATIONS / batch_size**0.5
-        return batch_size * float((mean + spread * deviation).clamp(max=bytes_of_image[law > 0].max()))
-
     coding, decoding = _kept_at_every_budget(_shape(config), grid, numerics, routing)
-    kept, inputs, _ = (coding + decoding).unbind(1)
-    return Activations(of_batch(kept), of_batch(inputs), max(of_batch(coding[:, 2]), of_batch(decoding[:, 2])))
+    kept, inputs, _ = (_of_batch(law, each, batch_size, stratified) for each in (coding + decoding).unbind(1))
+    largest = (_of_batch(law, each[:, 2], batch_size, stratified) for each in (coding, decoding))
+    return Activations(kept, inputs, max(largest))
+
+
+def _of_batch(law: Tensor, bytes_of_image: Tensor, batch_size: int, stratified: bool) -> float:
+    """What B images take, given what one takes at each budget, (K+1,)."""
+    mean = law @ bytes_of_image
+    deviation = (law @ (bytes_of_image - mean).square()).sqrt()
+    spread = 0.0 if stratified else RARE_DEVIATIONS / batch_size**0.5
+    return batch_size * float((mean + spread * deviation).clamp(max=bytes_of_image[law > 0].max()))
+
+
+@lru_cache(maxsize=64)
+def distillation_flops(
+    config: FlexTokConfig, num_steps: int, grid: Grid | None = None, checkpointing: bool = False
+) -> Flops:
+    """A student's steps per image, expected over the budgets of `config`, each with its loss; see `tokenizer_flops`."""
+    _, decoding = _flops_at_every_budget(_shape(config), grid, checkpointing, None)
+    return Flops(*(_law(config) @ decoding).tolist()) * num_steps
+
+
+def distillation_activations(
+    config: FlexTokConfig, num_steps: int, numerics: Numerics, batch_size: int, grid: Grid | None, stratified: bool
+) -> Activations:
+    """What a student keeps of all its steps; see `tokenizer_activations`."""
+    _, decoding = _kept_at_every_budget(_shape(config), grid, numerics, None)
+    kept, inputs, largest = (
+        _of_batch(_law(config), each, batch_size, stratified) for each in decoding.unbind(1)
+    )
+    return Activations(num_steps * kept, num_steps * inputs, largest)
+
+
+@lru_cache(maxsize=64)
+def path_flops(config: FlexTokConfig, calls: int, unconditional: int, grid: Grid | None = None) -> float:
+    """Operations that make an image's tokens and a guided path: passes of the decoder with tokens, and with none."""
+    coding, decoding = _flops_at_every_budget(_shape(config), grid, False, None)
+    return float(_law(config) @ (coding[:, 0] + calls * decoding[:, 0]) + unconditional * decoding[0, 0])
 
 
 def _shape(config: FlexTokConfig) -> FlexTokConfig:

@@ -23,7 +23,10 @@ from torch import nn
 from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig
 from flextok_pl.cost.count import Activations, Flops, Numerics, count_activations, count_flops, image_work
 from flextok_pl.cost.models import (
+    distillation_activations,
+    distillation_flops,
     encoder,
+    path_flops,
     prior_activations,
     prior_flops,
     projection,
@@ -34,6 +37,7 @@ from flextok_pl.cost.models import (
 )
 from flextok_pl.interop.autoencoder import read_vae_config
 from flextok_pl.models.discriminator import PatchDiscriminator
+from flextok_pl.models.distillation import check_steps, teacher_decoding, training_law
 from flextok_pl.models.irepa import build_projection
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.routing import build_routing
@@ -138,6 +142,37 @@ def tokenizer_workload(
         ),
         frozen=frozen,
         notes=tuple(notes),
+    )
+
+
+def distillation_workload(
+    options: Mapping[str, Any], net: None, size: int, inputs: Inputs, numerics: Numerics
+) -> Workload:
+    """The training of a `DistillationModule` with these options, on `images` of S pixels or on their `latents`."""
+    if inputs == "tokens":
+        raise ValueError("inputs='tokens': a decoder is distilled on images or latents")
+    name, steps = options["tokenizer"], options["num_steps"]
+    with torch.device("meta"):
+        model = _tokenizer(name)
+        if model is None:
+            raise ValueError(f"tokenizer={name!r} is not on this machine, and its name tells no published architecture")
+        vae, law = model.require_vae(), training_law(model.config, options["nested_dropout"])
+        grid = _grid(size, vae.config, law)
+        frozen = {"VAE": _frozen_vae(vae.config, size if inputs == "images" else None)}
+        model.encoder.requires_grad_(False)
+        student = _parameters([model.encoder, model.decoder], list(model.decoder.blocks))
+    decoding = teacher_decoding(model.config, options)
+    check_steps(steps, decoding.num_steps)
+    calls, checkpointing = decoding.calls(), options["activation_checkpointing"]
+    frozen["teacher"] = FrozenNetwork(_count(model.decoder), path_flops(law, *calls, grid))
+    return Workload(
+        student,
+        flops=lambda batch: distillation_flops(law, steps, grid, checkpointing),
+        activations=lambda batch: distillation_activations(
+            law, steps, numerics, batch, grid, options["stratified_budgets"]
+        ),
+        frozen=frozen,
+        notes=(IN_FLOAT32,) if numerics.autocast else (),
     )
 
 

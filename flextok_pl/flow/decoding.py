@@ -76,6 +76,18 @@ class Decoding:
         """How a tokenizer of this objective decodes: one that regresses takes a single step without guidance."""
         return ONE_STEP if objective == "mse" else self
 
+    def calls(self) -> tuple[int, int]:
+        """How often decoding an image evaluates the network: with its tokens, and without a condition."""
+        conditional = unconditional = 0
+
+        def field(x: Tensor, t: float, guided: bool) -> tuple[Tensor, Tensor | None]:
+            nonlocal conditional, unconditional
+            conditional, unconditional = conditional + 1, unconditional + guided
+            return x, x if guided else None
+
+        self.sample(field, torch.ones(1, 1, 1, 1))
+        return conditional, unconditional
+
     def sample(self, field: GuidedField, noise: Tensor) -> Tensor:
         """Follow the guided velocity from noise to latents."""
         return integrate(self.guided(field), noise, self.num_steps, self.solver)

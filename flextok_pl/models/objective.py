@@ -108,6 +108,18 @@ def draws_of_each(config: FlexTokConfig, latents: Tensor, generators: Sequence[t
     return TrainingDraws(*(torch.cat(parts) for parts in zip(*each, strict=True)))
 
 
+def kept_codes(tokenizer: FlexTok, latents: Tensor, kept: Tensor) -> Tensor:
+    """Quantised codes of (B, C, h, w) latents, those of each image's first `kept` tokens, (B,) on the CPU, end to end.
+
+    At least one image is encoded, so that all weights have gradients.
+    """
+    encoded = kept if kept.any() else torch.ones_like(kept)[:1]
+    images = encoded.nonzero().flatten()
+    clean = latents if len(images) == len(latents) else latents.index_select(0, send(images, latents.device))
+    layout = code_layout(tokenizer.config, clean, encoded[images])
+    return tokenizer.quantizer(tokenizer.encoder(clean, layout))  # type: ignore[no-any-return]
+
+
 def flow_loss(
     tokenizer: FlexTok,
     latents: Tensor,  # (B, C, h, w) clean, scaled
@@ -121,18 +133,14 @@ def flow_loss(
     Only what an image keeps is computed: an image without condition is not encoded, nor are the registers beyond the
     budget of another.
     """
-    config, quantizer = tokenizer.config, tokenizer.quantizer
+    config = tokenizer.config
     kept = draws.num_tokens.masked_fill(draws.null, 0)
     if tokens is None:
-        # At least one image is encoded, so that all weights have gradients.
-        encoded = kept if kept.any() else torch.ones_like(kept)[:1]
-        images = encoded.nonzero().flatten()
-        clean = latents if len(images) == len(latents) else latents.index_select(0, send(images, latents.device))
-        codes = quantizer(tokenizer.encoder(clean, code_layout(config, clean, encoded[images])))
+        codes = kept_codes(tokenizer, latents, kept)
     else:
         owner, place = places(kept)
         rows = send(owner * tokens.shape[1] + place, tokens.device)
-        codes = quantizer.tokens_to_codes(tokens.flatten().index_select(0, rows))
+        codes = tokenizer.quantizer.tokens_to_codes(tokens.flatten().index_select(0, rows))
     t = send(draws.t, latents.device)
     x_t = interpolate(latents, draws.noise, t)
     velocity, features = tokenizer.decoder(x_t, t, codes, token_layout(config, x_t, kept, draws.null, route))

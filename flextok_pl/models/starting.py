@@ -15,7 +15,7 @@ from flextok_pl.models.vae import VAE
 
 NOTES = frozenset(
     {"tokenizer", "tokenizer_id", "text_encoder", "null_text_length", "text_length", "class_names"}
-    | {"generation", "started_from"}
+    | {"generation", "started_from", "num_steps", "guidance", "guidance_scale"}
 )
 """Options that say what belongs to a model. The states of the empty string stay those of the own text encoder."""
 
