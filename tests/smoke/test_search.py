@@ -154,6 +154,34 @@ def test_options_of_a_published_prior(models: list[str], place: Path) -> None:
         assert (record["cfg_scale"], record["top_k"], record["num_steps"]) == wanted
 
 
+def test_the_steps_of_a_distilled_tokenizer(models: list[str], place: Path) -> None:
+    """They count more than what the prior's configuration names, and less than the command line."""
+    prior, tok = Prior.from_pretrained(models[1]), FlexTok.from_pretrained(models[3])
+    prior.config = replace(prior.config, generation=GenerationConfig(num_steps=9, guidance="cfg", guidance_scale=5.0))
+    tok.config = replace(tok.config, num_steps=2, guidance="none", guidance_scale=1.0)
+    own = ["--prior", str(prior.save_pretrained(place / "p")), "--tokenizer", str(tok.save_pretrained(place / "t"))]
+    given = ["--guidance", "cfg", "--guidance_scale", "3.0", "--guidance_interval", "[0.0,0.5]"]
+    searched = ["search", *own, "--algorithm", "best_of_n", "--num_candidates", "2", "--class", "0"]
+    for more, wanted in (([], (2, "none", 1.0, None)), (given, (2, "cfg", 3.0, [0.0, 0.5]))):
+        main([*searched, *more, "--verifier", os.environ["VERIFIER"], "--out", f"run{len(more)}"])
+        _, (record,) = read_run(place / f"run{len(more)}")
+        names = ("num_steps", "guidance", "guidance_scale", "guidance_interval")
+        assert tuple(record.get(name) for name in names) == wanted
+        assert record["cost"]["decoder_calls"] == 2 * (3 if more else 2), "of each candidate"
+
+    drawn: list[int] = []
+    made = FlexTok.sample_latents
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FlexTok, "sample_latents", lambda *given: drawn.append(given[3:6]) or made(*given))
+        main(["generate", *own, "--budgets", "4", "--class", "0"])
+        main(["generate", *own, "--budgets", "4", "--class", "0", "--num_steps", "1"])
+        Image.new("RGB", (32, 32)).save("picture.png")
+        main(["reconstruct", "picture.png", *own[2:], "--budgets", "4"])
+        main(["reconstruct", "picture.png", *own[2:], "--budgets", "4", "--guidance", "none", "--num_steps", "3"])
+    assert drawn[:2] == [(2, "none", 1.0), (1, "none", 1.0)], "resolved by the command"
+    assert drawn[2:] == [(None, None, None), (3, "none", None)], "left to the tokenizer"
+
+
 def killed_at(call: int, arguments: list[str]) -> int | None:
     def child() -> None:
         os.environ["KILL_AT"] = str(call)

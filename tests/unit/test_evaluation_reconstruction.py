@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -49,6 +50,7 @@ class StripTokenizer:
         assert num_tokens.shape == (len(tokens),) and len(generator) == len(tokens)
         assert tokens.shape[1] == num_tokens.max()
         self.decoded += 1
+        self.options = {"num_steps": num_steps, "guidance": guidance, "guidance_scale": guidance_scale, **_}
         if self.decoded == self.deadline:
             raise Killed
         digits = tokens[:, None] // torch.tensor([1, STEPS, STEPS**2])[:, None] % STEPS
@@ -271,6 +273,21 @@ def test_budgets(tmp_path):
 def test_options_are_checked_at_once(options, message):
     with pytest.raises(ValueError, match=message):
         ReconstructionOptions(**options)
+
+
+def test_records_state_how_the_model_decodes(tmp_path):
+    """As it was made for, where the options say nothing, and in any case what was really done."""
+    student = StripTokenizer()
+    student.config = SimpleNamespace(num_steps=2, guidance="none", guidance_scale=1.0)
+    given = {"num_steps": 3, "guidance": "cfg", "guidance_scale": 2.0, "guidance_interval": (0.0, 0.5)}
+    for tokenizer, options, wanted in (
+        (StripTokenizer(), {}, (25, "none", 1.0, None)),
+        (student, {}, (2, "none", 1.0, None)),
+        (student, given, (3, "cfg", 2.0, (0.0, 0.5))),
+    ):
+        protocol = evaluate(tmp_path, tokenizer=tokenizer, budgets=[8], **options).protocol
+        assert tuple(protocol.get(name) for name in given) == wanted
+        assert all(tokenizer.options[name] == protocol[name] for name in given if name in protocol)
 
 
 def test_a_diverged_model_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """Rectified flow, solvers, guidance and budget laws."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +9,14 @@ import torch
 from scipy.stats import kstest
 from torch import Tensor
 
-from flextok_pl.flow.decoding import AdaptiveProjectedGuidance, Decoding, classifier_free_guidance, integrate
+from flextok_pl.flow.decoding import (
+    UNGUIDED,
+    AdaptiveProjectedGuidance,
+    Decoding,
+    chosen_decoding,
+    classifier_free_guidance,
+    integrate,
+)
 from flextok_pl.flow.nested_dropout import BUDGET_LAWS, budgets_from_uniform
 from flextok_pl.flow.noise import seeded_normal
 from flextok_pl.flow.rectified import (
@@ -169,3 +177,48 @@ def test_seeded_noise_is_normal_and_depends_on_its_seed_only() -> None:
     assert correlation.abs().max() < 5 / rows.shape[1] ** 0.5, "neighbouring seeds"
     halves = torch.corrcoef(torch.stack([rows[:, :8192].flatten(), rows[:, 8192:].flatten()]))
     assert abs(halves[0, 1].item()) < 4 / (64 * 8192) ** 0.5, "the two numbers of a pair"
+
+
+def test_guidance_in_an_interval() -> None:
+    """Outside of it there is no unconditional pass, and the velocity is that of the tokens alone."""
+    asked: list[tuple[float, bool]] = []
+
+    def field(x: Tensor, t: float, guided: bool) -> tuple[Tensor, Tensor | None]:
+        asked.append((t, guided))
+        return 0 * x + 1, 0 * x if guided else None
+
+    decoding = Decoding(4, "cfg", 3.0, guidance_interval=(0.25, 0.75))
+    assert decoding.calls() == (4, 2) and Decoding(4, "cfg", 3.0).calls() == (4, 4)
+    assert Decoding(4, "cfg", 1.0).calls() == Decoding(4, "none", 3.0).calls() == (4, 0)
+    ends = decoding.sample(field, torch.zeros(1, 1, 1, 1))
+    assert asked == [(1.0, False), (0.75, True), (0.5, True), (0.25, False)]
+    assert float(ends) == pytest.approx(-(1 + 3 + 3 + 1) / 4)
+    assert decoding.facts["guidance_interval"] == decoding.arguments["guidance_interval"] == (0.25, 0.75)
+    assert "guidance_interval" not in Decoding(guidance_interval=[0, 1]).facts  # type: ignore[arg-type]
+    for wrong in ((0.5, 0.5), (0.7, 0.2), (-0.1, 1.0), (0.0, 2.0), (0.5,)):
+        with pytest.raises(ValueError, match="guidance_interval="):
+            Decoding(guidance_interval=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_a_path_in_parts_is_the_path(solver: str) -> None:
+    start, whole = torch.ones(1, 1, 1, 1), []
+    field = lambda x, t: (t - 2) * x  # noqa: E731
+    whole = integrate(field, start, 6, solver)
+    parts = integrate(field, integrate(field, start, 6, solver, 6, 2), 6, solver, 2, 0)
+    assert torch.equal(whole, parts)
+
+
+def test_what_a_decoding_is_chosen_from() -> None:
+    student = SimpleNamespace(num_steps=2, guidance="none", guidance_scale=1.0)
+    assert chosen_decoding(None) == Decoding()
+    assert chosen_decoding(student) == Decoding(2, "none", 1.0)
+    assert chosen_decoding(student, UNGUIDED, num_steps=5) == Decoding(5, "none", 1.0)
+    assert chosen_decoding(student, guidance="cfg") == Decoding(2, "cfg", 7.5), "its scale belongs to its guidance"
+    assert chosen_decoding(student, guidance="cfg", guidance_scale=3.0).guidance_scale == 3.0
+    guided = SimpleNamespace(num_steps=None, guidance="cfg", guidance_scale=2.0)
+    assert chosen_decoding(guided, UNGUIDED) == Decoding(25, "cfg", 2.0)
+    assert chosen_decoding(guided, UNGUIDED, guidance_scale=4.0).guidance_scale == 4.0
+    with pytest.raises(ValueError, match=r"guidance_scale=3.0 has no effect with guidance='none'.*choose cfg or apg"):
+        chosen_decoding(student, guidance_scale=3.0)
+    assert chosen_decoding(student, guidance="none", guidance_scale=3.0).calls() == (2, 0)

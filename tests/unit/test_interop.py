@@ -51,6 +51,16 @@ def test_our_format_keeps_every_bit(kind: str, tmp_path: Path) -> None:
     assert_same(tok, FlexTok.from_pretrained(str(tmp_path / "a.safetensors")))
 
 
+def test_our_format_keeps_how_a_model_decodes(tmp_path: Path) -> None:
+    own = {"num_steps": 4, "guidance": "none", "guidance_scale": 1.0}
+    tok = FlexTok(dataclasses.replace(SMALL, **own))  # type: ignore[arg-type]
+    found = FlexTok.from_pretrained(tok.save_pretrained(tmp_path)).config
+    assert found == tok.config and {name: getattr(found, name) for name in own} == own
+    for wrong in ({"num_steps": 0}, {"guidance": "cgf"}, {"guidance_scale": float("nan")}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
+            dataclasses.replace(SMALL, **wrong)  # type: ignore[arg-type]
+
+
 def test_metadata_of_our_format(tmp_path: Path) -> None:
     found = metadata(small_tokenizer().save_pretrained(tmp_path))
     assert found["format"] == "flextok_pl" and found["version"] == "1"
@@ -229,6 +239,7 @@ def test_null_scaling_factor_is_the_autoencoders(golden_dir: Path) -> None:
         ({"vae": VAEConfig(kind="pixel", latent_channels=12), "latent_channels": 12}, "vae.kind='pixel'"),
         ({"vae": None}, "vae.kind='none'"),
         ({"vae": dataclasses.replace(SMALL_VAE, shift_factor=0.5)}, "shift_factor=0.5"),
+        ({"num_steps": 4}, "num_steps=4 does not exist in the official format; it must be None, or save.* in our own"),
     ],
 )
 def test_what_the_official_format_cannot_say(change: dict[str, Any], message: str, tmp_path: Path) -> None:

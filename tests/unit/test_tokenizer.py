@@ -11,7 +11,9 @@ from model_helpers import randomized
 from torch import Tensor
 
 from flextok_pl.config import FlexTokConfig, VAEConfig, config_from_dict
+from flextok_pl.flow.decoding import Decoding
 from flextok_pl.flow.nested_dropout import BUDGET_LAWS, budget_probabilities
+from flextok_pl.models.adaptive import Quality
 from flextok_pl.models.objective import TrainingDraws, sample_draws
 from flextok_pl.models.tokenizer import FlexTok
 
@@ -196,3 +198,29 @@ def test_pure_noise_replaces_its_share_of_the_times_and_nothing_else() -> None:
 def test_position_base_must_leave_frequencies_apart() -> None:
     with pytest.raises(ValueError, match="position_base=1"):
         dataclasses.replace(CONFIG, position_base=1.0)
+
+
+def test_a_model_decodes_as_it_was_made_for(images: Tensor) -> None:
+    """`detokenize`, the search for a quality and what evaluations do, unless something else is asked for."""
+    student = randomized(dataclasses.replace(CONFIG, num_steps=2, guidance="none", guidance_scale=1.0))
+    plain = randomized(CONFIG)
+    tokens, noise = student.tokenize(images), torch.randn(3, 12, 8, 12, generator=torch.Generator().manual_seed(0))
+    own = student.sample_latents(tokens, noise=noise)
+    assert torch.equal(own, plain.sample_latents(tokens, None, 2, "none", noise=noise))
+    published = plain.sample_latents(tokens, noise=noise)
+    assert torch.equal(published, plain.sample_latents(tokens, None, 25, "apg", 7.5, noise=noise))
+    asked = {"num_steps": 3, "guidance": "cfg", "guidance_scale": 2.0, "guidance_interval": (0.4, 1.0)}
+    assert torch.equal(*(tok.sample_latents(tokens, noise=noise, **asked) for tok in (student, plain)))
+    assert Quality(1.0).decoding(student.config) == Decoding(2, "none", 1.0)
+    assert Quality(1.0).decoding(CONFIG) == Decoding(25, "none", 1.0)
+    with pytest.raises(ValueError, match="guidance_scale=2.0 has no effect"):
+        student.sample_latents(tokens, noise=noise, guidance_scale=2.0)
+
+
+def test_guidance_outside_of_its_interval_costs_nothing(tokenizer: FlexTok, images: Tensor) -> None:
+    tokens, sizes = tokenizer.tokenize(images), []
+    hook = tokenizer.decoder.register_forward_hook(lambda _, arguments, __: sizes.append(len(arguments[0])))
+    interval = {"guidance_interval": (0.25, 0.5), "generator": torch.Generator().manual_seed(0), "latent_size": (8, 12)}
+    tokenizer.sample_latents(tokens, None, 4, "cfg", 2.0, **interval)
+    hook.remove()
+    assert sizes == [3, 3, 6, 3]
