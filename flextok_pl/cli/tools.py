@@ -18,7 +18,7 @@ from flextok_pl.data import ShardIndex, write_latents, write_tokens
 from flextok_pl.data.pictures import read_picture
 from flextok_pl.data.transforms import center_crop, to_tensor
 from flextok_pl.evaluation.pictures import image_grid, save_png
-from flextok_pl.flow.decoding import Decoding
+from flextok_pl.flow.decoding import USUAL, Decoding
 from flextok_pl.models.teacher import Teacher, resized_map
 from flextok_pl.models.text import TextEncoder
 from flextok_pl.models.tokenizer import FlexTok
@@ -183,7 +183,7 @@ def reconstruct_images(
     print(f"{target}: pictures: {len(images)}, at {wanted} tokens")
 
 
-def published_decoding(published: GenerationConfig, usual: Decoding = Decoding()) -> Decoding:
+def published_decoding(published: GenerationConfig, usual: Decoding = USUAL) -> Decoding:
     """How those who published a prior decode its tokens, and as usual where they do not say."""
     stated = {name: getattr(published, name) for name in ("num_steps", "guidance", "guidance_scale")}
     return replace(usual, **{name: value for name, value in stated.items() if value is not None})

@@ -6,7 +6,7 @@ Shapes: states x and velocities are (B, C, h, w).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args
 
@@ -50,12 +50,12 @@ class Decoding:
     guidance_interval: tuple[float, float] = EVERYWHERE
 
     def __post_init__(self) -> None:
-        as_tuples(self, "guidance_interval")
-        low_high = self.guidance_interval
-        if len(low_high) != 2 or not 0 <= low_high[0] < low_high[1] <= 1:
+        interval = self.guidance_interval
+        if not isinstance(interval, Sequence) or len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
             raise ValueError(
-                f"guidance_interval={list(low_high)} must be two flow times, 0 <= low < high <= 1; [0, 1] guides at all"
+                f"guidance_interval={interval} must be two flow times, 0 <= low < high <= 1; (0, 1) guides at all times"
             )
+        as_tuples(self, "guidance_interval")
         if not is_whole(self.num_steps) or self.num_steps < 1:
             raise ValueError(f"num_steps={self.num_steps} must be at least 1, and a whole number")
         for name, known in (("guidance", GUIDANCE_KINDS), ("solver", SOLVERS)):
@@ -110,12 +110,13 @@ class Decoding:
         return velocity
 
 
+USUAL = Decoding()
 ONE_STEP = Decoding(num_steps=1, guidance="none", guidance_scale=1.0)
 UNGUIDED = Decoding(guidance="none", guidance_scale=1.0)
 _ALWAYS = ("guidance_interval", EVERYWHERE)
 
 
-def chosen_decoding(own: object, usual: Decoding = Decoding(), **given: Any) -> Decoding:
+def chosen_decoding(own: object, usual: Decoding = USUAL, **given: Any) -> Decoding:
     """Of each option of `Decoding` what was given, or else the model's own, or else the usual one.
 
     Args:
