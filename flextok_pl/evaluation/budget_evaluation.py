@@ -26,6 +26,7 @@ from flextok_pl.evaluation.options import EvaluationOptions
 from flextok_pl.evaluation.protocol import bits_per_token, data_hash_text, decoding_facts, extractor_facts, versions
 from flextok_pl.evaluation.report import Results
 from flextok_pl.evaluation.statistics import BudgetStatistics, check_each_sample_once
+from flextok_pl.flow.decoding import chosen_decoding
 from flextok_pl.keys import choose_fraction, key_hash
 from flextok_pl.metrics.feature_set import POOL_SIZE, FeatureSet
 from flextok_pl.precision import MEASURED_IN
@@ -248,7 +249,12 @@ class BudgetEvaluation(ABC):
             **self._facts,
         }
         steps, guidance, weights = (self._facts[name] for name in ("num_steps", "guidance", "model_weights"))
-        notes = []
+        notes, own = [], chosen_decoding(getattr(self.tokenizer, "config", None), self.decoding)
+        if own != self.decoding:
+            notes.append(
+                f"the tokenizer was made for {own.num_steps} steps and guidance {own.guidance}, which "
+                f"{self.options.name}.num_steps and {self.options.name}.guidance set to something else."
+            )
         if not full_rank:
             notes.append(
                 f"{network.metric_name} of {count} images and {network.dim} features compares with other values of "

@@ -285,7 +285,9 @@ def test_records_state_how_the_model_decodes(tmp_path):
         (student, {}, (2, "none", 1.0, None)),
         (student, given, (3, "cfg", 2.0, (0.0, 0.5))),
     ):
-        protocol = evaluate(tmp_path, tokenizer=tokenizer, budgets=[8], **options).protocol
+        results = evaluate(tmp_path, tokenizer=tokenizer, budgets=[8], **options)
+        protocol = results.protocol
+        assert any("was made for 2 steps" in note for note in results.notes) == (options == given)
         assert tuple(protocol.get(name) for name in given) == wanted
         assert all(tokenizer.options[name] == protocol[name] for name in given if name in protocol)
 
