@@ -71,8 +71,8 @@ def compare_decodings(
         num_steps: default [5, 10, 25].
         guidance: `none`, `cfg`, `apg`; default all of them.
         guidance_scale: strengths of `cfg` and `apg`; default [1.5, 3.0, 7.5].
-        guidance_interval: flow times (low, high] at which these guide, 1 being noise, such as [[0,1],[0.2,0.8]]; default
-            all times, [[0,1]].
+        guidance_interval: flow times (low, high] at which these guide, 1 being noise, such as [[0,1],[0.2,0.8]];
+            default all times, [[0,1]].
         cfg_scale: guidance of the prior.
         temperature: of the prior.
         metric: what is best where it is smallest; default the kernel distance.

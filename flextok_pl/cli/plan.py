@@ -20,7 +20,14 @@ from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig, config_from
 from flextok_pl.cost.count import FULL, Numerics
 from flextok_pl.cost.machines import machine
 from flextok_pl.cost.plan import Recipe, Setup, plan_training
-from flextok_pl.cost.workload import Inputs, Workload, distillation_workload, prior_workload, tokenizer_workload, vae_workload
+from flextok_pl.cost.workload import (
+    Inputs,
+    Workload,
+    distillation_workload,
+    prior_workload,
+    tokenizer_workload,
+    vae_workload,
+)
 from flextok_pl.data.shards.index import ShardIndex
 from flextok_pl.data.shards.sources import load_indices
 from flextok_pl.errors import UserError

@@ -216,9 +216,7 @@ def distillation_activations(
 ) -> Activations:
     """What a student keeps of all its steps; see `tokenizer_activations`."""
     _, decoding = _kept_at_every_budget(_shape(config), grid, numerics, None)
-    kept, inputs, largest = (
-        _of_batch(_law(config), each, batch_size, stratified) for each in decoding.unbind(1)
-    )
+    kept, inputs, largest = (_of_batch(_law(config), each, batch_size, stratified) for each in decoding.unbind(1))
     return Activations(num_steps * kept, num_steps * inputs, largest)
 
 

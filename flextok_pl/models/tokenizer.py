@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from flextok_pl.config import FlexTokConfig
 from flextok_pl.contracts import GuidanceScale, weights_hash
-from flextok_pl.flow.decoding import Decoding, chosen_decoding
+from flextok_pl.flow.decoding import chosen_decoding
 from flextok_pl.interop import TOKENIZER_FORMATS
 from flextok_pl.layers.frozen import Frozen
 from flextok_pl.layers.packing import places, take

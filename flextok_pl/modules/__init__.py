@@ -1,4 +1,4 @@
-"""LightningModules: `VAEModule` (stage 0), `TokenizerModule` (stage 1), `PriorModule` (stage 2), `DistillationModule`."""
+"""LightningModules: `VAEModule` (stage 0), `TokenizerModule` (1), `PriorModule` (2) and `DistillationModule` (3)."""
 
 from flextok_pl.modules.distillation import DistillationModule
 from flextok_pl.modules.prior import PriorModule

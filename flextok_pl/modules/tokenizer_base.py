@@ -55,10 +55,10 @@ class TokenizerTraining(ResumableModule):
         super().setup(stage)
         latents = getattr(self.trainer.datamodule, "autoencoder", None)  # type: ignore[attr-defined]
         if latents is not None and "sha256" in latents:
-            vae, option = weights_hash(self.tokenizer.require_vae()), self.autoencoder_option
+            vae, name = weights_hash(self.tokenizer.require_vae()), self.autoencoder_option
             if latents["sha256"] != vae:
                 raise ValueError(
-                    f"these are latents of autoencoder {latents}, but model.{option}={self.hparams[option]!r} is {vae}: "
+                    f"these are latents of autoencoder {latents}, but model.{name}={self.hparams[name]!r} has {vae}: "
                     "set it to the former, or write the latents again (flextok data latents)"
                 )
 

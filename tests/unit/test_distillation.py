@@ -74,7 +74,7 @@ def test_the_target_is_the_closed_form(states: Any, num_steps: int, teacher_step
     assert found.times.tolist() == pytest.approx([(i + 0.5) / num_steps for i in range(num_steps)])
 
 
-@pytest.mark.parametrize(("solver", "error"), [("euler", 1e-3), ("heun", 1e-6)])
+@pytest.mark.parametrize(("solver", "error"), [("euler", 2e-3), ("heun", 1e-6)])
 def test_a_fine_teacher_is_the_exact_solution(solver: str, error: float) -> None:
     factor, noise = math.exp(-SLOPE / 2), drawn(1, 1, 2, 2, dtype=torch.float64)
     found = window_losses(lambda x, t: 2 * (1 - factor) * x, linear, noise, 2, 600, solver)
@@ -87,7 +87,9 @@ def test_windows_begin_where_the_student_or_the_teacher_is() -> None:
     """A student that is off by 1 in velocity meets, half a window later, a state that is off by 1 / N."""
     noise, starts = torch.ones(1, 1, 1, 1), {"student": [], "teacher": []}
     for states, seen in starts.items():
-        window_losses(lambda x, t, seen=seen: seen.append(float(x)) or 0 * x + 1, lambda x, t: 0 * x, noise, 4, 8, "euler", states)  # type: ignore[arg-type,func-returns-value]
+        window_losses(
+            lambda x, t, seen=seen: seen.append(float(x)) or 0 * x + 1, lambda x, t: 0 * x, noise, 4, 8, "euler", states
+        )  # type: ignore[arg-type,func-returns-value]
     assert starts == {"student": [1, 0.75, 0.5, 0.25], "teacher": [1] * 4}
 
 
@@ -232,7 +234,11 @@ def test_a_training_keeps_tokens_and_states_how_it_decodes(teacher: str, tmp_pat
 
 
 def test_a_kill_and_another_teacher(teacher: str, tmp_path: Path) -> None:
-    saved, whole, resumed = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1), Losses(), Losses()
+    saved, whole, resumed = (
+        ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1),
+        Losses(),
+        Losses(),
+    )
     trainer(tmp_path / "a", 4, saved, whole, EMA(0.9)).fit(module(teacher), loader())
     file = tmp_path / "step=2.ckpt"
     trainer(tmp_path / "b", 4, resumed, EMA(0.9)).fit(module(teacher), loader(), ckpt_path=file)
