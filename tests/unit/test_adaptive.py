@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flextok_pl import FlexTok, FlexTokConfig, Quality
+from flextok_pl.flow.decoding import UNGUIDED
 from flextok_pl.models.adaptive import smallest_budgets, squared_error
 from flextok_pl.models.perceptual import PerceptualDistance
 
@@ -19,7 +20,9 @@ def search(count, most, distance_at, target):
         return num_tokens
 
     tokens = torch.zeros(count, most, dtype=torch.int64)
-    return smallest_budgets(torch.arange(count), tokens, (4, 4), Quality(target, distance_at), detokenize), asked
+    return smallest_budgets(
+        torch.arange(count), tokens, (4, 4), Quality(target, distance_at), UNGUIDED, detokenize
+    ), asked
 
 
 @pytest.mark.parametrize("most", [1, 2, 7, 16])

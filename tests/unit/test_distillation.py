@@ -74,7 +74,7 @@ def test_the_target_is_the_closed_form(states: Any, num_steps: int, teacher_step
     assert found.times.tolist() == pytest.approx([(i + 0.5) / num_steps for i in range(num_steps)])
 
 
-@pytest.mark.parametrize(("solver", "error"), [("euler", 2e-3), ("heun", 1e-6)])
+@pytest.mark.parametrize(("solver", "error"), [("euler", 2e-3), ("heun", 1e-5)])
 def test_a_fine_teacher_is_the_exact_solution(solver: str, error: float) -> None:
     factor, noise = math.exp(-SLOPE / 2), drawn(1, 1, 2, 2, dtype=torch.float64)
     found = window_losses(lambda x, t: 2 * (1 - factor) * x, linear, noise, 2, 600, solver)
@@ -206,7 +206,7 @@ def trainer(path: Path, max_steps: int, *callbacks: pl.Callback) -> pl.Trainer:
 def test_a_training_keeps_tokens_and_states_how_it_decodes(teacher: str, tmp_path: Path) -> None:
     network, losses, average = module(teacher, lr=3e-3), Losses(), EMA(decay=0.5)
     source = FlexTok.from_pretrained(teacher)
-    run = trainer(tmp_path, 40, losses, average)
+    run = trainer(tmp_path, 25, losses, average)
     run.fit(network, loader(), loader())
     assert sum(losses.values[-5:]) < 0.7 * sum(losses.values[:5])
     (optimizer,) = run.optimizers
