@@ -23,7 +23,7 @@ from flextok_pl.evaluation.pictures import save_figure
 from flextok_pl.evaluation.probe import PROBE_SEED, tokenizer_probe
 from flextok_pl.evaluation.protocol import decoding_facts, extractor_facts, model_hashes, versions
 from flextok_pl.evaluation.report import Record, format_columns, format_value, write_json
-from flextok_pl.flow.decoding import EVERYWHERE, Decoding, chosen_decoding
+from flextok_pl.flow.decoding import Decoding, chosen_decoding
 from flextok_pl.models.prior import Condition
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.modules.saved import SavedPrior
@@ -291,8 +291,8 @@ class _Judges:
         """What judges a run of this protocol."""
         if self._data is None:
             return self._timm
-        names = ("num_steps", "guidance", "guidance_scale", "solver")
-        decoding = Decoding(*(protocol[name] for name in names), protocol.get("guidance_interval", EVERYWHERE))
+        stated = {each.name: protocol[each.name] for each in fields(Decoding) if each.name in protocol}
+        decoding = Decoding(**stated)  # a record has no interval where that is all times
         key = f"{protocol['tokenizer_hash']} {decoding}"
         if key not in self._probes:
             tok = FlexTok.from_pretrained(protocol["tokenizer"], device=self._network.device)
