@@ -14,6 +14,7 @@ BENCHMARKS = (
     "decoder_budget",
     "training_step",
     "prior_training_step",
+    "autoencoder",
     "sampling",
     "feature_statistics",
     "evaluation_cost",
