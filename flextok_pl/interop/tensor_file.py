@@ -1,5 +1,7 @@
 """Safetensors files: found here or on the Hub, opened as data, written atomically; one, or several with an index."""
 
+import errno
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -151,7 +153,8 @@ def write_tensors(
             try:
                 save_file(part, places[shard], metadata=dict(metadata))
             except SafetensorError as error:
-                raise OSError(f"cannot write {shard}: {error}") from error
+                number = re.search(r"os error (\d+)", str(error))
+                raise OSError(int(number[1]) if number else errno.EIO, f"cannot write {shard}: {error}") from error
         for place in last:
             places[place].write_text(index_text(shards, tensors), encoding="utf-8")
     for each in sorted(former - {*shards, *last}, key=lambda each: each != index):  # an index before what it names

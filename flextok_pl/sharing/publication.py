@@ -26,7 +26,7 @@ class Publication:
         private: let only the owner, or the members of that organisation, see it.
         gated: let others ask for access: `auto` gives it at once, `manual` when the owner agrees.
         revision: branch to write to, made where there is none; default `main`.
-        message: of the commit; default the model's kind and name.
+        message: of the commit; default `Add NAME`.
     """
 
     repository: str

@@ -1,6 +1,5 @@
 """Weights in several files with an index: bit-equal, complete or not there, and hostile ones refused."""
 
-import errno
 import json
 import shutil
 from contextlib import nullcontext
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from interop_helpers import SMALL_VAE_FILE, assert_same, small_tokenizer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from flextok_pl.config import PriorConfig
@@ -94,7 +94,7 @@ def test_a_full_disk_leaves_what_was_there(tok: FlexTok, folder: Path, monkeypat
 
     def save(tensors: Any, file: Path, metadata: Any) -> None:
         if len(written) == 2:
-            raise OSError(errno.ENOSPC, "full")
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
         written.append(file)
         save_file(tensors, file, metadata)
 

@@ -169,6 +169,10 @@ def test_what_the_hub_refuses(hub: Hub, tok: FlexTok, monkeypatch: pytest.Monkey
         with pytest.raises(ValueError, match=f"nothing was committed: .*{said}"):
             tok.push_to_hub("me/new", send=True, **LICENCES)
     hub.refuse = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(ValueError, match="nothing was committed: HF_HUB_OFFLINE is set"):
+            tok.push_to_hub("me/m", send=True, **LICENCES)
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(ValueError, match="the Hub does not accept the token"):
         tok.push_to_hub("me/m", send=True, **LICENCES)
