@@ -41,8 +41,9 @@ OPTIONS = {
 
 CITATION = """@inproceedings{bachmann2025flextok,
   title = {{FlexTok}: Resampling Images into {1D} Token Sequences of Flexible Length},
-  author = {Bachmann, Roman and Allardice, Jesse and Mizrahi, David and Fini, Enrico and Kar, O{\\u{g}}uzhan Fatih and
-            Amirloo, Elmira and El-Nouby, Alaaeldin and Zamir, Amir and Dehghan, Afshin},
+  author = {Bachmann, Roman and Allardice, Jesse and Mizrahi, David and Fini, Enrico and
+            Kar, O{\\u{g}}uzhan Fatih and Amirloo, Elmira and El-Nouby, Alaaeldin and
+            Zamir, Amir and Dehghan, Afshin},
   booktitle = {International Conference on Machine Learning},
   year = {2025},
   url = {https://arxiv.org/abs/2502.13967},
@@ -178,9 +179,11 @@ def _results(records: Sequence[Record]) -> list[str]:
     shared = {name: value for name, value in records[0].items() if all(r.get(name) == value for r in records)}
     facts = {name: value for name, value in without_places(shared).items() if name not in _BESIDE}
     settings = _table(["setting", "value"], [[name, f"`{json.dumps(value)}`"] for name, value in facts.items()])
+    few = dict.fromkeys(r["metric"] for r in records if r.get("full_rank") is False)
+    note = f" {', '.join(few)}: only values of as many images compare, since the covariance is singular." if few else ""
     return [
-        _protocol(facts),
-        _table(["tokens", *metrics], rows),
+        _protocol(facts) + note,
+        _table(["tokens", *metrics], rows, numbers=True),
         f"<details><summary>The whole protocol</summary>\n\n{settings}\n\n</details>",
     ]
 
@@ -277,7 +280,7 @@ def _list(lines: Sequence[str]) -> str:
     return "\n".join(f"- {line}" for line in lines if line)
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of Markdown; a bar within a cell is escaped."""
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = False) -> str:
+    """A table of Markdown, numbers to the right; a bar within a cell is escaped."""
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [heads, *rows]]
-    return "\n".join([lines[0], "|" + "---|" * len(heads), *lines[1:]])
+    return "\n".join([lines[0], "|" + ("---:|" if numbers else "---|") * len(heads), *lines[1:]])

@@ -18,8 +18,8 @@ RESULTS = {"tokenizer": ("rfid", "tokenizer_hash"), "prior": ("gfid", "prior_has
 PICTURES = {
     "rfid": {
         "grid.png": "Held-out pictures and their reconstructions, from one token to all",
-        "extremes.png": "Smallest and largest squared error at each budget",
         "rfid.png": "Results by token budget",
+        "extremes.png": "Smallest and largest squared error at each budget",
     },
     "gfid": {
         "gfid_grid.png": "Generated pictures at each budget: the first tokens of one sample per row",
