@@ -170,7 +170,7 @@ class RunRecord(SaveConfigCallback):
         self.title = title
         # Whether the run has come to its first batch, in any process of this machine.
         self.used = torch.zeros((), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
-        self._started: tuple[float, int] | None = None  # clock and step of the training's start
+        self._started: tuple[float, int, Path] | None = None  # clock, step and folder of the training's start
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the files."""
@@ -202,14 +202,14 @@ class RunRecord(SaveConfigCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to count what the training costs."""
-        self._started = (time.monotonic(), trainer.global_step)
+        self._started = (time.monotonic(), trainer.global_step, run_folder(trainer))
 
     @rank_zero_only
     def _note_cost(self, trainer: Trainer) -> None:
         """Add what this start of the training has cost to `training.json`, for the model card."""
         if self._started is None or not self.used:
             return
-        (began, first), self._started = self._started, None
+        (began, first, folder), self._started = self._started, None
         root = trainer.strategy.root_device
         attempt = {
             "from_step": first,
@@ -218,7 +218,7 @@ class RunRecord(SaveConfigCallback):
             "devices": trainer.world_size,
             "device": torch.cuda.get_device_name(root) if root.type == "cuda" else root.type,
         }
-        file = run_folder(trainer) / TRAINING
+        file = folder / TRAINING
         known = json.loads(file.read_text())["attempts"] if file.is_file() else []
         write_file(file, json.dumps({"attempts": [*known, attempt]}, indent=1) + "\n")
 
