@@ -1,7 +1,8 @@
-"""Charts for TensorBoard's custom-scalars tab: metrics over training by token budget, and over token budgets by run.
+"""Charts of metrics over token budgets or positions: as TensorBoard shows them, and drawn.
 
-A run's events hold one layout of that tab only, and a curve over budgets is replaced by each evaluation where a scalar
-is added to. What each callback charts therefore lies in a folder of its own in the run's folder.
+A run's events hold one layout of TensorBoard's custom-scalars tab only, and a curve over budgets is replaced by each
+evaluation where a scalar is added to. What each callback charts therefore lies in a folder of its own in the run's
+folder.
 """
 
 from __future__ import annotations
@@ -10,17 +11,75 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.tensorboard import FileWriter
 from torch.utils.tensorboard.summary import custom_scalars, scalar
 
-from flextok_pl.callbacks.trainer_facts import log_results
+from flextok_pl.evaluation.pictures import figure_to_image
+from flextok_pl.evaluation.report import draw_budgets
 
 FOLDER = "charts"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over token budgets or positions.
+
+    Attributes:
+        name: of the folder of its events, which the next chart of this name replaces.
+        title: what is measured, such as `val: reconstructions`.
+        axis: what the curves run over, such as `token budget`.
+        tags: metric -> budget or position -> tag of the number that is logged for it. The steps of the curves are the
+            budgets, and their tags the same in all runs, so that one chart overlays several runs.
+        curves: metric -> budget or position -> value.
+    """
+
+    name: str
+    title: str
+    axis: str
+    tags: Mapping[str, Mapping[int, str]]
+    curves: Mapping[str, Mapping[int, float]]
+
+    @property
+    def heading(self) -> str:
+        """Title of the curves over the axis."""
+        return f"{self.title} against {self.axis}"
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """The values that have a tag, by that tag."""
+        return {tag: self.curves[metric][k] for metric, by_k in self.tags.items() for k, tag in by_k.items()}
+
+    def drawn(self) -> Tensor:
+        """The curves as a picture, (3, H, W) uint8."""
+        budgets = next(iter(self.curves.values()))
+        values = {k: {metric: curve[k] for metric, curve in self.curves.items()} for k in budgets}
+        figure, _ = draw_budgets(values, self.axis)
+        figure.suptitle(self.title, fontsize=10)
+        return figure_to_image(figure)
+
+
+def write_chart(run: Path, chart: Chart) -> None:
+    """Chart the curves over the axis, and their tagged values over the training, in TensorBoard's custom-scalars tab.
+
+    `run` is the folder of the run's events.
+    """
+    over_training, over_axis = f"{chart.title} by {chart.axis}", chart.heading
+    charted = {metric: f"{over_axis}/{metric}" for metric in chart.curves}
+    layout = {  # TensorBoard shows whatever a pattern is found in
+        over_axis: {m: ["Multiline", [f"^{re.escape(tag)}$"]] for m, tag in charted.items()},
+        over_training: {
+            m: ["Multiline", [f"^{re.escape(tag)}$" for tag in each.values()]] for m, each in chart.tags.items()
+        },
+    }
+    with rewritten_events(run / FOLDER / chart.name) as writer:
+        writer.add_summary(custom_scalars(layout))  # type: ignore[no-untyped-call]
+        for metric, tag in charted.items():
+            for k, value in chart.curves[metric].items():
+                add_scalar(writer, tag, value, k)
 
 
 @contextmanager
@@ -37,41 +96,3 @@ def add_scalar(writer: FileWriter, tag: str, value: float, step: int) -> None:
     """Write a number, if it is finite."""
     if math.isfinite(value):
         writer.add_summary(scalar(tag, value), step)  # type: ignore[no-untyped-call]
-
-
-def tagged(tags: Mapping[str, Mapping[int, str]], curves: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
-    """The values of the curves that have a tag, by that tag."""
-    return {tag: curves[metric][k] for metric, by_budget in tags.items() for k, tag in by_budget.items()}
-
-
-def log_curves(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    step: int,
-    name: str,
-    title: str,
-    axis: str,
-    tags: Mapping[str, Mapping[int, str]],
-    curves: Mapping[str, Mapping[int, float]],
-    pictures: Mapping[str, Tensor],
-) -> None:
-    """Log pictures and the tagged values of curves over budgets or positions, and chart both over training and budgets.
-
-    The curves' steps are the budgets, and their tags the same in all runs, so that one chart overlays several runs. The
-    title says what is measured (`val: reconstructions`), the axis what curves run over (`token budget`). `name` is that
-    of the folder, whose events are replaced.
-    """
-    log_results(trainer, pl_module, step, tagged(tags, curves), pictures)
-    over_training, over_axis = f"{title} by {axis}", f"{title} against {axis}"
-    charted = {metric: f"{over_axis}/{metric}" for metric in curves}
-    layout = {  # TensorBoard shows whatever a pattern is found in
-        over_axis: {m: ["Multiline", [f"^{re.escape(tag)}$"]] for m, tag in charted.items()},
-        over_training: {m: ["Multiline", [f"^{re.escape(t)}$" for t in each.values()]] for m, each in tags.items()},
-    }
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-            with rewritten_events(Path(logger.log_dir) / FOLDER / name) as writer:
-                writer.add_summary(custom_scalars(layout))  # type: ignore[no-untyped-call]
-                for metric, tag in charted.items():
-                    for k, value in curves[metric].items():
-                        add_scalar(writer, tag, value, k)

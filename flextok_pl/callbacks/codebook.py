@@ -14,13 +14,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from flextok_pl.callbacks.evaluation import EvaluationCallback, Split
-from flextok_pl.callbacks.trainer_facts import (
-    log_results,
-    model_facts,
-    require_image_shards,
-    source_of,
-    tokenizer_of,
-)
+from flextok_pl.callbacks.loggers import log_results
+from flextok_pl.callbacks.trainer_facts import model_facts, require_image_shards, source_of, tokenizer_of
 from flextok_pl.contracts import run_folder
 from flextok_pl.distributed import gather_rows
 from flextok_pl.evaluation.options import validations_between
@@ -36,9 +31,9 @@ class CodebookReport(EvaluationCallback):
     """Report the use of the codebook over a validation or test set.
 
     Scalars, under the split: `codes/distinct`, `codes/use` (fraction of the vocabulary, where the tokenizer's config
-    states it), `codes/perplexity`, `codes/entropy` (bits per token, mean over positions); to TensorBoard also a picture
-    of the entropy by position and a histogram of the tokens. A test adds what each position tells about the class,
-    where samples have one, and leaves `codes.json` and `codes.png`. Only the encoder runs, while batches are evaluated,
+    states it), `codes/perplexity`, `codes/entropy` (bits per token, mean over positions); a picture of the entropy by
+    position and a histogram of the tokens. A test adds what each position tells about the class, where samples have
+    one, and leaves `codes.json` and `codes.png`. Only the encoder runs, while batches are evaluated,
     so averaged weights are seen.
 
     Args:

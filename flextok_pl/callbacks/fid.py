@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from flextok_pl.callbacks.charts import log_curves
+from flextok_pl.callbacks.charts import Chart
 from flextok_pl.callbacks.evaluation import EvaluationCallback, Split
+from flextok_pl.callbacks.loggers import log_results
 from flextok_pl.callbacks.trainer_facts import (
     generator_of,
     is_limited,
@@ -94,8 +95,8 @@ class BudgetEvaluationCallback(EvaluationOptions, EvaluationCallback):
         curves = {metric: {k: found[metric] for k, found in values.items()} for metric in results.metrics}
         tags = {metric: {k: f"{split}/{evaluation.tag}{metric}/k={k:03d}" for k in values} for metric in curves}
         grid = {f"{split}/{heading}": results.pictures[evaluation.picture]}
-        named = (self.name, f"{split}: {heading}", "token budget")
-        log_curves(trainer, pl_module, self.step_of(trainer), *named, tags, curves, grid)
+        chart = Chart(self.name, f"{split}: {heading}", "token budget", tags, curves)
+        log_results(trainer, pl_module, self.step_of(trainer), chart.scalars, grid, chart=chart)
         in_fit = evaluation.context.in_fit
         folder = run_folder(trainer) if self.output_dir is None else Path(self.output_dir)
         folder = folder / f"{self.name}_fit" if in_fit else folder

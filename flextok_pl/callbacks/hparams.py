@@ -14,10 +14,10 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb  # of `api`, which wants TensorFlow
 
 from flextok_pl.callbacks.charts import add_scalar, rewritten_events
+from flextok_pl.callbacks.loggers import tensorboard_folders
 
 FOLDER = "hparams"
 
@@ -73,10 +73,8 @@ class HParams(Callback):
         self._values |= {name: logged[name] for name in _few_budgets(found)}
         if not trainer.is_global_zero:
             return
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                params = main_options(trainer, pl_module)
-                write_hparams(Path(logger.log_dir), params, self._values, trainer.global_step)
+        for folder in tensorboard_folders(trainer):
+            write_hparams(folder, main_options(trainer, pl_module), self._values, trainer.global_step)
 
 
 def main_options(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

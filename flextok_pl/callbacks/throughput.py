@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from flextok_pl.callbacks.loggers import log_numbers
 from flextok_pl.precision import HALF
 from flextok_pl.runtime.lightning_internals import step_ends
 
@@ -80,8 +81,7 @@ class Throughput(Callback):
                 metrics["train/skipped_samples"] = float(trainer.strategy.reduce(number, reduce_op="sum"))
             # Not through the module's log(), which drops what does not fall on the trainer's own logging step.
             self.latest = metrics
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=trainer.global_step)
+            log_numbers(trainer, trainer.global_step, metrics)
             self._clear()
 
     def _clear(self) -> None:

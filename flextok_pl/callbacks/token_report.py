@@ -12,7 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from flextok_pl.callbacks.charts import log_curves, tagged
+from flextok_pl.callbacks.charts import Chart
+from flextok_pl.callbacks.loggers import log_numbers, log_results
 from flextok_pl.contracts import default_budgets
 from flextok_pl.distributed import all_reduce_sum
 from flextok_pl.evaluation.pictures import figure_to_image
@@ -52,7 +53,7 @@ class TokenReport(Callback):
     """Log bits and accuracy by token position, as numbers at positions 1, 2, 4, ... K and as a curve over all.
 
     In training over every window of `log_every_n_steps` optimizer steps, in validation over the whole set:
-    `train/bits/001`, `val/accuracy/001`, and to TensorBoard the picture `val/tokens_by_position`. The whole sequence's
+    `train/bits/001`, `val/accuracy/001`, and as a picture `val/tokens_by_position`. The whole sequence's
     information is the sum of the bits: a prior that knows nothing has log2 V at each position.
     """
 
@@ -65,9 +66,7 @@ class TokenReport(Callback):
         """Add a batch, and report at the end of a window."""
         self._train.update(outputs)
         if step_ends(pl_module) and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            values = tagged(*_curves("train", self._train.means()[0]))
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=trainer.global_step)
+            log_numbers(trainer, trainer.global_step, _chart("train", self._train.means()[0]).scalars)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget a validation that was interrupted."""
@@ -92,14 +91,15 @@ class TokenReport(Callback):
             return
         means, sequences = self._val.means()
         pictures = {"val/tokens_by_position": plot_positions(means, f"{sequences} sequences")}
-        named = ("positions", "val: tokens", "position")
-        log_curves(trainer, pl_module, trainer.global_step, *named, *_curves("val", means), pictures)
+        chart = _chart("val", means)
+        log_results(trainer, pl_module, trainer.global_step, chart.scalars, pictures, chart=chart)
 
 
-def _curves(split: str, means: Tensor) -> tuple[dict[str, dict[int, str]], dict[str, dict[int, float]]]:
+def _chart(split: str, means: Tensor) -> Chart:
     """Tags at positions 1, 2, 4, ... K, and values at all."""
     tags = {name: {k: f"{split}/{name}/{k:03d}" for k in default_budgets(means.shape[1])} for name in NAMES}
-    return tags, {name: dict(enumerate(row.tolist(), 1)) for name, row in zip(NAMES, means, strict=True)}
+    curves = {name: dict(enumerate(row.tolist(), 1)) for name, row in zip(NAMES, means, strict=True)}
+    return Chart("positions", f"{split}: tokens", "position", tags, curves)
 
 
 def plot_positions(means: Tensor, title: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What evaluations take of a trainer: the module, data and batches that suit them, and its loggers.
+"""What evaluations take of a trainer: the module, data and batches that suit them.
 
 What does not suit raises Lightning's `MisconfigurationException`.
 """
@@ -10,9 +10,6 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 
 from flextok_pl.contracts import GenerationModule, Reconstructor, weights_hash
 from flextok_pl.data import ShardDataModule
@@ -92,33 +89,3 @@ def model_facts(pl_module: LightningModule) -> dict[str, str]:
     """The hashes of the weights of a module's tokenizer and prior, or of the module where they have none."""
     hashes = model_hashes(tokenizer_of(pl_module), getattr(pl_module, "prior", None))
     return hashes or {"module_hash": weights_hash(pl_module)}
-
-
-def log_results(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    step: int,
-    scalars: Mapping[str, float],
-    pictures: Mapping[str, Tensor],
-    histograms: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Give results by tag to the loggers, and during a fit to the trainer, so that a checkpoint can be chosen by them.
-
-    Scalars are equal on all ranks, pictures (3, H, W) uint8, and histograms of values of any shape.
-    """
-    in_fit = trainer.state.fn == TrainerFn.FITTING
-    if in_fit:
-        pl_module.log_dict(dict(scalars), sync_dist=True)
-    for logger in trainer.loggers:
-        if not in_fit:  # Lightning would print every one of them in a table of its own
-            logger.log_metrics(dict(scalars), step=step)
-        if not trainer.is_global_zero:
-            continue
-        if isinstance(logger, TensorBoardLogger):
-            for tag, picture in pictures.items():
-                logger.experiment.add_image(tag, picture, step)
-            for tag, values in (histograms or {}).items():
-                logger.experiment.add_histogram(tag, values, step)
-        elif isinstance(logger, WandbLogger):
-            for tag, picture in pictures.items():
-                logger.log_image(tag, [picture.permute(1, 2, 0).cpu().numpy()], step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import time
@@ -63,8 +64,8 @@ class RunPlace:
         for options in filed:
             if options.get("name") == "lightning_logs":
                 options.name = experiment
-        dirs = [each.get("init_args", {}).get("save_dir") for each in self._loggers]
-        save_dir = next((each for each in dirs if each not in (None, ".")), trainer.default_root_dir or "runs")
+        dirs = [_chosen_folder(each) for each in self._loggers]
+        save_dir = next((each for each in dirs if each is not None), trainer.default_root_dir or "runs")
         self._save_dir, self._name = str(save_dir), (filed[0].get("name") or "") if filed else experiment
         self.parent = Path(self._save_dir, self._name)
         self.version: int | str | None = filed[0].get("version") if filed else None
@@ -122,6 +123,10 @@ class RunPlace:
                 options[IDENTITY[kind.__name__]] = known[kind.__name__]
             elif kind.__name__ == "WandbLogger" and options.get("name") is None:
                 options.name = f"{self._name}/{self.folder.name}"
+            elif kind.__name__ == "MLFlowLogger":
+                if options.get("experiment_name") == "lightning_logs":
+                    options.experiment_name = self._name
+                options.run_name = options.get("run_name") or self.folder.name
             if issubclass(kind, CSVLogger):
                 self._keep_earlier_metrics()
         trainer.default_root_dir = str(self.folder)
@@ -160,6 +165,13 @@ class RunPlace:
             if not folder.is_relative_to(self._save_dir) or any(folder.iterdir()):
                 break
             folder.rmdir()
+
+
+def _chosen_folder(logger: Namespace) -> str | None:
+    """The `save_dir` of a logger, but for the one that its class has by default, such as `./mlruns`."""
+    given = logger.get("init_args", {}).get("save_dir")
+    usual = inspect.signature(resolve_name(logger.class_path)).parameters.get("save_dir")
+    return None if given is None or (usual is not None and str(given) == usual.default) else str(given)
 
 
 class RunRecord(SaveConfigCallback):

@@ -44,6 +44,7 @@ HUSHED = (
     "Checkpoint directory .* exists and is not empty",  # that of the run that goes on
     "Experiment logs directory .* exists and is not empty",
     "The number of training batches .* is smaller than the logging interval",  # logs come by steps, not by epochs
+    "MLFlow only allows .* special characters in metric name",  # of each budget: `k=001` is logged as `k001`
 )
 """Warnings that nobody can act on."""
 

@@ -98,7 +98,7 @@ def write_json(records: Sequence[Record], path: Path) -> None:
     write_file(path, json.dumps(list(records), indent=1, allow_nan=False).encode() + b"\n")
 
 
-def draw_budgets(values: Mapping[int, Mapping[str, float]]) -> tuple[Figure, dict[str, Axes]]:
+def draw_budgets(values: Mapping[int, Mapping[str, float]], axis: str = "tokens") -> tuple[Figure, dict[str, Axes]]:
     """Draw each metric against the token budget on a log-2 axis, one panel each; returns the panels by metric."""
     metrics = list(next(iter(values.values())))
     budgets = list(values)
@@ -113,7 +113,7 @@ def draw_budgets(values: Mapping[int, Mapping[str, float]]) -> tuple[Figure, dic
             axes.set_xticks(budgets, [str(budget) for budget in budgets])
             axes.minorticks_off()
         axes.set_title(metric, fontsize=9)
-        axes.set_xlabel("tokens", fontsize=8)
+        axes.set_xlabel(axis, fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
     return figure, panels

@@ -163,7 +163,7 @@ def wandb_runs(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
         runs.append(Run(**options))
         return runs[-1]
 
-    vars(parts["wandb"]).update(run=None, init=init, Image=lambda pixels: pixels)
+    vars(parts["wandb"]).update(run=None, init=init, Image=lambda pixels: pixels, Histogram=dict)
     vars(parts["wandb.wandb_run"]).update(Run=Run)
     vars(parts["wandb.sdk.lib"]).update(RunDisabled=type(None))
     for name, module in parts.items():
