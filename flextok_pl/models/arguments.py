@@ -60,17 +60,20 @@ def as_ids(ids: Any, name: str = "tokens") -> Tensor:
     return ids.long()
 
 
+TOKEN_SHAPES = "give (B, k), or a list with a tensor (k,) or (1, k) for each sample"
+
+
 def as_token_batch(tokens: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """B rows of int64 tokens, of a (B, k) tensor or B of different lengths."""
+    """B rows of int64 tokens, of a (B, k) tensor or B of different lengths, (k,) or, as published, (1, k)."""
     if isinstance(tokens, Tensor | np.ndarray):
         if tokens.ndim != 2:
-            raise ValueError(f"tokens has shape {tuple(tokens.shape)}; give (B, k) or a list of 1-D tensors")
+            raise ValueError(f"tokens has shape {tuple(tokens.shape)}; {TOKEN_SHAPES}")
         return list(as_ids(tokens))
     rows = [as_ids(row) for row in tokens]
     for row in rows:
-        if row.ndim != 1:
-            raise ValueError(f"tokens holds a sample of shape {tuple(row.shape)}; give (B, k) or a list of 1-D tensors")
-    return rows
+        if tuple(row.shape[:-1]) not in ((), (1,)) or row.ndim == 0:
+            raise ValueError(f"tokens holds a sample of shape {tuple(row.shape)}; {TOKEN_SHAPES}")
+    return [row.view(-1) for row in rows]
 
 
 def as_budgets(num_tokens: Any, lengths: Sequence[int], most: int) -> Tensor:

@@ -333,7 +333,7 @@ class FlexTok(PretrainedModel):
         as a distilled one is for few steps and none, or else 25 steps with `apg` at 7.5.
 
         Args:
-            tokens: (B, k') of any integer type, or B 1-D tensors of different lengths.
+            tokens: (B, k') of any integer type, or a list of B tensors (k',) or (1, k') of different lengths.
             num_tokens: tokens to use, one for all or (B,) int64; default all that are given. A sample with
                 fewer tokens than that uses those it has. `config.missing_tokens` stands for the others.
             num_steps: steps of the solver.
@@ -342,7 +342,9 @@ class FlexTok(PretrainedModel):
             generator: source of the noise: one for the batch, or one per sample, whose image then does not
                 depend on the rest of the batch.
             noise: (B, C, h, w), the state at t = 1, instead of a draw.
-            latent_size: (h, w) of the noise to draw; default the training size, `self.latent_size`.
+            latent_size: (h, w) of the noise to draw; default the training size, `self.latent_size`. Tokens do not
+                remember the shape of their image: for one of H x W pixels it is (H / f, W / f), f being the
+                autoencoder's `config.downsampling`.
             solver: `euler` or `heun`.
             guidance_interval: (low, high]: flow times at which to guide; default all, (0, 1).
 

@@ -52,6 +52,7 @@ STORED = {
     "int32": lambda tokens: tokens.to(torch.int32),
     "numpy": lambda tokens: tokens.numpy().astype(np.uint16),
     "lists": lambda tokens: [row.to(torch.uint16) for row in tokens],
+    "lists of (1, k), as the published code has them": lambda tokens: list(tokens.split(1)),
     "numpy lists": lambda tokens: list(tokens.numpy()),
 }
 
@@ -137,7 +138,8 @@ def test_images_and_tokens_that_are_refused(tok: FlexTok, images: Tensor) -> Non
         "tokens span -25536..-25536": lambda: decoded(tok, wide.to(torch.int16)),
         "vocabulary is 0..63999": lambda: decoded(tok, torch.full((1, 2), V)),
         "read as a smaller type": lambda: decoded(tok, wide.to(torch.int16)),
-        "tokens holds a sample of shape (1, 2)": lambda: decoded(tok, [wide]),
+        "tokens holds a sample of shape (2, 1); give (B, k), or a list": lambda: decoded(tok, [wide.T]),
+        "tokens holds a sample of shape ();": lambda: decoded(tok, [tokens[0], tokens[0, 0]]),
         "tokens has shape (16,)": lambda: decoded(tok, tokens[0]),
         "num_tokens=True": lambda: tok.tokenize(images, num_tokens=True),
         "num_tokens=2.0 is not in": lambda: tok.tokenize(images, num_tokens=2.0),  # type: ignore[arg-type]
