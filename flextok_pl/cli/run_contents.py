@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 from torch import Tensor
 
+from flextok_pl.cli.tools import picture_size
 from flextok_pl.data import ShardDataModule
 from flextok_pl.diagnosis.logged import Facts
 from flextok_pl.diagnosis.logs import read_curves
@@ -179,7 +180,7 @@ class RunContents:
         return (held["state_dict"], held[CURRENT_STATE]) if held.get(CURRENT_STATE) else None
 
     def data(self, source: str | None, samples: int) -> ShardDataModule:
-        """Pictures to look at: `source`, or else those of the run's validation, as it has them.
+        """Pictures to look at: `source`, or else those of the run's validation, of the size that it has them in.
 
         Raises:
             ValueError: they are not there.
@@ -190,9 +191,12 @@ class RunContents:
             raise ValueError("the run names no validation set: give --data")
         if isinstance(chosen, str) and "://" not in chosen and not Path(chosen).expanduser().exists():
             raise ValueError(f"{chosen} is not there: start the command where the training was started, or give --data")
+        size = own.get("image_size")
+        if size is None and self.kind == "tokenizer" and (tok := self.tokenizer()) is not None:
+            size = picture_size(tok)
         return ShardDataModule(
             val=chosen,
-            image_size=own.get("image_size", 256),
+            image_size=256 if size is None else size,
             eval_batch_size=min(32, own.get("eval_batch_size") or own.get("batch_size") or 32),
             num_workers=0,
             val_limit=samples,

@@ -22,6 +22,9 @@ USED, WEAK = 0.01, 0.05
 ADDED = 0.01
 """Share of what all tokens bring over one token that a further budget must add."""
 
+MATTERS = 0.01
+"""Share of an error by which another one must be larger to be called worse."""
+
 COLLAPSED, CONSTANT = 0.1, 0.05
 """Shares of the largest possible entropy: of the mean over positions, and of a position with nearly one token."""
 
@@ -85,7 +88,8 @@ def budgets(errors: Mapping[int, float], gains: Mapping[int, Paired], progress: 
     kept = sorted(errors)
     total = errors[kept[0]] - errors[kept[-1]]
     idle = [k for k, gain in gains.items() if not gain.clear or gain.mean < ADDED * total]
-    harmful = [k for k, gain in gains.items() if gain.mean < -max(ERRORS * gain.error, ADDED * abs(total))]
+    least = max(ADDED * abs(total), MATTERS * errors[kept[-1]])
+    harmful = [k for k, gain in gains.items() if gain.mean < -max(ERRORS * gain.error, least)]
     last = next((k for k in reversed(kept) if k in gains and k not in idle), kept[0])
     verdict: Verdict = "wrong" if last == kept[0] else "look" if harmful or last != kept[-1] else "ok"
     says = f"{of} by budget: " + ", ".join(f"{k}: {errors[k]:.4g}" for k in kept)
@@ -142,8 +146,11 @@ def fsq_levels(shares: Sequence[Sequence[float]], codes: int) -> Finding:
 
 
 def null_condition(own: float, null: float, other: Paired) -> Finding:
-    """Whether the decoder knows what no condition means: `other` is what another image's tokens cost over none."""
-    verdict: Verdict = "look" if other.mean < -ERRORS * other.error and null > own else "ok"
+    """Whether the decoder knows what no condition means.
+
+    `own` and `null` are its losses with an image's tokens and with none, `other` what another image's cost over none.
+    """
+    verdict: Verdict = "look" if other.mean < -max(ERRORS * other.error, MATTERS * null) else "ok"
     says = f"loss {own:.4g} with tokens, {null:.4g} without; another image's tokens cost {other} more than none"
     remedy = (
         "Without tokens the decoder does worse than with wrong ones, so guidance has nothing sound to lead away from: "

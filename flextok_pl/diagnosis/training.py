@@ -51,8 +51,8 @@ def loss_falls(loss: Curve, warmup_steps: int, progress: float | None, started: 
     verdict: Verdict = "ok" if not flat else "look" if started and fall > -2 * error else "wrong"
     says = f"train/loss went from {fmean(first):.4g} to {fmean(last):.4g} (± {error:.1g})"
     remedy = (
-        "It does not fall: lower model.lr by 3 to 10 times, look at gradient-norm and latent-scale, and check that "
-        "the parts to be trained are not frozen"
+        "It does not fall by more than its noise: lower model.lr by 3 to 10 times, look at gradient-norm and "
+        "latent-scale, and check that the parts to be trained are not frozen"
     )
     return graded("loss-falls", learning(verdict, progress), says, remedy, first=fmean(first), last=fmean(last))
 

@@ -79,7 +79,7 @@ def test_unknown_commands(arguments: list[str], capsys: pytest.CaptureFixture[st
 def test_fit_resume_validate_test(tiny: Any, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quick = {"rfid.extractor": "effnet-lite0", "rfid.num_steps": 1, "rfid.budgets": [1, 16]}
     own = [{"class_path": "ModelCheckpoint", "init_args": {"dirpath": "mine", "every_n_train_steps": 1}}]
-    short = {"trainer.max_steps": 2, "trainer.val_check_interval": 1, "global_batch_size": 16}
+    short = {"trainer.max_steps": 2, "trainer.val_check_interval": 1, "global_batch_size": 16, "checks": {}}
     main(tiny("fit", quick | short | {"trainer.callbacks": own, "rfid.fit-budgets": [1]}))
     assert "global batch 16 = batch_size 16 x 1 devices x 1 nodes x 1 accumulated" in capsys.readouterr().out
     first = workplace / "runs" / "tokenizer" / "tiny" / "version_0"

@@ -166,6 +166,7 @@ def test_nothing_is_wrong_with_what_is_still_to_be_learned():
 def test_numbers_are_in_what_is_said():
     said = tokens.token_use(0.5, Paired(0.2, 0.01)).says
     assert "0.5" in said and "0.2 ± 0.01" in said and "+40.0%" in said
+    assert tokens.null_condition(1.4, 1.4, Paired(-1e-6, 1e-8)).verdict == "ok", "clear, and nothing that matters"
     said = tokens.budgets({1: 1.0, 2: 0.8, 4: 0.9}, {2: Paired(0.2), 4: Paired(-0.1)}, None, "loss").says
     assert "nothing is gained beyond 2" in said and "worse at 4" in said
     remedy = latents.latent_scale([0.0], [5.0], 5.0).remedy
