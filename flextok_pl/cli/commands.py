@@ -166,6 +166,13 @@ COMMANDS = {
         "cli.search:measure_searches",
         inputs=("runs", "reference", "classifier_data", "weights", "classifier_weights"),
     ),
+    "app": Command(
+        "try a tokenizer and a prior on a page in your browser",
+        ("flextok_pl.cli.app:AppOptions", VERIFIERS),
+        "app:run",
+        inputs=("examples", "classifier_data"),
+        former={"verifier": "verifiers"},
+    ),
     "reconstruct": _tool(
         "show images at several token budgets, as one picture",
         "cli.tools:reconstruct_images",

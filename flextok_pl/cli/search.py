@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
@@ -27,9 +27,9 @@ from flextok_pl.flow.decoding import Decoding, chosen_decoding
 from flextok_pl.models.prior import Condition
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.modules.saved import SavedPrior
-from flextok_pl.search.driver import Searcher, search_prompts
+from flextok_pl.search.driver import Models, Searcher, search_prompts
 from flextok_pl.search.options import SearchOptions
-from flextok_pl.search.priors import SearchPrior, UniformPrior
+from flextok_pl.search.priors import UniformPrior
 from flextok_pl.search.prompts import Conditions, prompts_from_options
 from flextok_pl.search.quality import COSTS, image_size, measure_run, plot_quality, reference_features
 from flextok_pl.search.records import RunFolder, mean_score
@@ -87,18 +87,6 @@ class RunOptions:
             raise ValueError(f"trees={self.trees} must be 0 or more")
         if not self.out:
             raise ValueError("out='' names no folder: leave it out, or name one")
-
-
-@dataclass(frozen=True)
-class Models:
-    """What a search runs."""
-
-    prior: SearchPrior
-    tokenizer: FlexTok
-    known: Conditions
-    condition: Callable[[Prompt], Condition]
-    facts: Mapping[str, Any]  # which models these are
-    published: GenerationConfig  # how those who published the prior generate with it
 
 
 def run(command: str, arguments: Sequence[str]) -> None:

@@ -5,13 +5,14 @@ W sequences of k tokens, H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
+from flextok_pl.config import GenerationConfig
 from flextok_pl.distributed import launched
 from flextok_pl.evaluation.generation import Prompt
 from flextok_pl.evaluation.report import Record, format_value
@@ -21,10 +22,24 @@ from flextok_pl.search.algorithms import ALGORITHMS
 from flextok_pl.search.options import SearchOptions
 from flextok_pl.search.pictures import TreeRow, search_tree
 from flextok_pl.search.priors import SearchPrior
+from flextok_pl.search.prompts import Conditions
 from flextok_pl.search.records import RunFolder
-from flextok_pl.search.results import Cost, Step
+from flextok_pl.search.results import Cost, SearchResult, Step
+from flextok_pl.search.run import Progress
 from flextok_pl.search.scoring import decode_tokens
 from flextok_pl.search.verifier import Verifier
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a search runs."""
+
+    prior: SearchPrior
+    tokenizer: FlexTok
+    known: Conditions
+    condition: Callable[[Prompt], Condition]  # of a prompt, for a batch of one
+    facts: Mapping[str, Any]  # which models these are
+    published: GenerationConfig  # how those who published the prior generate with it
 
 
 @dataclass(frozen=True)
@@ -34,7 +49,7 @@ class Searcher:
     prior: SearchPrior
     tokenizer: FlexTok
     verifier: Verifier
-    condition: Callable[[Prompt], Condition]  # of a prompt, for a batch of one
+    condition: Callable[[Prompt], Condition]
     options: SearchOptions
 
     @property
@@ -42,17 +57,20 @@ class Searcher:
         """Steps of a search."""
         return 1 if self.options.algorithm == "best_of_n" else len(self.options.counts(self.prior.num_tokens))
 
+    def search(self, prompt: Prompt, start: Step | None = None, progress: Progress | None = None) -> SearchResult:
+        """Search for a prompt, from a saved step if one is given; see `beam_search`."""
+        search, condition = ALGORITHMS[self.options.algorithm], self.condition(prompt)
+        what = (self.prior, self.tokenizer, self.verifier, prompt, condition, self.options)
+        return search(*what, start=start, progress=progress)
+
     def images(self, prompt: Prompt, tokens: Tensor, candidates: Tensor) -> Tensor:
         """Decode sequences (W, k) that have these numbers (W,) in their step's pool: (W, 3, H, W) uint8."""
         return decode_tokens(self.tokenizer, tokens, prompt, self.options, candidates.tolist()).cpu()
 
-    def tree(self, prompt: Prompt, steps: Sequence[Step]) -> Tensor:
-        """The picture of a search, (3, H', W') uint8; see `search_tree`."""
-        rows = []
-        for step in steps:
-            images = self.images(prompt, step.tokens, step.candidates)
-            rows.append(TreeRow(step.num_tokens, images, step.scores.tolist(), step.parents.tolist()))
-        return search_tree(rows)
+    def tree_row(self, prompt: Prompt, step: Step) -> TreeRow:
+        """What a step kept, for the picture of a search; see `search_tree`."""
+        images = self.images(prompt, step.tokens, step.candidates)
+        return TreeRow(step.num_tokens, images, step.scores.tolist(), step.parents.tolist())
 
 
 def search_prompts(
@@ -95,8 +113,7 @@ def _search_one(
         bar.set_postfix_str(f"{prompt.text or prompt.key}: {score} at k={step.num_tokens}")
         bar.update()
 
-    search, start = ALGORITHMS[searcher.options.algorithm], steps[-1] if steps else None
-    what = (searcher.prior, searcher.tokenizer, searcher.verifier, prompt, searcher.condition(prompt), searcher.options)
-    result = search(*what, start=start, progress=progress)._replace(steps=steps)
+    result = searcher.search(prompt, steps[-1] if steps else None, progress)._replace(steps=steps)
     images = searcher.images(prompt, result.tokens, result.candidates)
-    folder.finish(number, prompt, result, images, searcher.tree(prompt, steps) if draw_tree else None)
+    tree = search_tree([searcher.tree_row(prompt, step) for step in steps]) if draw_tree else None
+    folder.finish(number, prompt, result, images, tree)

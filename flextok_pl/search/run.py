@@ -81,7 +81,7 @@ class SearchRun:
         return state
 
     def _begin(self, tokens: Tensor, most: int) -> State:
-        condition, scale = _repeated(self.condition, len(tokens)), self.judge.options.cfg_scale
+        condition, scale = repeated(self.condition, len(tokens)), self.judge.options.cfg_scale
         state = self.prior.begin(condition, tokens.to(self.prior.device), scale, most)
         self.work.append(state.work)
         return state
@@ -183,7 +183,7 @@ def _check_uniform(options: SearchOptions, ahead: int) -> None:
             raise ValueError(f"{name}={value}: to a uniform prior all tokens are alike; leave it out")
 
 
-def _repeated(condition: Condition, count: int) -> Condition:
+def repeated(condition: Condition, count: int) -> Condition:
     """The condition of one prompt for several sequences."""
     if condition is None:
         return None

@@ -38,6 +38,7 @@ LAYERS = (
     ("runtime",),
     ("modules", "callbacks"),
     ("sweeps",),
+    ("app",),
     ("cli",),
     ("__main__",),
 )

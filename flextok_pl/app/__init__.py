@@ -1,0 +1,1 @@
+"""What `flextok app` shows: `work` computes, `page` lays it out with Gradio."""

@@ -1,0 +1,66 @@
+"""`flextok app`: a page in the browser to resample, generate and search with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flextok_pl.app.page import build_page, launch
+from flextok_pl.app.work import example_pictures, model_decoding
+from flextok_pl.assets import EXAMPLES
+from flextok_pl.cli.search import UNIFORM, RunOptions, load_models
+from flextok_pl.cli.tool import instances
+from flextok_pl.cli.tools import picture_size
+from flextok_pl.search.verifier_options import VerifierOptions, build_verifiers
+from flextok_pl.search.verifiers import Likelihood
+
+
+@dataclass(frozen=True)
+class AppOptions:
+    """Try a tokenizer and a prior on a page in your browser.
+
+    It resamples pictures of yours at any number of tokens, swaps tokens between two of them, generates pictures by
+    class or text, and searches for those that a verifier likes best; `--verifier` and its options add verifiers to
+    `likelihood`. Only this machine can open the page, unless you give a host. The page loads nothing from elsewhere and
+    sends nothing there; what is uploaded is deleted after an hour, and when the command ends.
+
+    Args:
+        tokenizer: a `.safetensors` file, a folder or a Hub id; default the one that the prior names, else the demo
+            tokenizer.
+        prior: a `.safetensors` file, a folder or a Hub id; default the demo prior. With a tokenizer and no prior the
+            page only resamples.
+        text_encoder: in place of the prior's own, such as a local copy of it.
+        examples: folder of pictures, or shard set, whose first pictures the page offers; default some of the demo's
+            that its tokenizer has not seen.
+        host: address to listen at. 0.0.0.0 lets everyone who reaches this machine use the page, without a password.
+        port: default the first free one from 7860 on.
+        device: default a GPU where there is one.
+    """
+
+    tokenizer: str | None = None
+    prior: str | None = None
+    text_encoder: str | None = None
+    examples: str | None = None
+    host: str = "127.0.0.1"
+    port: int | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.port is not None and not 1 <= self.port <= 65535:
+            raise ValueError(f"port={self.port} must be in 1..65535")
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Run `flextok app` until it is interrupted."""
+    (given, verifiers), _ = instances(command, arguments, AppOptions, VerifierOptions)
+    prior = UNIFORM if given.prior is None and given.tokenizer is not None else given.prior
+    models = load_models(
+        RunOptions(prior=prior, tokenizer=given.tokenizer, text_encoder=given.text_encoder, device=given.device)
+    )
+    tok, size = models.tokenizer, picture_size(models.tokenizer)
+    built = build_verifiers(verifiers, (), models.known, tok, size, model_decoding(models), tok.device)
+    examples = example_pictures(given.examples or str(EXAMPLES), size, 8)
+    page = build_page(models, size, {each.name: each for each in (Likelihood(), built)}, examples)
+    address = launch(page, given.host, given.port)
+    print(f"{address}: open this page in a browser; Ctrl+C ends it", flush=True)
+    page.block_thread()
