@@ -6,7 +6,7 @@ Nothing here knows Gradio. Shapes: B pictures, K tokens, k kept ones.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -145,7 +145,7 @@ class Found(NamedTuple):
     cost: Cost
 
 
-def searched(models: Models, verifier: BaseVerifier, asked: str | None, options: SearchOptions) -> Iterator[Found]:
+def searched(models: Models, verifier: BaseVerifier, asked: str | None, options: SearchOptions) -> Generator[Found]:
     """What a search has found after each of its steps, and at its end.
 
     Closing the iterator ends the search after the step that it is at.
@@ -179,7 +179,7 @@ class _Closed(Exception):
     """Nobody waits for further reports."""
 
 
-def reported(work: Callable[[Callable[[T], None]], None]) -> Iterator[T]:
+def reported(work: Callable[[Callable[[T], None]], None]) -> Generator[T]:
     """What `work`, in a thread of its own, reports as it goes on; closing the iterator ends it at its next report."""
     reports: Queue[T | None] = Queue()
     closed = threading.Event()

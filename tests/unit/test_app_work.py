@@ -177,7 +177,7 @@ def test_a_search_shows_how_far_it_is(models: Models, red: FunctionVerifier) -> 
 def test_a_search_ends_where_nobody_looks(models: Models, red: FunctionVerifier) -> None:
     found = searched(models, red, "b", SearchOptions(num_candidates=3, beam_width=2, decoding=QUICK))
     next(found)
-    found.close()  # type: ignore[attr-defined]
+    found.close()
     with pytest.raises(ValueError, match="num_results=9"):
         list(searched(models, red, "b", SearchOptions(num_candidates=3, beam_width=2, num_results=9)))
 
