@@ -81,8 +81,8 @@ def commit_of(path: str | Path) -> str | None:
 def not_in_cache(source: HubId, file: str, away: Exception) -> str:
     """What to do about a file that is not here while the Hub is out of reach."""
     return (
-        f"{file} of {source} is not in the cache {constants.HF_HUB_CACHE}, and the Hub is out of reach "
-        f"({reason(away.__cause__ or away, source)}): without a network, {PREFETCH}"
+        f"{file} of {source} is not in the cache {constants.HF_HUB_CACHE}, and {reason(away.__cause__ or away, source)}; "
+        f"without a network, {PREFETCH}"
     )
 
 
@@ -106,4 +106,5 @@ def reason(error: BaseException, source: HubId) -> str:
         return f"somebody else has changed {name} meanwhile: look at it, and run the same command again"
     if status is not None:
         return f"the Hub answers {status}: {str(error).strip().splitlines()[0]}"
-    return f"{type(error).__name__}: {error}"
+    kind = type(error).__name__
+    return f"the Hub is out of reach: {error}" if "Connect" in kind or "Timeout" in kind else f"{kind}: {error}"
