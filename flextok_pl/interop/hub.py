@@ -80,10 +80,8 @@ def commit_of(path: str | Path) -> str | None:
 
 def not_in_cache(source: HubId, file: str, away: Exception) -> str:
     """What to do about a file that is not here while the Hub is out of reach."""
-    return (
-        f"{file} of {source} is not in the cache {constants.HF_HUB_CACHE}, and {reason(away.__cause__ or away, source)}; "
-        f"without a network, {PREFETCH}"
-    )
+    why = reason(away.__cause__ or away, source)
+    return f"{file} of {source} is not in the cache {constants.HF_HUB_CACHE}, and {why}; without a network, {PREFETCH}"
 
 
 def reason(error: BaseException, source: HubId) -> str:

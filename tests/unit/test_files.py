@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flextok_pl.files import whole_file, write_file
+from flextok_pl.files import whole_file, whole_files, write_file
 
 
 def test_the_name_is_given_when_the_file_is_complete(tmp_path: Path) -> None:
@@ -44,6 +44,36 @@ def test_everyone_may_read_it(tmp_path: Path) -> None:
         os.close(os.open(temporary, os.O_CREAT, 0o600))  # as safetensors makes them
     (tmp_path / "plain").touch()
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_files_that_belong_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / name for name in ("a", "b", "index")]
+    for path in paths:
+        path.write_text("old")
+    with pytest.raises(ValueError), whole_files(paths) as temporaries:
+        for temporary in temporaries:
+            temporary.write_text("new")
+        raise ValueError
+    assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["old"] * 3
+
+    replace = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if target == paths[1]:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt), whole_files(paths) as temporaries:
+        for temporary in temporaries:
+            temporary.write_text("new")
+    assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["new", "old"], "no index of two sets"
+
+    monkeypatch.setattr(os, "replace", replace)
+    with whole_files(paths) as temporaries:
+        for temporary in temporaries:
+            temporary.write_text("new")
+    assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["new"] * 3
 
 
 def test_processes_that_write_the_same_file_do_not_meet(tmp_path: Path) -> None:

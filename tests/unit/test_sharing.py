@@ -17,6 +17,7 @@ from flextok_pl.cli import main
 from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig
 from flextok_pl.contracts import weights_hash
 from flextok_pl.evaluation.protocol import model_hashes
+from flextok_pl.interop.hub import HubFiles
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.starting import start_from
 from flextok_pl.models.tokenizer import FlexTok
@@ -204,6 +205,36 @@ def test_a_change_by_somebody_else(hub: Hub, tok: FlexTok, monkeypatch: pytest.M
     with pytest.raises(ValueError, match="somebody else has changed me/m meanwhile"):
         tok.push_to_hub("me/m", send=True, max_shard_size="200KB", **LICENCES)
     assert hub.repositories["me/m"].messages[-1] == "theirs"
+
+
+def test_it_is_private_before_anything_is_there(hub: Hub, tok: FlexTok) -> None:
+    tok.push_to_hub("me/m", send=True, **LICENCES)
+    there = hub.repositories["me/m"]
+    hub.refuse = {"commit": 403}
+    with pytest.raises(ValueError, match="nothing was committed"):
+        tok.push_to_hub("me/m", send=True, private=True, gated="manual", message="More", max_shard_size=9, **LICENCES)
+    assert there.private and there.gated == "manual" and "More" not in there.messages
+    hub.refuse = {}
+    tok.push_to_hub("me/m", send=True, message="More", max_shard_size="1MB", **LICENCES)
+    assert there.private and there.gated == "manual" and there.messages[-1] == "More", "no option makes it public"
+
+
+def test_a_repository_that_changes_while_it_is_read(
+    hub: Hub, tok: FlexTok, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tok.save_pretrained(tmp_path / "m", max_shard_size="200KB")
+    commit = hub.add("me/m", tmp_path / "m")
+    fetch = HubFiles.fetch
+
+    def slow(self: HubFiles, name: str) -> Path | None:
+        file = fetch(self, name)
+        if name.endswith("index.json") and file:
+            hub.add("me/m", tmp_path / "cache")
+        return file
+
+    monkeypatch.setattr(HubFiles, "fetch", slow)
+    assert same(FlexTok.from_pretrained("me/m"), tok)
+    assert hub.repositories["me/m"].branches["main"] != commit
 
 
 def test_files_that_would_be_loaded_instead(hub: Hub, tmp_path: Path) -> None:
