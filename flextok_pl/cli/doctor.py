@@ -23,7 +23,7 @@ from flextok_pl.diagnosis.finding import Finding
 from flextok_pl.diagnosis.latents import latent_scale
 from flextok_pl.diagnosis.logged import of_logged
 from flextok_pl.diagnosis.probe import TokenizerProbe, own_loss, probe_latents, probe_tokenizer
-from flextok_pl.diagnosis.reference import Reference, against_reference, decides, differing, shipped, windows
+from flextok_pl.diagnosis.reference import Reference, against_reference, decides, differing, shipped, window_of, windows
 from flextok_pl.evaluation.protocol import versions
 from flextok_pl.files import write_file
 from flextok_pl.models.tokenizer import FlexTok
@@ -109,9 +109,11 @@ def make_reference(runs: list[str], *, out: str, experiment: str | None = None, 
     found = [RunContents.open(Path(run).expanduser()) for run in runs]
     first = found[0]
     options = decides(first.options)
-    curves = {name: [windows(run.curves[name]) for run in found if name in run.curves] for name in COMPARED}
+    width = window_of(min(run.steps for run in found))
+    curves = {name: [windows(run.curves[name], width) for run in found if name in run.curves] for name in COMPARED}
+    curves = {name: runs for name, runs in curves.items() if sum(len(each) > 1 for each in runs) > 1}
     made = {"date": datetime.date.today().isoformat(), "versions": versions(), "note": note}
-    made_of = Reference(experiment or first.experiment, options, {n: c for n, c in curves.items() if len(c) > 1}, made)
+    made_of = Reference(experiment or first.experiment, options, width, curves, made)
     for run in found[1:]:
         if others := differing(decides(run.options), made_of):
             name, (one, other) = next(iter(others.items()))

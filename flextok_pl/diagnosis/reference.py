@@ -5,10 +5,11 @@ A reference is a JSON file, `references/<experiment>.json` with `_` for `/`:
     {"experiment": "tokenizer/demo",
      "made": {"date": ..., "commands": [...], "machine": ..., "commit": ...},
      "options": {"model.lr": 0.003, ...},
-     "curves": {"train/loss": {"steps": [100, 200, ...], "runs": [[1.32, 1.10, ...], ...]}}}
+     "window": 20,
+     "curves": {"train/loss": {"steps": [20, 40, ...], "runs": [[1.32, 1.10, ...], ...]}}}
 
-A value is the mean of what a run logged after the step before it in `steps` and up to its own, null where it logged
-nothing. Each run has a seed of its own, so that their spread tells what is chance.
+A value is the mean of what a run logged in the last `window` steps up to its own, null where it logged nothing.
+Each run has a seed of its own, so that their spread tells what is chance.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from flextok_pl.files import write_file
 
 FOLDER = Path(__file__).parent / "references"
 
-WINDOW = 50
-"""Steps whose values are averaged."""
+WINDOW, WINDOWS = 20, 50
+"""Steps whose values are averaged at least, and about how many such means a curve has at most."""
 
 SPREADS, LEAST_TOLERANCE, FAR = 4.0, 0.03, 3.0
 """A run may be so many deviations of the seeds from their mean, or this share of it; so many times that is `wrong`."""
@@ -49,6 +50,7 @@ class Reference:
 
     experiment: str
     options: Mapping[str, Any]  # by dotted name, those of the model and its batches
+    window: int  # steps whose values are averaged
     curves: Mapping[str, Sequence[Windows]]  # name -> one entry for each run
     made: Mapping[str, Any]  # when, how and where
 
@@ -68,7 +70,8 @@ class Reference:
                 ]
                 for name, curve in held["curves"].items()
             }
-            return cls(str(held["experiment"]), dict(held["options"]), curves, dict(held.get("made", {})))
+            made = dict(held.get("made", {}))
+            return cls(str(held["experiment"]), dict(held["options"]), int(held["window"]), curves, made)
         except (OSError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} is no file that `flextok doctor reference` has written: {error!r}") from error
 
@@ -79,7 +82,13 @@ class Reference:
             steps = sorted({step for run in runs for step in run})
             rows = [[None if step not in run else float(f"{run[step]:.5g}") for step in steps] for run in runs]
             curves[name] = {"steps": steps, "runs": rows}
-        held = {"experiment": self.experiment, "made": self.made, "options": self.options, "curves": curves}
+        held = {
+            "experiment": self.experiment,
+            "made": self.made,
+            "options": self.options,
+            "window": self.window,
+            "curves": curves,
+        }
         parts = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in held.items()]
         write_file(path, "{\n" + ",\n".join(parts) + "\n}\n")
 
@@ -90,7 +99,12 @@ def shipped(experiment: str) -> Path | None:
     return file if file.is_file() else None
 
 
-def windows(curve: Curve, width: int = WINDOW) -> Windows:
+def window_of(steps: int) -> int:
+    """A window for curves of so many steps, a multiple of the least one."""
+    return WINDOW * max(1, -(-steps // (WINDOW * WINDOWS)))
+
+
+def windows(curve: Curve, width: int) -> Windows:
     """Means of a curve's finite values over windows of `width` steps, of those that are over.
 
     Loggers count from 0: a value of step 49 is of the fiftieth.
@@ -127,7 +141,7 @@ def against_reference(curves: Mapping[str, Curve], options: Mapping[str, Any], r
     outcomes = [
         (name, *found)
         for name, runs in reference.curves.items()
-        if name in curves and (found := _deviation(windows(curves[name]), runs)) is not None
+        if name in curves and (found := _deviation(windows(curves[name], reference.window), runs)) is not None
     ]
     if not outcomes:
         return f"it has no loss at the steps that the reference of {reference.experiment} has"

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from flextok_pl.diagnosis.finding import Finding
-from flextok_pl.diagnosis.reference import FOLDER, Reference, against_reference, windows
+from flextok_pl.diagnosis.reference import FOLDER, Reference, against_reference, window_of, windows
 
 OPTIONS = {"model.lr": 0.01, "model.net.depth": 3, "data.batch_size": 8}
 
@@ -16,7 +16,7 @@ def curve(factor=1.0, steps=400, every=10):
 
 
 def reference(*factors):
-    return Reference("x/y", OPTIONS, {"train/loss": [windows(curve(f)) for f in factors]}, {})
+    return Reference("x/y", OPTIONS, 50, {"train/loss": [windows(curve(f), 50) for f in factors]}, {})
 
 
 def verdict(factor, given=None, options=OPTIONS):
@@ -27,6 +27,10 @@ def verdict(factor, given=None, options=OPTIONS):
 
 def test_windows_are_means_of_steps():
     assert windows([(0, 1.0), (49, 3.0), (50, 10.0), (99, math.nan), (120, 5.0)], 50) == {50: 2.0, 100: 10.0}
+
+
+def test_windows_grow_with_a_training():
+    assert [window_of(steps) for steps in (130, 1000, 3000, 100_000)] == [20, 20, 60, 2000]
 
 
 def test_a_run_within_the_spread_is_ok():
@@ -53,7 +57,7 @@ def test_other_options_are_named_and_other_losses_not_compared():
 
 
 def test_a_file_is_read_as_it_was_written(tmp_path):
-    given = Reference("x/y", OPTIONS, {"train/loss": [{50: 1.5, 100: 1.25}, {50: 1.75}]}, {"date": "2026-11-30"})
+    given = Reference("x/y", OPTIONS, 50, {"train/loss": [{50: 1.5, 100: 1.25}, {50: 1.75}]}, {"date": "2026-11-30"})
     given.write(tmp_path / "r.json")
     assert Reference.read(tmp_path / "r.json") == given
     held = json.loads((tmp_path / "r.json").read_text())
