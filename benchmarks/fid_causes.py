@@ -1,22 +1,26 @@
 """How much each known cause moves a Frechet distance: the same pictures or model, measured in another way.
 
-Two settings, both on the features of `effnet-lite0` and with more samples than features (1,280):
+Four settings, all on the features of `effnet-lite0` and with more samples than features (1,280):
 
 - photos: Fashion-MNIST (https://github.com/zalandoresearch/fashion-mnist, MIT), from Debian's `dataset-fashion-mnist`.
   What is measured are test pictures, the reference are training pictures: two samples of one distribution.
 - demo: the demo tokenizer on training pictures of the demo set, at 16 of 64 tokens. The reference are their originals.
+- averaging: the same with averaged and with raw weights of a training of the demo, `--run`.
+- sizes: pictures of the demo, made small from 256 px by one filter and by another.
 
-Averaged against raw weights needs a training of the demo with its checkpoint, `--run`.
+What was measured is kept beside the results until all is, so that the same command goes on.
 
     apt-get install dataset-fashion-mnist && make data
     python benchmarks/fid_causes.py photos --json benchmarks/results/fid_causes_photos_cpu.json
-    python benchmarks/fid_causes.py demo --run RUN --json benchmarks/results/fid_causes_demo_cpu.json
+    python benchmarks/fid_causes.py averaging --run RUN --json benchmarks/results/fid_causes_averaging_cpu.json
 """
 
 import argparse
 import gzip
 import io
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +39,7 @@ from flextok_pl.metrics.images import to_uint8
 from flextok_pl.precision import frozen_networks_in
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("setting", choices=["photos", "demo"])
+parser.add_argument("setting", choices=["photos", "demo", "averaging", "sizes"])
 parser.add_argument("--photos", default="/usr/share/datasets/fashion-mnist", help="folder with Fashion-MNIST's files")
 parser.add_argument("--data", default="data/openmoji64/train")
 parser.add_argument("--run", default=None, help="a run of experiments/tokenizer/demo.yaml with its checkpoint")
@@ -48,11 +52,13 @@ parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else
 parser.add_argument("--json", default=None, help="file to write the results to")
 
 BATCH = 64
+USUAL = "as usual"
 Pixels = Tensor  # (N, 3, H, W) uint8
+Change = Callable[[Image.Image], Image.Image]
 
 
-class Distances:
-    """Distances between sets of pictures, whose features are taken once."""
+class Network:
+    """The features of pictures."""
 
     def __init__(self, device: str) -> None:
         self.network = build_extractor("effnet-lite0").to(device)
@@ -65,13 +71,13 @@ class Distances:
         return features_to_statistics(self.features(pixels))
 
 
-def each_picture(pixels: Pixels, change: Callable[[Image.Image], Image.Image]) -> Pixels:
+def each_picture(pixels: Pixels, change: Change) -> Pixels:
     """Change each picture with Pillow."""
     changed = [np.asarray(change(Image.fromarray(each.permute(1, 2, 0).numpy()))) for each in pixels]
     return torch.from_numpy(np.stack(changed)).permute(0, 3, 1, 2).contiguous()
 
 
-def as_jpeg(quality: int) -> Callable[[Image.Image], Image.Image]:
+def as_jpeg(quality: int) -> Change:
     def change(image: Image.Image) -> Image.Image:
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=quality)
@@ -95,135 +101,157 @@ def photos(folder: Path, name: str, count: int) -> Pixels:
     return torch.from_numpy(levels.copy())[:, None].expand(-1, 3, -1, -1).contiguous()
 
 
-def row(name: str, usual: float, other: float) -> dict[str, float]:
-    found = {"usual": usual, "other": other, "difference": other - usual}
-    print(f"{name:<52}{usual:10.3f}{other:10.3f}{other - usual:+10.3f}", flush=True)
-    return found
+class Table:
+    """Distances as they are measured; a file beside the results keeps them for a command that is given again."""
+
+    def __init__(self, file: str | None) -> None:
+        self.file = None if file is None else Path(f"{file}.partial")
+        kept = self.file is not None and self.file.is_file()
+        self.values: dict[str, float] = json.loads(self.file.read_text()) if kept else {}
+
+    def measure(self, name: str, distance: Callable[[], float]) -> float:
+        if name not in self.values:
+            self.values[name] = distance()
+            if self.file is not None:
+                self.file.write_text(json.dumps(self.values))
+        usual = self.values[USUAL]
+        print(f"{name:<56}{self.values[name]:10.3f}{self.values[name] - usual:+10.3f}", flush=True)
+        return self.values[name]
 
 
-def of_photos(options: argparse.Namespace, distances: Distances) -> Iterator[tuple[str, dict[str, float]]]:
+def of_photos(options: argparse.Namespace, network: Network, table: Table) -> None:
     """Causes that need no model."""
     count, folder = options.photo_count, Path(options.photos)
-    of_training = photos(folder, "train", 2 * count)
-    tested = photos(folder, "t10k", count)
-    first, second, own = (distances.features(each) for each in (of_training[:count], of_training[count:], tested))
-    reference = features_to_statistics(first)
-    usual = frechet_distance(reference, features_to_statistics(own))
+    of_training, tested = photos(folder, "train", 2 * count), photos(folder, "t10k", count)
+    parts = {"first": of_training[:count], "second": of_training[count:], "own": tested}
 
-    def changed(name: str, change: Callable[[Image.Image], Image.Image]) -> tuple[str, dict[str, float]]:
-        other = frechet_distance(reference, distances.statistics(each_picture(tested, change)))
-        return name, row(name, usual, other)
+    @cache
+    def features(name: str) -> Tensor:
+        return network.features(parts[name])
 
-    other = frechet_distance(reference, features_to_statistics(second))
-    yield "reference: training against other training pictures", row("training set against itself", usual, other)
-    other = frechet_distance(features_to_statistics(own), features_to_statistics(own))
-    yield "reference: the measured pictures themselves", row("against the measured pictures", usual, other)
-    for share in (0.3, 0.4, 0.5, 0.75):
-        n = int(share * count)
-        other = frechet_distance(features_to_statistics(first[:n]), features_to_statistics(own[:n]))
-        yield f"N {n} on either side", row(f"N = {n} on either side", usual, other)
-    for share in (0.3, 0.5):
-        n = int(share * count)
-        other = frechet_distance(reference, features_to_statistics(own[:n]))
-        yield f"N {n} measured", row(f"N = {n} measured, the whole reference", usual, other)
-    yield changed("crop: centre 7/8 of the measured pictures only", cropped)
-    yield changed("JPEG of quality 95", as_jpeg(95))
-    yield changed("JPEG of quality 75", as_jpeg(75))
+    def between(one: str, other: str, measured: int = count, reference: int = count) -> Callable[[], float]:
+        return lambda: frechet_distance(
+            features_to_statistics(features(one)[:reference]), features_to_statistics(features(other)[:measured])
+        )
+
+    def changed(change: Change) -> Callable[[], float]:
+        pixels = each_picture(tested, change)
+        return lambda: frechet_distance(features_to_statistics(features("first")), network.statistics(pixels))
+
+    table.measure(USUAL, between("first", "own"))
+    table.measure("measured: other training pictures", between("first", "second"))
+    table.measure("reference: the measured pictures themselves", between("own", "own"))
+    for n in (int(share * count) for share in (0.3, 0.4, 0.5, 0.75)):
+        table.measure(f"N: {n} on either side", between("first", "own", n, n))
+    for n in (int(share * count) for share in (0.3, 0.5)):
+        table.measure(f"N: {n} measured, {count} of the reference", between("first", "own", n))
+    table.measure("crop: centre 7/8 of the measured pictures only", changed(cropped))
+    for quality in (95, 75):
+        table.measure(f"JPEG of quality {quality}", changed(as_jpeg(quality)))
 
 
-def of_demo(options: argparse.Namespace, distances: Distances) -> Iterator[tuple[str, dict[str, float]]]:
-    """Causes that lie in a tokenizer's decoding, and in how pictures are made small."""
-    count, device = options.demo_count, options.device
-    data = ShardDataModule(val=options.data, image_size=64, eval_batch_size=BATCH, num_workers=0, val_limit=count)
-    batches = list(data.val_dataloader())
-    originals = torch.cat([to_uint8(batch["image"]) for batch in batches])
-    reference = distances.statistics(originals)
-    usual_decoding = {
-        "num_steps": options.num_steps,
-        "guidance": "cfg",
-        "guidance_scale": options.guidance_scale,
-    }
-    tok = FlexTok.from_pretrained(DEMO_TOKENIZER, device=device)
-    tokens = {id(tok): [tok.tokenize(batch["image"].to(device)) for batch in batches]}
+class Demo:
+    """Pictures of the demo, and the same ones decoded from tokens."""
 
-    def latents(made_by: FlexTok, seed: int = 0, **changes: object) -> Tensor:
-        """All pictures' latents, from their first tokens."""
-        how, parts = usual_decoding | changes, []
-        for batch, each in zip(batches, tokens[id(made_by)], strict=True):
-            noise = sample_generators(batch["key"], seed)
-            parts.append(made_by.sample_latents(each, options.num_tokens, generator=noise, **how))
+    def __init__(self, options: argparse.Namespace, network: Network) -> None:
+        self.options, self.network = options, network
+        data = ShardDataModule(
+            val=options.data, image_size=64, eval_batch_size=BATCH, num_workers=0, val_limit=options.demo_count
+        )
+        self.batches = list(data.val_dataloader())
+        self.usual = {"num_steps": options.num_steps, "guidance": "cfg", "guidance_scale": options.guidance_scale}
+
+    @cached_property
+    def reference(self) -> FeatureStatistics:
+        return self.network.statistics(torch.cat([to_uint8(batch["image"]) for batch in self.batches]))
+
+    def distance(self, images: Tensor) -> float:
+        """Of (N, 3, H, W) pictures, uint8 or around [-1, 1], to the originals."""
+        pixels = to_uint8(images) if images.is_floating_point() else images
+        return frechet_distance(self.reference, self.network.statistics(pixels))
+
+    def decoded(self, tok: FlexTok, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> Tensor:
+        """(N, 3, H, W) around [-1, 1], from the first tokens; `dtype` is that of the autoencoder."""
+        how, parts = self.usual | changes, []
+        for batch in self.batches:
+            tokens = tok.tokenize(batch["image"].to(tok.device), self.options.num_tokens)
+            latents = tok.sample_latents(tokens, generator=sample_generators(batch["key"], seed), **how)
+            with torch.no_grad(), frozen_networks_in(dtype):
+                parts.append(tok.require_vae().decode(latents).cpu())
         return torch.cat(parts)
 
-    def images(latents: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(N, 3, H, W) around [-1, 1]."""
-        with torch.no_grad(), frozen_networks_in(dtype):
-            return torch.cat([tok.require_vae().decode(part).cpu() for part in latents.split(BATCH)])
 
-    def distance(pixels: Pixels) -> float:
-        return frechet_distance(reference, distances.statistics(pixels))
+def of_demo(options: argparse.Namespace, network: Network, table: Table) -> None:
+    """Causes that lie in a tokenizer's decoding."""
+    demo, tok = Demo(options, network), FlexTok.from_pretrained(DEMO_TOKENIZER, device=options.device)
 
-    def decoded(made_by: FlexTok, seed: int = 0, **changes: object) -> Pixels:
-        return to_uint8(images(latents(made_by, seed, **changes)))
+    def measure(name: str, **changes: object) -> None:
+        table.measure(name, lambda: demo.distance(demo.decoded(tok, **changes)))
 
-    own = latents(tok)
-    whole = images(own)
-    usual = distance(to_uint8(whole))
-    truncated = whole.clamp(-1, 1).add(1).mul(127.5).to(torch.uint8)  # what `.byte()` does after a scaling
-    yield "rounding: truncated to 8 bits", row("truncated to 8 bits", usual, distance(truncated))
-    other = distance(to_uint8(images(own, torch.bfloat16)))
-    yield "autoencoder decodes in bfloat16", row("autoencoder in bfloat16", usual, other)
+    def truncated() -> float:
+        return demo.distance(demo.decoded(tok).clamp(-1, 1).add(1).mul(127.5).to(torch.uint8))  # as `.byte()` does
+
+    measure(USUAL)
+    table.measure("rounding: truncated to 8 bits", truncated)
+    measure("autoencoder decodes in bfloat16", dtype=torch.bfloat16)
     for seed in (1, 2):
-        yield f"seed {seed}", row(f"seed {seed} of the noise", usual, distance(decoded(tok, seed)))
+        measure(f"seed {seed}", seed=seed)
     for steps in (4, 25):
-        other = distance(decoded(tok, num_steps=steps))
-        yield f"{steps} steps", row(f"{steps} steps in place of {options.num_steps}", usual, other)
+        measure(f"{steps} steps", num_steps=steps)
     for guidance, scale in (("none", 1.0), ("cfg", 1.5), ("apg", 7.5)):
-        other = distance(decoded(tok, guidance=guidance, guidance_scale=scale))
-        yield f"guidance {guidance} {scale}", row(f"guidance {guidance} {scale:g}", usual, other)
-    if options.run is not None:
-        state = torch.load(Path(options.run) / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
-        found = []
-        for weights in (state["state_dict"], state["current_model_state"]):
-            made = FlexTok.from_pretrained(Path(options.run) / "tokenizer.safetensors", device=device)
-            of_model = {n.removeprefix("tokenizer."): w for n, w in weights.items() if n.startswith("tokenizer.")}
-            made.load_state_dict(of_model, strict=False)
-            tokens[id(made)] = [made.tokenize(batch["image"].to(device)) for batch in batches]
-            found.append(distance(decoded(made)))
-        yield f"raw weights of step {state['global_step']}", row("raw in place of averaged weights", *found)
-    yield from of_sizes(count, distances)
+        measure(f"guidance {guidance} {scale:g}", guidance=guidance, guidance_scale=scale)
 
 
-def of_sizes(count: int, distances: Distances) -> Iterator[tuple[str, dict[str, float]]]:
+def of_averaging(options: argparse.Namespace, network: Network, table: Table) -> None:
+    """Averaged and raw weights of a run's newest checkpoint."""
+    if options.run is None:
+        raise SystemExit("averaging needs --run, the folder of a run with tokenizer.safetensors and a checkpoint")
+    demo, folder = Demo(options, network), Path(options.run)
+    state = torch.load(folder / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
+    for name, part in ((USUAL, "state_dict"), (f"raw weights of step {state['global_step']}", "current_model_state")):
+        tok = FlexTok.from_pretrained(folder / "tokenizer.safetensors", device=options.device)
+        weights = {n.removeprefix("tokenizer."): w for n, w in state[part].items() if n.startswith("tokenizer.")}
+        tok.load_state_dict(weights, strict=False)  # its autoencoder is not in there
+        table.measure(name, lambda tok=tok: demo.distance(demo.decoded(tok)))
+
+
+def of_sizes(options: argparse.Namespace, network: Network, table: Table) -> None:
     """Pictures made small by one filter against the same ones made small by another."""
-    files, _ = render(list_pictures()[:count], 256, 0)
+    files, _ = render(list_pictures()[: options.demo_count], 256, 0)
     large = torch.from_numpy(np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]))
     large = large.permute(0, 3, 1, 2).contiguous()
     side = (64, 64)
-    usual = distances.statistics(each_picture(large, lambda image: image.resize(side, Image.Resampling.BICUBIC)))
 
-    def interpolated(mode: str) -> Pixels:
+    def of_pillow(resampling: Image.Resampling) -> Pixels:
+        return each_picture(large, lambda image: image.resize(side, resampling))
+
+    def of_torch(mode: str) -> Pixels:
         """As torch does unless told otherwise: without antialiasing."""
         parts = [torch.nn.functional.interpolate(each.float(), side, mode=mode) for each in large.split(BATCH)]
         return torch.cat(parts).round().clamp(0, 255).to(torch.uint8)
 
-    filters = {
-        "Pillow bilinear": lambda: each_picture(large, lambda image: image.resize(side, Image.Resampling.BILINEAR)),
-        "Pillow Lanczos": lambda: each_picture(large, lambda image: image.resize(side, Image.Resampling.LANCZOS)),
-        "torch bilinear without antialias": lambda: interpolated("bilinear"),
-        "nearest": lambda: interpolated("nearest"),
+    usual = network.statistics(of_pillow(Image.Resampling.BICUBIC))
+    filters: dict[str, Callable[[], Pixels]] = {
+        USUAL: lambda: of_pillow(Image.Resampling.BICUBIC),
+        "Pillow bilinear": lambda: of_pillow(Image.Resampling.BILINEAR),
+        "Pillow Lanczos": lambda: of_pillow(Image.Resampling.LANCZOS),
+        "torch bilinear without antialias": lambda: of_torch("bilinear"),
+        "nearest": lambda: of_torch("nearest"),
     }
     for name, made in filters.items():
-        other = frechet_distance(usual, distances.statistics(made()))
-        yield f"resize: {name}", row(f"{name}, against Pillow's bicubic", 0.0, other)
+        table.measure(name, lambda made=made: frechet_distance(usual, network.statistics(made())))
+
+
+SETTINGS = {"photos": of_photos, "demo": of_demo, "averaging": of_averaging, "sizes": of_sizes}
 
 
 def main() -> None:
     options = parser.parse_args()
-    distances = Distances(options.device)
-    print(f"{'cause':<52}{'usual':>10}{'other':>10}{'moves':>10}")
-    measured = of_photos if options.setting == "photos" else of_demo
-    results = dict(measured(options, distances))
-    write_results(f"fid_causes {options.setting}", vars(options), results, options.json)
+    table = Table(options.json)
+    SETTINGS[options.setting](options, Network(options.device), table)
+    write_results(f"fid_causes {options.setting}", vars(options), table.values, options.json)
+    if table.file is not None:
+        table.file.unlink()
 
 
 if __name__ == "__main__":
