@@ -132,8 +132,10 @@ def _batches(contents: RunContents, source: str | None, samples: int) -> tuple[l
     """Pictures for the model, or why there are none."""
     if samples == 0:
         return [], "num_samples is 0"
-    if contents.kind not in ("tokenizer", "autoencoder"):
-        return [], f"what a {contents.kind} run logs tells what there is to know"
+    if contents.kind == "prior":
+        return [], "its validations tell what there is to know of a prior"
+    if contents.kind == "other":
+        return [], f"no check is made for the model of {contents.group('model').get('class_path')}"
     try:
         batches = list(contents.data(source, samples).val_dataloader())
     except ValueError as error:
