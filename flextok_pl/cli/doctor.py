@@ -119,7 +119,8 @@ def make_reference(runs: list[str], *, out: str, experiment: str | None = None, 
             name, (one, other) = next(iter(others.items()))
             raise ValueError(f"{first.folder} has {name}={one}, {run.folder} {other}: give runs of one experiment")
     if not made_of.curves:
-        raise ValueError(f"the runs have logged no {' and no '.join(COMPARED)}")
+        short = f"fewer than two of them have logged {' or '.join(COMPARED)} over {2 * width} steps"
+        raise ValueError(f"runs={runs}: {short}: train longer, or log more often (trainer.log_every_n_steps)")
     seeds = [run.model.get("seed") for run in found]
     if len(set(map(str, seeds))) < len(seeds):
         raise ValueError(f"the runs have model.seed={seeds}: give runs of different seeds, whose spread is chance")
