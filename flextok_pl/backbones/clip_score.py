@@ -11,7 +11,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from flextok_pl.backbones.pretrained import MeasuringNetwork, Pretrained
+from flextok_pl.backbones.pretrained import MeasuringNetwork, Pretrained, transformers_files
+from flextok_pl.downloads import Download
 from flextok_pl.precision import as_float64
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
@@ -59,6 +60,11 @@ class CLIPNetwork(MeasuringNetwork):
         pixels = self.processor.image_processor(list(images.cpu()), return_tensors="pt").to(images.device)
         with self.to(images.device).measuring():
             return F.normalize(self.network.visual_projection(self.network.vision_model(**pixels).pooler_output))
+
+
+def clip_downloads(model: Path | str) -> list[Download]:
+    """What a `CLIPNetwork` fetches."""
+    return [] if Path(model).expanduser().is_dir() else [transformers_files(str(model))]
 
 
 def distinct(texts: Sequence[str]) -> tuple[list[str], list[int]]:

@@ -5,6 +5,7 @@ that people find less alike.
 """
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from flextok_pl.backbones.pretrained import MeasuringNetwork, Pretrained
+from flextok_pl.downloads import Download, Part, Places, torch_hub_at
 from flextok_pl.precision import as_float64
 
 NETWORKS = ("ensemble", "dino_vitb16", "dinov2_vitb14", "clip_vitb32", "open_clip_vitb32", "synclr_vitb16")
@@ -28,12 +30,38 @@ def check_dreamsim(network: str | None, weights: Path | str | None) -> None:
         return
     if network not in NETWORKS:
         raise ValueError(f"dreamsim={network!r} is unknown; use one of {NETWORKS}, or null")
-    tuned = "ensemble_lora" if network == "ensemble" else f"{network}_single_lora"
-    if weights is not None and not (Path(weights) / tuned).is_dir():
+    if weights is not None and not (Path(weights) / _tuned(network)).is_dir():
         raise ValueError(
-            f"dreamsim_weights={str(weights)!r} holds no folder {tuned}: give the folder into which the archive of "
-            f"{network} from https://github.com/ssundaram21/dreamsim/releases was unpacked"
+            f"dreamsim_weights={str(weights)!r} holds no folder {_tuned(network)}: give the folder into which the "
+            f"archive of {network} from https://github.com/ssundaram21/dreamsim/releases was unpacked"
         )
+
+
+def _tuned(network: str) -> str:
+    """The folder of what was tuned of a network, in that of the unpacked weights."""
+    return "ensemble_lora" if network == "ensemble" else f"{network}_single_lora"
+
+
+@dataclass(frozen=True)
+class DreamSimFiles(Download):
+    """What the package fetches for a network, code and weights, as only its own code knows."""
+
+    network: str
+
+    @property
+    def title(self) -> str:
+        """The network."""
+        return f"https://github.com/ssundaram21/dreamsim/releases: {self.network}"
+
+    def parts(self, places: Places) -> list[Part]:
+        """The folder that the package unpacks last."""
+        return [Part(_tuned(self.network), None, (places.torch_hub / "dreamsim" / _tuned(self.network)).is_dir())]
+
+    def fetch(self, places: Places) -> None:
+        """Load the network once."""
+        if not self.parts(places)[0].here:
+            with torch_hub_at(places):
+                DreamSim(self.network)
 
 
 class DreamSim(MeasuringNetwork):

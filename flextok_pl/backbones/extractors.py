@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flextok_pl.backbones.networks import efficientnet_lite
 from flextok_pl.backbones.pretrained import MeasuringNetwork, Pretrained
+from flextok_pl.downloads import Download, Places, TorchHubCode, UrlFile
 from flextok_pl.parts import in_parts
 
 OFFLINE_EXTRACTOR = "effnet-lite0"
@@ -28,6 +29,9 @@ EXTRACTORS = (
     *(f"dinov2-vit-{size}-14" for size in "sblg"),
     *(f"clip-{net}" for net in ("rn50", "rn101", "vit-b-32", "vit-b-16", "vit-l-14", "vit-l-14-336px")),
 )
+
+DINOV2_CODE, DINOV2_URL = "facebookresearch/dinov2", "https://dl.fbaipublicfiles.com/dinov2"
+"""The repository that torch-fidelity runs, and where that finds its weights."""
 
 EFFNET_SIZE = 128  # a multiple of 32, as its fixed "same" padding needs; 224 costs three times as much
 
@@ -82,6 +86,24 @@ def check_extractor(name: str, weights: Path | str | None = None) -> Pretrained:
     return Pretrained("extractor", name, weights)
 
 
+def extractor_downloads(name: str) -> list[Download]:
+    """What `build_extractor` fetches without a file of weights: the files that torch-fidelity looks for."""
+    check_extractor(name)
+    if name == INCEPTION:
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+        return [UrlFile(URL_INCEPTION_V3)]
+    if name.startswith("clip-"):
+        from torch_fidelity.feature_extractor_clip import MODEL_METADATA, MODEL_URLS
+
+        return [UrlFile(MODEL_URLS[name], f"{name}-{MODEL_METADATA[name]['hash']}.pt")]
+    if name.startswith("dinov2-"):
+        from torch_fidelity.feature_extractor_dinov2 import MODEL_METADATA as DINOV2
+
+        return [TorchHubCode(DINOV2_CODE), UrlFile(f"{DINOV2_URL}/{DINOV2[name]}/{DINOV2[name]}_pretrain.pth")]
+    return []
+
+
 def _pooled_features(network: Any, images: Tensor) -> Tensor:
     """Of EfficientNet-Lite: (B, 3, H, W) uint8 -> (B, 1280)."""
     x = F.interpolate(images.float(), size=(EFFNET_SIZE, EFFNET_SIZE), mode="bilinear", antialias=True)
@@ -103,9 +125,12 @@ def _torch_fidelity_network(source: Pretrained) -> Any:
     ):
         from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-        if path is not None and name.startswith("clip"):
+        if path is None:
+            for download in extractor_downloads(name):
+                download.fetch(Places.usual())
+        elif name.startswith("clip"):
             _check_is_published(name, path)
-        elif path is not None:
+        else:
             source.state_dict(path)  # torch-fidelity's own loader would let the file run code
         network_class = FEATURE_EXTRACTORS_REGISTRY[name]
         layer = network_class.get_default_feature_layer_for_metric("fid")

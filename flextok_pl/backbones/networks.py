@@ -11,11 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from flextok_pl.backbones.pretrained import Pretrained
+from flextok_pl.downloads import Download, HubRepository, UrlFile
 
-LPIPS_URLS = {
-    "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
-    "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
+LPIPS_NETWORKS = {
+    "alex": UrlFile("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"),
+    "vgg": UrlFile("https://download.pytorch.org/models/vgg16-397923af.pth"),
 }
+"""What LPIPS fetches: torchvision's networks."""
+
+
+TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
+"""In a repository of the Hub, in timm's order."""
 
 
 class FeatureMaps(nn.Module):
@@ -105,6 +111,20 @@ def timm_network(source: Pretrained, pretrained: bool = True, **options: Any) ->
     return network, timm.data.resolve_model_data_config(network)
 
 
+def timm_downloads(name: str) -> list[Download]:
+    """What `timm_network` fetches for a model of this name; ValueError where timm has no weights of it."""
+    import timm
+
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if config is not None and config.hf_hub_id:
+        repository, _, revision = config.hf_hub_id.partition("@")
+        alternatives = [config.hf_hub_filename] if config.hf_hub_filename else TIMM_FILES
+        return [HubRepository(repository, (tuple(alternatives),), revision or None)]
+    if config is not None and config.url:
+        return [UrlFile(config.url)]
+    raise ValueError(f"timm has no weights of {name!r}; use one of timm.list_models(pretrained=True)")
+
+
 class VisionTransformerMap(nn.Module):
     """The final normalised patch tokens of a timm vision transformer, as the one map of a list."""
 
@@ -122,17 +142,12 @@ def lpips_network(net: Literal["alex", "vgg"], source: Pretrained) -> nn.Module:
 
     The calibrated linear layers come with torchmetrics; the network under them, and its file, are torchvision's.
     """
-    url = LPIPS_URLS[net]
+    download = LPIPS_NETWORKS[net]
     place = Path(torch.hub.get_dir()) / "checkpoints"
-    with source.loading(f"fetch {url} and give it as {source.weights_option}=PATH, or put it into {place}"):
+    with source.loading(f"fetch {download.url} and give it as {source.weights_option}=PATH, or put it into {place}"):
         from torchmetrics.functional.image.lpips import _NoTrainLpips
 
-        if source.weights is None:
-            state = torch.hub.load_state_dict_from_url(
-                url, map_location="cpu", progress=False, check_hash=True, weights_only=True
-            )
-        else:
-            state = source.state_dict(source.weights)
+        state = source.state_dict(source.weights or download.fetch())
         lpips = _NoTrainLpips(net=net, pnet_rand=True)
         names = lpips.net.state_dict()  # slice1.0.weight is torchvision's features.0.weight
         lpips.net.load_state_dict({name: state[f"features.{name.split('.', 1)[1]}"] for name in names})

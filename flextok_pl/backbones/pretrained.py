@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from flextok_pl.contracts import weights_hash
+from flextok_pl.downloads import HubRepository
 from flextok_pl.precision import full_precision
 
 
@@ -57,6 +58,12 @@ class Pretrained:
         if not isinstance(state, dict):
             raise ValueError(f"the file holds a {type(state).__name__} and no state dict")
         return state
+
+
+def transformers_files(repository: str) -> HubRepository:
+    """What `from_pretrained` of a model of `transformers` and of its tokenizer or processor fetch."""
+    weights = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
+    return HubRepository(repository, (weights, ("*.json",), ("*.model",), ("*.txt",), ("*.jinja",)))
 
 
 class MeasuringNetwork:

@@ -68,6 +68,12 @@ COMMANDS = {
         "flextok_pl.cli.plan:PlanOptions",
         run="plan:run",
     ),
+    "prefetch": _training(
+        "bring what an experiment fetches into a folder, for machines without a network",
+        "fit",
+        "flextok_pl.cli.prefetch:PrefetchOptions",
+        run="prefetch:run",
+    ),
     "data demo": _tool("write the embedded OpenMoji demo set as shards", "data.convert.demo:write_demo"),
     "data folder": _tool(
         "write a folder of images as shards", "data.convert.folder:write_folder", inputs=("src", "captions")
@@ -173,6 +179,7 @@ COMMANDS = {
         inputs=("examples", "classifier_data"),
         former={"verifier": "verifiers"},
     ),
+    "env": _training("show versions, devices and configuration, for a report of a problem", "fit", run="env:run"),
     "reconstruct": _tool(
         "show images at several token budgets, as one picture",
         "cli.tools:reconstruct_images",

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor
 
+from flextok_pl.downloads import Download, HubRepository
 from flextok_pl.interop.format import ConfigT, Contents, Format, Made
 from flextok_pl.interop.hub import HubId, commit_of
 from flextok_pl.interop.tensor_file import TensorFile, files_of, find_file, open_tensors, write_tensors
@@ -76,6 +77,17 @@ class PretrainedModel(Publishable):
     def save_to_publish(self, folder: Path, format: str, max_shard_size: int | str | None) -> Path:
         """Save it in a folder."""
         return self.save_pretrained(folder, format, max_shard_size=max_shard_size)
+
+
+def model_downloads(path_or_hub_id: str | Path, formats: Mapping[str, Format[ConfigT]]) -> list[Download]:
+    """What `load_model` fetches."""
+    if Path(path_or_hub_id).expanduser().exists() or str(path_or_hub_id).endswith(".safetensors"):
+        return []
+    names, companions = _file_names(formats), [each.companion for each in formats.values() if each.companion]
+    shards = [f"{name.removesuffix('.safetensors')}-*.safetensors" for name in names]
+    beside = [(each,) for each in (*companions, *(f"{name}.index.json" for name in names))]
+    repository, _, revision = str(path_or_hub_id).partition("@")
+    return [HubRepository(repository, ((*names, *shards), *beside), revision or None)]
 
 
 def load_model(

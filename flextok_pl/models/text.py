@@ -8,16 +8,24 @@ Shapes: B texts, T positions of the longest, E width.
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from flextok_pl.backbones.pretrained import Pretrained
+from flextok_pl.backbones.pretrained import Pretrained, transformers_files
+from flextok_pl.downloads import Download
 from flextok_pl.models.prior import TextStates
 from flextok_pl.precision import outside_autocast
 
 OFFLINE_ENCODER = "minilm"
+
+
+def text_encoder_downloads(name: str) -> list[Download]:
+    """What a `TextEncoder` fetches."""
+    here = name == OFFLINE_ENCODER or Path(name).expanduser().is_dir()
+    return [] if here else [transformers_files(name)]
 
 
 class TextEncoder(nn.Module):

@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from flextok_pl.config import VAEConfig
+from flextok_pl.downloads import Download, HubRepository
 from flextok_pl.files import write_file
 from flextok_pl.interop.autoencoder import read_vae_config, vae_config_from_diffusers, vae_config_to_diffusers
 from flextok_pl.interop.hub import PREFETCH, HubId
@@ -28,6 +29,16 @@ from flextok_pl.precision import outside_autocast, require_float32
 from flextok_pl.transfer import send
 
 _LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution
+
+
+def autoencoder_downloads(path_or_hub_id: str | Path) -> list[Download]:
+    """What `VAE.from_pretrained` fetches."""
+    if Path(path_or_hub_id).expanduser().is_dir():
+        return []
+    weights = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*.safetensors")
+    index = "diffusion_pytorch_model.safetensors.index.json"
+    repository, _, revision = str(path_or_hub_id).partition("@")
+    return [HubRepository(repository, (weights, ("config.json",), (index,)), revision or None)]
 
 
 class VAE(Publishable):

@@ -10,7 +10,6 @@ interruption it goes on from the last checkpoint. Nothing heavy is imported here
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -26,6 +25,7 @@ from types import FrameType
 from typing import Any
 
 from flextok_pl.files import write_file
+from flextok_pl.posix import fcntl
 
 METRICS = "metrics.jsonl"
 """What the callback `MetricsLog` writes in the folder of a run."""

@@ -74,12 +74,12 @@ def test_a_file_is_there_is_the_networks_and_cannot_run_code(tmp_path, said):
         (lambda: Teacher("resnet18"), r"teacher='resnet18' cannot .*patch_embed.*a timm vision transformer"),
     ],
 )
-def test_what_is_missing_is_named_with_a_remedy(load, complaint, monkeypatch):
+def test_what_is_missing_is_named_with_a_remedy(load, complaint, tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
-    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", no_network)
+    monkeypatch.setattr("flextok_pl.downloads.urlopen", no_network)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match=complaint):
         load()

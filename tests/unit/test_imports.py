@@ -22,6 +22,8 @@ LAYERS = (
         "errors",
         "keys",
         "distributed",
+        "downloads",
+        "posix",
         "transfer",
         "parts",
         "records",

@@ -7,7 +7,6 @@ it is closed, or in a cache folder that other processes and later runs share.
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import platform
@@ -23,6 +22,7 @@ import aiohttp
 import fsspec
 
 from flextok_pl.data.shards.index import ShardError, ShardInfo, file_sha256
+from flextok_pl.posix import fcntl
 
 PIPE = "pipe:"
 NAME = "{name}"

@@ -1,0 +1,105 @@
+"""`flextok env`: what a report of a problem should say of the machine, the versions and the experiment."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import flextok_pl
+from flextok_pl.cli.front import given_files, read
+from flextok_pl.cli.training import ParsingCLI, run_cli
+from flextok_pl.errors import UserError
+
+PACKAGES = (
+    *("flextok_pl", "torch", "torchvision", "lightning", "jsonargparse", "torchmetrics", "torch-fidelity", "diffusers"),
+    *("timm", "transformers", "huggingface_hub", "safetensors", "webdataset", "fsspec", "numpy", "pillow"),
+)
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Run `flextok env`: versions, devices, the commit of a checkout and, of an experiment, the whole configuration.
+
+    Variables of the environment are not printed. In the configuration, user names, queries of URLs and commands of
+    `pipe:` are replaced by `***`, and your home folder by `~`.
+    """
+    for name, value in facts():
+        print(f"{name}: {value}")
+    if given_files(read(arguments)[0]):
+        run_cli(MergedConfig, "fit", arguments)
+    elif arguments:
+        raise UserError(f"{arguments[0]} belongs to an experiment: give --config FILE, too")
+
+
+class MergedConfig(ParsingCLI):
+    """Parses an experiment as `flextok fit` does, and prints the outcome."""
+
+    command = "env"
+
+    def run(self) -> None:
+        """Print it."""
+        text = self.parser.dump(self.config, skip_none=False)
+        print(f"configuration: {self.experiment}, SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:16]}\n")
+        print(without_secrets(text))
+
+
+def facts() -> Iterator[tuple[str, Any]]:
+    """Name and value of each line."""
+    yield "python", f"{platform.python_version()} ({platform.python_implementation()})"
+    yield "system", f"{platform.platform()}, {os.cpu_count()} cores"
+    for package in PACKAGES:
+        try:
+            yield package, version(package)
+        except PackageNotFoundError:
+            yield package, "not installed"
+    yield "CUDA", f"{torch.version.cuda or 'none'} of torch's build, driver {_driver() or 'none'}"
+    for number in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(number)
+        yield f"cuda:{number}", f"{device.name}, {device.total_memory / 2**30:.1f} GiB"
+    yield "MPS", "available" if torch.backends.mps.is_available() else "not available"
+    yield "threads", torch.get_num_threads()
+    commit = _commit(Path(flextok_pl.__file__).parents[1])
+    if commit is not None:
+        yield "commit", commit
+
+
+def without_secrets(text: str) -> str:
+    """A configuration without what may be secret in it: what URLs say beyond a place, commands, your home folder."""
+    text = re.sub(r"pipe:[^\n]*", "pipe:***", text)
+    text = re.sub(r"(\w+://)[^\s/@'\"]+@", r"\1***@", text)
+    text = re.sub(r"(\w+://[^\s?'\"]+\?)[^\s'\"]+", r"\1***", text)
+    return text.replace(str(Path.home()), "~") if Path.home() != Path("/") else text
+
+
+def _driver() -> str | None:
+    """Version of NVIDIA's driver."""
+    return _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+
+
+def _commit(root: Path) -> str | None:
+    """The commit of a checkout, and how many files differ from it; None where the package is installed elsewhere."""
+    if not (root / ".git").exists():
+        return None
+    commit = _said("git", "-C", str(root), "rev-parse", "HEAD")
+    changed = _said("git", "-C", str(root), "status", "--porcelain")
+    return None if commit is None else commit + (f", {len(changed.splitlines())} files changed" if changed else "")
+
+
+def _said(*command: str) -> str | None:
+    """What a program prints, if it is there and succeeds."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
