@@ -2,6 +2,7 @@
 
 import io
 from itertools import chain
+from multiprocessing.reduction import ForkingPickler
 
 import lightning.pytorch as pl
 import numpy as np
@@ -340,3 +341,12 @@ def test_channels(folders):
         assert data.data_hash("val") != module(folders).data_hash("val")
     with pytest.raises(ValueError, match="channels=2 must be 1 .grey., 3 .colour. or 4 .*write_latents"):
         module(folders, channels=2)
+
+
+@pytest.mark.parametrize("options", [{}, {"on_error": "skip", "max_skipped": 2}, {"fast_decode": True}])
+def test_a_spawned_worker_can_be_sent_the_stream(folders, options):
+    """As macOS starts a loader's workers, and others with another start method than fork: by pickling."""
+    loader = module(folders, **options).train_dataloader()
+    parts = (loader.dataset, loader.collate_fn, loader.worker_init_fn)
+    stream, _, _ = ForkingPickler.loads(bytes(ForkingPickler.dumps(parts)))
+    assert [batch["key"] for batch in stream] == [batch["key"] for batch in loader.dataset]

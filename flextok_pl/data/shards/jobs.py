@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -46,8 +47,8 @@ def run_jobs(
 
 
 def _in_processes(job: Callable[[ItemT], ResultT], items: Sequence[ItemT], workers: int) -> Iterator[ResultT]:
-    # Forking is immediate, and safe here: the jobs use neither torch nor an accelerator.
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    # Forking is immediate, and safe here: the jobs use neither torch nor an accelerator. macOS's own libraries are not.
+    method = "fork" if sys.platform == "linux" else "spawn"
     context = multiprocessing.get_context(method)
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
         try:
