@@ -72,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
         commit = self._commit(repository, unquote(rest[1]) if rest else "main")
         if commit is None:
             return None
-        files = [{"rfilename": each} for each in repository.commits[commit]]
+        files = [{"rfilename": file, "size": len(held)} for file, held in repository.commits[commit].items()]
         facts = {"id": f"{owner}/{name}", "sha": commit, "private": repository.private, "gated": repository.gated}
         return self._answer(200, facts | {"siblings": files})
 

@@ -92,6 +92,7 @@ MODELS: dict[str, dict[str, Callable[[Options], list[Download]]]] = {
         "init_from": lambda o: _tokenizer(o["init_from"]),
         "teacher": lambda o: _timm(o, "teacher", "teacher_weights"),
     },
+    "DistillationModule": {"tokenizer": lambda o: _tokenizer(o["tokenizer"])},
     "PriorModule": {
         "tokenizer": lambda o: _tokenizer(o["tokenizer"]),
         "init_from": lambda o: _prior(o["init_from"]),

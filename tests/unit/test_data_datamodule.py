@@ -2,6 +2,7 @@
 
 import io
 from itertools import chain
+from multiprocessing import resource_sharer
 from multiprocessing.reduction import ForkingPickler
 
 import lightning.pytorch as pl
@@ -348,5 +349,8 @@ def test_a_spawned_worker_can_be_sent_the_stream(folders, options):
     """As macOS starts a loader's workers, and others with another start method than fork: by pickling."""
     loader = module(folders, **options).train_dataloader()
     parts = (loader.dataset, loader.collate_fn, loader.worker_init_fn)
-    stream, _, _ = ForkingPickler.loads(bytes(ForkingPickler.dumps(parts)))
+    try:
+        stream, _, _ = ForkingPickler.loads(bytes(ForkingPickler.dumps(parts)))
+    finally:
+        resource_sharer.stop(timeout=5)  # what it lends to the new process is served by a thread
     assert [batch["key"] for batch in stream] == [batch["key"] for batch in loader.dataset]
