@@ -27,17 +27,20 @@ def told_to_the_user() -> Iterator[None]:
 def is_for_the_user(error: BaseException) -> bool:
     """Whether an error tells the user what to put right, and is no fault of a program.
 
-    These do: a `UserError`; a `MisconfigurationException`; a `ValueError` or `OSError` from a `raise` in `TALKING`, or
-    of a class of our own, even when a process that loads data passed it on; and an `OSError` that the system answered
-    to a call of `TALKING`, such as a missing file. An error within torch, timm or Pillow, or from an operation that our
-    code did not expect to fail, does not: its text says nothing without its place.
+    These do: a `UserError`; a `MisconfigurationException`; an `ImportError` of a class of our own; a `ValueError`
+    or `OSError` from a `raise` in `TALKING`, or of a class of our own, even when a process that loads data passed
+    it on; and an `OSError` that the system answered to a call of `TALKING`, such as a missing file. An error within
+    torch, timm or Pillow, or from an operation that our code did not expect to fail, does not: its text says
+    nothing without its place.
     """
     if isinstance(error, UserError) or "MisconfigurationException" in (kind.__name__ for kind in type(error).__mro__):
         return True
-    if not isinstance(error, ValueError | OSError):
+    if not isinstance(error, ValueError | OSError | ImportError):
         return False
     if type(error).__module__.partition(".")[0] == TALKING[0]:
         return True
+    if isinstance(error, ImportError):
+        return False
     frames = list(_frames(error))
     if frames and _talks(frames[-1]) and _raises(frames[-1]):
         return True

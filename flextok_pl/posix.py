@@ -4,10 +4,8 @@ Whatever reads shards, trains or sweeps imports it from here, and so does not st
 do the parts that use no more than these.
 """
 
-from flextok_pl.errors import UserError
 
-
-class UnsupportedPlatform(UserError, ImportError):
+class UnsupportedPlatform(ImportError):
     """This system lacks what a module needs."""
 
 
