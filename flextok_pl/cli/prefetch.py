@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +86,10 @@ def _dreamsim(options: Options) -> list[Download]:
     return [DreamSimFiles(options["dreamsim"])] if options["dreamsim"] and not options["dreamsim_weights"] else []
 
 
+def _copies(option: str, options: Options) -> list[Download]:
+    return [*copies_of(options[option])]
+
+
 MODELS: dict[str, dict[str, Callable[[Options], list[Download]]]] = {
     "VAEModule": {"init": lambda o: _autoencoder(o["init"]), "perceptual_network": _perceptual},
     "TokenizerModule": {
@@ -110,10 +115,10 @@ GROUPS: dict[str, dict[str, Callable[[Options], list[Download]]]] = {
     "gfid": {
         "extractor": _extractor,
         "classifier": lambda o: _timm(o, "classifier", "classifier_weights"),
-        "classifier_data": lambda o: [*copies_of(o["classifier_data"])],
+        "classifier_data": partial(_copies, "classifier_data"),
         "clip": lambda o: [] if o["clip"] is None else clip_downloads(o["clip"]),
     },
-    "data": {split: lambda o, split=split: [*copies_of(o[split])] for split in ("train", "val", "test")},
+    "data": {split: partial(_copies, split) for split in ("train", "val", "test")},
 }
 """Group of options -> option -> what it fetches."""
 

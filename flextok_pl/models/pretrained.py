@@ -79,11 +79,12 @@ class PretrainedModel(Publishable):
         return self.save_pretrained(folder, format, max_shard_size=max_shard_size)
 
 
-def model_downloads(path_or_hub_id: str | Path, formats: Mapping[str, Format[ConfigT]]) -> list[Download]:
+def model_downloads(path_or_hub_id: str | Path, formats: Mapping[str, Format[Any]]) -> list[Download]:
     """What `load_model` fetches."""
     if Path(path_or_hub_id).expanduser().exists() or str(path_or_hub_id).endswith(".safetensors"):
         return []
-    names, companions = _file_names(formats), [each.companion for each in formats.values() if each.companion]
+    names = _file_names(formats)
+    companions = [each.companion for each in formats.values() if each.companion]
     shards = [f"{name.removesuffix('.safetensors')}-*.safetensors" for name in names]
     beside = [(each,) for each in (*companions, *(f"{name}.index.json" for name in names))]
     repository, _, revision = str(path_or_hub_id).partition("@")
