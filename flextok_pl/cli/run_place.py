@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from flextok_pl.contracts import run_folder
 from flextok_pl.errors import UserError
 from flextok_pl.files import write_file
+from flextok_pl.progress import say
 from flextok_pl.sharing.run import TRAINING
 
 IN_FOLDERS = (TensorBoardLogger, CSVLogger)
@@ -231,8 +232,11 @@ class RunRecord(SaveConfigCallback):
             "device": torch.cuda.get_device_name(root) if root.type == "cuda" else root.type,
         }
         file = folder / TRAINING
-        known = json.loads(file.read_text())["attempts"] if file.is_file() else []
-        write_file(file, json.dumps({"attempts": [*known, attempt]}, indent=1) + "\n")
+        try:
+            known = json.loads(file.read_text())["attempts"] if file.is_file() else []
+            write_file(file, json.dumps({"attempts": [*known, attempt]}, indent=1) + "\n")
+        except (OSError, ValueError, LookupError) as error:  # no reason to lose what has been trained
+            say(f"{file} does not get the cost of this training: {error}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record what it has cost."""

@@ -246,6 +246,9 @@ def _model(model: ModelFacts) -> str:
     rows = [["Parameters", _count(sum(model.sizes.values())) + (f" ({parts})" if len(model.sizes) > 1 else "")]]
     rows.append(["Weights", f"{model.dtype}, format `{model.format}`"])
     rows.append(["Hash of the weights in float32", f"`{model.digest}`"])
+    if isinstance(model.config, FlexTokConfig) and model.config.num_steps is not None:
+        guidance = f"{model.config.guidance} {model.config.guidance_scale}"
+        rows.append(["Made to decode in", f"{model.config.num_steps} steps, guidance {guidance}"])
     if isinstance(model.config, PriorConfig):
         name, digest = without_places(model.config.tokenizer_id), model.config.tokenizer
         rows.append(["Tokenizer", f"{name or 'not recorded by name'}" + (f", hash `{digest}`" if digest else "")])

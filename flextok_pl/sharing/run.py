@@ -69,7 +69,8 @@ def read_run(folder: Path | None, kind: str, digest: str, results: str | Path | 
     attempts = _mapping(folder / TRAINING).get("attempts", []) if folder is not None else []
     data = _index(_training_set(config))
     sets = [data, _index(str(records[0].get("reference") or "")) if records else {}]
-    credits = [str(each["provenance"]["credit"]) for each in sets if (each.get("provenance") or {}).get("credit")]
+    sources = [source for each in sets for source in _sources(each.get("provenance"))]
+    credits = [str(each["credit"]) for each in sources if each.get("credit")]
     shown = {picture: text for picture, text in pictures.items() if picture.is_file()}
     return RunFacts(records, shown, config, data, list(dict.fromkeys(credits)), attempts)
 
@@ -105,6 +106,13 @@ def _are_of(file: Path, stated: str, digest: str) -> bool:
 def _training_set(config: Mapping[str, Any]) -> str:
     given = (config.get("data") or {}).get("train")
     return ", ".join(map(str, given)) if isinstance(given, list) else str(given or "")
+
+
+def _sources(provenance: Any) -> list[Mapping[str, Any]]:
+    """Where the pictures of a set come from; a set of latents or tokens tells it of the images it was made from."""
+    found = [provenance] if isinstance(provenance, Mapping) else []
+    images = found[0].get("images") if found else None
+    return [*found, *(each for each in (images if isinstance(images, list) else []) if isinstance(each, Mapping))]
 
 
 def _index(data: str) -> dict[str, Any]:

@@ -58,7 +58,8 @@ def write_run(folder: Path, tok: FlexTok, digest: str | None = None) -> Path:
     (run / "config.yaml").write_text(yaml.safe_dump(options))
     attempt = {"from_step": 0, "to_step": 30, "seconds": 7200.0, "devices": 2, "device": "H200"}
     (run / "training.json").write_text(json.dumps({"attempts": [attempt, attempt | {"from_step": 38, "to_step": 40}]}))
-    index = {"num_samples": 4133, "image_size": 32, "classes": ["a", "b"], "provenance": {"credit": "by Ada"}}
+    index = {"num_samples": 4133, "image_size": 32, "classes": ["a", "b"]}
+    index |= {"provenance": {"images": [{"credit": "by Ada"}]}}  # as of latents
     (data / "train" / "index.json").write_text(json.dumps(index))
     protocol = {
         **{"num_samples": 9, "image_size": [32, 32], "reference": str(data / "val"), "extractor": "effnet-lite0"},
@@ -130,13 +131,16 @@ def test_a_run_goes_there_and_comes_back(
 
 
 def test_states_of_a_repository(hub: Hub, tok: FlexTok, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = FlexTok(dataclasses.replace(tok.config, num_registers=8))
+    decoding = {"num_steps": 2, "guidance": "none", "guidance_scale": 1.0}
+    other = FlexTok(dataclasses.replace(tok.config, num_registers=8, **decoding))
     tok.push_to_hub("me/m", send=True, **LICENCES)
     first = hub.repositories["me/m"].branches["main"]
     other.push_to_hub("me/m", send=True, revision="small/8", **LICENCES)
     tok.push_to_hub("me/m", send=True, max_shard_size="200KB", **LICENCES)
     there = hub.repositories["me/m"]
     assert set(there.branches) == {"main", "small/8"}
+    small = there.commits[there.branches["small/8"]]["README.md"].decode()
+    assert "| Made to decode in | 2 steps, guidance none 1.0 |" in small and '("me/m@small/8")' in small
     assert "model.safetensors" not in there.commits[there.branches["main"]], "it would be loaded in place of the shards"
     assert [FlexTok.from_pretrained(f"me/m{at}").num_registers for at in ("", f"@{first}", "@small/8")] == [16, 16, 8]
     with pytest.raises(ValueError, match="me/m has no revision 'large': give a branch"):
