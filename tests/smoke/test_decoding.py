@@ -77,3 +77,15 @@ def test_what_cannot_be_swept(image_shards, models, tmp_path):
     assert "guidance='cgf' is unknown" in message("--guidance", '["cgf"]')
     assert "num_steps=0 must be at least 1" in message("--num_steps", "[0]")
     assert "metric='psnr' must be one of" in message("--metric", "psnr")
+
+
+def test_intervals_of_guidance(image_shards, models, tmp_path, capsys):
+    intervals = ["--guidance_interval", "[[0,1],[0.5,1]]", "--guidance", '["none","cfg"]', "--guidance_scale", "[2.0]"]
+    records, schedule = sweep(
+        image_shards, tmp_path, "--tokenizer", models[0], "--budgets", "[2]", "--num_steps", "[2]", *intervals
+    )
+    settings = {(r["guidance"], tuple(r.get("guidance_interval", ()))) for r in records}
+    assert settings == {("none", ()), ("cfg", ()), ("cfg", (0.5, 1.0))} and len(schedule) == 1
+    assert "best of 3 combinations" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"guidance_interval=\(0.5, 0.5\) must be two flow times"):
+        sweep(image_shards, tmp_path, "--tokenizer", models[0], "--guidance_interval", "[[0.5,0.5]]")
