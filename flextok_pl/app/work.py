@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
 from queue import Queue
 from typing import NamedTuple, TypeVar
 
@@ -21,7 +20,7 @@ from flextok_pl.data.image_files import extension_of
 from flextok_pl.data.pictures import open_pictures
 from flextok_pl.data.transforms import PictureError, center_crop, decode_image, inspect_image, to_tensor
 from flextok_pl.evaluation.generation import Prompt
-from flextok_pl.flow.decoding import Decoding
+from flextok_pl.flow.decoding import Decoding, chosen_decoding
 from flextok_pl.metrics.images import to_uint8
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.tokenizer import FlexTok
@@ -104,8 +103,7 @@ def as_pictures(images: Tensor) -> list[Image.Image]:
 
 def model_decoding(models: Models) -> Decoding:
     """How the models' pictures are decoded unless told otherwise."""
-    own = {name: getattr(models.published, name) for name in ("num_steps", "guidance", "guidance_scale")}
-    return replace(Decoding(), **{name: value for name, value in own.items() if value is not None})
+    return chosen_decoding(models.tokenizer.config, chosen_decoding(models.published))
 
 
 def prompt_of(models: Models, asked: str | None) -> Prompt:

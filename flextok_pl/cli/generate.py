@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from flextok_pl.assets import DEMO_PRIOR, DEMO_TOKENIZER
-from flextok_pl.cli.tools import checked_budgets, default_device, published_decoding
+from flextok_pl.cli.tools import checked_budgets, default_device
 from flextok_pl.evaluation.generation import as_condition
 from flextok_pl.evaluation.pictures import image_grid, save_png
 from flextok_pl.flow.decoding import chosen_decoding
@@ -75,7 +75,7 @@ def generate_images(
     sampling = published.or_given(SAMPLING, cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p)
     decoding = chosen_decoding(
         module.reconstructor.config,
-        published_decoding(published),
+        chosen_decoding(published),
         guidance=guidance,
         guidance_scale=guidance_scale,
         num_steps=num_steps,

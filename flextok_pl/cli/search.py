@@ -13,7 +13,7 @@ from flextok_pl.backbones.classifier import TimmClassifier
 from flextok_pl.backbones.clip_score import CLIPScore
 from flextok_pl.backbones.extractors import OFFLINE_EXTRACTOR, FeatureExtractor, build_extractor
 from flextok_pl.cli.tool import instances
-from flextok_pl.cli.tools import default_device, picture_size, published_decoding
+from flextok_pl.cli.tools import default_device, picture_size
 from flextok_pl.config import GenerationConfig
 from flextok_pl.contracts import weights_hash
 from flextok_pl.evaluation.generation import Prompt, as_condition
@@ -100,7 +100,7 @@ def with_defaults(options: SearchOptions, models: Models, given: Collection[str]
     """The options, with those of a published prior, and the tokenizer's own decoding, where none is given."""
     names = {each.name for each in fields(Decoding)}
     asked = {name: getattr(options.decoding, name) for name in names.intersection(given)}
-    decoding = chosen_decoding(models.tokenizer.config, published_decoding(models.published, options.decoding), **asked)
+    decoding = chosen_decoding(models.tokenizer.config, chosen_decoding(models.published, options.decoding), **asked)
     own = {name: value for name, value in asdict(models.published).items() if value is not None}
     own = {name: value for name, value in own.items() if name not in names.union(given)}
     return replace(options, decoding=decoding, **own)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,13 +11,11 @@ import torch
 from torch import Tensor
 
 from flextok_pl.assets import DEMO_TOKENIZER
-from flextok_pl.config import GenerationConfig
 from flextok_pl.contracts import default_budgets, weights_hash
 from flextok_pl.data import ShardIndex, write_latents, write_tokens
 from flextok_pl.data.pictures import read_picture
 from flextok_pl.data.transforms import center_crop, to_tensor
 from flextok_pl.evaluation.pictures import image_grid, save_png
-from flextok_pl.flow.decoding import USUAL, Decoding
 from flextok_pl.models.teacher import Teacher, resized_map
 from flextok_pl.models.text import TextEncoder
 from flextok_pl.models.tokenizer import FlexTok
@@ -181,12 +178,6 @@ def reconstruct_images(
     target = Path(out).expanduser()
     save_png(image_grid([("original", originals), *decoded.items()]), target)
     print(f"{target}: pictures: {len(images)}, at {wanted} tokens")
-
-
-def published_decoding(published: GenerationConfig, usual: Decoding = USUAL) -> Decoding:
-    """How those who published a prior decode its tokens, and as usual where they do not say."""
-    stated = {name: getattr(published, name) for name in ("num_steps", "guidance", "guidance_scale")}
-    return replace(usual, **{name: value for name, value in stated.items() if value is not None})
 
 
 def default_device(device: str | None) -> torch.device:

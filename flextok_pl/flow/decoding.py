@@ -120,8 +120,9 @@ def chosen_decoding(own: object, usual: Decoding = USUAL, **given: Any) -> Decod
     """Of each option of `Decoding` what was given, or else the model's own, or else the usual one.
 
     Args:
-        own: the model's configuration, `FlexTokConfig`, or anything else, which then has no decoding of its own. Its
-            guidance scale belongs to its guidance: it does not count where another guidance is given.
+        own: the model's configuration, `FlexTokConfig`, or a published prior's `GenerationConfig`, or anything else,
+            which then has no decoding of its own. Its guidance scale belongs to its guidance: it does not count where
+            another guidance is given.
         usual: what neither states.
         **given: options; None is not given.
 
