@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig
     from flextok_pl.data import ShardDataModule
     from flextok_pl.models.adaptive import Quality
+    from flextok_pl.models.any_size import reconstruct
     from flextok_pl.models.prior import Prior
     from flextok_pl.models.tokenizer import FlexTok
     from flextok_pl.models.vae import VAE
@@ -36,6 +37,7 @@ __all__ = [
     "Trainer",
     "VAEConfig",
     "VAEModule",
+    "reconstruct",
 ]
 
 _HOMES = {
@@ -44,6 +46,7 @@ _HOMES = {
     "config": ("FlexTokConfig", "PriorConfig", "VAEConfig"),
     "data": ("ShardDataModule",),
     "models.adaptive": ("Quality",),
+    "models.any_size": ("reconstruct",),
     "models.prior": ("Prior",),
     "models.tokenizer": ("FlexTok",),
     "models.vae": ("VAE",),

@@ -15,6 +15,7 @@ from PIL import Image
 from starlette.middleware import Middleware
 
 from flextok_pl.app import work
+from flextok_pl.contracts import ImageSize
 from flextok_pl.errors import UserError, told_to_the_user
 from flextok_pl.evaluation.report import format_value
 from flextok_pl.flow.decoding import GUIDANCE_KINDS, Decoding
@@ -54,13 +55,13 @@ CSS = """
 
 
 def build_page(
-    models: Models, size: int, verifiers: Mapping[str, BaseVerifier], examples: Sequence[Image.Image]
+    models: Models, size: ImageSize, verifiers: Mapping[str, BaseVerifier], examples: Sequence[Image.Image]
 ) -> gr.Blocks:
     """The page.
 
     Args:
         models: what it runs; without a `Prior` it only resamples.
-        size: side in pixels of the tokenizer's pictures.
+        size: of the tokenizer's pictures, in pixels.
         verifiers: those to choose from for a search.
         examples: pictures to choose from, of that size.
     """
@@ -128,7 +129,7 @@ def _errors_shown() -> Iterator[None]:
         raise gr.Error(str(error), print_exception=False) from error
 
 
-def _resample_tab(page: gr.Blocks, models: Models, size: int, examples: Sequence[Image.Image]) -> None:
+def _resample_tab(page: gr.Blocks, models: Models, size: ImageSize, examples: Sequence[Image.Image]) -> None:
     tok = models.tokenizer
     most = tok.num_registers
     with gr.Row():

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flextok_pl.contracts import ImageSize
 from flextok_pl.data.image_files import extension_of
 from flextok_pl.data.pictures import open_pictures
 from flextok_pl.data.transforms import PictureError, center_crop, decode_image, inspect_image, to_tensor
@@ -71,14 +72,14 @@ def read_upload(data: bytes) -> Image.Image:
         raise ValueError(f"The file cannot be read as a picture ({error}); save it as PNG or JPEG.") from error
 
 
-def example_pictures(source: str, size: int, count: int) -> list[Image.Image]:
-    """The first pictures of a folder or shard set, cropped to squares of this size."""
+def example_pictures(source: str, size: ImageSize, count: int) -> list[Image.Image]:
+    """The first pictures of a folder or shard set, cropped to this size."""
     loader, _ = open_pictures(source, size, batch_size=count)
     return as_pictures(next(iter(loader))["image"])
 
 
-def tokenized(tokenizer: FlexTok, image: Image.Image, size: int) -> Picture:
-    """The tokens of the centre square of a picture, scaled to this size."""
+def tokenized(tokenizer: FlexTok, image: Image.Image, size: ImageSize) -> Picture:
+    """The tokens of the middle of a picture, scaled to this size."""
     square = center_crop(image, size)
     return Picture(square, tokenizer.tokenize(to_tensor([square]))[0].cpu())
 
@@ -91,8 +92,7 @@ def mixed(first: Tensor, second: Tensor | None, position: int, kept: int) -> Ten
 def decoded(tokenizer: FlexTok, tokens: Tensor, decoding: Decoding, seed: int) -> list[Image.Image]:
     """Pictures of (B, k) tokens; the noise of picture i has the seed `seed + i`, as of `flextok generate`."""
     noise = [torch.Generator().manual_seed(seed + i) for i in range(len(tokens))]
-    size = (min(tokenizer.latent_size),) * 2
-    return as_pictures(tokenizer.detokenize(tokens, generator=noise, latent_size=size, **decoding.arguments))
+    return as_pictures(tokenizer.detokenize(tokens, generator=noise, **decoding.arguments))
 
 
 def as_pictures(images: Tensor) -> list[Image.Image]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from flextok_pl.backbones.pretrained import MeasuringNetwork, Pretrained
+from flextok_pl.channels import as_rgb
 from flextok_pl.downloads import Download, Part, Places, torch_hub_at
 from flextok_pl.precision import as_float64
 
@@ -107,4 +108,6 @@ class DreamSim(MeasuringNetwork):
 
     def _prepared(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, 3, 224, 224) in [0, 1], by the package's own resize, which takes PIL's pictures."""
-        return torch.cat([self._prepare(to_pil_image(image)) for image in images.cpu()]).to(self.device)
+        return torch.cat([self._prepare(to_pil_image(image)) for image in as_rgb(images, "dreamsim").cpu()]).to(
+            self.device
+        )

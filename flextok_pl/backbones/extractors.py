@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flextok_pl.backbones.networks import efficientnet_lite
 from flextok_pl.backbones.pretrained import MeasuringNetwork, Pretrained
+from flextok_pl.channels import as_rgb
 from flextok_pl.downloads import Download, Places, TorchHubCode, UrlFile
 from flextok_pl.parts import in_parts
 
@@ -54,9 +55,10 @@ class FeatureExtractor(MeasuringNetwork):
         self.dim: int = self(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1]  # D
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 -> (B, D) float32 on the network's device."""
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        """(B, 3, H, W) uint8, or grey (B, 1, H, W) -> (B, D) float32 on the network's device."""
+        if images.dtype != torch.uint8 or images.ndim != 4:
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; give uint8 (B, 3, H, W)")
+        images = as_rgb(images, f"extractor={self.name!r}")
         with self.measuring():
             return in_parts(partial(self._features, self.network), images.to(self.device))
 

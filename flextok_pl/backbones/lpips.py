@@ -6,6 +6,7 @@ from torch import Tensor
 
 from flextok_pl.backbones.networks import lpips_network
 from flextok_pl.backbones.pretrained import MeasuringNetwork, Pretrained
+from flextok_pl.channels import as_rgb
 from flextok_pl.parts import in_parts
 from flextok_pl.precision import as_float64
 
@@ -18,6 +19,7 @@ class LPIPS(MeasuringNetwork):
 
     def __call__(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
         """Distance of each pair: (B, 3, H, W) uint8 twice -> (B,) float64 on their `summing_device`."""
+        originals, reconstructions = (as_rgb(images, "lpips") for images in (originals, reconstructions))
         with self.measuring():
             return as_float64(in_parts(self._distances, originals, reconstructions))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from flextok_pl.backbones.extractors import INCEPTION, build_extractor
 from flextok_pl.cli.tools import default_device
+from flextok_pl.contracts import ImageSize
 from flextok_pl.data.transforms import CENTER_CROP
 from flextok_pl.evaluation.generation_statistics import GenerationStatistics
 from flextok_pl.evaluation.image_set import ONLY, ImageSet
@@ -27,7 +28,7 @@ def compare_images(
     reference: str,
     extractor: str = INCEPTION,
     weights: str | None = None,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     batch_size: int = 64,
     num_workers: int = 2,
     pool_size: int = 10_000,
@@ -48,7 +49,8 @@ def compare_images(
         extractor: feature network: `inception-v3-compat` for FID and KID, `dinov2-*`, `clip-*`, or `effnet-lite0`
             (offline).
         weights: a local file with its weights; default the packaged or downloaded ones.
-        image_size: side in pixels of the centre square to take of each picture; default as they are.
+        image_size: side in pixels of the centre square to take of each picture, or [height, width] of another
+            rectangle; default as they are.
         batch_size: pictures at a time.
         num_workers: processes that decode.
         pool_size: about this many samples of either side, chosen by key, serve the kernel distance and the manifolds.

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from flextok_pl.cli.front import read
 from flextok_pl.cli.plan_report import describe
 from flextok_pl.cli.training import ParsingCLI, check_precision, launch_of, run_cli
 from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig, config_from_dict
+from flextok_pl.contracts import checked_size, height_width
 from flextok_pl.cost.count import FULL, Numerics
 from flextok_pl.cost.machines import machine
 from flextok_pl.cost.plan import Recipe, Setup, plan_training
@@ -130,7 +132,9 @@ def make_plan(options: Namespace, experiment: str, given: Sequence[str]) -> dict
     inputs = options.inputs or next(
         (kind for field, kind in FIELDS.items() if indices and field in indices[0].fields), usual
     )
-    workload = workload_of(arguments, net, options.data.image_size, inputs, setup.numerics)
+    sizes = [checked_size(size) for size in options.data.get("shapes") or [options.data.image_size]]
+    largest = max(map(height_width, sizes), key=prod)
+    workload = workload_of(arguments, net, largest, inputs, setup.numerics)
     device, half = setup.machine, setup.numerics.autocast
     peak = options.peak_tflops or (device.half_tflops if half else device.full_tflops)
     plan = plan_training(workload, setup, _recipe(options, indices), options.mfu, peak)

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from flextok_pl.assets import DEMO_TOKENIZER
-from flextok_pl.contracts import default_budgets, weights_hash
+from flextok_pl.contracts import ImageSize, checked_size, default_budgets, weights_hash
 from flextok_pl.data import ShardIndex, write_latents, write_tokens
 from flextok_pl.data.pictures import read_picture
-from flextok_pl.data.transforms import center_crop, to_tensor
-from flextok_pl.evaluation.pictures import image_grid, save_png
+from flextok_pl.data.transforms import picture_tensor
+from flextok_pl.evaluation.pictures import image_grid, same_size, save_png
+from flextok_pl.metrics.images import to_uint8
+from flextok_pl.models.any_size import tokenize_picture
 from flextok_pl.models.teacher import Teacher, resized_map
 from flextok_pl.models.text import TextEncoder
 from flextok_pl.models.tokenizer import FlexTok
@@ -91,7 +93,7 @@ def tokenize_shards(
     dst: str,
     *,
     tokenizer: str,
-    image_size: int | tuple[int, int] | None = None,
+    image_size: ImageSize | None = None,
     text_encoder: str | None = None,
     device: str | None = None,
     **options: Any,
@@ -138,12 +140,17 @@ def reconstruct_images(
     guidance_interval: tuple[float, float] | None = None,
     seed: int = 0,
     vae_config: str | None = None,
+    tiled: bool = False,
+    overlap: float = 0.25,
     device: str | None = None,
 ) -> None:
-    """Tokenize pictures, decode them from several numbers of tokens, and draw all in one picture.
+    """Tokenize pictures of any size, decode them from several numbers of tokens, and draw all in one picture.
+
+    A picture is resized to the nearest shape that the tokenizer takes: as little as possible, nothing is cut off, and
+    its aspect is kept. A large one may be cut into tiles instead, which keeps its size.
 
     Args:
-        images: picture files; the largest centred square of each is taken.
+        images: picture files.
         tokenizer: a `.safetensors` file, a folder or a Hub id; default the demo tokenizer of this package.
         budgets: numbers of tokens, such as 1,4,16,64; default 1, 2, 4, ... up to all.
         out: PNG file to write: originals in the first column, one column per budget.
@@ -153,31 +160,36 @@ def reconstruct_images(
         guidance_interval: (low, high]: flow times at which to guide, such as [0.2,0.8], 1 being noise; default all.
         seed: of the noise, which is the same at every budget.
         vae_config: diffusers configuration (JSON) of an official checkpoint's autoencoder, if not the published one.
+        tiled: cut pictures that are larger than the tokenizer's images into overlapping tiles, which are decoded
+            together and blended; each tile has the number of tokens.
+        overlap: of neighbouring tiles, as a share of their side.
         device: default a GPU where there is one.
     """
     place = default_device(device)
     tok = FlexTok.from_pretrained(tokenizer or DEMO_TOKENIZER, vae_config=vae_config, device=place)
     wanted = checked_budgets(budgets, tok.num_registers)
-    side = picture_size(tok)
-    pictures = [center_crop(read_picture(Path(file).expanduser()), side) for file in images]
-    originals = to_tensor(pictures)  # (B, 3, side, side)
-    tokens = tok.tokenize(originals.to(place))
-    decoded = {}
-    for budget in wanted:
-        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(images))]
-        decoded[budget] = tok.detokenize(
-            tokens,
-            num_tokens=budget,
-            num_steps=num_steps,
-            guidance=guidance,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            generator=generators,
-            latent_size=(min(tok.latent_size),) * 2,
-        ).cpu()
+    columns: dict[str | int, list[Tensor]] = {"original": [], **{budget: [] for budget in wanted}}
+    tiles = 0
+    for number, file in enumerate(images):
+        picture = picture_tensor(read_picture(Path(file).expanduser()))  # (3, H, W)
+        made = tokenize_picture(tok, picture.to(place), tiled, overlap)
+        tiles += len(made.tokens)
+        columns["original"].append(to_uint8(made.picture).cpu())
+        for budget in wanted:
+            decoded = made.decode(
+                tok,
+                budget,
+                seed + number,
+                num_steps=num_steps,
+                guidance=guidance,
+                guidance_scale=guidance_scale,
+                guidance_interval=guidance_interval,
+            )
+            columns[budget].append(to_uint8(decoded).cpu())
     target = Path(out).expanduser()
-    save_png(image_grid([("original", originals), *decoded.items()]), target)
-    print(f"{target}: pictures: {len(images)}, at {wanted} tokens")
+    save_png(image_grid([(heading, same_size(drawn)) for heading, drawn in columns.items()]), target)
+    of = f" in {tiles} tiles" if tiles > len(images) else ""
+    print(f"{target}: pictures: {len(images)}{of}, at {wanted} tokens")
 
 
 def default_device(device: str | None) -> torch.device:
@@ -191,9 +203,11 @@ def default_device(device: str | None) -> torch.device:
         raise ValueError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
-def picture_size(tok: FlexTok) -> int:
-    """Side in pixels of the pictures that a tokenizer was made for."""
-    return min(tok.latent_size) * tok.require_vae().config.downsampling
+def picture_size(tok: FlexTok) -> ImageSize:
+    """Of the pictures that a tokenizer was made for, in pixels."""
+    tok.require_vae()
+    rows, columns = tok.config.grids[0]
+    return checked_size((rows * tok.config.patch_pixels, columns * tok.config.patch_pixels))
 
 
 def checked_budgets(text: str | None, num_registers: int) -> list[int]:

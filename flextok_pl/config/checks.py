@@ -32,6 +32,12 @@ def one_of(config: object, **choices: Any) -> None:
             raise ValueError(f"{name}={getattr(config, name)!r} is unknown; use one of {get_args(known)}")
 
 
+def nearest_multiples(number: int, step: int) -> str:
+    """The multiples of `step` around a number, such as `96 or 112`; the number itself if it is one."""
+    below = number // step * step
+    return " or ".join(str(each) for each in dict.fromkeys((below, below + step * (below != number))) if each > 0)
+
+
 def preset_of(presets: Mapping[str, ValueT], name: str) -> ValueT:
     """The configuration of this name, or ValueError with the names that there are."""
     if name not in presets:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from flextok_pl.config.checks import as_tuples, at_least, one_of, preset_of
+from flextok_pl.config.checks import as_tuples, at_least, nearest_multiples, one_of, preset_of
 
 NestedDropoutLaw = Literal["uniform", "pow2", "uniform_pow2", "exponential", "none"]
 TimestepLaw = Literal["logit_normal", "uniform", "mode"]
@@ -24,7 +24,7 @@ class VAEConfig:
     Args:
         kind: `kl` is diffusers' `AutoencoderKL`; `pixel` folds square pixel blocks into channels,
             has no weights and loses nothing (for tiny images).
-        latent_channels: C. A `pixel` autoencoder needs 3 * f**2 for a fold of f x f pixels.
+        latent_channels: C. A `pixel` autoencoder needs image_channels * f**2 for a fold of f x f pixels.
         block_out_channels: widths of the `kl` autoencoder's levels; n levels downsample by 2**(n-1).
         layers_per_block: residual blocks per level.
         norm_num_groups: groups of its group norms.
@@ -37,6 +37,7 @@ class VAEConfig:
         scaling_factor: latents = (posterior - shift_factor) * scaling_factor. The published FlexTok VAE
             uses 0.88 (unconfirmed).
         shift_factor: 0 for every published FlexTok model.
+        image_channels: channels of the pictures: 3 for colour, 1 for grey, more for pictures of another kind.
     """
 
     kind: Literal["kl", "pixel"] = "kl"
@@ -52,15 +53,21 @@ class VAEConfig:
     use_post_quant_conv: bool = True
     scaling_factor: float = 0.88
     shift_factor: float = 0.0
+    image_channels: int = 3
 
     def __post_init__(self) -> None:
         as_tuples(self, "block_out_channels", "down_block_types", "up_block_types")
         if self.kind not in ("kl", "pixel"):
             raise ValueError(f"kind={self.kind!r} is not a known autoencoder; use 'kl' or 'pixel'")
-        if self.kind == "pixel" and 3 * math.isqrt(self.latent_channels // 3) ** 2 != self.latent_channels:
+        at_least(self, image_channels=1)
+        channels = self.image_channels
+        if (
+            self.kind == "pixel"
+            and channels * math.isqrt(self.latent_channels // channels) ** 2 != self.latent_channels
+        ):
             raise ValueError(
-                f"latent_channels={self.latent_channels} is not 3 * f**2: a 'pixel' autoencoder folds f x f "
-                "pixels of 3 channels, so use 3, 12, 27, 48, ..."
+                f"latent_channels={self.latent_channels} is not {channels} * f**2: a 'pixel' autoencoder folds f x f "
+                f"pixels of image_channels={channels}, so use {', '.join(str(channels * f**2) for f in (1, 2, 3))}, ..."
             )
         if self.scaling_factor <= 0:
             raise ValueError(f"scaling_factor={self.scaling_factor} must be positive")
@@ -69,7 +76,7 @@ class VAEConfig:
     def downsampling(self) -> int:
         """Image pixels per latent position, along each side."""
         if self.kind == "pixel":
-            return math.isqrt(self.latent_channels // 3)
+            return math.isqrt(self.latent_channels // self.image_channels)
         return int(2 ** (len(self.block_out_channels) - 1))
 
 
@@ -90,8 +97,8 @@ class FlexTokConfig:
         num_registers: K, the largest number of tokens.
         fsq_levels: quantisation levels of each code dimension; their product is the vocabulary.
         patch_size: latent positions per patch, along each side.
-        grid_size: (rows, columns) of patches that the position tables hold; smaller inputs use the
-            top-left part.
+        grid_size: (rows, columns) of patches that the position tables hold; smaller inputs, of any shape, use their
+            top-left part. A training on several shapes needs the most rows and the most columns of any.
         position_base: ratio of the largest to the smallest frequency of the position tables; 10000 as published. On a
             grid of few patches that leaves most channels constant: the demo takes 10 on 4 x 4. It only fills a new
             model's tables, which checkpoints store.
@@ -120,6 +127,8 @@ class FlexTokConfig:
             are given. This and the two options below are null for a model that decodes by the usual defaults.
         guidance: likewise `none`, `cfg` or `apg`.
         guidance_scale: likewise its strength.
+        trained_grids: note of a training: (rows, columns) of patches of its images, the first being those that are
+            decoded by default; empty for images of `grid_size` alone.
     """
 
     vae: VAEConfig | None = VAEConfig()
@@ -152,9 +161,11 @@ class FlexTokConfig:
     num_steps: int | None = None
     guidance: Guidance | None = None
     guidance_scale: float | None = None
+    trained_grids: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         as_tuples(self, "fsq_levels", "grid_size")
+        object.__setattr__(self, "trained_grids", tuple(tuple(grid) for grid in self.trained_grids))
         at_least(self, encoder_head_dim=1, encoder_depth=1, decoder_head_dim=1, decoder_depth=1)
         at_least(self, num_registers=1, patch_size=1, latent_channels=1)
         for side in ("encoder", "decoder"):
@@ -179,6 +190,8 @@ class FlexTokConfig:
             raise ValueError(f"position_base={self.position_base} must be above 1; published models have 10000")
         if not 0.0 <= self.null_dropout <= 1.0:
             raise ValueError(f"null_dropout={self.null_dropout} must be a probability in [0, 1]")
+        if any(n > most for grid in self.trained_grids for n, most in zip(grid, self.grid_size, strict=True)):
+            raise ValueError(f"trained_grids={self.trained_grids} has more patches than grid_size={self.grid_size}")
         one_of(self, layout=Layout, missing_tokens=MissingTokens, objective=Objective)
         if self.num_steps is not None:
             at_least(self, num_steps=1)
@@ -211,6 +224,54 @@ class FlexTokConfig:
     def num_patches(self, latent_size: Sequence[int]) -> int:
         """N, of latents of (h, w) positions."""
         return math.prod(latent_size) // self.patch_size**2
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of patches of the images that it was made for, the default first."""
+        return self.trained_grids or (self.grid_size,)
+
+    @property
+    def patch_pixels(self) -> int:
+        """Image pixels per patch, along each side; ValueError without an autoencoder."""
+        if self.vae is None:
+            raise ValueError("vae=None: without an autoencoder a patch has no size in pixels; set vae")
+        return self.vae.downsampling * self.patch_size
+
+    def grid_of(self, image_size: Sequence[int], name: str = "image_size") -> tuple[int, int]:
+        """(rows, columns) of patches of images of (height, width) pixels.
+
+        Raises:
+            ValueError: patches do not divide them, or the position tables hold fewer; it calls the size `name`, and
+                says which would do.
+        """
+        side, (height, width) = self.patch_pixels, image_size
+        given = f"{name}={height if height == width else [height, width]}"
+        if height % side or width % side or min(height, width) < 1:
+            near = " by ".join(nearest_multiples(pixels, side) for pixels in dict.fromkeys(image_size))
+            raise ValueError(
+                f"{given} is not divided by patches of {side} x {side} pixels; the nearest that is: {near}"
+            )
+        rows, columns = grid = height // side, width // side
+        tables = f"net.grid_size={list(self.grid_size)}"
+        if self.layout == "grid" and grid != self.grid_size:
+            other = "more" if math.prod(grid) > math.prod(self.grid_size) else "fewer"
+            raise ValueError(
+                f"{given} gives {other} patches, {rows} x {columns}, than {tables} has: with layout='grid' each patch "
+                f"has a token, and they must be {' x '.join(map(str, self.grid_size))}; give "
+                f"{[n * side for n in self.grid_size]} pixels"
+            )
+        if rows > self.grid_size[0] or columns > self.grid_size[1]:
+            raise ValueError(
+                f"{given} gives more patches, {rows} x {columns}, than {tables} has; give at most "
+                f"{[n * side for n in self.grid_size]} pixels, or train with net.grid_size=[{rows}, {columns}] from "
+                "these weights (init_from resamples their positions)"
+            )
+        return grid
+
+    def latent_size_of(self, image_size: Sequence[int]) -> tuple[int, int]:
+        """(h, w) of the latents of images of (height, width) pixels; ValueError as for `grid_of`."""
+        rows, columns = self.grid_of(image_size)
+        return rows * self.patch_size, columns * self.patch_size
 
     @staticmethod
     def preset(name: str) -> FlexTokConfig:

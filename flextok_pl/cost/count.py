@@ -170,9 +170,9 @@ def _kept(part: Part, blocks: int, checkpointing: bool, numerics: Numerics) -> i
     return alive[1] - alive[0]
 
 
-def image_work(call: Callable[[Tensor], object], image_size: int) -> tuple[float, float]:
-    """(operations, bytes at the peak) of a network on the meta device over one image, without gradients."""
-    images = torch.empty(1, 3, image_size, image_size, device="meta")
+def image_work(call: Callable[[Tensor], object], size: tuple[int, int], image_channels: int = 3) -> tuple[float, float]:
+    """(operations, bytes at the peak) of a network on the meta device over one image of (H, W), without gradients."""
+    images = torch.empty(1, image_channels, *size, device="meta")
     with torch.no_grad(), Count() as count:
         call(images)
     return float(count.operations), float(count.peak)

@@ -229,7 +229,8 @@ def path_flops(config: FlexTokConfig, calls: int, unconditional: int, grid: Grid
 
 def _shape(config: FlexTokConfig) -> FlexTokConfig:
     """The configuration without what changes no cost of an image, so that the trials of a sweep are counted once."""
-    return replace(config, vae=None, repa_layer=None, nested_dropout="none", null_dropout=0.0, objective="flow")
+    plain = replace(config, vae=None, repa_layer=None, nested_dropout="none", null_dropout=0.0, objective="flow")
+    return replace(plain, trained_grids=())
 
 
 @lru_cache(maxsize=64)
@@ -302,13 +303,13 @@ def token_loss_bytes(config: PriorConfig, batch_size: int, chunk: int | None, nu
     return float(gradients + halves + FULL * logits)
 
 
-def vae_cost(vae: VAE, discriminator: PatchDiscriminator | None, image_size: int) -> tuple[Flops, float]:
-    """(operations, bytes kept for the backward pass) of an autoencoder's training step, per image of S pixels.
+def vae_cost(vae: VAE, discriminator: PatchDiscriminator | None, size: tuple[int, int]) -> tuple[Flops, float]:
+    """(operations, bytes kept for the backward pass) of an autoencoder's training step, per image of (H, W) pixels.
 
     The networks are on the meta device. The adaptive weight of the adversarial loss, two gradients of one layer, is
     left out.
     """
-    images = torch.empty(1, 3, image_size, image_size, device="meta")
+    images = torch.empty(1, vae.config.image_channels, *size, device="meta")
     with Count() as count:
         _, outputs = vae(images)
         losses = [F.l1_loss(outputs, images)]

@@ -3,7 +3,7 @@
 Nothing is downloaded and no data are read. Frozen networks that are not on this machine are taken from their names
 where these tell the architecture, and else left out with a note.
 
-Shapes: B batch, S image side, N patches.
+Shapes: B batch, H x W image, N patches.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 
 from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig
+from flextok_pl.contracts import ImageSize, height_width
 from flextok_pl.cost.count import Activations, Flops, Numerics, count_activations, count_flops, image_work
 from flextok_pl.cost.models import (
     distillation_activations,
@@ -98,9 +98,9 @@ class Workload:
 
 
 def tokenizer_workload(
-    options: Mapping[str, Any], net: FlexTokConfig, size: int, inputs: Inputs, numerics: Numerics
+    options: Mapping[str, Any], net: FlexTokConfig, size: ImageSize, inputs: Inputs, numerics: Numerics
 ) -> Workload:
-    """The training of a `TokenizerModule` with these options, on `images` of S pixels or on their `latents`."""
+    """The training of a `TokenizerModule` with these options, on `images` of this size or on their `latents`."""
     if inputs == "tokens":
         raise ValueError("inputs='tokens': a tokenizer trains on images or latents")
     frozen, notes = {}, []
@@ -109,21 +109,14 @@ def tokenizer_workload(
         model = FlexTok(dataclasses.replace(net, vae=None))
         parts: list[nn.Module] = [model]
         grid = _grid(size, autoencoder, net)
-        if prod(grid) > prod(net.grid_size):
-            raise ValueError(f"data.image_size={size} gives more patches than net.grid_size={net.grid_size} has")
-        if net.layout == "grid" and prod(grid) < prod(net.grid_size):
-            raise ValueError(
-                f"data.image_size={size} gives fewer patches than net.grid_size={net.grid_size} has, and net.layout="
-                "'grid' needs them all"
-            )
         works = inputs == "images"
         notes += [IN_FLOAT32] if works and numerics.autocast else []
-        frozen["VAE"] = _frozen_vae(autoencoder, size if works else None)
+        frozen["VAE"] = _frozen_vae(autoencoder, height_width(size) if works else None)
         aligned = options["teacher"] is not None
         routing = build_routing(options["route_share"], options["route_blocks"], net, aligned)
         extra, more = Flops(), Activations()
         if aligned:
-            teacher, dim = _frozen_teacher(options["teacher"])
+            teacher, dim = _frozen_teacher(options["teacher"], height_width(size))
             share, kind = options["repa_until"], options["repa_projection"]
             if works:
                 frozen["teacher"] = dataclasses.replace(teacher, flops=share * teacher.flops)
@@ -177,9 +170,9 @@ def distillation_workload(
 
 
 def prior_workload(
-    options: Mapping[str, Any], net: PriorConfig, size: int, inputs: Inputs, numerics: Numerics
+    options: Mapping[str, Any], net: PriorConfig, size: ImageSize, inputs: Inputs, numerics: Numerics
 ) -> Workload:
-    """The training of a `PriorModule` with these options, on `tokens` or on `images` of S pixels."""
+    """The training of a `PriorModule` with these options, on `tokens` or on `images` of this size."""
     if inputs == "latents":
         raise ValueError("inputs='latents': a prior trains on tokens or images")
     frozen, notes = {}, []
@@ -191,7 +184,7 @@ def prior_workload(
             works, flops, working = inputs == "images", 0.0, 0.0
             if works:
                 vae = tokenizer.require_vae()
-                flops, working = image_work(vae.moments, size)
+                flops, working = image_work(vae.moments, height_width(size), vae.config.image_channels)
                 with torch.device("cpu"):  # what is packed where has values
                     part = encoder(tokenizer.config, net.num_tokens, _grid(size, vae.config, tokenizer.config))
                 flops += count_flops(part, tokenizer.config.encoder_depth).forward
@@ -214,14 +207,18 @@ def prior_workload(
     )
 
 
-def vae_workload(options: Mapping[str, Any], net: VAEConfig, size: int, inputs: Inputs, numerics: Numerics) -> Workload:
-    """The training of a `VAEModule` with these options, on `images` of S pixels."""
+def vae_workload(
+    options: Mapping[str, Any], net: VAEConfig, size: ImageSize, inputs: Inputs, numerics: Numerics
+) -> Workload:
+    """The training of a `VAEModule` with these options, on `images` of this size."""
     if inputs != "images":
         raise ValueError(f"inputs={inputs!r}: an autoencoder trains on images")
     with torch.device("meta"):
         model = VAE(net)
-        discriminator = PatchDiscriminator(options["discriminator_width"]) if options["gan_weight"] else None
-        flops, peak = vae_cost(model, discriminator, size)
+        discriminator = None
+        if options["gan_weight"]:
+            discriminator = PatchDiscriminator(options["discriminator_width"], image_channels=net.image_channels)
+        flops, peak = vae_cost(model, discriminator, height_width(size))
     notes = ["the activations are those of float32"] if numerics.autocast else []
     if options["perceptual_weight"]:
         notes.append(f"the perceptual network {options['perceptual_network']} is not counted")
@@ -248,10 +245,9 @@ def _parameters(parts: Sequence[nn.Module], blocks: Sequence[nn.Module]) -> Para
     )
 
 
-def _grid(size: int, vae: VAEConfig, net: FlexTokConfig) -> tuple[int, int]:
-    """Rows and columns of patches of images of S pixels."""
-    side = size // vae.downsampling // net.patch_size
-    return side, side
+def _grid(size: ImageSize, vae: VAEConfig, net: FlexTokConfig) -> tuple[int, int]:
+    """Rows and columns of patches of images of this size."""
+    return dataclasses.replace(net, vae=vae).grid_of(height_width(size), "data.image_size")
 
 
 def _count(module: nn.Module) -> int:
@@ -273,17 +269,17 @@ def _autoencoder(name: str | None, net: FlexTokConfig) -> VAEConfig:
 
 
 @cache
-def _frozen_vae(config: VAEConfig, size: int | None) -> FrozenNetwork:
-    """An autoencoder that encodes images of S pixels, or that is only there; like the others here on `meta`."""
+def _frozen_vae(config: VAEConfig, size: tuple[int, int] | None) -> FrozenNetwork:
+    """An autoencoder that encodes images of (H, W) pixels, or that is only there; like the others here on `meta`."""
     vae = VAE(config)
-    return FrozenNetwork(_count(vae), *(() if size is None else image_work(vae.moments, size)))
+    return FrozenNetwork(_count(vae), *(() if size is None else image_work(vae.moments, size, config.image_channels)))
 
 
 @cache
-def _frozen_teacher(name: str) -> tuple[FrozenNetwork, int]:
-    """A teacher at work, and F."""
+def _frozen_teacher(name: str, size: tuple[int, int]) -> tuple[FrozenNetwork, int]:
+    """A teacher at work on images of (H, W) pixels, and F."""
     teacher = Teacher(name, pretrained=False)
-    return FrozenNetwork(_count(teacher), *image_work(teacher.network, teacher.image_size)), teacher.dim
+    return FrozenNetwork(_count(teacher), *image_work(teacher.network, teacher.size_for(*size))), teacher.dim
 
 
 def _tokenizer(name: str) -> FlexTok | None:

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from flextok_pl.backbones.extractors import build_extractor
-from flextok_pl.contracts import Reconstructor, default_budgets
+from flextok_pl.contracts import ImageSize, Reconstructor, default_budgets
 from flextok_pl.distributed import all_agree, gather_objects, gather_rows, rank, world_size
 from flextok_pl.evaluation.decoding import decode, images_at_once
 from flextok_pl.evaluation.kept_files import keep, kept_file, load_kept
 from flextok_pl.evaluation.options import EvaluationOptions
+from flextok_pl.evaluation.pictures import same_size
 from flextok_pl.evaluation.protocol import bits_per_token, data_hash_text, decoding_facts, extractor_facts, versions
 from flextok_pl.evaluation.report import Results
 from flextok_pl.evaluation.statistics import BudgetStatistics, check_each_sample_once
@@ -50,7 +51,7 @@ class Context:
     num_samples: int  # of the data, over all processes
     split: Literal["val", "test"] = "test"
     limited: bool = False  # only some of the batches will be given
-    image_size: int | None = None  # of the data in pixels; only a probe needs it
+    image_size: ImageSize | None = None  # of the data in pixels; only a probe needs it
     data_hash: str | None = None  # identity of the data; None keeps nothing of it on disk
     facts: Mapping[str, Any] = field(default_factory=dict)  # what records state of data and model
     in_fit: bool = False  # a validation of a training measures less and leaves fewer files
@@ -138,6 +139,7 @@ class BudgetEvaluation(ABC):
             "options": self.options.identity,
             "data": self.context.data_hash,
             "process": [rank(), world_size()],
+            "state": 2,  # counts the changes of what is saved
         }
         self._unfinished, self._saved_at = kept_file(folder, "unfinished_", identity), time.monotonic()
         state = load_kept(self._unfinished, dict) if self._unfinished.is_file() else None
@@ -181,7 +183,7 @@ class BudgetEvaluation(ABC):
         """Measure those samples of a batch that a killed evaluation has not measured before.
 
         It has at least `image`, (B, 3, H, W) in [-1, 1], and `key`, B texts. Few samples of a batch, as are chosen in
-        a fit, wait for those of the next ones, as far as the number of batches is known.
+        a fit, wait for those of the next ones of the same size, as far as the number of batches is known.
         """
         keys = batch["key"]
         hashes = [key_hash(key) for key in keys]
@@ -190,21 +192,33 @@ class BudgetEvaluation(ABC):
         self._done_before.difference_update(hashes)  # a key that comes twice is then found out
         chosen = new & choose_fraction(keys, self.fraction, "subset")
         places = None if chosen.all() else chosen.nonzero().flatten()
-        self._waiting.append({name: _at(places, batch[name]) for name in MEASURED if batch.get(name) is not None})
+        part = {name: _at(places, batch[name]) for name in MEASURED if batch.get(name) is not None}
+        if self._waiting and part["image"].shape[1:] != self._waiting[0]["image"].shape[1:]:
+            self._measure_waiting()
+        self._waiting.append(part)
         self._batches_left -= 1
         may_wait = self.context.in_fit and 0 < self._batches_left < math.inf
         if not may_wait or sum(len(part["key"]) for part in self._waiting) >= len(keys):
-            parts, self._waiting = self._waiting, []
-            self._measure({name: _joined([part[name] for part in parts]) for name in parts[0]})
-            self._save_if_due()
+            self._measure_waiting()
+
+    def _measure_waiting(self) -> None:
+        parts, self._waiting = self._waiting, []
+        self._measure({name: _joined([part[name] for part in parts]) for name in parts[0]})
+        self._save_if_due()
 
     def _decoded(
-        self, tokens: Tensor, keys: Sequence[str], budgets: Sequence[int], seed: int
+        self,
+        tokens: Tensor,
+        keys: Sequence[str],
+        budgets: Sequence[int],
+        seed: int,
+        image_size: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """Budgets with their images of tokens (B, K), (B, 3, H, W) uint8; see `decode`."""
-        options = self.options
-        at_once = options.decode_batch_size or images_at_once(len(keys), self.statistics.image_size, self.device)
-        return decode(self.tokenizer, tokens, budgets, self.decoding, keys, seed, at_once, self.context.pause)
+        """Budgets with their images of tokens (B, K), (B, 3, H, W) uint8, of [H, W] pixels if given; see `decode`."""
+        options, size = self.options, image_size or self.statistics.image_size
+        at_once = options.decode_batch_size or images_at_once(len(keys), size, self.device)
+        more = (at_once, self.context.pause, image_size)
+        return decode(self.tokenizer, tokens, budgets, self.decoding, keys, seed, *more)
 
     def finish(self) -> Results | None:
         """Add up all processes, each of which must call this; None where too few images were measured."""
@@ -296,7 +310,7 @@ def places_of(rows: Sequence[GridRow], orders: Sequence[Any], count: int) -> lis
 
 def stacked(rows: Sequence[GridRow], columns: Sequence[int]) -> list[tuple[str | int, Tensor]]:
     """Each budget with the rows' images, (B, 3, H, W) uint8."""
-    return [(budget, torch.stack([images[budget] for *_, images in rows])) for budget in columns]
+    return [(budget, same_size([images[budget] for *_, images in rows])) for budget in columns]
 
 
 def _at(places: Tensor | None, rows: Any) -> Any:

@@ -6,6 +6,7 @@ B images, K tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,19 +40,24 @@ def decode(
     seed: int,
     at_once: int | None = None,
     pause: Callable[[], None] = lambda: None,
+    image_size: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Decode tokens (B, K) at each budget, from noise that is a function of (seed, key) only.
 
     Yields the budgets with their images, (B, 3, H, W) uint8. A call of the tokenizer decodes `at_once` images, default
-    B, of as many budgets as that takes; `pause` comes after each.
+    B, of as many budgets as that takes; `pause` comes after each. Images have [H, W] pixels if that is given and the
+    tokenizer's configuration tells the latents for it, as a `FlexTok`'s does; else the tokenizer's own size.
     """
+    latent_size_of: Any = getattr(getattr(tokenizer, "config", None), "latent_size_of", None)
+    shape = {} if image_size is None or latent_size_of is None else {"latent_size": latent_size_of(image_size)}
     places = [(budget, i) for budget in budgets for i in range(len(keys))]
     left, waiting = list(budgets), tokens.new_empty(0)
     for start in range(0, len(places), at_once or len(keys)):
         kept, rows = (torch.tensor(each) for each in zip(*places[start : start + (at_once or len(keys))], strict=True))
         noise = sample_generators([keys[i] for i in rows], seed)
         given = tokens[send(rows, tokens.device), : int(kept.max())]
-        images = to_uint8(tokenizer.detokenize(given, num_tokens=kept, generator=noise, **decoding.arguments))
+        made = tokenizer.detokenize(given, num_tokens=kept, generator=noise, **shape, **decoding.arguments)
+        images = to_uint8(made)
         pause()
         waiting = torch.cat([waiting, images]) if len(waiting) else images
         while left and len(waiting) >= len(keys):

@@ -20,7 +20,7 @@ from tqdm import trange
 
 from flextok_pl.backbones.classifier import TimmClassifier
 from flextok_pl.backbones.clip_score import CLIPScore
-from flextok_pl.contracts import GenerationModule, PositionScale
+from flextok_pl.contracts import GenerationModule, ImageSize, PositionScale
 from flextok_pl.data.conditions import class_index
 from flextok_pl.distributed import all_agree, rank, world_size
 from flextok_pl.evaluation.budget_evaluation import BudgetEvaluation, Context, stacked
@@ -126,7 +126,7 @@ class GenerationEvaluation(BudgetEvaluation):
         total = options.num_samples or expected
         return min(total, options.max_samples) if context.in_fit and options.max_samples else total
 
-    def _fitted_probe(self, source: str, image_size: int | None) -> Classifier:
+    def _fitted_probe(self, source: str, image_size: ImageSize | None) -> Classifier:
         """The probe, which knows how the tokenizer's images look, decoded as generated ones are."""
         if image_size is None:
             raise ValueError("classifier='probe' looks at images of one size, which the context does not state")

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from flextok_pl.backbones.extractors import FeatureExtractor
+from flextok_pl.contracts import ImageSize
 from flextok_pl.data.pictures import ARRAY, open_pictures, read_arrays
 from flextok_pl.evaluation.generation_statistics import GenerationStatistics
 from flextok_pl.evaluation.protocol import data_hash_text
@@ -29,14 +30,14 @@ class ImageSet:
     """A set of images, not yet read: statistics that someone took, or pictures to take them from, or both.
 
     The source is one that `open_pictures` takes, or a `.npz` file with `mu` and `sigma` of the network's features,
-    which serve the Frechet distance. Pictures are cut to the centre square of `image_size`, or left as they are.
+    which serve the Frechet distance. Pictures are cut to the centre and resized to `image_size`, or left as they are.
     """
 
     def __init__(
         self,
         source: str,
         network: FeatureExtractor,
-        image_size: int | None = None,
+        image_size: ImageSize | None = None,
         batch_size: int = 64,
         num_workers: int = 0,
     ) -> None:

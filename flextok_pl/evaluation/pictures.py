@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from flextok_pl.channels import visible
 from flextok_pl.files import whole_file
 from flextok_pl.metrics.images import to_uint8
 
@@ -26,6 +27,8 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 def image_grid(columns: Iterable[tuple[str | int, Tensor]], names: Sequence[str] | None = None) -> Tensor:
     """Draw (B, 3, H, W) images, floating point in [-1, 1] or uint8, as columns under headings: (3, H', W') uint8.
+
+    Grey ones, (B, 1, H, W), are drawn too, and of more channels the first three.
 
     A heading that is a number is a token budget. `names` are those of the B rows; long ones are broken into lines, and
     cut where they do not fit.
@@ -49,10 +52,21 @@ def image_grid(columns: Iterable[tuple[str | int, Tensor]], names: Sequence[str]
             raise ValueError(f"{heading}: shape {tuple(images.shape)} differs from the first one's, {tuple(shape)}")
         left = first + column * (width + PADDING)
         draw.text((left + width / 2, PADDING), heading, fill="black", font=font, anchor="ma")
-        pixels = images if images.dtype == torch.uint8 else to_uint8(images)
+        pixels = visible(images if images.dtype == torch.uint8 else to_uint8(images))
         for row, picture in enumerate(pixels.permute(0, 2, 3, 1).cpu().numpy()):  # (H, W, 3)
             canvas.paste(Image.fromarray(picture), (left, top + row * (height + PADDING)))
     return torch.from_numpy(np.asarray(canvas).copy()).permute(2, 0, 1)
+
+
+def same_size(images: Sequence[Tensor]) -> Tensor:
+    """Images (C, H, W) uint8, each of its own size, as (B, C, H, W) of the largest: others lie on white."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+    framed = []
+    for image in images:
+        rows, columns = height - image.shape[1], width - image.shape[2]
+        sides = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
+        framed.append(torch.nn.functional.pad(image, sides, value=255))
+    return torch.stack(framed)
 
 
 def figure_to_image(figure: Figure) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flextok_pl.backbones.extractors import FeatureExtractor
-from flextok_pl.contracts import Reconstructor, class_difference
+from flextok_pl.contracts import ImageSize, Reconstructor, class_difference
 from flextok_pl.data import ShardDataModule
 from flextok_pl.distributed import all_agree, gather_rows, rank
 from flextok_pl.evaluation.decoding import decode
@@ -35,7 +35,7 @@ PROBE_SEED = 0
 NONE = torch.zeros(0, dtype=torch.int64)
 
 
-def probe_data(source: str, image_size: int, classes: Sequence[str] = ()) -> ShardDataModule:
+def probe_data(source: str, image_size: ImageSize, classes: Sequence[str] = ()) -> ShardDataModule:
     """The images that a probe is fitted to, as the test set; see `fitted_probe`."""
     data = ShardDataModule(test=source, image_size=image_size, eval_batch_size=64, num_workers=0)
     index = data.shard_set("test").indices[0]
@@ -55,7 +55,7 @@ def probe_data(source: str, image_size: int, classes: Sequence[str] = ()) -> Sha
 
 def tokenizer_probe(
     source: str,
-    image_size: int,
+    image_size: ImageSize,
     extractor: FeatureExtractor,
     tokenizer: Reconstructor,
     decoding: Decoding,
@@ -67,7 +67,9 @@ def tokenizer_probe(
 
     def reconstruct(images: Tensor, keys: list[str]) -> Tensor:
         tokens = tokenizer.tokenize(images.to(extractor.device))
-        ((_, made),) = decode(tokenizer, tokens, [tokenizer.num_registers], decoding, keys, seed)
+        ((_, made),) = decode(
+            tokenizer, tokens, [tokenizer.num_registers], decoding, keys, seed, image_size=images.shape[2:]
+        )
         return made
 
     digest = model_hashes(tokenizer).get("tokenizer_hash", type(tokenizer).__name__)
@@ -80,7 +82,7 @@ def tokenizer_probe(
 
 def fitted_probe(
     source: str,
-    image_size: int,
+    image_size: ImageSize,
     extractor: FeatureExtractor,
     reconstruct: Callable[[Tensor, list[str]], Tensor],
     made_by: Sequence[object],

@@ -25,7 +25,7 @@ from flextok_pl.evaluation.budget_evaluation import (
     stacked,
 )
 from flextok_pl.evaluation.options import ReconstructionOptions
-from flextok_pl.evaluation.pictures import image_grid
+from flextok_pl.evaluation.pictures import image_grid, same_size
 from flextok_pl.evaluation.reconstruction_statistics import PairDistance, ReconstructionStatistics
 from flextok_pl.keys import key_hash
 from flextok_pl.metrics.feature_set import FeatureSet
@@ -72,8 +72,9 @@ class ReconstructionEvaluation(BudgetEvaluation):
         originals = to_uint8(images)
         self.statistics.update_real(originals, keys)
         tokens = self.tokenizer.tokenize(images, num_tokens=self.budgets[-1])  # (B, max k)
+        size = list(images.shape[2:])
         seeds = range(options.seed, options.seed + (1 if self.context.in_fit else options.num_seeds))
-        decodings = [self._decoded(tokens, keys, self.budgets, seed) for seed in seeds]
+        decodings = [self._decoded(tokens, keys, self.budgets, seed, size) for seed in seeds]
         shown: dict[int, Tensor] = {}
         errors: dict[int, Tensor] = {}  # squared ones of what is shown, (B,)
         for (budget, pixels), *others in zip(*decodings, strict=True):
@@ -125,4 +126,4 @@ class ReconstructionEvaluation(BudgetEvaluation):
 
 def _originals(rows: Sequence[GridRow]) -> tuple[str | int, Tensor]:
     """The first column of a picture."""
-    return "original", torch.stack([original for _, original, _ in rows])
+    return "original", same_size([original for _, original, _ in rows])

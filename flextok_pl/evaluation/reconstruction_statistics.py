@@ -6,7 +6,7 @@ B images, N of all batches and processes, H x W pixels, D features.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -29,43 +29,51 @@ class PairDistance(Protocol):
 
 
 class ImageMoments:
-    """Variance of a set of images of one size around their mean image, in float64, on the [0, 1] scale.
+    """Variance of a set of images around the mean image of their size, in float64, on the [0, 1] scale.
 
     Sums are kept on a device.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # Images, and the sum of the squares of their pixels.
-        self._totals = torch.zeros(2, dtype=torch.float64, device=device)
-        self._sum = torch.zeros((), dtype=torch.float64, device=device)
+        # (C, H, W) -> (images, the sum of the squares of their pixels), and the sum of the images.
+        self._sums: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    def _of(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        zeros = torch.zeros(2, dtype=torch.float64, device=self._device)
+        return self._sums.get(shape) or (zeros, zeros.new_zeros(shape))
 
     def update(self, images: Tensor) -> None:
-        """Add (B, 3, H, W) uint8."""
+        """Add (B, C, H, W) uint8."""
+        totals, total = self._of(shape := tuple(images.shape[1:]))
         squares = as_float64(images.to(torch.int64).square().sum()).to(self._device) / 255**2
-        self._totals = self._totals + torch.stack([torch.full_like(squares, len(images)), squares])
-        self._sum = self._sum + as_float64(images.sum(0, dtype=torch.int64)).to(self._device) / 255
+        totals = totals + torch.stack([torch.full_like(squares, len(images)), squares])
+        self._sums[shape] = totals, total + as_float64(images.sum(0, dtype=torch.int64)).to(self._device) / 255
 
     def all_reduce(self) -> None:
         """Replace these moments by those of the images of all processes."""
-        shape = max((tuple(each) for each in gather_objects(list(self._sum.shape))), key=len)  # one may have no images
-        self._sum = all_reduce_sum(self._sum.expand(shape).contiguous())
-        self._totals = all_reduce_sum(self._totals)
+        shapes = sorted({shape for part in gather_objects(list(self._sums)) for shape in part})
+        for shape in shapes:
+            totals, total = self._of(shape)
+            self._sums[shape] = all_reduce_sum(totals), all_reduce_sum(total)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors that `load_state_dict` takes."""
-        return {"totals": self._totals, "sum": self._sum}
+        return {"sums": self._sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what other moments had summed up."""
-        self._totals, self._sum = state["totals"].to(self._device), state["sum"].to(self._device)
+        sums = state["sums"].items()
+        self._sums = {shape: (a.to(self._device), b.to(self._device)) for shape, (a, b) in sums}
 
     @property
     def variance(self) -> float:
-        """Mean over pixels and channels of the variance over images (divisor N)."""
-        count, squares = self._totals
-        mean = self._sum / count
-        return float(squares / (count * mean.numel()) - mean.square().mean())
+        """Mean over images of the mean square of their pixels' distance from those of the mean image (divisor N)."""
+        number, variance = sum(float(totals[0]) for totals, _ in self._sums.values()), 0.0
+        for (count, squares), total in self._sums.values():
+            mean = total / count
+            variance += float(count) / number * float(squares / (count * mean.numel()) - mean.square().mean())
+        return variance
 
 
 class ReconstructionStatistics(BudgetStatistics[BudgetT]):
@@ -73,6 +81,8 @@ class ReconstructionStatistics(BudgetStatistics[BudgetT]):
 
     `perceptual` names the distances whose mean over images is taken.
     """
+
+    several_sizes: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,8 +37,12 @@ class BudgetStatistics(ABC, Generic[BudgetT]):
     real images. `real` has the features of all real images from an earlier run. `names` are those of the values whose
     means over images are taken. What else is summed up over batches and processes, and saved, is in `_further`.
 
+    `several_sizes` says whether images of several sizes make sense: where each is compared with its own original.
+
     What is summed up stays on `home`, so that adding made images does not wait for a device.
     """
+
+    several_sizes: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -54,7 +58,7 @@ class BudgetStatistics(ABC, Generic[BudgetT]):
         self.real = FeatureSet(extractor.dim, self.home) if real is None else real
         self.made = {budget: FeatureSet(extractor.dim, self.home) for budget in budgets}
         self.data_hash = 0  # of the real images, see `images_hash`
-        self.image_size: list[int] = []  # [H, W] of all images; empty before the first
+        self.image_sizes: list[list[int]] = []  # [H, W] of images, each size once
         self._extractor = extractor
         self._pool_fraction = pool_fraction
         self._real_pool_fraction = pool_fraction if real_pool_fraction is None else real_pool_fraction
@@ -62,6 +66,11 @@ class BudgetStatistics(ABC, Generic[BudgetT]):
         empty = torch.zeros(2, dtype=torch.float64, device=self.home)  # sum and count
         self._sums = {budget: dict.fromkeys(names, empty) for budget in budgets}
         self._further: dict[str, Any] = {}
+
+    @property
+    def image_size(self) -> list[Any]:
+        """[H, W] of all images; of several sizes the list of them; empty before the first."""
+        return self.image_sizes[0] if len(self.image_sizes) == 1 else self.image_sizes
 
     @property
     def num_images(self) -> int:
@@ -94,15 +103,17 @@ class BudgetStatistics(ABC, Generic[BudgetT]):
             add_features(self.real, self._extractor(images), keys, self._real_pool_fraction)
 
     def check_size(self, size: list[int]) -> None:
-        """Take only images of this [H, W], where it is not empty."""
-        if self.image_size and size and self.image_size != size:
-            raise ValueError(f"images of {self.image_size} and {size} pixels are mixed; resize them to one size")
-        self.image_size = self.image_size or size
+        """Take images of this [H, W], where it is not empty; only one is taken unless `several_sizes`."""
+        if size and size not in self.image_sizes:
+            if self.image_sizes and not self.several_sizes:
+                raise ValueError(f"images of {self.image_size} and {size} pixels are mixed; resize them to one size")
+            self.image_sizes = sorted([*self.image_sizes, size])
 
     def all_reduce(self) -> None:
         """Replace these statistics by those of all processes."""
-        for size in gather_objects(self.image_size):
-            self.check_size(size)
+        for sizes in gather_objects(self.image_sizes):
+            for size in sizes:
+                self.check_size(size)
         self.data_hash = int(all_reduce_sum(torch.tensor(self.data_hash)).item())
         if not self._real_is_complete:
             self.real.all_reduce()
@@ -117,7 +128,7 @@ class BudgetStatistics(ABC, Generic[BudgetT]):
         """Everything measured so far, as plain types and tensors that `load_state_dict` takes."""
         return {
             "data_hash": self.data_hash,
-            "size": self.image_size,
+            "sizes": self.image_sizes,
             "real": None if self._real_is_complete else self.real.state_dict(),
             "made": {budget: features.state_dict() for budget, features in self.made.items()},
             "sums": self._sums,
@@ -130,7 +141,7 @@ class BudgetStatistics(ABC, Generic[BudgetT]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what statistics made with the same arguments had measured."""
-        self.data_hash, self.image_size = state["data_hash"], state["size"]
+        self.data_hash, self.image_sizes = state["data_hash"], state["sizes"]
         if not self._real_is_complete:
             self.real = FeatureSet.from_state_dict(state["real"], self.home)
         self.made = {k: FeatureSet.from_state_dict(features, self.home) for k, features in state["made"].items()}

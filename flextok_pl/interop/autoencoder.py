@@ -59,9 +59,12 @@ def vae_config_from_diffusers(values: Mapping[str, Any]) -> VAEConfig:
     if unknown:
         raise ValueError(f"the autoencoder config has an unknown key {unknown[0]!r}={given[unknown[0]]!r}")
     full = _DEFAULTS | given
-    for key in ("in_channels", "out_channels"):
-        if full.pop(key) != 3:
-            raise ValueError(f"{key}={given[key]} is not supported; images have 3 channels")
+    full["image_channels"] = full.pop("in_channels")
+    if full.pop("out_channels") != full["image_channels"]:
+        raise ValueError(
+            f"out_channels={given.get('out_channels', 3)} differs from in_channels={full['image_channels']}, which is "
+            "not supported: an autoencoder gives images of the channels that it takes"
+        )
     for key in ("latents_mean", "latents_std"):
         if full.pop(key) is not None:
             raise ValueError(f"{key} is not supported: latents are normalised by scaling_factor and shift_factor")
@@ -89,9 +92,10 @@ def vae_config_to_diffusers(config: VAEConfig) -> dict[str, Any]:
     if odd:
         raise ValueError(f"block_out_channels={odd[0]} must be a multiple of norm_num_groups={config.norm_num_groups}")
     del values["kind"]
+    channels = values.pop("image_channels")
     return values | {
-        "in_channels": 3,
-        "out_channels": 3,
+        "in_channels": channels,
+        "out_channels": channels,
         "down_block_types": config.down_block_types or (DOWN_BLOCK,) * levels,
         "up_block_types": config.up_block_types or (UP_BLOCK,) * levels,
         "shift_factor": config.shift_factor or None,

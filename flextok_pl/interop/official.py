@@ -31,7 +31,7 @@ PUBLISHED_VAE = VAEConfig()  # the architecture that the official code builds fo
 _BESIDE = "config.json"
 # By other facts, by the modules that there are, or by the values of the position tables.
 _SAID_OTHERWISE = {"vae", "patch_size", "repa_layer", "timestep_law", "layout", "missing_tokens", "position_base"}
-_NOTES = {"started_from"}  # for which the official format has no place
+_NOTES = {"started_from", "trained_grids"}  # for which the official format has no place
 _ENC, _DEC = "encoder.module_dict.", "decoder.module_dict."
 _PREFIXES = {  # start of a name in our state dict -> start of the official name
     "vae.vae.": "vae.vae.",
@@ -216,7 +216,7 @@ def _expressible_vae(vae: VAEConfig | None) -> VAEConfig:
         raise ValueError(f"vae.kind={kind!r} does not exist in the official format; it needs a 'kl' autoencoder")
     if vae.shift_factor:
         raise ValueError(f"vae.shift_factor={vae.shift_factor} does not exist in the official format; it must be 0")
-    for name in ("block_out_channels", "layers_per_block", "norm_num_groups"):
+    for name in ("block_out_channels", "layers_per_block", "norm_num_groups", "image_channels"):
         if getattr(vae, name) != getattr(PUBLISHED_VAE, name):
             warnings.warn(
                 f"vae.{name}={getattr(vae, name)}: the official code always builds an autoencoder with "

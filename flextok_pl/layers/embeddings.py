@@ -4,8 +4,10 @@ Shapes: B batch, C channels, h x w latent, p patch side, H x W grid of patches, 
 """
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -43,6 +45,29 @@ def grid_positions(table: Tensor, rows: int, columns: int) -> Tensor:
             f"{table.shape[2]} x {table.shape[3]} (grid_size); use smaller images or a model with a larger grid_size"
         )
     return table[:, :, :rows, :columns].permute(0, 2, 3, 1)
+
+
+def resample_positions(table: Tensor, grid_size: Sequence[int]) -> Tensor:
+    """A position table (1, D, H, W) for another grid of the same picture: (1, D, *grid_size), bicubic.
+
+    As for ViTs that are fine-tuned at another size (https://arxiv.org/abs/2010.11929, section 3.2): a finer grid lies
+    between the old positions, where the model knows them, and not beyond. A table of this size stays as it is.
+    """
+    if table.shape[2:] == torch.Size(grid_size):
+        return table
+    return F.interpolate(table, list(grid_size), mode="bicubic", antialias=True)
+
+
+def fitted_positions(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """Weights by name, their position tables resampled to the grids of those wanted; and a note of that, or nothing."""
+    tables = {
+        name: resample_positions(table, wanted[name].shape[2:])
+        for name, table in given.items()
+        if name.endswith("patch_posemb") and name in wanted and wanted[name].shape[2:] != table.shape[2:]
+    }
+    grids = {f"{list(given[name].shape[2:])} to {list(table.shape[2:])}" for name, table in tables.items()}
+    note = f", positions resampled from {' and '.join(sorted(grids))}" if grids else ""
+    return {**given, **tables}, note
 
 
 class TimeEmbedding(nn.Module):

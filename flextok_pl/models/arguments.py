@@ -13,21 +13,22 @@ import torch
 from torch import Tensor
 
 from flextok_pl.config import FlexTokConfig
+from flextok_pl.config.checks import nearest_multiples
 from flextok_pl.contracts import is_whole
 
 IMAGE_LIMIT = 2.0
 """Largest absolute value in an image: bicubic resizing overshoots [-1, 1] by up to 0.9; 0..255 lies far beyond."""
 
 
-def as_images(images: Tensor | np.ndarray[Any, Any]) -> Tensor:
-    """(B, 3, H, W) float32, from any floating type and from NumPy; the values are not looked at."""
+def as_images(images: Tensor | np.ndarray[Any, Any], channels: int = 3) -> Tensor:
+    """(B, channels, H, W) float32, from any floating type and from NumPy; the values are not looked at."""
     if isinstance(images, np.ndarray) and images.dtype.kind == "f":
         images = torch.from_numpy(images.astype(np.float32))
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = getattr(images, "dtype", type(images).__name__)
         raise ValueError(f"images are {kind}; give floating point in [-1, 1], such as uint8 pixels / 127.5 - 1")
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images have shape {tuple(images.shape)}; they must be (B, 3, H, W)")
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise ValueError(f"images have shape {tuple(images.shape)}; they must be (B, {channels}, H, W)")
     return images.float()
 
 
@@ -110,7 +111,8 @@ def check_latents(latents: Tensor, config: FlexTokConfig, name: str = "latents")
     (h, w), (rows, columns) = latents.shape[2:], config.grid_size
     if h % patch or w % patch:
         raise ValueError(
-            f"{name} of {h} x {w} positions cannot be cut into patches of {patch} x {patch}; resize or crop the images"
+            f"{name} of {h} x {w} positions cannot be cut into patches of {patch} x {patch}; resize or crop images: "
+            f"the nearest numbers are {nearest_multiples(h, patch)} by {nearest_multiples(w, patch)} positions"
         )
     if config.layout == "grid" and (h, w) != (rows * patch, columns * patch):
         raise ValueError(

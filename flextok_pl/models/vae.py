@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from flextok_pl.config import VAEConfig
+from flextok_pl.config.checks import nearest_multiples
 from flextok_pl.downloads import Download, HubRepository
 from flextok_pl.files import write_file
 from flextok_pl.interop.autoencoder import read_vae_config, vae_config_from_diffusers, vae_config_to_diffusers
@@ -133,7 +134,7 @@ class VAE(Publishable):
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) in [-1, 1] -> the moments (B, 2C, h, w), and (B, 3, H, W) decoded from a sample of them."""
-        moments = self._moments(as_images(images))
+        moments = self._moments(as_images(images, self.config.image_channels))
         return moments, self._decode(self.scale(moments, sample_posterior=True, generator=generator))
 
     def moments(self, images: Tensor) -> Tensor:
@@ -141,7 +142,7 @@ class VAE(Publishable):
 
         The mean, then the log-variance, clamped to [-30, 20] as in diffusers.
         """
-        images = as_images(images)
+        images = as_images(images, self.config.image_channels)
         self._require_float32()
         with outside_autocast(images.device):
             return self._moments(images).float()
@@ -150,7 +151,8 @@ class VAE(Publishable):
         factor, (height, width) = self.config.downsampling, images.shape[-2:]
         if height % factor or width % factor or height * width == 0:
             raise ValueError(
-                f"images of {height} x {width} pixels do not fit; both sides must be multiples of {factor}"
+                f"images of {height} x {width} pixels do not fit; both sides must be multiples of {factor}: nearest "
+                f"are {nearest_multiples(height, factor)} by {nearest_multiples(width, factor)}"
             )
         if self.config.kind == "pixel":
             mean = rearrange(images, "b c (h p) (w q) -> b (c p q) h w", p=factor, q=factor)  # (B, 3 f^2, h, w)

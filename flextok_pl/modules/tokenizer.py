@@ -165,10 +165,10 @@ class TokenizerModule(TokenizerTraining, StartedModule):
     def flops_per_sample(self) -> float:
         """Floating-point operations of a training step per image, as MFU counts them; see `flextok_pl.cost.models`.
 
-        Expected over the budgets of the training, at the model's own image size. Frozen networks, the projection to
-        the teacher and recomputation count for nothing.
+        Expected over the budgets of the training, at the image size of its data, or else at the model's own. Frozen
+        networks, the projection to the teacher and recomputation count for nothing.
         """
-        return tokenizer_flops(self.tokenizer.config, routing=self.routing).training
+        return tokenizer_flops(self.tokenizer.config, self.grid, routing=self.routing).training
 
     def width_parts(self) -> list[WidthPart]:
         """Encoder, decoder and projection."""

@@ -5,6 +5,7 @@ Shapes: B batch, C channels, h x w latent, K registers.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from flextok_pl.contracts import Batch, run_folder, weights_hash
 from flextok_pl.models.objective import TrainingDraws
 from flextok_pl.models.tokenizer import FlexTok
+from flextok_pl.modules.image_grids import Grid, grids_of, trained_on
 from flextok_pl.modules.loss_buckets import LossBuckets
 from flextok_pl.modules.resume import ResumableModule
 from flextok_pl.modules.steps import SampleMeans, log_means, logging_now
@@ -33,6 +35,7 @@ class TokenizerTraining(ResumableModule):
     """What a validation measures, as means over its samples."""
 
     tokenizer: FlexTok
+    grid: Grid | None = None  # of patches of the data's images, the largest where they are of several sizes
 
     def hold(self, tokenizer: FlexTok) -> None:
         """Take the tokenizer, in the constructor, and make room for its losses by time and by budget."""
@@ -51,9 +54,14 @@ class TokenizerTraining(ResumableModule):
         return self.tokenizer
 
     def setup(self, stage: str) -> None:
-        """Check that precomputed latents are the autoencoder's."""
+        """Check that the model takes the sizes of the images, and that precomputed latents are the autoencoder's."""
         super().setup(stage)
-        latents = getattr(self.trainer.datamodule, "autoencoder", None)  # type: ignore[attr-defined]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        grids = grids_of(self.tokenizer.config, data)
+        self.grid = max(grids, key=math.prod, default=None)
+        if stage == "fit" and grids:
+            self.tokenizer.config = trained_on(self.tokenizer.config, grids)
+        latents = getattr(data, "autoencoder", None)
         if latents is not None and "sha256" in latents:
             vae, name = weights_hash(self.tokenizer.require_vae()), self.autoencoder_option
             if latents["sha256"] != vae:

@@ -98,10 +98,17 @@ class VAEModule(ResumableModule):
 
         # Channels last is about 1.5 times faster for convolutions on CPU, and faster with tensor cores.
         self.vae = (VAE(net) if init is None else _pretrained(net, init)).to(memory_format=torch.channels_last)
+        if perceptual_weight and net.image_channels not in (1, 3):
+            raise ValueError(
+                f"perceptual_weight={perceptual_weight} needs pictures of 1 or 3 channels, for networks that know "
+                f"colours; net.image_channels={net.image_channels}: set it to 0"
+            )
         self.perceptual = (
             Frozen(PerceptualDistance(perceptual_network, perceptual_weights_path)) if perceptual_weight else None
         )
-        self.discriminator = PatchDiscriminator(discriminator_width) if gan_weight else None
+        self.discriminator = (
+            PatchDiscriminator(discriminator_width, image_channels=net.image_channels) if gan_weight else None
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> its reconstruction from the posterior's mean, (B, 3, H, W), not clamped."""

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from flextok_pl.backbones.clip_score import CLIPScore
 from flextok_pl.backbones.extractors import FeatureExtractor
+from flextok_pl.contracts import ImageSize, checked_size
 from flextok_pl.data.pictures import read_picture
 from flextok_pl.data.transforms import to_tensor
 from flextok_pl.evaluation.generation_statistics import Classifier, GenerationStatistics
@@ -33,7 +34,7 @@ COSTS = ("decoder_calls", "decoded_images", "prior_positions", "verifier_calls")
 
 
 def reference_features(
-    source: str, extractor: FeatureExtractor, image_size: int, num_workers: int = 0
+    source: str, extractor: FeatureExtractor, image_size: ImageSize, num_workers: int = 0
 ) -> tuple[FeatureSet, dict[str, Any]]:
     """Features of real images, and what records say of them; see `ImageSet`."""
     images = ImageSet(source, extractor, image_size, num_workers=num_workers)
@@ -43,10 +44,11 @@ def reference_features(
     return statistics.real, facts
 
 
-def image_size(folder: Path) -> int:
-    """Side in pixels of the images of a finished run."""
+def image_size(folder: Path) -> ImageSize:
+    """Of the images of a finished run, in pixels."""
     _, run = read_run(folder)
-    return read_picture(folder / run[0]["results"][0]["image"]).height
+    image = read_picture(folder / run[0]["results"][0]["image"])
+    return checked_size((image.height, image.width))
 
 
 def measure_run(

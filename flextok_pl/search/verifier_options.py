@@ -17,7 +17,7 @@ from flextok_pl.backbones.dreamsim import DreamSim, check_dreamsim
 from flextok_pl.backbones.extractors import OFFLINE_EXTRACTOR, build_extractor, check_extractor
 from flextok_pl.backbones.hpsv2 import HPSv2
 from flextok_pl.backbones.image_reward import VOCABULARY, ImageReward
-from flextok_pl.contracts import Reconstructor
+from flextok_pl.contracts import ImageSize, Reconstructor
 from flextok_pl.evaluation.generation import Prompt
 from flextok_pl.evaluation.options import CACHE_DIR, PROBE, check_probe
 from flextok_pl.evaluation.probe import PROBE_SEED, tokenizer_probe
@@ -131,7 +131,7 @@ class Surroundings(NamedTuple):
 
     conditions: Conditions
     tokenizer: Reconstructor | None
-    image_size: int | None
+    image_size: ImageSize | None
     decoding: Decoding
     device: torch.device | str
 
@@ -141,7 +141,7 @@ def build_verifiers(
     prompts: Sequence[Prompt] = (),
     conditions: Conditions | None = None,
     tokenizer: Reconstructor | None = None,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     decoding: Decoding | None = None,
     device: torch.device | str = "cpu",
 ) -> BaseVerifier:
@@ -152,7 +152,7 @@ def build_verifiers(
         prompts: all that will be judged; those that cannot be are refused now.
         conditions: the classes that the prior knows.
         tokenizer: what decodes the candidates; the probe learns from its images.
-        image_size: side of its images in pixels.
+        image_size: of its images in pixels.
         decoding: how it decodes them.
         device: where networks are, unless they follow the images.
 

@@ -27,6 +27,7 @@ LAYERS = (
         "transfer",
         "parts",
         "records",
+        "channels",
         "config",
         "assets",
     ),

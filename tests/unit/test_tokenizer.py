@@ -169,7 +169,7 @@ def test_wrong_arguments(tokenizer: FlexTok, images: Tensor) -> None:
         "noise has shape": lambda: tokenizer.detokenize(tokens, noise=torch.zeros(3, 4, 8, 12)),
         "generator has 1 entries for 3": lambda: tokenizer.detokenize(tokens, generator=[torch.Generator()]),
         "cannot be cut into patches": lambda: tokenizer.encode(torch.zeros(1, 12, 7, 12)),
-        "larger than the position table": lambda: tokenizer.tokenize(torch.zeros(1, 3, 32, 32)),
+        "gives more patches, 8 x 8, than net.grid_size": lambda: tokenizer.tokenize(torch.zeros(1, 3, 32, 32)),
         "has dtype torch.float32": lambda: tokenizer.detokenize(tokens.float()),
     }
     for message, call in calls.items():
