@@ -124,11 +124,15 @@ GROUPS: dict[str, dict[str, Callable[[Options], list[Download]]]] = {
 
 
 def wanted(config: Any) -> Iterator[Wanted]:
-    """What a parsed experiment fetches when it is trained, validated and tested; each file once."""
-    name = config.model.class_path.rsplit(".", 1)[-1]
+    """What an experiment fetches when it is trained, validated and tested; each file once.
+
+    It is given as it was parsed, or as `--print_config` shows it.
+    """
+    model = config["model"]
+    name = model["class_path"].rsplit(".", 1)[-1]
     if name not in MODELS:
-        raise UserError(f"model={config.model.class_path}: what it fetches is known of {', '.join(MODELS)} only")
-    groups = {"model": (config.model.init_args, MODELS[name])}
+        raise UserError(f"model={model['class_path']}: what it fetches is known of {', '.join(MODELS)} only")
+    groups = {"model": (model["init_args"], MODELS[name])}
     groups |= {group: (config[group], options) for group, options in GROUPS.items() if config[group] is not None}
     seen: set[Download] = set()
     for group, (values, options) in groups.items():

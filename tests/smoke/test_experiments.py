@@ -14,12 +14,16 @@ from flextok_pl import config
 from flextok_pl.cli import COMMANDS, main
 from flextok_pl.cli.front import options_for, read
 from flextok_pl.cli.options import unknown
+from flextok_pl.cli.prefetch import wanted
 from flextok_pl.cli.sweep import check_points, parse_sweep, sweep_parser
 from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig, config_from_dict
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
 from flextok_pl.runtime.launch import Launch, devices_per_node, require_processes
+
+REMOTE = ("EPFL-VILAB/", "inception", "dinov2", "perceptual_network: lpips")
+"""Parts of names in the files of experiments that fetch anything; the others are the demo's."""
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "experiments"
@@ -59,6 +63,8 @@ def test_experiments_parse(name: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert found["trainer"]["logger"]["init_args"]["save_dir"] == "runs", "the base is under the experiment"
     assert (found["rfid"] is not None) >= name.startswith("tokenizer/")
     assert (found["gfid"] is not None) == name.startswith("prior/")
+    fetched = [item.download.title for item in wanted(found)]
+    assert bool(fetched) == any(part in file.read_text() for part in REMOTE), fetched
     check_first_comment(name)
 
 
