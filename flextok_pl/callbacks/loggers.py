@@ -80,7 +80,7 @@ def tensorboard_folders(trainer: Trainer) -> list[Path]:
 
 
 class _Show(ABC):
-    """Gives a logger what is no number, at one step."""
+    """Gives a logger pictures, histograms and charts of one step."""
 
     def __init__(self, logger: Any, step: int) -> None:
         self.logger, self.step = logger, step
