@@ -5,7 +5,7 @@ in class folders and, byte for byte, in tar files. All deliver batches of 256 px
 Pillow's antialiased bicubic filter, in [-1, 1]. The bare loop does the same without a loader, in one process per worker
 of the loaders. `fast_decode` is our loader at 64 px, where 500 x 375 may be decoded at half size, without and with it.
 `buckets` is our loader with five shapes of about 256 x 256 pixels, over itself with squares, both on a set of pictures
-of several aspect ratios.
+of several aspect ratios; `--buckets-only` measures nothing else.
 
 `memory_mib` is what a loader with one worker holds while it delivers 50,000 samples. The last entries are a simulated
 ImageNet, 1,282 shards of 1,000 small samples, which are one file under many names, and 1/10 and 1/100 of it.
@@ -40,6 +40,7 @@ parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
 parser.add_argument("--repeats", type=int, default=3)
 parser.add_argument("--passes", type=int, default=50_000, help="samples over which memory is watched")
 parser.add_argument("--shards", type=int, default=1282, help="of 1,000 samples, in the simulated ImageNet")
+parser.add_argument("--buckets-only", action="store_true")
 parser.add_argument("--device", default="cpu", choices=["cpu"])
 parser.add_argument("--json", default=None, help="file to write the results to")
 parser.add_argument("--measure", nargs="*", help=argparse.SUPPRESS)
@@ -213,6 +214,8 @@ def measure(what: str, folder: str, *more: str):
         return memory(place, int(more[0]))
     if what == "size":
         return start_and_resume(place)
+    if what == "cpu_rate":
+        return cpu_rate(place, more[0])
     if what == "fast_decode":
         return fast_decode(place, more[0] == "true")
     return images_per_second(place, what, int(more[0]))
@@ -248,20 +251,25 @@ def throughput(folder: str, options: argparse.Namespace) -> dict[str, object]:
     return results
 
 
-def buckets(folder: str, options: argparse.Namespace) -> dict[str, object]:
-    """Images per second in squares and in buckets, in turns."""
-    results = {}
-    for workers in options.workers:
-        found: dict[str, list[float]] = {"squares": [], "buckets": []}
-        for _ in range(options.repeats):
-            for name, rates in found.items():
-                rates.append(measure_apart(name, folder, str(workers)))
-        rates = {name: statistics.median(values) for name, values in found.items()}
-        results[f"workers={workers}"] = {
-            "images_per_second": rates,
-            "buckets_over_squares": rates["buckets"] / rates["squares"],
-        }
-    return results
+def cpu_rate(folder: Path, name: str) -> float:
+    """Images per second of CPU time of a loader without workers, over one epoch."""
+    torch.set_num_threads(1)
+    batches = iter(loader_of(name, folder, 0))
+    next(batches)
+    start = time.process_time()
+    count = sum(len(batch["key"]) for batch in batches)
+    return count / (time.process_time() - start)
+
+
+def buckets(folder: str, repeats: int) -> dict[str, object]:
+    """Squares and buckets in turns; of CPU time, which other programs on the machine change little."""
+    found: dict[str, list[float]] = {"squares": [], "buckets": []}
+    for _ in range(repeats):
+        for name, rates in found.items():
+            rates.append(measure_apart("cpu_rate", folder, name))
+    rates = {name: statistics.median(values) for name, values in found.items()}
+    ratio = rates["buckets"] / rates["squares"]
+    return {"images_per_cpu_second": rates, "buckets_over_squares": ratio}
 
 
 def main() -> None:
@@ -271,8 +279,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         write_pictures(Path(folder), options.pictures)
+        if options.buckets_only:
+            write_results("loader", vars(options), {"buckets": buckets(folder, options.repeats)}, options.json)
+            return
         results = throughput(folder, options)
-        results["buckets"] = buckets(folder, options)
+        results["buckets"] = buckets(folder, options.repeats)
         found = {"false": [], "true": []}
         for _ in range(options.repeats):
             for name, rates in found.items():
