@@ -63,6 +63,7 @@ def encode_shards(
         source_id=source_id,
         extract=extract,
         teacher_id=teacher_id,
+        channels=encoder.config.image_channels,
         **options,
     )
 
@@ -125,6 +126,7 @@ def tokenize_shards(
         image_size=image_size or picture_size(tok),
         encode_text=None if encoder is None else lambda texts: encoder(texts, truncate=True),
         text_encoder_id=None if encoder is None else {"name": encoder.name, "max_length": encoder.max_length},
+        channels=tok.require_vae().config.image_channels,
         **options,
     )
 

@@ -54,7 +54,7 @@ class Encoding:
             type. That moves latents a little and changes some tokens, and the index records it.
         shapes: several [height, width] in place of `image_size`: each picture is encoded in the one whose aspect ratio
             is nearest its own, as `data.shapes` has them.
-        channels: of the pictures, 1, 3 or 4, as `data.channels`.
+        channels: of the pictures: 3, or 1 for grey, or 4 for colour with opacity.
     """
 
     image_size: int | tuple[int, int] = 256
