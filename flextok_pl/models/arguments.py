@@ -29,8 +29,8 @@ def as_images(images: Tensor | np.ndarray[Any, Any], channels: int = 3) -> Tenso
         raise ValueError(f"images are {kind}; give floating point in [-1, 1], such as uint8 pixels / 127.5 - 1")
     if images.ndim != 4 or images.shape[1] != channels:
         raise ValueError(
-            f"images have shape {tuple(images.shape)}; they must be (B, {channels}, H, W), which data.channels={channels} "
-            "gives"
+            f"images have shape {tuple(images.shape)}; they must be (B, {channels}, H, W), as data.channels={channels} "
+            "gives them"
         )
     return images.float()
 
