@@ -6,7 +6,7 @@ width.
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypedDict, runtime_checkable
@@ -144,12 +144,38 @@ def run_folder(trainer: Any) -> Path:
 
 
 def weights_hash(network: nn.Module) -> str:
-    """First 16 hexadecimal digits of the SHA-256 of a network's tensors, in the order of their names.
+    """The hash of all of a network's weights, which identifies a model."""
+    return tensors_hash(network.state_dict())
 
-    It identifies a model: token shards and priors record the hash of their tokenizer.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
+
+def tensors_hash(tensors: Mapping[str, Tensor], facts: str = "") -> str:
+    """First 16 hexadecimal digits of the SHA-256 of facts and of tensors in the order of their names."""
+    digest = hashlib.sha256(facts.encode())
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def same_maker(one: Mapping[str, Any] | str, other: Mapping[str, Any] | str) -> bool:
+    """Whether two records are of models that make the same tokens, or the same latents.
+
+    A record is what a shard set says of its maker, or the hash that a prior or a checkpoint notes. Its `sha256` is the
+    hash of what decides about the tokens, `model_sha256` that of all weights, and `same_as` has the latter of other
+    models that make the same tokens. In records of earlier versions `sha256` is the hash of all weights.
+    """
+    first, second = ({"sha256": each} if isinstance(each, str) else each for each in (one, other))
+    if "model_sha256" in first and "model_sha256" in second:
+        return bool(first["sha256"] == second["sha256"])
+    return not _hashes(first).isdisjoint(_hashes(second))
+
+
+def _hashes(record: Mapping[str, Any]) -> set[str]:
+    found = {record["sha256"], record.get("model_sha256", record["sha256"]), *record.get("same_as", ())}
+    return {each for each in found if each}
+
+
+def by_all_weights(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a model as earlier versions wrote it, so that arguments compare with theirs."""
+    whole = {"sha256": record["model_sha256"]} if "model_sha256" in record else {}
+    return {**{name: value for name, value in record.items() if name not in ("model_sha256", "same_as")}, **whole}

@@ -35,7 +35,10 @@ SCALARS = frozenset(
 FREE = frozenset({"init_args", "class_path", "dict_kwargs"})
 """Names that any option with a class may have below it."""
 
-REMOVED = {"budget_groups": "a step computes only what each image keeps; delete it"}
+REMOVED = {
+    "budget_groups": "a step computes only what each image keeps; delete it",
+    "init": "it is called init_from, as for tokenizers and priors",
+}
 """Former options -> what to do."""
 
 

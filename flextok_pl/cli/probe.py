@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flextok_pl.cli.tools import checked_budgets, default_device, picture_size
-from flextok_pl.contracts import weights_hash
+from flextok_pl.contracts import same_maker, weights_hash
 from flextok_pl.data import ShardDataModule
 from flextok_pl.data.shards.sources import load_indices, require_same_classes
 from flextok_pl.evaluation.protocol import versions
@@ -99,8 +99,9 @@ def _codes(tok: FlexTok, source: str, batch_size: int, num_workers: int) -> tupl
         test=source, image_size=picture_size(tok), eval_batch_size=batch_size, num_workers=num_workers
     )
     made_by = data.tokenizer
-    if made_by is not None and made_by["sha256"] != weights_hash(tok):
-        raise ValueError(f"{source} holds tokens of tokenizer {made_by['sha256']}, not of {weights_hash(tok)}")
+    if made_by is not None and not same_maker(made_by, tok.identity()):
+        own = tok.identity()["sha256"]
+        raise ValueError(f"{source} holds tokens of tokenizer {made_by['sha256']}, not of {own}")
     codes, labels = [], []
     for batch in tqdm(data.test_dataloader(), desc="tokens", unit="batch", leave=False):
         tokens = batch["tokens"] if "tokens" in batch else tok.tokenize(batch["image"].to(tok.device))

@@ -18,10 +18,11 @@ from flextok_pl.data.transforms import picture_tensor
 from flextok_pl.evaluation.pictures import image_grid, same_size, save_png
 from flextok_pl.metrics.images import to_uint8
 from flextok_pl.models.any_size import tokenize_picture
+from flextok_pl.models.identity import latents_identity
+from flextok_pl.models.starting import load_autoencoder
 from flextok_pl.models.teacher import Teacher, resized_map
 from flextok_pl.models.text import TextEncoder
 from flextok_pl.models.tokenizer import FlexTok
-from flextok_pl.models.vae import VAE
 
 
 def encode_shards(
@@ -52,8 +53,8 @@ def encode_shards(
         **options: those of `write_latents`.
     """
     place = default_device(device)
-    encoder = FlexTok.from_pretrained(vae).require_vae() if vae.endswith(".safetensors") else VAE.from_pretrained(vae)
-    source_id = {"vae": vae, "sha256": weights_hash(encoder)}
+    encoder = load_autoencoder(vae)
+    source_id = {"vae": vae, **latents_identity(encoder)}
     encoder = encoder.to(place).eval().requires_grad_(False)
     extract, teacher_id = _extractor(teacher, teacher_weights, teacher_grid, place)
     return write_latents(

@@ -129,6 +129,8 @@ class FlexTokConfig:
         guidance_scale: likewise its strength.
         trained_grids: note of a training: (rows, columns) of patches of its images, the first being those that are
             decoded by default; empty for images of `grid_size` alone.
+        same_tokens_as: note of a training that kept all that makes tokens: the hash of that, which must still be
+            the same, and the hashes of all weights of the tokenizers that it and those before it started from.
     """
 
     vae: VAEConfig | None = VAEConfig()
@@ -162,9 +164,10 @@ class FlexTokConfig:
     guidance: Guidance | None = None
     guidance_scale: float | None = None
     trained_grids: tuple[tuple[int, int], ...] = ()
+    same_tokens_as: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        as_tuples(self, "fsq_levels", "grid_size")
+        as_tuples(self, "fsq_levels", "grid_size", "same_tokens_as")
         object.__setattr__(self, "trained_grids", tuple(tuple(grid) for grid in self.trained_grids))
         at_least(self, encoder_head_dim=1, encoder_depth=1, decoder_head_dim=1, decoder_depth=1)
         at_least(self, num_registers=1, patch_size=1, latent_channels=1)

@@ -126,8 +126,8 @@ def _storages(values: Any) -> list[torch.UntypedStorage]:
     return [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
-def count_flops(part: Part, depth: int, checkpointing: bool = False) -> Flops:
-    """Operations of a part of so many blocks on one sample."""
+def count_flops(part: Part, depth: int, checkpointing: bool = False, alike: bool = True) -> Flops:
+    """Operations of a part of so many blocks on one sample; all blocks are run unless they cost alike."""
 
     def of_blocks(blocks: int) -> Flops:
         with torch.device("meta"):
@@ -135,11 +135,13 @@ def count_flops(part: Part, depth: int, checkpointing: bool = False) -> Flops:
         with torch.enable_grad(), Count() as count:
             loss = step(1)
             flops = Flops(count.operations, count.backward)
-            if checkpointing:
+            if checkpointing and loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
                 flops += Flops(recomputed=count.operations - flops.training)
         return flops
 
+    if not alike:
+        return of_blocks(depth)
     first = of_blocks(1)
     return first + (of_blocks(2) + first * -1) * (depth - 1)
 

@@ -5,6 +5,7 @@ Shapes: B batch, K registers, k <= K kept ones, V vocabulary, T text positions.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import astuple, replace
 from functools import lru_cache
@@ -38,11 +39,14 @@ from flextok_pl.models.fsq import FSQ
 from flextok_pl.models.irepa import Projection, build_projection
 from flextok_pl.models.prior import Prior, TextStates
 from flextok_pl.models.routing import Routing
+from flextok_pl.models.starting import train_only
 from flextok_pl.models.teacher import alignment_loss
 from flextok_pl.models.vae import VAE
 from flextok_pl.precision import accumulation_dtype
 
 Grid = tuple[int, int]
+Trained = tuple[str, ...] | None
+"""Beginnings of the names of the weights that are trained; None for all."""
 LayoutT = TypeVar("LayoutT", CodeLayout, TokenLayout)
 CostT = TypeVar("CostT", Flops, Activations)
 RARE_DEVIATIONS = 3.09  # of a normal distribution: more happens in one case of a thousand
@@ -51,12 +55,13 @@ RARE_DEVIATIONS = 3.09  # of a normal distribution: more happens in one case of 
 # The parts
 
 
-def encoder(config: FlexTokConfig, kept: int, grid: Grid) -> Part:
+def encoder(config: FlexTokConfig, kept: int, grid: Grid, train: Trained = None) -> Part:
     """Register encoder and quantiser: k codes of images of so many rows and columns of patches."""
 
     def part(depth: int, checkpointing: bool) -> Step:
         network, quantizer = RegisterEncoder(replace(config, encoder_depth=depth)), FSQ(config.fsq_levels)
         network.activation_checkpointing = checkpointing
+        train_only(nn.ModuleDict({"encoder": network}), train)
         quantizer.to(network.patch_posemb.device)
 
         def step(batch: int) -> Tensor:
@@ -69,22 +74,24 @@ def encoder(config: FlexTokConfig, kept: int, grid: Grid) -> Part:
     return part
 
 
-def decoder(config: FlexTokConfig, kept: int, grid: Grid) -> Part:
+def decoder(config: FlexTokConfig, kept: int, grid: Grid, train: Trained = None) -> Part:
     """Flow decoder and its loss, given k codes, or none."""
 
     def part(depth: int, checkpointing: bool) -> Step:
         network = FlowDecoder(replace(config, decoder_depth=depth, repa_layer=None))
         network.activation_checkpointing = checkpointing
+        train_only(nn.ModuleDict({"decoder": network}), train)
 
         def step(batch: int) -> Tensor:
             latents, noise = (_latents(network, config, grid, batch) for _ in range(2))
-            codes = latents.new_empty(batch * kept, len(config.fsq_levels), requires_grad=True)
+            codes = latents.new_empty(batch * kept, len(config.fsq_levels), requires_grad=encoded)
             layout = _without_values(layouts[batch], latents)
             velocity = network(latents, latents.new_empty(batch), codes, layout).velocity
             return velocity_loss(velocity, velocity_target(latents, noise)).mean()
 
         return step
 
+    encoded = train is None or any(part.partition(".")[0] == "encoder" for part in train)  # with gradients
     layouts = {batch: token_layout(config, *_images(config, kept, grid, batch)) for batch in BATCHES}
     return part
 
@@ -105,12 +112,15 @@ def projection(kind: Projection, width: int, features: int, grid: Grid) -> Part:
     return part
 
 
-def prior(config: PriorConfig, text_length: int, fused_norms: bool = False, logits: bool = False) -> Part:
+def prior(
+    config: PriorConfig, text_length: int, fused_norms: bool = False, logits: bool = False, train: Trained = None
+) -> Part:
     """A prior on a sequence of tokens, with a text of T positions if it takes one, to its last norm or its logits."""
 
     def part(depth: int, checkpointing: bool) -> Step:
         network = Prior(replace(config, depth=depth))
         network.checkpoint_activations(checkpointing)
+        train_only(network, train)
         for norm in network.modules():
             if isinstance(norm, nn.RMSNorm) and fused_norms:  # the CPU has no kernel for it, but for one as frugal
                 norm.forward = _fused_norm(norm)  # type: ignore[method-assign, assignment]
@@ -161,17 +171,21 @@ def _law(config: FlexTokConfig) -> Tensor:
 
 @lru_cache(maxsize=64)
 def tokenizer_flops(
-    config: FlexTokConfig, grid: Grid | None = None, checkpointing: bool = False, routing: Routing | None = None
+    config: FlexTokConfig,
+    grid: Grid | None = None,
+    checkpointing: bool = False,
+    routing: Routing | None = None,
+    train: Trained = None,
 ) -> Flops:
     """Encoder and decoder per image, expected over the budgets of training; `grid` by default the position table's."""
-    coding, decoding = _flops_at_every_budget(_shape(config), grid, checkpointing, routing)
+    coding, decoding = _flops_at_every_budget(_shape(config), grid, checkpointing, routing, train)
     return Flops(*(_law(config) @ (coding + decoding)).tolist())
 
 
 @lru_cache(maxsize=64)
-def prior_flops(config: PriorConfig, text_length: int = 1, checkpointing: bool = False) -> Flops:
+def prior_flops(config: PriorConfig, text_length: int = 1, checkpointing: bool = False, train: Trained = None) -> Flops:
     """A prior on one sequence of tokens, which attends to T positions of a text if it takes one."""
-    return count_flops(prior(config, text_length, logits=True), config.depth, checkpointing)
+    return count_flops(prior(config, text_length, False, True, train), config.depth, checkpointing, train is None)
 
 
 def tokenizer_activations(
@@ -181,14 +195,15 @@ def tokenizer_activations(
     grid: Grid | None = None,
     stratified: bool = False,
     routing: Routing | None = None,
+    train: Trained = None,
 ) -> Activations:
     """Encoder and decoder, for a batch of B images whose budgets take as much as they do in one step of a thousand.
 
     That is the quantile of a normal distribution, or the mean where budgets are `stratified`. See `tokenizer_flops` for
-    `grid`.
+    `grid`, and `all_blocks` for what `train` leaves out.
     """
     law = _law(config)
-    coding, decoding = _kept_at_every_budget(_shape(config), grid, numerics, routing)
+    coding, decoding = _kept_at_every_budget(_shape(config), grid, numerics, routing, all_blocks(train))
     kept, inputs, _ = (_of_batch(law, each, batch_size, stratified) for each in (coding + decoding).unbind(1))
     largest = (_of_batch(law, each[:, 2], batch_size, stratified) for each in (coding, decoding))
     return Activations(kept, inputs, max(largest))
@@ -207,7 +222,7 @@ def distillation_flops(
     config: FlexTokConfig, num_steps: int, grid: Grid | None = None, checkpointing: bool = False
 ) -> Flops:
     """A student's steps per image, expected over the budgets of `config`, each with its loss; see `tokenizer_flops`."""
-    _, decoding = _flops_at_every_budget(_shape(config), grid, checkpointing, None)
+    _, decoding = _flops_at_every_budget(_shape(config), grid, checkpointing, None, None)
     return Flops(*(_law(config) @ decoding).tolist()) * num_steps
 
 
@@ -215,7 +230,7 @@ def distillation_activations(
     config: FlexTokConfig, num_steps: int, numerics: Numerics, batch_size: int, grid: Grid | None, stratified: bool
 ) -> Activations:
     """What a student keeps of all its steps; see `tokenizer_activations`."""
-    _, decoding = _kept_at_every_budget(_shape(config), grid, numerics, None)
+    _, decoding = _kept_at_every_budget(_shape(config), grid, numerics, None, None)
     kept, inputs, largest = (_of_batch(_law(config), each, batch_size, stratified) for each in decoding.unbind(1))
     return Activations(num_steps * kept, num_steps * inputs, largest)
 
@@ -223,8 +238,13 @@ def distillation_activations(
 @lru_cache(maxsize=64)
 def path_flops(config: FlexTokConfig, calls: int, unconditional: int, grid: Grid | None = None) -> float:
     """Operations that make an image's tokens and a guided path: passes of the decoder with tokens, and with none."""
-    coding, decoding = _flops_at_every_budget(_shape(config), grid, False, None)
+    coding, decoding = _flops_at_every_budget(_shape(config), grid, False, None, None)
     return float(_law(config) @ (coding[:, 0] + calls * decoding[:, 0]) + unconditional * decoding[0, 0])
+
+
+def all_blocks(train: Trained) -> Trained:
+    """The same parts, but where there are some blocks, all: memory is counted with few, and never planned too low."""
+    return None if train is None else tuple(re.sub(r"\bblocks\.\d.*", "blocks", part) for part in train)
 
 
 def _shape(config: FlexTokConfig) -> FlexTokConfig:
@@ -235,16 +255,21 @@ def _shape(config: FlexTokConfig) -> FlexTokConfig:
 
 @lru_cache(maxsize=64)
 def _flops_at_every_budget(
-    config: FlexTokConfig, grid: Grid | None, checkpointing: bool, routing: Routing | None
+    config: FlexTokConfig, grid: Grid | None, checkpointing: bool, routing: Routing | None, train: Trained
 ) -> tuple[Tensor, Tensor]:
-    return _at_every_budget(config, lambda part, depth: count_flops(part, depth, checkpointing), 2, grid, routing)
+    def count(part: Part, depth: int) -> Flops:
+        return count_flops(part, depth, checkpointing, train is None)
+
+    return _at_every_budget(config, count, 2, grid, routing, train)
 
 
 @lru_cache(maxsize=64)
 def _kept_at_every_budget(
-    config: FlexTokConfig, grid: Grid | None, numerics: Numerics, routing: Routing | None
+    config: FlexTokConfig, grid: Grid | None, numerics: Numerics, routing: Routing | None, train: Trained
 ) -> tuple[Tensor, Tensor]:
-    return _at_every_budget(config, lambda part, depth: count_activations(part, depth, numerics), 1, grid, routing)
+    return _at_every_budget(
+        config, lambda part, depth: count_activations(part, depth, numerics), 1, grid, routing, train
+    )
 
 
 def _at_every_budget(
@@ -253,6 +278,7 @@ def _at_every_budget(
     degree: int,
     grid: Grid | None,
     routing: Routing | None,
+    train: Trained,
 ) -> tuple[Tensor, Tensor]:
     """Costs of encoder and decoder for an image of 0..K tokens, (K+1, fields) each.
 
@@ -262,15 +288,16 @@ def _at_every_budget(
     size, most = grid or config.grid_size, config.num_registers
 
     def coding(kept: int) -> CostT:
-        return count(encoder(config, kept, size), config.encoder_depth)
+        return count(encoder(config, kept, size, train), config.encoder_depth)
 
     def decoding(kept: int) -> CostT:
-        whole = decoder(config, kept, size)
+        whole = decoder(config, kept, size, train)
         if routing is None:
             return count(whole, config.decoder_depth)
         blocks, patches = routing.last - routing.first + 1, (1, routing.kept(prod(size)))
         registers = patches[1] if config.layout == "grid" else most
-        part = decoder(replace(config, grid_size=patches, num_registers=registers), min(kept, registers), patches)
+        routed = replace(config, grid_size=patches, num_registers=registers)
+        part = decoder(routed, min(kept, registers), patches, train)
         return count(whole, config.decoder_depth - blocks) + (count(part, 1 + blocks) + count(part, 1) * -1)
 
     def interpolated(cost: Callable[[int], CostT], first: int, last: int) -> Tensor:
@@ -286,9 +313,12 @@ def _at_every_budget(
 
 
 @lru_cache(maxsize=64)
-def prior_activations(config: PriorConfig, numerics: Numerics, text_length: int = 1) -> Activations:
+def prior_activations(
+    config: PriorConfig, numerics: Numerics, text_length: int = 1, train: Trained = None
+) -> Activations:
     """A prior on one sequence, without the loss; see `prior_flops`."""
-    return count_activations(prior(config, text_length, numerics.fused_norms), config.depth, numerics)
+    part = prior(config, text_length, numerics.fused_norms, train=all_blocks(train))
+    return count_activations(part, config.depth, numerics)
 
 
 def token_loss_bytes(config: PriorConfig, batch_size: int, chunk: int | None, numerics: Numerics) -> float:

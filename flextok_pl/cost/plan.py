@@ -75,7 +75,7 @@ def memory(workload: Workload, setup: Setup, batch_size: int) -> dict[str, float
         "weights": model,
         "gradients": trained,
         "optimizer": ADAM_STATES * trained,
-        "averaged": model if setup.averaged else 0.0,
+        "averaged": trained if setup.averaged else 0.0,
         "frozen": float(FULL * sum(network.parameters for network in frozen if network.resident)),
     }
     computing = {
@@ -156,7 +156,7 @@ def plan_training(
         "parameters": {
             "trained": workload.parameters.trained,
             "fixed": workload.parameters.fixed,
-            "averaged": workload.parameters.total * setup.averaged,
+            "averaged": workload.parameters.trained * setup.averaged,
             "frozen": {name: network.parameters for name, network in workload.frozen.items()},
         },
         "recipe": {**asdict(recipe), "memory": needed(recipe.batch_size)},

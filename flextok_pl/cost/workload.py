@@ -23,6 +23,8 @@ from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig
 from flextok_pl.contracts import ImageSize, height_width
 from flextok_pl.cost.count import Activations, Flops, Numerics, count_activations, count_flops, image_work
 from flextok_pl.cost.models import (
+    Trained,
+    all_blocks,
     distillation_activations,
     distillation_flops,
     encoder,
@@ -36,11 +38,13 @@ from flextok_pl.cost.models import (
     vae_cost,
 )
 from flextok_pl.interop.autoencoder import read_vae_config
+from flextok_pl.layers.frozen import is_frozen
 from flextok_pl.models.discriminator import PatchDiscriminator
 from flextok_pl.models.distillation import check_steps, teacher_decoding, training_law
 from flextok_pl.models.irepa import build_projection
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.routing import build_routing
+from flextok_pl.models.starting import Network, check_parts, train_only
 from flextok_pl.models.teacher import Teacher
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
@@ -67,8 +71,8 @@ class FrozenNetwork:
 class Parameters:
     """How many numbers a model has."""
 
-    trained: int  # parameters with gradients
-    fixed: int  # other parameters and buffers, which averaging copies, too
+    trained: int  # parameters with gradients, which averaging copies
+    fixed: int  # other parameters and buffers
     matrices: int  # weights of products
     cast: int  # those that autocast copies in half precision
     in_blocks: int  # parameters of all blocks
@@ -103,10 +107,14 @@ def tokenizer_workload(
     """The training of a `TokenizerModule` with these options, on `images` of this size or on their `latents`."""
     if inputs == "tokens":
         raise ValueError("inputs='tokens': a tokenizer trains on images or latents")
-    frozen, notes = {}, []
+    frozen: dict[str, FrozenNetwork] = {}
+    notes: list[str] = []
     with torch.device("meta"):
         autoencoder = _autoencoder(options["vae"], net)
         model = FlexTok(dataclasses.replace(net, vae=None))
+        train = _trained(model, options, notes)
+        if is_frozen(model.encoder) and numerics.autocast:
+            notes.append("the frozen encoder computes in float32 and takes longer than is planned here")
         parts: list[nn.Module] = [model]
         grid = _grid(size, autoencoder, net)
         works = inputs == "images"
@@ -129,9 +137,10 @@ def tokenizer_workload(
             extra, more = count_flops(part, 1) * share, count_activations(part, 1, numerics)
     return Workload(
         _parameters(parts, [*model.encoder.blocks, *model.decoder.blocks]),
-        flops=lambda batch: tokenizer_flops(net, grid, options["activation_checkpointing"], routing) + extra,
+        flops=lambda batch: tokenizer_flops(net, grid, options["activation_checkpointing"], routing, train) + extra,
         activations=lambda batch: (
-            tokenizer_activations(net, numerics, batch, grid, options["stratified_budgets"], routing) + more * batch
+            tokenizer_activations(net, numerics, batch, grid, options["stratified_budgets"], routing, train)
+            + more * batch
         ),
         frozen=frozen,
         notes=tuple(notes),
@@ -175,9 +184,11 @@ def prior_workload(
     """The training of a `PriorModule` with these options, on `tokens` or on `images` of this size."""
     if inputs == "latents":
         raise ValueError("inputs='latents': a prior trains on tokens or images")
-    frozen, notes = {}, []
+    frozen: dict[str, FrozenNetwork] = {}
+    notes: list[str] = []
     with torch.device("meta"):
         model = Prior(net)
+        train = _trained(model, options, notes)
         name = options["tokenizer"]
         tokenizer = None if name is None else _tokenizer(name)
         if tokenizer is not None:
@@ -199,8 +210,8 @@ def prior_workload(
         parameters = dataclasses.replace(parameters, cast=parameters.cast - model.head.weight.numel())
     return Workload(
         parameters,
-        flops=lambda batch: prior_flops(net, TEXT_LENGTH, options["activation_checkpointing"]),
-        activations=lambda batch: prior_activations(net, numerics, TEXT_LENGTH) * batch,
+        flops=lambda batch: prior_flops(net, TEXT_LENGTH, options["activation_checkpointing"], train),
+        activations=lambda batch: prior_activations(net, numerics, TEXT_LENGTH, train) * batch,
         loss_bytes=lambda batch: token_loss_bytes(net, batch, options["loss_chunk"], numerics),
         frozen=frozen,
         notes=tuple(notes),
@@ -213,13 +224,14 @@ def vae_workload(
     """The training of a `VAEModule` with these options, on `images` of this size."""
     if inputs != "images":
         raise ValueError(f"inputs={inputs!r}: an autoencoder trains on images")
+    notes = ["the activations are those of float32"] if numerics.autocast else []
     with torch.device("meta"):
         model = VAE(net)
+        _trained(model, options, notes)
         discriminator = None
         if options["gan_weight"]:
             discriminator = PatchDiscriminator(options["discriminator_width"], image_channels=net.image_channels)
         flops, peak = vae_cost(model, discriminator, height_width(size))
-    notes = ["the activations are those of float32"] if numerics.autocast else []
     if options["perceptual_weight"]:
         notes.append(f"the perceptual network {options['perceptual_network']} is not counted")
     return Workload(
@@ -228,6 +240,16 @@ def vae_workload(
         activations=lambda batch: Activations(peak, peak) * batch,
         notes=tuple(notes),
     )
+
+
+def _trained(model: Network, options: Mapping[str, Any], notes: list[str]) -> Trained:
+    """What of a model is trained; the rest of it is frozen."""
+    train = None if options.get("train") is None else tuple(options["train"])
+    check_parts(model, "train", train)
+    train_only(model, train)
+    if all_blocks(train) != train:
+        notes.append("the activations are those of a training of all blocks")
+    return train
 
 
 def _parameters(parts: Sequence[nn.Module], blocks: Sequence[nn.Module]) -> Parameters:
@@ -239,7 +261,7 @@ def _parameters(parts: Sequence[nn.Module], blocks: Sequence[nn.Module]) -> Para
         trained=trained,
         fixed=sum(map(_count, parts)) - trained,
         matrices=matrices,
-        cast=matrices,
+        cast=sum(product.weight.numel() for product in products if product.weight.requires_grad),
         in_blocks=sum(in_blocks),
         largest_block=max(in_blocks, default=0),
     )

@@ -39,7 +39,10 @@ def bits_per_token(tokenizer: Reconstructor) -> float | None:
 
 
 def model_hashes(tokenizer: object, prior: object = None) -> dict[str, str]:
-    """`weights_hash` of those that have weights, and the commit of those that the Hub has."""
+    """`weights_hash` of those that have weights, and the commit of those that the Hub has.
+
+    A tokenizer's decoder counts, as it makes the images.
+    """
     parts = {"tokenizer": tokenizer, "prior": prior}
     hashes = {f"{name}_hash": weights_hash(part) for name, part in parts.items() if isinstance(part, nn.Module)}
     known = {f"{name}_source": getattr(part, "loaded_from", "") for name, part in parts.items()}

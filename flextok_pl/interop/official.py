@@ -31,7 +31,7 @@ PUBLISHED_VAE = VAEConfig()  # the architecture that the official code builds fo
 _BESIDE = "config.json"
 # By other facts, by the modules that there are, or by the values of the position tables.
 _SAID_OTHERWISE = {"vae", "patch_size", "repa_layer", "timestep_law", "layout", "missing_tokens", "position_base"}
-_NOTES = {"started_from", "trained_grids"}  # for which the official format has no place
+_NOTES = {"started_from", "trained_grids", "same_tokens_as"}  # for which the official format has no place
 _ENC, _DEC = "encoder.module_dict.", "decoder.module_dict."
 _PREFIXES = {  # start of a name in our state dict -> start of the official name
     "vae.vae.": "vae.vae.",

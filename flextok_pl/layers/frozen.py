@@ -50,3 +50,8 @@ class Frozen(nn.Module, Generic[ModuleT]):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network."""
         return self.module(*args, **kwargs)
+
+
+def is_frozen(network: nn.Module) -> bool:
+    """Whether nothing of a network is trained."""
+    return not any(weight.requires_grad for weight in network.parameters())

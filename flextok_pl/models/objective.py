@@ -11,7 +11,8 @@ What is special about it:
 Shapes: B batch, C channels, h x w latent, K registers, N patches, D decoder width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -21,12 +22,13 @@ from flextok_pl.config import FlexTokConfig
 from flextok_pl.flow.nested_dropout import budgets_from_uniform
 from flextok_pl.flow.noise import seeded_normal
 from flextok_pl.flow.rectified import interpolate, lattice, sample_timesteps, stratify, velocity_loss, velocity_target
+from flextok_pl.layers.frozen import is_frozen
 from flextok_pl.layers.packing import places
 from flextok_pl.models.decoder import token_layout
 from flextok_pl.models.encoder import code_layout
 from flextok_pl.models.routing import Route
 from flextok_pl.models.tokenizer import FlexTok
-from flextok_pl.precision import accumulation_dtype
+from flextok_pl.precision import accumulation_dtype, full_precision
 from flextok_pl.transfer import send
 
 
@@ -117,7 +119,8 @@ def kept_codes(tokenizer: FlexTok, latents: Tensor, kept: Tensor) -> Tensor:
     images = encoded.nonzero().flatten()
     clean = latents if len(images) == len(latents) else latents.index_select(0, send(images, latents.device))
     layout = code_layout(tokenizer.config, clean, encoded[images])
-    return tokenizer.quantizer(tokenizer.encoder(clean, layout))  # type: ignore[no-any-return]
+    with tokenizing(clean.device) if is_frozen(tokenizer.encoder) else nullcontext():
+        return tokenizer.quantizer(tokenizer.encoder(clean, layout))  # type: ignore[no-any-return]
 
 
 def flow_loss(
@@ -131,7 +134,7 @@ def flow_loss(
     """Velocity error of the decoder given the encoder's quantised codes, with gradients to both, or given `tokens`.
 
     Only what an image keeps is computed: an image without condition is not encoded, nor are the registers beyond the
-    budget of another.
+    budget of another. A frozen encoder runs as `tokenize` runs it, so that the decoder is trained on the same tokens.
     """
     config = tokenizer.config
     kept = draws.num_tokens.masked_fill(draws.null, 0)
@@ -145,3 +148,10 @@ def flow_loss(
     x_t = interpolate(latents, draws.noise, t)
     velocity, features = tokenizer.decoder(x_t, t, codes, token_layout(config, x_t, kept, draws.null, route))
     return FlowLoss(velocity_loss(velocity, velocity_target(latents, draws.noise)), features)
+
+
+@contextmanager
+def tokenizing(device: torch.device) -> Iterator[None]:
+    """Float32 without gradients, whatever the precision of the training."""
+    with torch.no_grad(), full_precision(device):
+        yield

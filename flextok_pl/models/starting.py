@@ -1,22 +1,25 @@
-"""Start a new model from the weights of a finished one, or say by name what keeps it from that."""
+"""Start a model from the weights of a finished one, or say by name what keeps it from that; train parts of a model."""
 
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from flextok_pl.contracts import weights_hash
+from flextok_pl.contracts import same_maker, weights_hash
 from flextok_pl.layers.embeddings import fitted_positions
+from flextok_pl.layers.frozen import is_frozen
+from flextok_pl.models.identity import latents_identity, makers_of_the_same
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
 
 NOTES = frozenset(
     {"tokenizer", "tokenizer_id", "text_encoder", "null_text_length", "text_length", "class_names"}
-    | {"generation", "started_from", "num_steps", "guidance", "guidance_scale", "trained_grids"}
+    | {"generation", "started_from", "same_tokens_as", "num_steps", "guidance", "guidance_scale", "trained_grids"}
+    | {"scaling_factor", "shift_factor"}
 )
 """Options that say what belongs to a model. The states of the empty string stay those of the own text encoder."""
 
@@ -33,6 +36,15 @@ OF_SHAPES = frozenset(
     | {"qk_norm", "cross_qk_norm", "qkv_bias", "bias", "head_bias", "gated", "final_norm", "head_norm", "null_class"}
     | {"text_hidden_width", "text_bias", "latent_channels", "grid_size", "num_registers", "time_frequencies"}
     | {"encoder_width", "encoder_depth", "decoder_width", "decoder_depth"}
+    | {
+        "kind",
+        "block_out_channels",
+        "layers_per_block",
+        "down_block_types",
+        "up_block_types",
+        "mid_block_add_attention",
+    }
+    | {"use_quant_conv", "use_post_quant_conv"}
 )
 """Options that names and shapes of tensors show: where those fit, these do."""
 
@@ -43,40 +55,71 @@ OF_PARTS = {
 }
 """Options that matter to one part only."""
 
+Network = Prior | FlexTok | VAE
+"""What may start from a finished model of its kind."""
+
+_VERBS = {"init_parts": "takes", "train": "trains"}
 _SHOWN = 5
 
 
 class Start(NamedTuple):
     """What a model has started from."""
 
-    source: Prior | FlexTok  # the finished model
+    source: Network  # the finished model
     taken: frozenset[str]  # names of the weights
-    note: str  # where they came from: the source as it was given, and the hash of its weights
+    notes: Mapping[str, Any]  # `started_from`: the source as it was given, and its hash; `same_tokens_as`
 
 
-def check_parts(network: Prior | FlexTok, source: str | None, parts: Sequence[str] | None) -> None:
-    """Refuse parts that the model does not have; None for all."""
+def check_parts(network: Network, option: Literal["init_parts", "train"], parts: Sequence[str] | None) -> None:
+    """Refuse parts that the model does not have, or with nothing to train; None for all."""
     if parts is None:
         return
-    if source is None or not parts:
-        wrong = "takes nothing; null takes all" if source is not None else "needs model.init_from"
-        raise ValueError(f"init_parts={list(parts)} {wrong}")
+    if not parts:
+        verb = _VERBS[option]
+        raise ValueError(f"{option}=[] {verb} nothing; null {verb} all")
     names = list(_weights(network))
     for part in parts:
         if not any(_within(name, [part]) for name in names):
             known = sorted({name.partition(".")[0] for name in names})
             raise ValueError(
-                f"init_parts has {part!r}, which is no part of the model; it has {', '.join(known)}, and what is below "
+                f"{option} has {part!r}, which is no part of the model; it has {', '.join(known)}, and what is below "
                 f"them, such as {names[0]}"
             )
+    if option == "train" and not any(weight.requires_grad for weight in _weights(network, parts).values()):
+        raise ValueError(f"train={list(parts)} trains nothing: positions of patches are fixed; name what has them")
 
 
-def start_from(network: Prior | FlexTok, source: str, parts: Sequence[str] | None = None) -> Start:
+def train_only(network: nn.Module, parts: Sequence[str] | None) -> None:
+    """Freeze, in place, what no part names: without a gradient, it has no optimizer state and no average either."""
+    if parts is not None:
+        for name, weight in _weights(network).items():
+            weight.requires_grad_(weight.requires_grad and _within(name, parts))
+
+
+def check_frozen(network: Network, trained: Sequence[str] | None, start: Start | None) -> None:
+    """Refuse to freeze new weights, which nothing would ever train."""
+    taken = frozenset[str]() if start is None else start.taken
+    new = [name for name in _weights(network) if name not in taken and not _within(name, trained or [name])]
+    if new:
+        parts = ", ".join(sorted({name.partition(".")[0] for name in new}))
+        raise ValueError(
+            f"train={list(trained or [])} freezes {parts}, whose weights are new: name a finished model as "
+            "model.init_from, with these among model.init_parts, or train them, too"
+        )
+
+
+def load_autoencoder(source: str) -> VAE:
+    """The autoencoder of a folder or a Hub id, or that of a tokenizer's `.safetensors` file."""
+    whole = source.endswith(".safetensors")
+    return FlexTok.from_pretrained(source).require_vae() if whole else VAE.from_pretrained(source)
+
+
+def start_from(network: Network, source: str, parts: Sequence[str] | None = None) -> Start:
     """Give a model the weights of a finished one, in place.
 
     Args:
         network: a new model, on the CPU. Buffers and a tokenizer's autoencoder stay as they are.
-        source: see `from_pretrained` of its class.
+        source: see `from_pretrained` of its class, or `load_autoencoder`.
         parts: beginnings of the names of what to take, such as `encoder` or `blocks.0`; None for all.
 
     Position tables of another grid of patches are resampled to that of the model, which the note states.
@@ -91,11 +134,11 @@ def start_from(network: Prior | FlexTok, source: str, parts: Sequence[str] | Non
             "go on with that training by --ckpt_path"
         )
     try:
-        given = type(network).from_pretrained(source)
+        given = load_autoencoder(source) if isinstance(network, VAE) else type(network).from_pretrained(source)
     except ValueError as error:
         raise ValueError(f"init_from={source!r}: {error}") from error
-    there, here = _weights(given, parts), _weights(network, parts)
-    there, resampled = fitted_positions(there, here)
+    here = _weights(network, parts)
+    there, resampled = fitted_positions(_weights(given, parts), here)
     wrong = _wrong_tensors(there, here)
     concerned = {name.partition(".")[0] for name in here}
     differing = {
@@ -116,8 +159,12 @@ def start_from(network: Prior | FlexTok, source: str, parts: Sequence[str] | Non
     with torch.no_grad():
         for name, weight in here.items():
             weight.copy_(there[name])
-    note = f"{given.loaded_from or source} ({weights_hash(given)}{resampled})"
-    return Start(given, frozenset(here), note if parts is None else f"{note}: {', '.join(parts)}")
+    note = f"{getattr(given, 'loaded_from', '') or source} ({weights_hash(given)}{resampled})"
+    notes: dict[str, Any] = {"started_from": note if parts is None else f"{note}: {', '.join(parts)}"}
+    if isinstance(given, FlexTok) and isinstance(network, FlexTok) and is_frozen(network.encoder):
+        its = given.identity()
+        notes["same_tokens_as"] = makers_of_the_same(its) if same_maker(its, network.identity()) else []
+    return Start(given, frozenset(here), notes)
 
 
 def _check_autoencoder(given: FlexTok, network: FlexTok, source: str) -> None:
@@ -133,14 +180,15 @@ def _check_autoencoder(given: FlexTok, network: FlexTok, source: str) -> None:
 
 
 def _latents_of(vae: VAE) -> dict[str, Any]:
-    """What decides about an autoencoder's latents: its weights, by their hash, and its scale."""
-    config = vae.config
-    return {"sha256": weights_hash(vae), "scaling_factor": config.scaling_factor, "shift_factor": config.shift_factor}
+    """What decides about an autoencoder's latents, and their scale."""
+    config, sha256 = vae.config, latents_identity(vae)["sha256"]
+    return {"sha256": sha256, "scaling_factor": config.scaling_factor, "shift_factor": config.shift_factor}
 
 
-def _weights(network: Prior | FlexTok, parts: Sequence[str] | None = None) -> dict[str, Tensor]:
-    """Name -> parameter, of all that may be taken or of some parts."""
-    found = ((name, weight) for name, weight in network.named_parameters() if not _within(name, ["vae"]))
+def _weights(network: nn.Module, parts: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
+    """Name -> parameter, of all that may be taken or trained, or of some parts."""
+    owner = network.network if isinstance(network, VAE) else network
+    found = ((name, weight) for name, weight in owner.named_parameters() if not _within(name, ["vae"]))
     return {name: weight for name, weight in found if parts is None or _within(name, parts)}
 
 

@@ -104,32 +104,34 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        gradients = None
-        if any(ctx.needs_input_grad[:2]):
-            wide = torch.promote_types(weight.dtype, torch.float32)  # sharded weights may come in half precision
-            gradients = torch.empty_like(hidden, dtype=torch.float32), torch.zeros_like(weight, dtype=wide)
+        wide = torch.promote_types(weight.dtype, torch.float32)  # sharded weights may come in half precision
+        of_hidden = torch.empty_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        of_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         matrix, evaluate, values = weight.to(dtype), _compiled_chunk() if compiled else _chunk, []
         with torch.autocast(device, enabled=False):
             for start in range(0, len(hidden), chunk_size):
                 place = slice(start, start + chunk_size)
                 rows = hidden[place].to(dtype)
                 slope, *columns = evaluate(rows @ matrix.T, targets[place], smoothing, dtype)
-                if gradients is not None:
-                    gradients[0][place] = slope @ matrix
-                    if dtype == gradients[1].dtype:  # without a copy of its size
-                        torch.addmm(gradients[1], slope.T, rows, out=gradients[1])
-                    else:
-                        gradients[1].add_(slope.T @ rows)
+                if of_hidden is not None:
+                    of_hidden[place] = slope @ matrix
+                if of_weight is not None and dtype == of_weight.dtype:  # without a copy of its size
+                    torch.addmm(of_weight, slope.T, rows, out=of_weight)
+                elif of_weight is not None:
+                    of_weight.add_(slope.T @ rows)
                 del slope  # before the next chunk has its own
                 values.append(columns)
-        ctx.gradients, ctx.dtype, ctx.count = gradients, hidden.dtype, len(hidden)
+        ctx.gradients, ctx.dtype, ctx.count = (of_hidden, of_weight), hidden.dtype, len(hidden)
         nll, correct, spread = (torch.cat(column) for column in zip(*values, strict=True))
         ctx.mark_non_differentiable(nll, correct)
         return (1 - smoothing) * nll.mean() + smoothing * spread.mean(), nll, correct
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, slope: Tensor, *unused: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(
+        ctx: Any, slope: Tensor, *unused: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         (of_hidden, of_weight), ctx.gradients = ctx.gradients, None
         slope = slope / ctx.count
-        return of_hidden.mul_(slope).to(ctx.dtype), of_weight.mul_(slope), None, None, None, None
+        rows = None if of_hidden is None else of_hidden.mul_(slope).to(ctx.dtype)
+        return rows, None if of_weight is None else of_weight.mul_(slope), None, None, None, None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from flextok_pl.config import FlexTokConfig
-from flextok_pl.contracts import GuidanceScale, weights_hash
+from flextok_pl.contracts import GuidanceScale
 from flextok_pl.flow.decoding import chosen_decoding
 from flextok_pl.interop import TOKENIZER_FORMATS
 from flextok_pl.layers.frozen import Frozen
@@ -36,6 +36,7 @@ from flextok_pl.models.arguments import (
 from flextok_pl.models.decoder import FlowDecoder, guided_field, token_layout
 from flextok_pl.models.encoder import RegisterEncoder, code_layout
 from flextok_pl.models.fsq import FSQ
+from flextok_pl.models.identity import tokens_identity
 from flextok_pl.models.pretrained import PretrainedModel, load_model
 from flextok_pl.models.vae import VAE
 from flextok_pl.precision import full_precision, require_float32
@@ -138,9 +139,9 @@ class FlexTok(PretrainedModel):
         return rows * self.config.patch_size, columns * self.config.patch_size
 
     def identity(self) -> dict[str, Any]:
-        """What token shards and priors record of the tokenizer: hash of its weights, vocabulary, number of tokens."""
-        config = self.config
-        return {"sha256": weights_hash(self), "vocab_size": config.vocab_size, "num_tokens": config.num_registers}
+        """What token shards and priors record of the tokenizer; see `tokens_identity`."""
+        vae = None if self.vae is None else self.require_vae()
+        return tokens_identity(self, self.encoder, vae, self.config)
 
     def require_vae(self) -> VAE:
         """The autoencoder, or a `ValueError` where there is none."""

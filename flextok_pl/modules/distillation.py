@@ -18,7 +18,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from flextok_pl.config import FlexTokConfig, Guidance, NestedDropoutLaw
-from flextok_pl.contracts import Batch, weights_hash
+from flextok_pl.contracts import Batch
 from flextok_pl.cost.models import distillation_flops
 from flextok_pl.flow.decoding import Decoding
 from flextok_pl.layers.blocks import compile_for_all_lengths
@@ -31,6 +31,7 @@ from flextok_pl.models.distillation import (
     teacher_decoding,
     training_law,
 )
+from flextok_pl.models.identity import makers_of_the_same
 from flextok_pl.models.objective import TrainingDraws, draws_of_each, sample_draws
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.modules.steps import evaluation_generators, step_generator
@@ -100,11 +101,13 @@ class DistillationModule(TokenizerTraining):
         self.decoding = teacher_decoding(network.config, self.hparams)
         check_steps(num_steps, self.decoding.num_steps)
         self.num_steps, self.states, self.seed = num_steps, states, seed
-        self._hash = weights_hash(network)
+        identity = network.identity()
+        self._hash = identity["model_sha256"]
         self.teacher = Frozen(copy.deepcopy(network.decoder))
         network.vae = Frozen(network.require_vae())
         network.encoder.requires_grad_(False)
-        network.config = student_config(network.config, num_steps, self.decoding, f"{tokenizer} ({self._hash})")
+        student = student_config(network.config, num_steps, self.decoding, f"{tokenizer} ({self._hash})")
+        network.config = dataclasses.replace(student, same_tokens_as=tuple(makers_of_the_same(identity)))
         self.law = training_law(network.config, nested_dropout)
         network.decoder.activation_checkpointing = activation_checkpointing
         if compile_blocks:

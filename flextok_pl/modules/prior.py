@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from flextok_pl.config import PriorConfig, config_from_dict
-from flextok_pl.contracts import Batch, run_folder
+from flextok_pl.contracts import Batch, run_folder, same_maker
 from flextok_pl.cost.models import prior_flops
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.starting import Start
@@ -46,6 +46,8 @@ class PriorModule(StartedModule, PriorBase):
             `net`. A training that goes on from a checkpoint does without it.
         init_parts: which of them: `blocks`, `head`, `class_embedding`, ..., or what is below, such as `blocks.0`; None
             for all. The others are new.
+        train: which parts of the prior to train, by names as for `init_parts`; None for all. The others are frozen:
+            they have no gradient, no weight decay and no average, and must come from `init_from`.
         lr: peak learning rate.
         betas: of AdamW.
         weight_decay: of matrices; embeddings, positions and norms have none.
@@ -70,6 +72,7 @@ class PriorModule(StartedModule, PriorBase):
         text_encoder_dtype: Literal["float32", "bfloat16"] = "float32",
         init_from: str | None = None,
         init_parts: list[str] | None = None,
+        train: list[str] | None = None,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.05,
@@ -100,9 +103,9 @@ class PriorModule(StartedModule, PriorBase):
         self.save_hyperparameters(ignore="net")
         self.hparams["net"] = dataclasses.asdict(net)  # plain types: a checkpoint must load with weights_only
         self.seed = seed
-        self.check_start()
         for part in self.width_parts():
             rescale_initial_weights(part)
+        self.check_start()
         self.prior.checkpoint_activations(activation_checkpointing)
         if compile_blocks:
             for block in self.prior.blocks:
@@ -119,13 +122,13 @@ class PriorModule(StartedModule, PriorBase):
 
         Embeddings, the text encoder and its states, and recomputation count for nothing.
         """
-        return prior_flops(self.prior.config).training
+        return prior_flops(self.prior.config, train=self.trained_parts).training
 
     def setup(self, stage: str) -> None:
         """Check the data, and note in the prior what it is trained on."""
         super().setup(stage)
         config, data = self.prior.config, self.trainer.datamodule  # type: ignore[attr-defined]
-        made_by = getattr(data, "tokenizer", None) or getattr(self, "tokenizer_id", None)
+        made_by = getattr(self, "tokenizer_id", None) or getattr(data, "tokenizer", None)
         if made_by is None:
             raise ValueError("these shards hold no tokens: write some (flextok data tokens), or set model.tokenizer")
         names = config.class_names or (getattr(data, "classes", ()) if self.num_classes else ())
@@ -146,6 +149,10 @@ class PriorModule(StartedModule, PriorBase):
     def frozen_weights(self) -> dict[str, str]:
         """The tokenizer's, where there is one."""
         return {} if self.tokenizer is None else {"tokenizer": self.tokenizer_id["sha256"]}
+
+    def same_frozen(self, option: str, digest: str) -> bool:
+        """Whether a checkpoint has this tokenizer, or one with the same tokens."""
+        return same_maker(self.tokenizer_id, digest)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the names of the classes."""

@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from flextok_pl.contracts import Batch, PositionScale, class_difference
+from flextok_pl.contracts import Batch, PositionScale, class_difference, same_maker
 from flextok_pl.layers.frozen import Frozen
 from flextok_pl.models.prior import Condition, Prior, TextStates
 from flextok_pl.models.text import TextEncoder
@@ -99,8 +99,11 @@ class PriorBase(pl.LightningModule):
                     f"{name}={getattr(config, name)} of the prior, but {source} has {made_by[name]}; give "
                     f"the tokenizer whose tokens the prior knows, or train one with model.net.{name}={made_by[name]}"
                 )
-        known = config.tokenizer or getattr(self, "tokenizer_id", made_by)["sha256"]
-        if made_by["sha256"] != known:
+        own: Mapping[str, Any] | None = getattr(self, "tokenizer_id", None)
+        known = config.tokenizer or (own or made_by)["sha256"]
+        # An earlier version's shards and a prior of today have no hash in common, but the tokenizer knows both.
+        linked = own is not None and same_maker(own, known) and same_maker(own, made_by)
+        if not linked and not same_maker(made_by, known):
             raise ValueError(
                 f"{source} belongs to tokenizer {made_by['sha256']}, the prior to tokenizer {known}: tokens mean "
                 "nothing to another tokenizer. Give the one that made the prior's tokens, or make tokens anew "

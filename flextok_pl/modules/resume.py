@@ -29,7 +29,7 @@ APPLIED = ("lr", "betas", "weight_decay", "warmup_steps", "min_lr_ratio", "repa_
 
 WITHOUT_EFFECT = (
     *("activation_checkpointing", "compile_blocks", "loss_chunk", "scale_batches"),
-    *("init", "init_from", "init_parts", "started_from"),
+    *("init", "init_from", "init_parts", "started_from", "same_tokens_as"),
 )
 """Options that change how something is computed, or only how a training begins."""
 
@@ -133,6 +133,10 @@ class ResumableModule(pl.LightningModule):
         """Option -> hash of the frozen network that it names, which checkpoints do not hold."""
         return {}
 
+    def same_frozen(self, option: str, digest: str) -> bool:
+        """Whether an option's frozen network makes the same as that of a checkpoint, though it has another hash."""
+        return False
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say which frozen networks belong to the weights."""
         checkpoint[FROZEN] = self.frozen_weights()
@@ -155,10 +159,14 @@ class ResumableModule(pl.LightningModule):
         Raises:
             ValueError: another difference changes what the model is, or what it learns; or the training has ended.
         """
-        now, before = dict(self.hparams), dict(checkpoint.get("hyper_parameters", {}))
+        now, before = dict(self.hparams), {"train": None, **checkpoint.get("hyper_parameters", {})}
         if FROZEN in checkpoint:  # a file may lie elsewhere by now, or hold something else
-            now |= {name: f"weights {digest}" for name, digest in self.frozen_weights().items()}
-            before |= {name: f"weights {digest}" for name, digest in checkpoint[FROZEN].items()}
+            own = self.frozen_weights()
+            now |= {name: f"weights {digest}" for name, digest in own.items()}
+            before |= {
+                name: f"weights {own[name] if name in own and self.same_frozen(name, digest) else digest}"
+                for name, digest in checkpoint[FROZEN].items()
+            }
         changes = list(_changes(now, before))
         if max_steps is None:
             accepted, refused = [], [each for each in changes if each.root in EVALUATED]

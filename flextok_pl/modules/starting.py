@@ -1,45 +1,62 @@
-"""Trainings that start from the weights of a finished model."""
+"""Trainings that start from the weights of a finished model, and trainings of some parts of a model only."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-from flextok_pl.models.prior import Prior
-from flextok_pl.models.starting import Start, check_parts, start_from
-from flextok_pl.models.tokenizer import FlexTok
+from flextok_pl.models.starting import Network, Start, check_frozen, check_parts, start_from, train_only
 from flextok_pl.modules.resume import ResumableModule
 from flextok_pl.runtime.lightning_internals import goes_on
 
+NOTES = ("started_from", "same_tokens_as")
+"""What a start leaves in hyper-parameters and, where the configuration has a place for it, there."""
+
 
 class StartedModule(ResumableModule):
-    """A module whose network may start from the weights of a finished one, `init_from`, or of its parts, `init_parts`.
+    """A module whose network may start from the weights of a finished one, and may be trained in part.
 
-    Both are hyper-parameters. The weights are taken in the first `setup` of a run that loads no checkpoint, on the CPU
-    and before anything is sharded, copied to other processes or averaged. Where they came from goes, as `started_from`,
-    into the hyper-parameters, and so into checkpoints, and into the configuration of the network, and so into exports.
+    Hyper-parameters say so: `init_from` is the finished model, `init_parts` which of its parts to take, and `train`
+    which parts of the network to train. The weights are taken in the first `setup` of a run that loads no checkpoint,
+    on the CPU and before anything is sharded, copied to other processes or averaged. Where they came from goes, as
+    `started_from`, into the hyper-parameters, and so into checkpoints, and into the configuration of the network, and
+    so into exports.
     """
 
     _to_start = True  # with the weights of another model, if any are given
 
     @property
-    def network(self) -> Prior | FlexTok:
+    def network(self) -> Network:
         """What is trained and exported."""
         raise NotImplementedError
 
+    @property
+    def trained_parts(self) -> tuple[str, ...] | None:
+        """Beginnings of the names of the weights that are trained; None for all."""
+        return None if self.hparams["train"] is None else tuple(self.hparams["train"])
+
     def check_start(self) -> None:
-        """Refuse parts that the network does not have, once it is built."""
-        check_parts(self.network, self.hparams["init_from"], self.hparams["init_parts"])
+        """Refuse parts that the network does not have, and freeze what is not to be trained, once it is built."""
+        source, parts = self.hparams["init_from"], self.hparams["init_parts"]
+        if parts is not None and source is None:
+            raise ValueError(f"init_parts={parts} needs model.init_from")
+        check_parts(self.network, "init_parts", parts)
+        check_parts(self.network, "train", self.trained_parts)
+        train_only(self.network, self.trained_parts)
 
     def setup(self, stage: str) -> None:
         """Take the weights."""
         source = self.hparams["init_from"]
-        if self._to_start and source is not None and not goes_on(self.trainer):
-            start = start_from(self.network, source, self.hparams["init_parts"])
-            self.on_start(start)
-            self._note(start.note)
-            if self.trainer.is_global_zero:
-                print(f"starting from the weights of {start.note}", flush=True)
+        if self._to_start and not goes_on(self.trainer):
+            start = None if source is None else start_from(self.network, source, self.hparams["init_parts"])
+            if stage == "fit":
+                check_frozen(self.network, self.trained_parts, start)
+            if start is not None:
+                self.on_start(start)
+                self._note(start.notes)
+                if self.trainer.is_global_zero:
+                    print(f"starting from the weights of {start.notes['started_from']}", flush=True)
         self._to_start = False
         super().setup(stage)
 
@@ -47,13 +64,17 @@ class StartedModule(ResumableModule):
         """Look at what the weights came from."""
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the weights that the checkpoint has, and its note."""
+        """Keep the weights that the checkpoint has, and its notes."""
         super().on_load_checkpoint(checkpoint)
         self._to_start = False
-        self._note(checkpoint.get("hyper_parameters", {}).get("started_from", ""))
+        self._note(checkpoint.get("hyper_parameters", {}))
 
-    def _note(self, note: str) -> None:
-        self.hparams.pop("started_from", None)
-        if note:
-            self.hparams["started_from"] = note
-        self.network.config = dataclasses.replace(self.network.config, started_from=note)
+    def _note(self, notes: Mapping[str, Any]) -> None:
+        config = self.network.config
+        for name in NOTES:
+            self.hparams.pop(name, None)
+            if notes.get(name):
+                self.hparams[name] = notes[name]
+            if hasattr(config, name):
+                config = dataclasses.replace(config, **{name: notes.get(name) or getattr(type(config), name)})
+        self.network.config = config

@@ -31,6 +31,7 @@ from flextok_pl.models.encoder import RegisterEncoder
 from flextok_pl.models.irepa import Projection, build_projection, spatially_normalized
 from flextok_pl.models.objective import FlowLoss, draws_of_each, flow_loss, sample_draws
 from flextok_pl.models.routing import build_routing, sample_route
+from flextok_pl.models.starting import load_autoencoder
 from flextok_pl.models.teacher import Teacher, alignment_loss, resized_map
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
@@ -65,6 +66,9 @@ class TokenizerModule(TokenizerTraining, StartedModule):
             fit `net`, and have the autoencoder of `vae`. A training that goes on from a checkpoint does without it.
         init_parts: which of them: `encoder`, `decoder`, or what is below, such as `decoder.blocks`; None for all. The
             others are new.
+        train: which parts of the tokenizer to train, by names as for `init_parts`; None for all. The others are frozen:
+            they have no gradient, no weight decay and no average, and must come from `init_from`. Without the encoder
+            the tokens stay the same, and so token shards and priors of the finished tokenizer stay valid.
         lr: peak learning rate.
         betas: of AdamW.
         weight_decay: of matrices; biases, tokens and positions have none.
@@ -103,6 +107,7 @@ class TokenizerModule(TokenizerTraining, StartedModule):
         vae: str | None = None,
         init_from: str | None = None,
         init_parts: list[str] | None = None,
+        train: list[str] | None = None,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.05,
@@ -141,7 +146,6 @@ class TokenizerModule(TokenizerTraining, StartedModule):
         if mup_base_width is not None:
             check_base_width(mup_base_width, math.lcm(4, net.encoder_head_dim, net.decoder_head_dim))
         self.hold(build_tokenizer(net, vae))
-        self.check_start()
         self.teacher_name, self.teacher_weights, self.seed = teacher, teacher_weights, seed
         self._vae_hash: str | None = None
         self.routing = build_routing(route_share, route_blocks, net, teacher is not None)
@@ -156,6 +160,7 @@ class TokenizerModule(TokenizerTraining, StartedModule):
             rank_zero_warn("repa_until, repa_projection and repa_spatial_norm have no effect without model.teacher")
         for width_part in self.width_parts():
             rescale_initial_weights(width_part)
+        self.check_start()
         self.tokenizer.checkpoint_activations(activation_checkpointing)
         if compile_blocks:
             for part in (self.tokenizer.encoder, self.tokenizer.decoder):
@@ -165,10 +170,13 @@ class TokenizerModule(TokenizerTraining, StartedModule):
     def flops_per_sample(self) -> float:
         """Floating-point operations of a training step per image, as MFU counts them; see `flextok_pl.cost.models`.
 
-        Expected over the budgets of the training, at the image size of its data, or else at the model's own. Frozen
-        networks, the projection to the teacher and recomputation count for nothing.
+        Expected over the budgets of the training, at the image size of its data, or else at the model's own. A frozen
+        encoder counts its forward pass. Other frozen networks, the projection to the teacher and recomputation count
+        for nothing.
         """
-        return tokenizer_flops(self.tokenizer.config, self.grid, routing=self.routing).training
+        return tokenizer_flops(
+            self.tokenizer.config, self.grid, routing=self.routing, train=self.trained_parts
+        ).training
 
     def width_parts(self) -> list[WidthPart]:
         """Encoder, decoder and projection."""
@@ -294,14 +302,12 @@ class TokenizerModule(TokenizerTraining, StartedModule):
 
 def build_tokenizer(net: FlexTokConfig, vae: str | None) -> FlexTok:
     """A new tokenizer around a frozen autoencoder; see `TokenizerModule` for the arguments."""
-    if vae is None:
-        if net.vae is None:
-            raise ValueError("net.vae=None leaves no autoencoder to make latents with; set model.vae or net.vae")
-        autoencoder = VAE(net.vae)
-    elif vae.endswith(".safetensors"):
-        autoencoder = FlexTok.from_pretrained(vae).require_vae()
+    if vae is not None:
+        autoencoder = load_autoencoder(vae)
+    elif net.vae is None:
+        raise ValueError("net.vae=None leaves no autoencoder to make latents with; set model.vae or net.vae")
     else:
-        autoencoder = VAE.from_pretrained(vae)
+        autoencoder = VAE(net.vae)
     if autoencoder.config.latent_channels != net.latent_channels:
         raise ValueError(
             f"vae={vae!r} makes {autoencoder.config.latent_channels} latent channels but net.latent_channels="

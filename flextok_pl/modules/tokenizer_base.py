@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from flextok_pl.contracts import Batch, run_folder, weights_hash
+from flextok_pl.contracts import Batch, run_folder, same_maker
+from flextok_pl.models.identity import latents_identity
 from flextok_pl.models.objective import TrainingDraws
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.modules.image_grids import Grid, grids_of, trained_on
@@ -63,8 +64,8 @@ class TokenizerTraining(ResumableModule):
             self.tokenizer.config = trained_on(self.tokenizer.config, grids)
         latents = getattr(data, "autoencoder", None)
         if latents is not None and "sha256" in latents:
-            vae, name = weights_hash(self.tokenizer.require_vae()), self.autoencoder_option
-            if latents["sha256"] != vae:
+            vae, name = latents_identity(self.tokenizer.require_vae()), self.autoencoder_option
+            if not same_maker(latents, vae):
                 raise ValueError(
                     f"these are latents of autoencoder {latents}, but model.{name}={self.hparams[name]!r} has {vae}: "
                     "set it to the former, or write the latents again (flextok data latents)"

@@ -17,17 +17,18 @@ from torch.optim import Optimizer
 
 from flextok_pl.config import VAEConfig, config_from_dict
 from flextok_pl.contracts import Batch, run_folder
-from flextok_pl.layers.frozen import Frozen
+from flextok_pl.layers.frozen import Frozen, is_frozen
 from flextok_pl.models.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 from flextok_pl.models.perceptual import PerceptualDistance
+from flextok_pl.models.starting import Start
 from flextok_pl.models.vae import VAE
 from flextok_pl.modules.optim import parameter_groups
-from flextok_pl.modules.resume import ResumableModule
+from flextok_pl.modules.starting import StartedModule
 from flextok_pl.modules.steps import logging_now, step_generator
 from flextok_pl.precision import accumulation_dtype, check_training_precision, full_precision
 
 
-class VAEModule(ResumableModule):
+class VAEModule(StartedModule):
     """Trains a VAE by reconstruction, with KL, perceptual and adversarial terms; a weight of 0 leaves a term out.
 
     loss = reconstruction + perceptual_weight * perceptual + kl_weight * KL / (3 H W) + gan_weight * adaptive * GAN,
@@ -42,7 +43,12 @@ class VAEModule(ResumableModule):
 
     Args:
         net: the autoencoder, of kind `kl`.
-        init: folder or Hub id of an autoencoder of this architecture whose weights to start from.
+        init_from: finished autoencoder whose weights to start from: a folder or a Hub id, or the `.safetensors` file of
+            a tokenizer that has it. It must fit `net`, but for the scale of the latents, which is measured anew.
+        init_parts: which of them: `encoder`, `decoder`, or what is below; None for all. The others are new.
+        train: which parts of the autoencoder to train, by names as for `init_parts`; None for all. The others are
+            frozen, and must come from `init_from`. Without `encoder` and `quant_conv` the latents stay the same, as
+            does their scale, which `net` must then have: latent shards and tokenizers stay valid.
         reconstruction: mean absolute (`l1`) or squared (`l2`) error.
         kl_weight: of the posterior's divergence from a unit normal.
         perceptual_weight: of the distance in a pretrained network's features.
@@ -64,7 +70,9 @@ class VAEModule(ResumableModule):
     def __init__(
         self,
         net: VAEConfig,
-        init: str | None = None,
+        init_from: str | None = None,
+        init_parts: list[str] | None = None,
+        train: list[str] | None = None,
         reconstruction: Literal["l1", "l2"] = "l1",
         kl_weight: float = 1e-6,
         perceptual_weight: float = 0.0,
@@ -97,7 +105,7 @@ class VAEModule(ResumableModule):
         self.distance = F.l1_loss if reconstruction == "l1" else F.mse_loss
 
         # Channels last is about 1.5 times faster for convolutions on CPU, and faster with tensor cores.
-        self.vae = (VAE(net) if init is None else _pretrained(net, init)).to(memory_format=torch.channels_last)
+        self.vae = VAE(net).to(memory_format=torch.channels_last)
         if perceptual_weight and net.image_channels not in (1, 3):
             raise ValueError(
                 f"perceptual_weight={perceptual_weight} needs pictures of 1 or 3 channels, for networks that know "
@@ -109,6 +117,35 @@ class VAEModule(ResumableModule):
         self.discriminator = (
             PatchDiscriminator(discriminator_width, image_channels=net.image_channels) if gan_weight else None
         )
+        self.check_start()
+        if self.discriminator is not None and not self.vae.network.decoder.conv_out.weight.requires_grad:
+            raise ValueError(
+                f"gan_weight={gan_weight} with train={train}: the weight of the adversarial loss is measured at the "
+                "decoder's last layer; train decoder.conv_out, too, or set gan_weight to 0"
+            )
+
+    @property
+    def network(self) -> VAE:
+        """The autoencoder."""
+        return self.vae
+
+    @property
+    def keeps_latents(self) -> bool:
+        """Whether nothing is trained that decides about the latents."""
+        return all(
+            is_frozen(part) for name, part in self.vae.network.named_children() if name in ("encoder", "quant_conv")
+        )
+
+    def on_start(self, start: Start) -> None:
+        """Refuse another scale of latents that stay the same."""
+        assert isinstance(start.source, VAE)
+        for name in ("scaling_factor", "shift_factor"):
+            own, its = getattr(self.vae.config, name), getattr(start.source.config, name)
+            if self.keeps_latents and own != its:
+                raise ValueError(
+                    f"{name}={own} of model.net, but {its} of init_from={self.hparams['init_from']!r}, whose latents "
+                    f"this training keeps: set model.net.{name}={its}"
+                )
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> its reconstruction from the posterior's mean, (B, 3, H, W), not clamped."""
@@ -206,7 +243,8 @@ class VAEModule(ResumableModule):
         """
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self.vae = self.vae.rescaled(1.0 / self.latent_std())
+        if not self.keeps_latents:
+            self.vae = self.vae.rescaled(1.0 / self.latent_std())
         folder = run_folder(self.trainer)
         if self.trainer.is_global_zero:
             self.vae.save_pretrained(folder / "vae")
@@ -245,11 +283,3 @@ def _images(batch: Batch) -> Tensor:
     if "image" not in batch:
         raise ValueError(f"the autoencoder trains on images, but the batches hold {sorted(batch)}; use image shards")
     return batch["image"].contiguous(memory_format=torch.channels_last)
-
-
-def _pretrained(net: VAEConfig, init: str) -> VAE:
-    vae = VAE.from_pretrained(init)
-    start = vae.rescaled(net.scaling_factor, net.shift_factor)  # measured anew at the end
-    if start.config != net:
-        raise ValueError(f"init={init!r} is another autoencoder than net: {vae.config} is not {net}")
-    return start

@@ -108,8 +108,8 @@ def shard(module: pl.LightningModule, networks: Sequence[nn.Module], methods: Se
     All trained parameters must be in them: a gradient norm cannot be taken over sharded and other tensors. `methods`
     names those, other than `forward`, by which training runs the networks.
 
-    In half precision the matrices are gathered as autocast would use them, everything else and all gradients in
-    float32: what is computed is the same as without sharding.
+    In half precision the trained matrices are gathered as autocast would use them, everything else and all gradients in
+    float32: what is computed is the same as without sharding, also by a frozen encoder, which computes in float32.
     """
     if module.device_mesh is None or isinstance(networks[0], FSDPModule):
         return
@@ -127,7 +127,8 @@ def _policy(networks: Sequence[nn.Module], half: torch.dtype | None) -> MixedPre
     if half is None or not GATHERS_HALF:
         return MixedPrecisionPolicy()
     modules = [part for network in networks for part in network.modules()]
-    matrices = {id(part.weight) for part in modules if isinstance(part, nn.Linear | nn.Conv2d)}
+    products = [part.weight for part in modules if isinstance(part, nn.Linear | nn.Conv2d)]
+    matrices = {id(weight) for weight in products if weight.requires_grad}
     return MixedPrecisionPolicy(
         param_dtype=half,
         reduce_dtype=torch.float32,

@@ -24,6 +24,7 @@ from flextok_pl.cost.machines import machine
 from flextok_pl.cost.models import (
     _kept_at_every_budget,
     _shape,
+    all_blocks,
     decoder,
     encoder,
     prior_activations,
@@ -40,6 +41,7 @@ from flextok_pl.models.irepa import Projection, build_projection
 from flextok_pl.models.objective import TrainingDraws, flow_loss, sample_draws
 from flextok_pl.models.prior import Prior, TextStates
 from flextok_pl.models.routing import Routing, sample_route
+from flextok_pl.models.starting import train_only
 from flextok_pl.models.teacher import alignment_loss
 from flextok_pl.models.token_loss import token_loss
 from flextok_pl.models.tokenizer import FlexTok
@@ -334,12 +336,18 @@ def setup(half: bool, checkpointing: bool) -> Setup:
     return Setup(machine("cpu"), 1, numerics, checkpointing=checkpointing, averaged=False)
 
 
-@pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_peak_of_the_tokenizers_steps(half: bool, checkpointing: bool) -> None:
+@pytest.mark.parametrize(
+    ("half", "checkpointing", "train"),
+    [
+        *((half, checkpointing, None) for half in (False, True) for checkpointing in (False, True)),
+        (True, False, ["decoder"]),
+    ],
+)
+def test_peak_of_the_tokenizers_steps(half: bool, checkpointing: bool, train: list[str] | None) -> None:
     batch = 8
     config = dataclasses.replace(TOKENIZER, nested_dropout="none", null_dropout=0.0)
     model, latents = FlexTok(config), latents_of(config, batch)
+    train_only(model, train)
     model.checkpoint_activations(checkpointing)
     draws = sample_draws(config, latents, torch.Generator().manual_seed(0))
     peak = peak_of_steps(model, lambda: flow_loss(model, latents, draws).loss.mean(), half)
@@ -352,6 +360,7 @@ def test_peak_of_the_tokenizers_steps(half: bool, checkpointing: bool) -> None:
         "route_share": 0.0,
         "route_blocks": None,
         "activation_checkpointing": checkpointing,
+        "train": train,
     }
     how = setup(half, checkpointing)
     planned = memory(tokenizer_workload(options, net, 128, "latents", how.numerics), how, batch)
@@ -445,3 +454,43 @@ def test_peak_of_sharded_steps(batch: int, half: bool) -> None:
     options = {"loss_chunk": 64, "tokenizer": None, "text_encoder": None, "activation_checkpointing": False}
     planned = memory(prior_workload(options, SHARDED, 256, "tokens", how.numerics), how, batch)
     assert planned["total"] == pytest.approx(answer.get(), rel=0.08)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "train",
+    [("decoder",), ("encoder",), ("decoder.head", "decoder.blocks.1"), ("encoder.blocks", "decoder.null_token")],
+)
+def test_a_tokenizer_that_is_trained_in_part_is_exact(train: tuple[str, ...], checkpointing: bool) -> None:
+    config = dataclasses.replace(CONFIG, nested_dropout="none", null_dropout=0.0)
+    model = FlexTok(config)
+    train_only(model, train)
+    model.checkpoint_activations(checkpointing)
+    draws = sample_draws(config, torch.randn(3, *LATENTS), torch.Generator().manual_seed(0))
+    planned = tokenizer_flops(config, GRID, checkpointing, train=train) * 3
+    assert tokenizer_step(model, draws) == (planned.forward, planned.backward + planned.recomputed)
+    assert planned.forward == tokenizer_flops(config, GRID).forward * 3
+    assert planned.training < tokenizer_flops(config, GRID).training * 3
+
+
+@pytest.mark.parametrize("train", [("head",), ("blocks.1", "token_embedding")])
+def test_a_prior_that_is_trained_in_part_is_exact(train: tuple[str, ...]) -> None:
+    model, tokens = Prior(PRIOR), torch.zeros(2, PRIOR.num_tokens, dtype=torch.int64)
+    train_only(model, train)
+    classes = torch.zeros(2, dtype=torch.int64)
+    found = counted(lambda: token_loss(model.hidden(tokens, classes), model.head.weight, tokens).loss)
+    assert sum(found) == (prior_flops(PRIOR, train=train) * 2).training
+
+
+def test_what_is_frozen_in_part_has_no_states_and_no_copies() -> None:
+    options = {"vae": None, "teacher": None, "route_share": 0.0, "route_blocks": None, "stratified_budgets": False}
+    options |= {"train": ["decoder"], "activation_checkpointing": False}
+    net = dataclasses.replace(CONFIG, vae=VAEConfig("pixel", 12))
+    workload = tokenizer_workload(options, net, 16, "latents", Numerics(2))
+    whole = tokenizer_workload({**options, "train": None}, net, 16, "latents", Numerics(2)).parameters
+    model, own = FlexTok(CONFIG).decoder, workload.parameters
+    assert own.trained == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert own.cast == sum(part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear)) < whole.cast
+    assert own.total == whole.total > own.trained
+    assert ["frozen encoder computes in float32" in note for note in workload.notes] == [True]
+    assert all_blocks(("decoder.blocks.20.attn", "decoder.head")) == ("decoder.blocks", "decoder.head")

@@ -8,15 +8,20 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from model_helpers import randomized
 from torch.utils.data import DataLoader
 
 from flextok_pl.callbacks import EMA
 from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig
-from flextok_pl.contracts import weights_hash
+from flextok_pl.contracts import same_maker, weights_hash
+from flextok_pl.data.shards.index import ShardError, ShardIndex
+from flextok_pl.data.shards.sources import require_same_origin
 from flextok_pl.interop.official import config_to_official
 from flextok_pl.models import starting as tables_of
+from flextok_pl.models.objective import TrainingDraws, flow_loss
 from flextok_pl.models.prior import Prior
-from flextok_pl.models.starting import check_parts, start_from
+from flextok_pl.models.starting import start_from, train_only
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.modules import PriorModule, TokenizerModule
 from flextok_pl.runtime import Trainer
@@ -49,7 +54,7 @@ def test_all_weights(config: Any, tmp_path: Path) -> None:
     given = type(model).from_pretrained(file)
     start = start_from(model, file)
     assert same(weights(model), weights(given)) == {*weights(given)}
-    assert start.note == f"{file} ({weights_hash(given)})" and model.config == config
+    assert start.notes["started_from"] == f"{file} ({weights_hash(given)})" and model.config == config
 
 
 def test_parts(tmp_path: Path) -> None:
@@ -58,7 +63,7 @@ def test_parts(tmp_path: Path) -> None:
     start = start_from(model, file, ["blocks.0", "head", "start"])
     given = weights(Prior.from_pretrained(file))
     taken = {name for name in before if name.startswith(("blocks.0.", "head.")) or name == "start"}
-    assert start.taken == taken and start.note.endswith("): blocks.0, head, start")
+    assert start.taken == taken and start.notes["started_from"].endswith("): blocks.0, head, start")
     ones = {name for name in taken if "norm" in name}  # of every new model
     assert same(weights(model), before) & taken == ones
     assert all(torch.equal(model.state_dict()[name], given[name]) for name in taken)
@@ -170,7 +175,7 @@ def test_a_published_prior(kind: str, golden_dir: Path) -> None:
 
 
 def test_the_tables_name_options() -> None:
-    known = {field.name for config in (PriorConfig, FlexTokConfig) for field in dataclasses.fields(config)}
+    known = {field.name for config in (PriorConfig, FlexTokConfig, VAEConfig) for field in dataclasses.fields(config)}
     tables = (
         tables_of.NOTES,
         tables_of.OF_NEW_MODELS,
@@ -182,7 +187,7 @@ def test_the_tables_name_options() -> None:
 
 
 def test_official_files_have_no_place_for_the_note() -> None:
-    config = dataclasses.replace(FlexTokConfig(), started_from="x (0123456789abcdef)")
+    config = dataclasses.replace(FlexTokConfig(), started_from="x (0123456789abcdef)", same_tokens_as=("a", "b"))
     assert config_to_official(config) == config_to_official(FlexTokConfig())
 
 
@@ -197,8 +202,6 @@ def test_official_files_have_no_place_for_the_note() -> None:
     ],
 )
 def test_parts_that_there_are_not(source: str | None, parts: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        check_parts(FlexTok(TOKENIZER), source, parts)
     with pytest.raises(ValueError, match=message):
         TokenizerModule(TOKENIZER, init_from=source, init_parts=parts)
 
@@ -313,3 +316,135 @@ def test_an_export_says_where_it_started(tmp_path: Path) -> None:
     trainer(tmp_path / "b").fit(again, Sequences())
     assert again.prior.config.started_from == f"{tmp_path / 'a'} ({weights_hash(exported)})"
     assert "started_from" not in PriorModule(PRIOR).hparams
+
+
+# Some parts only
+
+
+class Pictures(pl.LightningDataModule):
+    """The same four random pictures of 32 px in each batch."""
+
+    def train_dataloader(self) -> DataLoader:
+        generator = torch.Generator().manual_seed(0)
+        batch = {"image": torch.rand(4, 3, 32, 32, generator=generator) * 2 - 1, "key": list("abcd")}
+        return DataLoader([batch] * 3, batch_size=None)  # type: ignore
+
+
+def decoding(file: str, **options: Any) -> TokenizerModule:
+    given = {"train": ["decoder"], "init_from": file, "lr": 1e-2, "warmup_steps": 0, "weight_decay": 0.5} | options
+    return TokenizerModule(given.pop("net", TOKENIZER), **given)
+
+
+class Seen(EMA):
+    """What is averaged, and what has a gradient."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module, *rest)
+        self.averaged = set(self._weights or ())
+        self.with_gradient = {name for name, weight in pl_module.named_parameters() if weight.grad is not None}
+
+
+@pytest.mark.parametrize("base_width", [None, 32])
+def test_what_is_not_named_is_frozen(base_width: int | None, tmp_path: Path) -> None:
+    """No gradient, no optimizer state, no decay, no average; a training that goes on ends with the same weights."""
+    file = saved(tmp_path, TOKENIZER)
+    before, ends = weights(FlexTok.from_pretrained(file)), []
+    for ckpt_path in (None, tmp_path / "step=1.ckpt"):
+        net = dataclasses.replace(TOKENIZER, null_dropout=0.5)
+        module, seen = decoding(file, net=net, mup_base_width=base_width), Seen(decay=0.5)
+        run = trainer(tmp_path, 3)
+        run.callbacks += [seen, ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)]
+        run.fit(module, Pictures(), ckpt_path=ckpt_path)
+        ends.append(weights(FlexTok.from_pretrained(tmp_path / "tokenizer.safetensors")))
+        trained = {name for name, weight in module.named_parameters() if weight.requires_grad}
+        assert trained == {name for name in trained if name.startswith("tokenizer.decoder.")}
+        assert seen.averaged == seen.with_gradient == trained
+        assert sum(len(group["params"]) for group in run.optimizers[0].param_groups) == len(trained)
+    changed = {*before} - same(ends[0], before)
+    assert changed == {name.removeprefix("tokenizer.") for name in trained}
+    assert same(*ends) == {*before}
+    stored = torch.load(tmp_path / "step=1.ckpt", weights_only=True)
+    assert stored["hyper_parameters"]["train"] == ["decoder"]
+    with pytest.raises(ValueError, match=r"model.train was \['decoder'\], and is None now"):
+        trainer(tmp_path / "b").fit(decoding(file, train=None), Pictures(), ckpt_path=tmp_path / "step=1.ckpt")
+
+
+def test_the_decoder_alone_keeps_the_tokens(tmp_path: Path) -> None:
+    """Records of the tokenizer before hold for that after, also those of earlier versions, and after a second time."""
+    files = [saved(tmp_path, TOKENIZER)]
+    for turn, parts in enumerate((["decoder"], ["decoder.head"], ["encoder.head", "decoder"])):
+        trainer(tmp_path / f"{turn}").fit(decoding(files[-1], train=parts), Pictures())
+        files.append(str(tmp_path / f"{turn}" / "tokenizer.safetensors"))
+    first, second, third, last = (FlexTok.from_pretrained(file) for file in files)
+    old = {"sha256": weights_hash(first), "vocab_size": first.config.vocab_size, "num_tokens": 16}
+    images = next(iter(Pictures().train_dataloader()))["image"]
+    assert torch.equal(first.tokenize(images), third.tokenize(images))
+    assert len({weights_hash(each) for each in (first, second, third)}) == 3
+    for tok in (first, second, third):
+        assert same_maker(tok.identity(), old) and same_maker(tok.identity(), first.identity())
+    assert third.identity()["same_as"] == [weights_hash(second), weights_hash(first)]
+    assert not same_maker(last.identity(), old) and not same_maker(last.identity(), first.identity())
+    assert last.config.same_tokens_as == ()
+    # Token shards of an earlier version and of today are read together, and a prior learns both.
+    sets = [ShardIndex(tmp_path, ("tokens",), (), provenance={"tokenizer": each}) for each in (old, third.identity())]
+    require_same_origin(*sets)
+    with pytest.raises(ShardError, match="hold tokens of different tokenizers"):
+        require_same_origin(sets[0], dataclasses.replace(sets[1], provenance={"tokenizer": last.identity()}))
+    net = dataclasses.replace(PRIOR, vocab_size=64000, num_tokens=16, depth=1)
+    for data, named, accepted in ((old, 3, True), (first.identity(), 3, True), (old, 4, False), (old, 1, True)):
+        module, shards = PriorModule(net, tokenizer=files[named - 1]), Sequences()
+        shards.tokenizer = data
+        if accepted:
+            trainer(tmp_path / "prior").test(module, shards, verbose=False)
+            assert module.prior.config.tokenizer == first.identity()["sha256"]
+        else:
+            with pytest.raises(ValueError, match="the set of token shards belongs to tokenizer"):
+                trainer(tmp_path / "prior").test(module, shards, verbose=False)
+
+
+def test_a_frozen_encoder_gives_the_tokens_that_tokenize_gives(tmp_path: Path) -> None:
+    """In training mode and under autocast, without a graph; the decoder computes as in any training."""
+    tok = randomized(TOKENIZER).train()
+    latents = tok.encode_latents(next(iter(Pictures().train_dataloader()))["image"])
+    draws = TrainingDraws(
+        torch.randn_like(latents), torch.rand(4), torch.tensor([16, 3, 16, 9]), torch.zeros(4, dtype=torch.bool)
+    )
+    expected = torch.cat([row[:k] for row, k in zip(tok.tokenize_latents(latents), (16, 3, 16, 9), strict=True)])
+    codes: list[torch.Tensor] = []
+    tok.decoder.register_forward_pre_hook(lambda module, inputs: codes.append(inputs[2]))
+    for parts in (["decoder"], None):
+        tok.requires_grad_(True)
+        train_only(tok, parts)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = flow_loss(tok, latents, draws).loss.mean()
+        loss.backward()
+    assert torch.equal(tok.quantizer.codes_to_tokens(codes[0]), expected)
+    assert not codes[0].requires_grad and codes[1].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train": ["decodr"]}, "train has 'decodr', which is no part of the model; it has decoder, encoder"),
+        ({"train": []}, "trains nothing; null trains all"),
+        ({"train": ["decoder.patch_posemb"]}, "trains nothing: positions of patches are fixed"),
+    ],
+)
+def test_parts_that_cannot_be_trained(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decoding("x", **options)
+
+
+@pytest.mark.parametrize("options", [{"init_from": None}, {"init_parts": ["decoder"]}])
+def test_new_weights_are_not_frozen(options: dict[str, Any], tmp_path: Path) -> None:
+    module = decoding(saved(tmp_path, TOKENIZER), **options)
+    with pytest.raises(ValueError, match=r"train=\['decoder'\] freezes encoder, whose weights are new: name a"):
+        trainer(tmp_path).fit(module, Pictures())
+
+
+def test_parts_of_a_prior(tmp_path: Path) -> None:
+    module = starting(saved(tmp_path, PRIOR), train=["blocks.1", "head"])
+    before = weights(Prior.from_pretrained(tmp_path / "1.safetensors"))
+    trainer(tmp_path / "a").fit(module, Sequences())
+    changed = {*before} - same(weights(module.prior), before)
+    assert changed == {name for name in before if name.startswith(("blocks.1.", "head."))}

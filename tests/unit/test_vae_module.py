@@ -1,6 +1,7 @@
 """VAEModule: its losses, its schedule, what it measures and what it exports."""
 
 import csv
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch.utils.data import DataLoader
 
 from flextok_pl.callbacks import EMA
 from flextok_pl.config import VAEConfig
+from flextok_pl.contracts import same_maker, weights_hash
+from flextok_pl.models.identity import latents_identity
 from flextok_pl.models.vae import VAE
 from flextok_pl.modules.optim import clip_gradients
 from flextok_pl.modules.vae import VAEModule, kl_divergence, psnr
@@ -245,13 +248,42 @@ def test_resume_repeats_nothing(tmp_path: Path) -> None:
     assert VAEModule.load_from_checkpoint(tmp_path / "step=2.ckpt", perceptual_weight=0.0).vae.config == NET
 
 
+def start(folder: Path, **changes: Any) -> VAE:
+    """A finished autoencoder in a folder."""
+    torch.manual_seed(9)
+    vae = VAE(dataclasses.replace(NET, **changes)).rescaled(0.3)
+    vae.save_pretrained(folder)
+    return vae
+
+
 def test_training_starts_from_given_weights(tmp_path: Path) -> None:
-    start = VAE(NET).rescaled(0.3)
-    start.save_pretrained(tmp_path)
-    model = module(init=str(tmp_path))
-    assert all(map(torch.equal, model.vae.state_dict().values(), start.state_dict().values()))
-    with pytest.raises(ValueError, match="init="):
-        VAEModule(VAEConfig(latent_channels=4, block_out_channels=(8, 8), norm_num_groups=4), init=str(tmp_path))
+    """Of the same architecture, whatever the scale of its latents, which is measured anew."""
+    vae, model = start(tmp_path / "a"), module(init_from=str(tmp_path / "a"), lr=0.0)
+    trainer(tmp_path).fit(model, loader(batches(1)))
+    assert all(map(torch.equal, model.vae.state_dict().values(), vae.state_dict().values()))
+    assert model.vae.config.scaling_factor not in (0.3, NET.scaling_factor)
+    assert model.hparams["started_from"] == f"{tmp_path / 'a'} ({weights_hash(vae)})"
+    start(tmp_path / "b", norm_num_groups=2)
+    with pytest.raises(ValueError, match="norm_num_groups is 2 there and 4 here; set model.net.norm_num_groups=2"):
+        trainer(tmp_path).fit(module(init_from=str(tmp_path / "b")), loader(batches(1)))
+    with pytest.raises(ValueError, match="there is no autoencoder folder 'nowhere'"):
+        trainer(tmp_path).fit(module(init_from="nowhere"), loader(batches(1)))
+
+
+def test_the_decoder_alone_keeps_latents_and_their_scale(tmp_path: Path) -> None:
+    vae, options = start(tmp_path), {"init_from": str(tmp_path), "train": ["decoder"], "gan_weight": 0.1}
+    net = dataclasses.replace(NET, scaling_factor=0.3)
+    model = VAEModule(net, **options, discriminator_width=8, lr=1e-2, warmup_steps=0)  # type: ignore[arg-type]
+    trainer(tmp_path / "run").fit(model, loader(batches(side=32)))
+    exported = VAE.from_pretrained(tmp_path / "run" / "vae")
+    own, its = latents_identity(exported), latents_identity(vae)
+    assert own["sha256"] == its["sha256"] and own["model_sha256"] != its["model_sha256"]
+    assert exported.config.scaling_factor == 0.3 and same_maker(its["model_sha256"], its)
+    assert torch.equal(exported.network.post_quant_conv.weight, vae.network.post_quant_conv.weight)
+    with pytest.raises(ValueError, match="scaling_factor=0.88 of model.net, but 0.3 of init_from"):
+        trainer(tmp_path).fit(module(**options), loader(batches(1)))
+    with pytest.raises(ValueError, match="train decoder.conv_out, too, or set gan_weight to 0"):
+        module(**options | {"train": ["encoder"]})
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from flextok_pl.contracts import Batch, checked_size, height_width
+from flextok_pl.contracts import Batch, by_all_weights, checked_size, height_width
 from flextok_pl.data.buckets import checked_shapes
 from flextok_pl.data.encode.ranks import WriterRank
 from flextok_pl.data.samples import Collate, Decoder
@@ -159,7 +159,8 @@ def write_encoded(
         if name not in indices[0].fields:
             raise ShardError(f"{indices[0].where} holds {list(indices[0].fields)}, no {name}s to encode")
     source = [index.digest() for index in indices]
-    arguments = {"writer": writer, "source": source, **made_by, **options, **encoding.arguments()}
+    makers = {role: by_all_weights(record) for role, record in made_by.items()}
+    arguments = {"writer": writer, "source": source, **makers, **options, **encoding.arguments()}
     folder, process = Path(dst), WriterRank(*launched())
     ready = process.start_set(folder, arguments, encoding.overwrite)
     if ready is not None:

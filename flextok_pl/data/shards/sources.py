@@ -9,7 +9,7 @@ from pathlib import Path
 
 import braceexpand
 
-from flextok_pl.contracts import class_difference
+from flextok_pl.contracts import class_difference, same_maker
 from flextok_pl.data.shards.index import ARRAYS, INDEX_NAME, ShardError, ShardIndex
 from flextok_pl.data.shards.listing import matching_paths
 from flextok_pl.data.shards.remote import PIPE, Remote, is_remote
@@ -100,9 +100,11 @@ def require_same_origin(first: ShardIndex, other: ShardIndex) -> None:
     """Check that one model can be trained on both sets: their latents are of one autoencoder, and so on."""
     for field, (*_, role) in ARRAYS.items():
         makers = first.maker(field) or {}, other.maker(field) or {}
-        # The checksum of the weights where there is one, and not where they lay.
+        # Hashes where there are some, and not where the weights lay.
         one, another = (maker.get("sha256", maker or None) for maker in makers)
-        if field in first.fields and field in other.fields and one != another:
+        hashed = all("sha256" in maker for maker in makers)
+        same = same_maker(*makers) if hashed else one == another
+        if field in first.fields and field in other.fields and not same:
             raise ShardError(
                 f"{first.where} and {other.where} hold {field} of different {role.replace('_', ' ')}s ({one} and "
                 f"{another}), and one model cannot read both; write one of them again (flextok data latents or tokens)"
