@@ -91,7 +91,7 @@ def _copies(option: str, options: Options) -> list[Download]:
 
 
 MODELS: dict[str, dict[str, Callable[[Options], list[Download]]]] = {
-    "VAEModule": {"init": lambda o: _autoencoder(o["init"]), "perceptual_network": _perceptual},
+    "VAEModule": {"init_from": lambda o: _autoencoder(o["init_from"]), "perceptual_network": _perceptual},
     "TokenizerModule": {
         "vae": lambda o: _autoencoder(o["vae"]),
         "init_from": lambda o: _tokenizer(o["init_from"]),
