@@ -8,7 +8,7 @@ Four settings, all on the features of `effnet-lite0` and with more samples than 
 - averaging: the same with averaged and with raw weights of a training of the demo, `--run`.
 - sizes: pictures of the demo, made small from 256 px by one filter and by another.
 
-What was measured is kept beside the results until all is, so that the same command goes on.
+What was measured stays in the file of results, and the same command goes on from there.
 
     apt-get install dataset-fashion-mnist && make data
     python benchmarks/fid_causes.py photos --json benchmarks/results/fid_causes_photos_cpu.json
@@ -20,6 +20,7 @@ import gzip
 import io
 import json
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -102,21 +103,19 @@ def photos(folder: Path, name: str, count: int) -> Pixels:
 
 
 class Table:
-    """Distances as they are measured; a file beside the results keeps them for a command that is given again."""
+    """Distances as they are measured; the file of results keeps them for the same command given again."""
 
-    def __init__(self, file: str | None) -> None:
-        self.file = None if file is None else Path(f"{file}.partial")
-        kept = self.file is not None and self.file.is_file()
-        self.values: dict[str, float] = json.loads(self.file.read_text()) if kept else {}
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, file = options, Path(options.json or "")
+        self.values: dict[str, float] = json.loads(file.read_text())["results"] if file.is_file() else {}
 
-    def measure(self, name: str, distance: Callable[[], float]) -> float:
+    def measure(self, name: str, distance: Callable[[], float]) -> None:
         if name not in self.values:
             self.values[name] = distance()
-            if self.file is not None:
-                self.file.write_text(json.dumps(self.values))
+            with redirect_stdout(io.StringIO()):
+                write_results(f"fid_causes {self.options.setting}", vars(self.options), self.values, self.options.json)
         usual = self.values[USUAL]
         print(f"{name:<56}{self.values[name]:10.3f}{self.values[name] - usual:+10.3f}", flush=True)
-        return self.values[name]
 
 
 def of_photos(options: argparse.Namespace, network: Network, table: Table) -> None:
@@ -135,8 +134,9 @@ def of_photos(options: argparse.Namespace, network: Network, table: Table) -> No
         )
 
     def changed(change: Change) -> Callable[[], float]:
-        pixels = each_picture(tested, change)
-        return lambda: frechet_distance(features_to_statistics(features("first")), network.statistics(pixels))
+        return lambda: frechet_distance(
+            features_to_statistics(features("first")), network.statistics(each_picture(tested, change))
+        )
 
     table.measure(USUAL, between("first", "own"))
     table.measure("measured: other training pictures", between("first", "second"))
@@ -247,11 +247,7 @@ SETTINGS = {"photos": of_photos, "demo": of_demo, "averaging": of_averaging, "si
 
 def main() -> None:
     options = parser.parse_args()
-    table = Table(options.json)
-    SETTINGS[options.setting](options, Network(options.device), table)
-    write_results(f"fid_causes {options.setting}", vars(options), table.values, options.json)
-    if table.file is not None:
-        table.file.unlink()
+    SETTINGS[options.setting](options, Network(options.device), Table(options))
 
 
 if __name__ == "__main__":
