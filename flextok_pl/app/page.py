@@ -20,6 +20,7 @@ from flextok_pl.errors import UserError, told_to_the_user
 from flextok_pl.evaluation.report import format_value
 from flextok_pl.flow.decoding import GUIDANCE_KINDS, Decoding
 from flextok_pl.models.prior import Prior
+from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.search.driver import Models
 from flextok_pl.search.options import SearchOptions
 from flextok_pl.search.verifiers import BaseVerifier
@@ -55,25 +56,30 @@ CSS = """
 
 
 def build_page(
-    models: Models, size: ImageSize, verifiers: Mapping[str, BaseVerifier], examples: Sequence[Image.Image]
+    models: Models,
+    size: ImageSize,
+    decoding: Decoding,
+    verifiers: Mapping[str, BaseVerifier],
+    examples: Sequence[Image.Image],
 ) -> gr.Blocks:
     """The page.
 
     Args:
         models: what it runs; without a `Prior` it only resamples.
         size: of the tokenizer's pictures, in pixels.
+        decoding: how they are decoded unless a visitor chooses otherwise.
         verifiers: those to choose from for a search.
         examples: pictures to choose from, of that size.
     """
     with gr.Blocks(title="FlexTok", analytics_enabled=False, delete_cache=(KEEP_S, KEEP_S)) as page:
         gr.Markdown("## FlexTok: pictures as 1 to " + f"{models.tokenizer.num_registers} ordered tokens")
         with gr.Tab("Resample"):
-            _resample_tab(page, models, size, examples)
+            _resample_tab(page, models, size, decoding, examples)
         if isinstance(models.prior, Prior):
             with gr.Tab("Generate"):
-                _generate_tab(models)
+                _generate_tab(models, decoding)
             with gr.Tab("Search"):
-                _search_tab(models, verifiers)
+                _search_tab(models, decoding, verifiers)
     return page
 
 
@@ -129,7 +135,9 @@ def _errors_shown() -> Iterator[None]:
         raise gr.Error(str(error), print_exception=False) from error
 
 
-def _resample_tab(page: gr.Blocks, models: Models, size: ImageSize, examples: Sequence[Image.Image]) -> None:
+def _resample_tab(
+    page: gr.Blocks, models: Models, size: ImageSize, usual: Decoding, examples: Sequence[Image.Image]
+) -> None:
     tok = models.tokenizer
     most = tok.num_registers
     with gr.Row():
@@ -142,7 +150,8 @@ def _resample_tab(page: gr.Blocks, models: Models, size: ImageSize, examples: Se
             strip = gr.HTML()
         pick_b = _picker("Picture B, to swap tokens with", "picture-b", examples)
     first, second = pick_a[0], pick_b[0]
-    inputs, outputs = [first, second, start, kept, *_decoding_options(models, with_seed=True)], [result, strip]
+    decoding = _decoding_options(tok, usual, with_seed=True)
+    inputs, outputs = [first, second, start, kept, *decoding], [result, strip]
 
     def example(number: int) -> tuple[work.Picture, Image.Image]:
         picture = work.tokenized(tok, examples[number], size)
@@ -172,8 +181,8 @@ def _resample_tab(page: gr.Blocks, models: Models, size: ImageSize, examples: Se
 
     for state, image, upload, gallery in (pick_a, pick_b):
         for chosen in (
-            upload.upload(from_file, upload, [state, image], **QUEUED),
-            gallery.select(from_example, None, [state, image], **QUEUED),
+            upload.upload(from_file, upload, [state, image], show_progress="hidden", **QUEUED),
+            gallery.select(from_example, None, [state, image], show_progress="hidden", **QUEUED),
         ):
             chosen.success(decode, inputs, outputs, **LIVE)
             if state is second:
@@ -212,10 +221,9 @@ def _seed(label: str = "Seed") -> gr.Number:
     return gr.Number(0, label=label, precision=0, minimum=0, maximum=2**31)
 
 
-def _decoding_options(models: Models, with_seed: bool = False) -> list[Any]:
+def _decoding_options(tok: FlexTok, usual: Decoding, with_seed: bool = False) -> list[Any]:
     """Steps, guidance and its scale, and the seed if wanted."""
-    usual = work.model_decoding(models)
-    flow = models.tokenizer.config.objective != "mse"
+    flow = tok.config.objective != "mse"
     with gr.Accordion("Options of decoding", open=False), gr.Row():
         steps = gr.Slider(1, 100, usual.num_steps, step=1, label="Steps", interactive=flow)
         kind = gr.Dropdown([*GUIDANCE_KINDS], value=usual.guidance, label="Guidance", interactive=flow)
@@ -257,7 +265,7 @@ def _sampling_options(models: Models) -> list[Any]:
     ]
 
 
-def _generate_tab(models: Models) -> None:
+def _generate_tab(models: Models, usual: Decoding) -> None:
     tok, own = models.tokenizer, models.published
     most = tok.num_registers
     drawn = gr.State(time_to_live=KEEP_S)
@@ -283,7 +291,7 @@ def _generate_tab(models: Models) -> None:
                 elem_classes="picture",
             )
             kept = gr.Slider(1, most, most, step=1, label="Tokens decoded")
-    decoding = _decoding_options(models)
+    decoding = _decoding_options(tok, usual)
 
     def draw(asked: str | None, samples: int, seed: int | None, *sampling: Any) -> tuple[Any, int]:
         scale, temperature, top_k, top_p = sampling
@@ -304,7 +312,7 @@ def _generate_tab(models: Models) -> None:
     gr.on([each.change for each in inputs[1:]], decode, inputs, gallery, **LIVE)
 
 
-def _search_tab(models: Models, verifiers: Mapping[str, BaseVerifier]) -> None:
+def _search_tab(models: Models, usual: Decoding, verifiers: Mapping[str, BaseVerifier]) -> None:
     most = models.prior.num_tokens
     algorithms = [("Best of N", "best_of_n"), ("Beam search", "beam"), ("Lookahead search", "lookahead")]
     with gr.Row():
@@ -324,7 +332,7 @@ def _search_tab(models: Models, verifiers: Mapping[str, BaseVerifier]) -> None:
             best, status = _image("Best picture so far", "best"), gr.HTML()
             gr.Markdown("What each step kept, with scores; lines show what each sequence comes from.")
             tree = gr.Image(show_label=False, elem_id="tree", interactive=False, format="png", buttons=["fullscreen"])
-    decoding = _decoding_options(models)
+    decoding = _decoding_options(models.tokenizer, usual)
 
     def search(
         asked: str | None,

@@ -21,7 +21,7 @@ from flextok_pl.data.image_files import extension_of
 from flextok_pl.data.pictures import open_pictures
 from flextok_pl.data.transforms import PictureError, center_crop, decode_image, inspect_image, to_tensor
 from flextok_pl.evaluation.generation import Prompt
-from flextok_pl.flow.decoding import Decoding, chosen_decoding
+from flextok_pl.flow.decoding import Decoding
 from flextok_pl.metrics.images import to_uint8
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.tokenizer import FlexTok
@@ -99,11 +99,6 @@ def as_pictures(images: Tensor) -> list[Image.Image]:
     """(B, 3, H, W), floating point in [-1, 1] or uint8, as Pillow's pictures."""
     pixels = images if images.dtype == torch.uint8 else to_uint8(images)
     return [Image.fromarray(each) for each in pixels.permute(0, 2, 3, 1).cpu().numpy()]
-
-
-def model_decoding(models: Models) -> Decoding:
-    """How the models' pictures are decoded unless told otherwise."""
-    return chosen_decoding(models.tokenizer.config, chosen_decoding(models.published))
 
 
 def prompt_of(models: Models, asked: str | None) -> Prompt:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flextok_pl.app.page import build_page, launch
-from flextok_pl.app.work import example_pictures, model_decoding
+from flextok_pl.app.work import example_pictures
 from flextok_pl.assets import EXAMPLES
 from flextok_pl.cli.search import UNIFORM, RunOptions, load_models
 from flextok_pl.cli.tool import instances
 from flextok_pl.cli.tools import picture_size
+from flextok_pl.flow.decoding import chosen_decoding
 from flextok_pl.search.verifier_options import VerifierOptions, build_verifiers
 from flextok_pl.search.verifiers import Likelihood
 
@@ -58,9 +59,10 @@ def run(command: str, arguments: Sequence[str]) -> None:
         RunOptions(prior=prior, tokenizer=given.tokenizer, text_encoder=given.text_encoder, device=given.device)
     )
     tok, size = models.tokenizer, picture_size(models.tokenizer)
-    built = build_verifiers(verifiers, (), models.known, tok, size, model_decoding(models), tok.device)
+    decoding = chosen_decoding(tok.config, chosen_decoding(models.published)).under(tok.config.objective)
+    built = build_verifiers(verifiers, (), models.known, tok, size, decoding, tok.device)
     examples = example_pictures(given.examples or str(EXAMPLES), size, 8)
-    page = build_page(models, size, {each.name: each for each in (Likelihood(), built)}, examples)
+    page = build_page(models, size, decoding, {each.name: each for each in (Likelihood(), built)}, examples)
     address = launch(page, given.host, given.port)
     print(f"{address}: open this page in a browser; Ctrl+C ends it", flush=True)
     page.block_thread()

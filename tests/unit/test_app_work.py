@@ -20,7 +20,6 @@ from flextok_pl.app.work import (
     drawn,
     example_pictures,
     mixed,
-    model_decoding,
     origins,
     read_upload,
     reported,
@@ -44,8 +43,8 @@ RED = Image.new("RGB", (40, 30), (255, 0, 0))
 def models() -> Models:
     prior, names = small_prior(), ("a", "b", "c", "d")
     known = Conditions("class", 4, names)
-    published = GenerationConfig(num_steps=7)
-    return Models(prior, small_tokenizer(), known, lambda prompt: torch.tensor([prompt.label]), {}, published)
+    own = GenerationConfig()
+    return Models(prior, small_tokenizer(), known, lambda prompt: torch.tensor([prompt.label]), {}, own)
 
 
 def png_of(width: int, height: int) -> bytes:
@@ -143,10 +142,6 @@ def test_pictures_are_drawn_as_the_command_draws_them(models: Models) -> None:
     assert torch.equal(alone[0], tokens[1]), "a picture depends on its own seed only"
     with pytest.raises(ValueError, match="'cat'"):
         drawn(models, "cat", 1, 0, 1.0, 1.0, None, None)
-
-
-def test_the_model_says_how_it_is_decoded(models: Models) -> None:
-    assert model_decoding(models) == Decoding(num_steps=7)
 
 
 @pytest.fixture
