@@ -136,7 +136,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path, emoji_folder, capsys):
     assert "arr_0 is float64 (2, 4, 4, 3)" in message(tmp_path / "floats.npz")
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 and no more")
     assert "cannot be read as a .npz file" in message(tmp_path / "broken.npz")
-    assert "image_size=0 must be at least 1" in message(a, "--image-size", 0)
+    assert "image_size=0 must be a side of at least 1 pixel" in message(a, "--image-size", 0)
     assert "batch_size=0 must be at least 1" in message(a, "--batch-size", 0)
     assert "extractor='vgg' is unknown" in refused(capsys, a, a, "--extractor", "vgg")
     assert "weights=none.pth: there is no such file" in refused(capsys, a, a, "--weights", "none.pth")

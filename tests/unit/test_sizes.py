@@ -50,16 +50,16 @@ def test_start_at_another_size(tmp_path: Path) -> None:
     file = str(FlexTok(TINY).save_pretrained(tmp_path / "given.safetensors"))
     given = FlexTok.from_pretrained(file)
     same, larger = FlexTok(TINY), FlexTok(dataclasses.replace(TINY, grid_size=(12, 10)))
-    assert start_from(same, file).note == f"{file} ({weights_hash(given)})"
+    assert start_from(same, file).notes["started_from"] == f"{file} ({weights_hash(given)})"
     assert all(torch.equal(value, given.state_dict()[name]) for name, value in same.state_dict().items())
     start = start_from(larger, file)
-    assert start.note.endswith(f"({weights_hash(given)}, positions resampled from [8, 8] to [12, 10])")
+    assert start.notes["started_from"].endswith(f"({weights_hash(given)}, positions resampled from [8, 8] to [12, 10])")
     tables = {"encoder.patch_posemb", "decoder.patch_posemb"}
     for name, value in larger.state_dict().items():
         table = given.state_dict()[name]
         assert torch.equal(value, resample_positions(table, (12, 10)) if name in tables else table), name
     part = start_from(FlexTok(dataclasses.replace(TINY, grid_size=(12, 10))), file, ["decoder.blocks"])
-    assert "resampled" not in part.note
+    assert "resampled" not in part.notes["started_from"]
     again = FlexTok.from_pretrained(larger.save_pretrained(tmp_path / "larger.safetensors"))
     assert torch.equal(again.decoder.patch_posemb, larger.decoder.patch_posemb)
 
