@@ -25,7 +25,10 @@ from flextok_pl.search.driver import Models
 from flextok_pl.search.options import SearchOptions
 from flextok_pl.search.verifiers import BaseVerifier
 
-QUEUED: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1, "api_visibility": "private"}
+PAGE_ONLY: dict[str, Any] = {"api_visibility": "private"}
+"""Of an event that programs cannot call."""
+
+QUEUED: dict[str, Any] = PAGE_ONLY | {"concurrency_id": "models", "concurrency_limit": 1}
 """Of an event that computes."""
 
 LIVE: dict[str, Any] = QUEUED | {"trigger_mode": "always_last", "show_progress": "minimal"}
@@ -106,7 +109,10 @@ def launch(page: gr.Blocks, host: str, port: int | None) -> str:
             app_kwargs={"middleware": [Middleware(_OwnHostOnly)]},
         )
     except OSError as error:
-        raise ValueError(f"host={host}, port={port}: {error}; leave port out for the first free one") from error
+        raise ValueError(
+            f"port={port} at host={host} cannot be had: something else listens there, or the address is not of this "
+            "machine; leave port out for the first free one from 7860 on"
+        ) from error
     return str(address)
 
 
@@ -186,8 +192,8 @@ def _resample_tab(
         ):
             chosen.success(decode, inputs, outputs, **LIVE)
             if state is second:
-                chosen.success(lambda: with_b(True), None, [start, remove], api_visibility="private")
-    removed = remove.click(lambda: (None, None, *with_b(False)), None, [second, pick_b[1], start, remove])
+                chosen.success(lambda: with_b(True), None, [start, remove], **PAGE_ONLY)
+    removed = remove.click(lambda: (None, None, *with_b(False)), None, [second, pick_b[1], start, remove], **PAGE_ONLY)
     removed.then(decode, inputs, outputs, **LIVE)
     gr.on([each.change for each in inputs[2:]], decode, inputs, outputs, **LIVE)
     page.load(lambda: example(0), None, [first, pick_a[1]], **QUEUED).then(decode, inputs, outputs, **LIVE)
@@ -362,7 +368,7 @@ def _search_tab(models: Models, usual: Decoding, verifiers: Mapping[str, BaseVer
 
     chosen = [asked, algorithm, verifier, candidates, width, tokens, seed, *sampling, *decoding]
     event = button.click(search, chosen, [best, status, tree], show_progress="hidden", **QUEUED)
-    stop.click(None, None, None, cancels=[event])
+    stop.click(None, None, None, cancels=[event], **PAGE_ONLY)
 
 
 def _status(found: work.Found) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from flextok_pl.cli.search import UNIFORM, RunOptions, load_models
 from flextok_pl.cli.tool import instances
 from flextok_pl.cli.tools import picture_size
 from flextok_pl.flow.decoding import chosen_decoding
+from flextok_pl.progress import say
 from flextok_pl.search.verifier_options import VerifierOptions, build_verifiers
 from flextok_pl.search.verifiers import Likelihood
 
@@ -64,5 +66,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
     examples = example_pictures(given.examples or str(EXAMPLES), size, 8)
     page = build_page(models, size, decoding, {each.name: each for each in (Likelihood(), built)}, examples)
     address = launch(page, given.host, given.port)
+    if given.host not in ("127.0.0.1", "::1", "localhost"):
+        say(f"host={given.host}: everyone who reaches this machine can use the page, without a password")
     print(f"{address}: open this page in a browser; Ctrl+C ends it", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it also deletes what was uploaded
     page.block_thread()

@@ -4,6 +4,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from data_helpers import encoded
 from PIL import Image
-from search_helpers import small_prior, small_tokenizer
+from search_helpers import CONDITIONS, small_prior, small_tokenizer
 
 from flextok_pl.app.work import (
     MAX_BYTES,
@@ -29,6 +30,7 @@ from flextok_pl.app.work import (
 from flextok_pl.assets import EXAMPLES
 from flextok_pl.cli import main
 from flextok_pl.config import GenerationConfig
+from flextok_pl.evaluation.generation import Prompt
 from flextok_pl.flow.decoding import Decoding
 from flextok_pl.search.driver import Models
 from flextok_pl.search.options import SearchOptions
@@ -142,6 +144,18 @@ def test_pictures_are_drawn_as_the_command_draws_them(models: Models) -> None:
     assert torch.equal(alone[0], tokens[1]), "a picture depends on its own seed only"
     with pytest.raises(ValueError, match="'cat'"):
         drawn(models, "cat", 1, 0, 1.0, 1.0, None, None)
+
+
+def test_a_prior_of_texts_draws_what_is_written(models: Models) -> None:
+    asked: list[str] = []
+
+    def condition(prompt: Prompt) -> Any:
+        asked.append(prompt.text)
+        return CONDITIONS["text"]
+
+    known = replace(models, prior=small_prior("text"), known=Conditions("text"), condition=condition)
+    tokens = drawn(known, "a red apple", 2, 0, cfg_scale=1.0, temperature=1.0, top_k=5, top_p=0.9)
+    assert tokens.shape == (2, known.prior.num_tokens) and asked == ["a red apple"]
 
 
 @pytest.fixture
