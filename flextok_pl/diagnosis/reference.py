@@ -34,6 +34,9 @@ WINDOW, WINDOWS = 20, 50
 SPREADS, LEAST_TOLERANCE, FAR = 4.0, 0.03, 3.0
 """A run may be so many deviations of the seeds from their mean, or this share of it; so many times that is `wrong`."""
 
+OF_MEDIAN = 1.25
+"""Deviation of a median of many values over that of their mean."""
+
 OTHER_LOSSES = ("net.", "pure_noise", "timestep_shift", "label_smoothing", "reconstruction", "kl_weight", "perceptual_")
 """Beginnings of the options of a model that decide what its loss means."""
 
@@ -168,17 +171,23 @@ def against_reference(curves: Mapping[str, Curve], options: Mapping[str, Any], r
 def _deviation(run: Windows, runs: Sequence[Windows]) -> tuple[float, float, int] | None:
     """Median over the later half of the common windows of how far a run is from the runs' mean, as a share of that.
 
-    With the tolerance, and the last step.
+    With the tolerance, from the spread of the same number over the reference's runs and of single windows, and the
+    last step.
     """
     common = [step for step in run if sum(step in other for other in runs) >= 2]
     if len(common) < 2:
         return None
-    of_all = {step: [other[step] for other in runs if step in other] for step in common}
-    means = {step: fmean(values) for step, values in of_all.items()}
-    spread = math.sqrt(fmean(variance(values) / means[step] ** 2 for step, values in of_all.items()))
     later = common[len(common) // 2 :]
-    excess = median(run[step] / means[step] - 1 for step in later)
-    return excess, max(SPREADS * spread, LEAST_TOLERANCE), later[-1]
+    of_all = {step: [other[step] for other in runs if step in other] for step in later}
+    means = {step: fmean(values) for step, values in of_all.items()}
+
+    def excess(windows: Windows) -> float:
+        return median([windows[step] / means[step] - 1 for step in later if step in windows] or [0.0])
+
+    seeds = math.sqrt(sum(excess(other) ** 2 for other in runs) / (len(runs) - 1))
+    single = math.sqrt(fmean(variance(values) / means[step] ** 2 for step, values in of_all.items()))
+    spread = max(seeds, OF_MEDIAN * single / math.sqrt(len(later)))
+    return excess(run), max(SPREADS * spread, LEAST_TOLERANCE), later[-1]
 
 
 def _told(others: Mapping[str, tuple[Any, Any]], names: Sequence[str]) -> str:
