@@ -1,5 +1,6 @@
 """`flextok reconstruct` of pictures of any size, and a training at another size, through the front door."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 from flextok_pl.cli import main
 from flextok_pl.config import FlexTokConfig
+from flextok_pl.data import write_folder
 from flextok_pl.models.tokenizer import FlexTok
 
 QUICK = {"rfid": None, "codebook": None}
@@ -52,6 +54,29 @@ def test_a_fit_on_rectangles_from_squares(tiny: Any, tiny_tokenizer: Path, capsy
     assert "resampled from [8, 8] to [6, 12]" in made.config.started_from
     assert '"image_size": [\n  24,\n  40\n' in (run / "rfid_fit" / "rfid.json").read_text().replace("   ", "  ")
     assert made.detokenize(torch.zeros(1, 4).long(), num_steps=1).shape == (1, 3, 24, 40)
+
+
+def test_a_fit_on_several_shapes(tiny: Any, tmp_path: Path) -> None:
+    """Batches differ in shape, each image is evaluated in its own, and the export knows them all."""
+    rng = np.random.default_rng(0)
+    for i in range(36):
+        file = Path("pictures") / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (*[(32, 32), (20, 40), (44, 22)][i % 3], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(file)
+    write_folder(Path("pictures"), Path("set"), val_fraction=0.4, num_workers=1)
+    options = {
+        **{"data.train": "set/train", "data.val": "set/val", "data.batch_size": 4, "data.eval_batch_size": 4},
+        **{"data.shapes": [[24, 24], [16, 32], [32, 16]], "data.eval_shapes": True, "data.drop_last": False},
+        **{"trainer.max_steps": 3, "trainer.limit_val_batches": 1.0, "trainer.val_check_interval": 3},
+        **{"trainer.check_val_every_n_epoch": None, "rfid.num_steps": 1, "rfid.budgets": [16], "codebook": None},
+    }
+    main(tiny("fit", options))
+    run = Path("runs") / "tokenizer" / "tiny" / "version_0"
+    tok = FlexTok.from_pretrained(run / "tokenizer.safetensors")
+    assert tok.config.trained_grids == ((6, 6), (4, 8), (8, 4)) and tok.latent_size == (12, 12)
+    records = json.loads((run / "rfid_fit" / "rfid.json").read_text())
+    assert sorted(records[0]["image_size"]) == [[16, 32], [24, 24], [32, 16]]
 
 
 @pytest.mark.parametrize(
