@@ -141,7 +141,7 @@ $(VENV)/.app: pyproject.toml | $(READY)
 	touch $@
 
 ##@ Develop
-.PHONY: test test-gpu test-faults test-slurm test-agreement lint bench bench-width clean
+.PHONY: test test-gpu test-faults test-slurm test-agreement lint docs bench bench-width clean
 test: $(READY)  ## run the tests, in two processes
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
@@ -162,6 +162,9 @@ lint: $(READY)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: | $(READY)  ## write the documentation as a site, to site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench: $(DEMO_DATA)/val/index.json  ## measure speed and memory
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -1,0 +1,46 @@
+"""The documentation becomes a site without a warning about links, anchors or pages outside the navigation."""
+
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from mkdocs.commands.build import build
+from mkdocs.config import load_config
+
+from flextok_pl import __all__ as public
+from flextok_pl.cli.commands import COMMANDS
+
+ROOT = Path(__file__).parents[2]
+
+
+class Anchors(HTMLParser):
+    """The ids of a page."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.ids: set[str] = set()
+        self.feed(page.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.ids |= {value for name, value in attrs if name == "id" and value}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder))
+    config.plugins.on_startup(command="build", dirty=False)
+    build(config)  # strict: a warning is an error
+    return folder
+
+
+def test_the_reference_has_every_command_and_every_public_name(site: Path) -> None:
+    commands = Anchors(site / "commands" / "index.html").ids
+    assert [name for name in COMMANDS if f"flextok-{name.replace(' ', '-')}" not in commands] == []
+    names = {each.rpartition(".")[2] for each in Anchors(site / "api" / "index.html").ids}
+    assert [name for name in public if not name.startswith("DEMO_") and name not in names] == []
+
+
+def test_links_to_code_show_it(site: Path) -> None:
+    shown = (site / "source" / "flextok_pl" / "layers" / "packing.py" / "index.html").read_text()
+    assert "packing" in shown and "highlight" in shown
