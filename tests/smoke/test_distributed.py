@@ -188,13 +188,14 @@ def test_two_processes_train_as_one(
 def test_processes_start_from_a_model_alike(
     image_shards: Path, tmp_path: Path, start_ranks: Any, keep_gradients: None
 ) -> None:
-    """The average, too, which holds the first weights until step 2; sharded training goes on without the file."""
+    """The average, too, which holds the first weights until step 2, and what is frozen; sharded training goes on."""
     arguments, file = prior_fit(image_shards, tmp_path), tmp_path / "given.safetensors"
     net = yaml.safe_load((tmp_path / "prior.yaml").read_text())["model"]["init_args"]["net"]
     torch.manual_seed(5)
     given = Prior(PriorConfig(**net))
     given.save_pretrained(file)
     arguments += ["--model.init_from", str(file), "--ema.update_starting_at_step", "2"]
+    arguments += ["--model.train", "[token_embedding,start,positions,blocks,norm,head]"]
     runs = {}
     for name, processes in (("auto", 1), ("ddp", 2), ("fsdp2", 2)):
         (tmp_path / name).mkdir()
@@ -202,6 +203,9 @@ def test_processes_start_from_a_model_alike(
         assert_same_training(runs[name], runs["auto"])
         early = torch.load(runs[name] / "checkpoints" / "step0000002.ckpt", weights_only=True)["state_dict"]
         assert torch.equal(early["prior.head.weight"], given.head.weight)
+    for run in runs.values():
+        assert torch.equal(exported(run)["class_embedding.weight"], given.class_embedding.weight)
+        assert not torch.equal(exported(run)["head.weight"], given.head.weight)
     file.unlink()
     arguments += ["--ckpt_path", str(runs["fsdp2"] / "checkpoints" / "step0000002.ckpt")]
     resumed = fit(start_ranks, tmp_path / "fsdp2", "fsdp2", 2, arguments)

@@ -183,6 +183,7 @@ def test_names_in_files_are_checked(tmp_path: Path) -> None:
         ("data: nowhere.yaml", "nowhere.yaml"),
         (f"{model}    lrr: 1", "did you mean model.lr?"),
         (f"{model}    budget_groups: 4", "there is no option model.budget_groups any more: .*delete it"),
+        (f"{model}    init: somewhere", "there is no option model.init any more: it is called init_from"),
         (f"{model}    net: net.yaml", "net.yaml: there is no option model.net.encoder_widht; did you mean"),
         ("a: [", "x.yaml is no YAML"),
         ("- a", "x.yaml holds list"),
