@@ -253,7 +253,7 @@ def _of_weights(contents: RunContents, batches: Sequence[Batch], place: torch.de
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
-    return math.sqrt(sum(float(each.double().square().sum()) for each in tensors))
+    return math.sqrt(sum(float(each.cpu().double().square().sum()) for each in tensors))
 
 
 def _loss_with(tok: FlexTok, state: Mapping[str, Tensor], batches: Sequence[Batch], place: torch.device) -> float:

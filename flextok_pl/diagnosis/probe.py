@@ -131,7 +131,7 @@ def level_shares(tok: FlexTok, tokens: Tensor) -> list[list[float]]:
     for dimension, levels in enumerate(quantizer.levels):
         half = levels // 2
         digits = (codes[:, dimension] * half).round().long() + half
-        shares.append((torch.bincount(digits, minlength=levels).double() / len(digits)).tolist())
+        shares.append((torch.bincount(digits, minlength=levels).float() / len(digits)).tolist())
     return shares
 
 

@@ -157,7 +157,7 @@ def test_experiments_differ_from_the_base(tmp_path: Path, capsys: pytest.Capture
     assert found["rfid"]["budgets"] == [1, 2] and found["rfid"]["num_steps"] == 10 and found["ema"]["decay"] == 0.25
     found = parsed(capsys, "fit", *files, "--config", str(off), "--rfid=null")
     assert found["rfid"] is None and found["ema"] is None
-    assert parsed(capsys, "fit", "--config", str(experiment), "--rfid={}")["rfid"]["num_steps"] == 25
+    assert parsed(capsys, "fit", "--config", str(experiment), "--rfid={}")["rfid"]["num_seeds"] == 1
 
 
 def test_where_the_base_is_looked_for(tmp_path: Path) -> None:

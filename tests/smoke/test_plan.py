@@ -86,7 +86,8 @@ def test_experiments_are_what_they_claim(name: str, plan) -> None:
     text = EXPERIMENTS[name].read_text()
     said = yaml.safe_load(text)
     for_gpus = "devices" in said["trainer"]
-    found, _ = plan(name, "--machine", "h100" if for_gpus else "cpu")
+    one_gpu = said["trainer"].get("precision") == "bf16-mixed"
+    found, _ = plan(name, "--machine", "h100" if for_gpus or one_gpu else "cpu")
     assert found["recipe"]["max_steps"] > 0 and found["num_nodes"] == 1 and found["recipe"]["memory"]["fits"]
     assert for_gpus == ("global_batch_size" in said)
     if for_gpus:

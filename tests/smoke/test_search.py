@@ -169,10 +169,16 @@ def test_the_steps_of_a_distilled_tokenizer(models: list[str], place: Path) -> N
         assert tuple(record.get(name) for name in names) == wanted
         assert record["cost"]["decoder_calls"] == 2 * (3 if more else 2), "of each candidate"
 
-    drawn: list[int] = []
+    drawn: list[tuple[object, ...]] = []
     made = FlexTok.sample_latents
+
+    def noted(*given: object, **named: object) -> object:
+        options = ("num_steps", "guidance", "guidance_scale")
+        drawn.append(given[3:6] or tuple(named.get(name) for name in options))
+        return made(*given, **named)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FlexTok, "sample_latents", lambda *given: drawn.append(given[3:6]) or made(*given))
+        patch.setattr(FlexTok, "sample_latents", noted)
         main(["generate", *own, "--budgets", "4", "--class", "0"])
         main(["generate", *own, "--budgets", "4", "--class", "0", "--num_steps", "1"])
         Image.new("RGB", (32, 32)).save("picture.png")

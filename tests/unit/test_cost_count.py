@@ -79,7 +79,7 @@ def test_an_autoencoder_costs_what_its_step_does() -> None:
         forward, peak = seen.operations, seen.peak
         loss.backward()
     with torch.device("meta"):
-        flops, kept = vae_cost(VAE(config), None, 32)
+        flops, kept = vae_cost(VAE(config), None, (32, 32))
     assert kept == pytest.approx(peak, rel=0.15)
     assert flops == Flops(forward, seen.operations - forward)
 

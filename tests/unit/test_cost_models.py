@@ -184,7 +184,7 @@ def test_rare_budgets(stratified: bool) -> None:
     """The largest sum of what images keep, of a thousand steps; stratified ones are all near the mean."""
     config = dataclasses.replace(CONFIG, null_dropout=0.2)
     batch, generator, latents = 32, torch.Generator().manual_seed(0), torch.empty(32, 1, 1, 1)
-    bytes_of = sum(_kept_at_every_budget(_shape(config), None, Numerics(), None))[:, 0]
+    bytes_of = sum(_kept_at_every_budget(_shape(config), None, Numerics(), None, None))[:, 0]
     totals = []
     for _ in range(1000):
         draws = sample_draws(config, latents, generator, stratified_budgets=stratified)
@@ -267,7 +267,7 @@ def test_tokenizer(options: dict[str, object], half: bool, checkpointing: bool, 
     found = bytes_kept(lambda: flow_loss(model, latents, draws).loss, half)
     planned = tokenizer_activations(config, numerics, BATCH)
     if kept < 64:
-        bytes_of = sum(_kept_at_every_budget(_shape(config), None, numerics, None))[kept]
+        bytes_of = sum(_kept_at_every_budget(_shape(config), None, numerics, None, None))[kept]
         planned = Activations(*(BATCH * bytes_of).tolist())
     activations = planned.inputs if checkpointing else planned.kept
     assert activations + linear_bytes(model, half) == pytest.approx(found, rel=0.05)

@@ -108,7 +108,7 @@ def test_a_run_goes_there_and_comes_back(
     assert loaded.loaded_from == f"me/small@{there.branches['main']}"
     assert model_hashes(loaded) == {"tokenizer_hash": weights_hash(tok), "tokenizer_source": loaded.loaded_from}
     start = start_from(FlexTok(tok.config), "me/small")
-    assert start.note == f"{loaded.loaded_from} ({weights_hash(tok)})"
+    assert start.notes["started_from"] == f"{loaded.loaded_from} ({weights_hash(tok)})"
 
     card = files["README.md"].decode()
     found = matter(card)

@@ -104,7 +104,8 @@ def test_a_prior_of_texts(tmp_path: Path, minilm: TextEncoder) -> None:
 
 def test_shards_with_states_of_another_encoder() -> None:
     module = PriorModule(NET, text_encoder="minilm")
-    module.trainer = SimpleNamespace(datamodule=SimpleNamespace(text_encoder={"name": "google/flan-t5-xl"}))
+    data = SimpleNamespace(text_encoder={"name": "google/flan-t5-xl"})
+    module.trainer = SimpleNamespace(datamodule=data, _checkpoint_connector=None, is_global_zero=True)
     with pytest.raises(ValueError, match="states of 'google/flan-t5-xl', but text_encoder='minilm'"):
         module.setup("fit")
 
