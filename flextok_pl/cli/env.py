@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-import flextok_pl
 from flextok_pl.cli.front import given_files, read
 from flextok_pl.cli.training import ParsingCLI, run_cli
 from flextok_pl.errors import UserError
+from flextok_pl.evaluation.protocol import versions
 
 PACKAGES = (
     *("flextok_pl", "torch", "torchvision", "lightning", "jsonargparse", "torchmetrics", "torch-fidelity", "diffusers"),
@@ -67,8 +67,7 @@ def facts() -> Iterator[tuple[str, Any]]:
         yield f"cuda:{number}", f"{device.name}, {device.total_memory / 2**30:.1f} GiB"
     yield "MPS", "available" if torch.backends.mps.is_available() else "not available"
     yield "threads", torch.get_num_threads()
-    commit = _commit(Path(flextok_pl.__file__).parents[1])
-    if commit is not None:
+    if commit := versions().get("commit"):
         yield "commit", commit
 
 
@@ -83,15 +82,6 @@ def without_secrets(text: str) -> str:
 def _driver() -> str | None:
     """Version of NVIDIA's driver."""
     return _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-
-
-def _commit(root: Path) -> str | None:
-    """The commit of a checkout, and how many files differ from it; None where the package is installed elsewhere."""
-    if not (root / ".git").exists():
-        return None
-    commit = _said("git", "-C", str(root), "rev-parse", "HEAD")
-    changed = _said("git", "-C", str(root), "status", "--porcelain")
-    return None if commit is None else commit + (f", {len(changed.splitlines())} files changed" if changed else "")
 
 
 def _said(*command: str) -> str | None:

@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from torch import Tensor
 
 from flextok_pl.cli.tools import picture_size
@@ -24,6 +23,7 @@ from flextok_pl.models.vae import VAE
 from flextok_pl.modules import TokenizerModule
 from flextok_pl.runtime import newest_intact, without_tensors
 from flextok_pl.runtime.sharding import CURRENT_STATE
+from flextok_pl.sharing.run import read_mapping
 
 Kind = Literal["tokenizer", "prior", "autoencoder", "other"]
 
@@ -57,10 +57,7 @@ class RunContents:
         checkpoint = newest_intact(checkpoints, contents=False) if checkpoints.is_dir() else None
         file = folder / "config.yaml"
         if file.is_file():
-            try:
-                config = yaml.safe_load(file.read_text(encoding="utf-8"))
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise ValueError(f"{file} cannot be read: {error}") from error
+            config = read_mapping(file)
         elif checkpoint is not None:
             config = _config_of(without_tensors(checkpoint))
         else:
@@ -68,7 +65,7 @@ class RunContents:
                 f"run={folder} is no folder of a run: it has no config.yaml and no checkpoint; give one such as "
                 "runs/tokenizer/demo/version_0"
             )
-        if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        if not isinstance(config.get("model"), dict):
             raise ValueError(f"{file} holds no options of a training: there is no group `model`")
         return cls(folder, config, checkpoint, read_curves(folder))
 

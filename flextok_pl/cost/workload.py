@@ -148,9 +148,9 @@ def tokenizer_workload(
 
 
 def distillation_workload(
-    options: Mapping[str, Any], net: None, size: int, inputs: Inputs, numerics: Numerics
+    options: Mapping[str, Any], net: None, size: ImageSize, inputs: Inputs, numerics: Numerics
 ) -> Workload:
-    """The training of a `DistillationModule` with these options, on `images` of S pixels or on their `latents`."""
+    """The training of a `DistillationModule` with these options, on `images` of this size or on their `latents`."""
     if inputs == "tokens":
         raise ValueError("inputs='tokens': a decoder is distilled on images or latents")
     name, steps = options["tokenizer"], options["num_steps"]
@@ -160,7 +160,7 @@ def distillation_workload(
             raise ValueError(f"tokenizer={name!r} is not on this machine, and its name tells no published architecture")
         vae, law = model.require_vae(), training_law(model.config, options["nested_dropout"])
         grid = _grid(size, vae.config, law)
-        frozen = {"VAE": _frozen_vae(vae.config, size if inputs == "images" else None)}
+        frozen = {"VAE": _frozen_vae(vae.config, height_width(size) if inputs == "images" else None)}
         model.encoder.requires_grad_(False)
         student = _parameters([model.encoder, model.decoder], list(model.decoder.blocks))
     decoding = teacher_decoding(model.config, options)

@@ -36,15 +36,8 @@ OF_SHAPES = frozenset(
     | {"qk_norm", "cross_qk_norm", "qkv_bias", "bias", "head_bias", "gated", "final_norm", "head_norm", "null_class"}
     | {"text_hidden_width", "text_bias", "latent_channels", "grid_size", "num_registers", "time_frequencies"}
     | {"encoder_width", "encoder_depth", "decoder_width", "decoder_depth"}
-    | {
-        "kind",
-        "block_out_channels",
-        "layers_per_block",
-        "down_block_types",
-        "up_block_types",
-        "mid_block_add_attention",
-    }
-    | {"use_quant_conv", "use_post_quant_conv"}
+    | {"kind", "block_out_channels", "layers_per_block", "down_block_types", "up_block_types"}
+    | {"mid_block_add_attention", "use_quant_conv", "use_post_quant_conv"}
 )
 """Options that names and shapes of tensors show: where those fit, these do."""
 

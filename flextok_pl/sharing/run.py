@@ -65,8 +65,8 @@ def read_run(folder: Path | None, kind: str, digest: str, results: str | Path | 
     file = _file_of_records(folder, kind, digest, results)
     records = read_records(file) if file is not None else []
     pictures = {file.parent / name: text for name, text in PICTURES[file.stem].items()} if file is not None else {}
-    config = _mapping(folder / "config.yaml") if folder is not None else {}
-    attempts = _mapping(folder / TRAINING).get("attempts", []) if folder is not None else []
+    config = read_mapping(folder / "config.yaml") if folder is not None else {}
+    attempts = read_mapping(folder / TRAINING).get("attempts", []) if folder is not None else []
     data = _index(_training_set(config))
     sets = [data, _index(str(records[0].get("reference") or "")) if records else {}]
     sources = [source for each in sets for source in _sources(each.get("provenance"))]
@@ -117,15 +117,15 @@ def _sources(provenance: Any) -> list[Mapping[str, Any]]:
 
 def _index(data: str) -> dict[str, Any]:
     """The index of a shard set, by its folder; empty where there is none on this machine."""
-    return _mapping(Path(data).expanduser() / "index.json") if data else {}
+    return read_mapping(Path(data).expanduser() / "index.json") if data else {}
 
 
-def _mapping(file: Path) -> dict[str, Any]:
+def read_mapping(file: Path) -> dict[str, Any]:
     """A YAML or JSON file that holds a mapping; empty where there is no such file."""
     if not file.is_file():
         return {}
-    text = file.read_text(encoding="utf-8")
     try:
+        text = file.read_text(encoding="utf-8")
         found = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
