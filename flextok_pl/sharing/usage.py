@@ -23,7 +23,7 @@ def _tokenizer(address: str, config: FlexTokConfig) -> list[str]:
     few, most = max(1, config.num_registers // 4), config.num_registers
     load = ["from flextok_pl import FlexTok", "", f'tok = FlexTok.from_pretrained("{address}")']
     if config.vae is None:
-        channels, (rows, columns) = config.latent_channels, config.grid_size
+        channels, (rows, columns) = config.latent_channels, config.grids[0]
         size = f"{rows * config.patch_size}, {columns * config.patch_size}"
         return [
             *load,
@@ -31,11 +31,11 @@ def _tokenizer(address: str, config: FlexTokConfig) -> list[str]:
             f"tokens = tok.tokenize_latents(latents)  # (B, {most}) int64",
             f"again = tok.sample_latents(tokens, num_tokens={few})  # from the first {few} tokens",
         ]
-    side = config.patch_size * config.vae.downsampling
-    height, width = (side * patches for patches in config.grid_size)
+    channels, side = config.vae.image_channels, config.patch_pixels
+    height, width = (side * patches for patches in config.grids[0])
     return [
         *load,
-        f"images = torch.rand(1, 3, {height}, {width}) * 2 - 1  # yours: (B, 3, H, W) in [-1, 1]",
+        f"images = torch.rand(1, {channels}, {height}, {width}) * 2 - 1  # yours: (B, {channels}, H, W) in [-1, 1]",
         f"tokens = tok.tokenize(images)  # (B, {most}) int64, ordered",
         f"again = tok.detokenize(tokens, num_tokens={few}).clamp(-1, 1)  # from the first {few} tokens",
     ]
@@ -69,12 +69,12 @@ def _prior(address: str, config: PriorConfig) -> list[str]:
 
 
 def _autoencoder(address: str, config: VAEConfig) -> list[str]:
-    side = 8 * config.downsampling
+    channels, side = config.image_channels, 8 * config.downsampling
     return [
         "from flextok_pl import VAE",
         "",
         f'vae = VAE.from_pretrained("{address}")',
-        f"images = torch.rand(1, 3, {side}, {side}) * 2 - 1  # yours: (B, 3, H, W) in [-1, 1]",
+        f"images = torch.rand(1, {channels}, {side}, {side}) * 2 - 1  # yours: (B, {channels}, H, W) in [-1, 1]",
         f"latents = vae.encode(images)  # (B, {config.latent_channels}, h, w)",
         "again = vae.decode(latents).clamp(-1, 1)",
     ]

@@ -25,6 +25,7 @@ from flextok_pl.models.vae import VAE
 from flextok_pl.sharing.card import ModelFacts, model_card
 from flextok_pl.sharing.publication import Publication
 from flextok_pl.sharing.run import RunFacts
+from flextok_pl.sharing.usage import usage
 
 LICENCES = {"license": "apache-2.0", "data_license": "CC BY-SA 4.0"}
 GIVEN = [f"--{name}={value}" for name, value in LICENCES.items()]
@@ -340,6 +341,13 @@ def test_cards_of_priors(hub: Hub, tok: FlexTok, tmp_path: Path) -> None:
     assert scope["tokens"].shape == (2, 16) and len(scope["images"]) == 2
 
 
+def test_the_code_of_a_card_has_the_shape_that_the_model_decodes(tmp_path: Path) -> None:
+    config = dataclasses.replace(FlexTokConfig.preset("tiny"), trained_grids=((2, 4),))
+    FlexTok(config).save_pretrained(tmp_path)
+    exec(code_of(usage(str(tmp_path), config)), scope := {})
+    assert scope["again"].shape == scope["images"].shape
+
+
 def test_cards_of_text_priors_and_autoencoders(hub: Hub, tmp_path: Path) -> None:
     text = PriorConfig(text_width=8, text_encoder="minilm", tokenizer_id="/home/ada/tok")
     facts = ModelFacts(text, {"blocks": 7}, "float32", "0", "ours")
@@ -347,7 +355,10 @@ def test_cards_of_text_priors_and_autoencoders(hub: Hub, tmp_path: Path) -> None
     assert matter(card)["pipeline_tag"] == "text-to-image" and "TextEncoder(" in code_of(card)
     assert "/home" not in card and "OWNER/TOKENIZER" in code_of(card) and "| Tokenizer | ada/tok |" in card
 
-    vae = VAE(VAEConfig(latent_channels=4, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4))
+    grey = VAEConfig(
+        latent_channels=4, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, image_channels=1
+    )
+    vae = VAE(grey)
     vae.save_pretrained(tmp_path / "run" / "vae")
     main(["push", str(tmp_path / "run"), "me/vae", *GIVEN, "--send"])
     assert same(VAE.from_pretrained("me/vae@main"), vae)
