@@ -155,11 +155,11 @@ def _summary(model: ModelFacts) -> str:
             f"{'texts' if config.text_width is not None else kind}: up to {config.num_tokens} tokens of {vocabulary}, "
             f"of which any number of the first ones is a picture. {count} parameters."
         )
-    rows, columns = config.grid_size
     side = config.patch_size * (1 if config.vae is None else config.vae.downsampling)
     what = "latents" if config.vae is None else "pictures"
+    sizes = " or ".join(f"{side * rows} x {side * columns}" for rows, columns in config.grids)
     return (
-        f"An image tokenizer, [FlexTok](https://arxiv.org/abs/2502.13967): {what} of {side * rows} x {side * columns} "
+        f"An image tokenizer, [FlexTok](https://arxiv.org/abs/2502.13967): {what} of {sizes} "
         f"become 1 to {config.num_registers} ordered tokens of {vocabulary}, and any number of the first ones becomes "
         f"a picture again. {count} parameters."
     )

@@ -342,10 +342,13 @@ def test_cards_of_priors(hub: Hub, tok: FlexTok, tmp_path: Path) -> None:
 
 
 def test_the_code_of_a_card_has_the_shape_that_the_model_decodes(tmp_path: Path) -> None:
-    config = dataclasses.replace(FlexTokConfig.preset("tiny"), trained_grids=((2, 4),))
+    config = dataclasses.replace(FlexTokConfig.preset("tiny"), trained_grids=((2, 4), (4, 2)))
     FlexTok(config).save_pretrained(tmp_path)
     exec(code_of(usage(str(tmp_path), config)), scope := {})
     assert scope["again"].shape == scope["images"].shape
+    card = model_card(Publication("me/m", **LICENCES), ModelFacts(config, {}, "float32", "0", "ours"), RunFacts())
+    height, width = scope["images"].shape[2:]
+    assert f"pictures of {height} x {width} or {width} x {height} become" in " ".join(card.split())
 
 
 def test_cards_of_text_priors_and_autoencoders(hub: Hub, tmp_path: Path) -> None:
