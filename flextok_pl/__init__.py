@@ -1,6 +1,6 @@
 """Train, evaluate and use FlexTok with PyTorch Lightning.
 
-The names below are imported when they are first used, so that `import flextok_pl` and the command start fast.
+The names below are imported at first use, so that `import flextok_pl` and the command start fast.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""What the parts of the suite share: batches, protocols, defaults and ranges of options, the identity of a model.
+"""Shared contracts: batches, protocols, defaults and checks of options, the identity of a model.
 
 Shapes: B batch, H x W image, C x h x w latent, K registers, L text positions, E text width, F teacher
 width.
@@ -18,19 +18,19 @@ GuidanceScale = float | Callable[[float], float]
 """A constant guidance scale, or a function of the flow time t in (0, 1]."""
 
 ImageSize = int | tuple[int, int]
-"""Size of pictures in pixels: the side of squares, or (H, W)."""
+"""Size of images in pixels: the side of a square, or (H, W)."""
 
 PositionScale = float | Sequence[float] | Callable[[int], float]
-"""A guidance scale over token positions: constant; numbers between which it runs linearly from the first position to
-the last; or a function of the position 0..K-1."""
+"""Guidance scale over token positions: a constant; numbers that are interpolated linearly from the first position
+to the last; or a function of the position 0..K-1."""
 
 
 class Batch(TypedDict, total=False):
     """One collated batch of a `ShardDataModule`; the keys present depend on the shards."""
 
-    image: Tensor  # (B, 3, H, W) float32 in [-1, 1]; other channels than 3 where the data module is told so
+    image: Tensor  # (B, 3, H, W) float32 in [-1, 1]; 3 channels unless the data module sets another number
     latent: Tensor  # (B, 2C, h, w) float32, the VAE posterior's mean and log-variance, unscaled
-    teacher_features: Tensor  # (B, F, h', w') float32, a map of the REPA teacher's patch features, precomputed
+    teacher_features: Tensor  # (B, F, h', w') float32, precomputed patch features of the REPA teacher, as a map
     tokens: Tensor  # (B, K) int64
     label: Tensor  # (B,) int64 class index
     text: list[str]  # B captions
@@ -41,7 +41,7 @@ class Batch(TypedDict, total=False):
 
 @runtime_checkable
 class Reconstructor(Protocol):
-    """What a reconstruction metric needs of a tokenizer; `FlexTok` satisfies it."""
+    """The tokenizer interface that reconstruction metrics use; `FlexTok` satisfies it."""
 
     @property
     def num_registers(self) -> int:
@@ -56,15 +56,15 @@ class Reconstructor(Protocol):
 
 @runtime_checkable
 class GenerationModule(Protocol):
-    """What a generation callback needs of a LightningModule."""
+    """The LightningModule interface that generation callbacks use."""
 
     @property
     def reconstructor(self) -> Reconstructor:
-        """The tokenizer that decodes what is generated."""
+        """The tokenizer that decodes generated tokens."""
 
     @property
     def condition_kind(self) -> Literal["class", "text", "none"]:
-        """What generation is conditioned on."""
+        """The kind of condition that generation takes."""
 
     @property
     def num_classes(self) -> int:
@@ -75,19 +75,22 @@ class GenerationModule(Protocol):
         """Names of the classes, or empty."""
 
     def generate_tokens(self, condition: Tensor | Sequence[str] | None, *args: Any, **kwargs: Any) -> Tensor:
-        """(B,) classes, or B texts, or None -> (B, K) int64, with the weights now in use; see `Prior.generate`."""
+        """Generate (B, K) int64 tokens for (B,) classes, B texts or None with the current weights.
+
+        See `Prior.generate`.
+        """
 
 
 def default_budgets(num_registers: int) -> list[int]:
-    """Powers of two below `num_registers`, and that number itself: 1, 2, 4, ..., K."""
+    """The default budgets: powers of two below `num_registers`, and that number itself: 1, 2, 4, ..., K."""
     powers = [2**i for i in range(num_registers.bit_length()) if 2**i < num_registers]
     return [*powers, num_registers]
 
 
 def class_difference(one: Sequence[str], other: Sequence[str]) -> str | None:
-    """The difference between two lists of class names, in words; None where they are the same.
+    """Describe the difference between two lists of class names; None if they are the same.
 
-    Names that only repeat the classes' numbers agree with any list of the same length.
+    Names that only repeat the class numbers match any list of the same length.
     """
     unnamed = any(tuple(names) == tuple(map(str, range(len(names)))) for names in (one, other))
     if tuple(one) == tuple(other) or (unnamed and len(one) == len(other)):
@@ -104,12 +107,12 @@ def class_difference(one: Sequence[str], other: Sequence[str]) -> str | None:
 
 
 def is_whole(number: object) -> bool:
-    """Whether this is an integer, of Python or of NumPy, and not a bool."""
+    """Whether this is a Python or NumPy integer, and not a bool."""
     return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def checked_size(size: int | Sequence[int], option: str = "image_size") -> ImageSize:
-    """A size as records state it: one number for squares, (H, W) for others; `ValueError` where it is none."""
+    """Normalise a size for records: one number for squares, (H, W) for others; raise `ValueError` if it is invalid."""
     sides = tuple(size) if isinstance(size, Sequence) else (size, size)
     if len(sides) != 2 or not all(is_whole(side) and side >= 1 for side in sides):
         raise ValueError(f"{option}={size} must be a side of at least 1 pixel, or two of them, [height, width]")
@@ -122,21 +125,21 @@ def height_width(size: ImageSize) -> tuple[int, int]:
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Refuse sampling options out of range."""
+    """Raise ValueError for sampling options out of range."""
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature} must be 0 (the most likely token) or more, and finite")
     if top_k is not None and (not is_whole(top_k) or top_k < 1):
-        raise ValueError(f"top_k={top_k} must be at least 1, and a whole number, or None to keep all tokens")
+        raise ValueError(f"top_k={top_k} must be a whole number of at least 1, or None to keep all tokens")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(
-            f"top_p={top_p} must be a share in (0, 1]; for the most likely token only set temperature=0 or top_k=1"
+            f"top_p={top_p} must be a share in (0, 1]; to take only the most likely token, set temperature=0 or top_k=1"
         )
 
 
 def run_folder(trainer: Any) -> Path:
-    """Where a run's results go: the folder of a logger that has one, or else the trainer's `default_root_dir`.
+    """The folder for a run's results: that of a logger that has one, else the trainer's `default_root_dir`.
 
-    Call it in all processes: the first one decides.
+    Call it in all processes: rank 0 decides.
     """
     folders = [getattr(logger, "log_dir", None) for logger in trainer.loggers]
     folder = next((each for each in folders if isinstance(each, str)), trainer.default_root_dir)
@@ -144,12 +147,12 @@ def run_folder(trainer: Any) -> Path:
 
 
 def weights_hash(network: nn.Module) -> str:
-    """The hash of all of a network's weights, which identifies a model."""
+    """Hash all weights of a network, to identify a model."""
     return tensors_hash(network.state_dict())
 
 
 def tensors_hash(tensors: Mapping[str, Tensor], facts: str = "") -> str:
-    """First 16 hexadecimal digits of the SHA-256 of facts and of tensors in the order of their names."""
+    """First 16 hexadecimal digits of the SHA-256 of `facts` and of the tensors in the order of their names."""
     digest = hashlib.sha256(facts.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -158,11 +161,11 @@ def tensors_hash(tensors: Mapping[str, Tensor], facts: str = "") -> str:
 
 
 def same_maker(one: Mapping[str, Any] | str, other: Mapping[str, Any] | str) -> bool:
-    """Whether two records are of models that make the same tokens, or the same latents.
+    """Whether two records describe models that make the same tokens, or the same latents.
 
-    A record is what a shard set says of its maker, or the hash that a prior or a checkpoint notes. Its `sha256` is the
-    hash of what decides about the tokens, `model_sha256` that of all weights, and `same_as` has the latter of other
-    models that make the same tokens. In records of earlier versions `sha256` is the hash of all weights.
+    A record is what a shard set states about its maker, or the hash in a prior or a checkpoint. `sha256` is the hash of
+    the weights that determine the tokens, `model_sha256` that of all weights. `same_as` lists the `model_sha256` of
+    other models that make the same tokens. In records of earlier versions `sha256` is the hash of all weights.
     """
     first, second = ({"sha256": each} if isinstance(each, str) else each for each in (one, other))
     if "model_sha256" in first and "model_sha256" in second:
@@ -176,6 +179,6 @@ def _hashes(record: Mapping[str, Any]) -> set[str]:
 
 
 def by_all_weights(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of a model as earlier versions wrote it, so that arguments compare with theirs."""
+    """The record of a model in the form of earlier versions, to compare arguments with theirs."""
     whole = {"sha256": record["model_sha256"]} if "model_sha256" in record else {}
     return {**{name: value for name, value in record.items() if name not in ("model_sha256", "same_as")}, **whole}

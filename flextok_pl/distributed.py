@@ -1,4 +1,4 @@
-"""Sums and rows from all processes; each function is the identity outside torch.distributed."""
+"""Sums and rows over all processes; each function is the identity outside torch.distributed."""
 
 import os
 from typing import TypeVar
@@ -10,13 +10,13 @@ from torch import Tensor
 T = TypeVar("T")
 
 VARIABLES = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
-"""What torchrun, and srun, call a process's number and their count."""
+"""Variables in which torchrun and srun pass the rank and the number of processes."""
 
 
 def launched() -> tuple[int, int]:
-    """Number of this process and their count, as torchrun or srun says; (0, 1) for a process alone.
+    """Rank and number of processes, as torchrun or srun set them; (0, 1) for a single process.
 
-    For processes that need no messages from each other.
+    For processes that do not communicate.
     """
     for number, count in VARIABLES:
         if number in os.environ and count in os.environ:
@@ -30,18 +30,18 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Number of this process, 0 outside torch.distributed."""
+    """Rank of this process, 0 outside torch.distributed."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def _meeting_place() -> torch.device:
-    """Where the process group communicates."""
+    """The device on which the process group communicates."""
     accelerator = torch.accelerator.current_accelerator()
     return torch.device("cpu") if accelerator is None or dist.get_backend() == "gloo" else accelerator
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum over processes, on the tensor's device; the tensor has the same shape and type on each."""
+    """Sum a tensor over processes, on its device; shape and type must be the same on each."""
     if world_size() == 1:
         return tensor
     moved = tensor.to(_meeting_place(), copy=True)
@@ -55,7 +55,7 @@ def all_agree(flag: bool) -> bool:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Rows of all processes in the order of rank: (N_r, ...) -> (sum of N_r, ...), on their device; N_r may be 0."""
+    """Gather the rows of all processes in the order of rank, on their device: (N_r, ...) -> (sum of N_r, ...)."""
     if world_size() == 1:
         return rows
     counts = gather_objects(len(rows))
@@ -67,7 +67,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def gather_objects(value: T) -> list[T]:
-    """One picklable value per process, in the order of rank."""
+    """Gather one picklable value per process, in the order of rank."""
     if world_size() == 1:
         return [value]
     values = [value] * world_size()

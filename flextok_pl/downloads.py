@@ -1,7 +1,7 @@
-"""What is fetched from the network when it is first used, and the folders that keep it.
+"""Files that are fetched from the network at first use, and the folders that cache them.
 
-Each loader of pretrained weights says by `Download`s what it fetches. It fetches by them, or leaves that to a library
-that keeps its files in the same places under the same names; `flextok prefetch` brings them beforehand.
+Each loader of pretrained weights lists its files as `Download`s. It fetches through them, or through a library that
+caches the same files under the same names. `flextok prefetch` fetches them beforehand.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 STALLED_AFTER = 60.0
-"""Seconds without a byte after which a request has failed."""
+"""Seconds without a byte after which a request fails."""
 
 ASKED_FOR = 10.0
-"""Seconds that a question for names and sizes may take."""
+"""Timeout in seconds of a request for names and sizes."""
 
 RANGE_NOT_SATISFIABLE = 416
 
 
 class Places(NamedTuple):
-    """The folders that keep what is fetched."""
+    """The folders that cache downloads."""
 
     hub: Path  # the cache of huggingface_hub
     torch_hub: Path  # torch.hub's folder
@@ -46,17 +46,17 @@ class Places(NamedTuple):
 
     @classmethod
     def usual(cls) -> Places:
-        """Those of this process, as `HF_HOME` and `TORCH_HOME` name them."""
+        """The folders of this process, from `HF_HOME` and `TORCH_HOME`."""
         return cls(Path(constants.HF_HUB_CACHE), Path(torch.hub.get_dir()))
 
     @classmethod
     def below(cls, folder: Path) -> Places:
-        """Those of a process with the variables of `environment`."""
+        """The folders of a process with the variables of `environment`."""
         return cls(folder / "huggingface" / "hub", folder / "torch" / "hub", folder / "data")
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """The variables by which a process takes what lies in `Places.below(folder)`, and asks no network."""
+    """The variables that make a process read `Places.below(folder)` and stay offline."""
     return {"HF_HOME": str(folder / "huggingface"), "TORCH_HOME": str(folder / "torch"), "HF_HUB_OFFLINE": "1"}
 
 
@@ -64,7 +64,7 @@ class Part(NamedTuple):
     """A file of a download."""
 
     name: str
-    size: int | None  # bytes; None where it is not known
+    size: int | None  # bytes; None if unknown
     here: bool
 
 
@@ -74,25 +74,25 @@ class Download(ABC):
     @property
     @abstractmethod
     def title(self) -> str:
-        """What it is called in messages."""
+        """Name of the download in messages."""
 
     @abstractmethod
     def parts(self, places: Places) -> list[Part]:
-        """Its files. Where the network cannot be reached, those that are known to be here or missing, maybe none."""
+        """Its files; offline, those that are known to be cached or missing, maybe none."""
 
     @abstractmethod
     def fetch(self, places: Places) -> object:
-        """Bring what is not there yet, and go on with what is there in part.
+        """Fetch missing files, and continue those that are there in part.
 
-        Errors of the network are those of the library that is used.
+        Network errors are those of the library in use.
         """
 
 
 @dataclass(frozen=True)
 class UrlFile(Download):
-    """A file that torch.hub's folder keeps under the last part of its URL, or under another name.
+    """A file in torch.hub's folder, named after the last part of its URL unless `file_name` is given.
 
-    If the name ends in hexadecimal digits, as in `alexnet-owt-7be5be79.pth`, they begin its SHA-256.
+    If the name ends in hexadecimal digits, as in `alexnet-owt-7be5be79.pth`, its SHA-256 must begin with them.
     """
 
     url: str
@@ -105,7 +105,7 @@ class UrlFile(Download):
 
     @property
     def name(self) -> str:
-        """Of the file."""
+        """The file's name."""
         return self.file_name or Path(urlparse(self.url).path).name
 
     def parts(self, places: Places) -> list[Part]:
@@ -123,13 +123,13 @@ class UrlFile(Download):
         return [Part(self.name, size, False)]
 
     def fetch(self, places: Places | None = None) -> Path:
-        """See `Download.fetch`; returns the file, by default in the usual place."""
+        """See `Download.fetch`; returns the file, by default in the usual folder."""
         path = self._path(Places.usual() if places is None else places)
         if path.is_file():
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
-        with FileLock(part.with_suffix(".lock")):  # processes of one training want it at once
+        with FileLock(part.with_suffix(".lock")):  # several processes of a training may fetch it at once
             if not path.is_file():
                 _go_on(self.url, part)
                 self._check(part)
@@ -147,14 +147,14 @@ class UrlFile(Download):
             found = hashlib.file_digest(content, "sha256").hexdigest()
         if not found.startswith(beginning[1]):
             file.unlink()
-            raise OSError(f"{self.url}: what came has the SHA-256 {found[:16]}..., and not {beginning[1][:16]}...")
+            raise OSError(f"{self.url}: the file has SHA-256 {found[:16]}..., expected {beginning[1][:16]}...")
 
 
 _AGENT = {"User-Agent": "flextok_pl"}  # some servers refuse Python's own
 
 
 def _go_on(url: str, part: Path) -> None:
-    """Append what is missing of a file, or write it anew where the server sends it from its beginning."""
+    """Append the missing part of a file, or write all of it if the server sends it from the start."""
     done = part.stat().st_size if part.exists() else 0
     headers = _AGENT | ({"Range": f"bytes={done}-"} if done else {})
     try:
@@ -169,15 +169,15 @@ def _go_on(url: str, part: Path) -> None:
         raise
     size = part.stat().st_size
     if whole >= 0 and size != whole:
-        raise OSError(f"{url}: the connection ended after {size:,} of {whole:,} bytes; again, and it goes on there")
+        raise OSError(f"{url}: the connection ended after {size:,} of {whole:,} bytes; run it again to continue there")
 
 
 @dataclass(frozen=True)
 class HubRepository(Download):
-    """Files of a repository of models of the Hugging Face Hub.
+    """Files of a model repository on the Hugging Face Hub.
 
-    `patterns` has alternatives for each kind of file: of those, the first that any file matches. The repository must
-    have files of the first kind.
+    `patterns` has alternatives for each kind of file; the first alternative that any file matches applies. The
+    repository must have files of the first kind.
     """
 
     repository: str
@@ -190,10 +190,10 @@ class HubRepository(Download):
         return self.repository + (f"@{self.revision}" if self.revision else "")
 
     def parts(self, places: Places) -> list[Part]:
-        """Those that fit the patterns."""
+        """The files that match the patterns."""
         sizes: Mapping[str, int | None] = {}
         if not constants.is_offline_mode():
-            with suppress(Exception):  # those of several network libraries
+            with suppress(Exception):  # several network libraries, each with its own errors
                 sizes = self._sizes()
         if not sizes:
             sizes = self._known(places)
@@ -206,13 +206,13 @@ class HubRepository(Download):
         """See `Download.fetch`."""
         names = self.chosen(self._sizes())
         if not any(_matches(name, pattern) for name in names for pattern in self.patterns[0]):
-            raise ValueError(f"{self.title} of the Hub has no {' or '.join(self.patterns[0])}")
+            raise ValueError(f"{self.title} on the Hub has no {' or '.join(self.patterns[0])}")
         for name in names:
             if self._cached(name, places) is None:
                 huggingface_hub.hf_hub_download(self.repository, name, revision=self.revision, cache_dir=places.hub)
 
     def chosen(self, names: Collection[str]) -> list[str]:
-        """Of the files of the repository."""
+        """Choose the files to fetch from the names of all files."""
         found: dict[str, None] = {}
         for alternatives in self.patterns:
             fitting = ([name for name in names if _matches(name, pattern)] for pattern in alternatives)
@@ -225,7 +225,7 @@ class HubRepository(Download):
         return {each.rfilename: each.size for each in info.siblings or []}
 
     def _known(self, places: Places) -> dict[str, int | None]:
-        """What is here, and what an index beside it names."""
+        """Files that are cached, and those that a cached index names."""
         try:
             folder = Path(
                 huggingface_hub.snapshot_download(
@@ -252,7 +252,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 @dataclass(frozen=True)
 class TorchHubCode(Download):
-    """A repository of GitHub whose code `torch.hub.load` runs."""
+    """A GitHub repository whose code `torch.hub.load` runs."""
 
     repository: str
     branch: str = "main"
@@ -276,7 +276,7 @@ class TorchHubCode(Download):
 
 @contextmanager
 def torch_hub_at(places: Places) -> Iterator[None]:
-    """Let torch.hub keep its files in a place for a while."""
+    """Let torch.hub keep its files in another folder for a while."""
     before = torch.hub.get_dir()
     torch.hub.set_dir(str(places.torch_hub))
     try:

@@ -1,4 +1,4 @@
-"""Which errors are the user's to put right. The command shows those as one line; every other keeps its traceback."""
+"""Decides which errors the user can fix. The command shows those as one line; all others keep their traceback."""
 
 import dis
 import sysconfig
@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-TALKING = ("flextok_pl", "jsonargparse", "lightning")  # packages whose errors about values are written for the user
+TALKING = ("flextok_pl", "jsonargparse", "lightning")  # packages whose errors about values address the user
 
 
 class UserError(Exception):
-    """Something the user can put right."""
+    """An error that the user can fix."""
 
 
 @contextmanager
@@ -25,13 +25,13 @@ def told_to_the_user() -> Iterator[None]:
 
 
 def is_for_the_user(error: BaseException) -> bool:
-    """Whether an error tells the user what to put right, and is no fault of a program.
+    """Whether an error tells the user what to fix, and is not a bug.
 
-    These do: a `UserError`; a `MisconfigurationException`; an `ImportError` of a class of our own; a `ValueError`
-    or `OSError` from a `raise` in `TALKING`, or of a class of our own, even when a process that loads data passed
-    it on; and an `OSError` that the system answered to a call of `TALKING`, such as a missing file. An error within
-    torch, timm or Pillow, or from an operation that our code did not expect to fail, does not: its text says
-    nothing without its place.
+    True for a `UserError`, a `MisconfigurationException`, an `ImportError` of a class of our own, and for a
+    `ValueError` or `OSError` from a `raise` in `TALKING` or of a class of our own, even if a data-loading process
+    passed it on. True also for an `OSError` that the system answered to a call of `TALKING`, such as a missing file.
+    False for errors within torch, timm or Pillow, and for operations that our code did not expect to fail: their text
+    needs the traceback.
     """
     if isinstance(error, UserError) or "MisconfigurationException" in (kind.__name__ for kind in type(error).__mro__):
         return True
@@ -48,13 +48,13 @@ def is_for_the_user(error: BaseException) -> bool:
 
 
 def text_for_the_user(error: BaseException) -> str:
-    """What an error says, without the traceback that torch adds to one of a process that loads data."""
+    """The message of an error, without the traceback that torch adds in a data-loading process."""
     text, kind = str(error), type(error)
     return text.rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip() if text.startswith("Caught") else text
 
 
 def _frames(error: BaseException) -> Iterator[TracebackType]:
-    """The calls that led to an error, the outermost first."""
+    """The calls that led to an error, outermost first."""
     entry = error.__traceback__
     while entry is not None:
         yield entry
@@ -66,7 +66,7 @@ def _talks(entry: TracebackType | None) -> bool:
 
 
 def _raises(entry: TracebackType) -> bool:
-    """Whether the call ended in a `raise`, and not in an operation or in a function of C."""
+    """Whether the call ended in a `raise`, not in an operation or in a C function."""
     return dis.opname[entry.tb_frame.f_code.co_code[entry.tb_lasti]] == "RAISE_VARARGS"
 
 

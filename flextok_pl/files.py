@@ -1,7 +1,7 @@
-"""Files that are complete or do not exist. Whatever a later step reads as finished is written here.
+"""Writes files that are complete or do not exist. Every file that a later step takes for finished comes from here.
 
-A file is written under a temporary name beside its place, brought to the disk, and only then given its name, so that a
-kill, a crash or a full disk leaves what had the name before.
+A file is written under a temporary name in the same folder, flushed to the disk, and only then renamed. After a kill, a
+crash or a full disk the previous file is unchanged.
 """
 
 import errno
@@ -18,16 +18,16 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def whole_file(
     path: Path, remedy: str = "run the same command again", shared: bool = False, synced: bool = True
 ) -> Iterator[Path]:
-    """A temporary path to write; it gets the file's name when the block ends without an error.
+    """A temporary path to write to; it is renamed to `path` if the block ends without an error.
 
     Args:
-        path: the file's place; folders above it are made.
-        remedy: what the user can do after freeing space.
-        shared: several processes may write this file at once; each then has a temporary file of its own.
-        synced: let it outlive a power cut; False is faster for many pictures.
+        path: the final path; missing parent folders are made.
+        remedy: what the user can do after freeing space, for the error message.
+        shared: several processes may write this file at once; each gets its own temporary file.
+        synced: let the file survive a power cut; False is faster for many images.
 
     Raises:
-        OSError: writing failed; nothing temporary stays.
+        OSError: writing failed; the temporary file is removed.
     """
     with whole_files([path], remedy, shared, synced) as (temporary,):
         yield temporary
@@ -37,10 +37,10 @@ def whole_file(
 def whole_files(
     paths: Sequence[Path], remedy: str = "run the same command again", shared: bool = False, synced: bool = True
 ) -> Iterator[list[Path]]:
-    """`whole_file` for files that belong together: none gets its name before all are on the disk.
+    """`whole_file` for files that belong together: none is renamed before all are on the disk.
 
-    The last one says that the others belong together, such as an index: one that is there goes first and the new one
-    comes last, so that it never names files of two sets.
+    The last file, such as an index, lists the others. An old one is removed first and the new one is renamed last, so
+    that it never lists files of two sets.
     """
     ending = f".{os.getpid()}.partial" if shared else ".partial"
     temporaries = [path.with_name(f".{path.name}{ending}") for path in paths]
@@ -49,7 +49,7 @@ def whole_files(
     try:
         for temporary in temporaries:
             temporary.touch()
-        mode = temporaries[0].stat().st_mode  # as the umask says; some libraries let only the owner read
+        mode = temporaries[0].stat().st_mode  # from the umask; some libraries let only the owner read
         yield temporaries
         for temporary in temporaries:
             temporary.chmod(mode)
@@ -63,7 +63,7 @@ def whole_files(
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in FULL:
-            text = f"{os.strerror(error.errno)}: the file was not written, and one before it is as it was"
+            text = f"{os.strerror(error.errno)}: the file was not written; the previous one, if any, is unchanged"
             raise OSError(error.errno, f"{text}. Free some space and {remedy}", str(paths[-1])) from error
         raise
     if synced:
@@ -78,10 +78,10 @@ def write_file(path: Path, content: bytes | str, shared: bool = True) -> None:
 
 
 def replace_folder(path: Path, folder: Path) -> None:
-    """Put a complete folder in the place of `path`, whatever is there.
+    """Replace `path`, whatever it is, by a complete folder.
 
     A folder cannot be replaced in one step. Whenever the process dies, either `path` or `NAME.before`, with the same
-    ending, is a complete folder. The old one gets the temporary name before its files are deleted.
+    ending, is a complete folder. The old folder is renamed before its files are deleted.
     """
     before = path.with_stem(f"{path.stem}.before")
     if os.path.lexists(path):
@@ -94,7 +94,7 @@ def replace_folder(path: Path, folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link or a folder, if there is one."""
+    """Delete a file, a link or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -102,7 +102,7 @@ def remove(path: Path) -> None:
 
 
 def _to_disk(path: Path) -> None:
-    """Let what was written to a file, or named in a folder, outlive a power cut."""
+    """Flush a file, or the names in a folder, to the disk, so that a power cut does not lose them."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)

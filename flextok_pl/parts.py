@@ -1,4 +1,4 @@
-"""Batches in parts of a size that suits the device.
+"""Runs a function on a batch in parts that suit the device.
 
 B images.
 """
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 CPU_PART = 16
-"""Images of 64 to 128 pixels whose feature maps stay in the caches of a CPU; in larger batches convolutions wait for
-its memory, and take up to twice as long."""
+"""Number of images of 64 to 128 px whose feature maps fit the caches of a CPU; on larger batches convolutions wait
+for memory and take up to twice as long."""
 
 
 def in_parts(function: Callable[..., Tensor], *batches: Tensor) -> Tensor:
-    """What a function makes of (B, ...) batches, joined; it is given a few images at a time on a CPU, else all.
+    """Apply a function to (B, ...) batches and join the results: some images at a time on a CPU, else all at once.
 
-    The function treats images alike and apart. With more threads it is given more images, at least 8 for each.
+    The function must treat images alike and separately. More threads take larger parts, at least 8 images each.
     """
     size = max(CPU_PART, 8 * torch.get_num_threads())
     if batches[0].device.type != "cpu" or len(batches[0]) <= size:

@@ -1,12 +1,11 @@
-"""What Linux and macOS have, and Windows lacks: files locked between processes.
+"""File locks between processes, which Linux and macOS have and Windows lacks.
 
-Whatever reads shards, trains or sweeps imports it from here, and so does not start on Windows. Models work there, as
-do the parts that use no more than these.
+Modules that read shards, train or sweep import them from here, and so do not start on Windows. Models work there.
 """
 
 
 class UnsupportedPlatform(ImportError):
-    """This system lacks what a module needs."""
+    """Raised on a system that lacks what a module needs."""
 
 
 try:

@@ -1,4 +1,4 @@
-"""Lines on stderr that tell the user what takes long."""
+"""Messages on stderr about steps that take long."""
 
 import os
 import sys
@@ -8,14 +8,14 @@ from contextlib import contextmanager
 
 
 def say(what: str) -> None:
-    """Write a line to stderr, from the first of the processes that torchrun, srun or a Trainer started."""
+    """Write a line to stderr, only from rank 0 of torchrun, srun or a Trainer."""
     if all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK")):
         print(what, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def announced(what: str, patience_s: float = 5.0) -> Iterator[None]:
-    """Name a step, such as `building the model`, if it is still running after some seconds."""
+    """Name a step, such as `building the model`, if it still runs after `patience_s` seconds."""
     timer = threading.Timer(patience_s, say, [f"{what} ..."])
     timer.start()
     try:

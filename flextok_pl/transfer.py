@@ -1,4 +1,4 @@
-"""Numbers on their way between host and device, for which neither waits."""
+"""Moves numbers between host and device without waiting on either side."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
-    """Host values on a device; others stay where they are."""
+    """Copy host values to a device; other values stay where they are."""
     if device.type == "cuda" and values.is_cpu:
         return values.pin_memory().to(device, non_blocking=True)
     return values.to(device)
 
 
 class Arrival:
-    """A scalar of a device that the host will read later."""
+    """A scalar on a device that the host reads later."""
 
     def __init__(self, value: Tensor) -> None:
         self._value, self._sent = value, None
@@ -24,7 +24,7 @@ class Arrival:
             self._sent.record()
 
     def read(self) -> float:
-        """The number, once the device has come to it."""
+        """The number; waits until the device has computed it."""
         if self._sent is not None:
             self._sent.synchronize()
         return float(self._value)

@@ -223,11 +223,11 @@ def test_networks_of_colours() -> None:
     extractor = FeatureExtractor("means", torch.nn.Identity(), means, "none")
     grey = torch.randint(0, 256, (2, 1, 4, 4), dtype=torch.uint8)
     assert torch.equal(extractor(grey), extractor(grey.expand(-1, 3, -1, -1)))
-    with pytest.raises(ValueError, match="extractor='means' looks at red, green and blue .* have 5 channels"):
+    with pytest.raises(ValueError, match="extractor='means' takes RGB or grey .* have 5 channels"):
         extractor(torch.zeros(1, 5, 4, 4, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"perceptual_weight=1.0 needs pictures of 1 or 3 channels.*image_channels=5"):
         VAEModule(dataclasses.replace(NARROW, image_channels=5), perceptual_weight=1.0)
     with pytest.raises(ValueError, match=r"latent_channels=12 is not 5 \* f\*\*2.*use 5, 20, 45"):
         VAEConfig(kind="pixel", latent_channels=12, image_channels=5)
-    with pytest.raises(ValueError, match="a teacher looks at red, green and blue"):
+    with pytest.raises(ValueError, match="a teacher takes RGB"):
         Teacher("effnet-lite2", image_size=64, pretrained=False)(torch.zeros(1, 5, 9, 9))
