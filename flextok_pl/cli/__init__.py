@@ -1,6 +1,6 @@
 """The `flextok` command: `fit`, `validate`, `test` and `predict` by LightningCLI, and the tools.
 
-Nothing heavy is imported before the command is known and its options exist: `front` says what is wrong at once.
+Nothing heavy is imported before the command and its options are checked: `front` reports mistakes at once.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         print(front.unknown_command(arguments), file=sys.stderr)
         raise SystemExit(2)
-    # jsonargparse announces what its next major version drops; our version range excludes that one.
+    # jsonargparse warns about its next major version, which our version range excludes.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "30")  # seconds; a log keeps every state of a bar
@@ -64,9 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def load(target: str) -> Any:
-    """Import what a command needs, `module` or `module:name`, now that it is known, or name the extra that it lacks."""
+    """Import what a command needs, `module` or `module:name`; name the extra that installs a missing package."""
     module, _, name = target.partition(":")
-    gc.disable()  # nothing of an import is garbage, and searching for it takes a sixth of its time
+    gc.disable()  # an import leaves no garbage, and searching for it takes a sixth of the time
     try:
         found = importlib.import_module(module)
         return getattr(found, name) if name else found
@@ -79,7 +79,7 @@ def load(target: str) -> Any:
 
 
 def base_config(experiment: Path) -> Path | None:
-    """The `base.yaml` that an experiment file is a difference to: in its folder, or in the folder above."""
+    """The `base.yaml` that an experiment file builds on: in its folder, or in the folder above."""
     for folder in experiment.resolve().parents[:2]:
         if (folder / "base.yaml").is_file():
             return folder / "base.yaml"
@@ -87,6 +87,6 @@ def base_config(experiment: Path) -> Path | None:
 
 
 def _underscored(argument: str) -> str:
-    """`--num-tokens=1` -> `--num_tokens=1`: both spellings are taken."""
+    """`--num-tokens=1` -> `--num_tokens=1`, so that both spellings work."""
     match = re.match(r"--[a-zA-Z][\w.-]*", argument)
     return argument if match is None else match[0][:2] + match[0][2:].replace("-", "_") + argument[match.end() :]

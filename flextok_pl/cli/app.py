@@ -1,4 +1,4 @@
-"""`flextok app`: a page in the browser to resample, generate and search with."""
+"""`flextok app`: a page in the browser to resample, generate and search."""
 
 from __future__ import annotations
 
@@ -22,22 +22,21 @@ from flextok_pl.search.verifiers import Likelihood
 class AppOptions:
     """Try a tokenizer and a prior on a page in your browser.
 
-    It resamples pictures of yours at any number of tokens, swaps tokens between two of them, generates pictures by
-    class or text, and searches for those that a verifier likes best; `--verifier` and its options add verifiers to
-    `likelihood`. Only this machine can open the page, unless you give a host. The page loads nothing from elsewhere and
-    sends nothing there; what is uploaded is deleted after an hour, and when the command ends.
+    The page resamples your pictures at any number of tokens, swaps tokens between two of them, generates pictures by
+    class or text, and searches for those with the best score of a verifier. `--verifier` and its options add verifiers
+    to `likelihood`. Only this machine can open the page, unless you give a host. The page loads nothing from elsewhere
+    and sends nothing there. It deletes uploads after an hour, and when the command ends.
 
     Args:
-        tokenizer: a `.safetensors` file, a folder or a Hub id; default the one that the prior names, else the demo
-            tokenizer.
+        tokenizer: a `.safetensors` file, a folder or a Hub id; default the prior's tokenizer, else the demo tokenizer.
         prior: a `.safetensors` file, a folder or a Hub id; default the demo prior. With a tokenizer and no prior the
             page only resamples.
-        text_encoder: in place of the prior's own, such as a local copy of it.
-        examples: folder of pictures, or shard set, whose first pictures the page offers; default some of the demo's
-            that its tokenizer has not seen.
-        host: address to listen at. 0.0.0.0 lets everyone who reaches this machine use the page, without a password.
-        port: default the first free one from 7860 on.
-        device: default a GPU where there is one.
+        text_encoder: replaces the prior's own, for example by a local copy of it.
+        examples: folder of pictures, or shard set, whose first pictures the page offers; default some demo pictures
+            that the demo tokenizer has not seen.
+        host: address to listen at. With 0.0.0.0 everyone who reaches this machine can use the page, without a password.
+        port: default the first free port from 7860 on.
+        device: default a GPU if available.
     """
 
     tokenizer: str | None = None

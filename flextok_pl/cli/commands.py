@@ -9,29 +9,29 @@ from typing import Any
 TRAINER = "lightning.pytorch.trainer.trainer:Trainer"
 
 GIVEN_BY_THE_SUITE = ("model", "dataloaders", "datamodule", "train_dataloaders", "val_dataloaders")
-"""Parameters of the Trainer's methods that are no options."""
+"""Parameters of the Trainer's methods that are not options."""
 
 
 @dataclass(frozen=True)
 class Command:
     """One command.
 
-    `run` is a `module:function` of `flextok_pl.cli` that takes the command and its arguments; by default the one
-    function of `options` is called with the options. `inputs` are options that name shard sets, folders or files which
-    must be there, or patterns and URLs of such. `former` maps the name that an option once had, or has in other
-    commands, or for one value of several, to its name.
+    `run` is a `module:function` of `flextok_pl.cli` that takes the command and its arguments; by default the single
+    function in `options` is called with the options. `inputs` names the options whose values must be existing shard
+    sets, folders or files, or patterns and URLs of such. `former` maps other names of an option to its name: former
+    ones, those of other commands, and one for a single value of several.
     """
 
     summary: str
     options: tuple[str, ...]  # functions and classes, `module:name`, whose parameters they are
     run: str = "tool:run"
-    groups: bool = False  # whether it takes the groups of a training, too: trainer, data, model and callbacks
+    groups: bool = False  # whether it also takes the groups of a training: trainer, data, model and callbacks
     inputs: tuple[str, ...] = ()
     former: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_sweep(self) -> bool:
-        """Whether its options stand in a file, which is its one argument without a name."""
+        """Whether its options are in a file, which is its one positional argument."""
         return self.run.startswith("sweep:")
 
 
@@ -53,7 +53,7 @@ COMMANDS = {
     "fit": _training("train a model", "fit"),
     "validate": _training("evaluate on the validation set, cheaply", "validate", FINISHED),
     "test": _training("evaluate in full: every metric at every token budget", "test", FINISHED),
-    "predict": _training("write the tokens of pictures, or those that a prior generates", "predict", FINISHED),
+    "predict": _training("write the tokens of pictures, or tokens that a prior generates", "predict", FINISHED),
     "sweep": Command(
         "search over the options of an experiment, here or on a Slurm cluster",
         (SWEEP, "flextok_pl.cli.sweep:SweepOptions"),
@@ -63,13 +63,13 @@ COMMANDS = {
         "show the trials of a sweep", (SWEEP, "flextok_pl.cli.sweep:StatusOptions"), "sweep:status"
     ),
     "plan": _training(
-        "say whether a training fits a machine, and how long it takes",
+        "show whether a training fits a machine, and how long it takes",
         "fit",
         "flextok_pl.cli.plan:PlanOptions",
         run="plan:run",
     ),
     "prefetch": _training(
-        "bring what an experiment fetches into a folder, for machines without a network",
+        "download what an experiment needs into a folder, for machines without a network",
         "fit",
         "flextok_pl.cli.prefetch:PrefetchOptions",
         run="prefetch:run",
@@ -93,7 +93,7 @@ COMMANDS = {
         former={"classes": "class_names"},
     ),
     "data latents": _tool(
-        "encode the images of a shard set by a VAE, as shards",
+        "encode the images of a shard set with a VAE, as shards",
         "cli.tools:encode_shards",
         inputs=("src", "teacher_weights"),
     ),
@@ -104,7 +104,7 @@ COMMANDS = {
         former={"ckpt": "tokenizer"},
     ),
     "data verify": _tool(
-        "read a shard set in full and list everything that is wrong", "cli.shards:verify_shards", inputs=("shards",)
+        "check a shard set in full and list all errors", "cli.shards:verify_shards", inputs=("shards",)
     ),
     "data measure": _tool(
         "add the sizes of pictures to the index of an older shard set", "cli.shards:measure_shards", inputs=("shards",)
@@ -130,10 +130,10 @@ COMMANDS = {
         inputs=("reference", "weights"),
     ),
     "probe": _tool(
-        "measure how well the class can be read off the first tokens", "cli.probe:probe_tokens", inputs=("train", "val")
+        "measure how well the first tokens predict the class", "cli.probe:probe_tokens", inputs=("train", "val")
     ),
     "doctor": _tool(
-        "say whether a run is as it should be, and what to do about it",
+        "check a run for problems, and say what to do about them",
         "cli.doctor:diagnose_run",
         inputs=("run", "data", "plan", "reference"),
     ),
@@ -142,9 +142,11 @@ COMMANDS = {
         "cli.doctor:make_reference",
         inputs=("runs",),
     ),
-    "report": _tool("write what an evaluation left as one HTML page", "cli.report:write_report", inputs=("folder",)),
+    "report": _tool(
+        "write the results of an evaluation as an HTML page", "cli.report:write_report", inputs=("folder",)
+    ),
     "push": _tool(
-        "publish a model on the Hugging Face Hub with its card; shows first what would go",
+        "publish a model on the Hugging Face Hub with its card; first shows what it would send",
         "cli.push:push_model",
         inputs=("records",),
         former={"licence": "license", "data_licence": "data_license", "branch": "revision"},
@@ -155,7 +157,7 @@ COMMANDS = {
         former={"num_tokens": "budgets", "class": "classes", "text": "texts"},
     ),
     "search": Command(
-        "search for the tokens whose images a verifier likes best, for classes or texts",
+        "search for tokens whose images score best with a verifier, for classes or texts",
         (f"{SEARCH}:RunOptions", "flextok_pl.search.options:SearchOptions", VERIFIERS),
         "search:run",
         inputs=("prompts", "classifier_data"),
@@ -168,7 +170,7 @@ COMMANDS = {
         },
     ),
     "search measure": _tool(
-        "measure what searches found, and draw quality against their cost",
+        "measure the results of searches, and draw quality against cost",
         "cli.search:measure_searches",
         inputs=("runs", "reference", "classifier_data", "weights", "classifier_weights"),
     ),
@@ -179,7 +181,7 @@ COMMANDS = {
         inputs=("examples", "classifier_data"),
         former={"verifier": "verifiers"},
     ),
-    "env": _training("show versions, devices and configuration, for a report of a problem", "fit", run="env:run"),
+    "env": _training("show versions, devices and configuration, for a bug report", "fit", run="env:run"),
     "reconstruct": _tool(
         "show images at several token budgets, as one picture",
         "cli.tools:reconstruct_images",
@@ -202,10 +204,10 @@ GROUPS = {
     "best": "flextok_pl.runtime:StepCheckpoint",
     # Last, so that it swaps the raw weights back after every other callback has evaluated the averaged ones.
     "ema": "flextok_pl.callbacks:EMA",
-    # After it, so that a checkpoint holds the step's average.
+    # After the average, so that a checkpoint holds that of its step.
     "preemption": "flextok_pl.runtime:Preemption",
 }
-"""Group of a training's options -> the callback that takes them: `null` leaves it out, `{}` takes its defaults."""
+"""Group of a training's options -> the callback that takes them: `null` leaves it out, `{}` uses its defaults."""
 
 FIT_ONLY = frozenset({"throughput", "lr_monitor", "hparams", "checks", "checkpoint", "best", "ema", "preemption"})
-"""Groups of which an evaluation takes no notice."""
+"""Groups that an evaluation ignores."""

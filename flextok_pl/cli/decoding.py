@@ -1,4 +1,4 @@
-"""`flextok decoding`: which steps and which guidance decode best at each token budget."""
+"""`flextok decoding`: find the steps and the guidance that decode best at each token budget."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.modules.saved import SavedPrior
 
 Cell = tuple[Decoding, int]
-"""How many tokens are decoded, and how."""
+"""Options of a decoding, and the number of tokens."""
 Statistics = ReconstructionStatistics[Cell] | GenerationStatistics[Cell]
 
 
@@ -58,31 +58,31 @@ def compare_decodings(
 ) -> None:
     """Measure every combination of steps, guidance and token budget, and recommend one for each budget.
 
-    Pictures are encoded once, or a prior's samples drawn once; features of real pictures are taken once; and every
-    combination starts from the same noise. Leaves `decoding.json` (a record per number), `decoding.png` (a heat map for
-    each budget) and `schedule.json` (the best combination for each budget).
+    Encodes pictures once, or draws a prior's samples once, and takes the features of real pictures once. Every
+    combination starts from the same noise. Writes `decoding.json` (one record per number), `decoding.png` (one heat map
+    per budget) and `schedule.json` (the best combination for each budget).
 
     Args:
-        reference: real pictures: a folder, a shard set or a pattern of them, or a `.npz` file.
+        reference: real pictures: a folder, a shard set or a pattern of shard sets, or a `.npz` file.
         tokenizer: a `.safetensors` file, a folder or a Hub id; default the demo tokenizer.
-        prior: a prior of classes, or of no condition: measure pictures that it generates, as many as are real and its
-            classes in turn, in place of reconstructions.
+        prior: a prior of classes, or of no condition. Its samples are measured in place of reconstructions: as many as
+            there are real pictures, with its classes in turn.
         budgets: numbers of tokens, such as 1,4,16,64; default 1, 2, 4, ... up to all.
         num_steps: default [5, 10, 25].
         guidance: `none`, `cfg`, `apg`; default all of them.
-        guidance_scale: strengths of `cfg` and `apg`; default [1.5, 3.0, 7.5].
-        guidance_interval: flow times (low, high] at which these guide, 1 being noise, such as [[0,1],[0.2,0.8]];
-            default all times, [[0,1]].
-        cfg_scale: guidance of the prior.
-        temperature: of the prior.
-        metric: what is best where it is smallest; default the kernel distance.
-        extractor: of the features.
-        weights: a local file with its weights.
-        batch_size: pictures at a time.
+        guidance_scale: scales of `cfg` and `apg`; default [1.5, 3.0, 7.5].
+        guidance_interval: flow times (low, high] at which `cfg` and `apg` guide, with 1 for noise, such as
+            [[0,1],[0.2,0.8]]; default all times, [[0,1]].
+        cfg_scale: guidance scale of the prior.
+        temperature: sampling temperature of the prior.
+        metric: metric to choose by, where smaller is better; default the kernel distance.
+        extractor: feature network.
+        weights: local weights file of the feature network.
+        batch_size: pictures per batch.
         num_workers: processes that decode pictures.
-        seed: of noise and tokens.
-        out: folder of the results.
-        device: default a GPU where there is one.
+        seed: seed of noise and tokens.
+        out: folder for the results.
+        device: default a GPU if available.
     """
     decodings = [
         Decoding(steps, kind, scale, guidance_interval=interval)
@@ -96,19 +96,19 @@ def compare_decodings(
         None if prior is None else SavedPrior(prior, tokenizer, other_tokenizer=str(DEMO_TOKENIZER)).eval().to(place)
     )
     if source is not None and source.condition_kind == "text":
-        raise ValueError(f"prior={prior!r} is conditioned on text: measure it by `flextok test` and its group gfid")
+        raise ValueError(f"prior={prior!r} is conditioned on text: measure it with `flextok test` and its group gfid")
     tok = FlexTok.from_pretrained(tokenizer or DEMO_TOKENIZER, device=place) if source is None else source.reconstructor
     if tok.config.objective == "mse":
         raise ValueError(
-            f"tokenizer={tokenizer!r} has objective='mse' and decodes in one step without guidance: nothing is to be "
-            "chosen; measure it by `flextok test`"
+            f"tokenizer={tokenizer!r} has objective='mse' and decodes in one step without guidance: there is nothing "
+            "to choose; measure it with `flextok test`"
         )
     wanted = checked_budgets(budgets, tok.num_registers)
     network = build_extractor(extractor, weights).to(place)
     chosen = metric or network.kernel_metric_name
     known = (network.metric_name, network.kernel_metric_name)
     if chosen not in known:
-        raise ValueError(f"metric={metric!r} must be one of {known}, which are smallest where they are best")
+        raise ValueError(f"metric={metric!r} must be one of {known}, for which smaller is better")
     loader, count = open_pictures(reference, picture_size(tok), batch_size, num_workers)
     kind = ReconstructionStatistics if source is None else GenerationStatistics
     cells = list(itertools.product(decodings, wanted))
@@ -143,9 +143,9 @@ def _measure(
     cfg_scale: float,
     temperature: float,
 ) -> Iterator[int]:
-    """Tokenize each picture, or generate the tokens of another one, once, and decode them in every cell.
+    """Tokenize each picture once, or generate tokens in its place, and decode them in every cell.
 
-    Yields how many images each step has decoded.
+    Yields the number of images that each step has decoded.
     """
     tok = model if isinstance(model, FlexTok) else model.reconstructor
     numbers, most = itertools.count(), max(budget for _, budget in statistics.made)
@@ -170,7 +170,7 @@ def _measure(
 
 
 def _write(statistics: Statistics, protocol: Mapping[str, Any], metric: str, folder: Path) -> list[list[str]]:
-    """Write all numbers, a picture of them and the best decoding at each budget, which it returns as a table."""
+    """Write all numbers, their heat maps and the best decoding at each budget; return the last as a table."""
     values = statistics.values(protocol["seed"])
     table: dict[int, dict[Decoding, float]] = {}
     records = []
@@ -189,7 +189,7 @@ def _write(statistics: Statistics, protocol: Mapping[str, Any], metric: str, fol
 
 
 def _guided(how: Decoding) -> str:
-    """Guidance and its strength, as a label."""
+    """Label of a guidance and its strength."""
     if how.guidance == "none":
         return "none"
     low, high = how.guidance_interval
@@ -197,7 +197,7 @@ def _guided(how: Decoding) -> str:
 
 
 def _heat_maps(table: Mapping[int, Mapping[Decoding, float]], metric: str) -> Figure:
-    """One map per budget, guidance by steps, with its numbers and a frame around the best."""
+    """One map per budget, guidance by steps, with the numbers and a frame around the best."""
     decodings = list(next(iter(table.values())))
     rows = list(dict.fromkeys(_guided(setting) for setting in decodings))
     columns = list(dict.fromkeys(setting.num_steps for setting in decodings))

@@ -1,4 +1,4 @@
-"""`flextok doctor`: is a run as it should be, check by check, with numbers and what to do about it."""
+"""`flextok doctor`: check a run, with numbers and remedies."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.progress import announced
 
 WRONG = 3
-"""Exit status where something is wrong; 1 and 2 are those of a command that cannot do what it was asked for."""
+"""Exit status if a check finds something wrong; 1 and 2 mean that the command could not do its work."""
 
 VERDICTS = ("wrong", "look", "ok")
 
 COMPARED = ("train/loss", "val/loss")
-"""Curves that a reference holds."""
+"""Curves in a reference."""
 
 Outcome = Finding | tuple[str, str]
-"""What a check finds, or its name and why it was left out."""
+"""A finding of a check, or the check's name and why it was left out."""
 
 
 def diagnose_run(
@@ -50,21 +50,21 @@ def diagnose_run(
     json: str | None = None,
     device: str | None = None,
 ) -> None:
-    """Say whether a run is as it should be: token and codebook use, budgets, latents, loss, speed, averaged weights.
+    """Check a run for problems: token and codebook use, budgets, latents, loss, speed, averaged weights.
 
-    Reads what a training has logged, its checkpoint and its finished model, also while it goes on, and runs the model
-    on some pictures. Each check says ok, look or wrong, with numbers and what to do; docs/doctor.md explains them. The
-    exit status is 3 where something is wrong, and else 0.
+    Reads the logs of a training, its checkpoint and its finished model, also while it runs, and runs the model on some
+    pictures. Each check says ok, look or wrong, with numbers and a remedy; docs/doctor.md explains them. The exit
+    status is 3 if something is wrong, else 0.
 
     Args:
-        run: the run's folder, such as runs/tokenizer/demo/version_0.
+        run: folder of the run, such as runs/tokenizer/demo/version_0.
         data: shard set of pictures to run the model on; default the run's own validation set.
-        num_samples: how many of them; 0 to look at logs and weights only.
-        plan: file that `flextok plan --json` wrote for this run's machine, with whose speed to compare.
-        reference: file of loss curves of other runs of the experiment, which `flextok doctor reference` wrote; default
-            the one of this package, which has some for the demo's experiments.
+        num_samples: number of these pictures; 0 looks at logs and weights only.
+        plan: file from `flextok plan --json` for this run's machine, to compare the speed with.
+        reference: file from `flextok doctor reference` with loss curves of other runs of the experiment; default the
+            packaged one, which covers the demo's experiments.
         json: file to write the findings to.
-        device: where to run the model; default a GPU where there is one.
+        device: where to run the model; default a GPU if available.
     """
     if num_samples < 0 or num_samples == 1:
         raise ValueError(f"num_samples={num_samples} must be at least 2, or 0 to run no model")
@@ -80,7 +80,7 @@ def diagnose_run(
     else:
         outcomes.append(("running the model", no_data))
     outcomes += _of_weights(contents, batches, place)
-    # Of two findings of a check the later one is from the model itself.
+    # If a check has two findings, the later one is from the model itself.
     findings = list({each.check: each for each in outcomes if isinstance(each, Finding)}.values())
     left_out = dict(each for each in outcomes if not isinstance(each, Finding))
     left_out = {name: why for name, why in left_out.items() if name not in {each.check for each in findings}}
@@ -96,16 +96,16 @@ def diagnose_run(
 
 
 def make_reference(runs: list[str], *, out: str, experiment: str | None = None, note: str = "") -> None:
-    """Write the loss curves of several runs of an experiment, with which `flextok doctor --reference` compares others.
+    """Write the loss curves of several runs of an experiment, to compare others with by `flextok doctor --reference`.
 
     Args:
-        runs: folders of at least two runs that differ in their seeds only.
-        out: the JSON file.
-        experiment: its name; default the runs' own.
-        note: what else readers should know of the runs, such as command and machine.
+        runs: folders of at least two runs that differ only in their seeds.
+        out: JSON file to write.
+        experiment: its name; default that of the runs.
+        note: other facts about the runs, such as command and machine.
     """
     if len(runs) < 2:
-        raise ValueError(f"runs={runs}: the spread over seeds needs two runs at least")
+        raise ValueError(f"runs={runs}: the spread over seeds needs at least two runs")
     found = [RunContents.open(Path(run).expanduser()) for run in runs]
     first = found[0]
     options = decides(first.options)
@@ -123,20 +123,20 @@ def make_reference(runs: list[str], *, out: str, experiment: str | None = None, 
         raise ValueError(f"runs={runs}: {short}: train longer, or log more often (trainer.log_every_n_steps)")
     seeds = [run.model.get("seed") for run in found]
     if len(set(map(str, seeds))) < len(seeds):
-        raise ValueError(f"the runs have model.seed={seeds}: give runs of different seeds, whose spread is chance")
+        raise ValueError(f"the runs have model.seed={seeds}: give runs with different seeds")
     target = Path(out).expanduser()
     made_of.write(target)
     print(target)
 
 
 def _batches(contents: RunContents, source: str | None, samples: int) -> tuple[list[Batch], str | None]:
-    """Pictures for the model, or why there are none."""
+    """Pictures for the model, or the reason why there are none."""
     if samples == 0:
         return [], "num_samples is 0"
     if contents.kind == "prior":
-        return [], "its validations tell what there is to know of a prior"
+        return [], "a prior is checked by its logs"
     if contents.kind == "other":
-        return [], f"no check is made for the model of {contents.group('model').get('class_path')}"
+        return [], f"there are no checks for the model of {contents.group('model').get('class_path')}"
     try:
         batches = list(contents.data(source, samples).val_dataloader())
     except ValueError as error:
@@ -149,7 +149,7 @@ def _batches(contents: RunContents, source: str | None, samples: int) -> tuple[l
 
 
 def _of_logs(contents: RunContents, batches: Sequence[Batch]) -> Iterator[Outcome]:
-    """Checks of what the training has logged, and of its options."""
+    """Checks of logged values, and of the options."""
     curves = contents.curves
     if not curves:
         yield "what is logged", f"{contents.folder} has no events of TensorBoard, no metrics.csv and no metrics.jsonl"
@@ -174,11 +174,11 @@ def _of_logs(contents: RunContents, batches: Sequence[Batch]) -> Iterator[Outcom
     yield training_checks.overfitting(contents.curve("val/loss")) or ("overfitting", few)
     yield training_checks.gradient_norm(contents.curve("train/grad_norm"), clip) or ("gradient-norm", few)
     if model.get("mup_base_width") is not None:
-        yield "learning-rate", "model.mup_base_width gives groups of weights different ones"
+        yield "learning-rate", "model.mup_base_width sets a different one for each group of weights"
     else:
         rates, lr = contents.learning_rates, float(model.get("lr") or 0.0)
         found = training_checks.learning_rate(rates, lr, warmup, contents.max_steps)
-        yield found or ("learning-rate", "the run has logged none")
+        yield found or ("learning-rate", "the run has not logged it")
 
 
 def _of_speed(contents: RunContents, plan: str | None) -> Iterator[Outcome]:
@@ -224,7 +224,7 @@ def _of_model(contents: RunContents, batches: Sequence[Batch], place: torch.devi
 
 
 def _of_probe(probe: TokenizerProbe, tok: FlexTok, progress: float | None) -> Iterator[Finding]:
-    """Checks of what a tokenizer does with pictures."""
+    """Checks of a tokenizer's tokens and images."""
     yield latent_scale(probe.latents.means, probe.latents.stds, probe.latents.overall)
     yield token_checks.token_use(probe.own, probe.other, progress)
     yield token_checks.token_positions(probe.positions, progress)
@@ -264,7 +264,7 @@ def _loss_with(tok: FlexTok, state: Mapping[str, Tensor], batches: Sequence[Batc
 
 
 def _lines(findings: Sequence[Finding], left_out: Mapping[str, str]) -> Iterator[str]:
-    """The findings for a terminal, what is wrong first."""
+    """Format the findings for a terminal, the wrong ones first."""
     for each in sorted(findings, key=lambda each: VERDICTS.index(each.verdict)):
         head = f"  {each.verdict:<6}{each.check:<17}"
         yield from _wrapped(each.says, head, len(head))
@@ -277,7 +277,7 @@ def _lines(findings: Sequence[Finding], left_out: Mapping[str, str]) -> Iterator
 
 
 def _wrapped(text: str, head: str, margin: int) -> list[str]:
-    """Lines of text; links and options stay whole."""
+    """Wrap text into lines; links and options stay whole."""
     return wrap(
         text,
         118,

@@ -1,4 +1,4 @@
-"""`flextok env`: what a report of a problem should say of the machine, the versions and the experiment."""
+"""`flextok env`: print the facts about machine, versions and experiment that a bug report needs."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ PACKAGES = (
 
 
 def run(command: str, arguments: Sequence[str]) -> None:
-    """Run `flextok env`: versions, devices, the commit of a checkout and, of an experiment, the whole configuration.
+    """Run `flextok env`: print versions, devices, the commit and the whole configuration of an experiment.
 
-    Variables of the environment are not printed. In the configuration, user names, queries of URLs and commands of
-    `pipe:` are replaced by `***`, and your home folder by `~`.
+    Variables of the environment are not printed. In the configuration `***` replaces user names, queries of URLs and
+    commands of `pipe:`, and `~` replaces your home folder.
     """
     for name, value in facts():
         print(f"{name}: {value}")
@@ -41,19 +41,19 @@ def run(command: str, arguments: Sequence[str]) -> None:
 
 
 class MergedConfig(ParsingCLI):
-    """Parses an experiment as `flextok fit` does, and prints the outcome."""
+    """Parses an experiment as `flextok fit` does, and prints the result."""
 
     command = "env"
 
     def run(self) -> None:
-        """Print it."""
+        """Print the configuration."""
         text = self.parser.dump(self.config, skip_none=False)
         print(f"configuration: {self.experiment}, SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:16]}\n")
         print(without_secrets(text))
 
 
 def facts() -> Iterator[tuple[str, Any]]:
-    """Name and value of each line."""
+    """Yield name and value of each line."""
     yield "python", f"{platform.python_version()} ({platform.python_implementation()})"
     yield "system", f"{platform.platform()}, {os.cpu_count()} cores"
     for package in PACKAGES:
@@ -72,7 +72,7 @@ def facts() -> Iterator[tuple[str, Any]]:
 
 
 def without_secrets(text: str) -> str:
-    """A configuration without what may be secret in it: what URLs say beyond a place, commands, your home folder."""
+    """Remove possible secrets from a configuration: parts of URLs beyond a place, commands, your home folder."""
     text = re.sub(r"pipe:[^\n]*", "pipe:***", text)
     text = re.sub(r"(\w+://)[^\s/@'\"]+@", r"\1***@", text)
     text = re.sub(r"(\w+://[^\s?'\"]+\?)[^\s'\"]+", r"\1***", text)
@@ -85,7 +85,7 @@ def _driver() -> str | None:
 
 
 def _said(*command: str) -> str | None:
-    """What a program prints, if it is there and succeeds."""
+    """The output of a program, if it is installed and succeeds."""
     if shutil.which(command[0]) is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""`flextok fid`: distances and scores of one set of images against another; `flextok compare`: their records."""
+"""`flextok fid`: distances and scores of images against reference images; `flextok compare`: two files of these."""
 
 from __future__ import annotations
 
@@ -39,25 +39,26 @@ def compare_images(
 ) -> None:
     """Measure images against reference images: Frechet and kernel distance, inception score, manifold scores.
 
-    Both are a folder of images, a shard set or a pattern of them, or a `.npz` file: pictures as `arr_0`, or statistics
-    as `mu` and `sigma`, of which only the Frechet distance can be taken. Where a file has both, as the reference
-    batches of guided diffusion have, its statistics serve the Frechet distance and its pictures all else.
+    Both are a folder of images, a shard set or a pattern of shard sets, or a `.npz` file with pictures as `arr_0`, or
+    with statistics as `mu` and `sigma`. Statistics alone allow only the Frechet distance. If a file has both, as the
+    reference batches of guided diffusion do, the Frechet distance uses its statistics and all else its pictures.
 
     Args:
-        images: the images to measure.
+        images: images to measure.
         reference: real images, or their statistics.
         extractor: feature network: `inception-v3-compat` for FID and KID, `dinov2-*`, `clip-*`, or `effnet-lite0`
             (offline).
-        weights: a local file with its weights; default the packaged or downloaded ones.
-        image_size: side in pixels of the centre square to take of each picture, or [height, width] of another
-            rectangle; default as they are.
-        batch_size: pictures at a time.
-        num_workers: processes that decode.
-        pool_size: about this many samples of either side, chosen by key, serve the kernel distance and the manifolds.
-        inception_splits: parts of the images over which the inception score is averaged.
-        seed: of the kernel distance's subsets.
-        json: file for the records, which state every number with its protocol.
-        device: default a GPU where there is one.
+        weights: local weights file of the network; default the packaged or downloaded one.
+        image_size: side in pixels of the centre square to cut from each picture, or [height, width] of a rectangle;
+            default the whole picture.
+        batch_size: pictures per batch.
+        num_workers: processes that decode pictures.
+        pool_size: about this many samples of each side, chosen by key, give the kernel distance and the manifold
+            scores.
+        inception_splits: number of parts over which the inception score is averaged.
+        seed: seed of the kernel distance's subsets.
+        json: file to write the records to, one for each number with its protocol.
+        device: default a GPU if available.
     """
     if pool_size < 2:
         raise ValueError(f"pool_size={pool_size} must be at least 2")
@@ -87,8 +88,8 @@ def compare_images(
     print(f"{_counted(images, facts['images'])} against {_counted(reference, facts['reference'])}; {network.name}")
     if not full_rank:
         print(
-            f"{network.metric_name} compares with others of as many images only: one side has at most {network.dim} "
-            f"images, the number of features, and its covariance is singular; prefer {network.kernel_metric_name}"
+            f"compare {network.metric_name} only with others of as many images: one side has at most {network.dim} "
+            f"images, the number of features, so its covariance is singular; prefer {network.kernel_metric_name}"
         )
     if json is not None:
         how = statistics.how
@@ -96,10 +97,10 @@ def compare_images(
 
 
 def compare_records(first: str, second: str) -> None:
-    """Show two files of records side by side, and in what their protocols differ.
+    """Show two files of records side by side, and where their protocols differ.
 
     Args:
-        first: JSON file that `flextok fid` or an evaluation wrote.
+        first: JSON file from `flextok fid` or an evaluation.
         second: another one.
     """
     files = [read_records(Path(file)) for file in (first, second)]
@@ -121,7 +122,7 @@ def compare_records(first: str, second: str) -> None:
 
 
 def _axes(records: Sequence[Record]) -> set[str]:
-    """What tells the records of one metric apart, such as the number of tokens, the position or the steps."""
+    """The fields that distinguish the records of a metric, such as the number of tokens, the position or the steps."""
     first: dict[str, Mapping[str, Any]] = {}
     return {
         name

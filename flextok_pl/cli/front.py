@@ -1,6 +1,6 @@
-"""What can be said of a command line before anything heavy is imported: help, misspelt options, missing files.
+"""Checks a command line before anything heavy is imported: help, misspelt options, missing files.
 
-The parser of a command has the last word. What is let through here it may still refuse.
+The parser of a command decides in the end. It may still refuse what passes here.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from flextok_pl.data.shards.index import ShardError, ShardIndex
 from flextok_pl.errors import UserError
 
 MODELS = ("VAEModule", "TokenizerModule", "PriorModule")
-"""The classes of `flextok_pl.modules` that `model.class_path` names."""
+"""The classes of `flextok_pl.modules` that `model.class_path` can name."""
 
 GENERAL = {
-    "config": Option("FILE", help="the experiment's file; may be given several times, the last has the last word"),
+    "config": Option("FILE", help="experiment file; may be given several times, later files override earlier ones"),
     "print_config": Option("", help="print the whole configuration, and stop"),
-    "seed_everything": Option("int | bool", "0", "seed of all that draws at random"),
-    "ckpt_path": Option("str | null", help="checkpoint to go on from, or `last` for the experiment's newest"),
+    "seed_everything": Option("int | bool", "0", "seed of all random draws"),
+    "ckpt_path": Option("str | null", help="checkpoint to resume from, or `last` for the experiment's newest"),
 }
-"""Options of all trainings, which Lightning describes at length or not at all."""
+"""Options of all trainings; Lightning describes them at length or not at all."""
 
 SUFFIXES = (".yaml", ".yml", ".json", ".safetensors", ".ckpt", ".npz")
-"""A value that ends so is a file that is read, but for `OUTPUTS`."""
+"""Endings of values that name a file to read, except in `OUTPUTS`."""
 
 OUTPUTS = ("json", "out", "dst")
 
 MODEL_FILES = ("tokenizer", "prior", "vae", "ckpt_path", "weights", "teacher_weights", "init_from")
-"""Options that name a file or folder, where their value looks like a path; else it may be the id of a model."""
+"""Options that name a file or folder if their value looks like a path; else it may be the id of a model."""
 
 
 Named = list[tuple[str, str | None]]
-"""Options and values, in their order; no value for an option that stands alone."""
+"""Options and values in their order; None for an option without a value."""
 
 
 def read(arguments: Sequence[str]) -> tuple[Named, list[str]]:
-    """Tell options and their values from what has no name; each option takes one value."""
+    """Separate options with their values from arguments without a name; each option takes one value."""
     named: Named = []
     free, rest = [], list(arguments)
     while rest:
@@ -64,15 +64,15 @@ def read(arguments: Sequence[str]) -> tuple[Named, list[str]]:
 
 
 def given_files(named: Named) -> list[Path]:
-    """The files of `--config`."""
+    """The files given by `--config`."""
     return [Path(value).expanduser() for name, value in named if name == "config" and value is not None]
 
 
 def answer(name: str, arguments: Sequence[str]) -> list[str]:
-    """Answer a question for help, and check the names of options (with underscores), files and folders.
+    """Answer a request for help, and check the names of options (with underscores), files and folders.
 
     Returns:
-        The arguments, each by its present name; what a training or a sweep takes without one comes first.
+        The arguments under their current names; first what a training or a sweep takes without a name.
     """
     command = COMMANDS[name]
     named, free = read(arguments)
@@ -101,13 +101,13 @@ def answer(name: str, arguments: Sequence[str]) -> list[str]:
 
 
 def options_for(name: str, model: str | None = None) -> Options:
-    """The options of a command, below `model` those of a class of `flextok_pl.modules`."""
+    """The options of a command; those of a class of `flextok_pl.modules` are below `model`."""
     command = COMMANDS[name]
     own: Options = {}
     for target in command.options:
         own |= {each: option for each, option in options_of(target).items() if each not in GIVEN_BY_THE_SUITE}
     if command.is_sweep:
-        file = Option("FILE", None, "the sweep's file", {}, positional=True)
+        file = Option("FILE", None, "sweep file", {}, positional=True)
         return {"file": file, "config": Option("FILE"), "print_config": GENERAL["print_config"]} | own
     if not command.groups:
         return own
@@ -125,7 +125,7 @@ def options_for(name: str, model: str | None = None) -> Options:
 
 
 def overview(group: str = "") -> str:
-    """The commands, or those of a group such as `data`."""
+    """List the commands, or those of a group such as `data`."""
     names = [name for name in COMMANDS if name.startswith(f"{group} " * bool(group))]
     width = max(map(len, names))
     return "\n".join(
@@ -141,17 +141,17 @@ def overview(group: str = "") -> str:
 
 
 def unknown_command(arguments: Sequence[str]) -> str:
-    """What is wrong with a command line that names no command, and the commands that there are."""
+    """Say what is wrong with a command line that names no command, and list the commands."""
     is_group = any(name.startswith(f"{arguments[0]} ") for name in COMMANDS)
     given = " ".join(arguments[: 1 + is_group])
     near = get_close_matches(given, COMMANDS, n=1)
     guess = f"; did you mean {near[0]}?" if near else ""
     commands = overview(arguments[0] if is_group else "")
-    return f"{commands}\n\nflextok: error: {given!r} is none of the commands above{guess}"
+    return f"{commands}\n\nflextok: error: {given!r} is not one of the commands above{guess}"
 
 
 def _help(name: str, options: Options, group: str, value: str | None) -> list[str]:
-    """Help of a command, or of a group of its options."""
+    """Help for a command, or for a group of its options."""
     if group:
         shown: Options | None = options_for(name, value)["model"].below if group == "model" and value else options
         for part in [] if group == "model" and value else group.split("."):
@@ -167,7 +167,7 @@ def _help(name: str, options: Options, group: str, value: str | None) -> list[st
         lines += [
             f"{command.summary[0].upper()}{command.summary[1:]}.",
             "",
-            f"flextok {name} --GROUP.help lists the options of a group, such as rfid; null in its place leaves it out.",
+            f"flextok {name} --GROUP.help lists the options of a group, such as rfid; --GROUP null leaves it out.",
             f"flextok {name} --model.help CLASS lists those of a model: {', '.join(MODELS)}.",
             "",
         ]
@@ -189,7 +189,7 @@ def _model_class(named: Named, files: Sequence[tuple[Path, Any]]) -> str | None:
 
 
 def _all_named(name: str, named: Named, free: list[str], options: Options) -> Named:
-    """Name what has no name by the options that need none, in their order; several values of a list become one."""
+    """Name the unnamed arguments by the options that allow it, in order; several values of a list become one."""
     rest, free = list(named), list(free)
     for each, option in options.items():
         values = [value for given, value in rest if given == each and value is not None]
@@ -207,32 +207,32 @@ def _all_named(name: str, named: Named, free: list[str], options: Options) -> Na
 
 
 def _refuse(name: str, wrong: str) -> NoReturn:
-    print(f"flextok {name}: error: {wrong}\n`flextok {name} --help` lists what there is", file=sys.stderr)
+    print(f"flextok {name}: error: {wrong}\n`flextok {name} --help` lists the options", file=sys.stderr)
     raise SystemExit(2)
 
 
 def _spelled(name: str, value: str | None, options: Options) -> str:
-    """One argument; what is true or false is true where it only is named."""
+    """Format one argument; a true-or-false option without a value is true."""
     if value is None and name in options and options[name].kind == "bool":
         value = "true"
     return f"--{name}" if value is None else f"--{name}={value}"
 
 
 def _content(file: Path) -> dict[str, Any]:
-    """What a YAML file holds."""
+    """Read a YAML file."""
     if not file.is_file():
         raise UserError(f"there is no file {file}")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is no YAML: {error}") from error
+        raise UserError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(content or {}, dict):
         raise UserError(f"{file} holds {type(content).__name__}; it must hold options, as `name: value`")
     return content or {}
 
 
 def _check_names(file: Path, content: Mapping[str, Any], level: Options, options: Options, path: str = "") -> None:
-    """Check the names in a file, and in those that it names in place of a group."""
+    """Check the names in a file, and in the files that it names in place of a group."""
     for name, value in content.items():
         if name in ("class_path", "dict_kwargs"):
             continue
@@ -250,7 +250,7 @@ def _check_names(file: Path, content: Mapping[str, Any], level: Options, options
 
 
 def _check_inputs(named: Named, inputs: Sequence[str]) -> None:
-    """Check that what is read is there, but for what a checkpoint stands in for, and that output can be written."""
+    """Check that inputs exist, except those that a checkpoint replaces, and that outputs can be written."""
     goes_on = any(name == "ckpt_path" and value not in (None, "null") for name, value in named)
     for name, value in named:
         last = name.rpartition(".")[2]
@@ -262,11 +262,11 @@ def _check_inputs(named: Named, inputs: Sequence[str]) -> None:
             if (name in inputs or is_file or is_model) and _is_missing(place):
                 raise UserError(f"{name}={place}: there is no such file or folder")
             if last in OUTPUTS and isinstance(place, str) and not _is_writable(Path(place).expanduser()):
-                raise UserError(f"{name}={place}: nothing can be written there; name a place in a folder of yours")
+                raise UserError(f"{name}={place}: it cannot be written; choose a folder that you may write to")
 
 
 def _check_shards(name: str, named: Named, files: Sequence[tuple[Path, Any]]) -> None:
-    """Check that the shard sets that a training reads are there."""
+    """Check that the shard sets of a training exist."""
     given: dict[str, Any] = {}
     for file, content in files:
         data = content.get("data") or {}
@@ -288,7 +288,7 @@ def _check_shards(name: str, named: Named, files: Sequence[tuple[Path, Any]]) ->
 
 
 def _places(value: Any) -> list[Any]:
-    """What is named; a list may be written as a text, which may also be the name of one folder."""
+    """The places that a value names; a list may be written as text, which may also be the name of one folder."""
     if isinstance(value, str) and value.startswith("[") and not Path(value).expanduser().exists():
         try:
             value = yaml.safe_load(value)
@@ -298,7 +298,7 @@ def _places(value: Any) -> list[Any]:
 
 
 def _is_missing(place: Any) -> bool:
-    """Whether a place here is named that is not there; patterns, URLs and commands may name anything."""
+    """Whether a local place does not exist; patterns, URLs and commands may name anything."""
     here = isinstance(place, str) and not has_magic(place) and "{" not in place and ":" not in place
     return here and not Path(place).expanduser().exists()
 

@@ -16,7 +16,7 @@ from flextok_pl.modules.saved import SavedPrior
 from flextok_pl.search.prompts import Conditions, prompts_from_options
 
 SAMPLING = {"cfg_scale": 1.5, "temperature": 1.0, "top_k": None, "top_p": None}
-"""Defaults of the options of the prior that a published one may set, too."""
+"""Defaults of those options of the prior that a published prior may also set."""
 
 
 def generate_images(
@@ -41,33 +41,33 @@ def generate_images(
 ) -> None:
     """Generate images, decode each from several numbers of its tokens, and draw all in one picture.
 
-    A picture depends on its condition, the seed and its number among those of its condition only. Options of the prior
-    that are not given are those that a published prior's configuration names, those of the decoder what the tokenizer
-    was made for, or what that configuration names, or else the defaults below.
+    A picture depends only on its condition, the seed and its number within the condition. Options of the prior that you
+    do not give come from a published prior's configuration, else from the defaults below. Options of the decoder come
+    from the tokenizer's own settings, else from that configuration, else from the defaults.
 
     Args:
-        classes: number or name of a class, for a prior of classes (or `--class`, once or several times); default all
-            of up to 16 classes, else the first 8.
-        texts: a text, for a prior of texts (or `--text`, once or several times); the empty text is no condition.
-        prior: a `.safetensors` file that training left, or a published prior, as a folder or Hub id such as
-            `EPFL-VILAB/FlexAR-1B-C2I`; default the demo prior of this package.
-        tokenizer: the tokenizer whose tokens it knows; default the one that the prior names, else the demo tokenizer.
+        classes: number or name of a class, for a class prior; `--class` may be given several times. Default all classes
+            of up to 16, else the first 8.
+        texts: a text, for a text prior; `--text` may be given several times. The empty text means no condition.
+        prior: a `.safetensors` file from a training, or a published prior as a folder or Hub id such as
+            `EPFL-VILAB/FlexAR-1B-C2I`; default the packaged demo prior.
+        tokenizer: tokenizer of the prior's tokens; default the one that the prior names, else the demo tokenizer.
         budgets: numbers of tokens, such as 1,8,64; default 1, 2, 4, ... up to all.
-        samples: pictures of each condition.
-        cfg_scale: guidance of the prior, 1 for none: a number, or numbers to interpolate over the token positions;
-            default 1.5.
-        temperature: of the prior; 0 takes the most likely token; default 1.
-        top_k: draw from the k most likely tokens; default all.
-        top_p: draw from the fewest most likely tokens that have this probability together; default all.
-        guidance: of the decoder: `none`, `cfg` or `apg`; default `apg`.
-        guidance_scale: its strength; 1 is none; default 7.5.
+        samples: pictures per condition.
+        cfg_scale: guidance scale of the prior, 1 for none: a number, or numbers to interpolate over the token
+            positions; default 1.5.
+        temperature: sampling temperature of the prior; 0 takes the most likely token; default 1.
+        top_k: sample from the k most likely tokens; default all.
+        top_p: sample from the fewest most likely tokens that together have this probability; default all.
+        guidance: guidance of the decoder: `none`, `cfg` or `apg`; default `apg`.
+        guidance_scale: guidance scale of the decoder, 1 for none; default 7.5.
         num_steps: steps of the decoder; default 25.
-        guidance_interval: (low, high]: flow times at which to guide the decoder, such as [0.2,0.8], 1 being noise;
+        guidance_interval: flow times (low, high] at which to guide the decoder, such as [0.2,0.8], with 1 for noise;
             default all.
-        seed: of tokens and noise.
+        seed: seed of tokens and noise.
         out: PNG file to write: one row per picture, one column per budget.
-        text_encoder: in place of the prior's own, such as a local copy of it.
-        device: default a GPU where there is one.
+        text_encoder: replaces the prior's own, for example by a local copy of it.
+        device: default a GPU if available.
     """
     module = SavedPrior(prior or str(DEMO_PRIOR), tokenizer, text_encoder, str(DEMO_TOKENIZER))
     module = module.eval().to(default_device(device))

@@ -1,7 +1,7 @@
-"""The options of a command, read from source code: nothing is imported, so help and a misspelt name cost no time.
+"""Reads the options of a command from source code. Nothing is imported, so help and a misspelt name take no time.
 
-Functions and classes are named `module:name`. What is read is what jsonargparse finds by importing them: parameters,
-those behind `**options` of what is called with them, fields of dataclasses, and their docstrings.
+Functions and classes are named `module:name`. The result is what jsonargparse finds by importing them: parameters,
+those behind `**options` of functions that are called with them, fields of dataclasses, and their docstrings.
 """
 
 from __future__ import annotations
@@ -20,41 +20,41 @@ from pathlib import Path
 from docstring_parser.google import parse
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.Assign
-"""What a name may stand for."""
+"""The definitions that a name may stand for."""
 Options = dict[str, "Option"]
 
 PACKAGES = ("flextok_pl", "lightning")
-"""Where definitions are looked for."""
+"""Packages whose definitions are read."""
 
 SCALARS = frozenset(
     {"int", "float", "str", "bool", "None", "Path", "Literal", "Union", "Optional", "timedelta"}
     | {"list", "List", "tuple", "Tuple", "Sequence", "Iterable"}
 )
-"""Names in the types of options that have none below them."""
+"""Names in the types of options that have no options below them."""
 
 FREE = frozenset({"init_args", "class_path", "dict_kwargs"})
 """Names that any option with a class may have below it."""
 
 REMOVED = {
-    "budget_groups": "a step computes only what each image keeps; delete it",
-    "init": "it is called init_from, as for tokenizers and priors",
+    "budget_groups": "delete it, as a step now computes only the tokens that each image keeps",
+    "init": "use init_from, as for tokenizers and priors",
 }
-"""Former options -> what to do."""
+"""Removed options -> what to do instead."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option, with type and default as they are written."""
+    """One option, with type and default as text."""
 
     kind: str = ""
     default: str | None = "null"  # None for an option that must be given
     help: str = ""
     below: Options | None = None  # the options below it, as of a group; None if only its value decides
-    positional: bool = False  # it need not be named
+    positional: bool = False  # whether it may be given without its name
 
     @property
     def several(self) -> bool:
-        """Whether it takes any number of values, and nothing else."""
+        """Whether it takes a list of values, and nothing else."""
         return self.kind.startswith("list[") and self.kind.removesuffix(" | null").endswith("]")
 
 
@@ -64,15 +64,15 @@ def options_of(target: str) -> Options:
 
 
 def description_of(target: str) -> str:
-    """What its docstring says before the parameters."""
+    """The part of its docstring before the parameters."""
     found = parse(ast.get_docstring(_definition(target)[1]) or "")
     return "\n\n".join(text for text in (found.short_description, found.long_description) if text)
 
 
 def unknown(name: str, options: Options) -> str | None:
-    """What is wrong with the name of an option, such as `trainer.max_step`, or None.
+    """Say what is wrong with the name of an option, such as `trainer.max_step`; None if it exists.
 
-    Names below an option whose value decides are not looked at.
+    Names below an option whose value decides are not checked.
     """
     level: Options | None = options
     parts = name.split(".")
@@ -81,7 +81,7 @@ def unknown(name: str, options: Options) -> str | None:
             return None
         if part not in level:
             if part in REMOVED:
-                return f"there is no option {name} any more: {REMOVED[part]}"
+                return f"option {name} was removed: {REMOVED[part]}"
             guesses = [full for full in _full_names(options) if full.rpartition(".")[2] == part]
             for near in difflib.get_close_matches(part, level, n=1):
                 guesses.append(".".join([*parts[:i], near, *parts[i + 1 :]]))
@@ -112,7 +112,7 @@ def _full_names(options: Options, prefix: str = "") -> Iterator[str]:
 
 @functools.cache
 def _tree(module: str) -> ast.Module:
-    """The module's source; its packages are not imported."""
+    """Parse the source of a module, without importing its packages."""
     root, *parts = module.split(".")
     spec = find_spec(root)
     assert spec is not None and spec.origin is not None, f"there is no package {root}"
@@ -134,7 +134,7 @@ def _definition(target: str) -> tuple[str, ast.ClassDef | ast.FunctionDef]:
 
 @functools.cache
 def _names(module: str) -> dict[str, Definition | tuple[str, str]]:
-    """Name -> its definition, or the module and name that it is imported from."""
+    """Name -> its definition, or the module and name from which it is imported."""
     names: dict[str, Definition | tuple[str, str]] = {}
     body = _tree(module).body
     for node in [*(each for part in body if isinstance(part, ast.If) for each in part.body), *body]:
@@ -148,19 +148,19 @@ def _names(module: str) -> dict[str, Definition | tuple[str, str]]:
 
 
 def _find(module: str, name: str) -> tuple[str, Definition] | None:
-    """A definition and the module that holds it, also where the given one imports it."""
+    """Find a definition and the module that holds it, even if the given module only imports it."""
     found = _names(module).get(name)
     return _find(*found) if isinstance(found, tuple) else None if found is None else (module, found)
 
 
 class _Spelled(ast.NodeTransformer):
-    """Puts values in the place of this package's names for them: `ImageFormat` -> `Literal["jpg", "png", "webp"]`."""
+    """Replaces this package's names for values by the values: `ImageFormat` -> `Literal["jpg", "png", "webp"]`."""
 
     def __init__(self, module: str) -> None:
         self.module = module
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        """Look the name up."""
+        """Replace one name."""
         found = _find(self.module, node.id) if self.module.startswith("flextok_pl") else None
         return found[1].value if found is not None and isinstance(found[1], ast.Assign) else node
 
@@ -212,7 +212,7 @@ def _parameters(module: str, node: ast.FunctionDef, texts: Mapping[str, str]) ->
 
 
 def _handed_on(module: str, node: ast.FunctionDef, name: str) -> Options:
-    """The options behind `**name`: those of what a function calls with them, but for those that it gives itself."""
+    """The options behind `**name`: those of functions that are called with them, except those set in the call."""
     for call in ast.walk(node):
         if isinstance(call, ast.Call) and name in (ast.unparse(each.value) for each in call.keywords if not each.arg):
             called, given = _find(module, ast.unparse(call.func)), {each.arg for each in call.keywords}
@@ -238,6 +238,6 @@ def _option(
 
 
 def _texts(node: ast.ClassDef | ast.FunctionDef) -> dict[str, str]:
-    """Parameter -> what the docstring says of it."""
+    """Parameter -> its text in the docstring."""
     found = parse(ast.get_docstring(node) or "").params
     return {each.arg_name: " ".join((each.description or "").split()) for each in found}

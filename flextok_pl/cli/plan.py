@@ -1,4 +1,4 @@
-"""`flextok plan`: will an experiment fit, and how long will it take."""
+"""`flextok plan`: check whether an experiment fits a machine, and how long it takes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from flextok_pl.files import write_file
 from flextok_pl.runtime.launch import devices_per_node
 from flextok_pl.runtime.sharding import GATHERS_HALF
 
-# Module -> its network's configuration, its workload, and what it is trained on where nothing says otherwise.
+# Module -> its network's configuration, its workload, and its usual inputs.
 KINDS: dict[str, tuple[type[Any], Callable[..., Workload], Inputs]] = {
     "TokenizerModule": (FlexTokConfig, tokenizer_workload, "images"),
     "DistillationModule": (FlexTokConfig, distillation_workload, "images"),
@@ -47,7 +47,7 @@ KINDS: dict[str, tuple[type[Any], Callable[..., Workload], Inputs]] = {
 EXAMPLE = "experiments/tokenizer/d18_d28_imagenet.yaml"
 FIELDS: dict[str, Inputs] = {"tokens": "tokens", "latent": "latents", "image": "images"}
 STRATEGIES = {"ddp": "ddp", "fsdp": "fsdp2"}
-"""What a fit calls them."""
+"""Strategy of a plan -> its name for a fit."""
 
 
 @dataclass
@@ -55,15 +55,15 @@ class PlanOptions:
     """Options that a fit does not take.
 
     Args:
-        devices: how many on a node; default the experiment's own.
-        num_nodes: how many nodes; default 1 with --devices, else the experiment's own.
-        machine: each of the devices, such as h100, a100-80g or cpu; any other name lists what there is.
-        mfu: share of the peak at which operations run.
-        strategy: in place of trainer.strategy.
-        inputs: what the training shards hold; default: see data.train, or else images, for a prior tokens.
-        num_samples: training samples in an epoch; default: see data.train, where it is on this machine.
-        peak_tflops: in place of the machine's.
-        memory_gib: in place of the machine's.
+        devices: devices per node; default the experiment's.
+        num_nodes: number of nodes; default 1 with --devices, else the experiment's.
+        machine: type of the devices, such as h100, a100-80g or cpu; any other name lists all types.
+        mfu: assumed share of the peak at which all operations run.
+        strategy: replaces trainer.strategy.
+        inputs: what the training shards hold; default what data.train holds, else images, or tokens for a prior.
+        num_samples: training samples per epoch; default those of data.train, if it is on this machine.
+        peak_tflops: peak of a device in TFLOP/s; replaces the machine's.
+        memory_gib: memory of a device in GiB; replaces the machine's.
         json: file to write the plan to.
     """
 
@@ -80,7 +80,7 @@ class PlanOptions:
 
 
 class PlanCLI(ParsingCLI):
-    """Parses what `flextok fit` takes, `given` by the user, builds nothing of it, and plans."""
+    """Parses the options of `flextok fit`, `given` by the user, and plans without building anything."""
 
     command = "plan"
 
@@ -94,7 +94,7 @@ class PlanCLI(ParsingCLI):
         parser.add_class_arguments(PlanOptions, None)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; what is missing is mostly an experiment."""
+        """Parse; most errors mean that the experiment is missing."""
         try:
             super().parse_arguments(parser, args)
         except UserError as error:
@@ -115,7 +115,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
 
 
 def make_plan(options: Namespace, experiment: str, given: Sequence[str]) -> dict[str, Any]:
-    """The plan of a parsed experiment, as `--json` writes it, from options and the arguments that gave them."""
+    """Make the plan of a parsed experiment, as `--json` writes it, from options and the arguments that gave them."""
     name = options.model.class_path.rsplit(".", 1)[-1]
     if name not in KINDS:
         raise ValueError(f"model={options.model.class_path}: only {', '.join(KINDS)} can be planned")
@@ -128,7 +128,7 @@ def make_plan(options: Namespace, experiment: str, given: Sequence[str]) -> dict
     arguments = strip_meta(options.model.init_args).as_dict()
     setup, indices = _setup(options, arguments), training_sets(options.data.train)
     config, workload_of, usual = KINDS[name]
-    net = config_from_dict(config, arguments.pop("net")) if "net" in arguments else None  # that of a finished model
+    net = config_from_dict(config, arguments.pop("net")) if "net" in arguments else None  # else a finished model's
     inputs = options.inputs or next(
         (kind for field, kind in FIELDS.items() if indices and field in indices[0].fields), usual
     )
@@ -164,7 +164,7 @@ def _setup(options: Namespace, arguments: dict[str, Any]) -> Setup:
 
 
 def _fit_arguments(options: Namespace, given: Sequence[str], setup: Setup, split: dict[str, Any]) -> list[str]:
-    """What was given, and all that the plan decides."""
+    """The given arguments, and all that the plan decides."""
     decided = {
         "trainer.num_nodes": str(setup.num_nodes),
         "trainer.devices": str(setup.devices // setup.num_nodes),
@@ -178,13 +178,13 @@ def _fit_arguments(options: Namespace, given: Sequence[str], setup: Setup, split
 
 
 def training_sets(source: str | list[str] | None) -> list[ShardIndex]:
-    """The training shards' indices, where they are on this machine already."""
+    """The indices of training shards that are already on this machine."""
     here = isinstance(source, str) and Path(source).expanduser().exists()
     return load_indices(source) if here and source is not None else []
 
 
 def batches_of_an_epoch(options: Namespace, processes: int, num_samples: int) -> int:
-    """Batches that each process trains on in an epoch of a fit."""
+    """Batches of each process in an epoch of a fit."""
     together = options.data.batch_size * processes
     batches: int = num_samples // together if options.data.drop_last else -(-num_samples // together)
     limit = options.trainer.limit_train_batches

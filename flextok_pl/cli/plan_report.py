@@ -1,4 +1,4 @@
-"""A plan as text, from what `--json` writes."""
+"""Formats a plan as text, from what `--json` writes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LABELS = {
     "averaged": "averaged copy (ema)",
     "frozen": "frozen networks",
     "cast_weights": "weights in half precision",
-    "gathered": "what fsdp has gathered",
+    "gathered": "gathered by fsdp",
     "activations": "activations",
     "recomputed": "a block that is computed again",
     "loss": "loss and logits",
@@ -24,7 +24,7 @@ LABELS = {
 
 
 def describe(plan: dict[str, Any]) -> str:
-    """The plan for a terminal."""
+    """Format a plan for a terminal."""
     machine = plan["machine"]
     peak = "an unknown peak" if machine["peak_tflops"] is None else f"{machine['peak_tflops']:g} TFLOP/s"
     lines = [
@@ -87,7 +87,7 @@ def _split(plan: dict[str, Any]) -> Iterator[str]:
     other = "" if own == stated else f" are {own}, which a fit refuses"
     yield f"global batch {stated}: {spread}{other}"
     if split is None:
-        lasting = f"{_gib(recipe['memory']['lasting'])} GiB are there at all times"
+        lasting = f"{_gib(recipe['memory']['lasting'])} GiB are always in use"
         ways = ["--strategy fsdp"] if plan["strategy"] == "ddp" else []
         ways += [] if plan["activation_checkpointing"] else ["--model.activation_checkpointing true"]
         remedies = " or ".join([*ways, "devices with more memory"])
@@ -112,14 +112,14 @@ def _time(plan: dict[str, Any]) -> Iterator[str]:
     yield _row("per step of the global batch", _tera(plan["flops_per_step"]), "forward, backward, frozen networks")
     yield ""
     if seconds is None:
-        yield f"time: nobody states the peak of {plan['machine']['name']}; give --peak_tflops"
+        yield f"time: the peak of {plan['machine']['name']} is unknown; give --peak_tflops"
         return
-    yield f"time, if all that is computed runs at {plan['mfu']:.0%} of the peak"
+    yield f"time, if all operations run at {plan['mfu']:.0%} of the peak"
     yield _row("steps/s", f"{1 / seconds:.3g}")
     yield _row("images/s", f"{plan['images_per_s']:,.0f}")
     yield _row("train/mfu", f"{plan['train_mfu']:.2f}", "as logged: without frozen networks and recomputation")
     if plan["days"] is None:
-        unknown = "trainer.max_steps is not set, nor epochs whose samples are known: --num_samples"
+        unknown = "number of steps unknown: set trainer.max_steps, or epochs and --num_samples"
         yield _row("days per 100,000 steps", f"{1e5 * seconds / SECONDS_PER_DAY:.3g}", unknown)
     else:
         yield _row(f"days for {steps:,} steps", f"{plan['days']:.3g}")

@@ -1,4 +1,4 @@
-"""`flextok prefetch`: bring what an experiment fetches, for machines without a network."""
+"""`flextok prefetch`: download what an experiment needs, for machines without a network."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class PrefetchOptions:
     """Options that a fit does not take.
 
     Args:
-        to: folder that gets the files; default the caches of this machine, where a fit here would put them.
-        check: say what is there and what is missing, and fetch nothing.
+        to: folder for the files; default this machine's caches, where a fit here would put them.
+        check: list what is there and what is missing, and fetch nothing.
     """
 
     to: str | None = None
@@ -45,7 +45,7 @@ UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3}
 
 
 class Wanted(NamedTuple):
-    """A download, and the option of the experiment that asks for it."""
+    """A download, and the option of the experiment that needs it."""
 
     option: str
     download: Download
@@ -68,7 +68,7 @@ def _extractor(options: Options) -> list[Download]:
 
 
 def _timm(options: Options, name: str, weights: str) -> list[Download]:
-    """A network of timm, or one that a package carries."""
+    """A network of timm, or one that a package contains."""
     chosen = options[name]
     is_timm = chosen not in (None, PROBE) and not chosen.startswith("effnet-")
     return timm_downloads(chosen) if is_timm and options[weights] is None else []
@@ -124,14 +124,14 @@ GROUPS: dict[str, dict[str, Callable[[Options], list[Download]]]] = {
 
 
 def wanted(config: Any) -> Iterator[Wanted]:
-    """What an experiment fetches when it is trained, validated and tested; each file once.
+    """List what an experiment fetches for training, validation and test, each file once.
 
-    It is given as it was parsed, or as `--print_config` shows it.
+    `config` is as it was parsed, or as `--print_config` shows it.
     """
     model = config["model"]
     name = model["class_path"].rsplit(".", 1)[-1]
     if name not in MODELS:
-        raise UserError(f"model={model['class_path']}: what it fetches is known of {', '.join(MODELS)} only")
+        raise UserError(f"model={model['class_path']}: prefetch supports only {', '.join(MODELS)}")
     groups = {"model": (model["init_args"], MODELS[name])}
     groups |= {group: (config[group], options) for group, options in GROUPS.items() if config[group] is not None}
     seen: set[Download] = set()
@@ -144,7 +144,7 @@ def wanted(config: Any) -> Iterator[Wanted]:
 
 
 class PrefetchCLI(ParsingCLI):
-    """Parses what `flextok fit` takes, builds nothing of it, and fetches."""
+    """Parses the options of `flextok fit`, and fetches without building anything."""
 
     command = "prefetch"
 
@@ -154,7 +154,7 @@ class PrefetchCLI(ParsingCLI):
         parser.add_class_arguments(PrefetchOptions, None)
 
     def run(self) -> None:
-        """Fetch, or look."""
+        """Fetch or check."""
         prefetch(list(wanted(self.config)), self.config.to, self.config.check)
 
 
@@ -164,10 +164,10 @@ def run(command: str, arguments: Sequence[str]) -> None:
 
 
 def prefetch(items: Sequence[Wanted], to: str | None = None, check: bool = False) -> None:
-    """Fetch the items into a folder, or say which of them are there; a line for each.
+    """Fetch the items into a folder, or check which of them are there; print a line for each.
 
     Raises:
-        UserError: some are missing; the others have come.
+        UserError: some are missing; the others have been fetched.
     """
     folder = None if to is None else Path(to).expanduser().absolute()
     places = Places.usual() if folder is None else Places.below(folder)
@@ -179,12 +179,12 @@ def prefetch(items: Sequence[Wanted], to: str | None = None, check: bool = False
         _explain(items, places, folder)
     if missing:
         names = ", ".join(item.download.title for item in missing)
-        remedy = "run it without --check where there is a network" if check else "run the same command again"
+        remedy = "run it without --check on a machine with a network" if check else "run the same command again"
         raise UserError(f"{len(missing)} of {len(items)} are missing: {names}; {remedy}")
 
 
 def _bring(item: Wanted, places: Places) -> bool:
-    """Fetch one item; whether it is there now."""
+    """Fetch one item; return whether it is there now."""
     option, download = item
     try:
         if isinstance(download, SetCopy) and places.data is None:
@@ -193,16 +193,16 @@ def _bring(item: Wanted, places: Places) -> bool:
         if not _is_complete(before):
             say(f"{option}: fetching {download.title}, {_size(before)} ...")
             download.fetch(places)
-        came = "came" if not _is_complete(before) else "is here"
+        came = "fetched" if not _is_complete(before) else "is here"
         print(f"{option}: {download.title}: {came}, {_size(download.parts(places))}", flush=True)
-    except Exception as error:  # those of several network libraries; the other items shall come
+    except Exception as error:  # several network libraries, each with its own errors; go on with the other items
         print(f"{option}: {download.title}: failed, {type(error).__name__}: {error}", flush=True)
         return False
     return True
 
 
 def _look(item: Wanted, places: Places) -> bool:
-    """Say what there is of one item; whether it is complete."""
+    """Print what is there of one item; return whether it is complete."""
     option, download = item
     try:
         parts = download.parts(places)
@@ -222,7 +222,7 @@ def _is_complete(parts: Sequence[Part]) -> bool:
 
 
 def _size(parts: Sequence[Part]) -> str:
-    """Of all parts together."""
+    """Size of all parts together."""
     known = [part.size for part in parts if part.size is not None]
     if not known:
         return "of unknown size"
@@ -234,7 +234,7 @@ def _size(parts: Sequence[Part]) -> str:
 
 
 def _explain(items: Sequence[Wanted], places: Places, folder: Path) -> None:
-    """How a machine without a network takes what is in the folder."""
+    """Print how a machine without a network uses the files in the folder."""
     print("\nOn a machine without a network:")
     for name, value in environment(folder).items():
         print(f"  export {name}={shlex.quote(value)}")

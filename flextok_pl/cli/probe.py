@@ -1,4 +1,4 @@
-"""`flextok probe`: how well the class can be read off the first k tokens by a linear classifier."""
+"""`flextok probe`: measure how well a linear classifier predicts the class from the first k tokens."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def probe_tokens(
 ) -> None:
     """Fit a linear classifier to the codes of the first k tokens, and measure its accuracy on other pictures.
 
-    The tokenizer is frozen; the codes of k tokens are concatenated, standardised, and classified by the minimum of
-    cross-entropy, in which classes weigh the same, and a quadratic penalty.
+    The tokenizer is frozen. The codes of k tokens are concatenated and standardised. The classifier minimises
+    cross-entropy, in which all classes weigh the same, plus a quadratic penalty.
 
     Args:
-        train: shard set with classes to fit on, of images or of this tokenizer's tokens.
-        val: shard set to measure on, likewise.
+        train: shard set with classes to fit on: images, or tokens of this tokenizer.
+        val: shard set to measure on, of images or tokens as well.
         tokenizer: a `.safetensors` file, a folder or a Hub id.
         budgets: numbers of tokens, such as 1,4,16,64; default 1, 2, 4, ... up to all.
         l2: strength of the penalty.
-        batch_size: pictures at a time.
+        batch_size: pictures per batch.
         num_workers: processes that decode pictures.
-        json: file for the records.
-        device: default a GPU where there is one.
+        json: file to write the records to.
+        device: default a GPU if available.
     """
     place = default_device(device)
     tok = FlexTok.from_pretrained(tokenizer, device=place)
@@ -51,7 +51,7 @@ def probe_tokens(
     first, other = (load_indices(source)[0] for source in (train, val))
     classes = first.classes
     if not classes or not other.classes:
-        raise ValueError(f"train={train!r} and val={val!r} need classes, and one has none")
+        raise ValueError(f"train={train!r} and val={val!r} both need classes, and one has none")
     require_same_classes(first, other)
     fitted, tested = (_codes(tok, source, batch_size, num_workers) for source in (train, val))
     rows, records = [], []
@@ -76,15 +76,15 @@ def probe_tokens(
     print(format_columns([["tokens", "accuracy", "balanced accuracy"], *rows]))
     share = protocol["largest_class"]
     print(
-        f"{len(tested[1])} pictures of {len(classes)} classes, fitted to {len(fitted[1])}; naming the largest class "
-        f"always would reach {share:.2f} and {1 / len(classes):.2f}"
+        f"{len(tested[1])} pictures of {len(classes)} classes, fitted to {len(fitted[1])}; always naming the largest "
+        f"class would reach {share:.2f} and {1 / len(classes):.2f}"
     )
     if json is not None:
         write_json(records, Path(json).expanduser())
 
 
 def _accuracy(classifier: LinearProbe, features: Tensor, labels: Tensor) -> dict[str, float]:
-    """Share of the samples that are classified right, and the mean of the classes' shares."""
+    """Share of the samples that are classified correctly, and the mean of this share over classes."""
     right = classifier.probabilities(features, features).argmax(1) == labels
     shares = [float(right[labels == label].float().mean()) for label in torch.unique(labels)]
     return {

@@ -1,4 +1,4 @@
-"""`flextok push`: a model to the Hugging Face Hub, with a card from its run's records."""
+"""`flextok push`: publish a model on the Hugging Face Hub, with a card from its run's records."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ def push_model(
     out: str | None = None,
     **options: Any,
 ) -> None:
-    """Publish a model on the Hugging Face Hub with a model card; without `--send` only show what would go there.
+    """Publish a model on the Hugging Face Hub with a model card; without `--send`, only show what it would send.
 
-    Shown are repository, visibility, files with their sizes, and the text of the card, which is written from what the
-    run and its evaluations have recorded. All files go in one commit, with the token in HF_TOKEN or that of
-    `hf auth login`.
+    Shows the repository, its visibility, the files with their sizes, and the text of the card. The card is written from
+    the records of the run and its evaluations. All files go in one commit, with the token in HF_TOKEN or that of `hf
+    auth login`.
 
     Args:
-        source: the folder of a run, a `.safetensors` file, or a folder with a model: a tokenizer, a prior or an
+        source: folder of a run, a `.safetensors` file, or a folder with a model: a tokenizer, a prior or an
             autoencoder.
-        repository: `OWNER/NAME`; it is made where there is none.
-        send: send it. By default nothing leaves this machine.
-        records: folder that `flextok test` has left; by default that of the run, or the newest one beside it whose
-            records are of these weights.
-        tokenizer: of a prior: Hub id of the tokenizer whose tokens it knows, for its file and its card.
-        half: weights in half precision, for half the size.
+        repository: `OWNER/NAME`; created if it does not exist.
+        send: send the files. By default nothing leaves this machine.
+        records: folder that `flextok test` wrote; default that of the run, or the newest one beside it with records of
+            these weights.
+        tokenizer: for a prior: Hub id of the tokenizer of its tokens, for its file and its card.
+        half: store weights in half precision, for half the size.
         format: `official` for the published code of tokenizers, `flexar` for that of priors.
-        max_shard_size: the largest file, such as `5GB`; a larger model becomes several with an index. Default 5 GB for
-            our format, and one file for the published ones, whose code reads no other.
-        out: folder that keeps what would go, to be looked at; it must be empty or new.
-        **options: those of `Publication`.
+        max_shard_size: size of the largest file, such as `5GB`; a larger model becomes several files with an index.
+            Default 5 GB for our format, and one file for the published formats, whose code reads only that.
+        out: folder that keeps the files, for you to inspect; it must be empty or new.
+        **options: options of `Publication`.
     """
-    given = Publication(repository=repository, **options)  # says what is missing before a model is read
+    given = Publication(repository=repository, **options)  # reports what is missing before a model is read
     model, run = _model(source)
     if tokenizer is not None:
         if not isinstance(model, Prior):
@@ -60,11 +60,11 @@ def push_model(
 
 
 def _model(source: str) -> tuple[Publishable, Path | None]:
-    """A model, and the folder of its run."""
+    """Load a model, and find the folder of its run."""
     place = Path(source).expanduser()
     for folder in (place / "vae", place):
         if (folder / "diffusion_pytorch_model.safetensors").is_file():
             return VAE.from_pretrained(folder), place
-    kinds: tuple[type[PretrainedModel], ...] = (Prior, FlexTok)  # the official format may be told by a file beside it
+    kinds: tuple[type[PretrainedModel], ...] = (Prior, FlexTok)  # a file beside it may mark the official format
     kind, file = kind_of(source, *kinds)
     return kind.from_pretrained(source), file.parent if place.exists() else None

@@ -1,4 +1,4 @@
-"""`flextok report`: what an evaluation left, as one self-contained HTML page."""
+"""`flextok report`: write the results of an evaluation as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ PICTURES = {
     },
     "gfid": {"gfid_grid.png": "Generated pictures at each budget: the first tokens of one sample per row"},
 }
-"""Pictures that an evaluation leaves -> their captions."""
+"""Pictures of an evaluation -> their captions."""
 
 NUMBERS = ("metric", "value", "num_tokens")
-"""What a record says beside its protocol."""
+"""Fields of a record beside its protocol."""
 
 FID = "frechet_inception_distance"
 
@@ -50,15 +50,15 @@ def write_report(folder: str, out: str | None = None, dataset: Literal["imagenet
     """Write one HTML page about a model: curves and tables by token budget, pictures, token statistics, protocol.
 
     Args:
-        folder: where a test left `rfid.json` or `gfid.json`.
-        out: the page; default `report.html` in that folder.
-        dataset: `imagenet256` says that the images were ImageNet's validation set at 256 px, so that the published FIDs
-            of other models are shown, too.
+        folder: folder in which a test left `rfid.json` or `gfid.json`.
+        out: HTML file to write; default `report.html` in that folder.
+        dataset: `imagenet256` states that the images are ImageNet's validation set at 256 px; the page then also shows
+            published FIDs of other models.
     """
     place = Path(folder).expanduser()
     results = {kind: read_records(place / f"{kind}.json") for kind in KINDS if (place / f"{kind}.json").is_file()}
     if not results:
-        raise ValueError(f"{place} holds no rfid.json and no gfid.json: run `flextok test` or `make eval-fid` first")
+        raise ValueError(f"{place} has neither rfid.json nor gfid.json: run `flextok test` or `make eval-fid` first")
     if dataset is not None:
         _check_comparable(results, dataset)
     sections = [_section(kind, records, place, dataset) for kind, records in results.items()]
@@ -75,7 +75,7 @@ def write_report(folder: str, out: str | None = None, dataset: Literal["imagenet
 
 
 def _check_comparable(results: Mapping[str, Sequence[Record]], dataset: str) -> None:
-    """Published FIDs are of Inception features and 50,000 pictures of 256 px."""
+    """Refuse to show published FIDs, of Inception features and 50,000 pictures of 256 px, beside other results."""
     for kind, records in results.items():
         first = records[0]
         size, count = first.get("image_size"), first.get("num_samples")
@@ -109,7 +109,7 @@ def _section(kind: str, records: Sequence[Record], place: Path, dataset: str | N
     ]
     if peers:
         rows = [[p["model"], str(p["num_tokens"]), str(p["value"]), p["source"], p["kind"]] for p in peers]
-        parts.append("<h3>Published elsewhere, under protocols of their own</h3>")
+        parts.append("<h3>Published values, each under its own protocol</h3>")
         parts.append(_table(["model", "tokens", kind, "source", "stated by"], rows))
     parts += [_picture(place / name, caption) for name, caption in PICTURES[kind].items()]
     parts.append(_protocol(records))
@@ -131,13 +131,13 @@ def _short_protocol(record: Record) -> str:
 
 
 def _curves(values: Mapping[int, Mapping[str, float]], peers: Sequence[Record]) -> str:
-    """The charts by budget, with other models' FIDs on that panel, as SVG."""
+    """The charts by budget as SVG, with other models' FIDs on their panel."""
     figure, panels = draw_budgets(values)
     for peer in peers:
         panels[FID].plot(peer["num_tokens"], peer["value"], "x", color="gray")
         panels[FID].annotate(peer["model"], (peer["num_tokens"], peer["value"]), fontsize=5, color="gray")
     text = io.StringIO()
-    with rc_context({"svg.hashsalt": "flextok"}):  # names within the drawing are otherwise drawn at random
+    with rc_context({"svg.hashsalt": "flextok"}):  # else the ids within the drawing are random
         FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})  # type: ignore[no-untyped-call]
     drawing = text.getvalue()
     return drawing[drawing.index("<svg") :]
@@ -148,7 +148,7 @@ def _tokens(records: Sequence[Record], place: Path) -> str:
     parts = [
         "<h2>Tokens</h2>",
         _table(["statistic", "value"], totals),
-        _picture(place / "codes.png", "Entropy of each position, and what its token tells about the class"),
+        _picture(place / "codes.png", "Entropy of each position, and its information about the class"),
         _protocol(records),
     ]
     return "\n".join(parts)
@@ -163,7 +163,7 @@ def _picture(file: Path, caption: str) -> str:
 
 
 def _protocol(records: Sequence[Record]) -> str:
-    """What all records have in common, and what only some metrics' say."""
+    """The protocol that all records share, and the fields that only some metrics state."""
     facts = {name: value for name, value in records[0].items() if all(r.get(name) == value for r in records)}
     rows = [[name, json.dumps(value)] for name, value in facts.items() if name not in NUMBERS]
     for record in records:

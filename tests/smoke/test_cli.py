@@ -73,7 +73,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 @pytest.mark.parametrize("arguments", [["nosuch"], ["data"], ["data", "nosuch"]])
 def test_unknown_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert f"error: {' '.join(arguments)!r} is none of the commands above" in error_of(capsys, *arguments)
+    assert f"error: {' '.join(arguments)!r} is not one of the commands above" in error_of(capsys, *arguments)
 
 
 def test_fit_resume_validate_test(tiny: Any, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

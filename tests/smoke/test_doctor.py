@@ -142,7 +142,7 @@ def test_curves_of_other_runs(pictures, tmp_path, capsys):
     assert diagnosed(runs[2], tmp_path, *few)[0]["reference"] == "ok"
     high = run_folder(tmp_path / "high", pictures, lines=logs(end=1.4))
     assert diagnosed(high, tmp_path, *few, status=3)[0]["reference"] == "wrong"
-    with pytest.raises(SystemExit, match=r"model\.seed=\[0, 0\]: give runs of different seeds"):
+    with pytest.raises(SystemExit, match=r"model\.seed=\[0, 0\]: give runs with different seeds"):
         main(["doctor", "reference", str(runs[0]), str(high), "--out", str(file)])
     other = run_folder(tmp_path / "other", pictures, lr=0.1, seed=7)
     with pytest.raises(SystemExit, match=r"model\.lr=0\.003, .* 0\.1: give runs of one experiment"):

@@ -163,7 +163,7 @@ def test_records_are_compared(tmp_path, emoji_folder, capsys):
     assert "differs in extractor" not in printed
     main(["compare", str(first), str(first)])
     assert "the protocols are the same" in capsys.readouterr().out
-    for content, complaint in (("[{}]", "no list of records"), ("[", "cannot be read as records")):
+    for content, complaint in (("[{}]", "is not a list of records"), ("[", "cannot be read as records")):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(SystemExit, match=complaint):
             main(["compare", str(first), str(tmp_path / "bad.json")])

@@ -207,7 +207,7 @@ def test_fsdp_spreads_what_lasts(plan) -> None:
         memory["gathered"] > 0 == memory["cast_weights"]
         and memory["scattered"] > 0 == ddp["recipe"]["memory"]["scattered"]
     )
-    assert fsdp["split"]["batch_size"] > 1 and "what fsdp has gathered" in text
+    assert fsdp["split"]["batch_size"] > 1 and "gathered by fsdp" in text
 
 
 def test_what_does_not_fit_is_told_how(plan) -> None:

@@ -71,7 +71,7 @@ def test_published_numbers_only_where_they_compare(folder, capsys):
 
 
 def test_nothing_to_report(tmp_path):
-    with pytest.raises(SystemExit, match=r"holds no rfid.json and no gfid.json: run .*make eval-fid"):
+    with pytest.raises(SystemExit, match=r"has neither rfid.json nor gfid.json: run .*make eval-fid"):
         main(["report", str(tmp_path)])
 
 

@@ -145,7 +145,7 @@ WRONG = [
     ("data folder", "tests README.md/shards", "dst=README.md/shards: nothing can be written there"),
     ("report", "nowhere", "folder=nowhere"),
     ("compare", "nowhere.json tests", "first=nowhere.json"),
-    ("data folders", "", "'data folders' is none of the commands above; did you mean data folder?"),
+    ("data folders", "", "'data folders' is not one of the commands above; did you mean data folder?"),
     ("fti", "", "did you mean fit?"),
 ]
 

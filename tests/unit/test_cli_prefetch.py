@@ -131,10 +131,10 @@ def test_a_failure_names_the_item_and_stops_no_other(tmp_path: Path, capsys: pyt
         prefetch(items, str(tmp_path))
     said = capsys.readouterr().out
     assert "model.vae: a/vae: failed, ConnectionError: no route to host" in said
-    assert "rfid.extractor: an/extractor: came, 1.23 MB" in said
+    assert "rfid.extractor: an/extractor: fetched, 1.23 MB" in said
     prefetch(items)
     said = capsys.readouterr().out
-    assert "a/vae: came" in said and "an/extractor: is here" in said and "export" not in said
+    assert "a/vae: fetched" in said and "an/extractor: is here" in said and "export" not in said
     prefetch(items, str(tmp_path), check=True)
     prefetch([], str(tmp_path))
     assert capsys.readouterr().out.endswith("this experiment fetches nothing\n")

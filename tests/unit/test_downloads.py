@@ -87,7 +87,7 @@ def test_a_file_comes_once_and_goes_on_where_it_stopped(server: tuple[str, type[
     assert file.parts(places) == [Part(file.name, len(Files.content), False)]
     handler.breaks_after = 1000
     with pytest.raises(
-        OSError, match=r"net-.* the connection ended after 1,000 of 10,240 bytes; again, and it goes on"
+        OSError, match=r"net-.* the connection ended after 1,000 of 10,240 bytes; run it again to continue"
     ):
         file.fetch(places)
     handler.breaks_after = None
@@ -122,7 +122,7 @@ def test_a_part_that_is_whole_is_taken(server: tuple[str, type[Files]], tmp_path
 def test_what_is_damaged_is_not_kept(server: tuple[str, type[Files]], tmp_path: Path) -> None:
     address, _ = server
     places, file = Places.below(tmp_path), UrlFile(f"{address}/net-00000000.pth")
-    with pytest.raises(OSError, match=rf"what came has the SHA-256 {digest()[:16]}\.\.\., and not 00000000"):
+    with pytest.raises(OSError, match=rf"the file has SHA-256 {digest()[:16]}\.\.\., expected 00000000"):
         file.fetch(places)
     assert not [each for each in (tmp_path / "torch" / "hub" / "checkpoints").iterdir() if each.suffix != ".lock"]
 
