@@ -1,4 +1,4 @@
-"""What the folder of a run holds: its options, what it has logged, its checkpoint and its finished model."""
+"""Reads the folder of a run: its options, logs, checkpoint and finished model."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ OF_BATCHES = {
     "data": ("batch_size", "image_size"),
     "trainer": ("accumulate_grad_batches", "max_steps", "precision", "gradient_clip_val"),
 }
-"""Group -> its options that decide about a loss beside those of the model."""
+"""Group -> its options that decide about a loss, beside those of the model."""
 
 
 @dataclass(frozen=True)
 class RunContents:
-    """The folder of a run, by `open`."""
+    """The folder of a run; `open` reads one."""
 
     folder: Path
-    config: Mapping[str, Any]  # as its config.yaml, or what the checkpoint tells of it
-    checkpoint: Path | None  # the newest whole one
+    config: Mapping[str, Any]  # from its config.yaml, or else from the checkpoint
+    checkpoint: Path | None  # the newest complete one
     curves: Mapping[str, Curve]
 
     @classmethod
     def open(cls, folder: Path) -> RunContents:
-        """Read the folder of a run, in which a training may still go on.
+        """Read the folder of a run, also while it trains.
 
         Raises:
-            ValueError: it is none.
+            ValueError: it is not the folder of a run.
         """
         checkpoints = folder / "checkpoints"
         checkpoint = newest_intact(checkpoints, contents=False) if checkpoints.is_dir() else None
@@ -62,15 +62,15 @@ class RunContents:
             config = _config_of(without_tensors(checkpoint))
         else:
             raise ValueError(
-                f"run={folder} is no folder of a run: it has no config.yaml and no checkpoint; give one such as "
-                "runs/tokenizer/demo/version_0"
+                f"run={folder} is not the folder of a run: it has neither config.yaml nor a checkpoint; give one such "
+                "as runs/tokenizer/demo/version_0"
             )
         if not isinstance(config.get("model"), dict):
-            raise ValueError(f"{file} holds no options of a training: there is no group `model`")
+            raise ValueError(f"{file} is not the configuration of a training: it has no group `model`")
         return cls(folder, config, checkpoint, read_curves(folder))
 
     def group(self, name: str) -> Mapping[str, Any]:
-        """A group of options; empty where it is left out."""
+        """A group of options; empty if it is left out."""
         found = self.config.get(name)
         return found if isinstance(found, dict) else {}
 
@@ -81,12 +81,12 @@ class RunContents:
 
     @property
     def net(self) -> Mapping[str, Any]:
-        """Those of its network."""
+        """The options of its network."""
         return self.model.get("net") or {}
 
     @property
     def kind(self) -> Kind:
-        """What is trained."""
+        """What the run trains."""
         return KINDS.get(str(self.group("model").get("class_path")).rpartition(".")[2], "other")
 
     @property
@@ -101,14 +101,14 @@ class RunContents:
 
     @cached_property
     def steps(self) -> int:
-        """Optimizer steps that are done, as far as logs and checkpoint tell."""
+        """Finished optimizer steps, according to logs and checkpoint."""
         logged = [self.curves["train/loss"][-1][0] + 1] if "train/loss" in self.curves else []
         saved = [] if self.checkpoint is None else [int(without_tensors(self.checkpoint)["global_step"])]
         return max([*logged, *saved], default=0)
 
     @property
     def max_steps(self) -> int | None:
-        """Optimizer steps of the whole training, where its options say so."""
+        """Optimizer steps of the whole training, if its options state them."""
         steps = self.group("trainer").get("max_steps")
         return steps if isinstance(steps, int) and steps > 0 else None
 
@@ -121,17 +121,17 @@ class RunContents:
         return found
 
     def curve(self, name: str) -> Curve:
-        """What is logged under this name, or nothing."""
+        """The values logged under this name; empty if there are none."""
         return self.curves.get(name, [])
 
     @property
     def learning_rates(self) -> Curve:
-        """The learning rate of the group of weights that has the largest, as the monitor or the module logs it."""
+        """The learning rate of the weight group that has the largest, as the monitor or the module logs it."""
         found = [curve for name, curve in self.curves.items() if name.startswith("lr-") or name == "train/lr"]
         return max(found, key=lambda curve: max(rate for _, rate in curve), default=[])
 
     def facts(self, val_samples: int | None) -> Facts:
-        """What the checks of logged values need."""
+        """The facts that checks of logged values need."""
         levels, ema = self.net.get("fsq_levels"), self.group("ema")
         rates = []
         if self.kind == "tokenizer" and "null_dropout" in self.net:
@@ -148,14 +148,14 @@ class RunContents:
         )
 
     def errors_by_budget(self) -> dict[int, float]:
-        """Squared error by budget, of the last test, or else of the last validation that has left records."""
+        """Squared error by budget, of the last test, or else of the last validation that left records."""
         for file in (self.folder / "rfid.json", self.folder / "rfid_fit" / "rfid.json"):
             if file.is_file():
                 return {int(r["num_tokens"]): float(r["value"]) for r in read_records(file) if r["metric"] == "mse"}
         return {}
 
     def tokenizer(self) -> FlexTok | None:
-        """The trained tokenizer: the exported one, or that of the newest checkpoint; None without either."""
+        """The trained tokenizer, exported or from the newest checkpoint; None without either."""
         file = self.folder / "tokenizer.safetensors"
         if file.is_file():
             return FlexTok.from_pretrained(file)
@@ -170,24 +170,24 @@ class RunContents:
         return VAE.from_pretrained(folder) if folder.is_dir() else None
 
     def states(self) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-        """The averaged and the raw weights of the newest checkpoint; None where it has no average."""
+        """The averaged and the raw weights of the newest checkpoint; None if it has no average."""
         if self.checkpoint is None or self.checkpoint.is_dir():
             return None
         held = without_tensors(self.checkpoint)
         return (held["state_dict"], held[CURRENT_STATE]) if held.get(CURRENT_STATE) else None
 
     def data(self, source: str | None, samples: int) -> ShardDataModule:
-        """Pictures to look at: `source`, or else those of the run's validation, of the size that it has them in.
+        """Pictures to run the model on: `source`, or else those of the run's validation, at their size there.
 
         Raises:
-            ValueError: they are not there.
+            ValueError: they do not exist.
         """
         own = self.group("data")
         chosen = source or own.get("val")
         if chosen is None:
             raise ValueError("the run names no validation set: give --data")
         if isinstance(chosen, str) and "://" not in chosen and not Path(chosen).expanduser().exists():
-            raise ValueError(f"{chosen} is not there: start the command where the training was started, or give --data")
+            raise ValueError(f"{chosen} does not exist: run this where the training was started, or give --data")
         size = own.get("image_size")
         if size is None and self.kind == "tokenizer" and (tok := self.tokenizer()) is not None:
             size = picture_size(tok)
@@ -201,18 +201,18 @@ class RunContents:
 
 
 def planned_speed(file: Path) -> float:
-    """Images per second of a plan that `flextok plan --json` has written."""
+    """Read images per second from a plan that `flextok plan --json` wrote."""
     try:
         planned = json.loads(file.read_text(encoding="utf-8"))["images_per_s"]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"plan={file} is no file that `flextok plan --json` has written: {error!r}") from error
+        raise ValueError(f"plan={file} was not written by `flextok plan --json`: {error!r}") from error
     if not planned:
-        raise ValueError(f"plan={file} knows no time: the machine has no known peak; plan again with --peak_tflops")
+        raise ValueError(f"plan={file} has no time: the machine's peak is unknown; plan again with --peak_tflops")
     return float(planned)
 
 
 def _config_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """As far as a checkpoint tells what a program without a config.yaml has trained."""
+    """The options of a training without a config.yaml, as far as its checkpoint holds them."""
     options = dict(checkpoint.get("hyper_parameters", {}))
     net = options.get("net") or {}
     marks = {"fsq_levels": "TokenizerModule", "num_classes": "PriorModule", "block_out_channels": "VAEModule"}

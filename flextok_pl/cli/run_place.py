@@ -1,4 +1,4 @@
-"""Where a run's results go: `<save_dir>/<experiment>/version_<n>`, whichever loggers it has."""
+"""Chooses where a run's results go: `<save_dir>/<experiment>/version_<n>`, whichever loggers it has."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ from flextok_pl.progress import say
 from flextok_pl.sharing.run import TRAINING
 
 IN_FOLDERS = (TensorBoardLogger, CSVLogger)
-"""Loggers that keep what is logged in the run's folder."""
+"""Loggers that write into the run's folder."""
 
 IDENTITY = {"WandbLogger": "id", "MLFlowLogger": "run_id", "CometLogger": "experiment_key"}
-"""Logger of a service -> the option by which it goes on with a run of that."""
+"""Logger of a service -> its option that continues a run of the service."""
 
 NUMBERED = r"version_(\d+)"
-"""Folder of a run that has a number."""
+"""Numbered folder of a run."""
 
 IDENTITIES = "loggers.json"
-"""File of a run's folder: class of a logger -> the service's name of the run."""
+"""File in a run's folder: class of a logger -> the service's name of the run."""
 
 OF_A_START = re.compile(r"config\.yaml|hparams\.yaml|metrics\.csv|loggers\.json|events\.out\.tfevents\..*")
-"""What a run's folder holds before its first batch."""
+"""Contents of a run's folder before its first batch."""
 
 
 class RunPlace:
     """The folder of a run.
 
-    Loggers that write into a folder (TensorBoard's and the CSV logger) get this one, and their options say where it is:
-    `save_dir`, `name` (default the experiment's) and `version` (default the next free number). For other loggers it
-    lies below their `save_dir`, and without one below `trainer.default_root_dir`, default `runs`.
+    Loggers that write into a folder (TensorBoard's and the CSV logger) get this one. Their options choose it:
+    `save_dir`, `name` (default the experiment's) and `version` (default the next free number). With other loggers it is
+    below their `save_dir`; without a logger, below `trainer.default_root_dir`, default `runs`.
 
-    `trainer` are the parsed options of the trainer, in which loggers without a name get the experiment's. `run` names
-    the run with any logger; None for what `version` says. `parent` is the experiment's folder; `version` is the number
-    or name of the run, or None for a new one, which `settle` then numbers.
+    `trainer` holds the parsed options of the trainer; its loggers without a name get the experiment's. `run` names the
+    run with any logger; None leaves that to `version`. `parent` is the experiment's folder. `version` is the number or
+    name of the run, or None for a new one, which `settle` then numbers.
     """
 
     def __init__(self, trainer: Namespace, experiment: str, run: str | None = None) -> None:
@@ -84,9 +84,9 @@ class RunPlace:
         return self.parent / (f"version_{self.version}" if isinstance(self.version, int) else self.version)
 
     def last_checkpoints(self, goes_on: bool) -> str | None:
-        """The checkpoints' folder of this run, or, where it has no name, of the run that wrote the newest checkpoint.
+        """The checkpoints' folder of this run, or, if it has no name, of the run that wrote the newest checkpoint.
 
-        If it goes on, this run becomes that one; else it gets a new number. Where there is no checkpoint, say so.
+        If it goes on, this run becomes that one; else it gets a new number. Prints a line if there is no checkpoint.
         """
         runs = self.parent.glob("*") if self.version is None else [self.folder]
         files = [file for run in runs for file in run.glob("checkpoints/*.ckpt") if file.exists()]
@@ -100,19 +100,19 @@ class RunPlace:
         return str(run / "checkpoints")
 
     def settle(self, go_on: bool) -> None:
-        """Choose the folder, and refuse one that holds a run already unless this may go on."""
+        """Choose the folder; refuse one that already holds a run, unless this one may go on with it."""
         if self.version is None:
             found = [re.fullmatch(NUMBERED, folder.name) for folder in self.parent.glob("version_*")]
             self.version = max((int(match[1]) for match in found if match is not None), default=-1) + 1
         if not go_on and (self.folder / "config.yaml").exists():
             raise UserError(
-                f"{self.folder} holds a run already; go on with it (--ckpt_path last), or give another --run (or "
+                f"{self.folder} already holds a run; go on with it (--ckpt_path last), or give another --run (or "
                 "trainer.logger.init_args.version)"
             )
 
     @contextmanager
     def told_to_the_trainer(self) -> Iterator[None]:
-        """Let the trainer's options name the folder and the services' runs for a while, then be as they were."""
+        """Let the trainer's options name the folder and the services' runs for a while, then restore them."""
         trainer, before = self._trainer, deepcopy((self._trainer.logger, self._trainer.default_root_dir))
         file = self.folder / IDENTITIES
         known = json.loads(file.read_text()) if file.is_file() else {}
@@ -138,7 +138,7 @@ class RunPlace:
 
     @rank_zero_only
     def _keep_earlier_metrics(self) -> None:
-        """Put the CSV logger's file of a run that goes on aside: the logger begins with an empty one."""
+        """Move the CSV logger's file of a run that goes on aside: the logger starts with an empty one."""
         file = self.folder / "metrics.csv"
         if file.is_file():
             number = len(list(self.folder.glob("metrics_*.csv")))
@@ -146,7 +146,7 @@ class RunPlace:
 
     @contextmanager
     def left_clean(self, record: RunRecord | None) -> Iterator[None]:
-        """Remove a new folder again, where the run ends with an error before its first batch."""
+        """Remove a new folder again if the run fails before its first batch."""
         existed = self.folder.exists()
         try:
             yield
@@ -169,19 +169,19 @@ class RunPlace:
 
 
 def _chosen_folder(logger: Namespace) -> str | None:
-    """The `save_dir` of a logger, but for the one that its class has by default, such as `./mlruns`."""
+    """The `save_dir` of a logger, unless it is the default of its class, such as `./mlruns`."""
     given = logger.get("init_args", {}).get("save_dir")
     usual = inspect.signature(resolve_name(logger.class_path)).parameters.get("save_dir")
     return None if given is None or (usual is not None and str(given) == usual.default) else str(given)
 
 
 class RunRecord(SaveConfigCallback):
-    """Writes a run's `config.yaml`, and the names that services have for it, and says what starts."""
+    """Writes a run's `config.yaml` and the services' names for it, and prints what starts."""
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, title: str) -> None:
         super().__init__(parser, config)
         self.title = title
-        # Whether the run has come to its first batch, in any process of this machine.
+        # Whether the run has reached its first batch, in any process of this machine.
         self.used = torch.zeros((), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
         self._started: tuple[float, int, Path] | None = None  # clock, step and folder of the training's start
 
@@ -199,7 +199,7 @@ class RunRecord(SaveConfigCallback):
         self.already_saved = True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what is trained, where, and where its results go."""
+        """Print what is trained, where, and where its results go."""
         folder = run_folder(trainer)
         if not trainer.is_global_zero:
             return
@@ -214,12 +214,12 @@ class RunRecord(SaveConfigCallback):
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count what the training costs."""
+        """Start to count the cost of the training."""
         self._started = (time.monotonic(), trainer.global_step, run_folder(trainer))
 
     @rank_zero_only
     def _note_cost(self, trainer: Trainer) -> None:
-        """Add what this start of the training has cost to `training.json`, for the model card."""
+        """Add the cost of this start of the training to `training.json`, for the model card."""
         if self._started is None or not self.used:
             return
         (began, first, folder), self._started = self._started, None
@@ -235,15 +235,15 @@ class RunRecord(SaveConfigCallback):
         try:
             known = json.loads(file.read_text())["attempts"] if file.is_file() else []
             write_file(file, json.dumps({"attempts": [*known, attempt]}, indent=1) + "\n")
-        except (OSError, ValueError, LookupError) as error:  # no reason to lose what has been trained
-            say(f"{file} does not get the cost of this training: {error}")
+        except (OSError, ValueError, LookupError) as error:  # this must not end a training
+            say(f"{file}: the cost of this training cannot be added: {error}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record what it has cost."""
+        """Record the cost."""
         self._note_cost(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Record what it has cost until now."""
+        """Record the cost until now."""
         self._note_cost(trainer)
 
     def _use(self, trainer: Trainer, *_: Any, **__: Any) -> None:

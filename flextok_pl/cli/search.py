@@ -1,4 +1,4 @@
-"""`flextok search`: images found by a search at test time; `flextok search measure`: their quality and cost."""
+"""`flextok search`: find images by a search at test time; `flextok search measure`: measure their quality and cost."""
 
 from __future__ import annotations
 
@@ -36,38 +36,38 @@ from flextok_pl.search.records import RunFolder, mean_score
 from flextok_pl.search.verifier_options import VerifierOptions, build_verifiers
 
 UNIFORM = "uniform"
-"""In place of a prior: every token is as likely."""
+"""In place of a prior: every token is equally likely."""
 
 NOT_RECORDED = ("decoding", "decode_batch_size")
-"""Options of a search that records state in another way, or that change no result."""
+"""Options of a search that are recorded in another way, or that do not change the result."""
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Search for the tokens whose images a verifier likes best, for each of some classes or texts.
+    """Search for tokens whose images score best with a verifier, for given classes or texts.
 
-    Candidates are judged while they have few tokens: a prefix is already a picture. What is drawn depends on seed,
-    condition and number of a candidate only. Given again after a kill, the command goes on after the last step;
-    torchrun or srun may start it several times, and each process takes a part of the prompts. Then the folder holds
-    `images` in the layout of GenEval, `search.jsonl` with a record for each prompt, and `trees`, pictures of what each
-    step kept. `--num_steps`, `--guidance`, `--guidance_scale` and `--guidance_interval` may be given without the word
-    `decoding`; their defaults are what the tokenizer was made for, where it says.
+    A prefix of the tokens is already a picture, so candidates are scored while they have few tokens. Draws depend only
+    on the seed, the condition and the number of a candidate. After a kill, run the same command again to continue after
+    the last step. With torchrun or srun each process takes a part of the prompts. The folder then holds `images` in the
+    layout of GenEval, `search.jsonl` with a record for each prompt, and `trees`, pictures of what each step kept. You
+    may give `--num_steps`, `--guidance`, `--guidance_scale` and `--guidance_interval` without the word `decoding`; they
+    default to the tokenizer's own settings, if it has any.
 
     Args:
-        classes: number or name of a class, for a prior of classes (or `--class`, once or several times); default all
-            of up to 16 classes, else the first 8.
-        texts: a text, for a prior of texts (or `--text`, once or several times).
+        classes: number or name of a class, for a class prior; `--class` may be given several times. Default all classes
+            of up to 16, else the first 8.
+        texts: a text, for a text prior; `--text` may be given several times.
         prompts: a file in place of them: lines (`.txt`), GenEval's prompts (`.jsonl`) or COCO's captions (`.json`); or
             a shard set, for its captions and classes.
-        limit: how many of its prompts, the first ones; default all.
-        samples: searches for each prompt, with different draws.
-        prior: a file, folder or Hub id, or `uniform` for none: every token is as likely; default the demo prior.
-            What a published prior's configuration names is the default of guidance, sampling and decoding.
-        tokenizer: the tokenizer whose tokens it knows; default the one that the prior names, else the demo tokenizer.
-        text_encoder: in place of the prior's own, such as a local copy of it.
-        trees: draw what each step kept, for so many prompts, the first ones; which decodes that once more.
-        out: folder of the results.
-        device: default a GPU where there is one.
+        limit: number of its prompts to use, from the first; default all.
+        samples: searches per prompt, with different draws.
+        prior: a file, folder or Hub id, or `uniform` for equally likely tokens; default the demo prior. The
+            configuration of a published prior sets the defaults of guidance, sampling and decoding.
+        tokenizer: tokenizer of the prior's tokens; default the one that the prior names, else the demo tokenizer.
+        text_encoder: replaces the prior's own, for example by a local copy of it.
+        trees: number of prompts, from the first, to draw the kept candidates of; this decodes them once more.
+        out: folder for the results.
+        device: default a GPU if available.
     """
 
     classes: list[str] | None = None
@@ -97,7 +97,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
 
 
 def with_defaults(options: SearchOptions, models: Models, given: Collection[str]) -> SearchOptions:
-    """The options, with those of a published prior, and the tokenizer's own decoding, where none is given."""
+    """Complete the options by those of a published prior and the tokenizer's own decoding, where none is given."""
     names = {each.name for each in fields(Decoding)}
     asked = {name: getattr(options.decoding, name) for name in names.intersection(given)}
     decoding = chosen_decoding(models.tokenizer.config, chosen_decoding(models.published, options.decoding), **asked)
@@ -107,7 +107,7 @@ def with_defaults(options: SearchOptions, models: Models, given: Collection[str]
 
 
 def search_images(models: Models, given: RunOptions, options: SearchOptions, verifiers: VerifierOptions) -> None:
-    """Search as options say, and print where the results are."""
+    """Search with these options, and print where the results are."""
     file = None if given.prompts is None else Path(given.prompts).expanduser()
     prompts = prompts_from_options(models.known, given.classes, given.texts, file, given.limit, given.samples)
     tok = models.tokenizer
@@ -130,7 +130,7 @@ def search_images(models: Models, given: RunOptions, options: SearchOptions, ver
 
 
 def load_models(given: RunOptions) -> Models:
-    """The prior and the tokenizer that options name."""
+    """Load the prior and the tokenizer that the options name."""
     place = default_device(given.device)
     if given.prior == UNIFORM:
         path = given.tokenizer or str(DEMO_TOKENIZER)
@@ -156,13 +156,13 @@ def load_models(given: RunOptions) -> Models:
 
 
 def _named(model: str) -> str:
-    """The name of a model, whole where it is a file's."""
+    """The name of a model; of a file, the absolute path."""
     file = Path(model).expanduser()
     return str(file.resolve()) if file.exists() else model
 
 
 def _given(options: VerifierOptions) -> dict[str, Any]:
-    """The options that are not the default, and change what it is."""
+    """The options that differ from their default and affect the result."""
     given = {each.name: getattr(options, each.name) for each in fields(options) if each.name != "classifier_cache"}
     defaults = {each.name: each.default for each in fields(options)}
     return {name: value for name, value in given.items() if value != defaults[name]}
@@ -191,29 +191,29 @@ def measure_searches(
     out: str = "runs/quality",
     device: str | None = None,
 ) -> None:
-    """Measure the best image of each prompt of finished searches, and draw quality against what the searches cost.
+    """Measure the best image of each prompt of finished searches, and draw quality against cost.
 
-    Agreement with the class that was asked for, CLIP score, Frechet and kernel distance, precision and recall: each
-    where its option is given. The classifier should not be the one that the search has optimised. Writes
-    `quality.json`, a record for each number, and `quality.png`: a panel for each metric, a line for each way to search,
-    points for runs of different sizes, with their spread over seeds.
+    Measures agreement with the requested class, CLIP score, Frechet and kernel distance, precision and recall, each if
+    its option is given. Do not use the classifier that the search optimised. Writes `quality.json` with a record for
+    each number, and `quality.png` with a panel for each metric, a line for each way to search, and points for runs of
+    different sizes with their spread over seeds.
 
     Args:
-        runs: folders that `flextok search` has written.
-        reference: real pictures for the distances: a folder, a shard set or a pattern of them, or a `.npz` file.
-        classifier: judges whether an image shows its class: `probe`, a linear classifier that is fitted to the
-            extractor's features of `classifier_data` and of its reconstructions, or a timm model.
-        classifier_data: shard set of real images with classes, for the probe.
+        runs: folders that `flextok search` wrote.
+        reference: real pictures for the distances: a folder, a shard set or a pattern of shard sets, or a `.npz` file.
+        classifier: decides whether an image shows its class: `probe`, a linear classifier fitted to the extractor's
+            features of `classifier_data` and of its reconstructions, or a timm model.
+        classifier_data: shard set of real images with classes, to fit the probe to.
         classifier_weights: local weights file of a timm classifier.
         clip: Hub id or folder of a CLIP model, to score images against texts.
         extractor: feature network of distances and of the probe: `effnet-lite0` (offline), `inception-v3-compat` (FID),
             `dinov2-*` or `clip-*`.
-        weights: a local file with the extractor's weights.
-        against: the cost on the plot's axis, per prompt.
-        batch_size: images at a time.
-        seed: of the kernel distance's subsets.
-        out: folder of the results.
-        device: default a GPU where there is one.
+        weights: local weights file of the extractor.
+        against: cost on the plot's axis, per prompt.
+        batch_size: images per batch.
+        seed: seed of the kernel distance's subsets.
+        out: folder for the results.
+        device: default a GPU if available.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
@@ -246,13 +246,13 @@ def measure_searches(
     print(f"{len(folders)} searches; records and the plot: {target}")
     if real is not None and not all(record["full_rank"] for record in records):
         print(
-            f"{network.metric_name} compares runs of as many images only: the covariance of a side with at most "
+            f"compare {network.metric_name} only between runs of as many images: the covariance of a side with at most "
             f"{network.dim} images is singular; prefer {network.kernel_metric_name}"
         )
 
 
 def _table(records: Sequence[Record], against: str) -> str:
-    """One row for each run."""
+    """Format one row for each run."""
     metrics = list(dict.fromkeys(record["metric"] for record in records))
     runs: dict[str, dict[str, Record]] = {}
     for record in records:
@@ -266,7 +266,7 @@ def _table(records: Sequence[Record], against: str) -> str:
 
 
 class _Judges:
-    """The classifier of each run: a probe has to know how the tokenizer's images look."""
+    """The classifier for each run; a probe is fitted to images of the run's tokenizer."""
 
     def __init__(
         self, network: FeatureExtractor, classifier: str | None, data: str | None, weights: str | None
@@ -276,17 +276,17 @@ class _Judges:
         self._probes: dict[str, Classifier] = {}
 
     def of(self, protocol: Mapping[str, Any]) -> Classifier | None:
-        """What judges a run of this protocol."""
+        """The classifier for a run with this protocol."""
         if self._data is None:
             return self._timm
         stated = {each.name: protocol[each.name] for each in fields(Decoding) if each.name in protocol}
-        decoding = Decoding(**stated)  # a record has no interval where that is all times
+        decoding = Decoding(**stated)  # a record states no interval if it is all times
         key = f"{protocol['tokenizer_hash']} {decoding}"
         if key not in self._probes:
             tok = FlexTok.from_pretrained(protocol["tokenizer"], device=self._network.device)
             if weights_hash(tok) != protocol["tokenizer_hash"]:
                 raise ValueError(
-                    f"tokenizer={protocol['tokenizer']!r} is not the one whose images were searched: put that back"
+                    f"tokenizer={protocol['tokenizer']!r} is not the one that the search used: restore that"
                 )
             size, names = picture_size(tok), protocol["class_names"]
             self._probes[key] = tokenizer_probe(

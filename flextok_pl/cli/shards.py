@@ -1,4 +1,4 @@
-"""`flextok data verify`, `stats` and `measure`: look at shard sets, and add the sizes of pictures to their index."""
+"""`flextok data verify`, `stats` and `measure`: check and describe shard sets, and add picture sizes to their index."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from flextok_pl.files import write_file
 
 
 def verify_shards(shards: str, duplicates: Literal["note", "fail"] = "note", num_workers: int | None = None) -> None:
-    """Read shard sets in full, and list everything that is wrong, by shard and key.
+    """Check shard sets in full, and list all errors by shard and key.
 
-    Index, sizes, checksums, tars, the samples' fields, labels, pictures and keys are checked, and pictures compared
-    with one another, byte for byte.
+    Checks index, sizes, checksums, tars, the samples' fields, labels, pictures and keys, and compares pictures with one
+    another, byte for byte.
 
     Args:
-        shards: folder of a shard set, or a pattern with `*` or `{train,val}`: pictures are compared among all its sets.
-        duplicates: `note` lists equal pictures, `fail` takes them for errors.
+        shards: folder of a shard set, or a pattern with `*` or `{train,val}`; pictures are compared across all its
+            sets.
+        duplicates: `note` lists equal pictures, `fail` counts them as errors.
         num_workers: processes; default one per core.
 
     Raises:
-        ShardError: something is wrong.
+        ShardError: there are errors.
     """
     check_choice("duplicates", duplicates, ("note", "fail"))
     folders = [path.parent if path.name == INDEX_NAME else path for path in matching_paths(shards)]
@@ -43,30 +44,30 @@ def verify_shards(shards: str, duplicates: Literal["note", "fail"] = "note", num
         print(f"duplicate: {finding}")
     print(
         f"{found.samples:,} samples in {found.shards:,} shards, {found.bytes / 2**20:,.1f} MiB: "
-        f"{len(found.findings)} things wrong, {len(found.duplicates)} duplicate pictures"
+        f"{len(found.findings)} errors, {len(found.duplicates)} duplicate pictures"
     )
     wrong = len(found.findings) + (len(found.duplicates) if duplicates == "fail" else 0)
     if wrong:
-        raise ShardError(f"{wrong} things are wrong in {shards}; they are listed above")
+        raise ShardError(f"{wrong} errors in {shards}, listed above")
 
 
 def measure_shards(shards: str, num_workers: int | None = None) -> None:
     """Add the sizes of all pictures to the index of shard sets that earlier releases wrote, for `data.shapes`.
 
-    The tars stay as they are, and sets that have the sizes are left alone.
+    Does not change the tars, and skips sets that already have the sizes.
 
     Args:
         shards: folder of a shard set of pictures, or a pattern with `*` or `{train,val}`.
         num_workers: processes; default one per core.
 
     Raises:
-        ShardError: a set has a picture that cannot be read, or was changed; it stays as it is.
+        ShardError: a picture cannot be read, or the set was changed; its index stays as it is.
     """
     for index in load_indices(shards):
         if all(shard.sizes for shard in index.shards):
-            print(f"{index.where} has the sizes of its {index.num_samples:,} pictures")
+            print(f"{index.where} already has the sizes of its {index.num_samples:,} pictures")
             continue
-        whole = ShardIndex.load(index.paths[0].parent)  # also where a pattern names some of its tars
+        whole = ShardIndex.load(index.paths[0].parent)  # even if a pattern names only some of its tars
         found = run_jobs(partial(_measured, whole), whole.shards, num_workers, str(index.folder), "shard")
         write_index(replace(whole, shards=tuple(found)))
         print(f"{index.where}: measured {whole.num_samples:,} pictures")
@@ -85,13 +86,13 @@ def _measured(index: ShardIndex, shard: ShardInfo) -> ShardInfo:
 def show_statistics(
     shards: str, json: str | None = None, pixel_samples: int = 1000, num_workers: int | None = None
 ) -> None:
-    """Show what is in shard sets: samples, classes, picture sizes, formats, captions, mean and deviation of pixels.
+    """Show statistics of shard sets: samples, classes, picture sizes, formats, captions, mean and deviation of pixels.
 
     Args:
-        shards: shard set, or a pattern of sets that are read together.
+        shards: shard set, or a pattern of sets, which are read together.
         json: file to write all numbers to.
-        pixel_samples: pictures, spread evenly, that are decoded for the mean and deviation of their pixels in [0, 1];
-            each counts alike, whatever its size.
+        pixel_samples: number of pictures, spread evenly, to decode for the mean and deviation of pixels in [0, 1]; each
+            picture counts equally, whatever its size.
         num_workers: processes; default one per core.
     """
     record = shard_statistics(load_indices(shards), pixel_samples, num_workers)
@@ -101,7 +102,7 @@ def show_statistics(
 
 
 def _lines(record: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """One line per number, or per spread of numbers."""
+    """Format one line per number, or per spread of numbers."""
     lines = []
     for name, value in record.items():
         label = f"{prefix}{name.replace('_', ' ')}"

@@ -1,4 +1,4 @@
-"""`flextok sweep` and `flextok sweep status`: searches over the options of an experiment."""
+"""`flextok sweep` and `flextok sweep status`: search over the options of an experiment."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ ONE_STEP = {
     "global_batch_size": None,
     "model.warmup_steps": 0,
 }
-"""Makes an experiment as short as possible: one step, one batch of each set, and all that is logged after it."""
+"""Options that make an experiment as short as possible: one step, one batch of each set, and all logs after it."""
 
 
 class CheckCLI(ParsingCLI):
-    """Parses what `flextok fit` takes, and checks network, global batch and that the training comes to a validation."""
+    """Parses the options of `flextok fit`, and checks network, global batch and that a validation takes place."""
 
     def run(self) -> None:
         """Check."""
@@ -73,7 +73,7 @@ class CheckCLI(ParsingCLI):
 
 @dataclass
 class SweepOptions:
-    """What belongs to this start of a sweep.
+    """Options of this start of a sweep.
 
     Args:
         dry_run: print the commands of the trials, and stop.
@@ -86,10 +86,10 @@ class SweepOptions:
 
 @dataclass
 class StatusOptions:
-    """What belongs to a look at a sweep.
+    """Options of `flextok sweep status`.
 
     Args:
-        watch: show the trials until all have ended.
+        watch: keep showing the trials until all have ended.
     """
 
     watch: bool = False
@@ -104,14 +104,14 @@ def run(command: str, arguments: Sequence[str]) -> None:
         _print_trials(sweep)
         return
     driver = Driver(sweep, lambda line: print(line, flush=True), check if rest["check"] else lambda sweep: None)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # it does what Ctrl-C does
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as for Ctrl-C
     try:
         driver.run()
     finally:
         signal.signal(signal.SIGTERM, before)
         write_results(sweep, driver.study)
     if not driver.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
-        raise UserError(f"no trial has come to its end; `flextok sweep status` says why, and {sweep.root}/*/log.txt")
+        raise UserError(f"no trial has finished; see `flextok sweep status` and {sweep.root}/*/log.txt for the reasons")
     print(f"results: {sweep.root / 'results.csv'}, and pictures beside it; `make tensorboard` shows the runs")
 
 
@@ -120,7 +120,7 @@ def status(command: str, arguments: Sequence[str]) -> None:
     sweep, rest = parse_sweep(sweep_parser(command, StatusOptions), arguments)
     study = find_study(sweep)
     if study is None:
-        raise UserError(f"{sweep.root} holds no sweep yet; start it by `flextok sweep FILE`")
+        raise UserError(f"{sweep.root} holds no sweep yet; start one by `flextok sweep FILE`")
     console = Console()
     if not rest["watch"]:
         console.print(status_table(sweep, study))
@@ -132,16 +132,16 @@ def status(command: str, arguments: Sequence[str]) -> None:
 
 
 def check(sweep: Sweep) -> None:
-    """Find out before the first trial what would stop all of them.
+    """Find errors that would stop every trial, before the first one starts.
 
-    Every value of every option is parsed together with the others' first, and the networks' options are checked. Then,
-    with launcher=local, the first point trains one step and evaluates one batch, which shows whether the metric is
-    logged. Where jobs are submitted there may be neither the devices nor the memory for that.
+    Parses every value of every option together with the others' first values, and checks the networks' options. With
+    launcher=local the first point then trains one step and evaluates one batch, to check that the metric is logged. A
+    machine that submits jobs may lack the devices and the memory for that.
     """
     points = check_points(sweep)
     found = f"{len(points)} points of the space can be parsed"
     if sweep.launcher == "slurm":
-        print(f"{found}; none is trained here for a step, as launcher=slurm", flush=True)
+        print(f"{found}; launcher=slurm: no test step here", flush=True)
         return
     print(f"{found}; training the first one for a step", flush=True)
     with tempfile.TemporaryDirectory(prefix="flextok-check-") as place:
@@ -150,16 +150,16 @@ def check(sweep: Sweep) -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise UserError(
-                    f"the first point cannot be trained for a step:\n{(done.stdout + done.stderr)[-3000:]}\n"
-                    f"this was: {shlex.join(command)}"
+                    f"one training step of the first point failed:\n{(done.stdout + done.stderr)[-3000:]}\n"
+                    f"the command was: {shlex.join(command)}"
                 )
         logged: dict[str, Any] = {}
         for entry in read_metrics(Path(place) / "check" / f"version_{sweep.seeds[0]}" / METRICS):
             logged |= entry["metrics"]
     if sweep.metric not in logged:
         raise UserError(
-            f"metric={sweep.metric} is not logged; there are {', '.join(sorted(logged))}. If it only comes later in a "
-            "training, give --check false"
+            f"metric={sweep.metric} is not logged; there are {', '.join(sorted(logged))}. If it is logged only later "
+            "in a training, give --check false"
         )
 
 
@@ -177,7 +177,7 @@ def check_points(sweep: Sweep) -> list[Params]:
 
 
 def _steps_to_validation(options: Namespace) -> int:
-    """Optimizer steps before the first validation; 0 where that does not follow from the options."""
+    """Optimizer steps before the first validation; 0 if the options do not determine them."""
     trainer, interval, launch = options.trainer, options.trainer.val_check_interval, launch_of(options)
     indices, batches = training_sets(options.data.train), 0
     if indices:
@@ -190,7 +190,7 @@ def _steps_to_validation(options: Namespace) -> int:
 
 
 def sweep_parser(command: str, *own: type) -> ArgumentParser:
-    """The options of a sweep, and a command's own."""
+    """Make the parser of a sweep's options, and of a command's own."""
     parser = ArgumentParser(prog=f"flextok {command}", usage=f"flextok {command} FILE [...]")
     parser.add_argument("--config", action="config")
     for options in (Sweep, *own):
@@ -199,7 +199,7 @@ def sweep_parser(command: str, *own: type) -> ArgumentParser:
 
 
 def parse_sweep(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Sweep, dict[str, Any]]:
-    """The sweep of a file, and all that was given."""
+    """Read the sweep of a file, and all options that were given."""
     file = Path(arguments[0])
     load_yaml(file)
     given = parser.instantiate_classes(parser.parse_args([f"--config={file}", *arguments[1:]])).as_dict()
@@ -222,10 +222,10 @@ def _name(file: Path) -> str:
 
 
 def _print_trials(sweep: Sweep) -> None:
-    """The commands of each trial, seed after seed, and where they would run; drawn points as if nothing were known."""
+    """Print the commands of each trial, seed by seed, and where they would run; points are drawn without results."""
     if sweep.launcher == "slurm":
         asked = " ".join(f"{name}={value}" for name, value in sweep.slurm.items()) or "the cluster's defaults"
-        print(f"# each trial is a Slurm job, at most {sweep.workers} at a time, of {asked}")
+        print(f"# each trial is a Slurm job, at most {sweep.workers} at a time, with {asked}")
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=sweep.seed))
     grid = sweep.points.grid() if sweep.search == "grid" else []
     for number in range(sweep.num_trials):

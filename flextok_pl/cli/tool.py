@@ -1,4 +1,4 @@
-"""The commands that are one plain function: its signature is their options."""
+"""Runs commands that are one plain function, whose signature defines their options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flextok_pl.data.shards.index import ShardIndex
 
 
 def run(command: str, arguments: Sequence[str]) -> None:
-    """Parse the arguments of a command by its function, call that, and name the shard sets that it wrote."""
+    """Parse the arguments of a command, call its function, and print the shard sets that it wrote."""
     function = load(COMMANDS[command].options[0])
     made = function(**parsed(tool_parser(command, function), arguments))
     for index in made.values() if isinstance(made, dict) else [made]:
@@ -23,16 +23,16 @@ def run(command: str, arguments: Sequence[str]) -> None:
 
 
 def tool_parser(command: str, function: Callable[..., Any]) -> ArgumentParser:
-    """The parser of a function's parameters, each by its name."""
+    """Make a parser of a function's parameters, each by its name."""
     parser = ArgumentParser(prog=f"flextok {command}")
     parser.add_function_arguments(function, as_positional=False)
     return parser
 
 
 def instances(command: str, arguments: Sequence[str], *kinds: type) -> tuple[list[Any], set[str]]:
-    """The options of a command line as instances of the dataclasses that have them, and the names of those given.
+    """Parse a command line into instances of the dataclasses that have its options; also return the names given.
 
-    Of an option below another one, that is the last part of its name.
+    For an option below another one, that is the last part of its name.
     """
     parser = ArgumentParser(prog=f"flextok {command}")
     for kind in kinds:
@@ -44,5 +44,5 @@ def instances(command: str, arguments: Sequence[str], *kinds: type) -> tuple[lis
 
 
 def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
-    """The options of a command line."""
+    """Parse the options of a command line."""
     return parser.instantiate_classes(parser.parse_args(list(arguments))).as_dict()  # type: ignore[no-any-return]

@@ -36,21 +36,20 @@ def encode_shards(
     device: str | None = None,
     **options: Any,
 ) -> ShardIndex:
-    """Encode the images of a shard set by a VAE, once, and write the posteriors' moments as a shard set.
+    """Encode the images of a shard set with a VAE, once, and write the posteriors' moments as a shard set.
 
-    With a teacher its features are stored beside them, for trainings with REPA that need neither images nor the
-    teacher.
+    With a teacher its features are stored beside them, so that trainings with REPA need neither images nor the teacher.
 
     Args:
         src: shard set of images.
         dst: folder of the new set.
-        vae: folder or Hub id of a diffusers autoencoder, or a FlexTok `.safetensors` file whose autoencoder to use.
+        vae: folder or Hub id of a diffusers autoencoder, or a FlexTok `.safetensors` file with an autoencoder.
         teacher: `effnet-lite2`, or a timm vision transformer such as `vit_large_patch14_dinov2.lvd142m`.
         teacher_weights: local weights file of the teacher.
         teacher_grid: side of the stored map of features; default the teacher's own. The side of the decoder's grid of
-            patches stores the least without changing the training.
-        device: where to run the VAE; default a GPU where there is one.
-        **options: those of `write_latents`.
+            patches takes the least space and does not change the training.
+        device: where to run the VAE; default a GPU if available.
+        **options: options of `write_latents`.
     """
     place = default_device(device)
     encoder = load_autoencoder(vae)
@@ -72,7 +71,7 @@ def encode_shards(
 def _extractor(
     teacher: str | None, weights: str | None, grid: int | None, place: torch.device
 ) -> tuple[Callable[[Tensor], Tensor] | None, dict[str, Any] | None]:
-    """What gives a teacher's features, and the teacher's identity; None without a teacher."""
+    """Make the function that extracts a teacher's features, and the teacher's identity; None without a teacher."""
     if teacher is None:
         if weights is not None or grid is not None:
             raise ValueError(f"teacher_weights={weights!r} and teacher_grid={grid} need a teacher")
@@ -100,19 +99,19 @@ def tokenize_shards(
     device: str | None = None,
     **options: Any,
 ) -> ShardIndex:
-    """Tokenize the images of a shard set, once, and write their tokens as a shard set that priors train on.
+    """Tokenize the images of a shard set, once, and write their tokens as a shard set to train priors on.
 
-    Ten views with random crops and flips are the custom on ImageNet: `--num_views 10`. An interrupted run goes on where
-    it was when the same command is given again.
+    Ten views with random crops and flips are usual on ImageNet: `--num_views 10`. Run the same command again to
+    continue an interrupted run.
 
     Args:
         src: shard set of images.
         dst: folder of the new set.
         tokenizer: a `.safetensors` file, a folder or a Hub id.
-        image_size: side in pixels of the pictures that are tokenized, or [height, width]; default the tokenizer's own.
-        text_encoder: also store the captions' states under this encoder: `minilm`, or a folder or Hub id of a T5.
-        device: where to run the tokenizer; default a GPU where there is one.
-        **options: those of `write_tokens`.
+        image_size: side in pixels of the images to tokenize, or [height, width]; default the tokenizer's own.
+        text_encoder: also store the captions' states from this encoder: `minilm`, or a folder or Hub id of a T5.
+        device: where to run the tokenizer; default a GPU if available.
+        **options: options of `write_tokens`.
     """
     place = default_device(device)
     tok = FlexTok.from_pretrained(tokenizer)
@@ -149,24 +148,25 @@ def reconstruct_images(
 ) -> None:
     """Tokenize pictures of any size, decode them from several numbers of tokens, and draw all in one picture.
 
-    A picture is resized to the nearest shape that the tokenizer takes: as little as possible, nothing is cut off, and
-    its aspect is kept. A large one may be cut into tiles instead, which keeps its size.
+    A picture is resized as little as possible, to the nearest shape that the tokenizer takes; nothing is cut off, and
+    the aspect ratio stays. A large picture can be cut into tiles instead, which keeps its size.
 
     Args:
         images: picture files.
-        tokenizer: a `.safetensors` file, a folder or a Hub id; default the demo tokenizer of this package.
+        tokenizer: a `.safetensors` file, a folder or a Hub id; default the packaged demo tokenizer.
         budgets: numbers of tokens, such as 1,4,16,64; default 1, 2, 4, ... up to all.
         out: PNG file to write: originals in the first column, one column per budget.
         guidance: `none`, `cfg` or `apg`; default the tokenizer's own, or else `apg`.
-        guidance_scale: its strength; 1 is none; default the tokenizer's own, or else 7.5.
-        num_steps: steps of the flow; default those that the tokenizer was made for, or else 25.
-        guidance_interval: (low, high]: flow times at which to guide, such as [0.2,0.8], 1 being noise; default all.
-        seed: of the noise, which is the same at every budget.
-        vae_config: diffusers configuration (JSON) of an official checkpoint's autoencoder, if not the published one.
-        tiled: cut pictures that are larger than the tokenizer's images into overlapping tiles, which are decoded
-            together and blended; each tile has the number of tokens.
-        overlap: of neighbouring tiles, as a share of their side.
-        device: default a GPU where there is one.
+        guidance_scale: guidance scale, 1 for none; default the tokenizer's own, or else 7.5.
+        num_steps: steps of the flow; default the tokenizer's own, or else 25.
+        guidance_interval: flow times (low, high] at which to guide, such as [0.2,0.8], with 1 for noise; default all.
+        seed: seed of the noise, which is the same at every budget.
+        vae_config: diffusers configuration (JSON) of an official checkpoint's autoencoder, unless it is the published
+            one.
+        tiled: cut pictures that are larger than the tokenizer's images into overlapping tiles; these are decoded
+            together and blended, and each has the number of tokens.
+        overlap: overlap of neighbouring tiles, as a share of their side.
+        device: default a GPU if available.
     """
     place = default_device(device)
     tok = FlexTok.from_pretrained(tokenizer or DEMO_TOKENIZER, vae_config=vae_config, device=place)
@@ -196,7 +196,7 @@ def reconstruct_images(
 
 
 def default_device(device: str | None) -> torch.device:
-    """The device of this name, or a GPU where there is one; each process that torchrun or srun starts has its own."""
+    """The device of this name, or a GPU if available; each process of torchrun or srun gets its own."""
     if device is None and torch.cuda.is_available():
         number = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
         return torch.device("cuda", number % torch.cuda.device_count())
@@ -207,7 +207,7 @@ def default_device(device: str | None) -> torch.device:
 
 
 def picture_size(tok: FlexTok) -> ImageSize:
-    """Of the pictures that a tokenizer was made for, in pixels."""
+    """Size in pixels of the images that a tokenizer was made for."""
     tok.require_vae()
     rows, columns = tok.config.grids[0]
     return checked_size((rows * tok.config.patch_pixels, columns * tok.config.patch_pixels))

@@ -36,7 +36,7 @@ CALLBACKS: dict[str, type[Callback]] = {name: load(target) for name, target in G
 """The callbacks of the groups of options."""
 
 LOST_CONTACT = "Connection closed by peer|Connection reset by peer|Timed out waiting|caused pair closure|Broken pipe"
-"""What Gloo says of a process that is gone; NCCL's errors are of a class of their own."""
+"""Gloo's messages about a process that is gone; NCCL has its own error class."""
 
 HUSHED = (
     ".*LeafSpec",  # Lightning's own, at every batch
@@ -51,12 +51,11 @@ HUSHED = (
 
 @dataclass
 class RunOptions:
-    """What belongs to the whole run.
+    """Options of the whole run.
 
     Args:
-        run: name of the run and its folder; the next number if there is none.
-        global_batch_size: samples of an optimizer step over all devices that a fit is meant for; it refuses any other
-            number.
+        run: name of the run and its folder; default the next number.
+        global_batch_size: samples of an optimizer step over all devices; a fit with any other number is refused.
     """
 
     run: str | None = None
@@ -65,12 +64,12 @@ class RunOptions:
 
 @dataclass
 class FinishedModels:
-    """What is evaluated in place of the experiment's model.
+    """Finished models to evaluate in place of the experiment's model.
 
     Args:
-        tokenizer: this tokenizer (a .safetensors file, a folder or a Hub id).
-        prior: this prior (a .safetensors file, a folder or a Hub id) with that tokenizer; without one, with the
-            tokenizer that a published prior names.
+        tokenizer: tokenizer to evaluate: a .safetensors file, a folder or a Hub id.
+        prior: prior to evaluate with that tokenizer: a .safetensors file, a folder or a Hub id. Without --tokenizer,
+            the tokenizer is the one that a published prior names.
     """
 
     tokenizer: str | None = None
@@ -80,11 +79,11 @@ class FinishedModels:
 class FlexTokCLI(LightningCLI):
     """LightningCLI for any of our modules on a `ShardDataModule`, with the callback groups of `CALLBACKS`.
 
-    It runs a method of the Trainer, `fit`, `validate`, `test` or `predict`; the runs of an experiment go to the folder
-    of its name below the logger's `save_dir`.
+    Runs a method of the Trainer: `fit`, `validate`, `test` or `predict`. Runs of an experiment go to the folder of its
+    name below the logger's `save_dir`.
     """
 
-    command: str | None = None  # its name, where it is not the method's
+    command: str | None = None  # its name, if it is not the method's
 
     def __init__(self, method: str, arguments: Sequence[str], experiment: str) -> None:
         self.method, self.experiment = method, experiment
@@ -103,7 +102,7 @@ class FlexTokCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the callback groups, and what belongs to the whole run."""
+        """Add the callback groups, and the options of the whole run."""
         parser.add_class_arguments(RunOptions, None)
         for name, callback in CALLBACKS.items():
             parser.add_argument(f"--{name}", type=callback | None, default=None)
@@ -112,11 +111,11 @@ class FlexTokCLI(LightningCLI):
             parser.add_class_arguments(FinishedModels, None)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse what `flextok` was given, which need not be `sys.argv`."""
+        """Parse the arguments of `flextok`, which need not be `sys.argv`."""
         self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
-        """Refuse what cannot be trained before anything is built, and find the run's folder and its checkpoint."""
+        """Refuse impossible trainings before anything is built, and find the run's folder and its checkpoint."""
         config = self.config
         check_precision(config)
         launch = launch_of(config)
@@ -126,7 +125,7 @@ class FlexTokCLI(LightningCLI):
         else:
             self._use_finished_models()
         self.place = RunPlace(config.trainer, self.experiment, config.run)
-        config.run = None  # the saved configuration may be given again, for another run
+        config.run = None  # so that the saved configuration can be given again, for another run
         goes_on = str(config.ckpt_path) == "last"  # which may be parsed as a path
         if goes_on:
             config.ckpt_path = self.place.last_checkpoints(self.method == "fit")
@@ -159,19 +158,19 @@ class FlexTokCLI(LightningCLI):
             with announced("building the model"), self.place.told_to_the_trainer():
                 super().instantiate_classes()
         except ValueError as error:
-            # jsonargparse wraps what an optional type's constructor said into a list of what else it tried.
+            # jsonargparse wraps the constructor's message for an optional type into a list of what else it tried.
             said = error.__cause__
             if said is None or "Union subtypes" not in str(error):
                 raise
             raise said from said.__cause__
         if isinstance(self.model, SavedPrior) and self.model.tokenizer is None:
             raise UserError(
-                f"--prior {self.config.prior} needs --tokenizer, the one whose tokens it knows, to decode images: its "
-                "file names none"
+                f"--prior {self.config.prior} names no tokenizer: give --tokenizer, the one of its tokens, to decode "
+                "images"
             )
 
     def instantiate_trainer(self, **_: Any) -> Trainer:
-        """The trainer with the callbacks of the groups, and what the command shows and leaves behind."""
+        """Build the trainer with the callbacks of the groups, and the command's own messages and files."""
         options = {**self.config_init.trainer}
         callbacks: list[Callback] = [*(options["callbacks"] or [])]
         if options["enable_progress_bar"] is not False and not any(isinstance(e, ProgressBar) for e in callbacks):
@@ -192,7 +191,7 @@ class FlexTokCLI(LightningCLI):
         return Trainer(**{**options, "callbacks": callbacks})
 
     def after_instantiate_classes(self) -> None:
-        """Compare the model's options with the checkpoint's, before anything runs."""
+        """Compare the model's options with the checkpoint's before anything runs."""
         if self.checkpoint is not None and isinstance(self.model, ResumableModule):
             max_steps = self.trainer.max_steps if self.method == "fit" else None
             found = without_tensors(self.checkpoint)
@@ -211,10 +210,10 @@ class FlexTokCLI(LightningCLI):
 
 
 class ParsingCLI(FlexTokCLI):
-    """Parses what `flextok fit` takes, and builds nothing of it; a subclass's `run` uses the outcome."""
+    """Parses the options of `flextok fit` without building anything; a subclass's `run` uses the result."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and say what is wrong in the words of this command."""
+        """Parse the arguments, and report errors in the name of this command."""
         parser.exit_on_error = False
         try:
             super().parse_arguments(parser, args)
@@ -228,14 +227,14 @@ class ParsingCLI(FlexTokCLI):
 
 
 def launch_of(options: Namespace, devices: int | None = None) -> Launch:
-    """The processes and batches that the options of a fit ask for; `devices` of a node, where they are known by now."""
+    """The processes and batches of a fit with these options; `devices` per node, if known by now."""
     trainer = options.trainer
     devices = devices_per_node(trainer.devices) if devices is None else devices
     return Launch(int(trainer.num_nodes), devices, options.data.batch_size, trainer.accumulate_grad_batches)
 
 
 def check_precision(config: Namespace) -> str:
-    """The full name of the trainer's precision, which must suit the model."""
+    """The full name of the trainer's precision; refuses one that does not suit the model."""
     adversarial = bool(config.model.get("init_args", {}).get("gan_weight"))
     return check_training_precision(config.trainer.precision, adversarial)
 
@@ -249,7 +248,7 @@ def run_cli(cli: Callable[[str, Sequence[str], str], FlexTokCLI], method: str, a
     """Run a CLI with `base.yaml` under the experiment that `--config` names."""
     for message in HUSHED:
         warnings.filterwarnings("ignore", message=message)
-    for name in ("lightning.pytorch", "lightning.fabric"):  # whose news are of their own insides, and advertisements
+    for name in ("lightning.pytorch", "lightning.fabric"):  # which log their own internals, and advertisements
         logging.getLogger(name).setLevel(logging.WARNING)
     # Options of a callback can then be given directly: `rfid: {num_steps: 10}`, without class_path and init_args.
     set_parsing_settings(subclasses_disabled=list(CALLBACKS.values()))
@@ -263,17 +262,17 @@ def run_cli(cli: Callable[[str, Sequence[str], str], FlexTokCLI], method: str, a
         remedy = _remedy(error)
         if remedy is None:
             raise
-        raise UserError(f"{remedy}; go on with --ckpt_path last ({error})") from error
+        raise UserError(f"{remedy}; resume with --ckpt_path last ({error})") from error
 
 
 def _remedy(error: RuntimeError) -> str | None:
     """What to do about a process that is gone, or None for any other error."""
     if "DataLoader worker" in str(error):
-        return "a process that loads data died, mostly for want of memory; lower data.num_workers or data.batch_size"
+        return "a data-loading process died, most likely out of memory; lower data.num_workers or data.batch_size"
     if isinstance(error, DistError) or re.search(LOST_CONTACT, str(error)):
         return (
-            "another process of this training died or hangs, and its own output says why; one that is only slow needs "
-            "a larger timeout of trainer.strategy"
+            "another process of this training died or hangs; its own output shows the reason. If it is only slow, "
+            "raise the timeout of trainer.strategy"
         )
     return None
 

@@ -31,7 +31,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with whole_file(Path(path), "go on with --ckpt_path last") as temporary, temporary.open("wb") as file:
+        with whole_file(Path(path), "resume with --ckpt_path last") as temporary, temporary.open("wb") as file:
             try:
                 torch.save(checkpoint, file)
             except RuntimeError as error:

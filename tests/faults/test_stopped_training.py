@@ -350,7 +350,7 @@ def test_a_loader_process_dies(
 
     assert train(tmp_path, options(tiny), at_step(5, 1, kill_worker)) == 1
     message = capfd.readouterr().err
-    assert "a process that loads data died" in message and "lower data.num_workers" in message
+    assert "a data-loading process died" in message and "lower data.num_workers" in message
     assert train(tmp_path, options(tiny)) == 0
     assert_equal(tmp_path, whole)
 
@@ -470,7 +470,7 @@ def test_a_full_disk(
 
     assert train(small_disk, options(tiny), at_step(5, 1, fill)) == 1
     message = capfd.readouterr().err
-    assert "No space left on device" in message and "go on with --ckpt_path last" in message, message
+    assert "No space left on device" in message and "resume with --ckpt_path last" in message, message
     checkpoints = run_of(small_disk) / "checkpoints"
     assert [damage_of(file) for file in checkpoints.glob("*.ckpt")] == [None, None, None]
     assert not list(checkpoints.glob(".*")), "nothing half written stays"

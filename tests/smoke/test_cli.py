@@ -366,7 +366,7 @@ def test_a_prior_from_pictures_to_gfid(
     assert written["two"] == written["one"] and len(written["one"]) == 2 * 9
     main(["generate", *finished, "--budgets", "16", "--num-steps", "1", "--class", "left"])
 
-    assert "needs --tokenizer" in error_of(capsys, "test", *base, *finished[:2])
+    assert "names no tokenizer: give --tokenizer" in error_of(capsys, "test", *base, *finished[:2])
     prior = Prior.from_pretrained(run / "prior.safetensors")
     prior.config = dataclasses.replace(prior.config, tokenizer_id=str(tiny_tokenizer))
     naming = ["--prior", str(prior.save_pretrained(workplace / "naming.safetensors"))]

@@ -155,14 +155,14 @@ def test_speed_against_a_plan(pictures, tmp_path):
     found, _ = diagnosed(run, tmp_path, "--num_samples", "0", "--plan", str(plan))
     assert (found["throughput"], found["data-share"]) == ("look", "ok")
     plan.write_text(json.dumps({"images_per_s": None}))
-    with pytest.raises(SystemExit, match=r"knows no time.*--peak_tflops"):
+    with pytest.raises(SystemExit, match=r"has no time.*--peak_tflops"):
         main(["doctor", str(run), "--num_samples", "0", "--plan", str(plan)])
 
 
 def test_what_is_no_run(pictures, tmp_path):
-    with pytest.raises(SystemExit, match=r"is no folder of a run: it has no config\.yaml and no checkpoint"):
+    with pytest.raises(SystemExit, match=r"is not the folder of a run: it has neither config\.yaml nor a checkpoint"):
         main(["doctor", str(tmp_path)])
     run = run_folder(tmp_path / "run", tmp_path / "gone")
-    assert "is not there" in diagnosed(run, tmp_path)[1]["running the model"]
+    assert "does not exist" in diagnosed(run, tmp_path)[1]["running the model"]
     with pytest.raises(SystemExit, match=r"num_samples=1 must be at least 2"):
         main(["doctor", str(run), "--num_samples", "1"])

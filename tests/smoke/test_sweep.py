@@ -78,7 +78,7 @@ def test_the_commands_are_printed(start: Any, capsys: pytest.CaptureFixture[str]
     slurm = {"timeout_min": 60, "gpus_per_node": 8}
     start("--dry-run", "true", "--test", "true", launcher="slurm", slurm=slurm, seeds=[0, 3])
     asked, *lines = capsys.readouterr().out.splitlines()
-    assert asked == "# each trial is a Slurm job, at most 1 at a time, of gpus_per_node=8 timeout_min=60"
+    assert asked == "# each trial is a Slurm job, at most 1 at a time, with gpus_per_node=8 timeout_min=60"
     assert [line.split()[1] for line in lines] == ["fit", "test"] * 4
     trials = [(rate, seed) for rate in (0.001, 0.01) for seed in (0, 0, 3, 3)]
     for (rate, seed), line in zip(trials, lines, strict=True):

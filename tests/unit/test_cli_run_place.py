@@ -269,7 +269,7 @@ def test_a_run_is_not_written_over(image_shards: Path, workplace: Path) -> None:
     options = ["--trainer.logger.init_args.version=7"]
     fit(image_shards, 1, *options)
     before = (workplace / "version_7" / "tokenizer.safetensors").read_bytes()
-    with pytest.raises(SystemExit, match=r"version_7 holds a run already; .*--ckpt_path last"):
+    with pytest.raises(SystemExit, match=r"version_7 already holds a run; .*--ckpt_path last"):
         fit(image_shards, 2, *options)
     assert (workplace / "version_7" / "tokenizer.safetensors").read_bytes() == before
     with pytest.raises(SystemExit, match="warmup_steps=2 must be below"):

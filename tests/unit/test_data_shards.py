@@ -178,7 +178,7 @@ def test_paths_with_any_characters_are_read_back(tmp_path, monkeypatch, capsys, 
     assert index == load_indices(f"{name}/*.tar")[0] == load_indices([f"{name}/shard-{{000000..000000}}.tar"])[0]
     main(["data", "verify", name, "--num-workers", "1"])
     main(["data", "stats", name, "--num-workers", "1"])
-    assert "0 things wrong" in capsys.readouterr().out
+    assert "0 errors" in capsys.readouterr().out
     main(["data", "reshard", name, f"again/{name}", "--num-workers", "1"])
     for source in (name, f"again/{name}"):
         loader, count = open_pictures(source, image_size=8)

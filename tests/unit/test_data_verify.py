@@ -49,7 +49,7 @@ def verify(capsys, *arguments):
 def test_a_whole_set(image_shards, capsys):
     lines, status = verify(capsys, image_shards / "{train,val}")
     assert status == 0 and len(lines) == 1
-    assert re.fullmatch(r"40 samples in 2 shards, 0\.1 MiB: 0 things wrong, 0 duplicate pictures", lines[0])
+    assert re.fullmatch(r"40 samples in 2 shards, 0\.1 MiB: 0 errors, 0 duplicate pictures", lines[0])
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -103,8 +103,8 @@ def test_everything_wrong_is_told(tmp_path, capsys, num_workers):
         assert re.fullmatch(f"wrong: {tmp_path}/{re.escape(where)}: .*{problem}.*", line)
     (duplicate,) = set(lines) - set(wrong)
     assert re.fullmatch(r"duplicate: .*shard-000001\.tar, sample 'copy': the same picture is 'fine' in .*", duplicate)
-    assert summary.endswith("16 things wrong, 1 duplicate pictures")
-    assert re.search(r"16 things are wrong in .*they are listed above", str(stop.value))
+    assert summary.endswith("16 errors, 1 duplicate pictures")
+    assert re.search(r"16 errors in .*, listed above", str(stop.value))
 
 
 def test_equal_pictures_among_sets(tmp_path, capsys):

@@ -466,7 +466,7 @@ def test_what_a_sweep_cannot_be(sweep, options, message):
     [
         ([], "FILE is missing"),
         (["none.yaml"], "there is no file none.yaml"),
-        (["status", "sweep.yaml"], "sweep holds no sweep yet; start it by `flextok sweep FILE`"),
+        (["status", "sweep.yaml"], "sweep holds no sweep yet; start one by `flextok sweep FILE`"),
         (["sweep.yaml", "--trials", "0"], "sweep.yaml: trials=0 must be at least 1"),
         (["sweep.yaml", "--launcher", "slurm"], "there is no `sbatch` here"),
     ],
