@@ -1,10 +1,10 @@
-"""A tokenizer's decoder distilled into one of few steps, after its training.
+"""Stage 3: distil a trained tokenizer's decoder into one that needs few steps.
 
 What is special about it:
-- Only the decoder is trained. Autoencoder, encoder and quantiser are the teacher's, so that tokens stay what they are:
-  priors and token shards of the teacher serve the student.
+- Only the decoder is trained. Autoencoder, encoder and quantiser are the teacher's, so that tokens do not change:
+  priors and token shards of the teacher fit the student.
 - The objective, `flextok_pl.models.distillation`, regresses the teacher's guided path from the same noise.
-- The export states how it decodes (`FlexTokConfig.num_steps` and so on), so that nobody needs to say.
+- The export states how it decodes (`FlexTokConfig.num_steps` and so on), so that users need not give it.
 
 Shapes: B batch, C channels, h x w latent, N steps of the student.
 """
@@ -41,33 +41,35 @@ from flextok_pl.runtime.sharding import shard
 
 
 class DistillationModule(TokenizerTraining):
-    """Trains a decoder to make in a few steps without guidance what its teacher makes in many with it.
+    """Trains a decoder to make in a few steps without guidance what its teacher makes in many with guidance.
 
-    The student starts as a copy of the teacher. Everything else of the tokenizer is frozen: in no optimizer group and
-    not averaged. Batches carry images, or latents of the tokenizer's autoencoder. The result decodes best in
-    `num_steps` steps, the default of its file; for another number train another one, which may have it as its teacher.
+    The student starts as a copy of the teacher. The rest of the tokenizer is frozen: neither optimized nor averaged.
+    Batches carry images, or latents of the tokenizer's autoencoder. The result decodes best in `num_steps` steps, the
+    default of its file. For another number train another student, which may have this one as its teacher.
 
     Args:
-        tokenizer: the teacher: a finished tokenizer, a `.safetensors` file, a folder or a Hub id.
-        num_steps: steps of the student, such as 1, 2 or 4; they must divide those of the teacher.
-        teacher_steps: of the teacher; null for those that it was made for, or else 25.
-        guidance: of the teacher: `none`, `cfg` or `apg`; null for its own, or else `apg`. The student has it built in.
-        guidance_scale: its strength; null for the teacher's own, or else 7.5.
-        guidance_interval: (low, high]: flow times at which the teacher is guided; null for all, [0, 1].
-        solver: of the teacher: `euler` or `heun`.
-        states: where the student learns its later steps: at states that it has reached by itself (`student`), or at
-            the teacher's.
-        nested_dropout: law of the number of tokens; null for that of the teacher's training. `pow2` gives short budgets
-            as much of the training as long ones.
+        tokenizer: the teacher, a finished tokenizer: a `.safetensors` file, a folder or a Hub id.
+        num_steps: steps of the student, such as 1, 2 or 4; they must divide the teacher's.
+        teacher_steps: steps of the teacher; null for its own setting, or else 25.
+        guidance: guidance of the teacher: `none`, `cfg` or `apg`; null for its own, or else `apg`. The student learns
+            the guided path.
+        guidance_scale: guidance scale of the teacher; null for its own, or else 7.5.
+        guidance_interval: flow times (low, high] at which the teacher is guided; null for all, [0, 1].
+        solver: solver of the teacher: `euler` or `heun`.
+        states: where the student learns its later steps: at states that it has reached itself (`student`), or at the
+            teacher's.
+        nested_dropout: law of the number of tokens; null for that of the teacher's training. `pow2` trains short
+            budgets as often as long ones.
         stratified_budgets: draw numbers of tokens in equal strata over the batch; see `TokenizerModule`.
         lr: peak learning rate.
-        betas: of AdamW.
-        weight_decay: of matrices; biases, tokens and positions have none.
+        betas: betas of AdamW.
+        weight_decay: weight decay of matrices; biases, tokens and positions have none.
         warmup_steps: optimizer steps of linear warm-up, followed by a cosine over the rest of the training.
-        min_lr_ratio: final share of the learning rate.
-        activation_checkpointing: recompute blocks in the backward pass, for less memory: a step keeps those of all N.
+        min_lr_ratio: final learning rate, as a share of `lr`.
+        activation_checkpointing: recompute blocks in the backward pass, for less memory; else those of all N steps are
+            kept.
         compile_blocks: `torch.compile` every block of the student for training steps.
-        seed: of noise and budgets in training, and of the fixed ones in validation.
+        seed: seed of noise and budgets in training, and of the fixed ones in validation.
     """
 
     autoencoder_option: ClassVar[str] = "tokenizer"
@@ -120,11 +122,11 @@ class DistillationModule(TokenizerTraining):
         return distillation_flops(self.law, self.num_steps).training
 
     def configure_model(self) -> None:
-        """Shard the student where the strategy asks for it."""
+        """Shard the student if the strategy asks for it."""
         shard(self, [self.tokenizer.decoder])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Errors of the student's steps against the teacher's windows."""
+        """Compute the errors of the student's steps against the teacher's windows."""
         latents = self.latents(batch)
         generator = step_generator(self, self.seed, batch_idx)
         stratified, process = self.hparams["stratified_budgets"], (self.global_rank, self.trainer.world_size)
@@ -136,7 +138,7 @@ class DistillationModule(TokenizerTraining):
         return distillation_loss(self.tokenizer, teacher, latents, draws, self.decoding, self.num_steps, self.states)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The same errors under draws that are each image's own, in float32."""
+        """Compute the same errors with fixed draws for each image, in float32."""
         with full_precision(self.device):
             latents = self.latents(batch)
             draws = draws_of_each(self.law, latents, evaluation_generators(self.seed, batch))
@@ -145,18 +147,18 @@ class DistillationModule(TokenizerTraining):
         self.val_loss.update(losses, of_windows)
 
     def frozen_weights(self) -> dict[str, str]:
-        """The teacher's."""
+        """The hash of the teacher."""
         return {"tokenizer": self._hash}
 
 
 def student_config(teacher: FlexTokConfig, num_steps: int, decoding: Decoding, source: str) -> FlexTokConfig:
-    """The teacher's configuration with how the student decodes, and a note of what it has learnt from."""
+    """The teacher's configuration with the decoding of the student, and a note of what it was distilled from."""
     note = f"{source}: its {decoding.num_steps} steps, {decoding.guidance} {decoding.guidance_scale}"
     return dataclasses.replace(teacher, num_steps=num_steps, guidance="none", guidance_scale=1.0, started_from=note)
 
 
 def flattened(windows: Windows, draws: TrainingDraws) -> tuple[Tensor, TrainingDraws]:
-    """The losses of all windows, (B N,), and what was drawn for each, with the middle of the window as its time."""
+    """Flatten the losses of all windows to (B N,), and the draws, with the middle of each window as its time."""
     count = len(windows.times)
     parts = (each.repeat_interleave(count) for each in (draws.num_tokens, draws.null))
     return windows.loss.flatten(), TrainingDraws(draws.noise, windows.times.repeat(len(draws.t)), *parts)

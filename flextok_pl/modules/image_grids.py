@@ -1,4 +1,4 @@
-"""The sizes of a training's images, as grids of patches of its tokenizer.
+"""Image sizes of a training as grids of patches of its tokenizer.
 
 A grid is (rows, columns).
 """
@@ -15,7 +15,7 @@ Grid = tuple[int, int]
 
 
 def grids_of(config: FlexTokConfig, data: Any) -> tuple[Grid, ...]:
-    """The grids of a data module's training images, `shapes` or all of one `image_size`; none where it states no size.
+    """The grids of a data module's training images, `shapes` or all of one `image_size`; empty if it states no size.
 
     Raises:
         ValueError: patches do not divide a size, or the position tables are too small for it.
@@ -29,5 +29,5 @@ def grids_of(config: FlexTokConfig, data: Any) -> tuple[Grid, ...]:
 
 
 def trained_on(config: FlexTokConfig, grids: tuple[Grid, ...]) -> FlexTokConfig:
-    """The configuration with a note of the grids, unless they are what it says already."""
+    """The configuration with a note of the grids, unless it states them already."""
     return dataclasses.replace(config, trained_grids=() if grids == (config.grid_size,) else grids)

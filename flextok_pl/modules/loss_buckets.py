@@ -13,8 +13,8 @@ from flextok_pl.transfer import send
 class LossBuckets(Metric):
     """Averages of per-sample losses over quarters of the flow time and over powers of two of the budget.
 
-    A budget k counts for the smallest power of two (or K = `num_registers`) that is at least k; images without
-    condition count for no budget.
+    A budget k belongs to the smallest power of two (or K = `num_registers`) that is at least k; images without
+    condition belong to no budget.
     """
 
     sums: Tensor
@@ -38,11 +38,11 @@ class LossBuckets(Metric):
         self.counts += belongs.sum(0)
 
     def compute(self) -> Tensor:
-        """(4 + number of budgets,) means, NaN where there was no sample."""
+        """(4 + number of budgets,) means, NaN without samples."""
         return self.sums / self.counts
 
     def compute_and_reset(self, prefix: str) -> dict[str, Tensor]:
-        """Named means of the buckets that had samples; starts anew."""
+        """Return the means of the buckets that had samples, by name, and reset all."""
         names = [f"{prefix}/loss_t/{q}" for q in ("0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00")]
         names += [f"{prefix}/loss_k/{budget:03d}" for budget in self.budgets]
         values = dict(zip(names, self.compute(), strict=True))

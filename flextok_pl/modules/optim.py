@@ -1,4 +1,4 @@
-"""What all modules' optimizers share: AdamW, parameter groups, clipping and the learning-rate schedule."""
+"""The optimizer of all modules: AdamW, parameter groups, clipping and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FUSED = ("cpu", "cuda")
 
 
 def adamw(groups: list[dict[str, Any]], lr: float, betas: Sequence[float]) -> AdamW:
-    """AdamW in one kernel, where all weights are on a device that has it, whatever wrote the state that it loads."""
+    """Make AdamW in one kernel if all weights are on a device that has it, whatever wrote the state that it loads."""
     fused = all(parameter.device.type in FUSED for group in groups for parameter in group["params"])
     optimizer = AdamW(groups, lr=lr, betas=(betas[0], betas[1]), fused=fused or None)
 
@@ -31,9 +31,9 @@ def adamw(groups: list[dict[str, Any]], lr: float, betas: Sequence[float]) -> Ad
 
 
 def clip_gradients(network: nn.Module, limit: float | None, algorithm: str | None) -> Tensor:
-    """Clip a network's gradients by their norm, or each value where `algorithm` is `value`; 0 and None do not clip.
+    """Clip a network's gradients by their norm, or each value if `algorithm` is `value`; 0 and None do not clip.
 
-    Returns their norm before that, a scalar that no one has waited for. All processes of a sharded network must ask.
+    Returns the norm before clipping, without waiting for it. All processes of a sharded network must call this.
     """
     weights = [parameter for parameter in network.parameters() if parameter.grad is not None]
     norm = gradient_norm(weights)
@@ -51,10 +51,10 @@ def is_matrix(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split trainable parameters into groups with weight decay and without, of which empty ones are left out.
+    """Split trainable parameters into groups with and without weight decay; empty groups are left out.
 
-    Matrices and convolution kernels decay. What has a single dimension (biases, gains of norms, mask tokens) does not,
-    nor do embeddings and other parameters that belong to no matrix product: they are not called `weight`, or an
+    Matrices and convolution kernels decay. Parameters with a single dimension (biases, gains of norms, mask tokens) do
+    not. Neither do embeddings and other parameters outside of matrix products: they are not called `weight`, or an
     `nn.Embedding` owns them.
     """
     decays: dict[nn.Parameter, bool] = {}
@@ -73,8 +73,8 @@ def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: float, m
     """Linear warm-up to each group's full learning rate, then a cosine to `min_ratio` of it; `step` once per step.
 
     The first step has 1 / (warmup_steps + 1) of the learning rate, step `warmup_steps` the full one and step
-    `total_steps` (the one after the last) `min_ratio` of it. Where that is infinite or -1, as
-    `Trainer.estimated_stepping_batches` says it, the learning rate stays constant after the warm-up.
+    `total_steps` (the one after the last) `min_ratio` of it. If `total_steps` is infinite or -1, as
+    `Trainer.estimated_stepping_batches` may be, the learning rate stays constant after the warm-up.
     """
     if warmup_steps < 0:
         raise ValueError(f"warmup_steps={warmup_steps} must be 0 or more")

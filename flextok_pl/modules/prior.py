@@ -1,4 +1,4 @@
-"""Stage 2: training a prior on the tokens of a finished tokenizer.
+"""Stage 2: train a prior on the tokens of a finished tokenizer.
 
 Shapes: B batch, K tokens.
 """
@@ -27,41 +27,42 @@ from flextok_pl.runtime.sharding import gather_for_evaluation, shard, shard_agai
 from flextok_pl.transfer import send
 
 _CLASS_NAMES = "class_names"
-"""Where a checkpoint holds the names of the classes that the prior is trained on."""
+"""Key in a checkpoint for the names of the classes that the prior is trained on."""
 
 
 class PriorModule(StartedModule, PriorBase):
-    """Trains a prior on token shards, or on images that it tokenizes as it goes.
+    """Trains a prior on token shards, or on images that it tokenizes during training.
 
-    At the end of a fit the weights in use, averaged where an averaging callback runs, are exported as
-    `<log dir>/prior.safetensors`, with the hash of the tokenizer, the text encoder's name and the class names.
+    At the end of a fit the current weights, averaged if an averaging callback runs, are exported as `<log
+    dir>/prior.safetensors`, with the hash of the tokenizer, the text encoder's name and the class names.
 
     Args:
-        net: the model.
-        tokenizer: the tokenizer; needed for batches of images (validation, metrics), not to train on token shards.
-        text_encoder: for a prior of texts: `minilm`, or a T5 such as `google/flan-t5-xl`. It is not stored in
-            checkpoints. Where shards hold text states it only encodes the empty string.
-        text_encoder_dtype: `float32` or `bfloat16`.
+        net: configuration of the prior.
+        tokenizer: tokenizer of the tokens; needed for batches of images (validation, metrics), not to train on token
+            shards.
+        text_encoder: for a text prior: `minilm`, or a T5 such as `google/flan-t5-xl`. Checkpoints do not store it. If
+            the shards hold text states, it only encodes the empty string.
+        text_encoder_dtype: precision of the text encoder: `float32` or `bfloat16`.
         init_from: finished prior whose weights to start from: a `.safetensors` file, a folder or a Hub id. It must fit
-            `net`. A training that goes on from a checkpoint does without it.
-        init_parts: which of them: `blocks`, `head`, `class_embedding`, ..., or what is below, such as `blocks.0`; None
-            for all. The others are new.
-        train: which parts of the prior to train, by names as for `init_parts`; None for all. The others are frozen:
-            they have no gradient, no weight decay and no average, and must come from `init_from`.
+            `net`. A training that resumes from a checkpoint does not read it.
+        init_parts: parts to take from it: `blocks`, `head`, `class_embedding`, ..., or what is below, such as
+            `blocks.0`; None for all. The others are new.
+        train: parts of the prior to train, by names as for `init_parts`; None for all. The others are frozen: they have
+            no gradient, no weight decay and no average, and must come from `init_from`.
         lr: peak learning rate.
-        betas: of AdamW.
-        weight_decay: of matrices; embeddings, positions and norms have none.
+        betas: betas of AdamW.
+        weight_decay: weight decay of matrices; embeddings, positions and norms have none.
         warmup_steps: optimizer steps of linear warm-up, followed by a cosine over the rest of the training.
-        min_lr_ratio: final share of the learning rate.
-        mup_base_width: width at which `lr`, `weight_decay` and initialisation are tuned; they are carried over to this
-            model's width by muP. None for the standard parametrisation.
+        min_lr_ratio: final learning rate, as a share of `lr`.
+        mup_base_width: width at which `lr`, `weight_decay` and initialisation are tuned; muP carries them over to this
+            model's width. None for the standard parametrisation.
         label_smoothing: share of a token's probability that is spread over the vocabulary.
         condition_dropout: probability that a sample is trained without its condition, for guidance.
-        loss_chunk: positions whose logits exist at a time; None for all.
+        loss_chunk: positions whose logits are computed at a time; None for all.
         activation_checkpointing: recompute blocks in the backward pass, for less memory.
         compile_blocks: `torch.compile` every Transformer block, and on a GPU the loss between its matrix products, for
             training steps; evaluation runs them as they are.
-        seed: of the condition dropout, and of what `predict` generates.
+        seed: seed of the condition dropout, and of what `predict` generates.
     """
 
     def __init__(
@@ -120,12 +121,12 @@ class PriorModule(StartedModule, PriorBase):
     def flops_per_sample(self) -> float:
         """Floating-point operations of a training step per sample, as MFU counts them; see `flextok_pl.cost.models`.
 
-        Embeddings, the text encoder and its states, and recomputation count for nothing.
+        Embeddings, the text encoder and its states, and recomputation are not counted.
         """
         return prior_flops(self.prior.config, train=self.trained_parts).training
 
     def setup(self, stage: str) -> None:
-        """Check the data, and note in the prior what it is trained on."""
+        """Check the data, and record in the prior what it is trained on."""
         super().setup(stage)
         config, data = self.prior.config, self.trainer.datamodule  # type: ignore[attr-defined]
         made_by = getattr(self, "tokenizer_id", None) or getattr(data, "tokenizer", None)
@@ -135,7 +136,7 @@ class PriorModule(StartedModule, PriorBase):
         self.prior.trained_on(made_by["sha256"], names)
 
     def on_start(self, start: Start) -> None:
-        """Learn whose tokens and which classes the weights know."""
+        """Read from the initial weights which tokenizer and which classes they belong to."""
         own, its = self.prior.config, start.source.config
         assert isinstance(its, PriorConfig)
         taken = {name.partition(".")[0] for name in start.taken}
@@ -147,11 +148,11 @@ class PriorModule(StartedModule, PriorBase):
             self.check_tokens(f"tokenizer={self.hparams['tokenizer']!r}", self.tokenizer_id)
 
     def frozen_weights(self) -> dict[str, str]:
-        """The tokenizer's, where there is one."""
+        """The hash of the tokenizer, if there is one."""
         return {} if self.tokenizer is None else {"tokenizer": self.tokenizer_id["sha256"]}
 
     def same_frozen(self, option: str, digest: str) -> bool:
-        """Whether a checkpoint has this tokenizer, or one with the same tokens."""
+        """Whether a checkpoint has this tokenizer, or one that makes the same tokens."""
         return same_maker(self.tokenizer_id, digest)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -160,7 +161,7 @@ class PriorModule(StartedModule, PriorBase):
         checkpoint[_CLASS_NAMES] = list(self.class_names)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the training goes on with the classes that it began with."""
+        """Check that the classes are those of the checkpoint."""
         super().on_load_checkpoint(checkpoint)
         names = checkpoint.get(_CLASS_NAMES, ())
         self.check_classes(names, "the checkpoint")
@@ -168,7 +169,7 @@ class PriorModule(StartedModule, PriorBase):
             self.prior.trained_on(self.prior.config.tokenizer, names)
 
     def width_parts(self) -> list[WidthPart]:
-        """The prior."""
+        """The prior, as the only part."""
         config, base_width = self.prior.config, self.hparams["mup_base_width"]
         if base_width is None:
             return []
@@ -177,11 +178,11 @@ class PriorModule(StartedModule, PriorBase):
         return [WidthPart(self.prior, base, base_width / config.width, lambda fan_in, fan_out: 1.0)]
 
     def configure_model(self) -> None:
-        """Shard the prior where the strategy asks for it."""
+        """Shard the prior if the strategy asks for it."""
         shard(self, [self.prior], methods=["hidden"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> TokenOutputs:
-        """Cross-entropy of each token given those before it."""
+        """Compute the cross-entropy of each token given those before it."""
         tokens, condition, options = self.tokens(batch), self.condition(batch), self.hparams
         generator = step_generator(self, self.seed, batch_idx)
         world_size = self.trainer.world_size
@@ -196,12 +197,12 @@ class PriorModule(StartedModule, PriorBase):
         return {"loss": result.loss, "nll": result.nll, "correct": result.correct}
 
     def on_validation_epoch_start(self) -> None:
-        """Evaluate with all weights on each process."""
+        """Gather all weights on each process."""
         super().on_validation_epoch_start()
         gather_for_evaluation(self)
 
     def on_validation_epoch_end(self) -> None:
-        """Share the weights out again."""
+        """Shard the weights again."""
         shard_again(self)
         super().on_validation_epoch_end()
 
@@ -213,7 +214,7 @@ class PriorModule(StartedModule, PriorBase):
 
 
 def build_prior(net: PriorConfig, encoder: TextEncoder | None) -> Prior:
-    """A new prior that knows the encoder's states of the empty string."""
+    """Make a new prior that stores the encoder's states of the empty string."""
     if encoder is None or net.text_width is None:
         return Prior(net)
     null_text = encoder.null_states()

@@ -1,4 +1,4 @@
-"""What a prior in training and a finished one share: batches as tokens and conditions, validation, generation.
+"""Shared base of priors in training and finished priors: tokens, conditions, validation, generation.
 
 Shapes: B batch, K tokens.
 """
@@ -25,7 +25,7 @@ from flextok_pl.precision import full_precision
 
 
 class TokenOutputs(TypedDict):
-    """What a step returns, for callbacks."""
+    """The outputs of a step, for callbacks."""
 
     loss: Tensor  # scalar
     nll: Tensor  # (B, K) nats per token
@@ -33,11 +33,11 @@ class TokenOutputs(TypedDict):
 
 
 class PriorBase(pl.LightningModule):
-    """A prior with the tokenizer that decodes its tokens and the text encoder that it listens to, both frozen.
+    """A prior with the tokenizer that decodes its tokens and its text encoder, both frozen.
 
-    `tokenizer` is a `.safetensors` file, folder or Hub id, or None to do without images; `encoder` is for a prior of
-    texts. Both are on the CPU until images or texts need them. They return to it when the trainer is done, and after
-    each validation of a training whose shards hold what they make.
+    `tokenizer` is a `.safetensors` file, folder or Hub id, or None to work without images; `encoder` is for a text
+    prior. Both stay on the CPU until images or texts need them. They return to it when the trainer is done, and after
+    each validation of a training whose shards hold their outputs.
     """
 
     seed = 0  # of what is drawn
@@ -50,7 +50,7 @@ class PriorBase(pl.LightningModule):
         if (prior.config.text_width is None) != (encoder is None):
             name = None if encoder is None else encoder.name
             raise ValueError(
-                f"text_encoder={name!r} and net.text_width={prior.config.text_width}: a prior of texts needs both, any "
+                f"text_encoder={name!r} and net.text_width={prior.config.text_width}: a text prior needs both, any "
                 "other neither"
             )
         if tokenizer is not None:
@@ -75,13 +75,13 @@ class PriorBase(pl.LightningModule):
             )
 
     def check_classes(self, classes: Sequence[str], source: str) -> None:
-        """Check that a source, named in errors, numbers its classes as the prior does, if either has any."""
+        """Check that a source, named in errors, numbers its classes as the prior does, if either has classes."""
         if not classes or self.condition_kind != "class":
             return
         if len(classes) != self.num_classes:
             raise ValueError(
                 f"num_classes={self.num_classes} of the prior, but {len(classes)} classes in {source}; set "
-                f"model.net.num_classes={len(classes)} to train on them, or give what has the prior's classes"
+                f"model.net.num_classes={len(classes)} to train on them, or give data with the prior's classes"
             )
         difference = class_difference(self.class_names, classes) if self.class_names else None
         if difference is not None:
@@ -91,35 +91,35 @@ class PriorBase(pl.LightningModule):
             )
 
     def check_tokens(self, source: str, made_by: Mapping[str, Any]) -> None:
-        """Check that a source, named in errors, has tokens of the tokenizer that the prior knows, if it knows one."""
+        """Check that a source, named in errors, has tokens of the prior's tokenizer, if that is known."""
         config = self.prior.config
         for name in ("vocab_size", "num_tokens"):
             if made_by[name] != getattr(config, name):
                 raise ValueError(
                     f"{name}={getattr(config, name)} of the prior, but {source} has {made_by[name]}; give "
-                    f"the tokenizer whose tokens the prior knows, or train one with model.net.{name}={made_by[name]}"
+                    f"the tokenizer of the prior's tokens, or train a prior with model.net.{name}={made_by[name]}"
                 )
         own: Mapping[str, Any] | None = getattr(self, "tokenizer_id", None)
         known = config.tokenizer or (own or made_by)["sha256"]
-        # An earlier version's shards and a prior of today have no hash in common, but the tokenizer knows both.
+        # Shards of an earlier version share no hash with a prior of today, but the tokenizer has both hashes.
         linked = own is not None and same_maker(own, known) and same_maker(own, made_by)
         if not linked and not same_maker(made_by, known):
             raise ValueError(
-                f"{source} belongs to tokenizer {made_by['sha256']}, the prior to tokenizer {known}: tokens mean "
-                "nothing to another tokenizer. Give the one that made the prior's tokens, or make tokens anew "
+                f"{source} belongs to tokenizer {made_by['sha256']}, the prior to tokenizer {known}, and tokens fit "
+                "only their own tokenizer. Give the one that made the prior's tokens, or write the tokens again "
                 "(flextok data tokens) and train on them"
             )
 
     @property
     def reconstructor(self) -> FlexTok:
-        """The tokenizer, which decodes what the prior generates, on the prior's device from now on."""
+        """The tokenizer, to decode generated tokens; moves it to the prior's device."""
         if self.tokenizer is None:
             raise MisconfigurationException("images need a tokenizer: set model.tokenizer (or --tokenizer)")
         return self.tokenizer.on(self.device)
 
     @property
     def condition_kind(self) -> Literal["class", "text", "none"]:
-        """What the prior is conditioned on."""
+        """The kind of condition of the prior."""
         if self.text_encoder is not None:
             return "text"
         return "class" if self.prior.config.num_classes else "none"
@@ -143,13 +143,13 @@ class PriorBase(pl.LightningModule):
         top_p: float | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> Tensor:
-        """All K tokens, (B, K), for (B,) classes, -1 for none; or B texts; or None; see `Prior.generate`."""
+        """Generate all K tokens, (B, K), for (B,) classes (-1 for none), B texts or None; see `Prior.generate`."""
         given = self.encoded_condition(condition)
         return self.prior.generate(given, None, cfg_scale, temperature, top_k, top_p, prefix=None, generator=generator)
 
     @torch.no_grad()
     def encoded_condition(self, condition: Tensor | Sequence[str] | None) -> Condition:
-        """What the prior takes for (B,) classes, -1 for none; or B texts; or None; on its device."""
+        """Make the prior's input for (B,) classes (-1 for none), B texts or None, on its device."""
         if condition is None:
             return None
         if isinstance(condition, Tensor):
@@ -170,7 +170,7 @@ class PriorBase(pl.LightningModule):
 
     @torch.no_grad()
     def condition(self, batch: Batch) -> Condition:
-        """What the samples of a batch are conditioned on."""
+        """The condition of each sample of a batch."""
         if self.condition_kind == "none":
             return None
         if self.condition_kind == "class":
@@ -183,7 +183,7 @@ class PriorBase(pl.LightningModule):
         if "text_states" in batch:
             return TextStates(batch["text_states"], batch["text_mask"])
         if "text" not in batch:
-            raise ValueError(f"a prior of texts needs captions; these shards give {sorted(batch)}")
+            raise ValueError(f"a text prior needs captions; these shards give {sorted(batch)}")
         return self._encode(batch["text"], truncate=True)
 
     def _encode(self, texts: Sequence[str], truncate: bool) -> TextStates:
@@ -201,20 +201,20 @@ class PriorBase(pl.LightningModule):
         self._val_means.log(self)
 
     def on_validation_end(self) -> None:
-        """Take back to the CPU what the training does without; metrics have used it by now."""
+        """Move to the CPU what the training does not use; metrics have used it by now."""
         for name, network in (("tokenizer", self.tokenizer), ("text_encoder", self.text_encoder)):
             made = getattr(self.trainer.datamodule, name, None) is not None  # type: ignore[attr-defined]
             if network is not None and made:
                 network.on("cpu")
 
     def teardown(self, stage: str) -> None:
-        """Take all back to the CPU, as the trainer does with the prior."""
+        """Move everything to the CPU, as the trainer does with the prior."""
         for network in (self.tokenizer, self.text_encoder):
             if network is not None:
                 network.on("cpu")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> TokenOutputs:
-        """Loss with the condition and without, in float32."""
+        """Compute the loss with and without the condition, in float32."""
         weight, bias = self.prior.head.weight, self.prior.head.bias
         with full_precision(self.device):
             tokens, condition = self.tokens(batch), self.condition(batch)
@@ -229,9 +229,9 @@ class PriorBase(pl.LightningModule):
         return {"loss": own.loss, "nll": own.nll, "correct": own.correct}
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Nothing of its own: metrics per budget are the callbacks' work."""
+        """Do nothing: callbacks measure the metrics by budget."""
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Generated tokens, (B, K) int64, for a batch's conditions, with the samples' keys, which seed them."""
+        """Generate tokens, (B, K) int64, for a batch's conditions; the samples' keys, also returned, seed them."""
         generators = evaluation_generators(self.seed, batch)
         return {"key": batch["key"], "tokens": self.prior.generate(self.condition(batch), generator=generators)}

@@ -1,9 +1,9 @@
-"""Stopping REPA after a share of the training.
+"""Stops REPA after a share of the training.
 
-The alignment with a teacher helps early, and later can hold the model back, say the authors of HASTE
-(https://arxiv.org/abs/2505.16792). They leave it out from a fixed step on, by default the 250,000th of their training
-script for SiT-XL/2. Here the step is a share of the training. HASTE's other half, the alignment of attention maps, is
-not here.
+Alignment with a teacher helps early and can hold the model back later, according to HASTE
+(https://arxiv.org/abs/2505.16792). HASTE leaves it out from a fixed step on, by default the 250,000th of its training
+script for SiT-XL/2. Here the step is a share of the training. The other half of HASTE, the alignment of attention maps,
+is not implemented.
 
 Shapes: D decoder width.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def check_share(repa_until: float) -> None:
-    """Refuse what is no share of a training."""
+    """Raise ValueError for a number that is not a share of a training."""
     if not 0.0 < repa_until <= 1.0:
         raise ValueError(
             f"repa_until={repa_until} must be a share of the training in (0, 1]; for no alignment at all set "
@@ -23,7 +23,7 @@ def check_share(repa_until: float) -> None:
 
 
 def aligned_steps(repa_until: float, total_steps: float) -> float:
-    """In how many steps of a training the alignment is computed: at least one, and all of them at a share of 1.
+    """The number of training steps with alignment: at least one, and all of them at a share of 1.
 
     `total_steps` is `Trainer.estimated_stepping_batches`: infinite or -1 for a training without end.
     """
@@ -38,7 +38,7 @@ def aligned_steps(repa_until: float, total_steps: float) -> float:
 
 
 def without_alignment(projection: nn.Module, patch_features: Tensor) -> Tensor:
-    """Zero, whose gradient is zero for every weight of the projection and reaches nothing else.
+    """Zero, with zero gradients for the projection's weights and none for anything else.
 
     DDP waits for a gradient of each parameter, so the projection still runs, on one position of zeros.
     """

@@ -1,4 +1,4 @@
-"""A training that goes on with other options than it had: which it takes over, and which it refuses."""
+"""Resumes a training with changed options: applies some changes, and refuses others."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from flextok_pl.runtime.finite import StopIfNotFinite
 from flextok_pl.runtime.lightning_internals import attached_trainer
 
 APPLIED = ("lr", "betas", "weight_decay", "warmup_steps", "min_lr_ratio", "repa_until")
-"""Options that a training goes on with as they are given now."""
+"""Options whose new values apply when a training resumes."""
 
 WITHOUT_EFFECT = (
     *("activation_checkpointing", "compile_blocks", "loss_chunk", "scale_batches"),
     *("init", "init_from", "init_parts", "started_from", "same_tokens_as"),
 )
-"""Options that change how something is computed, or only how a training begins."""
+"""Options that change only how something is computed, or how a training begins."""
 
 EVALUATED = ("net", "vae", "tokenizer", "text_encoder", "text_encoder_dtype", "_class_path")
-"""Options that an evaluation depends on."""
+"""Options that affect an evaluation."""
 
 FROZEN = "frozen_weights"
-"""Name, in a checkpoint, of the hashes of the frozen networks."""
+"""Key in a checkpoint for the hashes of the frozen networks."""
 
 
 class Change(NamedTuple):
@@ -49,7 +49,7 @@ class Change(NamedTuple):
 
     @property
     def root(self) -> str:
-        """The option of the module that it belongs to."""
+        """The option of the module that holds it."""
         return self.option.partition(".")[0]
 
     def __str__(self) -> str:
@@ -70,29 +70,29 @@ def _plain(value: Any) -> Any:
 
 
 class ResumableModule(pl.LightningModule):
-    """A module with AdamW and a schedule that goes on from a checkpoint with the options that it is given.
+    """A module with AdamW and a schedule that can resume from a checkpoint with changed options.
 
-    Its hyper-parameters include those of AdamW and its schedule in `APPLIED`.
+    Its hyper-parameters include those of AdamW and its schedule, `APPLIED`.
     """
 
     _changes: Sequence[Change] = ()
 
     def configure_callbacks(self) -> list[Callback]:
-        """Check the trainer's precision, in the first hook that knows it, and give what every training needs."""
+        """Check the trainer's precision, in the first hook that knows it, and add the callbacks of every training."""
         check_training_precision(self.trainer.precision)
         self._finite = StopIfNotFinite()
         return [self._finite]
 
     def width_parts(self) -> list[WidthPart]:
-        """What is trained, beside its counterpart of the base width; empty without width transfer."""
+        """The trained parts, each with its counterpart of the base width; empty without width transfer."""
         return []
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
-        """Parameter groups for AdamW."""
+        """Make parameter groups for AdamW."""
         return width_groups(self, self.hparams["weight_decay"], self.hparams["lr"], self.width_parts())
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over parameter groups, warm-up and cosine per step."""
+        """AdamW over parameter groups, with warm-up and cosine per step."""
         options, total = self.hparams, self.trainer.estimated_stepping_batches
         optimizer = adamw(self.optimizer_groups(), options["lr"], options["betas"])
         schedule = warmup_cosine(optimizer, options["warmup_steps"], total, options["min_lr_ratio"])
@@ -102,7 +102,7 @@ class ResumableModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def trained_networks(self) -> list[nn.Module]:
-        """What is trained, in parts that are clipped by a norm of their own; the first one's is logged."""
+        """The trained networks; each is clipped by its own norm, and the norm of the first is logged."""
         return [self]
 
     def configure_gradient_clipping(
@@ -111,7 +111,7 @@ class ResumableModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip, log the gradient's norm before that, and have it looked at one step later: nothing waits for it."""
+        """Clip, log the gradient's norm before clipping, and have it checked one step later, so that nothing waits."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and optimizer.defaults["fused"]:  # which Lightning leaves to the optimizer
             scaler.unscale_(optimizer)
@@ -121,28 +121,28 @@ class ResumableModule(pl.LightningModule):
         self._finite.ask(self.trainer, torch.stack(norms).sum())
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        """Clear the gradients, under ddp in the buckets where they lie: batches that send none would make others."""
+        """Clear the gradients, under ddp within their buckets: batches that send none would otherwise make new ones."""
         optimizer.zero_grad(set_to_none=not isinstance(self.trainer.strategy, DDPStrategy))
 
     def on_validation_model_zero_grad(self) -> None:
-        """Make room for a validation, but for ddp's buckets, which stay in any case."""
+        """Free the gradients for a validation, except in ddp's buckets, which stay in any case."""
         if not isinstance(self.trainer.strategy, DDPStrategy):
             super().on_validation_model_zero_grad()
 
     def frozen_weights(self) -> dict[str, str]:
-        """Option -> hash of the frozen network that it names, which checkpoints do not hold."""
+        """Option -> hash of the frozen network that it names; checkpoints do not hold these networks."""
         return {}
 
     def same_frozen(self, option: str, digest: str) -> bool:
-        """Whether an option's frozen network makes the same as that of a checkpoint, though it has another hash."""
+        """Whether an option's frozen network gives the same results as a checkpoint's with another hash."""
         return False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say which frozen networks belong to the weights."""
+        """Store the hashes of the frozen networks."""
         checkpoint[FROZEN] = self.frozen_weights()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model, before its weights are taken."""
+        """Refuse a checkpoint of another model before its weights are loaded."""
         trainer = attached_trainer(self)
         if trainer is not None:
             training = trainer.state.fn == TrainerFn.FITTING
@@ -151,16 +151,16 @@ class ResumableModule(pl.LightningModule):
     def accepted_changes(
         self, checkpoint: Mapping[str, Any], max_steps: int | None, source: str = "the checkpoint"
     ) -> list[Change]:
-        """The options that a training goes on with though they differ from its checkpoint's.
+        """The changed options that a training accepts when it resumes from a checkpoint.
 
-        Options that only one of the two knows are not compared. `max_steps` is -1 for a training without end, and None
+        Options that only one side has are not compared. `max_steps` is -1 for a training without end, and None
         for an evaluation, which compares only the options in `EVALUATED`.
 
         Raises:
             ValueError: another difference changes what the model is, or what it learns; or the training has ended.
         """
         now, before = dict(self.hparams), {"train": None, **checkpoint.get("hyper_parameters", {})}
-        if FROZEN in checkpoint:  # a file may lie elsewhere by now, or hold something else
+        if FROZEN in checkpoint:  # a file may have moved or changed since
             own = self.frozen_weights()
             now |= {name: f"weights {digest}" for name, digest in own.items()}
             before |= {
@@ -174,7 +174,7 @@ class ResumableModule(pl.LightningModule):
             accepted = [each for each in changes if each.root in APPLIED]
             refused = [each for each in changes if each.root not in (*APPLIED, *WITHOUT_EFFECT)]
         if refused:
-            anew = "" if max_steps is None else ", or leave out ckpt_path, which starts a training of its own"
+            anew = "" if max_steps is None else ", or leave out ckpt_path to start a new training"
             raise ValueError(
                 f"{source} is of a model with other options: {'; '.join(map(str, refused))}. Give the former ones, as "
                 f"the config.yaml of its run has them{anew}"
@@ -187,7 +187,7 @@ class ResumableModule(pl.LightningModule):
         return accepted
 
     def on_train_start(self) -> None:
-        """Let optimizer and schedule, which a checkpoint may have restored, have the options that are given."""
+        """Apply the given options to optimizer and schedule, which a checkpoint may have restored."""
         schedule: Any = self.trainer.lr_scheduler_configs[0].scheduler
         assert isinstance(schedule, LambdaLR)
         schedule.base_lrs = list(self._base_lrs)
@@ -199,7 +199,7 @@ class ResumableModule(pl.LightningModule):
         self._record_changes()
 
     def _record_changes(self) -> None:
-        """Say from which step on which options are others, and leave lines of it in the run's `changes.jsonl`."""
+        """Print the step from which options changed, and append them to the run's `changes.jsonl`."""
         changes, self._changes = self._changes, ()
         if not changes:
             return

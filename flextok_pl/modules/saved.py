@@ -1,4 +1,4 @@
-"""Finished models as LightningModules, so that they are evaluated without the experiments that trained them."""
+"""Finished models as LightningModules, to evaluate them without the experiments that trained them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SavedTokenizer(pl.LightningModule):
         return self.tokenizer
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Nothing of its own: metrics per budget are the callbacks' work."""
+        """Do nothing: callbacks measure the metrics by budget."""
 
     test_step = validation_step
 
@@ -36,13 +36,13 @@ class SavedTokenizer(pl.LightningModule):
 
 
 class SavedPrior(PriorBase):
-    """A prior from a file with the tokenizer whose tokens it knows, for `validate`, `test` and `predict`.
+    """A prior from a file with the tokenizer of its tokens, for `validate`, `test` and `predict`.
 
     Args:
         path: see `Prior.from_pretrained`.
         tokenizer: see `FlexTok.from_pretrained`; default the one that the prior's file names.
-        text_encoder: in place of the name that the prior's file states, such as a local copy of the same encoder.
-        other_tokenizer: for a prior whose file names none.
+        text_encoder: replaces the encoder that the prior's file names, for example by a local copy of it.
+        other_tokenizer: tokenizer for a prior whose file names none.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class SavedPrior(PriorBase):
         prior = Prior.from_pretrained(path)
         config, encoder = prior.config, None
         if text_encoder is not None and config.text_width is None:
-            raise ValueError(f"text_encoder={text_encoder!r}: this prior listens to no text; leave it out")
+            raise ValueError(f"text_encoder={text_encoder!r}: this prior takes no text; leave it out")
         if name := text_encoder or config.text_encoder:
             encoder = TextEncoder(name, config.text_length, pad=not config.text_mask)
             if not prior.knows_null:

@@ -1,4 +1,4 @@
-"""Trainings that start from the weights of a finished model, and trainings of some parts of a model only."""
+"""Starts trainings from the weights of a finished model, and trains only some parts of a model."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from flextok_pl.modules.resume import ResumableModule
 from flextok_pl.runtime.lightning_internals import goes_on
 
 NOTES = ("started_from", "same_tokens_as")
-"""What a start leaves in hyper-parameters and, where the configuration has a place for it, there."""
+"""Notes of a start in the hyper-parameters and, if it has such fields, in the configuration."""
 
 
 class StartedModule(ResumableModule):
-    """A module whose network may start from the weights of a finished one, and may be trained in part.
+    """A module whose network can start from the weights of a finished one, and can be trained in part.
 
-    Hyper-parameters say so: `init_from` is the finished model, `init_parts` which of its parts to take, and `train`
-    which parts of the network to train. The weights are taken in the first `setup` of a run that loads no checkpoint,
-    on the CPU and before anything is sharded, copied to other processes or averaged. Where they came from goes, as
-    `started_from`, into the hyper-parameters, and so into checkpoints, and into the configuration of the network, and
-    so into exports.
+    Hyper-parameters control this: `init_from` is the finished model, `init_parts` names the parts to take from it, and
+    `train` the parts of the network to train. The first `setup` of a run that loads no checkpoint takes the weights, on
+    the CPU and before anything is sharded, copied to other processes or averaged. Their source is recorded as
+    `started_from` in the hyper-parameters, and so in checkpoints, and in the configuration of the network, and so in
+    exports.
     """
 
-    _to_start = True  # with the weights of another model, if any are given
+    _to_start = True  # whether to take the weights of another model, if any are given
 
     @property
     def network(self) -> Network:
-        """What is trained and exported."""
+        """The network that is trained and exported."""
         raise NotImplementedError
 
     @property
     def trained_parts(self) -> tuple[str, ...] | None:
-        """Beginnings of the names of the weights that are trained; None for all."""
+        """Beginnings of the names of the trained weights; None for all."""
         return None if self.hparams["train"] is None else tuple(self.hparams["train"])
 
     def check_start(self) -> None:
-        """Refuse parts that the network does not have, and freeze what is not to be trained, once it is built."""
+        """Refuse parts that the network does not have, and freeze those not to train; for the end of a constructor."""
         source, parts = self.hparams["init_from"], self.hparams["init_parts"]
         if parts is not None and source is None:
             raise ValueError(f"init_parts={parts} needs model.init_from")
@@ -46,7 +46,7 @@ class StartedModule(ResumableModule):
         train_only(self.network, self.trained_parts)
 
     def setup(self, stage: str) -> None:
-        """Take the weights."""
+        """Take the initial weights."""
         source = self.hparams["init_from"]
         if self._to_start and not goes_on(self.trainer):
             start = None if source is None else start_from(self.network, source, self.hparams["init_parts"])
@@ -61,10 +61,10 @@ class StartedModule(ResumableModule):
         super().setup(stage)
 
     def on_start(self, start: Start) -> None:
-        """Look at what the weights came from."""
+        """Check where the weights came from."""
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the weights that the checkpoint has, and its notes."""
+        """Keep the weights and the notes of the checkpoint."""
         super().on_load_checkpoint(checkpoint)
         self._to_start = False
         self._note(checkpoint.get("hyper_parameters", {}))

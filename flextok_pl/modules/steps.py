@@ -1,4 +1,4 @@
-"""What every module's steps need: random generators, and what they log."""
+"""Random generators and logging for the steps of every module."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from flextok_pl.keys import sample_generators, text_generator
 def step_generator(module: pl.LightningModule, seed: int, *position: int) -> torch.Generator:
     """A CPU generator that is a pure function of (seed, global step, position).
 
-    The position tells apart what happens in one step: the index of the batch, for the batches whose gradients are
-    accumulated, and the rank, where ranks are to draw different numbers.
+    The position separates what happens in one step: the index of the batch, if gradients are accumulated over several,
+    and the rank, if ranks must draw different numbers.
     """
     return text_generator("/".join(map(str, (seed, module.global_step, *position))))
 
 
 def evaluation_generators(seed: int, batch: Batch) -> list[torch.Generator]:
-    """A CPU generator for each sample of an evaluation batch, from its key: whatever batch, worker or rank it is in."""
+    """A CPU generator for each sample of an evaluation batch, from its key; batch, worker and rank do not matter."""
     if "key" not in batch:
         raise ValueError(
             f"evaluation draws the noise of a sample from its key, but the batches hold {sorted(batch)}: give each "
@@ -32,10 +32,10 @@ def evaluation_generators(seed: int, batch: Batch) -> list[torch.Generator]:
 
 
 class SampleMeans:
-    """Means over an evaluation's samples on all ranks, of values that are known as means of batches.
+    """Means over an evaluation's samples on all ranks, from means of batches.
 
-    Lightning's `log` divides by a rounded number where ranks have seen different numbers of samples. Ranks communicate
-    on `device`.
+    Lightning's `log` divides by a rounded number if ranks have seen different numbers of samples. Ranks communicate on
+    `device`.
     """
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
@@ -48,7 +48,7 @@ class SampleMeans:
         self._sums += count * torch.cat([row, row.new_ones(1)])
 
     def log(self, module: pl.LightningModule) -> None:
-        """Log the means. All ranks must ask, also one that has seen no sample."""
+        """Log the means. All ranks must call this, even without samples."""
         sums = module.trainer.strategy.reduce(self._sums, reduce_op="sum")
         module.log_dict(dict(zip(self.names, sums[:-1] / sums[-1], strict=True)), prog_bar=True, sync_dist=True)
 
@@ -60,7 +60,7 @@ def logging_now(module: pl.LightningModule) -> bool:
 
 
 def log_means(module: pl.LightningModule, values: Mapping[str, Tensor], batch_size: int) -> None:
-    """Log values of a training step, where the trainer writes its logs as their means over all ranks."""
+    """Log values of a training step when the trainer writes its logs, as means over all ranks."""
     if logging_now(module):
         reduce = module.trainer.strategy.reduce
         values = {name: reduce(value.detach().clone(), reduce_op="mean") for name, value in values.items()}

@@ -1,10 +1,10 @@
-"""Stage 1: training a FlexTok tokenizer.
+"""Stage 1: train a FlexTok tokenizer.
 
 What is special about it:
 - The autoencoder is frozen: it makes the latents, unless the shards hold them. Encoder and decoder train together.
-- REPA, if used, aligns an early block of the decoder with a frozen teacher; shards may hold its features, too.
+- REPA, if used, aligns an early block of the decoder with a frozen teacher; shards may also hold its features.
 - All draws follow from the seed and the step, in validation from the sample's key: a resumed run repeats none.
-- Losses are logged by flow time and budget, too; validation compares an image's own tokens with random ones.
+- Losses are also logged by flow time and budget; validation compares an image's own tokens with random ones.
 - Callbacks measure images; this module measures losses only.
 
 Shapes: B batch, C channels, h x w latent, K registers.
@@ -53,50 +53,50 @@ from flextok_pl.runtime.sharding import shard
 class TokenizerModule(TokenizerTraining, StartedModule):
     """Trains the register encoder, the quantiser's codes and the flow decoder on VAE latents.
 
-    Batches carry images, or latents that the same VAE made, with features of the same teacher. VAE and teacher are
-    frozen: neither averaged nor stored in checkpoints; the teacher is loaded only to train on images. At the end of a
-    fit the weights in use, averaged where an averaging callback runs, are exported with the VAE as
-    `<log dir>/tokenizer.safetensors`.
+    Batches carry images, or latents of the same VAE with features of the same teacher. VAE and teacher are frozen:
+    neither averaged nor stored in checkpoints. The teacher is loaded only to train on images. At the end of a fit the
+    current weights, averaged if an averaging callback runs, are exported with the VAE as `<log
+    dir>/tokenizer.safetensors`.
 
     Args:
-        net: the model. Its `vae` describes the autoencoder and is replaced by that of `vae` where given.
-        vae: folder or Hub id of a trained autoencoder, or a FlexTok `.safetensors` file whose autoencoder to use. None
-            builds `net.vae` with random weights, which makes sense for kind `pixel` only.
+        net: configuration of the tokenizer. The option `vae`, if given, replaces its `vae`.
+        vae: folder or Hub id of a trained autoencoder, or a FlexTok `.safetensors` file with one. None builds `net.vae`
+            with random weights, which only suits the kind `pixel`.
         init_from: finished tokenizer whose weights to start from: a `.safetensors` file, a folder or a Hub id. It must
-            fit `net`, and have the autoencoder of `vae`. A training that goes on from a checkpoint does without it.
-        init_parts: which of them: `encoder`, `decoder`, or what is below, such as `decoder.blocks`; None for all. The
-            others are new.
-        train: which parts of the tokenizer to train, by names as for `init_parts`; None for all. The others are frozen:
-            they have no gradient, no weight decay and no average, and must come from `init_from`. Without the encoder
-            the tokens stay the same, and so token shards and priors of the finished tokenizer stay valid.
+            fit `net`, and have the autoencoder of `vae`. A training that resumes from a checkpoint does not read it.
+        init_parts: parts to take from it: `encoder`, `decoder`, or what is below, such as `decoder.blocks`; None for
+            all. The others are new.
+        train: parts of the tokenizer to train, by names as for `init_parts`; None for all. The others are frozen: they
+            have no gradient, no weight decay and no average, and must come from `init_from`. Without the encoder the
+            tokens do not change, so that token shards and priors of the finished tokenizer stay valid.
         lr: peak learning rate.
-        betas: of AdamW.
-        weight_decay: of matrices; biases, tokens and positions have none.
+        betas: betas of AdamW.
+        weight_decay: weight decay of matrices; biases, tokens and positions have none.
         warmup_steps: optimizer steps of linear warm-up, followed by a cosine over the rest of the training.
-        min_lr_ratio: final share of the learning rate.
+        min_lr_ratio: final learning rate, as a share of `lr`.
         mup_base_width: width, of encoder and decoder alike, at which `lr`, `weight_decay` and initialisation are tuned;
-            they are carried over to this model's widths by muP. None for the standard parametrisation.
-        timestep_shift: above 1 more training on noisy inputs, where tokens matter most. Like `pure_noise` it has no
+            muP carries them over to this model's widths. None for the standard parametrisation.
+        timestep_shift: values above 1 train more on noisy inputs, where tokens matter most. Like `pure_noise` it has no
             effect on a net with `objective="mse"`, which always trains at t = 1.
-        pure_noise: share of the images that are trained at t = 1, where only the tokens say what to draw. A small model
-            on a small machine finds out much sooner that its tokens are of use.
-        stratified_budgets: draw the numbers of kept tokens, and which images keep none, in equal strata over the batch:
-            each step then computes almost as many positions as any other, on each process.
+        pure_noise: share of the images that are trained at t = 1, where only the tokens determine the image. With it a
+            small model learns to use its tokens much sooner.
+        stratified_budgets: draw the numbers of kept tokens, and the images that keep none, in equal strata over the
+            batch. All steps then compute almost the same number of positions, on each process.
         teacher: REPA's teacher: `effnet-lite2`, a timm model, or None for no REPA.
         teacher_weights: local weights file of the teacher.
         repa_weight: weight of the alignment loss.
-        repa_until: share of the training's optimizer steps that have an alignment loss; in later ones the teacher does
+        repa_until: share of the training's optimizer steps that have an alignment loss. In later steps the teacher does
             not run, and `train/repa` repeats its last value until the epoch ends.
-        repa_projection: `mlp` projects each patch alone, as REPA; `conv` is iREPA's 3 x 3 convolution.
-        repa_spatial_norm: iREPA's normalisation of the teacher's features over an image's patches: this share of their
-            mean is subtracted (0.6 in its code for latents), and they are divided by their standard deviation. None for
-            features as they are.
-        route_share: share of the patches that skip the decoder's blocks `route_blocks` in training, and not in
-            evaluation (TREAD, which takes 0.5); 0 for none.
-        route_blocks: the first and the last of these blocks, counted from 0. TREAD takes 2 and 8 of 12.
+        repa_projection: `mlp` projects each patch separately, as REPA; `conv` is iREPA's 3 x 3 convolution.
+        repa_spatial_norm: iREPA's normalisation of the teacher's features over an image's patches: subtract this share
+            of their mean (0.6 in its code for latents), and divide by their standard deviation. None keeps the features
+            as they are.
+        route_share: share of the patches that skip the decoder's blocks `route_blocks`, only in training (TREAD uses
+            0.5); 0 for none.
+        route_blocks: first and last of these blocks, counted from 0. TREAD uses 2 and 8 of 12.
         activation_checkpointing: recompute blocks in the backward pass, for less memory.
         compile_blocks: `torch.compile` every Transformer block for training steps; evaluation runs them as they are.
-        seed: of noise, times and budgets in training, and of the fixed ones in validation.
+        seed: seed of noise, times and budgets in training, and of the fixed ones in validation.
     """
 
     val_means: ClassVar[tuple[str, ...]] = ("val/loss", "val/loss_other_tokens", "val/token_gap")
@@ -171,15 +171,15 @@ class TokenizerModule(TokenizerTraining, StartedModule):
         """Floating-point operations of a training step per image, as MFU counts them; see `flextok_pl.cost.models`.
 
         Expected over the budgets of the training, at the image size of its data, or else at the model's own. A frozen
-        encoder counts its forward pass. Other frozen networks, the projection to the teacher and recomputation count
-        for nothing.
+        encoder counts its forward pass. Other frozen networks, the projection to the teacher and recomputation are not
+        counted.
         """
         return tokenizer_flops(
             self.tokenizer.config, self.grid, routing=self.routing, train=self.trained_parts
         ).training
 
     def width_parts(self) -> list[WidthPart]:
-        """Encoder, decoder and projection."""
+        """Encoder, decoder and projection, if any."""
         config, base_width = self.tokenizer.config, self.hparams["mup_base_width"]
         if base_width is None:
             return []
@@ -196,7 +196,7 @@ class TokenizerModule(TokenizerTraining, StartedModule):
         return parts
 
     def setup(self, stage: str) -> None:
-        """Check that precomputed features are the teacher's, and load it where there are none."""
+        """Check that precomputed features are the teacher's, and load the teacher if there are none."""
         super().setup(stage)
         features = getattr(self.trainer.datamodule, "teacher", None)  # type: ignore[attr-defined]
         if self.teacher_name is None or stage != "fit":
@@ -205,7 +205,7 @@ class TokenizerModule(TokenizerTraining, StartedModule):
             self.teacher = Frozen(Teacher(self.teacher_name, self.teacher_weights))
             return
         same = features["name"] == self.teacher_name
-        if same and self.teacher_weights is not None:  # else the name tells which weights they are
+        if same and self.teacher_weights is not None:  # else the name identifies the weights
             same = features["sha256"] == weights_hash(Teacher(self.teacher_name, self.teacher_weights))
         if not same:
             raise ValueError(
@@ -215,17 +215,17 @@ class TokenizerModule(TokenizerTraining, StartedModule):
             )
 
     def configure_model(self) -> None:
-        """Shard encoder, decoder and projection where the strategy asks for it."""
+        """Shard encoder, decoder and projection if the strategy asks for it."""
         projection = [] if self.teacher_name is None else [self.projection]
         shard(self, [self.tokenizer.encoder, self.tokenizer.decoder, *projection])
 
     def on_train_start(self) -> None:
-        """Find the step from which on there is no alignment, once the length of the training is known."""
+        """Find the step at which the alignment ends, now that the length of the training is known."""
         super().on_train_start()
         self._aligned_steps = aligned_steps(self.hparams["repa_until"], self.trainer.estimated_stepping_batches)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Velocity loss, and the alignment with the teacher where there is one."""
+        """Compute the velocity loss, and the alignment with the teacher, if any."""
         latents = self.latents(batch)
         generator = step_generator(self, self.seed, batch_idx)
         config, options = self.tokenizer.config, self.hparams
@@ -251,14 +251,14 @@ class TokenizerModule(TokenizerTraining, StartedModule):
         patch, mean_share = self.tokenizer.config.patch_size, self.hparams["repa_spatial_norm"]
         grid = (latents.shape[2] // patch, latents.shape[3] // patch)
         features = resized_map(self._teacher_features(batch, grid), grid)
-        if mean_share is not None:  # on the decoder's grid, so that it does not matter on which one they are stored
+        if mean_share is not None:  # on the decoder's grid, so that the grid of the stored features does not matter
             features = spatially_normalized(features, mean_share)
         loss = alignment_loss(self.projection(result.patch_features, grid), features)
         log_means(self, {"train/repa": loss}, len(latents))
         return float(self.hparams["repa_weight"]) * loss
 
     def _teacher_features(self, batch: Batch, grid: tuple[int, int]) -> Tensor:
-        """A map of the teacher's features (B, F, h', w') that is no coarser than the decoder's grid, if precomputed."""
+        """The teacher's features, (B, F, h', w'); precomputed ones must not be coarser than the decoder's grid."""
         if "teacher_features" not in batch:
             if self.teacher is None or "image" not in batch:
                 raise ValueError(
@@ -276,7 +276,7 @@ class TokenizerModule(TokenizerTraining, StartedModule):
         return features
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Loss under draws that are each image's own, with its tokens and with random ones, in float32."""
+        """Compute the loss with fixed draws for each image, with its own tokens and with random ones, in float32."""
         config = self.tokenizer.config
         with full_precision(self.device):
             latents = self.latents(batch)
@@ -293,7 +293,7 @@ class TokenizerModule(TokenizerTraining, StartedModule):
         self.val_loss.update(own, draws)
 
     def frozen_weights(self) -> dict[str, str]:
-        """The autoencoder's, where it is not part of `net`."""
+        """The hash of the autoencoder, unless that is part of `net`."""
         if self.hparams["vae"] is None:
             return {}
         self._vae_hash = self._vae_hash or weights_hash(self.tokenizer.require_vae())
@@ -301,7 +301,7 @@ class TokenizerModule(TokenizerTraining, StartedModule):
 
 
 def build_tokenizer(net: FlexTokConfig, vae: str | None) -> FlexTok:
-    """A new tokenizer around a frozen autoencoder; see `TokenizerModule` for the arguments."""
+    """Build a new tokenizer around a frozen autoencoder; see `TokenizerModule` for the arguments."""
     if vae is not None:
         autoencoder = load_autoencoder(vae)
     elif net.vae is None:

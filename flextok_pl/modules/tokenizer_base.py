@@ -1,4 +1,4 @@
-"""What trainings of a tokenizer, or of its decoder alone, share: latents, losses by time and budget, and the export.
+"""Shared base of trainings of a tokenizer, or of its decoder alone: latents, losses by time and budget, export.
 
 Shapes: B batch, C channels, h x w latent, K registers.
 """
@@ -24,22 +24,22 @@ from flextok_pl.runtime.sharding import gather_for_evaluation, shard_again, whol
 
 
 class TokenizerTraining(ResumableModule):
-    """A module that trains `tokenizer`, or a part of it, on latents that its frozen autoencoder makes or has made.
+    """Trains `tokenizer`, or a part of it, on latents of its frozen autoencoder, made in training or stored.
 
-    At the end of a fit it exports the weights in use, averaged where an averaging callback runs, as
+    At the end of a fit it exports the current weights, averaged if an averaging callback runs, as
     `<log dir>/tokenizer.safetensors`.
     """
 
     autoencoder_option: ClassVar[str] = "vae"
     """The option that names the autoencoder."""
     val_means: ClassVar[tuple[str, ...]] = ("val/loss",)
-    """What a validation measures, as means over its samples."""
+    """Metrics of a validation, as means over its samples."""
 
     tokenizer: FlexTok
-    grid: Grid | None = None  # of patches of the data's images, the largest where they are of several sizes
+    grid: Grid | None = None  # patches of the data's images, the largest if they have several sizes
 
     def hold(self, tokenizer: FlexTok) -> None:
-        """Take the tokenizer, in the constructor, and make room for its losses by time and by budget."""
+        """Take the tokenizer, in the constructor, and prepare its losses by time and by budget."""
         self.tokenizer = tokenizer
         self.train_loss = LossBuckets(tokenizer.num_registers)
         self.val_loss = LossBuckets(tokenizer.num_registers)
@@ -51,11 +51,11 @@ class TokenizerTraining(ResumableModule):
 
     @property
     def reconstructor(self) -> FlexTok:
-        """The tokenizer, with the weights now in use."""
+        """The tokenizer, with its current weights."""
         return self.tokenizer
 
     def setup(self, stage: str) -> None:
-        """Check that the model takes the sizes of the images, and that precomputed latents are the autoencoder's."""
+        """Check that the model takes the image sizes, and that precomputed latents come from its autoencoder."""
         super().setup(stage)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         grids = grids_of(self.tokenizer.config, data)
@@ -82,7 +82,7 @@ class TokenizerTraining(ResumableModule):
         raise ValueError(f"a batch for the tokenizer needs 'image' or 'latent'; these shards give {sorted(batch)}")
 
     def logged_loss(self, losses: Tensor, draws: TrainingDraws) -> Tensor:
-        """The mean of a training step's losses (B,), logged, also by time and by budget."""
+        """Log a training step's losses (B,), also by time and by budget, and return their mean."""
         loss = losses.mean()
         log_means(self, {"train/loss": loss}, len(losses))
         self.train_loss.update(losses, draws)
@@ -91,7 +91,7 @@ class TokenizerTraining(ResumableModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Evaluate with all weights on each process."""
+        """Gather all weights on each process."""
         gather_for_evaluation(self)
         self._val_means = SampleMeans(self.val_means, self.device)
 
@@ -102,21 +102,21 @@ class TokenizerTraining(ResumableModule):
         self.log_dict(self.val_loss.compute_and_reset("val"))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Nothing of its own: metrics per budget are the callbacks' work."""
+        """Do nothing: callbacks measure the metrics by budget."""
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Tokens of a batch, (B, K) int64, with the samples' keys."""
         return {"key": batch.get("key"), "tokens": self.tokenizer.tokenize(batch["image"])}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the losses, of all processes, that wait for the next log."""
+        """Store the losses, of all processes, that wait for the next log."""
         super().on_save_checkpoint(checkpoint)
         reduce = self.trainer.strategy.reduce
         waiting: dict[str, Any] = self.train_loss.metric_state
         checkpoint["train_loss"] = {n: reduce(value.clone(), reduce_op="sum").cpu() for n, value in waiting.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let the first process go on with them; the log sums over all."""
+        """Give them to the first process; the log sums over all."""
         super().on_load_checkpoint(checkpoint)
         if self.global_rank == 0:
             for name, value in checkpoint.get("train_loss", {}).items():

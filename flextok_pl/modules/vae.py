@@ -1,4 +1,4 @@
-"""Stage 0: train the image autoencoder, and its discriminator beside it by the same optimizer.
+"""Stage 0: train the image autoencoder and its discriminator, by one optimizer.
 
 Shapes in this file: B batch, H x W image, C x h x w latent.
 """
@@ -33,38 +33,38 @@ class VAEModule(StartedModule):
 
     loss = reconstruction + perceptual_weight * perceptual + kl_weight * KL / (3 H W) + gan_weight * adaptive * GAN,
     the loss of latent diffusion (https://arxiv.org/abs/2112.10752, appendix G) divided by the number of pixel values,
-    so that its published weights apply here. It differs in that autoencoder and discriminator take their steps
-    at once, from the same images, by one optimizer: accumulation, clipping and schedules are then the Trainer's.
-    Gradient norms are clipped for each of the two networks by itself.
+    so that its published weights apply here. Unlike there, autoencoder and discriminator take their steps at once, from
+    the same images, by one optimizer; accumulation, clipping and schedules are then the Trainer's. The gradient norm of
+    each network is clipped separately.
 
     At the end of a fit the latents are measured on training batches and the autoencoder is exported to
     `<log_dir>/vae`, a folder that diffusers reads, with scaling_factor = 1 / (standard deviation of the
     posterior means). With `EMA` the averaged weights are measured and exported.
 
     Args:
-        net: the autoencoder, of kind `kl`.
+        net: configuration of the autoencoder, of kind `kl`.
         init_from: finished autoencoder whose weights to start from: a folder or a Hub id, or the `.safetensors` file of
-            a tokenizer that has it. It must fit `net`, but for the scale of the latents, which is measured anew.
-        init_parts: which of them: `encoder`, `decoder`, or what is below; None for all. The others are new.
-        train: which parts of the autoencoder to train, by names as for `init_parts`; None for all. The others are
-            frozen, and must come from `init_from`. Without `encoder` and `quant_conv` the latents stay the same, as
-            does their scale, which `net` must then have: latent shards and tokenizers stay valid.
+            a tokenizer that has it. It must fit `net`, except for the scale of the latents, which is measured again.
+        init_parts: parts to take from it: `encoder`, `decoder`, or what is below; None for all. The others are new.
+        train: parts of the autoencoder to train, by names as for `init_parts`; None for all. The others are frozen, and
+            must come from `init_from`. Without `encoder` and `quant_conv` the latents and their scale, which `net` must
+            then have, do not change: latent shards and tokenizers stay valid.
         reconstruction: mean absolute (`l1`) or squared (`l2`) error.
-        kl_weight: of the posterior's divergence from a unit normal.
-        perceptual_weight: of the distance in a pretrained network's features.
+        kl_weight: weight of the posterior's divergence from a unit normal.
+        perceptual_weight: weight of the distance in a pretrained network's features.
         perceptual_network: `effnet-lite0` (offline), `lpips`, or a timm model such as `vgg16`.
-        perceptual_weights_path: local weights of that network.
-        gan_weight: of the adversarial loss, on top of its adaptive weight.
+        perceptual_weights_path: local weights file of that network.
+        gan_weight: weight of the adversarial loss, on top of its adaptive weight.
         gan_start_step: first step of the discriminator and its loss. Before it the discriminator has no gradients:
             train on several devices with `trainer.strategy=ddp_find_unused_parameters_true`.
-        discriminator_width: channels of its first layer.
-        lr: full learning rate, of both networks.
-        betas: AdamW's.
-        weight_decay: AdamW's, for matrices and kernels only.
-        warmup_steps: of linear warm-up.
-        min_lr_ratio: final share of the learning rate, reached by a cosine at the end of the fit.
-        scale_batches: training batches from which the scale of the latents is measured.
-        seed: of the posterior's noise.
+        discriminator_width: channels of the discriminator's first layer.
+        lr: peak learning rate of both networks.
+        betas: betas of AdamW.
+        weight_decay: weight decay of matrices and kernels only.
+        warmup_steps: optimizer steps of linear warm-up.
+        min_lr_ratio: final learning rate, as a share of `lr`, reached by a cosine at the end of the fit.
+        scale_batches: training batches to measure the scale of the latents on.
+        seed: seed of the posterior's noise.
     """
 
     def __init__(
@@ -108,8 +108,8 @@ class VAEModule(StartedModule):
         self.vae = VAE(net).to(memory_format=torch.channels_last)
         if perceptual_weight and net.image_channels not in (1, 3):
             raise ValueError(
-                f"perceptual_weight={perceptual_weight} needs pictures of 1 or 3 channels, for networks that know "
-                f"colours; net.image_channels={net.image_channels}: set it to 0"
+                f"perceptual_weight={perceptual_weight} needs pictures of 1 or 3 channels, but "
+                f"net.image_channels={net.image_channels}: set perceptual_weight to 0"
             )
         self.perceptual = (
             Frozen(PerceptualDistance(perceptual_network, perceptual_weights_path)) if perceptual_weight else None
@@ -131,7 +131,7 @@ class VAEModule(StartedModule):
 
     @property
     def keeps_latents(self) -> bool:
-        """Whether nothing is trained that decides about the latents."""
+        """Whether all that determines the latents is frozen."""
         return all(
             is_frozen(part) for name, part in self.vae.network.named_children() if name in ("encoder", "quant_conv")
         )
@@ -148,13 +148,13 @@ class VAEModule(StartedModule):
                 )
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> its reconstruction from the posterior's mean, (B, 3, H, W), not clamped."""
+        """Reconstruct (B, 3, H, W) images from the posterior's mean, not clamped."""
         return self.vae.decode(self.vae.encode(images))
 
     # Training
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of one batch with key `image`."""
+        """Compute the loss of one batch with key `image`."""
         images, options = _images(batch), self.hparams
         generator = step_generator(self, options["seed"], batch_idx, self.global_rank)
         moments, outputs = self.vae(images, generator)  # (B, 2C, h, w), (B, 3, H, W)
@@ -174,7 +174,7 @@ class VAEModule(StartedModule):
         return loss
 
     def _adversarial(self, images: Tensor, outputs: Tensor, compared: Tensor) -> dict[str, Tensor]:
-        """Both players' losses; each one's gradients reach its own network only."""
+        """The losses of both networks; the gradients of each reach only its own network."""
         assert self.discriminator is not None
         self.discriminator.requires_grad_(False)
         generator_loss = -self.discriminator(outputs).mean()
@@ -184,17 +184,17 @@ class VAEModule(StartedModule):
         return {"generator": generator_loss, "adaptive_weight": weight, "discriminator": hinge_loss(real, fake)}
 
     def configure_callbacks(self) -> list[Callback]:
-        """What every training needs, at a precision that suits a discriminator."""
+        """Add the callbacks of every training, at a precision that suits a discriminator."""
         check_training_precision(self.trainer.precision, adversarial=self.discriminator is not None)
         return super().configure_callbacks()
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
-        """Those of each network."""
+        """Make the parameter groups of each network."""
         decay = self.hparams["weight_decay"]
         return [group for network in self.trained_networks() for group in parameter_groups(network, decay)]
 
     def trained_networks(self) -> list[nn.Module]:
-        """Autoencoder and discriminator: they play against each other, and one must not damp the other."""
+        """Autoencoder and discriminator, separately: one must not damp the other."""
         return [self.vae] if self.discriminator is None else [self.vae, self.discriminator]
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -225,7 +225,7 @@ class VAEModule(StartedModule):
         self._sums = {name: value + self._sums.get(name, 0.0) for name, value in batch_sums.items()}
 
     def on_validation_epoch_end(self) -> None:
-        """Log MSE, PSNR and the share of the images' variance around their mean image that is lost."""
+        """Log MSE, PSNR and the lost share of the images' variance around their mean image."""
         sums = {name: self.trainer.strategy.reduce(value, reduce_op="sum") for name, value in self._sums.items()}
         count, values = sums["count"], sums["count"] * sums["image"].numel()
         variance = (sums["square"] - sums["image"].square().sum() / count) / values

@@ -1,8 +1,8 @@
-"""Width transfer: learning rate and initialisation tuned at one width, used at another.
+"""Width transfer: use a learning rate and an initialisation at another width than they were tuned at.
 
-The maximal update parametrisation for Adam (muP; Yang et al., https://arxiv.org/abs/2203.03466, table 3), without
-multipliers in the forward pass: only a new model's weights and the optimizer's groups differ. As in its authors'
-package, what grows with the width is found by comparing shapes with those of the same network at the base width. At
+This is the maximal update parametrisation for Adam (muP; Yang et al., https://arxiv.org/abs/2203.03466, table 3),
+without multipliers in the forward pass: only a new model's weights and the optimizer's groups differ. As in its
+authors' package, growing dimensions are found by comparing shapes with those of the same network at the base width. At
 that width, initialisation and learning rates are the standard ones.
 
 Shapes: D width, D0 base width.
@@ -25,10 +25,10 @@ ADAM_EPS = 1e-8  # at the base width, torch's default
 
 
 class WidthPart(NamedTuple):
-    """A network that was tuned at another width.
+    """A network, and the same network at the width that was tuned.
 
-    `initial_std` maps (fan in, fan out) to the standard deviation that its matrices start with, up to a factor that
-    does not depend on the width.
+    `initial_std` maps (fan in, fan out) to the initial standard deviation of its matrices, up to a factor that does not
+    depend on the width.
     """
 
     network: nn.Module  # of width D
@@ -38,11 +38,11 @@ class WidthPart(NamedTuple):
 
 
 class PartWeight(NamedTuple):
-    """A trainable parameter of a part, its counterpart in the base network, and its role: what of it grows with D.
+    """A trainable parameter of a part, its counterpart in the base network, and its role: how it grows with D.
 
-    Of a matrix both sides grow (`hidden`), that of its input (`output`), or that of its output (`input`); of anything
-    else one dimension (`vector`: biases, gains, tokens, positions, embeddings). `fixed` is what does not grow, or has
-    nothing to grow where D is D0.
+    Both sides of a matrix grow (`hidden`), only that of its input (`output`), or only that of its output (`input`). Of
+    any other parameter one dimension grows (`vector`: biases, gains, tokens, positions, embeddings). `fixed` parameters
+    do not grow, or D is D0.
     """
 
     name: str
@@ -52,21 +52,21 @@ class PartWeight(NamedTuple):
 
 
 def xavier_std(fan_in: int, fan_out: int) -> float:
-    """Of `xavier_uniform_`."""
+    """Standard deviation of `xavier_uniform_`."""
     return math.sqrt(2.0 / (fan_in + fan_out))
 
 
 def default_std(fan_in: int, fan_out: int) -> float:
-    """Of `nn.Linear`, up to a factor."""
+    """Standard deviation of `nn.Linear`, up to a factor."""
     return 1.0 / math.sqrt(fan_in)
 
 
 def check_base_width(base_width: int, multiple: int) -> None:
-    """Refuse a base width that no model has."""
+    """Raise ValueError for a base width that no model can have."""
     if base_width < 1 or base_width % multiple:
         raise ValueError(
-            f"mup_base_width={base_width} must be a positive multiple of {multiple}: the model that was tuned has the "
-            "head_dim of this one; give the width of such a model, or null for no width transfer"
+            f"mup_base_width={base_width} must be a positive multiple of {multiple}: the tuned model must have the "
+            "same head_dim as this one; give the width of such a model, or null for no width transfer"
         )
 
 
@@ -82,14 +82,14 @@ def part_weights(part: WidthPart) -> Iterator[PartWeight]:
             role = _role(grows, is_matrix(owner, local_name, parameter))
             if role is None:
                 raise ValueError(
-                    f"{name} has shape {tuple(parameter.shape)}, and {tuple(base.shape)} at the base width: there is "
-                    "no rule for what grows like this; set mup_base_width to null"
+                    f"{name} has shape {tuple(parameter.shape)}, and {tuple(base.shape)} at the base width: no rule "
+                    "covers this growth; set mup_base_width to null"
                 )
             yield PartWeight(name, parameter, base, role)
 
 
 def _role(grows: Sequence[bool], matrix: bool) -> Role | None:
-    """See `PartWeight`. The dimensions of a matrix are those of output, input and kernel."""
+    """The role of a parameter; the dimensions of a matrix are those of output, input and kernel."""
     if not any(grows):
         return "fixed"
     if not matrix:
@@ -101,10 +101,10 @@ def _role(grows: Sequence[bool], matrix: bool) -> Role | None:
 
 @torch.no_grad()
 def rescale_initial_weights(part: WidthPart) -> None:
-    """Bring matrices drawn by the standard initialisation to the standard deviation that muP wants.
+    """Bring matrices drawn by the standard initialisation to muP's standard deviation.
 
-    It is the standard one at D0, times (D0 / D)^(1/2) for hidden and D0 / D for output matrices. What starts at zero
-    stays there. Biases stay as they are, as do tokens, positions and embeddings, which start alike at all widths.
+    That is the standard one at D0, times (D0 / D)^(1/2) for hidden and D0 / D for output matrices. Zeros stay zeros.
+    Biases, tokens, positions and embeddings stay as they are: they start alike at all widths.
     """
     powers: dict[Role, float] = {"hidden": 0.5, "output": 1.0, "input": 0.0}
     for _, parameter, base, role in part_weights(part):
@@ -114,19 +114,19 @@ def rescale_initial_weights(part: WidthPart) -> None:
 
 
 def width_groups(module: nn.Module, weight_decay: float, lr: float, parts: Sequence[WidthPart]) -> list[dict[str, Any]]:
-    """`parameter_groups` with learning rate, weight decay and epsilon of their own, for AdamW.
+    """`parameter_groups` with learning rate, weight decay and epsilon for each role, for AdamW.
 
-    Hidden and output matrices have lr * D0 / D. AdamW multiplies its weight decay by the learning rate; theirs is
+    Hidden and output matrices have lr * D0 / D. AdamW multiplies its weight decay by the learning rate. Theirs is
     divided by the same ratio, so that a step takes the same share off the weights at all widths, as in the authors'
     package (https://github.com/microsoft/mup/blob/0518b39e91caa5d81ad0529225046cbdfdef69c4/mup/optim.py).
 
-    Where D0 / D multiplies a parameter's gradients, which is everywhere but in output matrices and what is fixed, it
-    multiplies epsilon, too. The first gradients of the encoder, behind gates that start at zero, are near the usual
-    1e-8, and that would slow down wide models more than narrow ones.
+    D0 / D multiplies the gradients of all parameters except output matrices and fixed ones. There it also multiplies
+    epsilon. The first gradients of the encoder, behind gates that start at zero, are near the usual 1e-8, and that
+    would slow down wide models more than narrow ones.
 
-    `lr` and `weight_decay` are those at D0, `parts` everything in the module that is trained, or nothing for the
-    standard parametrisation, which leaves the learning rate to the optimizer. With parts each group has a name, of role
-    and D0 / D, for its curve.
+    `lr` and `weight_decay` are those at D0. `parts` covers everything in the module that is trained; it is empty for
+    the standard parametrisation, which leaves the learning rate to the optimizer. With parts each group has a name,
+    made of its role and D0 / D, for its curve.
     """
     groups = parameter_groups(module, weight_decay)
     if not parts:

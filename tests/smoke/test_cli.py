@@ -307,7 +307,7 @@ def test_generate(
         (["--top-p", "0"], "top_p=0.0"),
         (["--samples", "0"], "samples=0"),
         (["--prior", "nowhere"], "no checkpoint 'nowhere'"),
-        (["--tokenizer", str(DEMO_TOKENIZER)], "give the tokenizer whose tokens the prior knows"),
+        (["--tokenizer", str(DEMO_TOKENIZER)], "give the tokenizer of the prior's tokens"),
     ):
         assert message in error_of(capsys, *command, *arguments)
 
@@ -374,7 +374,7 @@ def test_a_prior_from_pictures_to_gfid(
     assert "8 generated images, 18 real ones of test" in capsys.readouterr().out
     torch.manual_seed(17)  # a command leaves its own seed behind, and the first tokenizer may have had the same
     other = FlexTok(FlexTokConfig.preset("tiny")).save_pretrained(workplace / "other.safetensors")
-    assert "tokens mean nothing" in error_of(capsys, "test", *base, *finished[:2], "--tokenizer", str(other))
+    assert "tokens fit only their own" in error_of(capsys, "test", *base, *finished[:2], "--tokenizer", str(other))
     message = error_of(capsys, "fit", *base, f"--model.tokenizer={other}")
     assert "the set of token shards belongs to tokenizer" in message
     assert "set model.net.num_classes" in error_of(capsys, "fit", *base, *model, "--model.net.num_classes=1")

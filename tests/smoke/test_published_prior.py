@@ -87,7 +87,7 @@ def test_what_a_release_does_not_name(
     folder = release("text", tmp_path / "release", None)
     with pytest.raises((UserError, SystemExit)) as error:
         generate(folder, "--text", "a red cat")  # with the demo tokenizer, which has other tokens
-    assert "give the tokenizer whose tokens the prior knows" in f"{capsys.readouterr().err}{error.value}"
+    assert "give the tokenizer of the prior's tokens" in f"{capsys.readouterr().err}{error.value}"
     picture = generate(folder, "--text", "a red cat", "--tokenizer", str(tokenizer))
     (folder / "t5_tiny").rename(tmp_path / "elsewhere")
     with pytest.raises((UserError, SystemExit)) as error:

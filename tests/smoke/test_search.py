@@ -311,7 +311,7 @@ def test_texts_in_genevals_layout(tiny_tokenizer: Path, place: Path) -> None:
         (["--top_p", "0"], "top_p=0.0"),
         (["--trees", "-1"], "trees=-1 must be 0 or more"),
         (["--out", ""], "out='' names no folder"),
-        (["--text-encoder", "minilm"], "text_encoder='minilm': this prior listens to no text"),
+        (["--text-encoder", "minilm"], "text_encoder='minilm': this prior takes no text"),
     ],
 )
 def test_wrong_options_are_one_line(

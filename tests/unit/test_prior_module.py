@@ -284,8 +284,8 @@ def test_tokens_of_another_tokenizer(tmp_path: Path, tokenizer: str) -> None:
     fit(tmp_path, module(tokenizer=tokenizer), 3, Sequences(made_by))
     for change, message in (
         ({"sha256": "b" * 16}, "belongs to tokenizer bbbb"),
-        ({"vocab_size": 31}, "train one with model.net.vocab_size"),
-        ({"num_tokens": 8}, "train one with model.net.num_tokens"),
+        ({"vocab_size": 31}, "train a prior with model.net.vocab_size"),
+        ({"num_tokens": 8}, "train a prior with model.net.num_tokens"),
     ):
         with pytest.raises(ValueError, match=message):
             fit(tmp_path, module(tokenizer=tokenizer), 3, Sequences({**made_by, **change}))
@@ -294,9 +294,9 @@ def test_tokens_of_another_tokenizer(tmp_path: Path, tokenizer: str) -> None:
     assert knows == FlexTok.from_pretrained(tokenizer).identity()["sha256"] != own, "though the shards are older"
     torch.manual_seed(2)
     other = str(FlexTok(TOKENIZER).save_pretrained(tmp_path / "other.safetensors"))
-    with pytest.raises(ValueError, match="tokens mean nothing to another tokenizer"):
+    with pytest.raises(ValueError, match="tokens fit only their own tokenizer"):
         SavedPrior(str(file), other)
-    with pytest.raises(ValueError, match="train one with model.net.vocab_size"):
+    with pytest.raises(ValueError, match="train a prior with model.net.vocab_size"):
         module(tokenizer=str(FlexTok(FlexTokConfig.preset("tiny")).save_pretrained(tmp_path / "x.safetensors")))
 
 
@@ -321,8 +321,8 @@ def test_finished_prior(tmp_path: Path, tokenizer: str) -> None:
         ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
         ({"condition_dropout": -0.1}, "condition_dropout=-0.1"),
         ({"loss_chunk": 0}, "loss_chunk=0"),
-        ({"text_encoder": "minilm"}, "a prior of texts needs both"),
-        ({"net": dataclasses.replace(NET, num_classes=0, text_width=8)}, "a prior of texts needs both"),
+        ({"text_encoder": "minilm"}, "a text prior needs both"),
+        ({"net": dataclasses.replace(NET, num_classes=0, text_width=8)}, "a text prior needs both"),
         ({"tokenizer": "/nowhere.safetensors"}, "no checkpoint"),
     ],
 )
