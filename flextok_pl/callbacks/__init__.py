@@ -1,4 +1,4 @@
-"""Lightning callbacks: what is measured and shown during training and evaluation."""
+"""Lightning callbacks that measure and show results during training and evaluation."""
 
 from flextok_pl.callbacks.codebook import CodebookReport
 from flextok_pl.callbacks.ema import EMA

@@ -1,8 +1,7 @@
-"""Charts of metrics over token budgets or positions: as TensorBoard shows them, and drawn.
+"""Charts of metrics over token budgets or positions, for TensorBoard and as pictures.
 
-A run's events hold one layout of TensorBoard's custom-scalars tab only, and a curve over budgets is replaced by each
-evaluation where a scalar is added to. What each callback charts therefore lies in a folder of its own in the run's
-folder.
+A run's events can hold only one layout of TensorBoard's custom-scalars tab. Each evaluation replaces a curve over
+budgets, while it adds to a scalar. So each callback writes its charts to a folder of their own in the run's folder.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ class Chart:
     """Curves over token budgets or positions.
 
     Attributes:
-        name: of the folder of its events, which the next chart of this name replaces.
+        name: folder of its events, which the next chart of this name replaces.
         title: what is measured, such as `val: reconstructions`.
         axis: what the curves run over, such as `token budget`.
-        tags: metric -> budget or position -> tag of the number that is logged for it. The steps of the curves are the
-            budgets, and their tags the same in all runs, so that one chart overlays several runs.
+        tags: metric -> budget or position -> tag of the number that is logged for it. Tags are the same in all runs,
+            and the budgets are the steps of the curves, so that one chart overlays several runs.
         curves: metric -> budget or position -> value.
     """
 
@@ -54,7 +53,7 @@ class Chart:
         return {tag: self.curves[metric][k] for metric, by_k in self.tags.items() for k, tag in by_k.items()}
 
     def drawn(self) -> Tensor:
-        """The curves as a picture, (3, H, W) uint8."""
+        """Draw the curves as a picture, (3, H, W) uint8."""
         budgets = next(iter(self.curves.values()))
         values = {k: {metric: curve[k] for metric, curve in self.curves.items()} for k in budgets}
         figure, _ = draw_budgets(values, self.axis)
@@ -63,13 +62,13 @@ class Chart:
 
 
 def write_chart(run: Path, chart: Chart) -> None:
-    """Chart the curves over the axis, and their tagged values over the training, in TensorBoard's custom-scalars tab.
+    """Show the curves, and their tagged values over the training, in TensorBoard's custom-scalars tab.
 
     `run` is the folder of the run's events.
     """
     over_training, over_axis = f"{chart.title} by {chart.axis}", chart.heading
     charted = {metric: f"{over_axis}/{metric}" for metric in chart.curves}
-    layout = {  # TensorBoard shows whatever a pattern is found in
+    layout = {  # TensorBoard shows every tag in which it finds a pattern
         over_axis: {m: ["Multiline", [f"^{re.escape(tag)}$"]] for m, tag in charted.items()},
         over_training: {
             m: ["Multiline", [f"^{re.escape(tag)}$" for tag in each.values()]] for m, each in chart.tags.items()
@@ -84,7 +83,7 @@ def write_chart(run: Path, chart: Chart) -> None:
 
 @contextmanager
 def rewritten_events(folder: Path) -> Iterator[FileWriter]:
-    """Write TensorBoard events in place of those that a folder has."""
+    """Write TensorBoard events in place of those in a folder."""
     earlier = list(folder.glob("events.out.tfevents.*"))
     with closing(FileWriter(str(folder))) as writer:
         yield writer

@@ -1,4 +1,4 @@
-"""How much of the codebook a tokenizer uses, and how much each token position says."""
+"""Measures how much of the codebook a tokenizer uses, and the information of each token position."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from flextok_pl.precision import MEASURED_IN
 class CodebookReport(EvaluationCallback):
     """Report the use of the codebook over a validation or test set.
 
-    Scalars, under the split: `codes/distinct`, `codes/use` (fraction of the vocabulary, where the tokenizer's config
-    states it), `codes/perplexity`, `codes/entropy` (bits per token, mean over positions); a picture of the entropy by
-    position and a histogram of the tokens. A test adds what each position tells about the class, where samples have
-    one, and leaves `codes.json` and `codes.png`. Only the encoder runs, while batches are evaluated,
-    so averaged weights are seen.
+    Logs scalars under the split: `codes/distinct`, `codes/use` (fraction of the vocabulary, if the tokenizer's config
+    states it), `codes/perplexity`, and `codes/entropy` (bits per token, mean over positions). Adds a picture of the
+    entropy by position and a histogram of the tokens. A test also measures the information of each position about the
+    class, if samples have one, and writes `codes.json` and `codes.png`. Only the encoder runs, while batches are
+    evaluated, so that it has averaged weights.
 
     Args:
         every_n_validations: during a fit, report in every n-th validation; 0 for never.
-        max_batches: batches per process to look at; null for all.
-        output_dir: where a test's files go; null for the trainer's log directory.
+        max_batches: batches per process to tokenize; null for all.
+        output_dir: folder for the files of a test; null for the trainer's log directory.
         every_n_epochs: the former name of `every_n_validations`.
     """
 
@@ -62,7 +62,7 @@ class CodebookReport(EvaluationCallback):
         require_image_shards(trainer)
 
     def begin(self, trainer: Trainer, pl_module: LightningModule, split: Split) -> None:
-        """Forget the tokens of the pass before."""
+        """Forget the tokens of the previous pass."""
         self._tokens, self._labels = [], []
 
     def measure(self, pl_module: LightningModule, batch: Mapping[str, Any], batch_idx: int) -> None:
@@ -73,7 +73,7 @@ class CodebookReport(EvaluationCallback):
             self._labels.append(batch["label"].cpu() if "label" in batch else torch.full((len(images),), -1))
 
     def report(self, trainer: Trainer, pl_module: LightningModule, split: Split) -> None:
-        """Report on the tokens of all processes; a test leaves files."""
+        """Report on the tokens of all processes; a test writes files."""
         tokenizer = tokenizer_of(pl_module)
         none = torch.zeros(0, dtype=torch.int64)
         tokens = gather_rows(torch.cat(self._tokens or [none.reshape(0, tokenizer.num_registers)]))  # (N, K)
@@ -119,7 +119,7 @@ class CodebookReport(EvaluationCallback):
 
 
 def plot_positions(entropy: Tensor, information: Tensor | None, num_samples: int, vocab_size: int | None) -> Tensor:
-    """Draw the entropy of each position under the largest that could be seen, and what it tells about the class.
+    """Draw the entropy of each position below its upper limit, and its information about the class.
 
     Both are (K,) bits, estimated from as many samples; the picture is (3, H, W) uint8.
     """
@@ -132,6 +132,6 @@ def plot_positions(entropy: Tensor, information: Tensor | None, num_samples: int
         axes.set_ylabel(name)
     limit = min(num_samples, vocab_size or num_samples)
     charts[0].axhline(float(np.log2(limit)), color="gray", linestyle="--")
-    charts[0].set_title(f"{num_samples} images; dashed: log2 {limit}, the most that could be seen", fontsize=9)
+    charts[0].set_title(f"{num_samples} images; dashed: log2 {limit}, the upper limit", fontsize=9)
     charts[-1].set_xlabel("token position")
     return figure_to_image(figure)

@@ -23,14 +23,14 @@ class EMA(Callback):
     """Average the trained weights, evaluate and export the average, and keep it in checkpoints.
 
     The module holds the average during a validation, and from the end of a fit on. A checkpoint's `state_dict` is the
-    average, so that whoever loads it gets what was evaluated; the weights in training are its `current_model_state`.
+    average, so that it loads the weights that were evaluated; `current_model_state` holds the weights in training.
     Lightning's `EMAWeightAveraging` writes the same, but deep-copies the whole module, which fails for a sharded one.
 
     Args:
-        decay: share of the average that stays at an update; the first update copies the weights.
+        decay: share of the average that an update keeps; the first update copies the weights.
         update_every_n_steps: optimizer steps between updates.
-        update_starting_at_step: number of the optimizer step after which the first update comes; before it the average
-            holds the weights that training started from.
+        update_starting_at_step: optimizer step after which the first update comes; until then the average holds the
+            initial weights of the training.
     """
 
     def __init__(self, decay: float = 0.999, update_every_n_steps: int = 1, update_starting_at_step: int = 0) -> None:
@@ -51,7 +51,7 @@ class EMA(Callback):
             self.num_updates, self.in_place, self._weights = 0, False, None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start from the module's weights, or go on with a checkpoint's average."""
+        """Start from the module's weights, or from a checkpoint's average."""
         total = trainer.estimated_stepping_batches
         if self.update_starting_at_step >= total >= 0:
             raise MisconfigurationException(
@@ -79,7 +79,7 @@ class EMA(Callback):
         self.num_updates += 1
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """In a fit, put the average in place, and at the end of the epoch the weights in training back."""
+        """In a fit, put the average in place; at the end of the epoch the training weights come back."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._swap(pl_module)
 
@@ -104,12 +104,12 @@ class EMA(Callback):
         state = checkpoint["state_dict"]
         sharded = any(isinstance(value, DTensor) for value in state.values())
         kept = {name: value if sharded else _whole(value) for name, value in self._weights.items()}
-        other = state | kept if state else {}  # all ranks but the one that writes may have none
+        other = state | kept if state else {}  # ranks that do not write may have none
         average, weights = (state, other) if self.in_place else (other, state)
         checkpoint["state_dict"], checkpoint[CURRENT_STATE] = average, weights
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """In a fit, take the average from the module, which has loaded it, and the weights in training in its place."""
+        """In a fit, take the average, which the module has loaded, and put the training weights in its place."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self._weights = {name: weight.clone() for name, weight in _trained(pl_module)}
@@ -121,7 +121,7 @@ class EMA(Callback):
         set_model_state_dict(pl_module, state, options=StateDictOptions(full_state_dict=whole))
 
     def _pairs(self, pl_module: LightningModule) -> tuple[list[Tensor], list[Tensor]]:
-        """What is kept and what the module holds, as tensors of this process, in the same order."""
+        """The stored tensors and those of the module, as local parts, in the same order."""
         assert self._weights is not None
         held = dict(_trained(pl_module))
         return [_local(value) for value in self._weights.values()], [_local(held[name]) for name in self._weights]
@@ -135,7 +135,7 @@ class EMA(Callback):
 
 
 def _trained(module: LightningModule) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of each trained parameter; gathered ones are sharded again before."""
+    """Name and value of each trained parameter; gathered ones are sharded again first."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()

@@ -1,4 +1,4 @@
-"""A callback that evaluates while batches are evaluated, in some of a training's validations and in any outside it.
+"""Base of callbacks that evaluate between batches: in some validations of a training, and in any other evaluation.
 
 All work is done between the batches, because Lightning's weight averaging swaps the raw weights back at the end of the
 epoch.
@@ -21,17 +21,17 @@ Split = Literal["val", "test"]
 
 
 class EvaluationCallback(Callback):
-    """Takes part in every n-th validation of a training, counted over its interruptions, and in any outside it."""
+    """Takes part in every n-th validation of a training, counted over interruptions, and in any other evaluation."""
 
     every_n_validations: int  # n; 0 for none of a training
-    _validations = 0  # that the training has finished
-    _takes_part = False  # in the evaluation that runs
-    _loaded_step = 0  # of the checkpoint that the run has loaded, if any
+    _validations = 0  # number that the training has finished
+    _takes_part = False  # in the current evaluation
+    _loaded_step = 0  # of the loaded checkpoint, if any
     _loaded_average: bool | None = None  # whether its weights are averaged ones
 
     @abstractmethod
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse, before the first step, what would stop the first validation."""
+        """Refuse, before the first step, whatever would stop the first validation."""
 
     @abstractmethod
     def begin(self, trainer: Trainer, pl_module: LightningModule, split: Split) -> None:
@@ -43,7 +43,7 @@ class EvaluationCallback(Callback):
 
     @abstractmethod
     def report(self, trainer: Trainer, pl_module: LightningModule, split: Split) -> None:
-        """Add up all processes, log, and leave files."""
+        """Sum over all processes, log, and write files."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier run."""
@@ -52,18 +52,18 @@ class EvaluationCallback(Callback):
             self._validations = 0
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Remember what says which weights are evaluated, and at which step."""
+        """Remember which weights are evaluated, and at which step."""
         self._loaded_step, self._loaded_average = int(checkpoint.get("global_step", 0)), CURRENT_STATE in checkpoint
 
     def step_of(self, trainer: Trainer) -> int:
-        """The training step whose weights are evaluated; 0 where nobody knows."""
+        """The training step whose weights are evaluated; 0 if unknown."""
         return trainer.global_step or self._loaded_step
 
     def weights_of(self, trainer: Trainer) -> str:
-        """Name the weights that the module has while batches are evaluated: `ema`, `raw`, `initial` or `loaded`.
+        """Name the weights of the module while batches are evaluated: `ema`, `raw`, `initial` or `loaded`.
 
-        `initial` is an average without an update, which holds the weights that training started from; about `loaded`
-        ones the trainer knows nothing more.
+        `initial` is an average without an update, which holds the initial weights of the training; the trainer knows
+        nothing about the origin of `loaded` weights.
         """
         average = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
         if trainer.state.fn == TrainerFn.FITTING:
@@ -72,12 +72,12 @@ class EvaluationCallback(Callback):
         return "ema" if (in_place if self._loaded_average is None else self._loaded_average) else "loaded"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out before the first step what would stop the first validation."""
+        """Find before the first step whatever would stop the first validation."""
         if self.every_n_validations:
             self.check(trainer, pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start, if this validation is one to take part in."""
+        """Start, if this validation is one of every n."""
         n = self.every_n_validations
         is_due = trainer.state.fn != TrainerFn.FITTING or (n > 0 and (self._validations + 1) % n == 0)
         self._takes_part = is_due and not trainer.sanity_checking

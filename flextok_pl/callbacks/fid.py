@@ -1,4 +1,4 @@
-"""Evaluation by token budget, during a fit and in a test: a trainer's batches for `evaluation`, and logs of results."""
+"""Evaluates token budgets during a fit and in a test: passes batches to `evaluation`, and logs its results."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from flextok_pl.runtime import stop_if_preempted
 
 
 class BudgetEvaluationCallback(EvaluationOptions, EvaluationCallback):
-    """Hands batches to an evaluation, and logs its results. The options are the callback's own fields."""
+    """Passes batches to an evaluation, and logs its results. The options are the callback's own fields."""
 
     results: Results | None = None  # of the latest evaluation
     kind: ClassVar[type[BudgetEvaluation]]
-    model_of: ClassVar[Callable[[LightningModule], Any]]  # what of a module it evaluates
+    model_of: ClassVar[Callable[[LightningModule], Any]]  # the part of a module that it evaluates
     _evaluation: BudgetEvaluation | None = None
 
     @property
@@ -46,14 +46,14 @@ class BudgetEvaluationCallback(EvaluationOptions, EvaluationCallback):
         return {} if self.results is None else self.results.values
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Load the networks that measure, so that missing weights stop a run before it starts."""
+        """Load the networks of the metrics, so that missing weights stop a run before it starts."""
         super().setup(trainer, pl_module, stage)
         if self._evaluation is None and stage != "predict" and (stage != "fit" or self.every_n_validations):
             with announced(f"loading {self.extractor}"):
                 self._evaluation = self.kind(self, trainer.strategy.root_device)
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start an evaluation only to find out what does not fit."""
+        """Start an evaluation, only to refuse early what does not fit."""
         self.begin(trainer, pl_module, "val")
         require_image_shards(trainer)
 
@@ -81,11 +81,11 @@ class BudgetEvaluationCallback(EvaluationOptions, EvaluationCallback):
         self._running.start(model, context)
 
     def measure(self, pl_module: LightningModule, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Hand a batch over."""
+        """Pass on a batch."""
         self._running.update(batch)
 
     def report(self, trainer: Trainer, pl_module: LightningModule, split: Split) -> None:
-        """Log the results, and leave files."""
+        """Log the results, and write files."""
         evaluation = self._running
         results = evaluation.finish()
         if results is None:
@@ -114,14 +114,14 @@ class BudgetEvaluationCallback(EvaluationOptions, EvaluationCallback):
 class ReconstructionFID(ReconstructionOptions, BudgetEvaluationCallback):
     """Measure reconstructions at several token budgets: feature distances, and errors of pixels and perception.
 
-    Errors are MAE, MSE, PSNR and SSIM, and LPIPS and DreamSim where they are asked for.
+    Errors are MAE, MSE, PSNR and SSIM, and on request LPIPS and DreamSim.
 
     Works on any module with a `reconstructor` that can tokenize and detokenize. The arguments are the fields of
     `ReconstructionOptions`.
 
-    `trainer.validate` and `trainer.test` measure the full grid on all samples and leave `rfid.json` (one record per
-    number, with its protocol), `rfid.csv`, `rfid.png`, `grid.png`, and `extremes.png` with the images whose squared
-    error is smallest and largest at each budget. Validations of a fit measure a cheap subset, for the logger,
+    `trainer.validate` and `trainer.test` measure the full grid on all samples. They write `rfid.json` (one record per
+    number, with its protocol), `rfid.csv`, `rfid.png`, `grid.png`, and `extremes.png` with the images of smallest and
+    largest squared error at each budget. Validations of a fit measure a cheap subset, for the logger,
     `rfid_fit/rfid.json` and `rfid_fit/grid.png`.
     """
 
@@ -135,9 +135,9 @@ class GenerationFID(GenerationOptions, BudgetEvaluationCallback):
     Works on any module with a prior that generates tokens and a tokenizer that decodes them. The arguments are the
     fields of `GenerationOptions`.
 
-    `trainer.validate` and `trainer.test` measure the full grid and leave `gfid.json` (one record per number, with its
-    protocol), `gfid.csv`, `gfid.png` and `gfid_grid.png`: fixed conditions and seeds, one row each, one column per
-    budget. Validations of a fit measure less, for the logger and `gfid_fit/`.
+    `trainer.validate` and `trainer.test` measure the full grid. They write `gfid.json` (one record per number, with its
+    protocol), `gfid.csv`, `gfid.png` and `gfid_grid.png`, which shows fixed conditions and seeds, one row each, with
+    one column per budget. Validations of a fit measure less, for the logger and `gfid_fit/`.
     """
 
     kind = GenerationEvaluation

@@ -1,8 +1,8 @@
-"""What TensorBoard's HParams tab shows of a run: its main options beside the numbers that it ended with.
+"""Shows a run's main options and final numbers in TensorBoard's HParams tab.
 
-The tab takes its columns from all runs together as long as none of them declares an experiment, which the loggers of
-Lightning and torch do: then only the columns of the first run are shown. It takes every scalar of a run for a result.
-Options and results therefore lie in a folder of their own in the run's folder, with nothing else in it.
+The tab combines the columns of all runs only if none of them declares an experiment. The loggers of Lightning and torch
+declare one, and then the tab shows only the columns of the first run. It also takes every scalar of a run for a result.
+So options and results have a folder of their own in the run's folder, with nothing else in it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ TRAINER_OPTIONS = ("max_steps", "max_epochs", "precision", "accumulate_grad_batc
 
 
 def write_hparams(folder: Path, params: Mapping[str, Any], metrics: Mapping[str, float], step: int = 0) -> None:
-    """Write a row of TensorBoard's HParams tab, in place of the one that this run's folder, which names it, had.
+    """Write a row of TensorBoard's HParams tab, in place of the earlier row of this folder, which gives its name.
 
-    Mappings in `params` are flattened with dots, lists become text. Options that are None are left out, and so are
-    metrics that are not finite.
+    Mappings in `params` are flattened with dots, and lists become text. Options that are None and metrics that are not
+    finite are left out.
     """
     with rewritten_events(folder / FOLDER) as writer:
         writer.add_summary(hparams_pb(_flat(params), trial_id=str(folder)))
@@ -42,8 +42,8 @@ class HParams(Callback):
     """Show a training in TensorBoard's HParams tab, after each validation and at its end.
 
     Args:
-        metrics: patterns of the logged values to show. Of one that is known at more than three token budgets the
-            smallest, the middle and the largest are shown.
+        metrics: patterns of the logged values to show. A metric with more than three token budgets is shown at the
+            smallest, the middle and the largest.
     """
 
     def __init__(self, metrics: Sequence[str] = METRICS) -> None:
@@ -51,7 +51,7 @@ class HParams(Callback):
         self._values: dict[str, float] = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what this validation found."""
+        """Write the results of this validation."""
         if not trainer.sanity_checking:
             self._write(trainer, pl_module)
 
@@ -60,11 +60,11 @@ class HParams(Callback):
         self._write(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """The values shown: a training that goes on after its last validation still shows them."""
+        """The values shown, so that a resumed training still shows them after its last validation."""
         return {"values": self._values}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Show them again."""
+        """Restore the values shown."""
         self._values = dict(state_dict["values"])
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -78,10 +78,10 @@ class HParams(Callback):
 
 
 def main_options(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-    """The module's hyper-parameters, and what else decides about a training."""
+    """The module's hyper-parameters, and the other options that decide about a training."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     params = dict(pl_module.hparams)
-    # A tokenizer's autoencoder is frozen, and `vae` says where it is from.
+    # A tokenizer's autoencoder is frozen, and `vae` states where it comes from.
     net = {name: value for name, value in params.pop("net", {}).items() if name != "vae"}
     return {
         "module": type(pl_module).__name__,
@@ -94,7 +94,7 @@ def main_options(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]
 
 
 def _few_budgets(names: Sequence[str]) -> list[str]:
-    """Of names that end in `/k=<budget>` those of the smallest, the middle and the largest budget of each metric."""
+    """From names that end in `/k=<budget>`, take the smallest, the middle and the largest budget of each metric."""
     metrics: dict[str, list[str]] = {}
     for name in sorted(names):
         metrics.setdefault(name.split("/k=")[0], []).append(name)

@@ -1,6 +1,6 @@
-"""Results for the loggers that a trainer has. No other callback knows what kinds of loggers there are.
+"""Sends results to the loggers of a trainer. No other callback knows the kinds of loggers.
 
-Lightning's loggers share one method, for numbers. What each takes besides, and as what:
+Lightning's loggers share one method, for numbers. This is what else each takes, and in which form:
 
 | logger | pictures | histograms | charts |
 |---|---|---|---|
@@ -8,9 +8,9 @@ Lightning's loggers share one method, for numbers. What each takes besides, and 
 | Weights & Biases | images | histograms | line plots, one for each metric |
 | MLflow | images by step | drawn | drawn |
 | CSV | PNG files in `pictures` of the run's folder | drawn | drawn |
-| another with `log_image(key, images, step)`, as that of W&B | yes | drawn | drawn |
+| others with `log_image(key, images, step)`, as that of W&B | yes | drawn | drawn |
 
-What is drawn is logged as a picture. Any other logger gets the numbers only.
+Drawn results are logged as pictures. All other loggers get only the numbers.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from flextok_pl.callbacks.charts import Chart, write_chart
 from flextok_pl.evaluation.pictures import figure_to_image, save_png
 
 BINS = 64
-"""Of a histogram, where the logger does not choose them."""
+"""Number of bins of a histogram, if the logger does not choose it."""
 
 PICTURES = "pictures"
-"""Folder of the pictures of a run whose logger keeps files."""
+"""Folder of a run's pictures, if its logger writes files."""
 
 
 def log_results(
@@ -47,13 +47,13 @@ def log_results(
     histograms: Mapping[str, Tensor] | None = None,
     chart: Chart | None = None,
 ) -> None:
-    """Give results by tag to the loggers, and during a fit to the trainer, so that a checkpoint can be chosen by them.
+    """Send results by tag to the loggers, and during a fit to the trainer, so that it can choose a checkpoint by them.
 
     Scalars are equal on all ranks, pictures (3, H, W) uint8, and histograms of values of any shape.
     """
     if trainer.state.fn == TrainerFn.FITTING:
         pl_module.log_dict(dict(scalars), sync_dist=True)
-    else:  # Lightning would print every one of them in a table of its own
+    else:  # Lightning would print each of them in a table of its own
         log_numbers(trainer, step, scalars)
     if not trainer.is_global_zero:
         return
@@ -69,28 +69,28 @@ def log_results(
 
 
 def log_numbers(trainer: Trainer, step: int, values: Mapping[str, float]) -> None:
-    """Give numbers by tag to the loggers at once, whatever `log_every_n_steps` is. The trainer does not see them."""
+    """Send numbers by tag to the loggers at once, whatever `log_every_n_steps` is. The trainer does not see them."""
     for logger in trainer.loggers:
         logger.log_metrics(dict(values), step=step)
 
 
 def tensorboard_folders(trainer: Trainer) -> list[Path]:
-    """The run's folders of TensorBoard's events, for what only TensorBoard shows."""
+    """The run's folders of TensorBoard events, for what only TensorBoard shows."""
     return [Path(logger.log_dir) for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 class _Show(ABC):
-    """Gives a logger pictures, histograms and charts of one step."""
+    """Sends pictures, histograms and charts of one step to a logger."""
 
     def __init__(self, logger: Any, step: int) -> None:
         self.logger, self.step = logger, step
 
     @abstractmethod
     def picture(self, tag: str, picture: Tensor) -> None:
-        """(3, H, W) uint8."""
+        """Log a picture, (3, H, W) uint8."""
 
     def histogram(self, tag: str, values: Tensor) -> None:
-        """Values of any shape; drawn."""
+        """Log a histogram of values of any shape, as a drawing unless a subclass does better."""
         self.picture(tag, draw_histogram(values))
 
     def chart(self, chart: Chart) -> None:
@@ -162,7 +162,7 @@ def _show_for(logger: object, step: int) -> _Show | None:
 
 
 def draw_histogram(values: Tensor) -> Tensor:
-    """Draw how often values of any shape occur, as (3, H, W) uint8."""
+    """Draw a histogram of values of any shape, as (3, H, W) uint8."""
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.add_subplot()
     axes.hist(values.flatten().cpu().numpy(), bins=BINS)
@@ -177,5 +177,5 @@ def _rows(picture: Tensor) -> np.ndarray[Any, Any]:
 
 
 def _plain(tag: str) -> str:
-    """A tag with the characters that MLflow takes, as Lightning's logger makes them of the names of numbers."""
+    """A tag with only the characters that MLflow takes, as Lightning's logger writes the names of numbers."""
     return re.sub(r"[^a-zA-Z0-9_/. -]+", "", tag)

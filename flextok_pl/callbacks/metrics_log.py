@@ -1,4 +1,4 @@
-"""What a run has measured, as lines that any program can read while it goes on."""
+"""Writes a run's measurements as lines, which any program can read during the run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class MetricsLog(Callback):
     """Append the latest values of all logged metrics to `metrics.jsonl` in the run's folder.
 
     A line is written after each validation, at the end of a fit and after a test: `stage` (`fit`, `validate` or
-    `test`), `epoch`, `step`, and `metrics`, name -> value. A run that is resumed from a checkpoint writes again what it
-    measures again; the later line holds.
+    `test`), `epoch`, `step`, and `metrics`, name -> value. A resumed run writes again what it measures again; the later
+    line counts.
 
-    In a fit `train/flops` is added for modules that state `flops_per_sample`: the operations of the training so far.
+    In a fit, modules that state `flops_per_sample` also log `train/flops`: the operations of the training so far.
     """
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""What `flextok predict` leaves behind."""
+"""Writes the results of `flextok predict`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Predictions(Callback):
         self._file: TextIO | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open this process's file, if the module predicts anything."""
+        """Open this process's file; refuse a module that does not predict."""
         if not is_overridden("predict_step", pl_module):
             raise MisconfigurationException(
                 f"`predict` writes tokens, and {type(pl_module).__name__} has none: use it with a TokenizerModule or a "

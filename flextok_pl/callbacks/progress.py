@@ -1,4 +1,4 @@
-"""How far a training is: a bar in a terminal, and a line now and then where there is none."""
+"""Shows how far a training is: a bar in a terminal, else a line now and then."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from flextok_pl.runtime.lightning_internals import step_ends
 
 
 def progress() -> ProgressBar:
-    """What suits the place that this process writes to."""
+    """The display for the place that this process writes to."""
     return StepBar() if sys.stdout.isatty() and sys.stderr.isatty() else StepLines()
 
 
 def total_steps(trainer: Trainer) -> int | None:
-    """Optimizer steps of the whole training, or None where it has no end."""
+    """Optimizer steps of the whole training; None if it has no end."""
     steps = trainer.estimated_stepping_batches
     return int(steps) if math.isfinite(steps) and steps >= 0 else None
 
@@ -31,14 +31,14 @@ class StepBar(TQDMProgressBar):
     """Lightning's bar over the optimizer steps of a training, whatever its epochs and accumulation."""
 
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
-        """Start the bar, where a training goes on within it."""
+        """Start the bar at the step from which a training goes on."""
         super().on_train_start(trainer, *_)
         self.train_progress_bar.total = total_steps(trainer)
         self.train_progress_bar.initial = self.train_progress_bar.n = trainer.global_step
         self.train_progress_bar.set_description("Training")
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        """The bar goes on."""
+        """Keep the bar of the epochs before."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Show an optimizer step."""
@@ -48,15 +48,15 @@ class StepBar(TQDMProgressBar):
             bar.set_postfix(self.get_metrics(trainer, pl_module))
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """What the module logs for the bar, without the number of the run."""
+        """The module's values for the bar, without the number of the run."""
         return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
 
 class StepLines(ProgressBar):
-    """Prints step, loss, speed and the time that is left, and what validations find.
+    """Prints step, loss, speed and remaining time, and the results of validations.
 
-    A line may come after every `trainer.log_every_n_steps` optimizer steps, and one comes after the last. Speed counts
-    from the last line, without validations; the time left follows from this process's whole training.
+    A line may come after every `trainer.log_every_n_steps` optimizer steps; one always comes after the last. Speed
+    counts since the last line, without validations. The remaining time follows from all steps of this process.
 
     Args:
         every_seconds: least time between two lines.
@@ -86,11 +86,11 @@ class StepLines(ProgressBar):
         self._images, self._first_step, self._shown = 0, trainer.global_step, -math.inf
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock of the speed."""
+        """Pause the clock of the speed."""
         self._validating = self._clock()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print what the module shows of a validation."""
+        """Print the validation's values for the bar."""
         self._window += self._clock() - self._validating
         shown = [f"{name} {value:.4g}" for name, value in trainer.progress_bar_metrics.items() if name[:4] == "val/"]
         if self._enabled and shown and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:

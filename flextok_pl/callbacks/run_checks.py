@@ -1,4 +1,4 @@
-"""Warnings about a training that is not as it should be: the checks of `flextok doctor` on what is logged anyway."""
+"""Warns of problems during a training: runs the checks of `flextok doctor` on logged values."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ WITHOUT_END = 1000
 
 
 class RunChecks(Callback):
-    """Warn of what is not as it should be, each once in a run, with a link to what it means: docs/doctor.md.
+    """Warn of problems, each once in a run, with a link to the explanation in docs/doctor.md.
 
-    Looks, at the end of a validation, at what the validation has found and at nothing else: tokens and condition
-    unused, a collapsed codebook, budgets that add nothing, overfitting, waiting for data, an average that lags, values
-    that are not finite. In the first validation it also encodes a few pictures, for the scale of the latents. Training
-    steps are as without it. `flextok doctor` says more.
+    At the end of a validation it checks only the results of that validation: unused tokens and condition, a collapsed
+    codebook, budgets that add nothing, overfitting, waiting for data, a lagging average, values that are not finite. In
+    the first validation it also encodes a few pictures, to check the scale of the latents. Training steps do not
+    change. `flextok doctor` checks more.
 
     Args:
-        start_at: share of the training before which what the model has yet to learn is not warned of.
+        start_at: share of the training before which it does not warn of what the model has yet to learn.
     """
 
     def __init__(self, start_at: float = EARLY) -> None:
         if not 0.0 <= start_at <= 1.0:
             raise ValueError(f"start_at={start_at} must be a share of the training in [0, 1]")
         self.start_at = start_at
-        self.said: list[str] = []  # names of checks
+        self.said: list[str] = []  # names of checks that have warned
         self._losses: list[tuple[int, float]] = []  # of the validations
         self._moments: LatentMoments | None = None
         self._encoded = False
@@ -111,9 +111,9 @@ class RunChecks(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What was said, so that a run that goes on does not say it again."""
+        """The names of checks that have warned, so that a resumed run does not repeat them."""
         return {"said": self.said, "losses": self._losses}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on without saying it again."""
+        """Restore the names."""
         self.said, self._losses = list(state_dict["said"]), [(int(s), float(v)) for s, v in state_dict["losses"]]

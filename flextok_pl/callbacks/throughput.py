@@ -1,4 +1,4 @@
-"""Images per second, operations per second, the share of time that training waits for data, and what it leaves out."""
+"""Logs images and operations per second, the share of time spent waiting for data, and skipped samples."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from flextok_pl.runtime.lightning_internals import step_ends
 class Throughput(Callback):
     """Log `train/images_per_s` (all ranks) and `train/data_share` over every window of training steps.
 
-    Of a module that states `flops_per_sample` also `train/tflops_per_s` and, where Lightning knows the device's peak,
-    their ratio `train/mfu`. Of a data module that skips broken samples also `train/skipped_samples`, their number since
-    the training began, in all ranks.
+    With a module that states `flops_per_sample` it also logs `train/tflops_per_s` and, if Lightning knows the device's
+    peak, their ratio `train/mfu`. With a data module that skips broken samples it also logs `train/skipped_samples`,
+    their number on all ranks since the training began.
 
-    Data loading is the time between the end of a batch and the start of the next, so hooks that run there, such as
-    saving a checkpoint, count too; validation does not. The clock is the CPU's: what it waits for a GPU counts as
-    computing, what it loads while a GPU is still busy counts as loading. Lightning's `ThroughputMonitor` has no data
-    share, takes a Python function for the batch size, which a YAML file cannot give, and synchronises the GPU at
-    every step.
+    Data loading is the time between the end of a batch and the start of the next. Hooks that run there, such as saving
+    a checkpoint, count too; validation does not. The clock is the CPU's: waiting for a GPU counts as computing, and
+    loading while a GPU is still busy counts as loading. Lightning's `ThroughputMonitor` has no data share, takes a
+    Python function for the batch size, which a YAML file cannot give, and synchronises the GPU at every step.
 
     Args:
         every_n_steps: optimizer steps in a window; None takes the trainer's `log_every_n_steps`.
@@ -43,7 +42,7 @@ class Throughput(Callback):
         self._clear()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave out the time between epochs, and that of a validation."""
+        """Leave out the time between epochs, and the time of a validation."""
         self._ended = None
 
     on_validation_start = on_train_epoch_start
@@ -79,7 +78,7 @@ class Throughput(Callback):
             if skipped is not None:
                 number = torch.tensor(float(skipped), device=trainer.strategy.root_device)
                 metrics["train/skipped_samples"] = float(trainer.strategy.reduce(number, reduce_op="sum"))
-            # Not through the module's log(), which drops what does not fall on the trainer's own logging step.
+            # Not by the module's log(), which drops values between the trainer's own logging steps.
             self.latest = metrics
             log_numbers(trainer, trainer.global_step, metrics)
             self._clear()
@@ -90,7 +89,7 @@ class Throughput(Callback):
 
 
 def _peak_flops(trainer: Trainer) -> float | None:
-    """Operations per second of one device in the precision of the training, where Lightning knows them."""
+    """Operations per second of one device in the precision of the training, if Lightning knows them."""
     device = trainer.strategy.root_device
     if device.type != "cuda":
         return None

@@ -1,4 +1,4 @@
-"""Where in a sequence of tokens the information sits: loss and accuracy by position."""
+"""Logs loss and accuracy by position in a sequence of tokens, which shows where the information is."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ NAMES = ("bits", "accuracy")
 
 
 class PositionSums:
-    """Sums of nats, of hits and of ones at each position, over sequences."""
+    """Sums of nats, of correct tokens and of tokens at each position, over sequences."""
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None  # (3, K), float64 where the device has it
 
     def update(self, outputs: Any) -> None:
-        """Add what a step returned."""
+        """Add the outputs of a step."""
         if not isinstance(outputs, Mapping) or "nll" not in outputs:
             raise MisconfigurationException(
                 "the token report needs steps that return nll and correct by token, as those of a PriorModule; remove "
@@ -42,7 +42,7 @@ class PositionSums:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def means(self) -> tuple[Tensor, int]:
-        """(2, K) bits and accuracy by position and the number of sequences, over all processes; starts anew."""
+        """Return (2, K) bits and accuracy by position and the number of sequences, over all processes; then reset."""
         assert self._sums is not None
         nats, hits, count = all_reduce_sum(self._sums.cpu().double())
         self._sums = None
@@ -52,9 +52,9 @@ class PositionSums:
 class TokenReport(Callback):
     """Log bits and accuracy by token position, as numbers at positions 1, 2, 4, ... K and as a curve over all.
 
-    In training over every window of `log_every_n_steps` optimizer steps, in validation over the whole set:
-    `train/bits/001`, `val/accuracy/001`, and as a picture `val/tokens_by_position`. The whole sequence's
-    information is the sum of the bits: a prior that knows nothing has log2 V at each position.
+    It covers every window of `log_every_n_steps` optimizer steps in training, and the whole set in validation:
+    `train/bits/001`, `val/accuracy/001`, and the picture `val/tokens_by_position`. The information of the whole
+    sequence is the sum of the bits: guessing takes log2 V at each position.
     """
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class TokenReport(Callback):
 
 
 def _chart(split: str, means: Tensor) -> Chart:
-    """Tags at positions 1, 2, 4, ... K, and values at all."""
+    """Make a chart with tags at positions 1, 2, 4, ... K, and values at all."""
     tags = {name: {k: f"{split}/{name}/{k:03d}" for k in default_budgets(means.shape[1])} for name in NAMES}
     curves = {name: dict(enumerate(row.tolist(), 1)) for name, row in zip(NAMES, means, strict=True)}
     return Chart("positions", f"{split}: tokens", "position", tags, curves)

@@ -1,6 +1,6 @@
-"""What evaluations take of a trainer: the module, data and batches that suit them.
+"""Gets from a trainer the module, data and batches of an evaluation.
 
-What does not suit raises Lightning's `MisconfigurationException`.
+Unsuitable ones raise Lightning's `MisconfigurationException`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def tokenizer_of(pl_module: LightningModule) -> Reconstructor:
 
 
 def generator_of(pl_module: LightningModule) -> GenerationModule:
-    """A module that generates tokens."""
+    """The module, if it generates tokens."""
     if not isinstance(pl_module, GenerationModule):
         raise MisconfigurationException(
             f"{type(pl_module).__name__} generates no tokens, so it has no generated images to evaluate: use this "
@@ -49,18 +49,18 @@ def split_size(trainer: Trainer, split: str) -> int:
 
 
 def source_of(trainer: Trainer, split: str) -> Any:
-    """Where a split is from, where the data module says."""
+    """The source of a split, if the data module states it."""
     return getattr(trainer.datamodule, "sources", {}).get(split)  # type: ignore[attr-defined]
 
 
 def is_limited(trainer: Trainer, split: str) -> bool:
-    """Whether the user has only some of the batches evaluated."""
+    """Whether the user limits the batches that are evaluated."""
     limit = trainer.limit_val_batches if split == "val" else trainer.limit_test_batches
     return limit != 1.0 or isinstance(limit, int)  # 1 is one batch, 1.0 is all of them
 
 
 def require_images(batch: Any, dataloader_idx: int = 0) -> None:
-    """Refuse an evaluation batch without images (B, 3, H, W) in [-1, 1] and keys."""
+    """Raise an error for an evaluation batch without images (B, 3, H, W) in [-1, 1] and keys."""
     if dataloader_idx:
         raise MisconfigurationException("evaluation takes one dataloader per split; combine the shard sets into one")
     missing = [name for name in ("image", "key") if not isinstance(batch, Mapping) or name not in batch]
@@ -70,7 +70,7 @@ def require_images(batch: Any, dataloader_idx: int = 0) -> None:
 
 
 def require_image_shards(trainer: Trainer) -> None:
-    """Refuse a validation set of shards without images."""
+    """Raise an error for a validation set without images."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     if isinstance(data, ShardDataModule) and data.sources["val"] is not None:
         for index in data.shard_set("val").indices:
@@ -81,11 +81,11 @@ def require_image_shards(trainer: Trainer) -> None:
 def _without_images(source: str, missing: Sequence[str], held: object) -> MisconfigurationException:
     return MisconfigurationException(
         f"{source} has no {' and no '.join(missing)}, it holds {held}: evaluate on shards with images (data.val and "
-        "data.test), also where training reads latents or tokens"
+        "data.test), even if training reads latents or tokens"
     )
 
 
 def model_facts(pl_module: LightningModule) -> dict[str, str]:
-    """The hashes of the weights of a module's tokenizer and prior, or of the module where they have none."""
+    """The hashes of the weights of a module's tokenizer and prior, or of the module if it has neither."""
     hashes = model_hashes(tokenizer_of(pl_module), getattr(pl_module, "prior", None))
     return hashes or {"module_hash": weights_hash(pl_module)}
