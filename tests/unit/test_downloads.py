@@ -254,5 +254,5 @@ def test_a_repository_without_weights_is_refused(hub: Hub, tmp_path: Path) -> No
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "config.json").write_text("{}")
     hub.add("a/b", tmp_path / "made")
-    with pytest.raises(ValueError, match=r"a/b of the Hub has no model\.safetensors or"):
+    with pytest.raises(ValueError, match=r"a/b on the Hub has no model\.safetensors or"):
         transformers_files("a/b").fetch(Places.below(tmp_path / "to"))
