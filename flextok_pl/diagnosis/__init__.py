@@ -1,1 +1,1 @@
-"""Is a run as it should be: checks, each a pure function of numbers to a finding, and what gathers the numbers."""
+"""Checks whether a run is healthy: pure functions from numbers to findings, and code that gathers the numbers."""

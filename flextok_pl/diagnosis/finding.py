@@ -1,4 +1,4 @@
-"""What a check finds. `docs/doctor.md` explains each check, its threshold and what to do, under the check's name."""
+"""The result of a check. `docs/doctor.md` explains each check, its threshold and its remedy, under its name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Verdict = Literal["ok", "look", "wrong"]
 GUIDE = "docs/doctor.md"
 
 EARLY = 0.25
-"""Share of a training before which a network need not have learned what it learns in the end."""
+"""Share of a training before which a network need not have learned everything yet."""
 
 
 @dataclass(frozen=True)
@@ -21,17 +21,17 @@ class Finding:
     check: str  # its name, such as `token-use`, and the anchor in the guide
     verdict: Verdict
     says: str  # what was found, with numbers
-    remedy: str = ""  # empty where nothing is to be done
+    remedy: str = ""  # empty if there is nothing to do
     values: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def link(self) -> str:
-        """Where the guide explains it."""
+        """Link to the explanation in the guide."""
         return f"{GUIDE}#{self.check}"
 
     @property
     def text(self) -> str:
-        """What to tell the user in one line."""
+        """The finding in one line."""
         return f"{self.check}: {self.says}. {self.remedy} ({self.link})"
 
     def as_dict(self) -> dict[str, Any]:
@@ -47,13 +47,13 @@ class Finding:
 
 
 def graded(check: str, verdict: Verdict, says: str, remedy: str, **values: float) -> Finding:
-    """A finding whose remedy counts only where the verdict is not `ok`."""
+    """Make a finding; its remedy counts only if the verdict is not `ok`."""
     return Finding(check, verdict, says, "" if verdict == "ok" else remedy, values)
 
 
 def learning(verdict: Verdict, progress: float | None) -> Verdict:
-    """The verdict about what a training must first learn: before `EARLY` of it nothing is `wrong` yet.
+    """The verdict about what a training must learn first: before `EARLY` of it nothing is `wrong` yet.
 
-    `progress` is the share that is done, None for a training without end.
+    `progress` is the finished share, None for a training without end.
     """
     return "look" if verdict == "wrong" and progress is not None and progress < EARLY else verdict

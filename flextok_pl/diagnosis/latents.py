@@ -1,4 +1,4 @@
-"""Checks of an autoencoder's latents and pictures."""
+"""Checks of an autoencoder's latents and reconstructions."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Sequence
 from flextok_pl.diagnosis.finding import Finding, Verdict, graded, learning
 
 NEAR, FAR = 1.4, 2.0
-"""Factors around a standard deviation of 1: latents within the first are as they should be, beyond the second not."""
+"""Factors around a standard deviation of 1: latents within the first are ok, beyond the second wrong."""
 
 DEAD = 0.05
-"""Standard deviation of a channel that says nothing, as a share of that of all."""
+"""Standard deviation of a channel without information, as a share of that of all."""
 
 OFFSET = 1.0
-"""Mean of a channel, in standard deviations of all, that a shift would take out."""
+"""Mean of a channel, in standard deviations of all, that needs a shift."""
 
 LOST, POOR = 0.5, 0.2
-"""Shares of the pictures' variance that a useless and a poor autoencoder lose."""
+"""Lost shares of the pictures' variance that make an autoencoder useless, and poor."""
 
 
 def latent_scale(means: Sequence[float], stds: Sequence[float], overall: float) -> Finding:
-    """Whether scaled latents have the spread of the noise that they are mixed with: by channel, and of all values."""
+    """Check that scaled latents have the spread of the noise that they are mixed with: by channel, and in all."""
     outside = not 1 / FAR <= overall <= FAR
     dead = [i for i, std in enumerate(stds) if std < DEAD * overall]
     moved = [i for i, mean in enumerate(means) if abs(mean) > OFFSET * overall]
@@ -31,12 +31,12 @@ def latent_scale(means: Sequence[float], stds: Sequence[float], overall: float) 
     remedy = []
     if outside or far:
         remedy.append(
-            f"Noise of deviation 1 drowns them or leaves them untouched: multiply the autoencoder's scaling_factor by "
-            f"{1 / max(overall, 1e-9):.3g}, write the latents again and train anew"
+            f"Noise of deviation 1 is too strong or too weak for them: multiply the autoencoder's scaling_factor by "
+            f"{1 / max(overall, 1e-9):.3g}, write the latents again and train again"
         )
     if dead:
         says += f"; channels {dead[:8]} hardly vary"
-        remedy.append("Channels that do not vary cost the decoder work: train the autoencoder with a smaller kl_weight")
+        remedy.append("Such channels hold no information: train the autoencoder with a smaller kl_weight")
     if moved:
         says += f"; channels {moved[:8]} are off centre"
         remedy.append("A shift_factor would centre the latents")
@@ -44,7 +44,7 @@ def latent_scale(means: Sequence[float], stds: Sequence[float], overall: float) 
 
 
 def reconstruction(lost: float, progress: float | None = None) -> Finding:
-    """Whether an autoencoder's pictures are like its input: share of their variance that is lost."""
+    """Check an autoencoder's reconstructions: the share of the pictures' variance that is lost."""
     verdict: Verdict = "wrong" if lost > LOST else "look" if lost > POOR else "ok"
     says = f"{lost:.1%} of the pictures' variance is lost"
     remedy = (

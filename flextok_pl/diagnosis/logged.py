@@ -1,4 +1,4 @@
-"""Checks of what a training logs anyway, alike for a training that goes on and for one that is looked at later."""
+"""Checks of logged values, during a training and after it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from flextok_pl.diagnosis.training import data_share, ema_lag
 
 @dataclass(frozen=True)
 class Facts:
-    """What the checks need of a training beside what it logs."""
+    """Facts of a training that the checks need beside its logs."""
 
     steps: int = 0  # so far
     total: int | None = None  # of the whole training; None for one without end
@@ -34,12 +34,12 @@ class Facts:
 
     @property
     def progress(self) -> float | None:
-        """Share of the training that is done."""
+        """Finished share of the training."""
         return None if self.total is None else min(1.0, self.steps / self.total)
 
 
 def of_logged(values: Mapping[str, float], facts: Facts) -> Iterator[Finding]:
-    """Findings about the latest values of what is logged; of what is not logged, or not finite, none."""
+    """Yield findings about the latest logged values, except missing ones and those that are not finite."""
     values, progress = {name: value for name, value in values.items() if isfinite(value)}, facts.progress
     if {"val/loss", "val/loss_other_tokens"} <= values.keys():
         own = values["val/loss"]

@@ -1,4 +1,4 @@
-"""What a run has logged: the scalars of TensorBoard's events, of CSV files and of `metrics.jsonl` in its folder."""
+"""Reads the logs of a run: scalars of TensorBoard's events, of CSV files and of `metrics.jsonl` in its folder."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Point = tuple[str, int, float]
 
 
 def read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Name -> (step, value) in the order of steps, of all that a run's folder holds itself.
+    """Read all curves in a run's folder: name -> (step, value), by step.
 
-    A run that went on has measured some steps twice: the later value counts.
+    A resumed run has measured some steps twice; the later value counts.
     """
     found: dict[str, dict[int, float]] = {}
     for name, step, value in [*_of_lines(folder), *_of_tables(folder), *_of_events(folder)]:
@@ -33,7 +33,7 @@ def _of_events(folder: Path) -> Iterator[Point]:
 
 
 def _of_tables(folder: Path) -> Iterator[Point]:
-    """Of Lightning's CSV logger; the files of the parts before are numbered."""
+    """Points of Lightning's CSV logger; the files of earlier parts are numbered."""
     numbered = sorted(folder.glob("metrics_*.csv"), key=lambda file: (len(file.name), file.name))
     for file in [*numbered, folder / "metrics.csv"]:
         if not file.is_file():
@@ -47,7 +47,7 @@ def _of_tables(folder: Path) -> Iterator[Point]:
 
 
 def _of_lines(folder: Path) -> Iterator[Point]:
-    """Of the callback `MetricsLog`; a killed process may have left half a line."""
+    """Points of the callback `MetricsLog`; a killed process may have left half a line."""
     file = folder / "metrics.jsonl"
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         try:

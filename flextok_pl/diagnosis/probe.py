@@ -1,7 +1,7 @@
-"""What the checks need to know of a model itself, measured on some pictures.
+"""Measures a model on some pictures, for the checks.
 
-All of an image's losses are taken at one time and from one noise, its own, so that their differences are due to the
-tokens. That time is close to 1, where the input says little and the tokens must say the rest.
+All losses of an image use one time and one noise, its own, so that they differ only by the tokens. The time is close to
+1, where the input contains little and the tokens must provide the rest.
 
 Shapes: N images, B of a batch, C channels, K registers, D code dimensions.
 """
@@ -25,7 +25,7 @@ from flextok_pl.models.vae import VAE
 from flextok_pl.precision import full_precision
 
 TIME = 0.9
-"""Flow time of the losses: nine parts of noise in ten."""
+"""Flow time of the losses: nine tenths noise."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class LatentMoments:
 
     @classmethod
     def of(cls, latents: Sequence[Tensor]) -> LatentMoments:
-        """Of batches of (B, C, h, w)."""
+        """Measure batches of (B, C, h, w)."""
         channels = torch.cat([each.float().cpu().transpose(0, 1).flatten(1) for each in latents], 1)  # (C, N h w)
         stds = channels.std(1, correction=0)
         return cls(channels.mean(1).tolist(), stds.tolist(), float(channels.std(correction=0)))
@@ -46,7 +46,7 @@ class LatentMoments:
 
 @dataclass(frozen=True)
 class TokenizerProbe:
-    """What a tokenizer does with N images."""
+    """Measurements of a tokenizer on N images."""
 
     samples: int
     latents: LatentMoments
@@ -54,7 +54,7 @@ class TokenizerProbe:
     level_shares: list[list[float]]  # of each level, by code dimension
     codes: int  # that these are shares of
     own: float  # mean loss with all of an image's own tokens
-    null: float  # with none, and the vector that stands for no condition
+    null: float  # mean loss with none, under the null condition
     other: Paired  # what another image's tokens cost
     other_over_null: Paired  # what they cost over no condition
     positions: dict[tuple[int, int], Paired]  # what another image's tokens in these positions cost
@@ -63,7 +63,7 @@ class TokenizerProbe:
 
 
 def probe_latents(vae: VAE, batches: Iterable[Batch], device: torch.device) -> LatentMoments:
-    """Spread of an autoencoder's scaled latents of batches of images."""
+    """Measure the spread of an autoencoder's scaled latents on batches of images."""
     with torch.no_grad(), full_precision(device):
         return LatentMoments.of([vae.encode(batch["image"].to(device)) for batch in batches])
 
@@ -85,7 +85,7 @@ def probe_tokenizer(tok: FlexTok, batches: Iterable[Batch], device: torch.device
         for name, values in _losses(tok, scaled, own, batch["key"], groups, kept).items():
             losses.setdefault(name, []).append(values.cpu().double())
     if not tokens:
-        raise ValueError("no batch of two images or more to look at: give more of them (num_samples)")
+        raise ValueError("no batch has two images or more: give more of them (num_samples)")
     found = {name: torch.cat(values) for name, values in losses.items()}  # (N,) each
     ids = torch.cat(tokens)  # (N, K)
     full = found[f"k={kept[-1]}"]
@@ -106,7 +106,7 @@ def probe_tokenizer(tok: FlexTok, batches: Iterable[Batch], device: torch.device
 
 
 def own_loss(tok: FlexTok, batches: Iterable[Batch], device: torch.device) -> float:
-    """The `own` of `probe_tokenizer` alone."""
+    """Measure only `own` of `probe_tokenizer`."""
     losses = []
     with torch.no_grad():
         for batch in batches:
@@ -149,7 +149,7 @@ def _losses(
     groups: Sequence[tuple[int, int]],
     kept: Sequence[int],
 ) -> dict[str, Tensor]:
-    """Name of a choice of tokens -> (B,) losses with it."""
+    """Name of a choice of tokens -> (B,) losses with them."""
     draws = _draws(tok, latents, keys)
     others = own.roll(1, 0)  # another image's
     choices = {"other": others}
@@ -168,7 +168,7 @@ def _losses(
 
 
 def _draws(tok: FlexTok, latents: Tensor, keys: Sequence[str]) -> TrainingDraws:
-    """Noise of each image's own at the fixed time, and all of its tokens."""
+    """Draw each image's own noise at the fixed time, and keep all of its tokens."""
     count, regresses = len(keys), tok.config.objective == "mse"
     noise = [torch.randn(latents.shape[1:], generator=each) for each in sample_generators(keys, 0, "doctor")]
     return TrainingDraws(

@@ -1,4 +1,4 @@
-"""Loss curves of runs of one experiment, with which other runs of it are compared.
+"""Loss curves of several runs of one experiment, to compare other runs with.
 
 A reference is a JSON file, `references/<experiment>.json` with `_` for `/`:
 
@@ -8,8 +8,8 @@ A reference is a JSON file, `references/<experiment>.json` with `_` for `/`:
      "window": 20,
      "curves": {"train/loss": {"steps": [20, 40, ...], "runs": [[1.32, 1.10, ...], ...]}}}
 
-A value is the mean of what a run logged in the last `window` steps up to its own, null where it logged nothing.
-Each run has a seed of its own, so that their spread tells what is chance.
+A value is the mean of what a run logged in the last `window` steps up to its own, null if it logged nothing. Each run
+has its own seed, so that their spread shows what is chance.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from flextok_pl.files import write_file
 FOLDER = Path(__file__).parent / "references"
 
 WINDOW, WINDOWS = 20, 50
-"""Steps whose values are averaged at least, and about how many such means a curve has at most."""
+"""Least number of steps to average over, and about the largest number of such means in a curve."""
 
 SPREADS, LEAST_TOLERANCE, FAR = 4.0, 0.03, 3.0
-"""A run may be so many deviations of the seeds from their mean, or this share of it; so many times that is `wrong`."""
+"""Tolerance: standard deviations of the seeds, or a share of their mean; beyond so many times it, `wrong`."""
 
 OF_MEDIAN = 1.25
-"""Deviation of a median of many values over that of their mean."""
+"""Standard deviation of the median of many values, relative to that of their mean."""
 
 OTHER_LOSSES = ("net.", "pure_noise", "timestep_shift", "label_smoothing", "reconstruction", "kl_weight", "perceptual_")
-"""Beginnings of the options of a model that decide what its loss means."""
+"""Beginnings of the model options that change the meaning of the loss."""
 
 WITHOUT_EFFECT = ("seed", "vae", "tokenizer", "text_encoder", "init", "compile_blocks", "activation_checkpointing")
-"""Beginnings of the options of a model that do not tell one run of an experiment from another."""
+"""Beginnings of the model options in which runs of one experiment may differ."""
 
 Windows = dict[int, float]
 """Last step of a window -> mean of the values in it."""
@@ -59,10 +59,10 @@ class Reference:
 
     @classmethod
     def read(cls, path: Path) -> Reference:
-        """Read a file.
+        """Read a reference.
 
         Raises:
-            ValueError: it is no reference.
+            ValueError: the file is not a reference.
         """
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
@@ -76,7 +76,7 @@ class Reference:
             made = dict(held.get("made", {}))
             return cls(str(held["experiment"]), dict(held["options"]), int(held["window"]), curves, made)
         except (OSError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path} is no file that `flextok doctor reference` has written: {error!r}") from error
+            raise ValueError(f"{path} was not written by `flextok doctor reference`: {error!r}") from error
 
     def write(self, path: Path) -> None:
         """Write a file that `read` reads."""
@@ -97,20 +97,20 @@ class Reference:
 
 
 def shipped(experiment: str) -> Path | None:
-    """The file of this package for an experiment, if there is one."""
+    """The packaged file for an experiment, if there is one."""
     file = FOLDER / f"{experiment.replace('/', '_')}.json"
     return file if file.is_file() else None
 
 
 def window_of(steps: int) -> int:
-    """A window for curves of so many steps, a multiple of the least one."""
+    """A window for curves of `steps` steps, a multiple of the smallest one."""
     return WINDOW * max(1, -(-steps // (WINDOW * WINDOWS)))
 
 
 def windows(curve: Curve, width: int) -> Windows:
-    """Means of a curve's finite values over windows of `width` steps, of those that are over.
+    """Means of a curve's finite values over complete windows of `width` steps.
 
-    Loggers count from 0: a value of step 49 is of the fiftieth.
+    Loggers count from 0: a value of step 49 belongs to the fiftieth.
     """
     found: dict[int, list[float]] = {}
     last = max((step for step, _ in curve), default=0)
@@ -122,32 +122,32 @@ def windows(curve: Curve, width: int) -> Windows:
 
 
 def differing(options: Mapping[str, Any], reference: Reference) -> dict[str, tuple[Any, Any]]:
-    """Options that a run and a reference both state, and state differently: name -> the reference's and the run's."""
+    """Options that a run and a reference state differently: name -> the reference's value and the run's."""
     names = [name for name in reference.options if name in options]
     return {n: (reference.options[n], options[n]) for n in names if reference.options[n] != options[n]}
 
 
 def decides(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those options, by dotted name below `model`, that tell one kind of run from another."""
+    """The options that distinguish kinds of runs, by dotted name below `model`."""
     return {n: v for n, v in options.items() if not n.removeprefix("model.").startswith(WITHOUT_EFFECT)}
 
 
 def against_reference(curves: Mapping[str, Curve], options: Mapping[str, Any], reference: Reference) -> Finding | str:
-    """Whether a run's losses are as in the reference at the same steps, or why they cannot be compared.
+    """Check a run's losses against the reference at the same steps, or say why they cannot be compared.
 
-    What counts is the later half of the steps that both have.
+    Only the later half of the common steps counts.
     """
     others = differing(options, reference)
     meaning = [name for name in others if name.removeprefix("model.").startswith(OTHER_LOSSES)]
     if meaning:
-        return f"its loss means something else than that of {reference.experiment}: {_told(others, meaning)}"
+        return f"its loss cannot be compared with that of {reference.experiment}: {_told(others, meaning)}"
     outcomes = [
         (name, *found)
         for name, runs in reference.curves.items()
         if name in curves and (found := _deviation(windows(curves[name], reference.window), runs)) is not None
     ]
     if not outcomes:
-        return f"it has no loss at the steps that the reference of {reference.experiment} has"
+        return f"it has no loss at the steps of the reference of {reference.experiment}"
     verdict: Verdict = "ok"
     parts, values = [], {}
     for name, excess, tolerance, until in outcomes:
@@ -162,17 +162,17 @@ def against_reference(curves: Mapping[str, Curve], options: Mapping[str, Any], r
     if others:
         says += f"; with {_told(others, list(others))}"
     remedy = (
-        "A loss that is too high has a reason in options, data or code: compare config.yaml with the experiment, and "
-        "see latent-scale and loss-falls. One that is too low mostly means other data or latents of another scale"
+        "If the loss is too high, look for the reason in options, data or code: compare config.yaml with the "
+        "experiment, and see latent-scale and loss-falls. If it is too low, suspect other data or another latent scale"
     )
     return Finding("reference", verdict, says, "" if verdict == "ok" else remedy, values)
 
 
 def _deviation(run: Windows, runs: Sequence[Windows]) -> tuple[float, float, int] | None:
-    """Median over the later half of the common windows of how far a run is from the runs' mean, as a share of that.
+    """The relative difference of a run from the runs' mean: the median over the later half of the common windows.
 
-    With the tolerance, from the spread of the same number over the reference's runs and of single windows, and the
-    last step.
+    Also returns the tolerance, from the spread of the same number over the reference's runs and of single windows, and
+    the last step.
     """
     common = [step for step in run if sum(step in other for other in runs) >= 2]
     if len(common) < 2:

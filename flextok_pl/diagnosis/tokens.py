@@ -1,4 +1,4 @@
-"""Checks of what tokens say: whether the decoder listens to them, which positions and budgets add, which codes occur.
+"""Checks of tokens: whether the decoder uses them, which positions and budgets add something, which codes occur.
 
 Losses are the decoder's mean squared velocity errors, of an image at the same noise and time. `Paired` is the mean of
 a difference over images with its standard error.
@@ -14,36 +14,36 @@ from typing import NamedTuple
 from flextok_pl.diagnosis.finding import Finding, Verdict, graded, learning
 
 ERRORS = 2.0
-"""Standard errors that a mean difference must be away from zero to count."""
+"""Standard errors by which a mean difference must exceed zero to count."""
 
 USED, WEAK = 0.01, 0.05
-"""Shares by which another image's tokens raise the loss: those below the first are unused, below the second weak."""
+"""Shares by which another image's tokens raise the loss: below the first they are unused, below the second weak."""
 
 ADDED = 0.01
-"""Share of what all tokens bring over one token that a further budget must add."""
+"""Share of the gain of all tokens over one token that a further budget must add."""
 
 MATTERS = 0.01
-"""Share of an error by which another one must be larger to be called worse."""
+"""Share of an error by which another one must be larger to count as worse."""
 
 COLLAPSED, CONSTANT = 0.1, 0.05
-"""Shares of the largest possible entropy: of the mean over positions, and of a position with nearly one token."""
+"""Shares of the largest possible entropy: for the mean over positions, and for a position with nearly one token."""
 
 FEW_NULL, MANY_NULL = 0.02, 0.5
-"""Rates of dropped conditions below and above which a training is unusual; published models take 0.1 to 0.2."""
+"""Rates of dropped conditions below and above which a training is unusual; published models use 0.1 to 0.2."""
 
 LISTENS = 0.002
-"""Share of its loss that a prior must lose without its condition."""
+"""Share by which a prior's loss must rise without its condition."""
 
 
 class Paired(NamedTuple):
     """A mean difference over images."""
 
     mean: float
-    error: float = 0.0  # its standard error; 0 where nobody knows
+    error: float = 0.0  # its standard error; 0 if unknown
 
     @property
     def clear(self) -> bool:
-        """Whether it is above zero by more than its noise."""
+        """Whether it exceeds zero by more than its noise."""
         return self.mean > ERRORS * self.error
 
     def __str__(self) -> str:
@@ -51,20 +51,20 @@ class Paired(NamedTuple):
 
 
 def token_use(own: float, gap: Paired, progress: float | None = None, others: str = "another image's") -> Finding:
-    """Whether the decoder listens to the tokens: `gap` is how much `others` tokens raise the loss `own`."""
+    """Check that the decoder uses the tokens: `gap` is how much `others` tokens raise the loss `own`."""
     share = gap.mean / own if own > 0 else 0.0
     unused = share < USED or not gap.clear
     verdict: Verdict = "wrong" if unused else "look" if share < WEAK else "ok"
     says = f"{others} tokens change the loss {own:.4g} by {gap} ({share:+.1%})"
     remedy = (
-        "The decoder does not listen to its tokens: train longer, with model.pure_noise 0.5 to 0.7 or a larger "
+        "The decoder does not use its tokens: train longer, with model.pure_noise 0.5 to 0.7 or a larger "
         "model.timestep_shift, and look at latent-scale, loss-falls and codebook-use"
     )
     return graded("token-use", learning(verdict, progress), says, remedy, own=own, gap=gap.mean, error=gap.error)
 
 
 def token_positions(gaps: Mapping[tuple[int, int], Paired], progress: float | None = None) -> Finding:
-    """Which positions carry something: ranges of positions, from 1 -> what another image's tokens there cost.
+    """Check which positions matter: ranges of positions, from 1 -> the cost of another image's tokens there.
 
     All other positions keep the image's own tokens.
     """
@@ -73,7 +73,7 @@ def token_positions(gaps: Mapping[tuple[int, int], Paired], progress: float | No
     costs = ", ".join(f"{_range(each)}: {gap}" for each, gap in gaps.items())
     says = f"another image's tokens at positions cost {costs}" + (f"; nothing at {', '.join(idle)}" if idle else "")
     remedy = (
-        "These positions say nothing that the others do not: train longer, draw long budgets more often "
+        "These positions add nothing to the others: train longer, draw long budgets more often "
         "(model.net.nested_dropout uniform), or take fewer model.net.num_registers"
     )
     values = {f"positions {_range(each)}": gap.mean for each, gap in gaps.items()}
@@ -81,7 +81,7 @@ def token_positions(gaps: Mapping[tuple[int, int], Paired], progress: float | No
 
 
 def budgets(errors: Mapping[int, float], gains: Mapping[int, Paired], progress: float | None, of: str) -> Finding:
-    """Whether more tokens help: budgets -> error, and all but the smallest -> what they gain over the one before.
+    """Check that more tokens help: budget -> error, and budget -> gain over the one before, except the smallest.
 
     `of` names the errors.
     """
@@ -94,25 +94,25 @@ def budgets(errors: Mapping[int, float], gains: Mapping[int, Paired], progress: 
     verdict: Verdict = "wrong" if last == kept[0] else "look" if harmful or last != kept[-1] else "ok"
     says = f"{of} by budget: " + ", ".join(f"{k}: {errors[k]:.4g}" for k in kept)
     if last != kept[-1]:
-        says += f"; nothing is gained beyond {last}"
+        says += f"; no gain beyond {last}"
     if harmful:
         says += f"; worse at {', '.join(map(str, harmful))} than with fewer"
     remedy = (
-        "Budgets that add nothing cost a prior its time: train longer, draw them more often (model.net.nested_dropout "
+        "Budgets without gain cost a prior time: train longer, draw them more often (model.net.nested_dropout "
         "uniform), or take fewer model.net.num_registers; see token-positions"
     )
     return graded("budgets", learning(verdict, progress), says, remedy, **{f"k={k}": errors[k] for k in kept})
 
 
 def budgets_of_means(errors: Mapping[int, float], progress: float | None, of: str) -> Finding:
-    """`budgets` where only the means over images are known."""
+    """`budgets`, if only the means over images are known."""
     kept = sorted(errors)
     gains = {k: Paired(errors[before] - errors[k]) for before, k in pairwise(kept)}
     return budgets(errors, gains, progress, of)
 
 
 def codebook_use(entropies: Sequence[float], samples: int, vocab_size: int, progress: float | None = None) -> Finding:
-    """Whether the ids at each position differ between images: bits of entropy by position, of so many samples."""
+    """Check that the ids at each position differ between images: bits of entropy by position, over `samples` images."""
     most = math.log2(max(2, min(samples, vocab_size)))
     mean = sum(entropies) / len(entropies)
     constant = [i for i, bits in enumerate(entropies, 1) if bits < CONSTANT * most]
@@ -128,7 +128,7 @@ def codebook_use(entropies: Sequence[float], samples: int, vocab_size: int, prog
 
 
 def fsq_levels(shares: Sequence[Sequence[float]], codes: int) -> Finding:
-    """Whether all levels of all code dimensions occur: shares of the levels by dimension, among so many codes."""
+    """Check that all levels of all code dimensions occur: shares of the levels by dimension, in `codes` codes."""
     single = [d for d, levels in enumerate(shares, 1) if max(levels) > 0.999]
     unused = {d: levels.count(0.0) for d, levels in enumerate(shares, 1) if 0.0 in levels}
     verdict: Verdict = "wrong" if single else "look" if unused else "ok"
@@ -146,45 +146,45 @@ def fsq_levels(shares: Sequence[Sequence[float]], codes: int) -> Finding:
 
 
 def null_condition(own: float, null: float, other: Paired) -> Finding:
-    """Whether the decoder knows what no condition means.
+    """Check that the decoder has learned the null condition.
 
-    `own` and `null` are its losses with an image's tokens and with none, `other` what another image's cost over none.
+    `own` and `null` are its losses with an image's tokens and with none; `other` compares another image's with none.
     """
     verdict: Verdict = "look" if other.mean < -max(ERRORS * other.error, MATTERS * null) else "ok"
     says = f"loss {own:.4g} with tokens, {null:.4g} without; another image's tokens cost {other} more than none"
     remedy = (
-        "Without tokens the decoder does worse than with wrong ones, so guidance has nothing sound to lead away from: "
+        "The decoder does worse without tokens than with wrong ones, so guidance has no sound baseline: "
         "train with a larger model.net.null_dropout"
     )
     return graded("null-condition", verdict, says, remedy, own=own, null=null)
 
 
 def null_rate(rate: float, option: str) -> Finding:
-    """Whether conditions are dropped now and then in training: the rate, and the option that sets it."""
+    """Check that training drops conditions at a usual rate, which `option` sets."""
     verdict: Verdict = "ok" if FEW_NULL <= rate <= MANY_NULL else "look"
     says = f"{option}={rate:g} of the training samples have no condition"
     remedy = (
-        f"Guidance compares with no condition, which a training must see: {option} 0.1 to 0.2"
+        f"Guidance needs training samples without condition: {option} 0.1 to 0.2"
         if rate < FEW_NULL
-        else f"Most of the training does without what it should learn to use: {option} 0.1 to 0.2"
+        else f"Most training samples lack the condition that the model should learn to use: {option} 0.1 to 0.2"
     )
     return graded("null-rate", verdict, says, remedy, rate=rate)
 
 
 def condition_use(gap: float, loss: float, progress: float | None = None) -> Finding:
-    """Whether a prior listens to its condition: `gap` is how much its loss, in nats, rises without."""
+    """Check that a prior uses its condition: `gap` is how much its loss, in nats, rises without it."""
     share = gap / loss if loss > 0 else 0.0
     verdict: Verdict = "ok" if share >= LISTENS else "look" if gap > 0 else "wrong"
     says = f"without its condition the prior's loss {loss:.4g} rises by {gap:.4g} ({share:+.2%})"
     remedy = (
-        "The condition says nothing to it: check that labels or captions belong to the pictures (flextok data stats), "
+        "It does not use its condition: check that labels or captions belong to the pictures (flextok data stats), "
         "and lower model.condition_dropout"
     )
     return graded("condition-use", learning(verdict, progress), says, remedy, gap=gap, loss=loss)
 
 
 def prior_bits(bits: float, vocab_size: int, progress: float | None = None) -> Finding:
-    """Whether a prior knows more than that there are so many ids: bits per token in validation."""
+    """Check that a prior does better than guessing among all ids: bits per token in validation."""
     most = math.log2(vocab_size)
     verdict: Verdict = "wrong" if bits > 1.05 * most else "look" if bits > 0.98 * most else "ok"
     says = f"{bits:.2f} bits per token; guessing among {vocab_size:,} ids is {most:.2f}"

@@ -168,7 +168,7 @@ def test_numbers_are_in_what_is_said():
     assert "0.5" in said and "0.2 ± 0.01" in said and "+40.0%" in said
     assert tokens.null_condition(1.4, 1.4, Paired(-1e-6, 1e-8)).verdict == "ok", "clear, and nothing that matters"
     said = tokens.budgets({1: 1.0, 2: 0.8, 4: 0.9}, {2: Paired(0.2), 4: Paired(-0.1)}, None, "loss").says
-    assert "nothing is gained beyond 2" in said and "worse at 4" in said
+    assert "no gain beyond 2" in said and "worse at 4" in said
     remedy = latents.latent_scale([0.0], [5.0], 5.0).remedy
     assert "scaling_factor by 0.2" in remedy
     assert "ema.decay 0.9977" in training.ema_lag(0.9999, 1, 3000).remedy

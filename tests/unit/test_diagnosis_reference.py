@@ -67,7 +67,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", '{"curves": 3}', '{"experiment": "x", "options": {}, "curves": {"a": {}}}'])
 def test_other_files_are_refused(text, tmp_path):
     (tmp_path / "r.json").write_text(text)
-    with pytest.raises(ValueError, match=r"r\.json is no file that `flextok doctor reference` has written"):
+    with pytest.raises(ValueError, match=r"r\.json was not written by `flextok doctor reference`"):
         Reference.read(tmp_path / "r.json")
 
 
