@@ -1,4 +1,4 @@
-"""How a run is shared out, saved, interrupted and gone on with."""
+"""Runs trainings: starts processes, shards, saves, stops and resumes."""
 
 from flextok_pl.runtime.checkpoint_files import (
     AtomicCheckpointIO,

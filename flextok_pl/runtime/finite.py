@@ -1,4 +1,4 @@
-"""A training whose gradients or weights are no longer finite stops, on all ranks at once."""
+"""Stops a training whose gradients or weights are no longer finite, on all ranks at once."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SHOWN_KEYS = 8
 
 
 class StopIfNotFinite(Callback):
-    """Stop all ranks together where a gradient is NaN or infinite, as it is where the loss of one rank is.
+    """Stop all ranks together if a gradient is NaN or infinite, as when one rank's loss is.
 
     A rank that stopped alone would leave the others waiting in their next collective. The gradient's norm, which
-    clipping needs anyway, is the same on all ranks, and they look at it at the next optimizer step: the host waits for
-    no device meanwhile. No checkpoint, validation or export comes between. Where losses are scaled (16-mixed),
-    gradients overflow now and then, and their step is left out: there the ranks add up their losses instead.
+    clipping needs anyway, is the same on all ranks. They check it at the next optimizer step, so that the host does not
+    wait for a device. No checkpoint, validation or export comes in between. With scaled losses (16-mixed) gradients
+    overflow now and then, and their step is left out: there the ranks sum their losses instead.
     """
 
     def __init__(self) -> None:
@@ -36,18 +36,18 @@ class StopIfNotFinite(Callback):
         self._current, self._asked = _Step(), None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Remember what is trained on."""
+        """Remember the batch."""
         self._current.keys += batch.get("key") or [] if isinstance(batch, Mapping) else []
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Remember the loss, which adds up over an accumulation of gradients."""
+        """Remember the loss, summed over an accumulation of gradients."""
         self._current.loss = self._current.loss + loss.detach()
 
     def ask(self, trainer: Trainer, norm: Tensor) -> None:
-        """Ask about a step, of which `norm` is the gradient's norm on all ranks, and look at the last one.
+        """Note a step, whose gradient has this `norm` on all ranks, and check the previous step.
 
         Raises:
-            RuntimeError: that was not finite; the error names step, rank, samples and checkpoint.
+            RuntimeError: the previous one was not finite; the error names step, rank, samples and checkpoint.
         """
         self._look(trainer)
         step, self._current = self._current, _Step()
@@ -58,7 +58,7 @@ class StopIfNotFinite(Callback):
         self._asked = step
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let no checkpoint be written after such a step, nor one of weights that are not finite."""
+        """Refuse a checkpoint after such a step, and one of weights that are not finite."""
         self._look(trainer)
         trained = [p.to_local() if isinstance(p, DTensor) else p for p in pl_module.parameters() if p.requires_grad]
         bad = ~torch.stack([weights.isfinite().all() for weights in trained]).all()
@@ -93,10 +93,10 @@ class _Step:
         self.number = self.epoch = 0
         self.keys: list[str] = []
         self.loss: Tensor = torch.zeros(())
-        self.told: Arrival | None = None  # a number of all ranks that is finite where the step is
+        self.told: Arrival | None = None  # a number over all ranks that is finite if the step is
 
     def samples(self) -> str:
-        """The keys of what was trained on."""
+        """The keys of the batch, as text."""
         more = f", ... ({len(self.keys)} in all)" if len(self.keys) > SHOWN_KEYS else ""
         return f"samples of the batch: {', '.join(self.keys[:SHOWN_KEYS]) + more or 'without keys'}"
 

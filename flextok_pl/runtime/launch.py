@@ -1,4 +1,4 @@
-"""How many processes a training has, who starts them, and how many samples they take to an optimizer step."""
+"""Processes of a training: their number, who starts them, and the samples of an optimizer step."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Launch:
     """The processes of a training and their batches."""
 
     num_nodes: int
-    devices: int | None  # of a node; None where that is not known yet
-    batch_size: int  # samples of a process at a time
-    accumulate: int  # batches of an optimizer step
+    devices: int | None  # per node; None if not known yet
+    batch_size: int  # samples per process and batch
+    accumulate: int  # batches per optimizer step
 
     def require_global_batch(self, stated: int | None) -> None:
-        """Refuse another number of samples to a step than `stated`, and say what to give instead; None for any."""
+        """Refuse any other number of samples per step than `stated`, and suggest options; None accepts all."""
         if stated is None or self.devices is None or self.global_batch == stated:
             return
         processes = self.num_nodes * self.devices
@@ -33,8 +33,7 @@ class Launch:
             batch = "" if fitting == self.batch_size else f"--data.batch_size {fitting} "
             remedy = f"give {batch}--trainer.accumulate_grad_batches {share // fitting}"
         raise ValueError(
-            f"global_batch_size={stated}, but this is {self}: {remedy}; or state what you want by --global_batch_size, "
-            "null for any"
+            f"global_batch_size={stated}, but this is {self}: {remedy}; or change --global_batch_size, null for any"
         )
 
     @property
@@ -57,8 +56,8 @@ def require_processes(num_nodes: int, devices: int | None, environment: Mapping[
         by_hand = "MASTER_ADDR" in environment and {"NODE_RANK", "GROUP_RANK"} & set(environment)
         if num_nodes > 1 and not by_hand:
             raise ValueError(
-                f"trainer.num_nodes={num_nodes}, but nothing has started this command on each of the nodes: "
-                "let srun do it (experiments/cluster/train.sbatch) or torchrun (docs/reliability.md); for this "
+                f"trainer.num_nodes={num_nodes}, but no launcher has started this command on each node: "
+                "use srun (experiments/cluster/train.sbatch) or torchrun (docs/reliability.md); for this "
                 "machine alone give --trainer.num_nodes 1"
             )
         return
@@ -74,20 +73,20 @@ def require_processes(num_nodes: int, devices: int | None, environment: Mapping[
 
 
 def _started(environment: Mapping[str, str]) -> tuple[str, int] | None:
-    """The launcher and the number of its processes, found as Lightning does; None where the training starts its own."""
+    """The launcher and its number of processes, as Lightning finds them; None if the training starts its own."""
     if "TORCHELASTIC_RUN_ID" in environment:
         return "torchrun", int(environment["WORLD_SIZE"])
     if "SLURM_NTASKS" in environment and environment.get("SLURM_JOB_NAME") not in INTERACTIVE:
         if "SLURM_STEP_NUM_TASKS" in environment:
             return "srun", int(environment["SLURM_STEP_NUM_TASKS"])
         return "Slurm (without srun)", 1
-    if "LOCAL_RANK" in environment and "WORLD_SIZE" in environment:  # any other, and Lightning to its own processes
+    if "LOCAL_RANK" in environment and "WORLD_SIZE" in environment:  # any other, and Lightning for its own processes
         return "the launcher", int(environment["WORLD_SIZE"])
     return None
 
 
 def devices_per_node(devices: int | str | list[int]) -> int | None:
-    """How many `trainer.devices` names; None for `auto` and -1, as many as there are."""
+    """Number of devices in `trainer.devices`; None for `auto` and -1, which take all."""
     if isinstance(devices, str):
         parts = [part for part in devices.split(",") if part.strip()]
         if "," in devices:

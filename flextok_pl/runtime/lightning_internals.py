@@ -1,7 +1,7 @@
-"""All that this package uses of Lightning's private names: what training replaces so that it goes on exactly.
+"""All uses of Lightning's private names: the parts that training replaces to resume exactly.
 
-No other file touches them, and `tests/unit/test_lightning_internals.py` names each one with its signature: after an
-upgrade of Lightning it shows what to look at.
+No other file uses them. `tests/unit/test_lightning_internals.py` lists each one with its signature, so that an upgrade
+of Lightning shows what changed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LAST = "last"
 
 
 def replace_internals(trainer: pl.Trainer) -> None:
-    """Let a trainer that has not run use the loop and the connector of this file."""
+    """Give a trainer that has not run the loop and the connector of this file."""
     trainer.fit_loop = FitLoop(trainer)
     trainer._checkpoint_connector = CheckpointConnector(trainer)
 
@@ -38,58 +38,58 @@ def attached_trainer(module: pl.LightningModule) -> pl.Trainer | None:
 
 
 def goes_on(trainer: pl.Trainer) -> bool:
-    """Whether a run loads a checkpoint, for a module's `setup`; all processes must ask.
+    """Whether a run loads a checkpoint, for a module's `setup`; all processes must call this.
 
-    Lightning's own trainer says so too late. Its answer is no, and a checkpoint is loaded over what was there.
+    Lightning's own trainer knows this too late: there the answer is no, and a checkpoint replaces the weights later.
     """
     connector = trainer._checkpoint_connector
     return isinstance(connector, CheckpointConnector) and connector.found() is not None
 
 
 def shard_over_all_processes(strategy: ModelParallelStrategy) -> None:
-    """Put all processes in one data-parallel group; to be called once their number is known."""
+    """Put all processes in one data-parallel group; call it once their number is known."""
     strategy._data_parallel_size = strategy.num_nodes * strategy.num_processes
 
 
 def send_gradients_in_place(strategy: Strategy) -> None:
-    """Let ddp send gradients from where they are, and not from copies, unless its own option says otherwise."""
+    """Let ddp send gradients in place instead of copies, unless its own option says otherwise."""
     if isinstance(strategy, DDPStrategy):
         strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
 
 
 def step_ends(module: pl.LightningModule) -> bool:
-    """Whether the current batch ends an optimizer step, and is no other part of an accumulation."""
+    """Whether the current batch ends an optimizer step, and is not an earlier part of an accumulation."""
     return not module.trainer.fit_loop._should_accumulate()
 
 
 def checkpoint_folder(trainer: pl.Trainer) -> Path:
-    """Where a run's checkpoints lie. All processes must ask."""
+    """The folder of a run's checkpoints. All processes must call this."""
     return Path(getattr(trainer.checkpoint_callback, "dirpath", None) or run_folder(trainer) / "checkpoints")
 
 
 class EpochLoop(_TrainingEpochLoop):
-    """Lightning's loop, which also does what was still to be done when a checkpoint was saved at the end of a batch.
+    """Lightning's loop, which also finishes what was pending when a checkpoint was saved at the end of a batch.
 
     Such a checkpoint, of `checkpoint.every_n_train_steps` or of `Preemption`, precedes the validation of its step.
-    Lightning counts that as done, and the epoch, too, if the batch was its last. This loop runs the validation and
-    ends the epoch as in any training. Only a time-based `val_check_interval` starts anew, and nothing is due. A
-    checkpoint that was saved within a validation counts as one that precedes it.
+    Lightning counts that validation as done, and also the epoch, if the batch was its last. This loop runs the
+    validation and ends the epoch as in any training. Only a time-based `val_check_interval` starts from zero, with
+    nothing due. A checkpoint that was saved within a validation counts as one before it.
 
-    A validation due within an accumulation of gradients comes after its step, so that no checkpoint loses them.
+    A validation that is due within an accumulation comes after its step, so that no checkpoint loses gradients.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
         super().__init__(trainer, trainer.min_steps, trainer.max_steps)
-        self.at_batch_end = False  # whether it starts from such a checkpoint
+        self.at_batch_end = False  # whether it resumes from such a checkpoint
         self._validation_put_off = False
 
     @property
     def done(self) -> bool:
-        """Whether the epoch is."""
+        """Whether the epoch has ended."""
         return not self.at_batch_end and super().done
 
     def advance(self, data_fetcher: _DataFetcher) -> None:
-        """Train on a batch, unless the checkpoint's, or its epoch, is still to be ended."""
+        """Train on a batch, unless the checkpoint's batch or epoch has still to be finished."""
         if self.at_batch_end:
             self.at_batch_end = self.val_loop.restarting = False
         elif self.restarting and self._is_training_done:
@@ -98,7 +98,7 @@ class EpochLoop(_TrainingEpochLoop):
             super().advance(data_fetcher)
 
     def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
-        """Validate, if that is due, or remember it."""
+        """Validate if that is due, or postpone it."""
         super().on_advance_end(data_fetcher)
         self._validation_put_off = self._should_accumulate() and self._validation_due(data_fetcher)
 
@@ -109,14 +109,14 @@ class EpochLoop(_TrainingEpochLoop):
         return self._validation_put_off or super()._should_check_val_fx(data_fetcher)
 
     def on_save_checkpoint(self) -> dict[str, Any]:
-        """Lightning's state, and whether a validation is due: one that was put off, or that is under way."""
+        """Lightning's state, and whether a validation is due: one that was postponed, or is under way."""
         batches: Any = self.val_loop.batch_progress.current
         under_way = self.trainer.validating and batches.ready > batches.completed
         due = self._validation_put_off or under_way
         return {**super().on_save_checkpoint(), "validation_put_off": due, "validating": under_way}
 
     def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
-        """Restore that, and count the checkpoint's batch as trained on."""
+        """Restore it, and count the checkpoint's batch as trained on."""
         super().on_load_checkpoint(state_dict)
         self._validation_put_off = state_dict.get("validation_put_off", False)
         total: Any = self.batch_progress.total
@@ -131,7 +131,7 @@ class FitLoop(_FitLoop):
     """Lightning's loop around an `EpochLoop`.
 
     After the last step Lightning does nothing at all, so that a training killed there would never be exported. This
-    loop ends it as any other.
+    loop ends it like any other.
     """
 
     epoch_loop: EpochLoop
@@ -142,46 +142,46 @@ class FitLoop(_FitLoop):
 
     @property
     def done(self) -> bool:
-        """Whether the training is, the checkpoint's epoch included."""
+        """Whether the training has ended, including the checkpoint's epoch."""
         epochs: Any = self.epoch_progress.current
         within_an_epoch = self.is_resuming and epochs.processed < epochs.started
         return not within_an_epoch and super().done
 
     @property
     def skip(self) -> bool:
-        """Whether there is nothing to do; a training that goes on after its last step has still to end."""
+        """Whether there is nothing to do; a training that resumes after its last step must still end."""
         has_data = self.max_batches and self.trainer.limit_train_batches
         return (super().skip and not self.is_resuming) or not has_data
 
 
 class CheckpointConnector(_CheckpointConnector):
-    """Lightning's connector, which finds out whether a checkpoint is whole before all processes load it.
+    """Lightning's connector, which checks whether a checkpoint is whole before all processes load it.
 
-    That takes reading all of it. The first process does, and tells the others, which are connected by then.
+    The check reads all of it. The first process does it and tells the others, which are connected by then.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
         super().__init__(trainer)
-        self._asked: Any = None  # for a checkpoint
-        self._answer: tuple[str | Path | None] | None = None  # the one there is, once that was found out
+        self._asked: Any = None  # the checkpoint that a run asks for
+        self._answer: tuple[str | Path | None] | None = None  # the checkpoint that exists, once found
 
     def _select_ckpt_path(self, *arguments: Any, **options: Any) -> str | Path | None:
-        """Remember what a run is asked to go on from."""
+        """Remember the checkpoint that a run asks for."""
         self._asked, self._answer = super()._select_ckpt_path(*arguments, **options), None
         return self._asked  # type: ignore[no-any-return]
 
     def _parse_ckpt_path(
         self, state_fn: TrainerFn, ckpt_path: Any, model_provided: bool, model_connected: bool
     ) -> str | Path | None:
-        """Leave `last` for `found`, which knows the run's folder."""
+        """Keep `last` for `found`, which knows the run's folder."""
         if str(ckpt_path) == LAST:
             return LAST
         return super()._parse_ckpt_path(state_fn, ckpt_path, model_provided, model_connected)
 
     def found(self) -> str | Path | None:
-        """The checkpoint that this run loads, or None; ValueError for a damaged one without one to go back to.
+        """The checkpoint that this run loads, or None; ValueError for a damaged one without an earlier whole one.
 
-        All processes must ask, from a module's `setup` on.
+        All processes must call this, from a module's `setup` on.
         """
         if self._answer is None:
             path = self._asked
@@ -202,7 +202,7 @@ class CheckpointConnector(_CheckpointConnector):
         super().resume_start(self.found(), weights_only)
 
     def _find(self, path: Path, is_last: bool) -> tuple[str | None, str | None]:
-        """The checkpoint to load, and what keeps from it."""
+        """The checkpoint to load, and the error that prevents it."""
         try:
             found = newest_intact(path) if is_last else find_checkpoint(path)
         except ValueError as error:
@@ -216,13 +216,13 @@ class CheckpointConnector(_CheckpointConnector):
 class StepCheckpoint(ModelCheckpoint):
     """Save the training as Lightning's `ModelCheckpoint` does, but never within an accumulation of gradients.
 
-    They would be lost. Lightning's own also puts off the save of an epoch's last step until a validation, though none
-    need come then; here it is put off only for a monitored value that the validation after this step measures.
+    A checkpoint there would lose them. Lightning also postpones the save of an epoch's last step to a validation, even
+    if none comes. Here only a save for a monitored value is postponed, if the validation after this step measures it.
     """
 
     @classmethod
     def of_newest(cls, every_n_train_steps: int | None = None) -> StepCheckpoint:
-        """Keeps the newest two, should a disk damage one, and `last.ckpt` names the newest; by default one an epoch."""
+        """Keep the newest two, in case a disk damages one; `last.ckpt` names the newest. Saves once an epoch by default."""
         return cls(
             filename="step{step:07d}",
             auto_insert_metric_name=False,
@@ -236,17 +236,17 @@ class StepCheckpoint(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        """That of Lightning's, whose place in checkpoints this takes."""
+        """Lightning's own key, whose place in checkpoints this takes."""
         return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Save into the run's folder, unless another is given."""
+        """Save into the run's folder, unless another one is given."""
         if self.dirpath is None:
             self.dirpath = str(run_folder(trainer) / "checkpoints")
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remember the step from which training goes on."""
+        """Remember the step from which training resumes."""
         super().on_train_start(trainer, pl_module)
         self._first_step = trainer.global_step
 
@@ -270,7 +270,7 @@ class StepCheckpoint(ModelCheckpoint):
             self._save_last_checkpoint(trainer, values)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """See to it that there is a `last`, unless no step was made since the checkpoint that training went on from."""
+        """Make sure that `last` exists, unless no step was made since the loaded checkpoint."""
         if trainer.global_step > self._first_step:
             super().on_train_end(trainer, pl_module)
 
@@ -284,18 +284,18 @@ class StepCheckpoint(ModelCheckpoint):
 
 
 class AsyncAtomicCheckpointIO(AsyncCheckpointIO):
-    """`AtomicCheckpointIO` in the background: training goes on meanwhile, with a second copy of its state in memory."""
+    """`AtomicCheckpointIO` in the background: training continues, with a second copy of its state in memory."""
 
     def __init__(self) -> None:
         super().__init__(AtomicCheckpointIO())
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Copy a checkpoint and let it be written; an earlier one that could not be raises its error here."""
+        """Copy a checkpoint and write it in the background; raises the error of an earlier write that failed."""
         if "://" not in str(path):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)  # where `ModelCheckpoint` makes a link to it at once
+            Path(path).parent.mkdir(parents=True, exist_ok=True)  # `ModelCheckpoint` links to it at once
         super().save_checkpoint(checkpoint, path, storage_options)
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Remove a checkpoint once everything before this has been written, itself included."""
+        """Remove a checkpoint once all earlier writes, including its own, have ended."""
         self._ensure_setup()
         self._executor.submit(super().remove_checkpoint, path)  # type: ignore[union-attr]

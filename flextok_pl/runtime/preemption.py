@@ -1,4 +1,4 @@
-"""A clean stop when the machine is about to be taken away."""
+"""Stops a training cleanly when the machine is about to be taken away."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flextok_pl.transfer import Arrival, send
 
 
 class Preempted(SystemExit):
-    """A run was asked to stop by a signal, and has saved itself. Uncaught it ends the process with 128 + the signal."""
+    """Raised after a signal, once the run has saved itself. Uncaught it ends the process with 128 + the signal."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
@@ -32,18 +32,18 @@ class Preempted(SystemExit):
 class Preemption(Callback):
     """After a signal, save a checkpoint at the next optimizer step, and stop; under Slurm queue the job again.
 
-    `--ckpt_path last` then goes on as if nothing had happened. It is enough that one process gets the signal. A second
-    one changes nothing. A validation is left after its current batch, and done anew; only what comes before its first
-    batch and after its last one is not interrupted.
+    `--ckpt_path last` then resumes as if nothing had happened. It is enough if one process gets the signal; a second
+    signal changes nothing. A validation stops after its current batch, and runs again later. Only the work before its
+    first batch and after its last one is not interrupted.
 
-    Lightning's own handlers stay away: under Slurm they write a checkpoint into the working folder, whichever run's it
-    is, and elsewhere they stop without one.
+    Lightning's own handlers are not used: under Slurm they write a checkpoint into the working folder, whichever run it
+    belongs to, and elsewhere they stop without one.
 
     Args:
-        signals: names of the signals that announce it; none to let every signal do what it does elsewhere.
+        signals: names of the signals that announce it; empty leaves every signal its usual effect.
         check_every_n_steps: optimizer steps between the questions of the processes to each other, which are answered
-            one step later; one process alone looks at every step.
-        requeue: in a Slurm job, `scontrol requeue` it, unless it was cancelled.
+            one step later; a single process checks at every step.
+        requeue: in a Slurm job, run `scontrol requeue` for it, unless it was cancelled.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Preemption(Callback):
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals over."""
+        """Install the signal handlers."""
         self._received, self._asked = 0, None
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._receive) for number in self.signals}
@@ -72,7 +72,7 @@ class Preemption(Callback):
         self._received = self._received or number
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Look whether a signal has come."""
+        """Check for a signal."""
         if not step_ends(pl_module):  # a checkpoint would lose the gradients
             return
         asked, self._asked = self._asked, None
@@ -82,29 +82,29 @@ class Preemption(Callback):
             self._asked = Arrival(self._ask(trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out how many batches all processes have: some may have one more, after which nobody answers them."""
+        """Find how many batches all processes have: some may have one more, in which the others no longer answer."""
         batches = torch.tensor(float(sum(trainer.num_val_batches)), device=trainer.strategy.root_device)
         self._shared_batches = float(trainer.strategy.reduce(batches, reduce_op="min"))
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        """Allow the validation of a training to be left."""
+        """Allow a signal to stop the validation of a training."""
         self._can_leave = trainer.state.fn == TrainerFn.FITTING and batch_idx < self._shared_batches
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Look whether a signal has come, as after an optimizer step."""
+        """Check for a signal, as after an optimizer step."""
         if self._can_leave:
             self._stop_if_asked(trainer)
         self._can_leave = False
 
     def look(self, trainer: Trainer) -> None:
-        """Look within the work of a validation batch; other processes follow at the end of theirs at the latest."""
+        """Check within the work of a validation batch; other processes follow by the end of theirs."""
         if self._can_leave and self._received:
             self._stop_if_asked(trainer)
 
     def _ask(self, trainer: Trainer) -> Tensor:
-        """The number of a signal that any process was given, or 0; all must ask."""
+        """The number of a signal that any process got, or 0; all must call this."""
         received = send(torch.tensor(self._received), trainer.strategy.root_device)
         return cast(Tensor, trainer.strategy.reduce(received, reduce_op="max"))
 
@@ -118,10 +118,10 @@ class Preemption(Callback):
             return
         path = checkpoint_folder(trainer) / "last.ckpt"
         trainer.save_checkpoint(path)
-        trainer.strategy.checkpoint_io.teardown()  # which waits for what is still being written
-        within = ", within a validation that will be done anew," if trainer.validating else ","
+        trainer.strategy.checkpoint_io.teardown()  # waits for checkpoints that are still being written
+        within = ", within a validation that will run again," if trainer.validating else ","
         stopped = Preempted(
-            f"{signal.Signals(number).name}: stopped at step {trainer.global_step}{within} with {path} to go on from "
+            f"{signal.Signals(number).name}: stopped at step {trainer.global_step}{within} with {path} to resume from "
             "(--ckpt_path last)",
             number,
         )
@@ -133,7 +133,7 @@ class Preemption(Callback):
         raise stopped
 
     def teardown(self, *_: Any, **__: Any) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
@@ -142,23 +142,23 @@ class Preemption(Callback):
 
 
 def stop_if_preempted(trainer: Trainer) -> None:
-    """Let the work of a validation batch that takes long be left, in a training that has been asked to stop."""
+    """Stop the work of a long validation batch, in a training that has been asked to stop."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Preemption):
             callback.look(trainer)
 
 
 def _requeue() -> None:
-    """Put this job in the queue again, if it is one of Slurm's that nobody has cancelled."""
+    """Put this Slurm job in the queue again, unless it was cancelled."""
     job = os.environ.get("SLURM_JOB_ID")
     if os.environ.get("SLURM_ARRAY_JOB_ID"):
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     if job is None:
         return
     try:
-        if "JobState=CANCELLED" in _scontrol("show", "job", "--oneliner", job):  # by scancel, which means what it says
+        if "JobState=CANCELLED" in _scontrol("show", "job", "--oneliner", job):  # by scancel: it must not run again
             return
-        print(f"putting job {job} in the queue again", flush=True)  # now, for then Slurm ends this process
+        print(f"putting job {job} in the queue again", flush=True)  # now, as Slurm then ends this process
         _scontrol("requeue", job)
     except (OSError, subprocess.SubprocessError) as error:
         problem = getattr(error, "stderr", None) or str(error)

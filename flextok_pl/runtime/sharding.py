@@ -1,7 +1,7 @@
 """Fully sharded training (FSDP2): each process holds a part of the weights, gradients, averages and optimizer states.
 
-`trainer.strategy: fsdp2`. A module says in `configure_model` which networks to shard; each block of a network is a unit
-of its own, gathered when it runs and let go afterwards.
+Use `trainer.strategy: fsdp2`. A module names the networks to shard in `configure_model`. Each block of a network is a
+unit of its own, gathered when it runs and released afterwards.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from flextok_pl.precision import HALF
 from flextok_pl.runtime.lightning_internals import shard_over_all_processes
 
 CURRENT_STATE = "current_model_state"
-"""Name, in a checkpoint, of the weights in training where its `state_dict` is their average."""
+"""Key in a checkpoint for the weights in training, if its `state_dict` is their average."""
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
     """Lightning's `ModelParallelStrategy` with all processes in one data-parallel group.
 
     Args:
-        save_distributed_checkpoint: write a checkpoint as a folder to which each process adds its part, instead of one
-            file that any strategy can read.
+        save_distributed_checkpoint: write a checkpoint as a folder with a part for each process, instead of one file
+            that any strategy can read.
         process_group_backend: default the device's.
         timeout: how long a process waits for the others before the job ends with an error.
     """
@@ -50,7 +50,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         super().__init__("auto", 1, save_distributed_checkpoint, process_group_backend, timeout)
 
     def setup(self, trainer: pl.Trainer) -> None:
-        """Shard the module, if it trains a tokenizer or a prior."""
+        """Shard the module; refuse one that trains neither a tokenizer nor a prior."""
         module = self.lightning_module
         if not is_overridden("configure_model", module):
             raise MisconfigurationException(
@@ -65,18 +65,18 @@ class FullyShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Write one file, or a folder of all processes' parts; its name is given when it is complete."""
+        """Write one file, or a folder with the parts of all processes; it gets its name when it is complete."""
         if not self.writes_parts:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
-        # Lightning stores the parts of `state_dict` and the optimizers; a second state rides along under a prefix.
+        # Lightning stores the parts of `state_dict` and the optimizers; a second state is added under a prefix.
         current = checkpoint.pop(CURRENT_STATE, {})
         state = {f"{CURRENT_STATE}.{name}": value for name, value in current.items()}
         checkpoint = {**checkpoint, "state_dict": checkpoint["state_dict"] | state, "has_current_state": bool(current)}
         path = Path(self.broadcast(str(filepath)))
         temporary = path.with_name(f".{path.name}.partial")
         if self.is_global_zero:
-            remove(temporary)  # of a process that was killed
+            remove(temporary)  # left by a process that was killed
         self.barrier()
         super().save_checkpoint(checkpoint, temporary)
         self.barrier()
@@ -99,17 +99,17 @@ StrategyRegistry.register("fsdp2", FullyShardedStrategy, description="Fully shar
 
 
 GATHERS_HALF = "param_dtype_override_fn" in MixedPrecisionPolicy.__dataclass_fields__
-"""Whether this torch, of version 2.15 on, can gather some weights of a network in half precision and others not."""
+"""Whether this torch (2.15 or newer) can gather some weights of a network in half precision and others not."""
 
 
 def shard(module: pl.LightningModule, networks: Sequence[nn.Module], methods: Sequence[str] = ()) -> None:
-    """Shard the trained networks of a module, where its strategy asks for it; for `configure_model`.
+    """Shard the trained networks of a module, if its strategy asks for it; for `configure_model`.
 
-    All trained parameters must be in them: a gradient norm cannot be taken over sharded and other tensors. `methods`
-    names those, other than `forward`, by which training runs the networks.
+    They must contain all trained parameters: a gradient norm cannot combine sharded and other tensors. `methods` names
+    the methods, other than `forward`, by which training runs the networks.
 
     In half precision the trained matrices are gathered as autocast would use them, everything else and all gradients in
-    float32: what is computed is the same as without sharding, also by a frozen encoder, which computes in float32.
+    float32. Results are the same as without sharding, also for a frozen encoder, which computes in float32.
     """
     if module.device_mesh is None or isinstance(networks[0], FSDPModule):
         return
@@ -117,7 +117,7 @@ def shard(module: pl.LightningModule, networks: Sequence[nn.Module], methods: Se
     for network in networks:
         for block in getattr(network, "blocks", ()):
             fully_shard(block, mesh=mesh, mp_policy=policy)
-        # What is outside the blocks is needed again at once by the backward pass, and the prior's head by its loss.
+        # The backward pass needs what is outside the blocks again at once, and the prior's loss needs its head.
         fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         for method in methods:
             register_fsdp_forward_method(network, method)
@@ -139,7 +139,7 @@ def _policy(networks: Sequence[nn.Module], half: torch.dtype | None) -> MixedPre
 
 @torch.no_grad()
 def gather_for_evaluation(module: nn.Module) -> None:
-    """Let each process hold all weights, so that processes may run networks at different times and numbers of times.
+    """Gather all weights on each process, so that processes may run networks at different times and unequally often.
 
     They are float32, whatever training gathers.
     """
@@ -156,7 +156,7 @@ def gather_for_evaluation(module: nn.Module) -> None:
 
 
 def shard_again(module: nn.Module) -> None:
-    """The opposite of `gather_for_evaluation`; the weights in the module are then their sharded selves."""
+    """Undo `gather_for_evaluation`; the weights in the module are then sharded again."""
     blocks = {id(block) for part in module.modules() for block in getattr(part, "blocks", ())}
     for network in _sharded(module):
         network.set_reshard_after_forward(id(network) in blocks, recurse=False)
@@ -164,13 +164,13 @@ def shard_again(module: nn.Module) -> None:
 
 
 def whole_weights(network: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a network that may be sharded, on the first process's CPU; empty on others. All must ask."""
+    """The state dict of a network that may be sharded, on the CPU of rank 0; empty on others. All must call this."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_model_state_dict(network, options=options)  # type: ignore[return-value]
 
 
 def gradient_norm(weights: Sequence[nn.Parameter]) -> Tensor:
-    """The norm of the gradient of some weights. All processes of sharded ones must ask."""
+    """The norm of the gradient of these weights. If they are sharded, all processes must call this."""
     norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 

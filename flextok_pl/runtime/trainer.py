@@ -1,4 +1,4 @@
-"""Lightning's Trainer with this package's promise: a training that was killed goes on as if nothing had happened."""
+"""Lightning's Trainer, except that a training that was killed resumes as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ from flextok_pl.runtime.preemption import Preemption
 
 
 class Trainer(pl.Trainer):
-    """Lightning's Trainer, whose trainings go on exactly where a checkpoint was saved; `flextok fit` uses it, too.
+    """Lightning's Trainer with exact resume from checkpoints; `flextok fit` uses it, too.
 
         data = ShardDataModule(train="data/train", val="data/val", batch_size=64)
         trainer = flextok_pl.Trainer(max_steps=10_000, default_root_dir="runs/mine", callbacks=[EMA()])
         trainer.fit(module, data, ckpt_path="last")
 
-    Started again after a kill, such a script goes on with the newest whole checkpoint, and ends with the same weights,
-    bit for bit on a CPU, as if it had run through. Beyond Lightning's Trainer:
+    Run again after a kill, such a script resumes from the newest whole checkpoint. It ends with the same weights as
+    without the kill, bit for bit on a CPU. Beyond Lightning's Trainer:
 
     - `fit`, `validate`, `test` and `predict` take as `ckpt_path` a file, which must be whole; a folder of checkpoints,
-      for the newest whole one in it; or `last`, for that of the run's folder. Where there is none yet, a fit starts
-      from the beginning.
-    - A checkpoint's file is there whole or not at all, and none is written within an accumulation of gradients.
+      for its newest whole one; or `last`, for the newest of the run's folder. If there is none yet, a fit starts from
+      the beginning.
+    - A checkpoint file is complete or does not exist, and none is written within an accumulation of gradients.
     - SIGTERM and SIGUSR1 save a checkpoint and end the process (`Preemption`).
-    - An error that is no user's mistake leaves `error_rank<n>.txt` in the run's folder, and ends all processes
+    - An error that is not the user's mistake leaves `error_rank<n>.txt` in the run's folder, and ends all processes
       (`Failure`).
-    - What would wait for processes that nobody has started is refused.
-    - Under `ddp` gradients lie in the buckets that are sent, which saves a copy of them.
+    - A start that would wait for processes that nobody has started is refused.
+    - Under `ddp` gradients stay in the buckets that are sent, which saves a copy of them.
 
     The modules of this package also stop a training whose gradients are not finite, whichever Trainer runs them.
 
     Args:
-        logger: as Lightning's; by default TensorBoard's logs lie in `default_root_dir` itself, the folder of one run,
-            also when the script is started again. A logger that numbers its runs starts a new one each time, in which
-            `last` finds nothing: give it a fixed `version`.
+        logger: as Lightning's. By default TensorBoard's logs are in `default_root_dir` itself, the folder of one run,
+            also when the script runs again. A logger that numbers its runs starts a new one each time, in which `last`
+            finds nothing: give it a fixed `version`.
         callbacks: as Lightning's. Without a checkpoint callback, `StepCheckpoint.of_newest()` saves after each epoch;
             without a `Preemption`, one with its defaults is added: `Preemption(signals=[])` switches it off.
         enable_checkpointing: as Lightning's.
-        default_root_dir: the run's folder, default the working folder.
+        default_root_dir: the run's folder; default the working folder.
         barebones: as Lightning's, without checkpoints or logs.
-        **options: all others of Lightning's Trainer.
+        **options: all other options of Lightning's Trainer.
 
     Raises:
         ValueError: a launcher has started more or fewer processes than `devices` and `num_nodes` ask for.

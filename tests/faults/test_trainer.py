@@ -53,7 +53,7 @@ def test_a_script_goes_on(image_shards: Path, tmp_path: Path) -> None:
     told = run(folder, image_shards, 6, signal.SIGTERM)
     assert told.returncode == 128 + signal.SIGTERM, told.stderr
     assert "stopped/run/checkpoints/step0000004.ckpt" in told.stdout and "Traceback" not in told.stderr
-    assert "SIGTERM: stopped at step 7, with run/checkpoints/last.ckpt to go on from" in told.stderr
+    assert "SIGTERM: stopped at step 7, with run/checkpoints/last.ckpt to resume from" in told.stderr
     assert not list(folder.rglob("error_rank*")) and not list(folder.rglob("*.safetensors"))
     assert run(folder, image_shards).returncode == 0
     files = {str(file.relative_to(folder)) for file in folder.rglob("*.ckpt")}

@@ -177,7 +177,7 @@ def test_where_the_base_is_looked_for(tmp_path: Path) -> None:
         (["--model.net.encoder_width=30"], "encoder_width=30"),
         (["--model.vae=/nowhere"], "/nowhere"),
         (["--rfid.num_steps=0"], "num_steps=0"),
-        (["--trainer.num_nodes=2"], "nothing has started this command on each of the nodes"),
+        (["--trainer.num_nodes=2"], "no launcher has started this command on each node"),
         (["--global_batch_size=64"], "give --trainer.accumulate_grad_batches 4"),
         (["--config=/nowhere.yaml"], "/nowhere.yaml"),
         (["--ckpt_path=/nowhere.ckpt"], "/nowhere.ckpt"),

@@ -257,7 +257,7 @@ def test_a_signal_within_a_batch_of_many_images_is_heeded(tmp_path):
 
     module.generate_tokens = announced
     callback = GenerationFID(cache_dir=None, num_samples=200, max_samples=None, batch_size=4)
-    with pytest.raises(Preempted, match="stopped at step 4, within a validation that will be done anew, with"):
+    with pytest.raises(Preempted, match="stopped at step 4, within a validation that will run again, with"):
         trainer_for(tmp_path, callback, callbacks=[Preemption(requeue=False)]).fit(module, Pictures())
     assert len(module.asked) == 3 and (tmp_path / "checkpoints" / "last.ckpt").is_file()
 

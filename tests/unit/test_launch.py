@@ -31,9 +31,9 @@ def test_what_can_start(environment: dict[str, str], num_nodes: int, devices: in
 @pytest.mark.parametrize(
     ("environment", "num_nodes", "devices", "message"),
     [
-        ({}, 2, 8, "trainer.num_nodes=2, but nothing has started .* give --trainer.num_nodes 1"),
-        ({"MASTER_ADDR": "a"}, 2, 8, "nothing has started"),
-        ({**SRUN, "SLURM_JOB_NAME": "interactive"}, 2, 8, "nothing has started"),
+        ({}, 2, 8, "trainer.num_nodes=2, but no launcher has started .* give --trainer.num_nodes 1"),
+        ({"MASTER_ADDR": "a"}, 2, 8, "no launcher has started"),
+        ({**SRUN, "SLURM_JOB_NAME": "interactive"}, 2, 8, "no launcher has started"),
         (TORCHRUN, 2, 8, r"num_nodes=2 x trainer.devices=8 needs 16 processes, but torchrun has started 8: "),
         (TORCHRUN, 1, 1, "needs 1 processes, but torchrun has started 8"),
         (TORCHRUN, 16, None, "trainer.num_nodes=16 needs 16 processes, but torchrun has started 8"),
@@ -67,7 +67,7 @@ def test_the_global_batch() -> None:
     ],
 )
 def test_another_global_batch_is_refused(launch: Launch, remedy: str) -> None:
-    with pytest.raises(ValueError, match=f"global_batch_size=2048, but this is global batch .*: {remedy}; or state"):
+    with pytest.raises(ValueError, match=f"global_batch_size=2048, but this is global batch .*: {remedy}; or change"):
         launch.require_global_batch(2048)
 
 
