@@ -1,1 +1,1 @@
-"""What `flextok app` shows: `work` computes, `page` lays it out with Gradio."""
+"""The page of `flextok app`: `work` computes, `page` lays it out with Gradio."""

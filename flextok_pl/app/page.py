@@ -1,6 +1,6 @@
-"""The page of `flextok app`, by Gradio: a tab each to resample a picture, to generate and to search.
+"""The page of `flextok app`, in Gradio: a tab each to resample a picture, to generate and to search.
 
-Everything that computes waits in one queue and runs alone; what a visitor has chosen and drawn stays in their session.
+All computations wait in one queue and run alone. A visitor's choices and results stay in their session.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from flextok_pl.search.options import SearchOptions
 from flextok_pl.search.verifiers import BaseVerifier
 
 PAGE_ONLY: dict[str, Any] = {"api_visibility": "private"}
-"""Of an event that programs cannot call."""
+"""Options of an event that programs cannot call."""
 
 QUEUED: dict[str, Any] = PAGE_ONLY | {"concurrency_id": "models", "concurrency_limit": 1}
-"""Of an event that computes."""
+"""Options of an event that computes."""
 
 LIVE: dict[str, Any] = QUEUED | {"trigger_mode": "always_last", "show_progress": "minimal"}
-"""Of an event that follows a slider: of those that come while it runs the last one counts."""
+"""Options of an event that follows a slider: of those that come while it runs, only the last one counts."""
 
 KEEP_S = 3600
-"""How long the server keeps uploads and pictures."""
+"""Time for which the server keeps uploads and pictures."""
 
 POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 """What the browser may load: nothing from other hosts."""
@@ -65,14 +65,14 @@ def build_page(
     verifiers: Mapping[str, BaseVerifier],
     examples: Sequence[Image.Image],
 ) -> gr.Blocks:
-    """The page.
+    """Build the page.
 
     Args:
-        models: what it runs; without a `Prior` it only resamples.
-        size: of the tokenizer's pictures, in pixels.
-        decoding: how they are decoded unless a visitor chooses otherwise.
-        verifiers: those to choose from for a search.
-        examples: pictures to choose from, of that size.
+        models: tokenizer and prior to run; without a `Prior` the page only resamples.
+        size: size of the tokenizer's pictures in pixels.
+        decoding: decoding options, unless a visitor chooses others.
+        verifiers: verifiers to choose from for a search.
+        examples: pictures of that size to choose from.
     """
     with gr.Blocks(title="FlexTok", analytics_enabled=False, delete_cache=(KEEP_S, KEEP_S)) as page:
         gr.Markdown("## FlexTok: pictures as 1 to " + f"{models.tokenizer.num_registers} ordered tokens")
@@ -87,10 +87,10 @@ def build_page(
 
 
 def launch(page: gr.Blocks, host: str, port: int | None) -> str:
-    """Serve the page, to this host only where that is a loopback address, and return its address.
+    """Serve the page, only to this machine if the host is a loopback address, and return its address.
 
     Raises:
-        ValueError: the host or the port cannot be had.
+        ValueError: the host or the port is not available.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     sans, mono = (["system-ui", "sans-serif"], ["ui-monospace", "monospace"])
@@ -110,14 +110,14 @@ def launch(page: gr.Blocks, host: str, port: int | None) -> str:
         )
     except OSError as error:
         raise ValueError(
-            f"port={port} at host={host} cannot be had: something else listens there, or the address is not of this "
-            "machine; leave port out for the first free one from 7860 on"
+            f"port={port} at host={host} is not available: another program listens there, or this machine lacks the "
+            "address; leave port out for the first free one from 7860 on"
         ) from error
     return str(address)
 
 
 class _OwnHostOnly:
-    """Sends `POLICY` with every answer."""
+    """Adds `POLICY` to every answer."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -133,7 +133,7 @@ class _OwnHostOnly:
 
 @contextmanager
 def _errors_shown() -> Iterator[None]:
-    """Show what a visitor can put right; any other error stays in the server's log."""
+    """Show errors that a visitor can fix; any other error stays in the server's log."""
     try:
         with told_to_the_user():
             yield
@@ -200,7 +200,7 @@ def _resample_tab(
 
 
 def _picker(label: str, name: str, examples: Sequence[Image.Image]) -> tuple[Any, Any, Any, Any]:
-    """Where a picture is chosen: its `work.Picture`, what is shown of it, and two ways to choose it."""
+    """The elements that choose a picture: its `work.Picture`, its display, and two ways to choose it."""
     with gr.Column(min_width=280):
         image = _image(label, name)
         upload = gr.UploadButton("Upload a picture", size="sm", type="binary", file_types=["image"])
@@ -238,7 +238,7 @@ def _decoding_options(tok: FlexTok, usual: Decoding, with_seed: bool = False) ->
 
 
 def _strip(tokens: Sequence[tuple[int, str]]) -> str:
-    """The tokens of a picture, coloured by where they come from."""
+    """The tokens of a picture as HTML, coloured by their source."""
     chips = "".join(
         f'<span class="{source}" title="token {i + 1}">{token}</span>' for i, (token, source) in enumerate(tokens)
     )
@@ -250,7 +250,7 @@ def _strip(tokens: Sequence[tuple[int, str]]) -> str:
 
 
 def _asked(models: Models) -> Any:
-    """What to ask the prior for."""
+    """The input for the prior's condition."""
     known = models.known
     if known.kind == "text":
         return gr.Textbox(label="What to draw", placeholder="a red apple", lines=2, max_length=1000)
@@ -336,7 +336,7 @@ def _search_tab(models: Models, usual: Decoding, verifiers: Mapping[str, BaseVer
                 button, stop = gr.Button("Search", variant="primary"), gr.Button("Stop")
         with gr.Column(scale=2, min_width=280):
             best, status = _image("Best picture so far", "best"), gr.HTML()
-            gr.Markdown("What each step kept, with scores; lines show what each sequence comes from.")
+            gr.Markdown("What each step kept, with scores; lines lead from each sequence to those that extend it.")
             tree = gr.Image(show_label=False, elem_id="tree", interactive=False, format="png", buttons=["fullscreen"])
     decoding = _decoding_options(models.tokenizer, usual)
 
@@ -372,7 +372,7 @@ def _search_tab(models: Models, usual: Decoding, verifiers: Mapping[str, BaseVer
 
 
 def _status(found: work.Found) -> str:
-    """How far a search is, and what it has cost."""
+    """Progress and cost of a search as HTML."""
     cost = found.cost
     facts = {
         "score": format_value(found.score),

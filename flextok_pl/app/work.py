@@ -1,6 +1,6 @@
-"""What the page of `flextok app` computes: pictures to tokens, tokens to pictures, generation and search.
+"""Computes for the page of `flextok app`: pictures to tokens, tokens to pictures, generation and search.
 
-Nothing here knows Gradio. Shapes: B pictures, K tokens, k kept ones.
+Nothing here uses Gradio. Shapes: B pictures, K tokens, k kept ones.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from flextok_pl.search.verifiers import BaseVerifier
 T = TypeVar("T")
 
 MAX_BYTES = 20 * 2**20
-"""Size of the largest file that is read."""
+"""Size in bytes of the largest file that is read."""
 
 MAX_PIXELS = 40_000_000
 """Pixels of the largest picture that is decoded."""
 
 
 class Picture(NamedTuple):
-    """A picture as the tokenizer sees it, and its tokens."""
+    """A picture as the tokenizer takes it, and its tokens."""
 
     image: Image.Image
     tokens: Tensor  # (K,) int64 on the CPU
 
 
 def read_upload(data: bytes) -> Image.Image:
-    """A picture that somebody uploaded, as RGB; of an animation the first one.
+    """Read an uploaded picture as RGB; of an animation, the first picture.
 
     Raises:
         ValueError: the file is too large, not a picture, or of more than `MAX_PIXELS`.
@@ -73,13 +73,13 @@ def read_upload(data: bytes) -> Image.Image:
 
 
 def example_pictures(source: str, size: ImageSize, count: int) -> list[Image.Image]:
-    """The first pictures of a folder or shard set, cropped to this size."""
+    """Read the first pictures of a folder or shard set, cropped to this size."""
     loader, _ = open_pictures(source, size, batch_size=count)
     return as_pictures(next(iter(loader))["image"])
 
 
 def tokenized(tokenizer: FlexTok, image: Image.Image, size: ImageSize) -> Picture:
-    """The tokens of the middle of a picture, scaled to this size."""
+    """Tokenize the middle of a picture, scaled to this size."""
     square = center_crop(image, size)
     return Picture(square, tokenizer.tokenize(to_tensor([square]))[0].cpu())
 
@@ -90,19 +90,19 @@ def mixed(first: Tensor, second: Tensor | None, position: int, kept: int) -> Ten
 
 
 def decoded(tokenizer: FlexTok, tokens: Tensor, decoding: Decoding, seed: int) -> list[Image.Image]:
-    """Pictures of (B, k) tokens; the noise of picture i has the seed `seed + i`, as of `flextok generate`."""
+    """Decode (B, k) tokens to pictures; the noise of picture i has the seed `seed + i`, as in `flextok generate`."""
     noise = [torch.Generator().manual_seed(seed + i) for i in range(len(tokens))]
     return as_pictures(tokenizer.detokenize(tokens, generator=noise, **decoding.arguments))
 
 
 def as_pictures(images: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W), floating point in [-1, 1] or uint8, as Pillow's pictures."""
+    """Convert (B, 3, H, W), floating point in [-1, 1] or uint8, to Pillow's pictures."""
     pixels = images if images.dtype == torch.uint8 else to_uint8(images)
     return [Image.fromarray(each) for each in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def prompt_of(models: Models, asked: str | None) -> Prompt:
-    """What the prior is asked for: a class, a text, or nothing, whichever it knows."""
+    """The prompt for the prior: a class, a text, or nothing, depending on its condition."""
     kind, given = models.known.kind, [asked or ""]
     classes, texts = (given if kind == each else None for each in ("class", "text"))
     return prompts_from_options(models.known, classes, texts)[0]
@@ -118,7 +118,7 @@ def drawn(
     top_k: int | None,
     top_p: float | None,
 ) -> Tensor:
-    """Tokens of several samples, (B, K) on the CPU; sample i has the seed `seed + i`, as of `flextok generate`."""
+    """Generate tokens of several samples, (B, K) on the CPU; sample i has seed `seed + i`, as in `flextok generate`."""
     assert isinstance(models.prior, Prior)
     condition = repeated(models.condition(prompt_of(models, asked)), samples)
     seeds = [torch.Generator().manual_seed(seed + i) for i in range(samples)]
@@ -127,7 +127,7 @@ def drawn(
 
 
 class Found(NamedTuple):
-    """A search under way, or at its end."""
+    """A search under way, or finished."""
 
     image: Image.Image  # the best so far
     tree: Image.Image
@@ -139,12 +139,12 @@ class Found(NamedTuple):
 
 
 def searched(models: Models, verifier: BaseVerifier, asked: str | None, options: SearchOptions) -> Generator[Found]:
-    """What a search has found after each of its steps, and at its end.
+    """Search, and yield what was found after each step and at the end.
 
-    Closing the iterator ends the search after the step that it is at.
+    Closing the iterator ends the search after its current step.
 
     Raises:
-        ValueError: options, prior and verifier do not fit each other, or the verifier cannot judge what is asked for.
+        ValueError: options, prior and verifier do not fit each other, or the verifier cannot judge the prompt.
     """
     prompt = prompt_of(models, asked)
     verifier.check([prompt])
@@ -169,11 +169,11 @@ def searched(models: Models, verifier: BaseVerifier, asked: str | None, options:
 
 
 class _Closed(Exception):
-    """Nobody waits for further reports."""
+    """Raised when nobody waits for further reports."""
 
 
 def reported(work: Callable[[Callable[[T], None]], None]) -> Generator[T]:
-    """What `work`, in a thread of its own, reports as it goes on; closing the iterator ends it at its next report."""
+    """Run `work` in a thread and yield its reports; closing the iterator ends it at its next report."""
     reports: Queue[T | None] = Queue()
     closed = threading.Event()
 
@@ -194,7 +194,7 @@ def reported(work: Callable[[Callable[[T], None]], None]) -> Generator[T]:
 
 
 def origins(first: Tensor, second: Tensor | None, position: int, kept: int) -> list[tuple[int, str]]:
-    """Each of K tokens of `mixed` before the cut, and where it comes from: `first`, `second`, or `cut`."""
+    """Each of K tokens of `mixed` before the cut, and its source: `first`, `second`, or `cut`."""
     tokens = mixed(first, second, position, len(first)).tolist()
     source = ["first" if second is None or i < position else "second" for i in range(len(tokens))]
     return [(token, source[i] if i < kept else "cut") for i, token in enumerate(tokens)]

@@ -222,7 +222,7 @@ class StepCheckpoint(ModelCheckpoint):
 
     @classmethod
     def of_newest(cls, every_n_train_steps: int | None = None) -> StepCheckpoint:
-        """Keep the newest two, in case a disk damages one; `last.ckpt` names the newest. Saves once an epoch by default."""
+        """Keep the newest two, in case a disk damages one; `last.ckpt` names the newest. Default: one an epoch."""
         return cls(
             filename="step{step:07d}",
             auto_insert_metric_name=False,

@@ -1,1 +1,1 @@
-"""Models given to others: what a model card says, from a run's own records, and the way to the Hugging Face Hub."""
+"""Publishes models: writes model cards from a run's own records, and uploads to the Hugging Face Hub."""

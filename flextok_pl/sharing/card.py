@@ -1,6 +1,6 @@
-"""The model card: README.md with what the Hub reads (https://huggingface.co/docs/hub/model-cards), and for people.
+"""The model card: README.md, with metadata for the Hub (https://huggingface.co/docs/hub/model-cards) and a text.
 
-It says what was recorded, and where nothing was, that.
+It states what was recorded, and says so if something was not.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OPTIONS = {
     "trainer.precision": "Precision",
     "seed_everything": "Seed",
 }
-"""Option of a run -> what the card calls it."""
+"""Option of a run -> its name in the card."""
 
 CITATION = """@inproceedings{bachmann2025flextok,
   title = {{FlexTok}: Resampling Images into {1D} Token Sequences of Flexible Length},
@@ -49,17 +49,17 @@ CITATION = """@inproceedings{bachmann2025flextok,
   url = {https://arxiv.org/abs/2502.13967},
 }"""
 
-_BESIDE = ("metric", "value", "num_tokens", "bits_per_image")  # what a record says beside its protocol
+_BESIDE = ("metric", "value", "num_tokens", "bits_per_image")  # fields of a record beside its protocol
 _MOST_NAMES = 20
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a model says of itself."""
+    """Facts about a model, for its card."""
 
     config: FlexTokConfig | PriorConfig | VAEConfig
     sizes: Mapping[str, int]  # part -> its number of weights
-    dtype: str  # of the weights that are published
+    dtype: str  # of the published weights
     digest: str  # `weights_hash` in float32
     format: str  # of the files
 
@@ -72,20 +72,20 @@ class ModelFacts:
 
     @property
     def task(self) -> str:
-        """The task of the Hub that is nearest to what it does."""
+        """The Hub's task that is nearest to what the model does."""
         if isinstance(self.config, PriorConfig):
             return "text-to-image" if self.config.text_width is not None else "unconditional-image-generation"
         return "image-to-image"
 
     @property
     def base(self) -> HubId | None:
-        """The model of the Hub that its training started from."""
+        """The Hub's model that its training started from."""
         note = re.match(r"(\S+@[0-9a-f]{40})\b", getattr(self.config, "started_from", ""))
         return None if note is None else HubId.parse(note[1])
 
 
 def model_card(given: Publication, model: ModelFacts, run: RunFacts) -> str:
-    """The text of README.md."""
+    """Write the text of README.md."""
     matter = yaml.safe_dump(front_matter(given, model, run), sort_keys=False, allow_unicode=True, width=120)
     pictures = [f"![{text}]({file.name})\n\n*{text}.*" for file, text in run.pictures.items()]
     parts = [
@@ -108,7 +108,7 @@ def model_card(given: Publication, model: ModelFacts, run: RunFacts) -> str:
 
 
 def front_matter(given: Publication, model: ModelFacts, run: RunFacts) -> dict[str, Any]:
-    """What the Hub reads of a card."""
+    """The metadata of a card, for the Hub."""
     data, base = HubId.parse(given.data or ""), model.base
     found: dict[str, Any] = {
         "license": given.license,
@@ -126,7 +126,7 @@ def front_matter(given: Publication, model: ModelFacts, run: RunFacts) -> dict[s
 
 
 def _measured(model: ModelFacts, records: Sequence[Record]) -> dict[str, Any]:
-    """Results as the Hub's model-index has them."""
+    """Results in the form of the Hub's model-index."""
     name = str(without_places(records[0].get("reference")) or "images")
     metrics = [
         {"type": r["metric"], "value": r["value"], "name": f"{r['metric']}, tokens: {r['num_tokens']}"} for r in records
@@ -144,7 +144,7 @@ def _summary(model: ModelFacts) -> str:
     if isinstance(config, VAEConfig):
         side = config.downsampling
         return (
-            f"An image autoencoder: a latent position of {config.latent_channels} channels stands for {side} x {side} "
+            f"An image autoencoder: a latent position of {config.latent_channels} channels represents {side} x {side} "
             f"pixels. {count} parameters."
         )
     vocabulary = f"a vocabulary of {config.vocab_size:,}"
@@ -152,16 +152,16 @@ def _summary(model: ModelFacts) -> str:
         kind = f"{config.num_classes} classes" if config.num_classes else "no condition"
         return (
             f"An autoregressive prior over the tokens of a [FlexTok](https://arxiv.org/abs/2502.13967) tokenizer, for "
-            f"{'texts' if config.text_width is not None else kind}: up to {config.num_tokens} tokens of {vocabulary}, "
-            f"of which any number of the first ones is a picture. {count} parameters."
+            f"{'texts' if config.text_width is not None else kind}: up to {config.num_tokens} tokens of {vocabulary}. "
+            f"Any number of the first ones decodes to a picture. {count} parameters."
         )
     side = config.patch_size * (1 if config.vae is None else config.vae.downsampling)
     what = "latents" if config.vae is None else "pictures"
     sizes = " or ".join(f"{side * rows} x {side * columns}" for rows, columns in config.grids)
     return (
         f"An image tokenizer, [FlexTok](https://arxiv.org/abs/2502.13967): {what} of {sizes} "
-        f"become 1 to {config.num_registers} ordered tokens of {vocabulary}, and any number of the first ones becomes "
-        f"a picture again. {count} parameters."
+        f"become 1 to {config.num_registers} ordered tokens of {vocabulary}, and any number of the first ones decodes "
+        f"to a picture. {count} parameters."
     )
 
 
@@ -180,7 +180,7 @@ def _results(records: Sequence[Record]) -> list[str]:
     facts = {name: value for name, value in without_places(shared).items() if name not in _BESIDE}
     settings = _table(["setting", "value"], [[name, f"`{json.dumps(value)}`"] for name, value in facts.items()])
     few = dict.fromkeys(r["metric"] for r in records if r.get("full_rank") is False)
-    note = f" {', '.join(few)}: only values of as many images compare, since the covariance is singular." if few else ""
+    note = f" {', '.join(few)}: compare only values of as many images; the covariance is singular." if few else ""
     return [
         _protocol(facts) + note,
         _table(["tokens", *metrics], rows, numbers=True),
@@ -200,7 +200,7 @@ def _protocol(facts: Mapping[str, Any]) -> str:
     ]
     partial = "" if facts.get("complete", True) else "Only a part of the images was measured. "
     said = "; ".join(part for part in parts if part)
-    return f"Protocol: {said}. {partial}Numbers of another protocol do not compare."
+    return f"Protocol: {said}. {partial}Compare only numbers of the same protocol."
 
 
 def _data(given: Publication, run: RunFacts) -> str:
@@ -284,6 +284,6 @@ def _list(lines: Sequence[str]) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = False) -> str:
-    """A table of Markdown, numbers to the right; a bar within a cell is escaped."""
+    """A Markdown table, numbers to the right; bars within cells are escaped."""
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [heads, *rows]]
     return "\n".join([lines[0], "|" + ("---:|" if numbers else "---|") * len(heads), *lines[1:]])

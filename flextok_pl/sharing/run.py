@@ -1,4 +1,4 @@
-"""What a run's folders say of a model: results with their protocol, pictures, data, and how it was trained."""
+"""Reads from a run's folders what its card states: results with their protocol, pictures, data, and the training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 from flextok_pl.records import Record, read_records
 
 RESULTS = {"tokenizer": ("rfid", "tokenizer_hash"), "prior": ("gfid", "prior_hash")}
-"""Kind of model -> name of the records that measure it, and where they state its weights."""
+"""Kind of model -> name of the records that measure it, and their field for its weights."""
 
 PICTURES = {
     "rfid": {
@@ -26,15 +26,15 @@ PICTURES = {
         "gfid.png": "Results by token budget",
     },
 }
-"""Name of records -> pictures that an evaluation leaves beside them, and their captions."""
+"""Name of records -> pictures that an evaluation writes beside them, and their captions."""
 
 TRAINING = "training.json"
-"""File of a run's folder: for each time that it was started, its steps, time and devices."""
+"""File in a run's folder: steps, time and devices of each start."""
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is known of a model; what is empty was not recorded."""
+    """Recorded facts about a model; empty fields were not recorded."""
 
     records: Sequence[Record] = ()
     pictures: Mapping[Path, str] = field(default_factory=dict)  # file -> caption
@@ -45,19 +45,19 @@ class RunFacts:
 
     @property
     def train(self) -> str:
-        """The training set, as the run's options name it; empty where they do not name one."""
+        """The training set that the run's options name; empty if they name none."""
         return _training_set(self.config)
 
 
 def read_run(folder: Path | None, kind: str, digest: str, results: str | Path | None = None) -> RunFacts:
-    """Collect what is known of the weights with this hash.
+    """Collect the recorded facts about the weights with this hash.
 
     Args:
         folder: the run that made them; None for none.
-        kind: of the model: `tokenizer`, `prior` or `autoencoder`.
+        kind: kind of the model: `tokenizer`, `prior` or `autoencoder`.
         digest: `weights_hash` of the model in float32.
-        results: folder of an evaluation; by default that of the run, or the newest one beside it whose records are of
-            these weights.
+        results: folder of an evaluation; default that of the run, or the newest one beside it with records of these
+            weights.
 
     Raises:
         ValueError: `results` has no records, or they are of other weights; a file is damaged.
@@ -78,16 +78,16 @@ def read_run(folder: Path | None, kind: str, digest: str, results: str | Path | 
 def _file_of_records(folder: Path | None, kind: str, digest: str, results: str | Path | None) -> Path | None:
     if kind not in RESULTS:
         if results is not None:
-            raise ValueError(f"records={results}: no command measures an {kind} by itself; leave records out")
+            raise ValueError(f"records={results}: no command measures an {kind} alone; leave records out")
         return None
     name, stated = RESULTS[kind]
     if results is not None:
         file = Path(results).expanduser() / f"{name}.json"
         if not file.is_file():
-            raise ValueError(f"records={results} has no {name}.json: give the folder that `flextok test` has left")
+            raise ValueError(f"records={results} has no {name}.json: give a folder that `flextok test` wrote")
         if others := sorted({str(record.get(stated)) for record in read_records(file)} - {digest}):
             raise ValueError(
-                f"records={results} are of the weights {others[0]}, and these are {digest}: evaluate these by "
+                f"records={results} are of the weights {others[0]}, and these are {digest}: evaluate these with "
                 "`flextok test`"
             )
         return file
@@ -109,19 +109,19 @@ def _training_set(config: Mapping[str, Any]) -> str:
 
 
 def _sources(provenance: Any) -> list[Mapping[str, Any]]:
-    """Where the pictures of a set come from; a set of latents or tokens tells it of the images it was made from."""
+    """The sources of a set's pictures; a set of latents or tokens states those of its images."""
     found = [provenance] if isinstance(provenance, Mapping) else []
     images = found[0].get("images") if found else None
     return [*found, *(each for each in (images if isinstance(images, list) else []) if isinstance(each, Mapping))]
 
 
 def _index(data: str) -> dict[str, Any]:
-    """The index of a shard set, by its folder; empty where there is none on this machine."""
+    """The index of a shard set, from its folder; empty if it is not on this machine."""
     return read_mapping(Path(data).expanduser() / "index.json") if data else {}
 
 
 def read_mapping(file: Path) -> dict[str, Any]:
-    """A YAML or JSON file that holds a mapping; empty where there is no such file."""
+    """Read a YAML or JSON file that holds a mapping; empty if there is no such file."""
     if not file.is_file():
         return {}
     try:
@@ -133,7 +133,7 @@ def read_mapping(file: Path) -> dict[str, Any]:
 
 
 def without_places(value: Any) -> Any:
-    """A value for others to read: of a path on this machine only the end, which names the thing."""
+    """A value without paths of this machine: of each only the last part, which names the thing."""
     if isinstance(value, Mapping):
         return {name: without_places(each) for name, each in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""A folder to a repository of the Hugging Face Hub, in one commit."""
+"""Uploads a folder to a repository of the Hugging Face Hub, in one commit."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from flextok_pl.sharing.publication import Publication
 
 
 def upload(folder: Path, given: Publication, weights: str, names: Sequence[str]) -> str:
-    """Send the files of a folder, and delete the rest of an earlier model of that name; returns the commit's address.
+    """Send the files of a folder, delete the rest of an earlier model there, and return the commit's address.
 
-    Nobody sees the files before the repository is as private and as gated as was asked for, and either all files are
-    there or none. The token is that of huggingface_hub: HF_TOKEN, or that of `hf auth login`.
+    The repository is as private and as gated as requested before anybody can see the files. Either all files arrive or
+    none. The token is that of huggingface_hub: HF_TOKEN, or that of `hf auth login`.
 
     Args:
-        folder: what is sent, README.md included.
-        given: where to.
+        folder: folder to send, README.md included.
+        given: where to send it.
         weights: the file in the folder that is loaded, or the index.
         names: files that `from_pretrained` looks for, in its order.
 
     Raises:
-        ValueError: there is no token, or the Hub refuses; says what to do.
+        ValueError: there is no token, or the Hub refuses; the message says what to do.
     """
     if huggingface_hub.get_token() is None:
-        raise ValueError(f"there is no token of the Hub: {LOG_IN}")
+        raise ValueError(f"there is no token for the Hub: {LOG_IN}")
     try:
         return _upload(HfApi(), folder, given, weights, names)
-    except Exception as error:  # its errors come from several network libraries
+    except Exception as error:  # several network libraries, each with its own errors
         said = str(error) if type(error) is ValueError else reason(error, HubId(given.repository, given.revision))
         raise ValueError(f"nothing was committed: {said}") from error
 
@@ -56,7 +56,7 @@ def _upload(api: HfApi, folder: Path, given: Publication, weights: str, names: S
     before = [each for each in names[: names.index(weights)] if each in old and each not in stale]
     if before:
         raise ValueError(
-            f"{name} has {before[0]}, which would be loaded in place of {weights}: delete it there, or take another "
+            f"{name} has {before[0]}, which would be loaded in place of {weights}: delete it there, or use another "
             "repository"
         )
     commit = api.create_commit(

@@ -1,4 +1,4 @@
-"""The code of a model card: how to load a model and use it."""
+"""Writes the code of a model card, which loads and uses the model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ UNKNOWN_TOKENIZER = "OWNER/TOKENIZER"
 
 
 def usage(address: str, config: FlexTokConfig | PriorConfig | VAEConfig) -> str:
-    """Python that runs as it stands, but for the name of a prior's tokenizer where that is not recorded."""
+    """Python that runs as it is, except for the name of a prior's tokenizer if that is not recorded."""
     if isinstance(config, PriorConfig):
         lines = _prior(address, config)
     elif isinstance(config, FlexTokConfig):

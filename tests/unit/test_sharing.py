@@ -183,7 +183,7 @@ def test_what_the_hub_refuses(hub: Hub, tok: FlexTok, monkeypatch: pytest.Monkey
     with pytest.raises(ValueError, match="the Hub does not accept the token"):
         tok.push_to_hub("me/m", send=True, **LICENCES)
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(ValueError, match="there is no token of the Hub.*HF_TOKEN"):
+    with pytest.raises(ValueError, match="there is no token for the Hub.*HF_TOKEN"):
         tok.push_to_hub("me/m", send=True, **LICENCES)
     assert len(hub.repositories["me/m"].commits) == commits
     with pytest.raises(ValueError, match="me/m is gated: ask for access at http"):
@@ -272,11 +272,11 @@ def test_an_incomplete_model_of_the_hub(hub: Hub, tok: FlexTok, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"license": "mit"}, "data_license is missing: say under which licence the training data were"),
-        ({"data_license": "x"}, "license is missing: say under which licence others may use the weights"),
+        ({"license": "mit"}, "data_license is missing: give the licence of the training data"),
+        ({"data_license": "x"}, "license is missing: give the licence for use of the weights"),
         (LICENCES | {"license": "Apache 2"}, "license='Apache 2' is not an identifier"),
-        (LICENCES | {"license": "other"}, "a link goes with `other`"),
-        (LICENCES | {"license_link": "https://x"}, "a link goes with `other`"),
+        (LICENCES | {"license": "other"}, "`other` needs a link"),
+        (LICENCES | {"license_link": "https://x"}, "`other` needs a link"),
         (LICENCES | {"gated": "yes"}, "gated='yes' must be auto or manual"),
         (LICENCES | {"revision": "../x y"}, "is not the name of a branch"),
         (LICENCES | {"message": " "}, "message='' is empty"),
