@@ -1,1 +1,1 @@
-"""What a training costs: operations, memory and time, from configurations and a table of machines."""
+"""Estimates what a training costs: operations, memory and time, from configurations and a table of machines."""

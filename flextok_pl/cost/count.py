@@ -1,8 +1,8 @@
-"""Counting what runs, on tensors without values: operations by torch's formulas, bytes by the tensors' storages.
+"""Counts operations and memory on tensors without values: by torch's formulas, and by the tensors' storages.
 
 A model is counted with one and with two blocks; each further block costs the same. Operations are counted on the meta
-device. Memory is counted on fake tensors of the CPU, since those of the meta device know neither autocast nor the
-attention kernels that keep no scores.
+device. Memory is counted on fake tensors of the CPU, since meta tensors support neither autocast nor the attention
+kernels that keep no scores.
 
 Shapes: B batch.
 """
@@ -26,16 +26,16 @@ BATCHES = (1, 2, 3)  # numbers of samples that a step is counted with
 Step = Callable[[int], Tensor]
 """A forward pass over B samples, up to a scalar."""
 Part = Callable[[int, bool], Step]
-"""Makes a model of that many blocks, with activation checkpointing or without, and gives its step."""
+"""Makes a model of that many blocks, with or without activation checkpointing, and returns its step."""
 
 
 @dataclass(frozen=True)
 class Flops:
     """Floating-point operations of a training step, or of a part of it.
 
-    Matrix products, convolutions and attention count, a multiplication with its addition as two; norms, activations
-    and embeddings do not, as is the custom for MFU (PaLM, https://arxiv.org/abs/2204.02311, appendix B). Attention
-    counts all pairs of query and key that the code hands to the kernel, also where a causal kernel skips half of them.
+    Matrix products, convolutions and attention count, a multiplication with its addition as two. Norms, activations and
+    embeddings do not, as usual for MFU (PaLM, https://arxiv.org/abs/2204.02311, appendix B). Attention counts all pairs
+    of query and key that the code gives to the kernel, even if a causal kernel skips half of them.
     """
 
     forward: float = 0.0
@@ -50,7 +50,7 @@ class Flops:
 
     @property
     def training(self) -> float:
-        """Of a training step, as MFU counts them: without what is recomputed."""
+        """Operations of a training step as MFU counts them, without recomputation."""
         return self.forward + self.backward
 
 
@@ -58,7 +58,7 @@ class Flops:
 class Numerics:
     """How numbers are stored in training."""
 
-    compute: int = FULL  # bytes of a number that a product takes or gives: 4, or 2 under autocast
+    compute: int = FULL  # bytes of a number that goes into a product or comes out: 4, or 2 under autocast
     fused_norms: bool = True  # RMSNorm runs as one kernel, as on a GPU, and does not keep the normalised values
 
     @property
@@ -84,10 +84,10 @@ class Activations:
 
 
 class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Operations that run in this context on any device, and the memory of the tensors that they make.
+    """Counts operations that run in this context on any device, and the memory of the tensors that they make.
 
-    It does not see earlier tensors, nor what kernels use inside. A product costs as much again in the backward pass for
-    each factor with a gradient.
+    It sees neither earlier tensors nor the memory inside kernels. In the backward pass a product costs the same again
+    for each factor with a gradient.
     """
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run an operation and take note of what it made."""
+        """Run an operation and record what it made."""
         kwargs = kwargs or {}
         given = {storage._cdata for storage in _storages((args, kwargs))}
         result = func(*args, **kwargs)
@@ -127,7 +127,7 @@ def _storages(values: Any) -> list[torch.UntypedStorage]:
 
 
 def count_flops(part: Part, depth: int, checkpointing: bool = False, alike: bool = True) -> Flops:
-    """Operations of a part of so many blocks on one sample; all blocks are run unless they cost alike."""
+    """Operations of a part with `depth` blocks on one sample; all blocks are run unless they cost alike."""
 
     def of_blocks(blocks: int) -> Flops:
         with torch.device("meta"):
@@ -147,9 +147,9 @@ def count_flops(part: Part, depth: int, checkpointing: bool = False, alike: bool
 
 
 def count_activations(part: Part, depth: int, numerics: Numerics) -> Activations:
-    """What a part of so many blocks keeps of one sample."""
-    # Autograd counts the devices at its first pass, and the fake mode adds one: then it would start threads, and no
-    # process of this one could train.
+    """Memory that a part with `depth` blocks keeps of one sample."""
+    # Autograd counts the devices at its first pass, and the fake mode adds one. It would then start threads, after
+    # which no child process could train.
     torch.zeros((), requires_grad=True).backward()  # type: ignore[no-untyped-call]
     with FakeTensorMode():
         kept, more_kept, inputs, more_inputs = (
@@ -160,9 +160,9 @@ def count_activations(part: Part, depth: int, numerics: Numerics) -> Activations
 
 
 def _kept(part: Part, blocks: int, checkpointing: bool, numerics: Numerics) -> int:
-    """What a third sample adds to what is there after a forward pass: copies of weights do not count.
+    """Bytes that a third sample adds after a forward pass, so that copies of weights do not count.
 
-    A single one may share what else is of each sample.
+    A single sample may share memory that each of several samples needs.
     """
     step, alive = part(blocks, checkpointing), list[int]()
     for batch in BATCHES[1:]:

@@ -1,8 +1,8 @@
 """Peak arithmetic and memory of devices.
 
 The figures agree with pages that quote the makers' data sheets (2026-11-26; such as
-https://glennklockwood.com/garden/processors/h100, and A100 and B200 beside it); the data sheets themselves, whose
-addresses are given, were not opened. `--peak_tflops` and `--memory_gib` replace them.
+https://glennklockwood.com/garden/processors/h100, and A100 and B200 beside it). The data sheets, whose addresses are
+given, were not opened. `--peak_tflops` and `--memory_gib` replace the figures.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Machine:
     full_tflops: float | None  # peak in float32, without TF32, which PyTorch leaves off
 
 
-# Dense, which is half of what is stated "with sparsity". GB of memory are taken for as many GiB.
+# Dense: half of the figures "with sparsity". GB of memory are taken for as many GiB.
 MACHINES = {
     # https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet (H100: SXM and PCIe)
     "h100": Machine(80, 989.4, 66.9),
@@ -36,7 +36,7 @@ MACHINES = {
     "l40s": Machine(48, 362, 91.6),
     # https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf (appendix A)
     "rtx4090": Machine(24, 165.2, 82.6),
-    # No maker states what two cores of some server do: the memory is this machine's.
+    # No maker states the peak of two cores of some server; the memory is this machine's.
     "cpu": Machine(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, None, None),
 }
 

@@ -1,4 +1,4 @@
-"""What the models cost in training: each is run for one sample and counted, at some budgets that stand for all.
+"""Counts the training cost of the models: each runs one sample, at a few budgets from which the others follow.
 
 Shapes: B batch, K registers, k <= K kept ones, V vocabulary, T text positions.
 """
@@ -46,10 +46,10 @@ from flextok_pl.precision import accumulation_dtype
 
 Grid = tuple[int, int]
 Trained = tuple[str, ...] | None
-"""Beginnings of the names of the weights that are trained; None for all."""
+"""Beginnings of the names of the trained weights; None for all."""
 LayoutT = TypeVar("LayoutT", CodeLayout, TokenLayout)
 CostT = TypeVar("CostT", Flops, Activations)
-RARE_DEVIATIONS = 3.09  # of a normal distribution: more happens in one case of a thousand
+RARE_DEVIATIONS = 3.09  # of a normal distribution: one case of a thousand is beyond
 
 
 # The parts
@@ -199,8 +199,8 @@ def tokenizer_activations(
 ) -> Activations:
     """Encoder and decoder, for a batch of B images whose budgets take as much as they do in one step of a thousand.
 
-    That is the quantile of a normal distribution, or the mean where budgets are `stratified`. See `tokenizer_flops` for
-    `grid`, and `all_blocks` for what `train` leaves out.
+    That is the quantile of a normal distribution, or the mean if budgets are `stratified`. See `tokenizer_flops` for
+    `grid`, and `all_blocks` for the parts that `train` leaves out.
     """
     law = _law(config)
     coding, decoding = _kept_at_every_budget(_shape(config), grid, numerics, routing, all_blocks(train))
@@ -210,7 +210,7 @@ def tokenizer_activations(
 
 
 def _of_batch(law: Tensor, bytes_of_image: Tensor, batch_size: int, stratified: bool) -> float:
-    """What B images take, given what one takes at each budget, (K+1,)."""
+    """Memory of B images, given that of one image at each budget, (K+1,)."""
     mean = law @ bytes_of_image
     deviation = (law @ (bytes_of_image - mean).square()).sqrt()
     spread = 0.0 if stratified else RARE_DEVIATIONS / batch_size**0.5
@@ -229,7 +229,7 @@ def distillation_flops(
 def distillation_activations(
     config: FlexTokConfig, num_steps: int, numerics: Numerics, batch_size: int, grid: Grid | None, stratified: bool
 ) -> Activations:
-    """What a student keeps of all its steps; see `tokenizer_activations`."""
+    """Memory that a student keeps of all its steps; see `tokenizer_activations`."""
     _, decoding = _kept_at_every_budget(_shape(config), grid, numerics, None, None)
     kept, inputs, largest = (_of_batch(_law(config), each, batch_size, stratified) for each in decoding.unbind(1))
     return Activations(num_steps * kept, num_steps * inputs, largest)
@@ -243,12 +243,12 @@ def path_flops(config: FlexTokConfig, calls: int, unconditional: int, grid: Grid
 
 
 def all_blocks(train: Trained) -> Trained:
-    """The same parts, but where there are some blocks, all: memory is counted with few, and never planned too low."""
+    """The same parts, and all blocks if it names some: memory is counted with few, and must not be planned too low."""
     return None if train is None else tuple(re.sub(r"\bblocks\.\d.*", "blocks", part) for part in train)
 
 
 def _shape(config: FlexTokConfig) -> FlexTokConfig:
-    """The configuration without what changes no cost of an image, so that the trials of a sweep are counted once."""
+    """The configuration without options that do not change an image's cost, so that a sweep counts its trials once."""
     plain = replace(config, vae=None, repa_layer=None, nested_dropout="none", null_dropout=0.0, objective="flow")
     return replace(plain, trained_grids=())
 
@@ -282,8 +282,8 @@ def _at_every_budget(
 ) -> tuple[Tensor, Tensor]:
     """Costs of encoder and decoder for an image of 0..K tokens, (K+1, fields) each.
 
-    They are polynomials in the number: operations quadratic, bytes linear, as attention keeps no scores. An image of no
-    token is not encoded, and one of K has no position for missing ones.
+    They are polynomials in the number: operations quadratic, bytes linear, as attention keeps no scores. An image
+    without tokens is not encoded, and one with K has no position for missing ones.
     """
     size, most = grid or config.grid_size, config.num_registers
 
@@ -322,7 +322,7 @@ def prior_activations(
 
 
 def token_loss_bytes(config: PriorConfig, batch_size: int, chunk: int | None, numerics: Numerics) -> float:
-    """What the loss of a prior holds at its peak; see `token_loss`."""
+    """Peak memory of a prior's loss; see `token_loss`."""
     positions = batch_size * config.num_tokens
     if chunk is None:  # logits, their log-softmax, and that of the unsmoothed loss or the gradient
         return 3.0 * FULL * positions * config.vocab_size

@@ -1,7 +1,7 @@
-"""Will a training fit, and how long will it take: the arithmetic over a workload and a machine.
+"""Computes whether a training fits a machine, and how long it takes, from a workload.
 
-Memory is that of the moment with most of it. Parameters, gradients, optimizer states and averages are there at all
-times: Lightning clears the gradients of a step only after the next forward pass.
+Memory is the most at any one time. Parameters, gradients, optimizer states and averages are always there: Lightning
+clears the gradients of a step only after the next forward pass.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from flextok_pl.cost.workload import Workload
 
 USABLE = 0.9  # of a device's memory; the rest is for the driver, libraries, communication and fragmentation
 ADAM_STATES = 2
-# What compiled blocks keep of what eager ones do, in float32 and under autocast: the compiler computes cheap parts
-# again in the backward pass. Measured by benchmarks/plan.py.
+# Share of their activations that compiled blocks keep, in float32 and under autocast: the compiler recomputes cheap
+# parts in the backward pass. Measured by benchmarks/plan.py.
 COMPILED, COMPILED_AUTOCAST = 0.82, 0.70
 SECONDS_PER_DAY = 86400
 
@@ -39,22 +39,22 @@ class Setup:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What an experiment says of its steps."""
+    """The steps of an experiment and their batches."""
 
     batch_size: int  # samples on a device at a time
     devices: int  # over all nodes
     accumulate: int  # batches of an optimizer step on each device
-    max_steps: int  # optimizer steps of the training; -1 where it does not say
+    max_steps: int  # optimizer steps of the training; -1 if it does not state them
     global_batch: int  # samples of an optimizer step, as stated, or else those of its own devices
 
 
 def memory(workload: Workload, setup: Setup, batch_size: int) -> dict[str, float]:
     """Bytes of a training step on one device with B samples, by what they hold.
 
-    `lasting` is what is there at all times, `total` the most at one time. The buffers of the loss and the activations
-    of a block that is computed again are there one after the other, and so are all that the backward pass needs, what
-    a frozen network holds at work, and what fsdp holds when it sends the last gradients. A network that is on the
-    device in validations only is counted among the frozen ones at work; what it makes there is left out.
+    `lasting` is always there, `total` is the most at one time. The buffers of the loss and the activations of a
+    recomputed block follow each other. So do the needs of the backward pass, the work of a frozen network, and the
+    buffers of fsdp when it sends the last gradients. A network that is on the device in validations only counts among
+    the frozen ones at work, without its outputs.
     """
     numerics, frozen = setup.numerics, list(workload.frozen.values())
     shares = setup.devices if setup.strategy == "fsdp" else 1
@@ -63,8 +63,8 @@ def memory(workload: Workload, setup: Setup, batch_size: int) -> dict[str, float
     gathered = spread = 0.0  # weights, and gradients before each process has its share
     half = numerics.autocast and setup.gathers_half
     if sharded:
-        # Two blocks, as the next one is fetched, or its gradients are sent, meanwhile; what is in no block is never
-        # given back within a step.
+        # Two blocks, as the next one is fetched, or its gradients are sent, meanwhile. The rest stays gathered
+        # throughout a step.
         whole = size.total - size.in_blocks + 2 * size.largest_block
         spread = float(FULL * whole)
         gathered = numerics.compute * whole + (FULL - numerics.compute) * size.others if half else spread
@@ -112,7 +112,7 @@ class Split:
 
 
 def largest_split(workload: Workload, setup: Setup, global_batch: int, most: int | None = None) -> Split | None:
-    """The split with the largest batch on a device, up to `most`, that fits; None where not even one sample does."""
+    """The split with the largest batch on a device, up to `most`, that fits; None if not even one sample does."""
     if global_batch % setup.devices:
         raise ValueError(
             f"{setup.devices} devices cannot share the global batch of {global_batch} evenly; take a number of them "
@@ -128,10 +128,10 @@ def largest_split(workload: Workload, setup: Setup, global_batch: int, most: int
 def plan_training(
     workload: Workload, setup: Setup, recipe: Recipe, utilisation: float, peak_tflops: float | None
 ) -> dict[str, Any]:
-    """All that a plan finds out, as plain JSON types: bytes, operations, seconds; None where something is unknown.
+    """All results of a plan as plain JSON types: bytes, operations, seconds; None if unknown.
 
-    A step takes the time in which all operations that are computed run at a share, `utilisation`, of a device's peak.
-    Of these `train/mfu` counts neither those of frozen networks nor what is recomputed.
+    A step takes the time in which all operations run at a share, `utilisation`, of a device's peak. `train/mfu` counts
+    neither those of frozen networks nor recomputation.
     """
     if not 0.0 < utilisation <= 1.0:
         raise ValueError(f"mfu={utilisation} must be in (0, 1], a share of the device's peak")

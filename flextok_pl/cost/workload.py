@@ -1,7 +1,7 @@
-"""What one of our trainings consists of, counted on the meta device: parameters, operations, activations.
+"""The content of a training, counted on the meta device: parameters, operations, activations.
 
-Nothing is downloaded and no data are read. Frozen networks that are not on this machine are taken from their names
-where these tell the architecture, and else left out with a note.
+Nothing is downloaded and no data are read. Frozen networks that are not on this machine are built by their names if
+these state the architecture, and otherwise left out with a note.
 
 Shapes: B batch, H x W image, N patches.
 """
@@ -51,8 +51,8 @@ from flextok_pl.models.vae import VAE
 
 Inputs = Literal["images", "latents", "tokens"]
 IN_FLOAT32 = (
-    "frozen networks compute in float32 and take longer than is planned here; a training on latents with features, or "
-    "on tokens, does without them"
+    "frozen networks compute in float32 and take longer than planned here; a training on latents with features, or on "
+    "tokens, does not need them"
 )
 TEXT_LENGTH = 128  # positions of a padded text, the most that `TextEncoder` makes
 
@@ -62,14 +62,14 @@ class FrozenNetwork:
     """A network that is used and not trained."""
 
     parameters: int  # in float32
-    flops: float = 0.0  # of its work on one sample of a training batch, as a mean; 0 where it only evaluates
-    working_bytes: float = 0.0  # what it holds at its peak while it works on one sample
-    resident: bool = True  # on the device throughout the training, or else in validations only
+    flops: float = 0.0  # on one sample of a training batch, as a mean; 0 if it only evaluates
+    working_bytes: float = 0.0  # its peak memory while it works on one sample
+    resident: bool = True  # on the device throughout the training, else only in validations
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many numbers a model has."""
+    """Numbers of weights and buffers of a model."""
 
     trained: int  # parameters with gradients, which averaging copies
     fixed: int  # other parameters and buffers
@@ -80,12 +80,12 @@ class Parameters:
 
     @property
     def total(self) -> int:
-        """All that training stores of the model."""
+        """All numbers of the model that training stores."""
         return self.trained + self.fixed
 
     @property
     def others(self) -> int:
-        """What is no weight of a product."""
+        """Numbers that are not weights of a product."""
         return self.total - self.matrices
 
 
@@ -114,7 +114,7 @@ def tokenizer_workload(
         model = FlexTok(dataclasses.replace(net, vae=None))
         train = _trained(model, options, notes)
         if is_frozen(model.encoder) and numerics.autocast:
-            notes.append("the frozen encoder computes in float32 and takes longer than is planned here")
+            notes.append("the frozen encoder computes in float32 and takes longer than planned here")
         parts: list[nn.Module] = [model]
         grid = _grid(size, autoencoder, net)
         works = inputs == "images"
@@ -157,7 +157,7 @@ def distillation_workload(
     with torch.device("meta"):
         model = _tokenizer(name)
         if model is None:
-            raise ValueError(f"tokenizer={name!r} is not on this machine, and its name tells no published architecture")
+            raise ValueError(f"tokenizer={name!r} is not on this machine, and its name is not a published architecture")
         vae, law = model.require_vae(), training_law(model.config, options["nested_dropout"])
         grid = _grid(size, vae.config, law)
         frozen = {"VAE": _frozen_vae(vae.config, height_width(size) if inputs == "images" else None)}
@@ -202,7 +202,8 @@ def prior_workload(
             frozen["tokenizer"] = FrozenNetwork(_count(tokenizer), flops, working, resident=works)
             notes += [IN_FLOAT32] if works and numerics.autocast else []
         elif name is not None:
-            notes.append(f"the tokenizer {name} is not on this machine and its name tells no architecture: not counted")
+            notes.append(f"the tokenizer {name} is not on this machine and its name states no architecture: not
+            counted")
     if options["text_encoder"] is not None:
         notes.append(f"the text encoder {options['text_encoder']} is not counted: neither its weights nor its work")
     parameters = _parameters([model], list(model.blocks))
@@ -243,7 +244,7 @@ def vae_workload(
 
 
 def _trained(model: Network, options: Mapping[str, Any], notes: list[str]) -> Trained:
-    """What of a model is trained; the rest of it is frozen."""
+    """The trained parts of a model; the rest is frozen."""
     train = None if options.get("train") is None else tuple(options["train"])
     check_parts(model, "train", train)
     train_only(model, train)
@@ -292,7 +293,7 @@ def _autoencoder(name: str | None, net: FlexTokConfig) -> VAEConfig:
 
 @cache
 def _frozen_vae(config: VAEConfig, size: tuple[int, int] | None) -> FrozenNetwork:
-    """An autoencoder that encodes images of (H, W) pixels, or that is only there; like the others here on `meta`."""
+    """An autoencoder that encodes images of (H, W) pixels, or is only stored; like the others here on `meta`."""
     vae = VAE(config)
     return FrozenNetwork(_count(vae), *(() if size is None else image_work(vae.moments, size, config.image_channels)))
 
@@ -305,7 +306,7 @@ def _frozen_teacher(name: str, size: tuple[int, int]) -> tuple[FrozenNetwork, in
 
 
 def _tokenizer(name: str) -> FlexTok | None:
-    """A tokenizer on this machine, or one whose name tells that it is of a published architecture."""
+    """A tokenizer on this machine, or one of a published architecture by its name."""
     if Path(name).expanduser().exists():
         return FlexTok.from_pretrained(name, device="meta")
     published = re.search(r"d\d+_d\d+", name)
