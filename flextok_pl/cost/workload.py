@@ -202,8 +202,7 @@ def prior_workload(
             frozen["tokenizer"] = FrozenNetwork(_count(tokenizer), flops, working, resident=works)
             notes += [IN_FLOAT32] if works and numerics.autocast else []
         elif name is not None:
-            notes.append(f"the tokenizer {name} is not on this machine and its name states no architecture: not
-            counted")
+            notes.append(f"the tokenizer {name} is not on this machine and its name is not a known one: not counted")
     if options["text_encoder"] is not None:
         notes.append(f"the text encoder {options['text_encoder']} is not counted: neither its weights nor its work")
     parameters = _parameters([model], list(model.blocks))

@@ -1,1 +1,1 @@
-"""Hyper-parameter sweeps: each trial is a `flextok fit` of its own, Optuna says which, and a launcher runs them."""
+"""Hyper-parameter sweeps: Optuna chooses the trials, each is a `flextok fit`, and a launcher runs them."""

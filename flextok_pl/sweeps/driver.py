@@ -1,4 +1,4 @@
-"""Asks Optuna for trials, lets a launcher run them, and tells Optuna how they end."""
+"""Gets trials from Optuna, has a launcher run them, and reports to Optuna how they end."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from flextok_pl.sweeps.launch import Launcher, LocalLauncher, SlurmLauncher, slu
 from flextok_pl.sweeps.runner import TrialFolder, exclusive
 from flextok_pl.sweeps.sweep import Sweep
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)  # what it would say of each trial, the driver says
+optuna.logging.set_verbosity(optuna.logging.WARNING)  # the driver reports trials itself
 
 MOST_LAUNCHES = 10
-"""Starts of a trial, none of which has got it any further, after which it counts as failed."""
+"""Starts of a trial without progress after which it counts as failed."""
 
 
 def find_study(sweep: Sweep) -> optuna.Study | None:
-    """The trials of a sweep, which must have been started with the same options; None before its start."""
+    """The trials of a sweep, which must have started with the same options; None before its start."""
     if not sweep.root.exists() or (sweep.storage is None and not _journal(sweep).exists()):
         return None
     try:
@@ -41,8 +41,8 @@ def find_study(sweep: Sweep) -> optuna.Study | None:
     for option, value in sweep.fixed().items():
         if json.dumps(before.get(option, value), sort_keys=True) != json.dumps(value, sort_keys=True):  # 1 is not true
             raise ValueError(
-                f"{option}={json.dumps(value)} differs from that with which {sweep.root} was started, "
-                f"{json.dumps(before[option])}; give the new sweep another name by --name"
+                f"{option}={json.dumps(value)}, but {sweep.root} was started with {json.dumps(before[option])}; "
+                "give the new sweep another name by --name"
             )
     return study
 
@@ -64,7 +64,7 @@ def _storage(sweep: Sweep) -> BaseStorage | str:
 
 
 def _sampler(sweep: Sweep, existing: int) -> BaseSampler:
-    """What draws points; after a restart it does not draw those of before again."""
+    """Make the sampler of points; after a restart it does not draw the earlier ones again."""
     if isinstance(sweep.search, BaseSampler):
         return sweep.search
     seed = sweep.seed + existing
@@ -78,16 +78,16 @@ def _sampler(sweep: Sweep, existing: int) -> BaseSampler:
 class Driver:
     """Runs a sweep to its end.
 
-    It is the only process that writes to the study, and may be killed and started again at any time: the trials
-    themselves are in their folders. `say` prints a line; `check` is called before the sweep's start, and what it raises
-    leaves nothing behind.
+    It is the only process that writes to the study. You may kill it and start it again at any time: the trials
+    themselves are in their folders. `say` prints a line. `check` is called before the sweep starts; if it raises an
+    error, nothing is left behind.
     """
 
     def __init__(
         self, sweep: Sweep, say: Callable[[str], None], check: Callable[[Sweep], None] = lambda sweep: None
     ) -> None:
         self.sweep, self.say = sweep, say
-        # The other one knows of trials that were started when the sweep had that launcher.
+        # The other one knows trials from a time when the sweep had that launcher.
         self.launcher: Launcher
         self._other: Launcher
         if sweep.launcher == "local":
@@ -116,7 +116,7 @@ class Driver:
                     self._watch()
             except KeyboardInterrupt:
                 fates = "; ".join(launcher.leave(folders) for launcher, folders in self._by_launcher())
-                raise ValueError(f"interrupted: {fates}; the same command goes on") from None
+                raise ValueError(f"interrupted: {fates}; run the same command to go on") from None
 
     def _enqueue(self) -> None:
         """Give the study the points of the grid that it lacks; Optuna's own test takes near numbers for equal."""
@@ -128,14 +128,14 @@ class Driver:
                 self.study.enqueue_trial(point)
 
     def _by_launcher(self) -> list[tuple[Launcher, list[TrialFolder]]]:
-        """The trials under way with whoever knows them; those that nobody has started yet are the launcher's."""
+        """The running trials by launcher; trials that nobody has started yet are the current launcher's."""
         folders = [folder for _, folder in self._under_way.values()]
         others = [folder for folder in folders if self._other.mark in (folder.read("job") or {})]
         own = [folder for folder in folders if folder not in others]
         return [(self.launcher, own), *([(self._other, others)] if others else [])]
 
     def _fill(self) -> bool:
-        """Start as many trials as there is room for; whether some are still to come."""
+        """Start as many trials as there is room for; return whether some are left."""
         counted = [t for t in self.study.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
         left = self.sweep.num_trials - len(counted)
         room = self.sweep.workers - len(self._under_way)
@@ -145,7 +145,7 @@ class Driver:
         return left > 0
 
     def _take(self, trial: Trial, word: str) -> TrialFolder:
-        """Let a trial be under way, and write its folder unless it is there."""
+        """Mark a trial as running, and write its folder if it does not exist."""
         point = self.sweep.points.suggest(trial)
         folder = self.sweep.trial_folder(trial.number, point)
         if folder.read("trial") is None:
@@ -163,7 +163,7 @@ class Driver:
         self.launcher.launch(folders)
 
     def _watch(self) -> None:
-        """Take in what trials have measured and how they ended, and start lost ones again."""
+        """Collect what trials have measured and how they ended, and start lost ones again."""
         for number, (trial, folder) in list(self._under_way.items()):
             self._report(trial, folder)
             result = folder.read("result")
@@ -172,7 +172,7 @@ class Driver:
                 del self._under_way[number]
         lost = []
         for folder in [gone for launcher, folders in self._by_launcher() for gone in launcher.gone(folders)]:
-            if folder.read("result") is not None:  # it ended since
+            if folder.read("result") is not None:  # it has ended since
                 continue
             step = folder.step()
             vain = sum(launch["step"] >= step for launch in folder.launches())
@@ -180,13 +180,13 @@ class Driver:
                 reason = f"its process was lost {vain} times without getting beyond step {step}; see {folder.log}"
                 folder.write("result", {"state": "failed", "reason": reason})
             else:
-                self.say(f"{folder.path.name} is not running any more; starting it again from its last checkpoint")
+                self.say(f"{folder.path.name} is no longer running; starting it again from its last checkpoint")
                 lost.append(folder)
         if lost:
             self._launch(lost)
 
     def _report(self, trial: Trial, folder: TrialFolder) -> None:
-        """Tell Optuna what the first seed has measured so far, and stop the trial if that is too little."""
+        """Report to Optuna what the first seed has measured so far, and stop the trial if Optuna prunes it."""
         if self.sweep.pruner is None or folder.stop_file.exists():
             return
         known = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
@@ -201,7 +201,7 @@ class Driver:
                 return
 
     def _tell(self, trial: Trial, result: dict[str, Any]) -> None:
-        """How a trial has ended."""
+        """Report how a trial has ended."""
         if result["state"] == "complete":
             for run, metrics in result["metrics"].items():
                 trial.set_user_attr(run, metrics)

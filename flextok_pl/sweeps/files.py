@@ -1,4 +1,4 @@
-"""YAML as the command line reads it, so that a sweep and its trainings take the same text for the same value."""
+"""Reads YAML as the command line does, so that a sweep and its trainings take the same text for the same value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MERGE = "tag:yaml.org,2002:merge"
 def load_yaml(path: Path) -> Any:
     """Read a YAML file: `1e-4` is a number, and a date is a text, as in `flextok fit --config`.
 
-    A key that a mapping has twice is refused: the first would be lost without a word.
+    A mapping with a key twice is refused: the first value would be lost silently.
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Where trials run: processes of this machine, or jobs of a Slurm cluster."""
+"""Runs trials as processes of this machine, or as jobs of a Slurm cluster."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from flextok_pl.sweeps.runner import Runner, TrialFolder
 
 
 class LocalLauncher:
-    """Each trial is a process of its own, which goes on should the sweep's end.
+    """Runs each trial as a process of its own, which continues if the sweep's process ends.
 
-    At most `workers` trials run at a time; they share the processor's cores unless OMP_NUM_THREADS says how.
+    At most `workers` trials run at a time; they share the processor's cores unless OMP_NUM_THREADS is set.
     """
 
-    mark = "pid"  # what `job.json` of such a trial has
+    mark = "pid"  # key in `job.json` of such a trial
     poll_seconds = 0.5
 
     def __init__(self, workers: int, gpus_per_trial: int = 0) -> None:
@@ -55,12 +55,12 @@ class LocalLauncher:
                     stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL,
                     env=environment,
-                    start_new_session=True,  # Ctrl-C in the terminal is the sweep's to handle
+                    start_new_session=True,  # so that Ctrl-C in the terminal reaches only the sweep
                 )
             folder.write("job", {**job, "pid": process.pid})
 
     def _free_gpus(self, folder: TrialFolder) -> str:
-        """Those that no other trial has, be it one that an earlier process of the sweep started."""
+        """The GPUs that no other trial has, also of trials that an earlier process of the sweep started."""
         others = [TrialFolder(file.parent) for file in folder.path.parent.glob("*/job.json")]
         running = [other for other in others if other.path != folder.path and self._lives(other)]
         taken = [(other.read("job") or {}).get("gpus") for other in running]
@@ -71,13 +71,13 @@ class LocalLauncher:
         return (started is not None and started.poll() is None) or folder.running
 
     def gone(self, folders: Collection[TrialFolder]) -> list[TrialFolder]:
-        """Those of these trials that do not run any more."""
+        """The trials among these that no longer run."""
         return [folder for folder in folders if not self._lives(folder)]
 
     def leave(self, folders: Collection[TrialFolder]) -> str:
-        """Let the trials of an interrupted sweep save themselves and stop, and say so."""
+        """Let the trials of an interrupted sweep save themselves and stop; return a message."""
         for folder in folders:
-            for name in ("job", "command"):  # the runner, or what a runner that was killed has left behind
+            for name in ("job", "command"):  # the runner, or the command that a killed runner left behind
                 process = folder.read(name)
                 if process is not None and self._lives(folder):
                     with contextlib.suppress(ProcessLookupError):
@@ -89,16 +89,16 @@ class LocalLauncher:
 
 
 class SlurmLauncher:
-    """Each trial is a job, and trials that start together are an array; submitit writes and submits the scripts.
+    """Runs each trial as a job, and trials that start together as an array; submitit writes and submits the scripts.
 
-    At SIGUSR2, which Slurm sends before the time limit, a job saves a checkpoint and goes back into the queue by
-    itself; at SIGTERM it saves a checkpoint and is gone. Without an executor it only watches jobs of earlier processes.
+    At SIGUSR2, which Slurm sends before the time limit, a job saves a checkpoint and returns to the queue. At SIGTERM
+    it saves a checkpoint and ends. Without an executor it only watches jobs of earlier processes.
     """
 
     mark = "job"
     poll_seconds = 1.0
     controller_seconds = 5.0
-    """How often to ask the controller at most; it serves all users."""
+    """Least time between queries to the controller, which all users share."""
     grace = 15.0
     """Seconds for which a job may be missing in `squeue` before it counts as gone."""
 
@@ -115,12 +115,12 @@ class SlurmLauncher:
             folder.write("job", {"job": job.job_id})
 
     def gone(self, folders: Collection[TrialFolder]) -> list[TrialFolder]:
-        """Those of these trials that are in no queue any more."""
+        """The trials among these that are no longer in any queue."""
         jobs = {folder.path: str((folder.read("job") or {"job": ""})["job"]) for folder in folders}
         if jobs and shutil.which("squeue") is None:
             raise ValueError(
-                f"{min(jobs).name} is a job of Slurm's, but there is no `squeue` here that says whether it runs; go on "
-                "where jobs are submitted"
+                f"{min(jobs).name} is a Slurm job, but there is no `squeue` here to check it; run this on a machine "
+                "that submits jobs"
             )
         if not jobs or time.monotonic() - self._asked < self.controller_seconds:
             return []
@@ -138,19 +138,19 @@ class SlurmLauncher:
         return [f for f in folders if now - self._missing.get(jobs[f.path], now) > self.grace or not jobs[f.path]]
 
     def leave(self, folders: Collection[TrialFolder]) -> str:
-        """Leave jobs as they are, and say so."""
+        """Leave jobs as they are; return a message."""
         jobs = " ".join(str((folder.read("job") or {}).get("job")) for folder in folders)
-        return f"jobs go on by themselves; `scancel {jobs}` would end them" if jobs else "no job is under way"
+        return f"jobs continue; `scancel {jobs}` ends them" if jobs else "no job is under way"
 
 
 Launcher = LocalLauncher | SlurmLauncher
-"""Starts trials, and knows of those of its kind whether they are still there, whichever process started them."""
+"""Starts trials, and checks whether those of its kind still run, whichever process started them."""
 
 
 def slurm_executor(folder: Path, parameters: Mapping[str, Any], workers: int) -> submitit.AutoExecutor:
-    """What submits jobs, with submitit's `parameters`, at most `workers` of an array at a time.
+    """Make an executor that submits jobs with submitit's `parameters`, at most `workers` of an array at a time.
 
-    All nodes must see the folder, which is for scripts and logs of jobs.
+    All nodes must see the folder, which holds scripts and logs of jobs.
     """
     if shutil.which("sbatch") is None:
         raise ValueError("launcher=slurm: there is no `sbatch` here; start the sweep where jobs are submitted")

@@ -1,4 +1,4 @@
-"""What a sweep has found: a table on the terminal, a CSV file, and pictures."""
+"""Shows what a sweep has found: a table on the terminal, a CSV file, and pictures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PICTURES: dict[str, Callable[..., Any]] = {
 
 
 def status_table(sweep: Sweep, study: optuna.Study) -> Table:
-    """All trials: state, value, how far they are, parameters, and why they failed."""
+    """A table of all trials: state, value, progress, parameters, and the reasons of failures."""
     complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
     best = study.best_trial.number if complete else None
     table = Table(title=f"{sweep.name}: {sweep.direction} {sweep.metric}, {sweep.num_trials} trials")
@@ -65,7 +65,7 @@ def _started(sweep: Sweep, study: optuna.Study) -> Iterator[tuple[FrozenTrial, T
 
 
 def _duration(trial: FrozenTrial) -> str:
-    """Hours, minutes and seconds; of a trial that runs, so far."""
+    """Hours, minutes and seconds of a trial; so far, if it runs."""
     if trial.datetime_start is None:
         return ""
     taken = (trial.datetime_complete or datetime.now()) - trial.datetime_start
@@ -89,7 +89,7 @@ def rows(sweep: Sweep, study: optuna.Study) -> Iterator[dict[str, Any]]:
 
 
 def write_results(sweep: Sweep, study: optuna.Study) -> None:
-    """Write `results.csv`, and the pictures that there are enough trials for."""
+    """Write `results.csv`, and the pictures for which there are enough trials."""
     found = list(rows(sweep, study))
     columns = list(dict.fromkeys(column for row in found for column in row))
     content = io.StringIO()
@@ -119,7 +119,7 @@ def write_results(sweep: Sweep, study: optuna.Study) -> None:
 
 
 def over_seeds(sweep: Sweep, trial: FrozenTrial, metric: str) -> tuple[float, float]:
-    """Mean and standard deviation over the seeds of a trial's last value; NaN where it was not logged."""
+    """Mean and standard deviation over the seeds of a trial's last value; NaN if it was not logged."""
     values = [trial.user_attrs[f"version_{seed}"].get(metric, math.nan) for seed in sweep.seeds]
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
@@ -148,7 +148,7 @@ def markdown_table(sweep: Sweep, trials: Sequence[FrozenTrial]) -> str:
 
 
 def scaling_picture(sweep: Sweep, trials: Sequence[FrozenTrial], parameter: str) -> Figure:
-    """Metric against operations, a line for each value of a parameter, with a fitted power law if there is one."""
+    """Metric against operations, a line for each value of a parameter, with a power law if one can be fitted."""
     groups: dict[str, list[tuple[float, float]]] = {}
     for trial in trials:
         point = (over_seeds(sweep, trial, "train/flops")[0], over_seeds(sweep, trial, sweep.metric)[0])

@@ -1,10 +1,10 @@
-"""Runs one trial of a sweep: its commands one after another, until it is done, stopped, or has failed too often.
+"""Runs one trial of a sweep: its commands in order, until it is done, stopped, or has failed too often.
 
     python -m flextok_pl.sweeps.runner FOLDER
 
-A trial is what its folder holds, and whoever runs it needs nothing else: `trial.json` says what to do, `log.txt` has
-what the commands print, `state.json` how far it is, and `result.json` is there once it has ended. Run again after an
-interruption it goes on from the last checkpoint. Nothing heavy is imported here, as each trial pays for it.
+The folder of a trial holds all that is needed to run it: `trial.json` says what to do, `log.txt` has what the commands
+print, `state.json` the progress, and `result.json` the end. Run again after an interruption, the trial continues from
+the last checkpoint. Nothing heavy is imported here, as each trial pays for it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from flextok_pl.files import write_file
 from flextok_pl.posix import fcntl
 
 METRICS = "metrics.jsonl"
-"""What the callback `MetricsLog` writes in the folder of a run."""
+"""File that the callback `MetricsLog` writes in the folder of a run."""
 
 ASKED_TO_STOP = {
     sign * (base + number) for number in (signal.SIGTERM, signal.SIGUSR1) for base, sign in ((128, 1), (0, -1))
@@ -42,7 +42,7 @@ class TrialError(Exception):
 
 @contextlib.contextmanager
 def exclusive(lock: Path) -> Iterator[int | None]:
-    """Hold a file, as long as the yielded handle is open in any process; None where another one holds it."""
+    """Hold a file as long as the yielded handle is open in any process; None if another one holds it."""
     with lock.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,7 +59,7 @@ class TrialFolder:
     path: Path
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """The content of one of its JSON files, or None where there is none."""
+        """Read one of its JSON files; None if it does not exist."""
         try:
             return json.loads((self.path / f"{name}.json").read_text())  # type: ignore[no-any-return]
         except FileNotFoundError:
@@ -71,12 +71,12 @@ class TrialFolder:
 
     @property
     def stop_file(self) -> Path:
-        """Is there once its runner is to stop it, as one that is not worth going on with."""
+        """Exists once the sweep wants the runner to stop, as the trial is not worth going on with."""
         return self.path / "stop"
 
     @property
     def log(self) -> Path:
-        """What its commands print."""
+        """The output of its commands."""
         return self.path / "log.txt"
 
     @property
@@ -86,15 +86,15 @@ class TrialFolder:
             return handle is None
 
     def measured(self, run: str) -> list[dict[str, Any]]:
-        """What a run of this trial has logged, in order; what was logged again after a resumption comes once."""
+        """What a run of this trial has logged, in order; steps that were logged again after a resumption come once."""
         return read_metrics(self.path / run / METRICS)
 
     def launches(self) -> list[dict[str, Any]]:
-        """Its starts: the `time` of each, and the `step` that it had come to before."""
+        """Its starts: the `time` of each, and the `step` reached before."""
         return (self.read("launches") or {"launches": []})["launches"]  # type: ignore[no-any-return]
 
     def step(self) -> int:
-        """The steps of all its runs together that have been logged or saved."""
+        """Steps of all its runs together that have been logged or saved."""
         total = 0
         for run in self.path.glob("version_*"):
             saved = [re.fullmatch(r"step(\d+)\.ckpt", file.name) for file in run.glob("checkpoints/*")]
@@ -104,7 +104,7 @@ class TrialFolder:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of a `MetricsLog`: `stage`, `step`, `metrics`; of one step the later values hold."""
+    """Read the lines of a `MetricsLog`: `stage`, `step`, `metrics`; for each step the later values count."""
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for line in file.read_text().splitlines() if file.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):  # a line that a killed process has not finished
@@ -126,14 +126,14 @@ class Runner:
         folder = TrialFolder(self.path)
         with exclusive(self.path / "lock") as handle:
             if handle is None:
-                print(f"{self.path} is already being run")
+                print(f"{self.path} is already running")
             elif folder.read("result") is None:
                 result = self._attempts(folder, handle)
                 if result is not None:
                     folder.write("result", result)
 
     def checkpoint(self) -> Any:
-        """What submitit calls when the job is about to lose its machine: stop with a checkpoint, and queue it again."""
+        """Stop with a checkpoint, and queue the job again; submitit calls this before the job loses its machine."""
         from submitit.helpers import DelayedSubmission
 
         self.interrupt()
@@ -144,7 +144,7 @@ class Runner:
         return DelayedSubmission(Runner(self.path))
 
     def interrupt(self, number: int = signal.SIGTERM, frame: FrameType | None = None) -> None:
-        """Let the command that runs save itself and stop, and end without a result."""
+        """Let the running command save itself and stop, and end without a result."""
         self._interrupted = True
 
     def _attempts(self, folder: TrialFolder, handle: int) -> dict[str, Any] | None:
@@ -174,11 +174,11 @@ class Runner:
                     return {"state": "failed", "seconds": state["seconds"], "reason": str(error)}
 
     def _command(self, folder: TrialFolder, command: Sequence[str], cwd: str, handle: int) -> str:
-        """Run a command: `done`, `stopped` as asked for by the sweep, or `interrupted` by a signal."""
+        """Run a command: `done`, `stopped` by the sweep, or `interrupted` by a signal."""
         with folder.log.open("ab") as log:
             start = log.tell()
-            # The command holds the lock, too: should this process be killed, nobody starts the trial a second time
-            # before the command has ended.
+            # The command holds the lock, too: if this process is killed, nobody starts the trial a second time before
+            # the command has ended.
             self._child = subprocess.Popen(
                 command,
                 stdout=log,
@@ -208,7 +208,7 @@ class Runner:
 
 
 def outcome(folder: TrialFolder, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """What a finished trial has measured: the mean `value` of the sweep's metric, and last `metrics` of each run."""
+    """The result of a finished trial: the mean `value` of the sweep's metric, and last `metrics` of each run."""
     last: dict[str, dict[str, float]] = {}
     for run in plan["runs"]:
         last[run] = {}
@@ -224,7 +224,7 @@ def outcome(folder: TrialFolder, plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, str]:
-    """That of this process, without what would make a training take itself for one of several tasks of Slurm's."""
+    """This process's environment, without variables that make a training act as one of several Slurm tasks."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PMI_", "PMIX_", "SUBMITIT_"))}
     if "SLURM_CPUS_PER_TASK" in os.environ:
         environment.setdefault("OMP_NUM_THREADS", os.environ["SLURM_CPUS_PER_TASK"])
@@ -232,16 +232,16 @@ def _environment() -> dict[str, str]:
 
 
 def _reason(code: int, log: str) -> str:
-    """Why a command failed, in one line."""
+    """The reason for a failed command, in one line."""
     if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
-        return "killed (SIGKILL), mostly for want of memory"
+        return "killed (SIGKILL), most likely out of memory"
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"flextok .*error: |\w*(Error|Exception|Interrupt)\b", line)]
     return (errors or lines or [f"exit code {code}, and nothing printed"])[-1]
 
 
 def main() -> None:
-    """Run the trial of the folder that is given."""
+    """Run the trial in the given folder."""
     runner = Runner(Path(sys.argv[1]))
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, runner.interrupt)

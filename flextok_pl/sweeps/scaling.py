@@ -1,4 +1,4 @@
-"""How a metric falls with the operations of a training: a power law, fitted to the best trials at each expense."""
+"""Fits a power law to the best trials at each cost: how a metric falls with the operations of a training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
 FEWEST = 4
-"""Points of a fit, which has three parameters."""
+"""Least number of points for a fit, which has three parameters."""
 
 
 class PowerLaw(NamedTuple):
@@ -29,7 +29,7 @@ class PowerLaw(NamedTuple):
 
 
 def frontier(flops: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Numbers of the points that no point of as few operations is below, by operations."""
+    """Indices, by operations, of the points that no other point with as few operations lies below."""
     order = np.lexsort((values, flops))
     best = np.minimum.accumulate(values[order])
     first = np.concatenate([[True], best[1:] < best[:-1]])
@@ -39,15 +39,15 @@ def frontier(flops: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray
 def fit_power_law(flops: NDArray[np.float64], values: NDArray[np.float64]) -> PowerLaw:
     """Fit the frontier of trainings, (n,) operations and positive values, by least squares of the logarithms.
 
-    Each point is a training to its end: the learning-rate schedule makes what lies before an end worse than a
-    training of that length would be (https://arxiv.org/abs/2203.15556, section 3).
+    Each point is a complete training: with a learning-rate schedule, values before the end are worse than those of a
+    training of that length (https://arxiv.org/abs/2203.15556, section 3).
 
     Raises:
         ValueError: too few points lie on the frontier.
     """
     used = frontier(flops, values)
     if len(used) < FEWEST:
-        raise ValueError(f"{len(used)} of {len(flops)} trainings are the best for their expense; a fit takes {FEWEST}")
+        raise ValueError(f"{len(used)} of {len(flops)} trainings are the best at their cost; a fit needs {FEWEST}")
     x, y = flops[used], values[used]
     unit = float(np.exp(np.log(x).mean()))
 
@@ -55,7 +55,7 @@ def fit_power_law(flops: NDArray[np.float64], values: NDArray[np.float64]) -> Po
         floor, scale, exponent = parameters
         return np.asarray(floor + scale * (x / unit) ** -exponent)
 
-    # From several starts, as the floor and the exponent can stand in for each other.
+    # From several starts, as the floor and the exponent can replace each other.
     fits = [
         least_squares(
             lambda parameters: np.log(y) - np.log(law(parameters)),

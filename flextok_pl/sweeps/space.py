@@ -1,7 +1,7 @@
-"""The search space of a sweep: what each parameter may be, and what it sets in an experiment.
+"""The search space of a sweep: the values of each parameter, and the options that they set in an experiment.
 
-Optuna draws the values. A choice is known to it by a label, so that lists, and values that Python takes for equal, can
-be searched; a parameter may exist only at some values of an earlier one.
+Optuna draws the values. It knows a choice by a label, so that lists, and values that Python takes for equal, can be
+searched. A parameter may exist only at some values of an earlier one.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import BaseTrial
 
 Value = bool | int | float | str | None
-"""What Optuna knows of a parameter: a number, or the label of a choice."""
+"""A parameter's value for Optuna: a number, or the label of a choice."""
 
 Params = dict[str, Value]
-"""A point of the space; parameters whose condition does not hold are not in it."""
+"""A point of the space, without the parameters whose condition does not hold."""
 
 Condition = Mapping[str, tuple[Value, ...]]
-"""Earlier parameter -> the values of it at which a parameter exists."""
+"""Earlier parameter -> its values at which a parameter exists."""
 
 MOST_POINTS = 100_000
-"""Points of a grid, or steps of a range, above which a space is taken for a mistake."""
+"""Largest number of points of a grid, or of steps of a range; more count as a mistake."""
 
 KEYS = {"choices": {"choices"}, "options": {"options"}, "low": {"low", "high", "log", "step"}}
-"""The key that tells a kind of parameter -> all that it may have, beside `when`."""
+"""The key that marks a kind of parameter -> all keys that it may have, beside `when`."""
 
 
 def as_text(value: Any) -> str:
-    """A value as the command line takes it: a text as it is, anything else as JSON, which infinity and NaN lack."""
+    """A value as the command line takes it: a text as it is, anything else as JSON, which has no infinity or NaN."""
     try:
         return value if isinstance(value, str) else json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):
@@ -57,11 +57,11 @@ def require_plain(where: str, options: Mapping[Any, Any]) -> None:
 class Parameter:
     """One parameter of a space.
 
-    `overrides` are those of a choice, label -> option of the experiment -> value; a range sets the option of its name.
+    `overrides` belong to a choice: label -> option of the experiment -> value. A range sets the option of its name.
     """
 
     law: CategoricalDistribution | FloatDistribution | IntDistribution  # which Optuna draws from
-    values: Sequence[Value]  # all of them; of a range without a step both ends
+    values: Sequence[Value]  # all of them; of a range without a step, both ends
     when: Condition
     overrides: Mapping[Value, Mapping[str, Any]] | None = None
     stepped: bool = True  # whether there are no other values
@@ -71,7 +71,7 @@ class Parameter:
         return all(parent in point and point[parent] in values for parent, values in self.when.items())
 
     def suggest(self, trial: BaseTrial, name: str) -> Value:
-        """Let the search choose."""
+        """Let the search choose a value."""
         law = self.law
         if isinstance(law, CategoricalDistribution):
             return trial.suggest_categorical(name, law.choices)
@@ -80,25 +80,25 @@ class Parameter:
         return self.exact(trial.suggest_float(name, law.low, law.high, step=law.step, log=law.log))
 
     def exact(self, value: Value) -> Value:
-        """The step that Optuna means: adding up binary fractions, it comes to 0.30000000000000004 for 0.3."""
+        """The step that Optuna means: adding up binary fractions, it gets 0.30000000000000004 for 0.3."""
         if isinstance(self.law, FloatDistribution) and self.law.step is not None:
             assert isinstance(value, int | float)
             return self.values[round((value - self.law.low) / self.law.step)]
         return value
 
     def shown(self, value: Value) -> str:
-        """A value for people; of a range without steps, four digits."""
+        """A value as text for people; with four digits in a range without steps."""
         return f"{value:.4g}" if isinstance(value, float) and not self.stepped else _shown(value)
 
 
 class Space:
-    """Several parameters.
+    """The parameters of a search.
 
     Args:
-        given: as a sweep's file has them. Parameter -> a list of values; or a mapping with `choices` (a list of
-            values), `options` (label -> option -> value) or `low` and `high` (with `log`, `step`); the mapping may have
-            `when` (earlier parameter -> its value or values). Except with `options`, a parameter is called after the
-            option of the experiment that it sets.
+        given: the space in a sweep's file: parameter -> a list of values, or a mapping. The mapping has `choices` (a
+            list of values), `options` (label -> option -> value) or `low` and `high` (with `log`, `step`). It may have
+            `when` (earlier parameter -> its value or values). Except with `options`, a parameter has the name of the
+            option that it sets.
     """
 
     def __init__(self, given: Mapping[str, Any]) -> None:
@@ -111,7 +111,7 @@ class Space:
             raise ValueError("space is empty; name an option of the experiment, such as model.lr: [1e-3, 3e-3]")
 
     def suggest(self, trial: BaseTrial) -> Params:
-        """A point that the search chooses."""
+        """Let the search choose a point."""
         point: Params = {}
         for name, parameter in self.parameters.items():
             if parameter.exists(point):
@@ -119,7 +119,7 @@ class Space:
         return point
 
     def options(self, point: Mapping[str, Value]) -> dict[str, Any]:
-        """What a point sets: option of the experiment -> value. No two parameters may set the same."""
+        """The options that a point sets: name -> value. No two parameters may set the same."""
         result: dict[str, Any] = {}
         for name, value in point.items():
             overrides = self.parameters[name].overrides
@@ -133,11 +133,11 @@ class Space:
         return result
 
     def exact(self, point: Mapping[str, Value]) -> Params:
-        """A point as it was asked for, of what Optuna keeps of it."""
+        """A point as it was given, from Optuna's copy of it."""
         return {name: self.parameters[name].exact(value) for name, value in point.items()}
 
     def shown(self, point: Mapping[str, Value]) -> dict[str, str]:
-        """The values of a point for people."""
+        """The values of a point as text for people."""
         return {name: self.parameters[name].shown(value) for name, value in self.exact(point).items()}
 
     def grid(self) -> list[Params]:
@@ -159,7 +159,7 @@ class Space:
         return points
 
     def corners(self) -> Iterator[Params]:
-        """Points in which each value occurs (of a range without steps each end), with the others' first ones."""
+        """Points in which each value occurs (both ends of a range without steps), with the others' first ones."""
         seen = set()
         for name, parameter in self.parameters.items():
             for value in parameter.values:
@@ -169,7 +169,7 @@ class Space:
                     yield point
 
     def _completed(self, wanted: Params) -> Params:
-        """A point with these values, and what their conditions ask for."""
+        """A point with these values, and with those that their conditions need."""
         for name in reversed(self.parameters):
             if name in wanted:
                 wanted = {parent: values[0] for parent, values in self.parameters[name].when.items()} | wanted
@@ -217,7 +217,7 @@ class Space:
         for parent, values in when.items():
             found = self.parameters.get(parent)
             if found is None or found.overrides is None:
-                raise ValueError(f"space: {name}.when names {parent!r}, which is no list of choices above it")
+                raise ValueError(f"space: {name}.when names {parent!r}, which is not a list of choices above it")
             known = {as_text(label): label for label in found.values}
             wanted = [as_text(value) for value in (values if isinstance(values, list) else [values])]
             for text in wanted:
@@ -260,7 +260,7 @@ def _range(name: str, entry: Mapping[str, Any], when: Condition) -> Parameter:
 
 
 def _labels(name: str, values: Iterable[Any]) -> list[Value]:
-    """What Optuna knows values by: plain ones as they are, unless they equal or look like another, as 1 and true do."""
+    """Optuna's names of values: plain ones as they are, unless they equal or look like another, as 1 and true do."""
     texts: dict[str, Any] = {}
     for value in values:
         text = as_text(value)
@@ -278,6 +278,6 @@ def _labels(name: str, values: Iterable[Any]) -> list[Value]:
 
 
 def _shown(value: Value) -> str:
-    """A value in few characters, but never as another one."""
+    """A value in few characters, distinct from any other."""
     short = f"{value:.4g}" if isinstance(value, float) else str(value)
     return str(value) if isinstance(value, float) and float(short) != value else short

@@ -1,4 +1,4 @@
-"""What a sweep's file says, checked; and the commands of its trials."""
+"""Reads and checks a sweep's file, and makes the commands of its trials."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flextok_pl.sweeps.runner import TrialFolder
 from flextok_pl.sweeps.space import Params, Space, as_text, require_plain
 
 FIXED = ("experiment", "space", "overrides", "metric", "direction", "seeds", "test")
-"""What cannot change while a sweep goes on: its trials would no longer be comparable."""
+"""Options that cannot change during a sweep: its trials would no longer be comparable."""
 
 FLEXTOK = (sys.executable, "-m", "flextok_pl")
 
@@ -31,31 +31,31 @@ class Sweep:
     """A search over the options of an experiment.
 
     Args:
-        experiment: experiment file, or several that are read one after another as by `flextok fit --config`.
-        metric: logged name of what is compared: its last value, averaged over the seeds.
+        experiment: experiment file, or several, which are read in order as by `flextok fit --config`.
+        metric: logged name of the metric to compare: its last value, averaged over the seeds.
         space: option -> its values; see `flextok_pl.sweeps.space.Space`.
         direction: `minimize` or `maximize` the metric.
-        search: `grid` takes all points in their order, `random` and `tpe` (a tree-structured Parzen estimator) draw
-            them; or any sampler of Optuna's.
-        trials: how many; null with `grid` for all points.
-        seeds: each trial trains once with each of them, for model, data order and initialisation.
+        search: `grid` takes all points in order; `random`, `tpe` (a tree-structured Parzen estimator) or any sampler of
+            Optuna's draws them.
+        trials: number of trials; null with `grid` for all points.
+        seeds: each trial trains once with each of these seeds, for model, data order and initialisation.
         overrides: option -> value for all trials.
-        test: run `flextok test` after each fit; its metrics then count, too.
-        curves: logged names up to `/k=`, such as `val/psnr`: they are drawn against the token budget.
-        pruner: of Optuna's; stops trials whose first seed does badly at a validation.
-        scaling: name of a parameter without `when`: the metric, which must be one to minimize, is drawn against the
-            operations of the training, a line for each of its values, with a power law that is fitted to the best; each
-            run must log `train/flops`, as a fit does.
-        retries: how many times a trial that fails is run again, from its last checkpoint.
+        test: run `flextok test` after each fit, and use its metrics, too.
+        curves: logged names up to `/k=`, such as `val/psnr`, to draw against the token budget.
+        pruner: a pruner of Optuna's, which stops trials whose first seed does badly at a validation.
+        scaling: name of a parameter without `when`. The metric, which must be one to minimize, is drawn against the
+            operations of the training: a line for each value of the parameter, with a power law fitted to the best
+            trials. Each run must log `train/flops`, as a fit does.
+        retries: how often a failed trial is run again, from its last checkpoint.
         launcher: `local` starts processes here; `slurm` submits job arrays.
-        workers: trials at a time.
+        workers: number of trials at a time.
         gpus_per_trial: with `local`, GPUs that a trial sees; 0 leaves them as they are.
-        slurm: with `slurm`, what submitit takes: `slurm_partition`, `timeout_min`, `cpus_per_task`, `gpus_per_node`,
+        slurm: with `slurm`, parameters of submitit: `slurm_partition`, `timeout_min`, `cpus_per_task`, `gpus_per_node`,
             `mem_gb`, ...
-        storage: URL of a database that Optuna keeps the trials in; null for a journal in the sweep's folder.
-        folder: where sweeps go.
-        name: of this one; null for the file's.
-        seed: of the search.
+        storage: URL of a database for Optuna's trials; null for a journal in the sweep's folder.
+        folder: parent folder of sweeps.
+        name: name of this sweep; null for that of the file.
+        seed: seed of the search.
     """
 
     experiment: str | list[str]
@@ -88,16 +88,16 @@ class Sweep:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={self.seeds} must be different numbers, at least one")
         if self.trials is None and self.search != "grid":
-            raise ValueError(f"trials=null: search={self.search} draws points without end; say how many trials")
+            raise ValueError(f"trials=null: search={self.search} draws points without end; give the number of trials")
         if self.slurm and self.launcher != "slurm":
             raise ValueError("slurm=... has no effect with launcher=local; choose --launcher slurm, or --slurm {}")
         if self.scaling is not None and self.scaling not in self.space:
-            raise ValueError(f"scaling={self.scaling} is no parameter of space; use one of {sorted(self.space)}")
+            raise ValueError(f"scaling={self.scaling} is not a parameter of space; use one of {sorted(self.space)}")
         if self.scaling is not None and self.points.parameters[self.scaling].when:
             raise ValueError(f"scaling={self.scaling} has a `when`; name a parameter of space that each trial has")
         if self.scaling is not None and self.direction == "maximize":
             raise ValueError(
-                f"scaling={self.scaling} fits how a metric falls, and direction=maximize; leave scaling out, or "
+                f"scaling={self.scaling} fits how a metric falls, but direction=maximize; leave scaling out, or "
                 "choose a metric to minimize"
             )
         require_plain("overrides", self.overrides)
@@ -110,7 +110,9 @@ class Sweep:
             self.points.grid()
         for file in self.experiments:
             if not Path(file).is_file():
-                raise ValueError(f"experiment={file} is no file; name one relative to the sweep's, or to {Path.cwd()}")
+                raise ValueError(
+                    f"experiment={file} is not a file; give one relative to the sweep's, or to {Path.cwd()}"
+                )
 
     @property
     def experiments(self) -> list[str]:
@@ -124,7 +126,7 @@ class Sweep:
 
     @property
     def num_trials(self) -> int:
-        """How many trials there are to be."""
+        """The number of trials."""
         if self.search != "grid":
             assert self.trials is not None
             return self.trials
@@ -138,18 +140,18 @@ class Sweep:
         return Path(self.folder).expanduser() / self.name
 
     def fixed(self) -> dict[str, Any]:
-        """What cannot change while the sweep goes on; of experiments a checksum of what they say, comments left out."""
+        """Options that cannot change while the sweep goes on; for experiments, a checksum without their comments."""
         said = json.dumps([load_yaml(Path(file)) for file in self.experiments], default=str)
         options = json.loads(json.dumps({option: getattr(self, option) for option in FIXED}))
         return {**options, "content of experiment": hashlib.sha256(said.encode()).hexdigest()[:12]}
 
     def trial_folder(self, number: int, point: Mapping[str, Any]) -> TrialFolder:
-        """Where a trial lives; its name says what it is."""
+        """The folder of a trial, named after its number and its point."""
         title = re.sub(r"[^\w.,=+-]+", "-", self.title(point))[:120].strip("-,")
         return TrialFolder(self.root / f"{number:04d}_{title}")
 
     def trial_plan(self, number: int, point: Params, name: str) -> dict[str, Any]:
-        """What a runner needs to know of a trial, whose folder has that name."""
+        """The instructions for the runner of a trial, whose folder has that name."""
         return {
             "number": number,
             "params": point,
@@ -161,11 +163,11 @@ class Sweep:
         }
 
     def script(self, point: Params, name: str) -> str:
-        """A shell script that trains a trial anew."""
+        """A shell script that trains a trial again from the beginning."""
         commands = [shlex.join([*FLEXTOK, *arguments]) for arguments in self.commands(point, name, "OUT")]
         lines = [
             "#!/bin/bash",
-            "# Trains this trial anew, into the folder that is given, or `again` in this one.",
+            "# Trains this trial again from the beginning, into the given folder, or `again` in this one.",
             "set -e",
             'out=$(realpath -m "${1:-$(dirname "$0")/again}")',
             f"cd {shlex.quote(str(Path.cwd()))}",
@@ -174,7 +176,7 @@ class Sweep:
         return "\n".join(lines) + "\n"
 
     def commands(self, point: Params, name: str, root: str) -> list[list[str]]:
-        """Arguments of `flextok`: for each seed those of a fit, and of a test where the sweep asks for one.
+        """Arguments of `flextok`: for each seed a fit, and a test if the sweep asks for one.
 
         They write into the trial's folder, `name` below `root`.
         """
@@ -186,14 +188,14 @@ class Sweep:
         return found
 
     def title(self, point: Mapping[str, Any]) -> str:
-        """What tells a point from others: `lr=0.003,width=64`."""
+        """The text that distinguishes a point from others: `lr=0.003,width=64`."""
         last = [name.rsplit(".", 1)[-1] for name in self.space]
         short = {name: part if last.count(part) == 1 else name for name, part in zip(self.space, last, strict=True)}
         return ",".join(f"{short[name]}={value}" for name, value in self.points.shown(point).items())
 
 
 def _own_options(name: str, seed: int, root: str) -> dict[str, Any]:
-    """What a sweep sets of each training; a run's version is its seed."""
+    """Options that a sweep sets in each training; a run's version is its seed."""
     return {
         **dict.fromkeys(("seed_everything", "model.seed", "data.seed"), seed),
         "metrics_log": {},

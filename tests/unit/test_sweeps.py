@@ -155,7 +155,7 @@ def test_more_trials_may_be_asked_for_later_and_nothing_else_changed(sweep):
     more, _ = run(sweep(space=space, search="random", trials=5))
     assert len(more.trials) == 5 and len({trial.params["x"] for trial in more.trials}) == 5, "no point is drawn again"
     assert [trial.params for trial in more.trials[:2]] == [trial.params for trial in first]
-    with pytest.raises(ValueError, match=r"metric=\"other\" differs .* \"loss\"; give the new sweep another name"):
+    with pytest.raises(ValueError, match=r"metric=\"other\", but .* with \"loss\"; give the new sweep another name"):
         run(sweep(space=space, search="random", trials=5, metric="other"))
 
 
@@ -164,7 +164,7 @@ def test_an_experiment_may_not_say_something_else_later(sweep, tmp_path):
     (tmp_path / "unused.yaml").write_text("# What is a comment?\nmodel:\n  lr: 0.1\n")
     assert len(run(sweep(trials=2))[0].trials) == 2
     (tmp_path / "unused.yaml").write_text("model: {lr: 0.2}\n")
-    with pytest.raises(ValueError, match="content of experiment=.* differs .*; give the new sweep another name"):
+    with pytest.raises(ValueError, match="content of experiment=.*, but .* was started with .*; give the new sweep another name"):
         run(sweep(trials=3))
 
 
@@ -233,7 +233,7 @@ def test_a_trial_that_is_ended_from_outside_goes_on(sweep, whom, monkeypatch):
     elif whom == "command":
         assert folder.read("state")["failures"] == ["killed (SIGKILL), mostly for want of memory"]
     else:
-        assert not folder.read("state")["failures"] and any("not running any more" in line for line in said)
+        assert not folder.read("state")["failures"] and any("no longer running" in line for line in said)
     if whom != "runner":
         assert text.count("starts at") == 2 and text.count("done") == 1
 
@@ -386,7 +386,7 @@ def test_jobs_are_waited_for_when_a_sweep_goes_on_here(sweep, slurm, monkeypatch
 def test_jobs_cannot_be_waited_for_without_slurm(sweep, slurm, monkeypatch):
     begin(sweep(launcher="slurm", workers=2))
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(ValueError, match="0000_x=3 is a job of Slurm's, but there is no `squeue` here"):
+    with pytest.raises(ValueError, match="0000_x=3 is a Slurm job, but there is no `squeue` here"):
         run(sweep(workers=2))
 
 
@@ -409,7 +409,7 @@ def test_trials_of_both_kinds_are_left_when_a_sweep_is_interrupted(sweep, slurm,
         until(lambda: local.measured("version_0"))
         os.kill(os.getpid(), signal.SIGINT)
 
-    wanted = "saved themselves; jobs go on by themselves; `scancel 7` would end them"
+    wanted = "saved themselves; jobs continue; `scancel 7` ends them"
     with meanwhile(interrupt), pytest.raises(ValueError, match=wanted):
         run(sweep(workers=2, steps=50))
     assert not local.running and local.read("result") is None
