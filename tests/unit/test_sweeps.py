@@ -164,7 +164,7 @@ def test_an_experiment_may_not_say_something_else_later(sweep, tmp_path):
     (tmp_path / "unused.yaml").write_text("# What is a comment?\nmodel:\n  lr: 0.1\n")
     assert len(run(sweep(trials=2))[0].trials) == 2
     (tmp_path / "unused.yaml").write_text("model: {lr: 0.2}\n")
-    with pytest.raises(ValueError, match="content of experiment=.*, but .* was started with .*; give the new sweep another name"):
+    with pytest.raises(ValueError, match="content of experiment=.*, but .* with .*; give the new sweep another name"):
         run(sweep(trials=3))
 
 
@@ -231,7 +231,7 @@ def test_a_trial_that_is_ended_from_outside_goes_on(sweep, whom, monkeypatch):
     if whom == "runner":  # what it has left behind ends by itself, and only then comes the next one
         assert text == "starts at 0\ndone\nstarts at 10\ndone\n" and len(folder.launches()) == 2
     elif whom == "command":
-        assert folder.read("state")["failures"] == ["killed (SIGKILL), mostly for want of memory"]
+        assert folder.read("state")["failures"] == ["killed (SIGKILL), most likely out of memory"]
     else:
         assert not folder.read("state")["failures"] and any("no longer running" in line for line in said)
     if whom != "runner":
@@ -440,7 +440,10 @@ def test_the_script_of_a_trial(sweep, tmp_path):
     "options, message",
     [
         ({"workers": 0}, "workers=0 must be at least 1"),
-        ({"experiment": ["none.yaml"]}, "experiment=none.yaml is no file; name one relative to the sweep's, or to /"),
+        (
+            {"experiment": ["none.yaml"]},
+            "experiment=none.yaml is not a file; give one relative to the sweep's, or",
+        ),
         ({"seeds": [1, 1]}, r"seeds=\[1, 1\] must be different"),
         ({"search": "tpe"}, "trials=null: search=tpe draws points without end"),
         ({"overrides": {"x": 1}}, "'x' is in space and in overrides"),
@@ -448,7 +451,7 @@ def test_the_script_of_a_trial(sweep, tmp_path):
         ({"space": {"model.seed": [1, 2]}}, "'model.seed' is set by the sweep itself"),
         ({"slurm": {"timeout_min": 3}}, "launcher=local; choose --launcher slurm, or --slurm {}"),
         ({"space": {"x": {"low": 0.0, "high": 1.0}}}, "x needs a step"),
-        ({"scaling": "y"}, r"scaling=y is no parameter of space; use one of \['x'\]"),
+        ({"scaling": "y"}, r"scaling=y is not a parameter of space; use one of \['x'\]"),
         ({"scaling": "x", "direction": "maximize"}, "direction=maximize; leave scaling out, or choose a metric"),
         (
             {"scaling": "y", "space": {"x": [1, 2], "y": {"choices": [3, 4], "when": {"x": 1}}}},

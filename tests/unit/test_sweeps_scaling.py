@@ -35,5 +35,5 @@ def test_residuals_are_those_of_the_values():
 
 
 def test_too_few_points():
-    with pytest.raises(ValueError, match="2 of 3 trainings are the best for their expense; a fit takes 4"):
+    with pytest.raises(ValueError, match="2 of 3 trainings are the best at their cost; a fit needs 4"):
         fit_power_law(np.array([1.0, 2, 3]), np.array([3.0, 2, 2]))

@@ -131,7 +131,7 @@ def test_ranges(entry, values):
         ({"x": {"low": 0, "high": 2, "log": True}}, "x: `low >= 1` must hold"),
         ({"x": {"low": 0, "high": 2, "step": 0.7}}, "divide"),
         ({"x": {"low": 0, "high": 2, "lgo": True}}, "'lgo'"),
-        ({"x": {"choices": [1], "when": {"y": 1}}}, "names 'y', which is no list of choices above it"),
+        ({"x": {"choices": [1], "when": {"y": 1}}}, "names 'y', which is not a list of choices above it"),
         ({"y": [1, 2], "x": {"choices": [1], "when": {"y": 3}}}, "y=3 is not among 1, 2"),
         ({"y": [1, 2], "x": {"choices": [1], "when": {"y": []}}}, r"y=\[\] never holds"),
         ({"x": {"choices": [1], "when": 3}}, "when=3 must be"),
