@@ -16,7 +16,7 @@ for memory and take up to twice as long."""
 def in_parts(function: Callable[..., Tensor], *batches: Tensor) -> Tensor:
     """Apply a function to (B, ...) batches and join the results: some images at a time on a CPU, else all at once.
 
-    The function must treat images alike and separately. More threads take larger parts, at least 8 images each.
+    The function must treat images alike and separately. More threads take more images, at least 8 per thread.
     """
     size = max(CPU_PART, 8 * torch.get_num_threads())
     if batches[0].device.type != "cpu" or len(batches[0]) <= size:

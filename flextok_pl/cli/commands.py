@@ -110,7 +110,7 @@ COMMANDS = {
         "add the sizes of pictures to the index of an older shard set", "cli.shards:measure_shards", inputs=("shards",)
     ),
     "data stats": _tool(
-        "show what is in a shard set: classes, sizes, captions, pixels",
+        "show statistics of a shard set: classes, sizes, captions, pixels",
         "cli.shards:show_statistics",
         inputs=("shards",),
     ),

@@ -126,7 +126,7 @@ def _definition(target: str) -> tuple[str, ast.ClassDef | ast.FunctionDef]:
     module, _, path = target.partition(":")
     name, _, method = path.partition(".")
     found = _find(module, name)
-    assert found is not None and not isinstance(found[1], ast.Assign), f"{target} is no function and no class"
+    assert found is not None and not isinstance(found[1], ast.Assign), f"{target} is neither a function nor a class"
     if not method:
         return found[0], found[1]
     return found[0], next(n for n in found[1].body if isinstance(n, ast.FunctionDef) and n.name == method)

@@ -30,8 +30,8 @@ def push_model(
     """Publish a model on the Hugging Face Hub with a model card; without `--send`, only show what it would send.
 
     Shows the repository, its visibility, the files with their sizes, and the text of the card. The card is written from
-    the records of the run and its evaluations. All files go in one commit, with the token in HF_TOKEN or that of `hf
-    auth login`.
+    the records of the run and its evaluations. All files go in one commit, with the token in HF_TOKEN or of
+    `hf auth login`.
 
     Args:
         source: folder of a run, a `.safetensors` file, or a folder with a model: a tokenizer, a prior or an

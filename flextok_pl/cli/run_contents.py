@@ -34,7 +34,7 @@ OF_BATCHES = {
     "data": ("batch_size", "image_size"),
     "trainer": ("accumulate_grad_batches", "max_steps", "precision", "gradient_clip_val"),
 }
-"""Group -> its options that decide about a loss, beside those of the model."""
+"""Group -> its options that affect a loss, beside those of the model."""
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ RARE_DEVIATIONS = 3.09  # of a normal distribution: one case of a thousand is be
 
 
 def encoder(config: FlexTokConfig, kept: int, grid: Grid, train: Trained = None) -> Part:
-    """Register encoder and quantiser: k codes of images of so many rows and columns of patches."""
+    """Register encoder and quantiser: k codes of images whose patches form this grid."""
 
     def part(depth: int, checkpointing: bool) -> Step:
         network, quantizer = RegisterEncoder(replace(config, encoder_depth=depth)), FSQ(config.fsq_levels)
@@ -122,7 +122,7 @@ def prior(
         network.checkpoint_activations(checkpointing)
         train_only(network, train)
         for norm in network.modules():
-            if isinstance(norm, nn.RMSNorm) and fused_norms:  # the CPU has no kernel for it, but for one as frugal
+            if isinstance(norm, nn.RMSNorm) and fused_norms:  # the CPU lacks this kernel, but has one as frugal
                 norm.forward = _fused_norm(norm)  # type: ignore[method-assign, assignment]
 
         def step(batch: int) -> Tensor:
@@ -140,7 +140,7 @@ def prior(
 
 
 def _images(config: FlexTokConfig, kept: int, grid: Grid, batch: int) -> tuple[Tensor, Tensor]:
-    """Latents of so many images and what they keep, on the CPU."""
+    """Latents of B images and the registers that they keep, on the CPU."""
     size = (side * config.patch_size for side in grid)
     return torch.empty(batch, config.latent_channels, *size, device="cpu"), torch.full((batch,), kept, device="cpu")
 

@@ -196,7 +196,7 @@ def prior_workload(
             if works:
                 vae = tokenizer.require_vae()
                 flops, working = image_work(vae.moments, height_width(size), vae.config.image_channels)
-                with torch.device("cpu"):  # what is packed where has values
+                with torch.device("cpu"):  # the indices of the packing need values
                     part = encoder(tokenizer.config, net.num_tokens, _grid(size, vae.config, tokenizer.config))
                 flops += count_flops(part, tokenizer.config.encoder_depth).forward
             frozen["tokenizer"] = FrozenNetwork(_count(tokenizer), flops, working, resident=works)

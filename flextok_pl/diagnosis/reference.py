@@ -32,7 +32,7 @@ WINDOW, WINDOWS = 20, 50
 """Least number of steps to average over, and about the largest number of such means in a curve."""
 
 SPREADS, LEAST_TOLERANCE, FAR = 4.0, 0.03, 3.0
-"""Tolerance: standard deviations of the seeds, or a share of their mean; beyond so many times it, `wrong`."""
+"""Tolerance in standard deviations of the seeds, its least share of their mean, and the multiple that is `wrong`."""
 
 OF_MEDIAN = 1.25
 """Standard deviation of the median of many values, relative to that of their mean."""

@@ -20,7 +20,7 @@ ROSE = 1.05
 """Factor over its minimum at which a validation loss counts as risen."""
 
 SPIKE, SPIKES, STEEP = 10.0, 0.01, 5.0
-"""A spike is so many medians high; a larger share of them is unusual, and so is such a rise of the median."""
+"""Height of a spike in medians, and the share of spikes and the rise of the median above which they are unusual."""
 
 LAG, LONG_LAG = 0.25, 1.0
 """Half-lives of the averaged weights, as shares of the training, that make them lag, and that make them old."""

@@ -1,6 +1,6 @@
 """Stage 3: distil a trained tokenizer's decoder into one that needs few steps.
 
-What is special about it:
+Special points:
 - Only the decoder is trained. Autoencoder, encoder and quantiser are the teacher's, so that tokens do not change:
   priors and token shards of the teacher fit the student.
 - The objective, `flextok_pl.models.distillation`, regresses the teacher's guided path from the same noise.

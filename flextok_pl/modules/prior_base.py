@@ -40,7 +40,7 @@ class PriorBase(pl.LightningModule):
     each validation of a training whose shards hold their outputs.
     """
 
-    seed = 0  # of what is drawn
+    seed = 0  # of all draws
 
     def __init__(self, prior: Prior, tokenizer: str | None, encoder: TextEncoder | None) -> None:
         super().__init__()

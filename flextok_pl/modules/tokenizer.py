@@ -1,6 +1,6 @@
 """Stage 1: train a FlexTok tokenizer.
 
-What is special about it:
+Special points:
 - The autoencoder is frozen: it makes the latents, unless the shards hold them. Encoder and decoder train together.
 - REPA, if used, aligns an early block of the decoder with a frozen teacher; shards may also hold its features.
 - All draws follow from the seed and the step, in validation from the sample's key: a resumed run repeats none.
@@ -55,8 +55,8 @@ class TokenizerModule(TokenizerTraining, StartedModule):
 
     Batches carry images, or latents of the same VAE with features of the same teacher. VAE and teacher are frozen:
     neither averaged nor stored in checkpoints. The teacher is loaded only to train on images. At the end of a fit the
-    current weights, averaged if an averaging callback runs, are exported with the VAE as `<log
-    dir>/tokenizer.safetensors`.
+    current weights, averaged if an averaging callback runs, are exported with the VAE as
+    `<log dir>/tokenizer.safetensors`.
 
     Args:
         net: configuration of the tokenizer. The option `vae`, if given, replaces its `vae`.

@@ -150,7 +150,7 @@ class Runner:
     def _attempts(self, folder: TrialFolder, handle: int) -> dict[str, Any] | None:
         """Run all commands, again after a failure; None if interrupted."""
         plan = folder.read("trial")
-        assert plan is not None, f"{folder.path} is no trial"
+        assert plan is not None, f"{folder.path} is not a trial"
         state = folder.read("state") or {"finished": 0, "failures": [], "seconds": 0.0}
         while True:
             try:
