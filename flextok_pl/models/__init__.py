@@ -1,1 +1,1 @@
-"""The networks: autoencoder, encoder, quantiser, decoder, tokenizer, and what trains them."""
+"""Networks (autoencoder, encoder, quantiser, decoder, tokenizer, prior) and their training objectives."""

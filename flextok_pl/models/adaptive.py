@@ -1,7 +1,7 @@
-"""As few tokens per image as a given quality needs: `FlexTok.tokenize(images, quality=...)`.
+"""Find the fewest tokens of each image that reach a given quality: `FlexTok.tokenize(images, quality=...)`.
 
-The smallest budget of each image is found by bisection. All images of a batch are decoded together, at a different
-budget each, so a search takes about log2 K batched decodings.
+The search is a bisection. All images of a batch are decoded together, each at its own budget, so a search takes about
+log2 K batched decodings.
 
 Shapes: B batch, H x W image, K registers.
 """
@@ -17,25 +17,25 @@ from flextok_pl.flow.decoding import UNGUIDED, Decoding, chosen_decoding
 from flextok_pl.precision import full_precision
 
 Distance = Callable[[Tensor, Tensor], Tensor]
-"""(B, 3, H, W) images and their reconstructions, in [-1, 1] -> (B,), smaller for better ones."""
+"""Maps (B, 3, H, W) images and their reconstructions, in [-1, 1], to (B,) distances; smaller is better."""
 
 
 def squared_error(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Mean squared error of each image on the scale [0, 1]: (B, 3, H, W) twice, in [-1, 1] -> (B,)."""
+    """Mean squared error of each image on the scale [0, 1]: two (B, 3, H, W) in [-1, 1] -> (B,)."""
     return ((images - reconstructions.clamp(-1, 1)) / 2).square().flatten(1).mean(1)
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What a reconstruction must reach, and how it is decoded.
+    """The quality that a reconstruction must reach, and how to decode it.
 
     Args:
         target: largest distance allowed.
-        distance: between images and reconstructions; `PerceptualDistance(...).each` is another one.
-        num_steps: of the decoder; default the model's own, or else 25.
+        distance: between images and reconstructions, such as `PerceptualDistance(...).each`.
+        num_steps: steps of the decoder; default the model's own, or else 25.
         guidance: `none`, `cfg` or `apg`; default the model's own, or else none.
-        guidance_scale: its strength; 1 is none.
-        seed: of the noise, which is the same for every image and budget.
+        guidance_scale: strength of the guidance; 1 turns it off.
+        seed: seed of the noise, which is the same for every image and budget.
     """
 
     target: float
@@ -50,7 +50,7 @@ class Quality:
             raise ValueError(f"target={self.target} must be a number, the largest distance allowed")
 
     def decoding(self, own: object) -> Decoding:
-        """How a model of this configuration decodes the candidates."""
+        """The options with which a model of this configuration decodes the candidates."""
         given = {"num_steps": self.num_steps, "guidance": self.guidance, "guidance_scale": self.guidance_scale}
         return chosen_decoding(own, UNGUIDED, **given)
 
@@ -63,11 +63,11 @@ def smallest_budgets(
     decoding: Decoding,
     detokenize: Callable[..., Tensor],
 ) -> Tensor:
-    """Search by bisection, all images at once, each from the same noise at every budget: (B,) int64 on the CPU.
+    """Search all images at once by bisection, from the same noise at every budget: (B,) int64 on the CPU.
 
-    Takes (B, 3, H, W) images in [-1, 1], the (K_i,) tokens of each and the (h, w) of their latents. Quality mostly, not
-    always, rises with the budget. A budget below K has reached the target, and the search has seen some smaller budget
-    fail; K is also the answer where no budget that was tried reaches the target.
+    Takes (B, 3, H, W) images in [-1, 1], the (K_i,) tokens of each and the (h, w) of their latents. Quality mostly
+    rises with the budget, but not always. A result below K has reached the target, and the search has seen a smaller
+    budget fail. The result is also K if no budget that was tried reaches the target.
     """
     low, high = torch.ones(len(tokens), dtype=torch.int64), torch.tensor([len(row) for row in tokens])
     while (open_ := (low < high).nonzero().flatten()).numel():

@@ -1,9 +1,9 @@
-"""Pictures of any size through a tokenizer of images of some sizes: `reconstruct`, and tokens that know their picture.
+"""Tokenize and reconstruct pictures of any size: `reconstruct`, `tokenize_picture`.
 
-A picture is resized, whole, to the nearest of the shapes that the tokenizer was trained on, and what is decoded back to
-the picture's aspect. A large one may lie on overlapping tiles instead, each an image with tokens of its own: they are
-decoded together, and agree where they overlap at every step of the flow, as in MultiDiffusion
-(https://arxiv.org/abs/2302.08113); so there are no seams. One image is the case of one tile.
+A picture is resized to the nearest of the tokenizer's training shapes, and the decoded image is resized back to its
+aspect. A large picture can be cut into overlapping tiles instead, each with its own tokens. The tiles are decoded
+together and averaged where they overlap at every step of the flow, as in MultiDiffusion
+(https://arxiv.org/abs/2302.08113), so there are no seams. A single image is one tile.
 
 Shapes: C channels, H x W picture, n tiles of a x b pixels, K tokens of each; c latent channels.
 """
@@ -25,21 +25,21 @@ from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.precision import full_precision
 
 AT_A_TIME = 64
-"""Tiles that are encoded, or decoded by the autoencoder, in one call."""
+"""Number of tiles that the autoencoder encodes or decodes in one call."""
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """Where tiles lie on a canvas; all lengths are in latent positions, or in pixels after `scaled`."""
+    """Positions of tiles on a canvas. All lengths are in latent positions, or in pixels after `scaled`."""
 
     canvas: tuple[int, ...]  # height and width
     tile: tuple[int, ...]
-    rows: tuple[int, ...]  # where tiles begin
+    rows: tuple[int, ...]  # first row of each tile
     columns: tuple[int, ...]
-    ramp: tuple[int, ...]  # over which the weight of a tile rises from its edge
+    ramp: tuple[int, ...]  # length over which the weight of a tile rises from its edge
 
     def scaled(self, factor: int) -> Tiling:
-        """The same with a unit that is smaller by this factor."""
+        """The same tiling in a unit that is smaller by this factor."""
         times = partial(_times, factor)
         return Tiling(*map(times, (self.canvas, self.tile, self.rows, self.columns, self.ramp)))
 
@@ -64,7 +64,7 @@ class Tiling:
         return total / weights
 
     def agreeing(self, tiles: Tensor) -> Tensor:
-        """(n, C, a, b) tiles whose overlaps are the same; a single one stays as it is."""
+        """Average (n, C, a, b) tiles where they overlap; a single tile stays as it is."""
         return self.cut(self.blend(tiles)) if len(tiles) > 1 else tiles
 
 
@@ -73,14 +73,14 @@ def _times(factor: int, lengths: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _weights(side: int, ramp: int) -> Tensor:
-    """(side,) in (0, 1]: a raised cosine over `ramp` positions from either edge, and 1 between."""
+    """(side,) weights in (0, 1]: a raised cosine over `ramp` positions from either edge, 1 between."""
     place = torch.arange(side) + 0.5
     from_edge = torch.minimum(place, side - place) / max(ramp, 0.5)
     return (from_edge.clamp(max=1.0) * (math.pi / 2)).sin().square()
 
 
 def _starts(length: int, tile: int, overlap: int) -> tuple[int, ...]:
-    """Where the fewest tiles begin that cover a length and overlap at least so much, evenly spread."""
+    """First positions of the fewest evenly spread tiles that cover a length and overlap at least this much."""
     count = 1 + math.ceil((length - tile) / (tile - overlap))
     return tuple(round(i * (length - tile) / max(1, count - 1)) for i in range(count))
 
@@ -90,13 +90,13 @@ class TokenizedPicture:
     """Tokens of a picture of any size, made by `tokenize_picture`."""
 
     tokens: Tensor  # (n, K) int64
-    picture: Tensor  # (C, H, W), the picture as `decode` makes it: in its own aspect, within an image or on tiles
+    picture: Tensor  # (C, H, W), the picture that `decode` reconstructs, in its own aspect
     tiling: Tiling  # of the latents
 
     def decode(self, tok: FlexTok, num_tokens: int | None = None, seed: int = 0, **decoding: Any) -> Tensor:
-        """The picture from the first `num_tokens` tokens of each tile: (C, H, W) around [-1, 1], not clamped.
+        """Reconstruct the picture from the first `num_tokens` tokens of each tile: (C, H, W) around [-1, 1], unclamped.
 
-        `decoding` are steps and guidance as `FlexTok.detokenize` takes them.
+        `decoding` takes the steps and guidance of `FlexTok.detokenize`.
         """
         vae, tiling = tok.require_vae(), self.tiling
         generator = torch.Generator().manual_seed(seed)
@@ -111,16 +111,16 @@ class TokenizedPicture:
 
 
 def tokenize_picture(tok: FlexTok, picture: Tensor, tiled: bool = False, overlap: float = 0.25) -> TokenizedPicture:
-    """Tokens of a picture (C, H, W) in [-1, 1] of any size.
+    """Tokenize a picture (C, H, W) in [-1, 1] of any size.
 
     Args:
         tok: a tokenizer with an autoencoder.
-        picture: what to tokenize.
-        tiled: put a picture that is larger than the tokenizer's images on tiles, and do not resize it.
+        picture: the picture.
+        tiled: cut a picture that is larger than the tokenizer's images into tiles, without resizing it.
         overlap: least overlap of neighbouring tiles, as a share of their side.
 
     Raises:
-        ValueError: an option is out of range, or the picture is none.
+        ValueError: an option is out of range, or the picture is empty.
     """
     vae = tok.require_vae().config
     picture = as_images(picture[None], vae.image_channels)[0].to(tok.device)
@@ -156,16 +156,16 @@ def reconstruct(
     seed: int = 0,
     **decoding: Any,
 ) -> Tensor:
-    """A picture (C, H, W) in [-1, 1] of any size from its tokens: (C, H, W) of the same size, not clamped.
+    """Reconstruct a picture (C, H, W) in [-1, 1] of any size from its tokens: (C, H, W) of the same size, unclamped.
 
     Args:
         tok: a tokenizer with an autoencoder.
         picture: the picture.
-        num_tokens: how many first tokens to use, of each tile; default all.
-        tiled: as for `tokenize_picture`.
-        overlap: as for `tokenize_picture`.
-        seed: of the noise.
-        **decoding: steps and guidance, as `FlexTok.detokenize` takes them.
+        num_tokens: number of first tokens to use, of each tile; default all.
+        tiled: see `tokenize_picture`.
+        overlap: see `tokenize_picture`.
+        seed: seed of the noise.
+        **decoding: steps and guidance of `FlexTok.detokenize`.
 
     Raises:
         ValueError: an argument does not fit the model.
@@ -175,13 +175,13 @@ def reconstruct(
 
 
 def _distance(size: tuple[int, int], shape: tuple[int, ...]) -> float:
-    """How far a shape is from a size: first in aspect, and of two with the same in scale."""
+    """Distance of a shape from a size, in aspect first, then in scale."""
     height, width = (math.log(side / length) for side, length in zip(shape, size, strict=True))
     return abs(height - width) + 0.1 * abs(height + width)
 
 
 def _fitted(picture: Tensor, size: tuple[int, ...]) -> Tensor:
-    """A picture in its own aspect, as large as it can be within a size."""
+    """Resize a picture in its own aspect, as large as a size allows."""
     scale = min(side / length for side, length in zip(size, picture.shape[1:], strict=True))
     return _resized(picture, [max(1, round(length * scale)) for length in picture.shape[1:]])
 
@@ -193,6 +193,6 @@ def _resized(picture: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _with_repeated_edge(picture: Tensor, size: tuple[int, ...]) -> Tensor:
-    """(C, H, W) in the top-left corner of a larger size."""
+    """Put (C, H, W) in the top-left corner of a larger size."""
     bottom, right = (side - length for side, length in zip(size, picture.shape[1:], strict=True))
     return F.pad(picture[None], (0, right, 0, bottom), mode="replicate")[0] if bottom or right else picture

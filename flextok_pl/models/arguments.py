@@ -1,6 +1,6 @@
-"""Convert what users give to the models to the types that these compute with, or raise a `ValueError` that helps.
+"""Check what users give to the models and convert it, or raise a `ValueError` with a remedy.
 
-Functions that look at values wait for a GPU: call them where a model is used, not in a training step.
+Functions that read values wait for a GPU. Call them where a model is used, not in a training step.
 
 Shapes: B batch, H x W image, k tokens.
 """
@@ -17,11 +17,11 @@ from flextok_pl.config.checks import nearest_multiples
 from flextok_pl.contracts import is_whole
 
 IMAGE_LIMIT = 2.0
-"""Largest absolute value in an image: bicubic resizing overshoots [-1, 1] by up to 0.9; 0..255 lies far beyond."""
+"""Largest absolute value in an image. Bicubic resizing overshoots [-1, 1] by up to 0.9; 0..255 is far beyond."""
 
 
 def as_images(images: Tensor | np.ndarray[Any, Any], channels: int = 3) -> Tensor:
-    """(B, channels, H, W) float32, from any floating type and from NumPy; the values are not looked at."""
+    """Convert any floating type, also NumPy, to (B, channels, H, W) float32; does not read the values."""
     if isinstance(images, np.ndarray) and images.dtype.kind == "f":
         images = torch.from_numpy(images.astype(np.float32))
     if not isinstance(images, Tensor) or not images.is_floating_point():
@@ -41,26 +41,26 @@ def check_image_values(images: Tensor) -> None:
     largest = float(images.detach().abs().amax()) if images.numel() else 0.0
     if largest > IMAGE_LIMIT:
         raise ValueError(
-            f"images reach {largest:g}, far outside [-1, 1]: pixels in 0..255 become pixels / 127.5 - 1, and what a "
-            "model decoded is to be clamped"
+            f"images reach {largest:g}, far outside [-1, 1]: turn pixels in 0..255 into pixels / 127.5 - 1, and clamp "
+            "images that a model decoded"
         )
 
 
 def check_finite(values: Tensor, name: str, remedy: str) -> Tensor:
-    """The values, unless some are NaN or infinite."""
+    """Return the values; refuse NaN and infinity."""
     if not values.isfinite().all():
         raise ValueError(f"{name} hold NaN or infinite values; {remedy}")
     return values
 
 
 def as_ids(ids: Any, name: str = "tokens") -> Tensor:
-    """Ids of any shape as int64, from any integer type, such as the uint16 of token shards, NumPy and lists too."""
+    """Convert ids of any shape and integer type, such as the uint16 of token shards, NumPy or lists, to int64."""
     if not isinstance(ids, Tensor):
         array = np.asarray(ids)
         ids = torch.from_numpy(array.astype(np.int64)) if array.dtype.kind in "iu" else array
     kind = ids.dtype
     if not isinstance(ids, Tensor) or kind == torch.bool or kind.is_floating_point or kind.is_complex:
-        raise ValueError(f"{name} is no list of ids: it has dtype {kind}; give an integer type, such as int64")
+        raise ValueError(f"{name} must be ids of an integer type, such as int64, not {kind}")
     return ids.long()
 
 
@@ -68,7 +68,7 @@ TOKEN_SHAPES = "give (B, k), or a list with a tensor (k,) or (1, k) for each sam
 
 
 def as_token_batch(tokens: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """B rows of int64 tokens, of a (B, k) tensor or B of different lengths, (k,) or, as published, (1, k)."""
+    """Split a (B, k) tensor, or a list of B rows (k,) or (1, k), into B rows of int64 tokens."""
     if isinstance(tokens, Tensor | np.ndarray):
         if tokens.ndim != 2:
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}; {TOKEN_SHAPES}")
@@ -81,9 +81,9 @@ def as_token_batch(tokens: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 
 def as_budgets(num_tokens: Any, lengths: Sequence[int], most: int) -> Tensor:
-    """The budget of each sample, at most the tokens that it has, from one in 1..K for all or one each; None for all.
+    """The budget of each sample, capped at the number of its tokens: (B,) int64 on the CPU.
 
-    (B,) int64 on the CPU.
+    `num_tokens` is one number in 1..K for all, one for each, or None for all tokens.
     """
     for length in set(lengths):
         check_budget(length, most, "number of tokens given")
@@ -101,7 +101,7 @@ def as_budgets(num_tokens: Any, lengths: Sequence[int], most: int) -> Tensor:
 
 
 def check_budget(budget: Any, most: int, name: str = "num_tokens") -> None:
-    """Refuse what is no number of tokens in 1..K."""
+    """Refuse anything except a number of tokens in 1..K."""
     if not is_whole(budget) or not 1 <= budget <= most:
         raise ValueError(f"{name}={budget} is not in 1..{most}, the budgets of this model")
 
@@ -119,13 +119,13 @@ def check_latents(latents: Tensor, config: FlexTokConfig, name: str = "latents")
         )
     if config.layout == "grid" and (h, w) != (rows * patch, columns * patch):
         raise ValueError(
-            f"{name} of {h} x {w} positions: with layout='grid' each patch has a token, and they must be "
+            f"{name} of {h} x {w} positions: layout='grid' has one token for each patch, so they must be "
             f"{rows * patch} x {columns * patch}; resize or crop the images"
         )
 
 
 def as_size(size: Any, name: str) -> tuple[int, int]:
-    """(height, width), two positive whole numbers."""
+    """Convert to (height, width), two positive integers."""
     pair = list(size) if isinstance(size, Sequence) else []
     if len(pair) != 2 or not all(is_whole(side) and side > 0 for side in pair):
         raise ValueError(f"{name}={size!r} must be two whole numbers, (height, width), such as (32, 32)")
@@ -150,7 +150,7 @@ def as_noise(
     latent_size: Any,
     config: FlexTokConfig,
 ) -> Tensor:
-    """The state at t = 1, (B, C, h, w) float32: given, or one (1, C, h, w) draw for each sample in order."""
+    """The state at t = 1, (B, C, h, w) float32: the given one, or one (1, C, h, w) draw for each sample in order."""
     if noise is None:
         shape = (1, config.latent_channels, *as_size(latent_size, "latent_size"))
         generators = as_generators(generator, batch_size)
@@ -159,4 +159,4 @@ def as_noise(
     check_latents(noise, config, "noise")
     if len(noise) != batch_size:
         raise ValueError(f"noise has {len(noise)} entries for {batch_size} samples; give one each")
-    return check_finite(noise, "noise", "draw it anew").float()
+    return check_finite(noise, "noise", "draw it again").float()

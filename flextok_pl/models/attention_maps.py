@@ -1,4 +1,4 @@
-"""Which tokens the decoder's patches look at, and when.
+"""Measure how much attention the decoder's patches pay to each token, by block and flow time.
 
 Shapes: B batch, N patches, K registers, L = N + K, H heads, d head width, D width, T flow times, M blocks.
 """
@@ -21,17 +21,17 @@ def register_attention(
 ) -> Tensor:
     """Share of the patches' attention that each token gets in each block, with all K tokens kept.
 
-    Takes a tokenizer with an autoencoder, (B, 3, H, W) images in [-1, 1], and T flow times, 1 being pure noise, for
-    their noised latents. Returns (T, M, K) float32 on the CPU: means over images, heads and patches. A row sums up to
-    the share that does not go to the patches themselves.
+    Takes a tokenizer with an autoencoder, (B, 3, H, W) images in [-1, 1], and T flow times at which to noise their
+    latents; 1 is pure noise. Returns (T, M, K) float32 on the CPU: means over images, heads and patches. Each row sums
+    up to 1 minus the share of the patches.
     """
     if tok.config.layout == "grid":
         raise ValueError(
-            "layout='grid' adds tokens to patches: there is no attention to a token; use a tokenizer of registers"
+            "layout='grid' adds tokens to patches, so no attention goes to a token; use a tokenizer of registers"
         )
     regression = tok.config.objective == "mse"
     if regression and any(t != 1 for t in times):
-        raise ValueError(f"times={list(times)}: with objective='mse' the decoder only knows t = 1; give times=[1.0]")
+        raise ValueError(f"times={list(times)}: a decoder with objective='mse' takes t = 1 only; give times=[1.0]")
     if not all(0 <= t <= 1 for t in times):
         raise ValueError(f"times={list(times)} must be in [0, 1]")
     latents = tok.encode_latents(images)

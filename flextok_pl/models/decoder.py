@@ -1,11 +1,9 @@
 """The flow decoder: noised latents and tokens in, velocity out.
 
-What is special about it:
-- Any number of first tokens decodes: learned vectors stand for those that are missing, or for the whole condition.
-- All missing tokens of an image cost one position, whatever their number. Each image has a budget of its own, and
-  pays for no other's.
-- Attention is full over patches and tokens; time modulates the two kinds of position separately.
-- The last block computes patches only, as the head reads nothing else.
+- It decodes any number of first tokens. Learned vectors replace missing tokens, or the whole condition.
+- All missing tokens of an image cost one position. Each image has its own budget and pays for no other's.
+- Attention is full over patches and tokens. Time modulates patches and tokens separately.
+- The last block computes patches only, because the head reads nothing else.
 
 Shapes: B images, C channels, h x w latent, N patches, K registers, k kept tokens of an image and T in all, D width.
 """
@@ -28,18 +26,18 @@ from flextok_pl.transfer import send
 
 
 class Velocity(NamedTuple):
-    """A decoder pass."""
+    """Output of a decoder pass."""
 
     velocity: Tensor  # (B, C, h, w), noise minus clean latents
-    patch_features: Tensor | None  # (B, N, D) patches after block `repa_layer`, where there is one
+    patch_features: Tensor | None  # (B, N, D) patches after block `repa_layer`, if there is one
 
 
 class TokenLayout(NamedTuple):
-    """Which tokens each image keeps, and what stands for the others; all indices are on the decoder's device."""
+    """Which tokens each image keeps, and what replaces the others. All indices are on the decoder's device."""
 
-    packing: Packing | None  # of kept tokens, then of what stands for missing ones; None where patches take them
+    packing: Packing | None  # of kept tokens, then of replacements; None where tokens are added to patches
     places: Tensor  # (T,) int64, the place of each kept token among the K of its image
-    patches: Tensor | None  # (T,) int64, the patch that takes it, among those of all images
+    patches: Tensor | None  # (T,) int64, the patch that each token is added to, among those of all images
     replacements: Tensor  # int64, 0 for the mask token, 1 for the null token: of images with missing tokens, or of all
     route: Route | None = None  # of patches around middle blocks, in training
 
@@ -47,11 +45,11 @@ class TokenLayout(NamedTuple):
 def token_layout(
     config: FlexTokConfig,
     latents: Tensor,  # (B, C, h, w)
-    num_tokens: Tensor,  # (B,) int64 on the CPU, in 0..K: how many first tokens to decode
-    null: Tensor | None = None,  # (B,) bool, images of 0 tokens that have no condition; None for no image
+    num_tokens: Tensor,  # (B,) int64 on the CPU, in 0..K: number of first tokens to decode
+    null: Tensor | None = None,  # (B,) bool, images of 0 tokens without a condition; None if all have one
     route: Route | None = None,
 ) -> TokenLayout:
-    """How to decode a number of first tokens of each image."""
+    """Lay out the first `num_tokens` tokens of each image for decoding."""
     k, device, batch = config.num_registers, latents.device, len(latents)
     num_patches = config.num_patches(latents.shape[2:])
     owner, place = places(num_tokens)
@@ -71,7 +69,7 @@ def token_layout(
 
 
 class AdaLNHead(nn.Module):
-    """Modulated LayerNorm and a linear map to the values of a patch."""
+    """Modulated LayerNorm, then a linear map to the values of a patch."""
 
     def __init__(self, width: int, out_features: int) -> None:
         super().__init__()
@@ -87,13 +85,13 @@ class AdaLNHead(nn.Module):
 class FlowDecoder(nn.Module):
     """Rectified-flow Transformer over noised patches and tokens (FlexTok, section 3.2).
 
-    Tokens beyond an image's budget are replaced by one learned vector without position, and attention is
-    full; so all K-k of them are identical at every layer. They are computed ONCE, at the first of their positions,
-    whose attention logit as a key is raised by log(K-k): softmax over n equal keys is exp(s + log n). The function
-    and its gradients are those of the full sequence, at N+k+1 positions instead of N+K. A dropped condition
-    replaces all K tokens by another vector, and is the same trick with k = 0.
+    One learned vector without position replaces all tokens beyond an image's budget. Attention is full, so these K-k
+    tokens stay identical at every layer. They are computed once, at the first of their positions, whose attention
+    logit as a key is raised by log(K-k): softmax over n equal keys is exp(s + log n). The function and its gradients
+    equal those of the full sequence, at N+k+1 positions instead of N+K. A dropped condition replaces all K tokens by
+    another vector: the same with k = 0.
 
-    With `layout="grid"` there are no positions for tokens: each is added to its patch, and so is what replaces it.
+    With `layout="grid"` tokens have no positions: each token, or its replacement, is added to its patch.
     """
 
     def __init__(self, config: FlexTokConfig) -> None:
@@ -148,8 +146,8 @@ class FlowDecoder(nn.Module):
         return Velocity(unpatchify(values, self.config.patch_size), features)
 
     def _with_tokens(self, patches: Tensor, codes: Tensor, layout: TokenLayout) -> Positions:
-        """What the blocks compute for (B, N, D) patches."""
-        # All codes are embedded, also where no image keeps one, so that all parameters have gradients.
+        """The positions that the blocks compute for (B, N, D) patches."""
+        # All codes are embedded, even if no image keeps one, so that all parameters have gradients.
         tokens = self.code_embed(codes.to(self.code_embed.weight.dtype))[: len(layout.places)]  # (T, D)
         replacements = F.embedding(layout.replacements, torch.stack([self._missing_token(), self.null_token]))
         if layout.packing is None:
@@ -162,7 +160,7 @@ class FlowDecoder(nn.Module):
         return Positions(patches, layout.packing.fill(registers))
 
     def _missing_token(self) -> Tensor:
-        """What stands for a token beyond the budget, (D,)."""
+        """The vector of a token beyond the budget, (D,)."""
         if self.config.missing_tokens == "mask":
             return self.mask_token
         lowest = self.null_token.new_full((len(self.config.fsq_levels),), -1.0)  # the code of token 0
@@ -172,10 +170,10 @@ class FlowDecoder(nn.Module):
 def guided_field(
     decoder: FlowDecoder,
     codes: Tensor,  # (T or more, FSQ levels) quantised, those of an image after those of the one before
-    num_tokens: Tensor,  # (B,) int64 on the CPU, how many each image has
+    num_tokens: Tensor,  # (B,) int64 on the CPU, the number of tokens of each image
     latents: Tensor,  # (B, C, h, w), of the shape and on the device of those to decode
 ) -> GuidedField:
-    """The velocity of images given their tokens and, on request, given none, of the same states in one pass."""
+    """The velocity given the tokens and, on request, without them, of the same states in one pass."""
 
     @cache
     def layout(guided: bool) -> TokenLayout:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 class PatchDiscriminator(nn.Module):
     """Judges overlapping patches: PatchGAN of pix2pix (https://arxiv.org/abs/1611.07004, section 3.2.2).
 
-    4x4 convolutions, of which the first `num_layers` have stride 2; widths double up to 8 times the first. Group norm
-    stands in for pix2pix's batch norm: real and reconstructed images then do not see each other's statistics, and
-    there are no running averages to synchronise. With 3 layers of stride 2, a patch is 70 x 70 pixels.
+    The first `num_layers` of its 4x4 convolutions have stride 2; widths double up to 8 times the first. Group norm
+    replaces pix2pix's batch norm, so that real and reconstructed images do not share statistics and no running averages
+    need synchronising. With 3 layers of stride 2, a patch is 70 x 70 pixels.
     """
 
     def __init__(self, width: int = 64, num_layers: int = 3, image_channels: int = 3) -> None:
@@ -44,10 +44,10 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def adaptive_weight(reconstruction_loss: Tensor, generator_loss: Tensor, last_layer: Tensor) -> Tensor:
-    """The share of the adversarial loss that gives it the reconstruction's gradient norm.
+    """The weight that gives the adversarial loss the gradient norm of the reconstruction loss.
 
     A scalar without gradient, as in VQGAN (https://arxiv.org/abs/2012.09841, eq. 7), with the 1e-4 and the bound of its
-    published code. Both gradients are compared at the decoder's last weight.
+    published code. Both gradients are measured at the decoder's last weight.
     """
     (of_reconstruction,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
     (of_generator,) = torch.autograd.grad(generator_loss, last_layer, retain_graph=True)

@@ -1,20 +1,19 @@
-"""The objective that distils a decoder into one of few steps with guidance built in.
+"""Distil a decoder into one that needs few steps and no guidance.
 
-What is special about it:
-- The teacher's guided flow is a deterministic map from noise to latents. The student takes N steps where the teacher
-  takes M, a multiple of N. A step of the student replaces a window of M / N guided steps: its target is the mean
-  velocity of the teacher over the window. So the student needs no second, unconditional pass. This is progressive
-  distillation with guidance built in (https://arxiv.org/abs/2210.03142) in one stage, on straight pieces of the
-  trajectory as in PeRFlow (https://arxiv.org/abs/2405.07510).
-- Differs from both in where windows begin: not at noised data, but at noise, and then at the states that the student
-  itself has reached, as it will in use (backward distillation, https://arxiv.org/abs/2405.05224). Training a step so
-  costs what it would cost anyway, as the student's next state comes with its loss.
-- It is exact: a student that has learnt its target makes the teacher's image of the same noise.
-- All N windows of an image follow from one noise and one budget, so that draws are those of a tokenizer's training.
+- The teacher's guided flow maps noise to latents deterministically. The student takes N steps, the teacher M, a
+  multiple of N. Each step of the student replaces a window of M / N guided steps. Its target is the teacher's mean
+  velocity over the window, so the student needs no unconditional pass. This is progressive distillation with guidance
+  built in (https://arxiv.org/abs/2210.03142) in one stage, on straight pieces of the trajectory as in PeRFlow
+  (https://arxiv.org/abs/2405.07510).
+- Both start windows at noised data. Here the first window starts at noise, and the next ones at the states that the
+  student itself reaches, as in use (backward distillation, https://arxiv.org/abs/2405.05224). This costs nothing
+  extra: the student's next state comes with its loss.
+- A student that has learnt its target makes exactly the teacher's image of the same noise.
+- All N windows of an image follow from one noise and one budget, drawn as in a tokenizer's training.
 
-Consistency models and MeanFlow would give one network for any number of steps, but need derivatives along the flow or
-targets from the student's own average; adversarial methods need a discriminator and its balance. Here the number of
-steps is known, and a regression with a known target works at any scale.
+Consistency models and MeanFlow give one network for any number of steps, but need derivatives along the flow or
+targets from the student's own average. Adversarial methods need a discriminator and its balance. Here the number of
+steps is fixed, and a regression with a known target works at any scale.
 
 Shapes: B batch, C channels, h x w latent, N steps of the student, M of the teacher.
 """
@@ -35,29 +34,29 @@ from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.precision import at_least_float32, full_precision
 
 States = Literal["student", "teacher"]
-"""Whose states windows begin at."""
+"""Network from whose states the windows begin."""
 
 
 class Windows(NamedTuple):
-    """What a student learns of a batch; column i is the step from t = (i + 1) / N to i / N."""
+    """The errors of a batch. Column i is the step from t = (i + 1) / N to i / N."""
 
     loss: Tensor  # (B, N) mean squared error of the mean velocity
     times: Tensor  # (N,) on the CPU, the middle of each window
 
 
 def teacher_decoding(teacher: FlexTokConfig, options: Mapping[str, Any]) -> Decoding:
-    """How a teacher decodes that is asked for these options of a `DistillationModule`."""
+    """How a teacher decodes under these options of a `DistillationModule`."""
     names = ("guidance", "guidance_scale", "guidance_interval", "solver")
     return chosen_decoding(teacher, num_steps=options["teacher_steps"], **{name: options[name] for name in names})
 
 
 def training_law(config: FlexTokConfig, nested_dropout: NestedDropoutLaw | None) -> FlexTokConfig:
-    """The configuration whose budgets a student is trained on: as for its tokenizer, but none without a condition."""
+    """The configuration whose budgets a student trains on: its tokenizer's, without dropped conditions."""
     return dataclasses.replace(config, nested_dropout=nested_dropout or config.nested_dropout, null_dropout=0.0)
 
 
 def check_steps(num_steps: int, teacher_steps: int) -> None:
-    """Refuse steps of a student that are no windows of the teacher's."""
+    """Refuse a number of steps that does not divide the teacher's."""
     if num_steps < 1 or teacher_steps % num_steps:
         divisors = [n for n in range(1, teacher_steps + 1) if teacher_steps % n == 0]
         raise ValueError(
@@ -77,8 +76,8 @@ def window_losses(
 ) -> Windows:
     """Errors of a student's Euler steps against a teacher's path over the same windows, with gradients.
 
-    From t = 1 on, the teacher goes from where a window begins to where it ends, without gradients. The next window
-    begins where the student's step has ended, or at the teacher's end; the former is what the student will meet.
+    In each window the teacher goes from its beginning to its end, without gradients. The next window begins where the
+    student's step has ended, as in use, or at the teacher's end.
 
     Raises:
         ValueError: N does not divide M, or `states` is unknown.
@@ -98,15 +97,15 @@ def window_losses(
 
 
 def distillation_loss(
-    tokenizer: FlexTok,  # its decoder is the student; its encoder only makes tokens
+    tokenizer: FlexTok,  # its decoder is the student; its encoder makes the tokens
     teacher: FlowDecoder,
     latents: Tensor,  # (B, C, h, w) clean, scaled
-    draws: TrainingDraws,  # noise and budgets count; no image is without its condition
+    draws: TrainingDraws,  # noise and budgets are used; no image loses its condition
     decoding: Decoding,  # the teacher's: M steps, guidance, solver
     num_steps: int,
     states: States = "student",
 ) -> Windows:
-    """`window_losses` of a tokenizer's decoder, with gradients to it alone.
+    """`window_losses` of a tokenizer's decoder, with gradients to the decoder only.
 
     Tokens and the teacher's path are computed in float32 without autocast, whatever the precision of the training.
     """

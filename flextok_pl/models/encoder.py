@@ -1,10 +1,8 @@
 """The register encoder: latents in, one code for each kept register out.
 
-What is special about it:
-- Learned registers, not the patches, become tokens, so their number does not depend on the size of the image.
-- They are ordered: each sees all patches and the registers before it, and patches see patches only.
-- The first k codes therefore cost k registers, not K, and each image has a k of its own; the last block computes the
-  registers alone.
+- Learned registers, not patches, become tokens, so their number does not depend on the size of the image.
+- Registers are ordered: each sees all patches and the registers before it. Patches see patches only.
+- The first k codes cost k registers, not K, and each image has its own k. The last block computes registers only.
 
 Shapes: B images, C channels, h x w latent, N patches, K registers, k <= K of them, R codes in all, D width.
 """
@@ -24,15 +22,15 @@ from flextok_pl.transfer import send
 
 
 class CodeLayout(NamedTuple):
-    """Which codes of which image to compute; all indices are on the encoder's device."""
+    """Which codes of which image to compute. All indices are on the encoder's device."""
 
-    registers: Tensor | None  # int64, which of the K each computed register is; None where patches are coded
+    registers: Tensor | None  # int64, which of the K each computed register is; None where patches become tokens
     packing: Packing | None
-    codes: Tensor | None  # (R,) int64, where the wanted codes are among the computed ones; None if these are wanted
+    codes: Tensor | None  # (R,) int64, the wanted codes among the computed ones; None for all
 
 
 def code_layout(config: FlexTokConfig, latents: Tensor, num_tokens: Tensor) -> CodeLayout:
-    """How to compute the first `num_tokens` (B,) int64 codes, on the CPU, of (B, C, h, w) latents."""
+    """Lay out the first `num_tokens` codes, (B,) int64 on the CPU, of (B, C, h, w) latents."""
     k, device, batch = config.num_registers, latents.device, len(latents)
     num_patches = config.num_patches(latents.shape[2:])
     owner, place = places(num_tokens)
@@ -48,7 +46,7 @@ def code_layout(config: FlexTokConfig, latents: Tensor, num_tokens: Tensor) -> C
 class RegisterEncoder(nn.Module):
     """ViT whose learned registers read the patches, causally among themselves (FlexTok, section 3.1).
 
-    Register i sees all patches and registers 0..i. In the baselines `causal_registers=False` and `layout="grid"` codes
+    Register i sees all patches and registers 0..i. In the baselines `causal_registers=False` and `layout="grid"`, codes
     depend on all positions, and k of them cost as much as K.
     """
 
@@ -69,7 +67,7 @@ class RegisterEncoder(nn.Module):
         self.head = nn.Linear(width, len(config.fsq_levels))
 
     def forward(self, latents: Tensor, layout: CodeLayout) -> Tensor:
-        """Unquantised codes of (B, C, h, w), those of an image after those of the one before: (R, FSQ levels)."""
+        """Unquantised codes of (B, C, h, w), concatenated image by image: (R, FSQ levels)."""
         patches = self.patch_embed(patchify(latents, self.config.patch_size))  # (B, H, W, D)
         patches = patches + grid_positions(self.patch_posemb, patches.shape[1], patches.shape[2])
         x = Positions(patches.flatten(1, 2), None)

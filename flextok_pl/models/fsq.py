@@ -1,7 +1,7 @@
 """Finite scalar quantisation (https://arxiv.org/abs/2309.15505, section 3 and appendix A).
 
-What is special about it: there is no codebook to learn and no loss of its own. Each dimension of a code is bounded and
-rounded to one of a few levels, and the token is the number that these digits spell.
+It learns no codebook and has no loss. Each dimension of a code is bounded and rounded to one of a few levels; these
+digits form the token.
 
 Shapes: D code dimensions, one per entry of `levels`.
 """
@@ -17,10 +17,10 @@ from flextok_pl.precision import at_least_float32
 
 
 class FSQ(nn.Module):
-    """Rounds every dimension of a bounded code to its number of levels.
+    """Rounds every dimension of a bounded code to its number of levels, as in the paper.
 
-    As in the paper. The official FlexTok code truncates when it forms an index; we round, so that every index survives
-    a round trip whatever the levels.
+    The official FlexTok code truncates when it forms an index. We round, so that every index survives a round trip
+    with any levels.
     """
 
     _levels: Tensor
@@ -29,7 +29,7 @@ class FSQ(nn.Module):
     def __init__(self, levels: Sequence[int]) -> None:
         super().__init__()
         self.levels = tuple(levels)
-        # Buffers, as numbers of the host would make it wait for a GPU; with values also in a model without them.
+        # Buffers, because numbers on the host would make it wait for a GPU. They hold values even on the meta device.
         device = "cpu" if torch.get_default_device().type == "meta" else None
         each = torch.tensor(self.levels, device=device)  # (D,)
         self.register_buffer("_levels", each, persistent=False)
@@ -48,7 +48,7 @@ class FSQ(nn.Module):
         return (at_least_float32(codes) + shift).tanh() * half - offset
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Quantise with straight-through gradients: (..., D) -> (..., D) in [-1, 1], of float32 at least."""
+        """Quantise with straight-through gradients: (..., D) -> (..., D) in [-1, 1], at least float32."""
         bounded = self.bound(codes)
         rounded = bounded + (bounded.round() - bounded).detach()
         return rounded / (self._levels // 2)

@@ -1,7 +1,7 @@
-"""Sequences of tokens that grow, with the keys and values of what a prior has run for them.
+"""Grow sequences of tokens, with a cache of the keys and values of a prior.
 
-A `GenerationState` can be continued: token by token with a draw for each sequence, or as several branches of a
-sequence, which share what was computed for it. Conditional and null rows are one batch.
+A `GenerationState` continues token by token, with a draw for each sequence, or splits into several branches that share
+the computed prefix. Conditional and null rows are one batch.
 
 Shapes: B sequences, k tokens, K positions, D width, V vocabulary, R rows (2B under guidance), N branches.
 """
@@ -21,10 +21,10 @@ from flextok_pl.precision import accumulation_dtype, full_precision
 
 
 class CausalModel(Protocol):
-    """What generation needs of a prior."""
+    """The interface of a prior that generation needs."""
 
     def embed_next(self, tokens: Tensor, place: Tensor) -> Tensor:
-        """The input of the blocks for one position more: (R, 1) tokens, before position (1,) -> (R, 1, D)."""
+        """The input of the blocks for one more position: (R, 1) tokens and the position (1,) -> (R, 1, D)."""
 
     def run(self, x: Tensor, memories: list[TextMemory | None], caches: list[KeyValueCache] | None = None) -> Tensor:
         """All blocks and the last norm: (R, L, D) -> (R, L, D)."""
@@ -35,16 +35,16 @@ class CausalModel(Protocol):
 
 @dataclass
 class Work:
-    """What was computed for a state and all its branches."""
+    """Counts the computation of a state and all its branches."""
 
     positions: int = 0  # of all rows
 
 
 @dataclass
 class GenerationState:
-    """B sequences, and what the prior keeps for them; `begin_generation` makes one.
+    """B sequences and their caches; `begin_generation` makes one.
 
-    The newest token is run when logits after it are wanted.
+    The newest token is run only when you ask for the logits after it.
     """
 
     model: CausalModel
@@ -54,8 +54,8 @@ class GenerationState:
     caches: list[KeyValueCache]  # of R rows, conditional ones first
     scales: Tensor  # (K,) guidance of each position
     guided: bool  # R = 2B
-    graph_device: torch.device | None  # where steps become a CUDA graph
-    finite: Tensor  # () bool, whether all logits were
+    graph_device: torch.device | None  # device on which steps become a CUDA graph
+    finite: Tensor  # () bool, True while all logits are finite
     work: Work = field(default_factory=Work)
     following: Tensor | None = None  # (B, V) guided logits after the newest token
 
@@ -69,7 +69,7 @@ class GenerationState:
         """Guided logits of the next token, (B, V) float32.
 
         Raises:
-            ValueError: some are NaN or infinite.
+            ValueError: some logits are NaN or infinite.
         """
         with full_precision(self.buffer.device):
             following = self._follow()
@@ -81,15 +81,15 @@ class GenerationState:
         """Draw `count` tokens for each sequence.
 
         Args:
-            count: at least 1; the states's `most` tokens must not be exceeded.
-            uniform: (B, K) in [0, 1), a number for each position; None if the most likely tokens are taken.
-            sampling: how.
+            count: at least 1; a state holds at most `most` tokens.
+            uniform: (B, K) in [0, 1), one number for each position; None takes the most likely tokens.
+            sampling: temperature, top-k and top-p.
             log_probs: (B,), to which the tokens' log-probabilities are added in place; see `filter_logits`.
 
         Raises:
             ValueError: some logits are NaN or infinite.
         """
-        place = self._place()  # of the token that is drawn next
+        place = self._place()  # of the next token to draw
 
         def draw(logits: Tensor) -> None:
             filtered = filter_logits(logits, *sampling)
@@ -109,7 +109,7 @@ class GenerationState:
 
         with full_precision(self.buffer.device):
             draw(self._follow())
-            # Shapes that grow spare a CPU half of the attention; a graph needs shapes that do not.
+            # Growing shapes save a CPU half of the attention; a graph needs fixed shapes.
             window = None if self.graph_device is None else Window.over(self.caches[0], place)
             for cache in self.caches:
                 cache.window = window
@@ -123,12 +123,12 @@ class GenerationState:
 
     @torch.no_grad()
     def branch(self, rows: Tensor, tokens: Tensor, most: int) -> "GenerationState":
-        """A state of N of these sequences, each with one token more; this one stays as it is.
+        """A state of N of these sequences, each with one more token; this state does not change.
 
         Args:
-            rows: (N,) int64 sequences, any number of times each.
+            rows: (N,) int64 sequences; one may occur several times.
             tokens: (N,) int64, the next token of each.
-            most: tokens that the new state has room for.
+            most: number of tokens that the new state has room for.
         """
         with full_precision(self.buffer.device):
             self._follow()  # so that all branches share it
@@ -151,7 +151,7 @@ class GenerationState:
         return len(self.buffer) * (2 if self.guided else 1)
 
     def _place(self) -> Tensor:
-        """On the device, so that the host waits for nothing: (1,) int64, the position of the next token."""
+        """The position of the next token, (1,) int64 on the device, so that the host does not wait."""
         return torch.full((1,), self.count, device=self.buffer.device)
 
     def _follow(self) -> Tensor:
@@ -161,7 +161,7 @@ class GenerationState:
         return self.following
 
     def _after_newest(self, place: Tensor) -> Tensor:
-        """Run the token before a position (1,): (B, V)."""
+        """Run the token before position (1,): (B, V)."""
         newest = self.buffer.index_select(1, place - 1).repeat(2 if self.guided else 1, 1)  # (R, 1)
         return self._predict(self.model.embed_next(newest, place), place)
 
@@ -176,7 +176,7 @@ class GenerationState:
 
     def _check_finite(self) -> None:
         if not self.finite:
-            raise ValueError("the prior's logits hold NaN or infinite values: its weights or the texts' states do")
+            raise ValueError("the prior's logits hold NaN or infinity: check its weights and the texts' states")
 
 
 @torch.no_grad()
@@ -189,16 +189,16 @@ def begin_generation(
     most: int,
     graph_device: torch.device | None,
 ) -> GenerationState:
-    """The state of (B, m) first tokens, which are run.
+    """Run the (B, m) first tokens and return their state.
 
     Args:
         model: the prior.
         tokens: (B, m) int64, m < most.
-        x: (R, m+1, D), the input of the blocks: R = B, or R = 2B with the rows of the null condition last.
-        memories: of the R rows' texts, one for each block.
+        x: (R, m+1, D), the input of the blocks: R = B, or R = 2B with the null condition in the last rows.
+        memories: text memories of the R rows, one for each block.
         scales: guidance of K positions.
-        most: tokens that the state has room for.
-        graph_device: where steps may become a CUDA graph; None for nowhere.
+        most: number of tokens that the state has room for.
+        graph_device: device on which steps may become a CUDA graph; None for no graph.
     """
     batch, count = tokens.shape
     buffer = tokens.new_zeros(batch, most)
@@ -223,7 +223,7 @@ def begin_generation(
 def uniform_numbers(
     generator: torch.Generator | Sequence[torch.Generator] | None, batch: int, length: int, device: torch.device
 ) -> Tensor:
-    """(B, K) uniform numbers on a device, drawn row by row: what decides a sequence's tokens, one for each position."""
+    """Draw (B, K) uniform numbers row by row and put them on a device; one decides each token of a sequence."""
     rows = []
     for each in as_generators(generator, batch):
         place = torch.device("cpu") if each is None else each.device

@@ -1,6 +1,6 @@
-"""Which tokens and latents a model makes: hashes of all that decides about them, and of nothing else.
+"""Identify the tokens and latents that a model makes, by a hash of everything that affects them.
 
-A decoder that is trained further changes neither, so token shards, latent shards and priors stay valid.
+Training a decoder further changes neither, so token shards, latent shards and priors stay valid.
 """
 
 import json
@@ -15,20 +15,20 @@ from flextok_pl.models.vae import VAE
 
 _OF_LATENTS = ("kind", "latent_channels", "norm_num_groups", "act_fn")
 _OF_CODES = ("patch_size", "num_registers", "encoder_head_dim", "layout", "causal_registers", "fsq_levels")
-"""Options that weights of equal names and shapes leave open."""
+"""Options that affect tokens but not the names and shapes of weights."""
 
 
 def latents_identity(vae: VAE) -> dict[str, Any]:
-    """What latent shards record of an autoencoder, see `same_maker`; they hold latents before they are scaled."""
+    """What latent shards record of an autoencoder; see `same_maker`. They hold unscaled latents."""
     return {"sha256": tensors_hash(_encoder_of(vae), _facts(vae, _OF_LATENTS)), "model_sha256": weights_hash(vae)}
 
 
 def tokens_identity(tokenizer: nn.Module, encoder: nn.Module, vae: VAE | None, config: FlexTokConfig) -> dict[str, Any]:
     """What token shards and priors record of a tokenizer, as JSON types; `same_maker` compares records.
 
-    `sha256` is the hash of what makes tokens: the encoder, the levels of the quantiser, the encoder of the autoencoder
-    and the scale of its latents. `model_sha256` is that of all weights, `same_as` has those of the tokenizers that
-    earlier trainings began with and that make the same tokens.
+    `sha256` hashes what makes tokens: the encoder, the quantiser's levels, the autoencoder's encoder and the scale of
+    its latents. `model_sha256` hashes all weights. `same_as` lists the tokenizers that earlier trainings started from
+    and that make the same tokens.
     """
     own = _tokens_hash(encoder, vae, config)
     first, *others = config.same_tokens_as or ("",)
@@ -37,7 +37,7 @@ def tokens_identity(tokenizer: nn.Module, encoder: nn.Module, vae: VAE | None, c
 
 
 def makers_of_the_same(identity: Mapping[str, Any]) -> list[str]:
-    """`FlexTokConfig.same_tokens_as` of a tokenizer that has all from this one that makes tokens."""
+    """`FlexTokConfig.same_tokens_as` of a tokenizer that takes from this one everything that makes tokens."""
     return [identity["sha256"], identity["model_sha256"], *identity.get("same_as", ())]
 
 

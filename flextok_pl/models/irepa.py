@@ -1,7 +1,7 @@
-"""iREPA: a REPA that passes on where things are (https://arxiv.org/abs/2512.10794).
+"""iREPA: a REPA that keeps spatial structure (https://arxiv.org/abs/2512.10794).
 
-Two changes, each an option: the projection is one convolution, which sees a patch's neighbours, and the teacher's
-features are normalised over the patches of an image, which takes away what all of them share.
+It has two changes, each an option. The projection is a convolution, which sees a patch's neighbours. The teacher's
+features are normalised over the patches of an image, which removes what all patches share.
 
 Shapes: B batch, N = H x W decoder patches, D decoder width, F teacher width.
 """
@@ -31,7 +31,7 @@ def build_projection(kind: Projection, width: int, teacher_dim: int) -> nn.Modul
     """REPA's MLP or iREPA's convolution; both map ((B, N, D) patches, their grid) to (B, N, F).
 
     Raises:
-        ValueError: there is no such kind.
+        ValueError: the kind is unknown.
     """
     if kind not in ("mlp", "conv"):
         raise ValueError(f"repa_projection={kind!r} is unknown; use 'mlp' or 'conv'")
@@ -41,8 +41,8 @@ def build_projection(kind: Projection, width: int, teacher_dim: int) -> nn.Modul
 def spatially_normalized(features: Tensor, mean_share: float) -> Tensor:
     """(x - `mean_share` mean(x)) / (std(x) + 1e-6), over the patches of an image, for each feature of (B, F, H, W).
 
-    In float32. The published code divides by the standard deviation of a sample, which differs from this one by the
-    same factor for all features, and so not to a cosine.
+    In float32. The published code divides by the standard deviation of a sample. That differs from this one by the same
+    factor for all features, which a cosine ignores.
     """
     features = features.float()
     mean = features.mean(dim=(2, 3), keepdim=True)

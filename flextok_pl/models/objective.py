@@ -1,12 +1,11 @@
 """The tokenizer's training objective: rectified flow on latents, with nested dropout over the tokens.
 
-What is special about it:
-- One loss trains encoder and decoder: the error of the velocity, whose gradient reaches the codes through FSQ.
-- Each image keeps a random number of first tokens, so early tokens learn what matters most; some images keep none, for
+- One loss, the error of the velocity, trains encoder and decoder. Its gradient reaches the codes through FSQ.
+- Each image keeps a random number of first tokens, so early tokens learn what matters most. Some images keep none, for
   guidance.
 - All randomness of a step is drawn first, for the batches of all processes, so it does not depend on their number.
-- The baseline `objective="mse"` is the case of zero noise at t = 1: the velocity is then minus the latents, and its
-  error that of the decoded latents.
+- The baseline `objective="mse"` has zero noise and t = 1: its velocity is minus the latents, and its error that of the
+  decoded latents.
 
 Shapes: B batch, C channels, h x w latent, K registers, N patches, D decoder width.
 """
@@ -35,7 +34,7 @@ from flextok_pl.transfer import send
 class TrainingDraws(NamedTuple):
     """Everything random in one training step.
 
-    Noise is on the latents' device. The rest is on the CPU, where it decides which positions to compute.
+    Noise is on the latents' device. The rest is on the CPU, because it decides which positions to compute.
     """
 
     noise: Tensor  # (B, C, h, w) standard normal, or zeros for the objective `mse`
@@ -48,7 +47,7 @@ class FlowLoss(NamedTuple):
     """Result of `flow_loss`."""
 
     loss: Tensor  # (B,) mean squared velocity error of each image
-    patch_features: Tensor | None  # (B, N, D) decoder features for REPA, where the model has a `repa_layer`
+    patch_features: Tensor | None  # (B, N, D) decoder features for REPA, if the model has a `repa_layer`
 
 
 def sample_draws(
@@ -56,16 +55,16 @@ def sample_draws(
     latents: Tensor,  # (B, C, h, w) of this rank; gives batch size, shape and device
     generator: torch.Generator,  # on the CPU, in the same state on all ranks
     timestep_shift: float = 1.0,
-    pure_noise: float = 0.0,  # probability of t = 1 in place of the law's draw
+    pure_noise: float = 0.0,  # probability of t = 1 instead of the law's draw
     stratified_budgets: bool = False,
     rank: int = 0,
     world_size: int = 1,  # all processes have B images
 ) -> TrainingDraws:
-    """Draw what a training step needs, for the images of all ranks, and take every `world_size`-th from `rank` on.
+    """Draw what a training step needs for the images of all ranks; take every `world_size`-th from `rank` on.
 
-    So a step does not depend on the number of processes, and times and budgets are stratified over the whole batch.
-    Each image's noise is a function of a seed that the generator yields. Under pure noise only the tokens describe the
-    image, so those images train the encoder as an autoencoder would be trained.
+    A step therefore does not depend on the number of processes, and times and budgets are stratified over the whole
+    batch. Each image's noise is a function of a seed from the generator. Under pure noise only the tokens describe the
+    image, so those images train the encoder like an autoencoder's.
     """
     batch = len(latents) * world_size
     num_tokens, null = _sample_budgets(config, batch, generator, stratified_budgets)
@@ -91,9 +90,9 @@ def sample_draws(
 def _sample_budgets(
     config: FlexTokConfig, batch: int, generator: torch.Generator, stratified: bool
 ) -> tuple[Tensor, Tensor]:
-    """Budgets and null conditions from one uniform number for each image, (B,) int64 and bool.
+    """Budgets and null conditions from one uniform number for each image: (B,) int64 and bool.
 
-    Numbers in equal strata make the sum of what images keep almost the same in each step, on each process.
+    Numbers in equal strata keep the sum of budgets almost the same in each step, on each process.
     """
     u = torch.rand(batch, generator=generator, dtype=accumulation_dtype("cpu"))
     if stratified:
@@ -105,13 +104,13 @@ def _sample_budgets(
 
 
 def draws_of_each(config: FlexTokConfig, latents: Tensor, generators: Sequence[torch.Generator]) -> TrainingDraws:
-    """`sample_draws` for each image from its own generator, so that they do not depend on the rest of the batch."""
+    """`sample_draws` for each image from its own generator, independent of the rest of the batch."""
     each = [sample_draws(config, latents[i : i + 1], generator) for i, generator in enumerate(generators)]
     return TrainingDraws(*(torch.cat(parts) for parts in zip(*each, strict=True)))
 
 
 def kept_codes(tokenizer: FlexTok, latents: Tensor, kept: Tensor) -> Tensor:
-    """Quantised codes of (B, C, h, w) latents, those of each image's first `kept` tokens, (B,) on the CPU, end to end.
+    """Quantised codes of each image's first `kept` tokens, (B,) on the CPU, concatenated; latents are (B, C, h, w).
 
     At least one image is encoded, so that all weights have gradients.
     """
@@ -128,13 +127,13 @@ def flow_loss(
     latents: Tensor,  # (B, C, h, w) clean, scaled
     draws: TrainingDraws,
     *,
-    tokens: Tensor | None = None,  # (B, K) int64 to decode from in place of the images' own
-    route: Route | None = None,  # that patches take around middle blocks of the decoder
+    tokens: Tensor | None = None,  # (B, K) int64 to decode from instead of the images' own
+    route: Route | None = None,  # of patches around middle blocks of the decoder
 ) -> FlowLoss:
-    """Velocity error of the decoder given the encoder's quantised codes, with gradients to both, or given `tokens`.
+    """Error of the decoder's velocity, with gradients to decoder and encoder, or to the decoder given `tokens`.
 
-    Only what an image keeps is computed: an image without condition is not encoded, nor are the registers beyond the
-    budget of another. A frozen encoder runs as `tokenize` runs it, so that the decoder is trained on the same tokens.
+    Only what an image keeps is computed: no registers beyond its budget, and no code of an image without condition. A
+    frozen encoder runs as in `tokenize`, so that the decoder trains on the same tokens.
     """
     config = tokenizer.config
     kept = draws.num_tokens.masked_fill(draws.null, 0)
@@ -152,6 +151,6 @@ def flow_loss(
 
 @contextmanager
 def tokenizing(device: torch.device) -> Iterator[None]:
-    """Float32 without gradients, whatever the precision of the training."""
+    """Compute in float32 without gradients, whatever the precision of the training."""
     with torch.no_grad(), full_precision(device):
         yield

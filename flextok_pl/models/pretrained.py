@@ -1,7 +1,8 @@
-"""Load and save models: a format of `flextok_pl.interop` says what a file holds, and the model is built from it here.
+"""Load and save models in the formats of `flextok_pl.interop`.
 
 Names and shapes are compared with the configuration before any weight is read. Each tensor is then copied once, from
-the mapped file to its place, so the peak is one copy of the weights. They become float32, as in the official loader.
+the mapped file to its place, so peak memory is one copy of the weights. Weights become float32, as in the official
+loader.
 """
 
 import dataclasses
@@ -27,12 +28,12 @@ _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 class PretrainedModel(Publishable):
-    """A model that is loaded and saved in the formats of `flextok_pl.interop`."""
+    """Base of models that load and save in the formats of `flextok_pl.interop`."""
 
     formats: ClassVar[Mapping[str, Format[Any]]]
 
     def file_names(self) -> list[str]:
-        """Names that its file may have in a folder, in the order of preference."""
+        """Names that the model's file may have in a folder, in order of preference."""
         return _file_names(self.formats)
 
     @classmethod
@@ -41,11 +42,11 @@ class PretrainedModel(Publishable):
 
         Args:
             path_or_hub_id: a `.safetensors` file, a folder with one or with an index of several, or a Hub id
-                `OWNER/NAME` or `OWNER/NAME@REVISION`; what is on this machine comes first.
+                `OWNER/NAME` or `OWNER/NAME@REVISION`; a local file or folder comes first.
             device: where to put the weights.
 
         Raises:
-            ValueError: there is no such file, it is damaged, or is not a model that this package can represent.
+            ValueError: the file is missing or damaged, or its model is not supported.
         """
         return load_model(path_or_hub_id, cls.formats, cls, device)
 
@@ -56,31 +57,31 @@ class PretrainedModel(Publishable):
         weights: Mapping[str, Tensor] | None = None,
         max_shard_size: int | str | None = None,
     ) -> Path:
-        """Save weights, a tokenizer's autoencoder included, and configuration as safetensors; returns the file.
+        """Save configuration and weights, with a tokenizer's autoencoder, as safetensors; returns the file.
 
-        It is written atomically: what was there stays whole until the new one is.
+        The write is atomic: an old file stays whole until the new one is complete.
 
         Args:
-            path: a `.safetensors` file, or a folder: a tokenizer is `model.safetensors` there, a prior
-                `prior.safetensors`, and a published format `model.safetensors`.
+            path: a `.safetensors` file or a folder. A folder gets `model.safetensors`, or `prior.safetensors` for a
+                prior in our format.
             format: `ours`; `official` for the published code of tokenizers, `flexar` for that of priors.
-            weights: the state dict, where the model itself holds parts of it only.
-            max_shard_size: the largest file in a folder, in bytes or such as `5GB`. A larger model becomes several
-                files with an index, which is returned and written last. Default 5 GB for our format, and one file for
-                the published ones, whose code reads no other.
+            weights: the state dict, if the model itself holds only parts of it.
+            max_shard_size: largest file in a folder, in bytes or such as `5GB`. A larger model becomes several files
+                and an index, which is returned and written last. Default 5 GB for our format, and one file for the
+                published ones, whose code reads no other.
 
         Raises:
-            ValueError: the format cannot express the model, or the size is none.
+            ValueError: the format cannot express the model, or the size is invalid.
         """
         return save_model(self.weights_to_save(weights), self.config, path, self.formats, format, max_shard_size)
 
     def save_to_publish(self, folder: Path, format: str, max_shard_size: int | str | None) -> Path:
-        """Save it in a folder."""
+        """Save the model in a folder."""
         return self.save_pretrained(folder, format, max_shard_size=max_shard_size)
 
 
 def model_downloads(path_or_hub_id: str | Path, formats: Mapping[str, Format[Any]]) -> list[Download]:
-    """What `load_model` fetches."""
+    """The downloads of `load_model`."""
     if Path(path_or_hub_id).expanduser().exists() or str(path_or_hub_id).endswith(".safetensors"):
         return []
     names = _file_names(formats)
@@ -98,9 +99,9 @@ def load_model(
     device: str | torch.device | None = None,
     vae_config: Mapping[str, Any] | str | Path | None = None,
 ) -> ModelT:
-    """A model of class `make`, in evaluation mode, from a file or folder on this machine, or else from the Hub.
+    """Load a model of class `make`, in evaluation mode, from a local file or folder, or else from the Hub.
 
-    ValueError where there is no such file, or it is damaged, has another format, or does not fit its configuration.
+    Raises ValueError if the file is missing or damaged, has another format, or does not fit its configuration.
     """
     companions = dict.fromkeys(each.companion for each in formats.values() if each.companion)
     path, beside = find_file(path_or_hub_id, _file_names(formats), list(companions))
@@ -109,8 +110,8 @@ def load_model(
         if format_ is None:
             lacking = "".join(f", and there is no {name} beside it" for name in companions)
             raise ValueError(
-                f"{path} is no {make.__name__} checkpoint: its metadata (keys: {sorted(file.metadata)[:8]}) do not "
-                f"tell the model{lacking}; give a file that {make.__name__}.save_pretrained has written"
+                f"{path} is not a {make.__name__} checkpoint: its metadata (keys: {sorted(file.metadata)[:8]}) do not "
+                f"describe one{lacking}; give a file that {make.__name__}.save_pretrained has written"
             )
         try:
             contents = format_.read(file, vae_config)
@@ -124,7 +125,7 @@ def load_model(
 
 
 def kind_of(path_or_hub_id: str | Path, *kinds: type[ModelT]) -> tuple[type[ModelT], Path]:
-    """Which of these classes a file, folder or Hub id is of, and its file; ValueError for none of them."""
+    """The class of a file, folder or Hub id among these, and its file; ValueError for none of them."""
     names = dict.fromkeys(chain.from_iterable(_file_names(each.formats) for each in kinds))
     formats = [(kind, each) for kind in kinds for each in kind.formats.values()]
     companions = [each.companion for _, each in formats if each.companion]
@@ -132,7 +133,7 @@ def kind_of(path_or_hub_id: str | Path, *kinds: type[ModelT]) -> tuple[type[Mode
     with open_tensors(path, beside) as file:
         found = next((kind for kind, each in formats if each.recognises(file)), None)
     if found is None:
-        raise ValueError(f"{path} is none of {', '.join(kind.__name__ for kind in kinds)}: its metadata do not say so")
+        raise ValueError(f"the metadata of {path} describe none of {', '.join(kind.__name__ for kind in kinds)}")
     return found, path
 
 
@@ -173,7 +174,7 @@ def _build(
     make: type[ModelT],
     device: str | torch.device | None,
 ) -> ModelT:
-    # A depth that no file of this size can have would keep the constructor busy for hours.
+    # A file's number of tensors bounds the depth; a larger one would keep the constructor busy for hours.
     for name, depth in _depths(dataclasses.asdict(contents.config)):
         if depth > len(file.shapes):
             raise ValueError(f"{file.path} has {len(file.shapes)} tensors, too few for {name}={depth}")
@@ -181,7 +182,7 @@ def _build(
         with torch.device("meta"):
             model = make(contents.config)
     except (ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError) as error:
-        raise ValueError(f"{file.path}: its configuration describes no model: {error}") from error
+        raise ValueError(f"{file.path}: its configuration does not describe a model: {error}") from error
     wanted = {ours: tuple(tensor.shape) for ours, tensor in model.state_dict().items()}
     sources = {ours: contents.source(ours) for ours in wanted}
     made = {ours: Made((each,), _as_it_is) if isinstance(each, str) else each for ours, each in sources.items()}
@@ -199,7 +200,7 @@ def _build(
         phrases = [f"{problem}: {_some(found)}" for problem, found in problems.items() if found]
         raise ValueError(f"{file.path} does not fit its configuration: {'; '.join(phrases)}{contents.doubt}")
     if left_out:
-        warnings.warn(f"{file.path}: the model leaves out {_some(left_out)}", stacklevel=4)
+        warnings.warn(f"{file.path}: the model does not use {_some(left_out)}", stacklevel=4)
     weights = {
         ours: each.make(*map(file.handle.get_tensor, each.names)).to(
             device or "cpu", torch.float32, copy=True, memory_format=torch.contiguous_format
@@ -215,7 +216,7 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 def _wrong_shape(file: TensorFile, made: Made, wanted: tuple[int, ...]) -> str | None:
-    """What is wrong with the shapes of those that a tensor of ours is made of; None where one is missing."""
+    """Describe wrong shapes among the file's tensors for one of ours; None where one is missing."""
     if any(name not in file.shapes for name in made.names):
         return None
     found = [list(file.shapes[name]) for name in made.names]

@@ -1,8 +1,8 @@
 """The prior: a GPT-style Transformer over FlexTok tokens, conditioned on a class or on a text.
 
-Settings follow the class-conditional and text-conditional models of FlexTok (https://arxiv.org/abs/2502.13967):
-learned absolute positions, pre-norm, SwiGLU, width 64 * depth; a class embedding is added to the start token, a text is
-attended to. Options of `PriorConfig` give the variants of those that were published as FlexAR
+Settings follow the class-conditional and text-conditional models of FlexTok (https://arxiv.org/abs/2502.13967): learned
+absolute positions, pre-norm, SwiGLU, width 64 * depth. A class embedding is added to the start token; blocks attend to
+a text. Options of `PriorConfig` give the variants of the models published as FlexAR
 (https://github.com/EPFL-VILAB/search-over-tokens), which `Prior.from_pretrained` reads.
 
 Shapes: B batch, K tokens, m prefix, D width, V vocabulary, T text positions, E text width, R rows (2B under guidance).
@@ -33,24 +33,26 @@ from flextok_pl.precision import full_precision
 
 
 class TextStates(NamedTuple):
-    """Texts under a text encoder."""
+    """A text encoder's states of texts."""
 
     states: Tensor  # (B, T, E), padded
-    mask: Tensor  # (B, T) bool, True where there is a state and no padding
+    mask: Tensor  # (B, T) bool, True for states, False for padding
 
 
 Condition = Tensor | tuple[Tensor, Tensor] | None
-"""(B,) int64 classes, -1 for none; or `TextStates`; or None, which is no condition."""
+"""(B,) int64 classes, -1 for no class; or `TextStates`; or None for no condition."""
 
 
 class Prior(PretrainedModel):
     """Predicts each token from those before it and from the condition.
 
-    Position 0 is the start token, position i > 0 holds token i-1; the output at position i predicts token i. The null
-    condition of guidance is a class embedding of its own, or no embedding at all (`null_class`), or the text encoder's
-    states of the empty string, which `set_null_text` stores in the model; until then a published prior has NaN there.
+    Position 0 is the start token, and position i > 0 holds token i-1. The output at position i predicts token i.
 
-    A folder or Hub repository has it as `prior.safetensors`; a release is `model.safetensors` and `config.yaml`.
+    `null_class` chooses the null condition of guidance of a class prior: a learned embedding, or none. A text prior
+    uses the text encoder's states of the empty string, which `set_null_text` stores; until then a published prior has
+    NaN there.
+
+    In a folder or Hub repository its file is `prior.safetensors`; a release has `model.safetensors` and `config.yaml`.
     """
 
     config: PriorConfig
@@ -83,7 +85,7 @@ class Prior(PretrainedModel):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Normal of deviation 0.02, and less for what adds to the residual stream, as in GPT-2."""
+        """Normal of standard deviation 0.02, and smaller for what adds to the residual stream, as in GPT-2."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -95,39 +97,39 @@ class Prior(PretrainedModel):
             self.positions.data.copy_(F.pad(table, (0, 0, 1, -1)))  # the start token has none
 
     def trained_on(self, tokenizer: str, class_names: Sequence[str]) -> None:
-        """Note in the configuration the hash of the tokenizer whose tokens it learns, and the names of the classes."""
+        """Record in the configuration the hash of the tokenizer whose tokens it learns, and the class names."""
         self.config = dataclasses.replace(self.config, tokenizer=tokenizer, class_names=tuple(class_names))
 
     def checkpoint_activations(self, enabled: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of keeping activations, for less memory."""
+        """Recompute blocks in the backward pass instead of keeping activations, to save memory."""
         self.activation_checkpointing = enabled
 
     @property
     def num_tokens(self) -> int:
-        """K, the largest number of tokens."""
+        """K, the most tokens of a sample."""
         return self.config.num_tokens
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.start.device
 
     def set_null_text(self, states: Tensor) -> None:
         """Store the text encoder's states of the empty string, (T, E), as the null condition.
 
-        They are `TextEncoder.null_states()`. The files of published priors do not hold them.
+        `TextEncoder.null_states()` gives them. The files of published priors do not hold them.
         """
         wanted = (self.config.null_text_length, self.config.text_width)
         if tuple(states.shape) != wanted:
             raise ValueError(
-                f"the empty string has states {tuple(states.shape)}, the prior takes {wanted}: set null_text_length "
-                "and text_width to those of the text encoder"
+                f"the empty string has states {tuple(states.shape)}, but the prior takes {wanted}: set "
+                "null_text_length and text_width to those of the text encoder"
             )
         self.null_text.copy_(states)
 
     @property
     def knows_null(self) -> bool:
-        """Whether it has a null condition: false for a published prior of texts until `set_null_text`."""
+        """Whether the model has a null condition. A published text prior has none until `set_null_text`."""
         return self.config.text_width is None or bool(self.null_text.isfinite().all())
 
     def forward(self, tokens: Tensor, condition: Condition = None) -> Tensor:
@@ -143,9 +145,9 @@ class Prior(PretrainedModel):
         return self.head(self.hidden(tokens, condition))  # type: ignore[no-any-return]
 
     def hidden(self, tokens: Tensor, condition: Condition = None, null: Tensor | None = None) -> Tensor:
-        """The states (B, k, D) that the head turns into logits; unchecked, for training.
+        """Compute the states (B, k, D) that the head turns into logits; unchecked, for training.
 
-        Arguments are those of `forward`, and `null` (B,) bool, the samples whose condition is dropped.
+        Takes the arguments of `forward`, and `null` (B,) bool: the samples whose condition is dropped.
         """
         null = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device) if null is None else null
         memories = self._memories(condition, null)
@@ -158,9 +160,9 @@ class Prior(PretrainedModel):
         cfg_scale: PositionScale = 1.0,
         num_tokens: int | None = None,
     ) -> GenerationState:
-        """The state from which tokens are drawn, one by one or in branches; arguments are those of `generate`.
+        """Make the state from which to draw tokens one by one or in branches; takes the arguments of `generate`.
 
-        `prefix` has fewer than `num_tokens` tokens.
+        `prefix` must have fewer than `num_tokens` tokens.
 
         Raises:
             ValueError: an argument does not fit the model.
@@ -168,7 +170,7 @@ class Prior(PretrainedModel):
         length = self.num_tokens if num_tokens is None else num_tokens
         condition, prefix = self._checked_start(condition, prefix, _batch_size(condition, prefix, None), length)
         if prefix.shape[1] == length:
-            raise ValueError(f"prefix has all num_tokens={length} tokens: nothing follows")
+            raise ValueError(f"prefix has all num_tokens={length} tokens: there is nothing to draw")
         scales = scale_at_positions(cfg_scale, self.num_tokens)
         return self._begin(condition, prefix, scales, any(scale != 1.0 for scale in scales), length)
 
@@ -186,21 +188,21 @@ class Prior(PretrainedModel):
     ) -> Tensor:
         """Sample tokens, with a cache of keys and values.
 
-        The logits are those of `forward`: unconditional + scale * (conditional - unconditional), both computed as one
-        batch. A sample's randomness is K numbers drawn at the start from its generator, so that with one generator per
-        sample it depends neither on the batch nor on `num_tokens`.
+        The logits are those of `forward`: unconditional + scale * (conditional - unconditional), computed as one batch.
+        Each sample's generator first draws K numbers, which decide its tokens. With one generator for each sample, the
+        tokens depend neither on the batch nor on `num_tokens`.
 
         Args:
-            condition: (B,) classes, -1 for none; or text states and mask; or None for no condition, with as many
-                samples as `prefix` or `generator` have, or else one.
-            num_tokens: k, tokens to return, prefix included; default K.
+            condition: (B,) classes, -1 for no class; or text states and mask; or None for no condition, with as many
+                samples as `prefix` or `generator` has, or else one.
+            num_tokens: k, number of tokens to return, prefix included; default K.
             cfg_scale: guidance, 1 for none: a number, numbers to interpolate over the K positions, or a function of the
                 position.
             temperature: divides the logits; 0 takes the most likely token.
             top_k: draw from the k most likely tokens.
-            top_p: draw from the fewest most likely tokens that have this probability together.
-            prefix: (B, m) int64 first tokens, which are kept, m <= k.
-            generator: one for the batch, or one per sample.
+            top_p: draw from the fewest most likely tokens that together have this probability.
+            prefix: (B, m) int64 first tokens to keep, m <= k.
+            generator: one for the batch, or one for each sample.
 
         Returns:
             (B, k) int64.
@@ -225,7 +227,7 @@ class Prior(PretrainedModel):
     def _begin(
         self, condition: Condition, prefix: Tensor, scales: Sequence[float], guided: bool, length: int
     ) -> GenerationState:
-        """Run (B, m) first tokens under the condition and, for guidance, under none."""
+        """Run (B, m) first tokens under the condition and, for guidance, without it."""
         null, tokens = torch.zeros(len(prefix), dtype=torch.bool, device=self.device), prefix
         if guided:
             self._require_null()
@@ -238,23 +240,23 @@ class Prior(PretrainedModel):
     def _checked_start(
         self, condition: Condition, prefix: Tensor | None, batch: int, length: int
     ) -> tuple[Condition, Tensor]:
-        """The condition and the (B, m) first tokens that B sequences of `length` tokens start with."""
+        """Check the condition and the (B, m) first tokens of B sequences of `length` tokens."""
         check_budget(length, self.num_tokens)
         if prefix is None:
             prefix = torch.zeros(batch, 0, dtype=torch.int64, device=self.device)
         prefix = self._checked_tokens(prefix, "prefix", 0)
         if prefix.shape[1] > length or len(prefix) != batch:
             raise ValueError(
-                f"prefix has shape {tuple(prefix.shape)}, but {batch} samples of num_tokens={length} are wanted"
+                f"prefix has shape {tuple(prefix.shape)}, but you asked for {batch} samples of num_tokens={length}"
             )
         return self._checked_condition(condition, batch), prefix
 
     def embed_next(self, tokens: Tensor, place: Tensor) -> Tensor:
-        """The input of the blocks for one position more: (R, 1) tokens, before position (1,) -> (R, 1, D)."""
+        """The input of the blocks for one more position: (R, 1) tokens and the position (1,) -> (R, 1, D)."""
         return self.token_embedding(tokens) + self.positions.index_select(0, place)  # type: ignore[no-any-return]
 
     def logits(self, states: Tensor) -> Tensor:
-        """What the head makes of few states: (R, D) -> (R, V) float32."""
+        """Apply the head to a few states: (R, D) -> (R, V) float32."""
         return self.head(states).float()  # type: ignore[no-any-return]
 
     def _embed(self, tokens: Tensor, condition: Condition, null: Tensor) -> Tensor:
@@ -272,7 +274,7 @@ class Prior(PretrainedModel):
         return x + self.positions[: x.shape[1]]
 
     def _memories(self, condition: Condition, null: Tensor) -> list[TextMemory | None]:
-        """Keys and values of the text for every block, with the null text where `null` (B,) is True."""
+        """Keys and values of the text for every block; the null text's where `null` (B,) is True."""
         if self.config.text_width is None:
             return [None] * len(self.blocks)
         empty, length = self.null_text, len(self.null_text)
@@ -307,16 +309,16 @@ class Prior(PretrainedModel):
             )
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < config.vocab_size:
             raise ValueError(
-                f"{name} holds {int(tokens.min())}..{int(tokens.max())}, outside 0..{config.vocab_size - 1}: it comes "
-                "from another tokenizer than the prior's"
+                f"{name} holds {int(tokens.min())}..{int(tokens.max())}, outside 0..{config.vocab_size - 1}: another "
+                "tokenizer than the prior's made it"
             )
         return tokens.to(self.device)
 
     def _require_null(self) -> None:
         if not self.knows_null:
             raise ValueError(
-                "no condition and guidance need the states of the empty string, which the file of a published prior "
-                "does not hold: prior.set_null_text(TextEncoder(prior.config.text_encoder).null_states())"
+                "sampling without a condition and guidance need the states of the empty string, which files of "
+                "published priors lack: prior.set_null_text(TextEncoder(prior.config.text_encoder).null_states())"
             )
 
     def _checked_condition(self, condition: Condition, batch: int) -> Condition:
@@ -329,7 +331,7 @@ class Prior(PretrainedModel):
             if states.ndim != 3 or states.shape[::2] != (batch, config.text_width) or mask.shape != states.shape[:2]:
                 raise ValueError(
                     f"text states {tuple(states.shape)} with mask {tuple(mask.shape)}: this prior takes ({batch}, T, "
-                    f"{config.text_width}) with ({batch}, T); encode the texts with its text encoder"
+                    f"{config.text_width}) with ({batch}, T); use the prior's own text encoder"
                 )
             if not config.text_mask and states.shape[1] != config.text_length:
                 raise ValueError(
@@ -337,24 +339,24 @@ class Prior(PretrainedModel):
                     f"text_length={config.text_length} positions; make them with TextEncoder(..., pad=True)"
                 )
             if not mask.any(1).all():
-                raise ValueError("a text has no state at all; the empty string has some, too: pass condition=None")
+                raise ValueError("a text has no states; for no condition pass condition=None")
             return condition
-        expected = f"must be int64 classes of shape ({batch},), -1 for none"
+        expected = f"must be int64 classes of shape ({batch},), -1 for no class"
         if isinstance(condition, tuple):
-            raise ValueError(f"condition {expected}: this prior knows no texts")
+            raise ValueError(f"condition {expected}: this prior takes no texts")
         classes = as_ids(condition, f"condition, which {expected},")
         if classes.shape != (batch,):
             raise ValueError(f"condition {expected}; it has shape {tuple(classes.shape)}")
         if batch and not -1 <= int(classes.min()) <= int(classes.max()) < config.num_classes:
             raise ValueError(
-                f"condition holds classes {int(classes.min())}..{int(classes.max())}; this prior knows "
-                f"0..{config.num_classes - 1}, and -1 for none"
+                f"condition holds classes {int(classes.min())}..{int(classes.max())}; this prior has "
+                f"0..{config.num_classes - 1}, and -1 for no class"
             )
         return classes.to(self.device)
 
 
 def _text(condition: Condition) -> tuple[Tensor, Tensor]:
-    """States and mask; states without a mask are all there."""
+    """States and mask; without a mask all states count."""
     if isinstance(condition, Tensor):
         return condition, torch.ones(condition.shape[:2], dtype=torch.bool, device=condition.device)
     assert condition is not None
@@ -362,7 +364,7 @@ def _text(condition: Condition) -> tuple[Tensor, Tensor]:
 
 
 def _doubled(condition: Condition) -> Condition:
-    """The condition of 2B rows, of which the second half will be null."""
+    """The condition of 2B rows; the second half becomes null."""
     if condition is None:
         return None
     if isinstance(condition, Tensor):

@@ -1,4 +1,4 @@
-"""Models that can be given to others by themselves, with a card that says what was recorded of them."""
+"""Publish models, with a card of what their runs have recorded."""
 
 from __future__ import annotations
 
@@ -27,38 +27,38 @@ from flextok_pl.sharing.upload import upload
 
 
 class Publishable(nn.Module):
-    """A model with a configuration, weights to save, and a folder to save them in."""
+    """Base of models that have a configuration, weights to save and a folder layout to publish."""
 
     config: FlexTokConfig | PriorConfig | VAEConfig
     loaded_from: str = ""
-    """`OWNER/NAME@COMMIT` of a model of the Hub; empty for any other."""
+    """`OWNER/NAME@COMMIT` of a model from the Hub; empty for others."""
 
     def weights_to_save(self, weights: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
-        """What its file holds, by name; `weights` are its state dict, where the model itself holds parts of it only."""
+        """The tensors of its file, by name. `weights` is its state dict, if the model itself holds only parts."""
         return self.state_dict() if weights is None else weights
 
     def file_names(self) -> Sequence[str]:
-        """Names that its file may have in a folder, as `from_pretrained` looks for them."""
+        """Names that its file may have in a folder, in the order in which `from_pretrained` tries them."""
         raise NotImplementedError
 
     def save_to_publish(self, folder: Path, format: str, max_shard_size: int | str | None) -> Path:
-        """Save it in a folder; returns the file, or the index of several."""
+        """Save the model in a folder; returns the file, or the index of several."""
         raise NotImplementedError
 
     def push_to_hub(self, repository: str, *, send: bool = False, **options: Any) -> str | None:
-        """Publish the model on the Hugging Face Hub with a model card; without `send` only show what would go there.
+        """Publish the model on the Hugging Face Hub with a model card; without `send` only show what would be sent.
 
         Args:
             repository: `OWNER/NAME`.
             send: send it. By default nothing leaves this machine.
-            **options: those of `flextok_pl.sharing.publication.Publication`, of which `license` and `data_license` must
-                be given, and those of `publish`, such as `run`.
+            **options: those of `flextok_pl.sharing.publication.Publication`, of which `license` and `data_license` are
+                required, and those of `publish`, such as `run`.
 
         Returns:
-            The address of the commit, or None where nothing was sent.
+            The address of the commit, or None if nothing was sent.
 
         Raises:
-            ValueError: an option is missing or wrong, records are of other weights, or the Hub refuses.
+            ValueError: an option is missing or wrong, records belong to other weights, or the Hub refuses.
         """
         known = {field.name for field in dataclasses.fields(Publication)}
         given = Publication(repository, **{name: value for name, value in options.items() if name in known})
@@ -74,20 +74,20 @@ class Publishable(nn.Module):
         max_shard_size: int | str | None = None,
         out: str | Path | None = None,
     ) -> str | None:
-        """`push_to_hub`, with its options as one object.
+        """Run `push_to_hub` with its options in one object.
 
-        The card is written from what a run has recorded, and says where nothing was. All files go in one commit, with
-        the token in HF_TOKEN or that of `hf auth login`.
+        The card states what the run has recorded, and marks what it has not. All files go in one commit, with the
+        token in HF_TOKEN or that of `hf auth login`.
 
         Args:
-            given: where to, and what the card has to say.
+            given: the repository, and the facts that the card needs from you.
             send: see `push_to_hub`.
-            run: folder of the run that has trained the model.
-            records: folder of an evaluation by `flextok test`; by default that of the run or the newest one beside it
-                whose records are of these weights.
+            run: folder of the run that trained the model.
+            records: folder of an evaluation by `flextok test`; default the run's, or the newest one beside it whose
+                records belong to these weights.
             format: see `save_pretrained`.
             max_shard_size: see `save_pretrained`.
-            out: folder that keeps what would go, to be looked at; it must be empty or new.
+            out: new or empty folder in which to keep the files for inspection.
         """
         facts = self._facts(format)
         known = read_run(None if run is None else Path(run).expanduser(), facts.kind, facts.digest, records)
@@ -101,7 +101,7 @@ class Publishable(nn.Module):
             write_file(folder / "README.md", model_card(given, facts, known))
             print(_shown(given, folder))
             if not send:
-                print("\nNothing was sent: look at it, then give `send`.")
+                print("\nNothing was sent: read the card, then add `send`.")
                 return None
             address = upload(folder, given, weights.name, with_indices(self.file_names()))
         print(f"\nsent: {address}")
@@ -119,22 +119,22 @@ class Publishable(nn.Module):
 
 @contextmanager
 def _folder(out: str | Path | None) -> Iterator[Path]:
-    """An empty folder: a given one, or one that is gone afterwards."""
+    """The given folder, which must be empty, or a temporary one."""
     if out is None:
         with tempfile.TemporaryDirectory(prefix="flextok_push_") as temporary:
             yield Path(temporary)
         return
     folder = Path(out).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"out={out} is there and not empty: name a new folder")
+        raise ValueError(f"out={out} exists and is not empty: name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     yield folder
 
 
 def _shown(given: Publication, folder: Path) -> str:
-    """What would go, as text."""
+    """Describe, as text, what would be sent."""
     files = sorted((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.name)
-    who = "private" if given.private else "public, or as it is where it is there already"
+    who = "private" if given.private else "public, unless the repository exists and is private"
     access = "" if given.gated is None else f", gated ({given.gated})"
     lines = [
         f"repository: {given.repository}, branch {given.revision or 'main'}; {who}{access}",

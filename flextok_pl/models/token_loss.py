@@ -1,17 +1,18 @@
 """Cross-entropy over a large vocabulary without a logits tensor for the whole batch.
 
-Logits of 8 images at 256 tokens of 64,000 take 0.5 GB in float32, and their gradient as much again. Here a chunk of
-positions at a time is projected, turned into its loss and its gradient, and dropped; the gradients with respect to the
-hidden states and the weight are complete when the forward pass ends. They are those of the sum over positions until the
-backward pass, which brings the number of positions and the scale of the loss: so float16 holds the slopes of logits,
-which are between -1 and 1.
+Logits of 8 images at 256 tokens of 64,000 take 0.5 GB in float32, and their gradient as much again. Here one chunk of
+positions at a time is projected and turned into its loss and gradient. The gradients of the hidden states and the
+weight are complete when the forward pass ends. They are those of the sum over positions; the backward pass divides by
+the number of positions and applies the loss scale. So float16 holds slopes of logits, which lie between -1 and 1.
 
-`torch.nn.functional.linear_cross_entropy` (torch 2.13 and later) makes its gradients in the same way. It is not used
-because of what we found in torch 2.15. It returns the mean alone, without the loss and the hit of each token. It makes
-all logits at once where labels are smoothed. It rounds the loss to the type of its inputs, to 6.156 instead of 6.218 in
-bfloat16, and sums the gradient of the weight in that type, with twice the error of ours over eight chunks. In float16
-its gradients are those of the mean: at 8,192 positions those of rarely drawn tokens are 17 % off, and a loss scale of
-65,536, at which scalers begin, makes them NaN.
+`torch.nn.functional.linear_cross_entropy` (torch 2.13 and later) makes its gradients in the same way. We do not use it,
+because in torch 2.15 it
+- returns only the mean, not the loss and the hit of each token;
+- makes all logits at once with label smoothing;
+- rounds the loss to the type of its inputs (6.156 instead of 6.218 in bfloat16), and sums the weight's gradient in that
+  type, with twice our error over eight chunks;
+- uses gradients of the mean in float16: at 8,192 positions those of rarely drawn tokens are 17 % off, and a loss scale
+  of 65,536, the usual first one, makes them NaN.
 
 Shapes: N positions of all images, C of them in a chunk, D width, V vocabulary.
 """
@@ -28,7 +29,7 @@ from torch import Tensor
 class TokenLoss(NamedTuple):
     """Result of `token_loss`."""
 
-    loss: Tensor  # scalar, the mean over positions, smoothed; only this one carries gradients
+    loss: Tensor  # scalar, the smoothed mean over positions; only it carries gradients
     nll: Tensor  # (...) negative log-likelihood in nats of each target
     correct: Tensor  # (...) bool, whether the target was the most likely token
 
@@ -44,9 +45,9 @@ def token_loss(
 ) -> TokenLoss:
     """Cross-entropy of `hidden @ weight.T + bias`, (..., D), (V, D) and (V,), against (...) int64 targets.
 
-    `label_smoothing` is the share of the target's probability that is spread over the vocabulary; `chunk_size` the
-    positions whose logits exist at a time, None for all at once, through autograd. `compiled` is for chunks on a GPU:
-    what comes between their matrix products becomes a few kernels. On a CPU it takes longer than without.
+    `label_smoothing` is the share of the target's probability that is spread over the vocabulary. `chunk_size` is the
+    number of positions whose logits exist at a time; None takes all at once, through autograd. `compiled` fuses what
+    lies between a chunk's matrix products, for GPUs; on a CPU it is slower.
     """
     rows, wanted = hidden.flatten(0, -2), targets.flatten()
     if bias is not None:  # one more column, of ones
@@ -73,7 +74,7 @@ class _Chunk(NamedTuple):
 
 
 def _chunk(logits: Tensor, targets: Tensor, smoothing: float, dtype: torch.dtype) -> _Chunk:
-    """What becomes of (C, V) logits, which are overwritten, and (C,) targets; the slope has type `dtype`."""
+    """Loss and slope of (C, V) logits, which are overwritten, and (C,) targets; the slope has type `dtype`."""
     logits, wanted = logits.float(), targets[:, None]
     top, likeliest = logits.max(-1, keepdim=True)
     own = logits.gather(-1, wanted)
@@ -91,7 +92,7 @@ def _chunk(logits: Tensor, targets: Tensor, smoothing: float, dtype: torch.dtype
 
 @cache
 def _compiled_chunk() -> Callable[[Tensor, Tensor, float, torch.dtype], _Chunk]:
-    """`_chunk` in a few kernels, compiled for the size of a chunk, and for that of the last one."""
+    """`_chunk` in a few kernels, compiled for a full chunk and for the last one."""
     return torch.compile(_chunk, dynamic=False, fullgraph=True)
 
 
@@ -115,11 +116,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 slope, *columns = evaluate(rows @ matrix.T, targets[place], smoothing, dtype)
                 if of_hidden is not None:
                     of_hidden[place] = slope @ matrix
-                if of_weight is not None and dtype == of_weight.dtype:  # without a copy of its size
+                if of_weight is not None and dtype == of_weight.dtype:  # avoids a copy of its size
                     torch.addmm(of_weight, slope.T, rows, out=of_weight)
                 elif of_weight is not None:
                     of_weight.add_(slope.T @ rows)
-                del slope  # before the next chunk has its own
+                del slope  # frees it before the next chunk's
                 values.append(columns)
         ctx.gradients, ctx.dtype, ctx.count = (of_hidden, of_weight), hidden.dtype, len(hidden)
         nll, correct, spread = (torch.cat(column) for column in zip(*values, strict=True))

@@ -1,9 +1,8 @@
 """FlexTok: images to 1..K ordered tokens, and back (https://arxiv.org/abs/2502.13967).
 
-What is special about it:
-- An autoencoder makes latents of an image; the registers of a ViT read them and are quantised to tokens.
+- An autoencoder maps an image to latents. The registers of a ViT read them and are quantised to tokens.
 - Tokens are ordered: a register sees no later one, and training drops all tokens after a random number of them.
-- A rectified flow decodes latents from any number of first tokens, under guidance.
+- A rectified flow decodes latents from any number of first tokens, with guidance.
 
 Shapes: B batch, C channels, h x w latent, K registers, k <= K kept tokens, L FSQ levels.
 """
@@ -42,18 +41,18 @@ from flextok_pl.models.vae import VAE
 from flextok_pl.precision import full_precision, require_float32
 from flextok_pl.transfer import send
 
-DIVERGED = "the weights hold some, or have diverged: load or train others"
+DIVERGED = "the weights hold some, or have diverged: use other weights"
 
 
 class FlexTok(PretrainedModel):
     """The tokenizer: an autoencoder for latents, a register encoder, FSQ, and a flow decoder.
 
-    `encode_latents`, `tokenize`, `sample_latents` and `detokenize` are for use: they compute in float32 without TF32,
-    also under autocast, and refuse values that are not finite. `encode` and `velocity` are for training: they have
+    For use, call `encode_latents`, `tokenize`, `sample_latents` and `detokenize`: they compute in float32 without TF32,
+    also under autocast, and refuse values that are not finite. For training, call `encode` and `velocity`: they have
     gradients and the caller's precision.
 
-    An autoencoder given as `vae` takes the place of a new one of `config.vae`, in the configuration, too. A frozen one
-    is not part of the state dict, but is saved.
+    An autoencoder given as `vae` replaces a new one of `config.vae`, also in the configuration. A frozen one is not
+    part of the state dict, but is saved.
     """
 
     config: FlexTokConfig
@@ -72,10 +71,10 @@ class FlexTok(PretrainedModel):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Xavier for linear maps, unit normal tokens, and zero where adaLN-zero wants it.
+        """Xavier for linear maps, unit normal tokens, and zero for adaLN-zero.
 
-        Differs from the official code, whose tokens start at a standard deviation of 0.02: there the content of the
-        registers drowns their identity at first, and they learn to differ later.
+        In the official code tokens start at a standard deviation of 0.02. There the content of the registers drowns
+        their identity at first, and they learn to differ later.
         """
         for module in [*self.encoder.modules(), *self.decoder.modules()]:
             if isinstance(module, nn.Linear):
@@ -84,7 +83,7 @@ class FlexTok(PretrainedModel):
                     nn.init.zeros_(module.bias)
         decoder = self.decoder
         for token in [*self.encoder.parameters(recurse=False), *decoder.parameters(recurse=False)]:
-            if token.requires_grad:  # registers, their positions, mask and null token; patch positions are fixed
+            if token.requires_grad:  # registers, their positions, mask and null token, but not fixed patch positions
                 nn.init.normal_(token)
         zeros = [module for name, module in decoder.named_modules() if name.endswith("adaLN_modulation.1")]
         for module in [*zeros, decoder.head.proj]:
@@ -103,38 +102,38 @@ class FlexTok(PretrainedModel):
 
         Args:
             path_or_hub_id: a `.safetensors` file, a folder with `model.safetensors` or its index, or a Hub id
-                `OWNER/NAME` or `OWNER/NAME@REVISION`; what is on this machine comes first.
-            vae_config: diffusers' `AutoencoderKL` configuration (a mapping or a JSON file) of an official
-                checkpoint whose autoencoder is not the published one.
+                `OWNER/NAME` or `OWNER/NAME@REVISION`; a local file or folder comes first.
+            vae_config: diffusers' `AutoencoderKL` configuration (a mapping or a JSON file), for an official checkpoint
+                whose autoencoder is not the published one.
             device: where to put the weights.
 
         Raises:
-            ValueError: there is no such file, it is damaged, or is not a FlexTok this package can represent.
+            ValueError: the file is missing or damaged, or its model is not supported.
         """
         return load_model(path_or_hub_id, TOKENIZER_FORMATS, cls, device, vae_config)
 
     def weights_to_save(self, weights: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
-        """The state dict, and the autoencoder where that is frozen."""
+        """The state dict, and the autoencoder if that is frozen."""
         weights = super().weights_to_save(weights)
         return {**weights, **self.vae.module.state_dict(prefix="vae.")} if isinstance(self.vae, Frozen) else weights
 
     def checkpoint_activations(self, enabled: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of keeping activations, for less memory."""
+        """Recompute blocks in the backward pass instead of keeping activations, to save memory."""
         self.encoder.activation_checkpointing = self.decoder.activation_checkpointing = enabled
 
     @property
     def num_registers(self) -> int:
-        """K, the largest number of tokens."""
+        """K, the most tokens of an image."""
         return self.config.num_registers
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.encoder.patch_posemb.device
 
     @property
     def latent_size(self) -> tuple[int, int]:
-        """(h, w) of the latents of images of the training's size, or the first of its sizes."""
+        """(h, w) of the latents of training images, or of the first of several training sizes."""
         rows, columns = self.config.grids[0]
         return rows * self.config.patch_size, columns * self.config.patch_size
 
@@ -144,11 +143,11 @@ class FlexTok(PretrainedModel):
         return tokens_identity(self, self.encoder, vae, self.config)
 
     def require_vae(self) -> VAE:
-        """The autoencoder, or a `ValueError` where there is none."""
+        """The autoencoder; raises a `ValueError` if there is none."""
         if self.vae is None:
             raise ValueError(
-                "this tokenizer has no VAE (config.vae is null), so it works on latents only; "
-                "use encode / velocity / sample_latents, or build it with a VAE"
+                "this tokenizer has no VAE (config.vae is null) and takes latents only; use encode / velocity / "
+                "sample_latents, or build it with a VAE"
             )
         return self.vae.module if isinstance(self.vae, Frozen) else self.vae
 
@@ -158,12 +157,12 @@ class FlexTok(PretrainedModel):
         """Scaled VAE latents of images, (B, C, h, w).
 
         Args:
-            images: (B, 3, H, W) in [-1, 1], of any floating type, also of NumPy; overshoots up to 2 are taken.
+            images: (B, 3, H, W) in [-1, 1], of any floating type, also NumPy; overshoots up to 2 are allowed.
             sample_posterior: sample the posterior instead of taking its mean.
             generator: source of that sample.
 
         Raises:
-            ValueError: the images are no floating point around [-1, 1], or do not fit the autoencoder.
+            ValueError: the images are not floating point around [-1, 1], or do not fit the autoencoder.
         """
         vae = self.require_vae()
         images = as_images(images, vae.config.image_channels).to(self.device)
@@ -175,8 +174,8 @@ class FlexTok(PretrainedModel):
     def encode(self, latents: Tensor, num_tokens: int | Tensor | None = None) -> Tensor:
         """Codes before quantisation, with gradients: scaled latents (B, C, h, w) -> (B, k, L).
 
-        `num_tokens` is k, one for all or (B,) int64, default K; rows beyond an image's k are zero. Only the first k
-        registers of each image are computed, if they are causal.
+        `num_tokens` is k, one for all or (B,) int64, default K; rows beyond an image's k are zero. Causal registers
+        beyond an image's k are not computed.
 
         Raises:
             ValueError: the latents do not fit the model, or k is not in 1..K.
@@ -185,14 +184,14 @@ class FlexTok(PretrainedModel):
         return pad_sequence(list(torch.split(self._encode(latents, budgets), budgets.tolist())), batch_first=True)
 
     def _encode(self, latents: Tensor, budgets: Tensor) -> Tensor:
-        """Codes of (B,) budgets end to end."""
+        """Codes of (B,) budgets, concatenated."""
         check_latents(latents, self.config)
         require_float32(self.encoder.patch_posemb.dtype, "tokenizer")
         return self.encoder(latents.float(), code_layout(self.config, latents, budgets))  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def tokenize_latents(self, latents: Tensor, num_tokens: int | None = None) -> Tensor:
-        """`tokenize` without the VAE or a check of values: scaled latents (B, C, h, w) -> (B, k) int64."""
+        """`tokenize` without the VAE and without checking values: scaled latents (B, C, h, w) -> (B, k) int64."""
         with full_precision(self.device):
             return self.quantizer.codes_to_tokens(self.quantizer(self.encode(latents, num_tokens)))
 
@@ -209,15 +208,15 @@ class FlexTok(PretrainedModel):
     def tokenize(
         self, images: Tensor, num_tokens: int | Tensor | None = None, quality: Quality | None = None
     ) -> Tensor | list[Tensor]:
-        """Tokens of images, from the mean of the VAE's posterior: deterministic.
+        """Tokenize images from the mean of the VAE's posterior, so the result is deterministic.
 
         Args:
-            images: as for `encode_latents`.
-            num_tokens: k, one for all, default K, or (B,) int64; with `quality` the most for an image.
-            quality: take as few tokens for each image as this needs, searched with log2 k decodings.
+            images: see `encode_latents`.
+            num_tokens: k, one for all or (B,) int64, default K; with `quality` the most for an image.
+            quality: keep the fewest tokens of each image that reach this quality; takes about log2 k decodings.
 
         Returns:
-            (B, k) int64; with `quality` or (B,) numbers B tensors of (k_i,), which `detokenize` takes, too.
+            (B, k) int64; with `quality` or (B,) numbers a list of B tensors (k_i,), which `detokenize` also takes.
 
         Raises:
             ValueError: an argument does not fit the model.
@@ -245,15 +244,15 @@ class FlexTok(PretrainedModel):
         num_tokens: int | Tensor | None = None,
         null: Tensor | None = None,
     ) -> Tensor:
-        """The decoder's velocity, with gradients.
+        """Compute the decoder's velocity, with gradients.
 
-        With `objective="mse"` it is minus the decoded latents, and known for x_t = 0 and t = 1 only.
+        With `objective="mse"` it is minus the decoded latents, and defined for x_t = 0 and t = 1 only.
 
         Args:
             x_t: (B, C, h, w) noised latents.
             t: flow time, one for all or (B,); 1 is pure noise.
             tokens_or_codes: (B, k') int64 tokens, or (B, k', L) quantised codes.
-            num_tokens: tokens kept, one for all or (B,) int64; default all k'.
+            num_tokens: number of tokens kept, one for all or (B,) int64; default all k'.
             null: (B,) bool, True for samples without condition.
 
         Returns:
@@ -293,9 +292,9 @@ class FlexTok(PretrainedModel):
         guidance_interval: tuple[float, float] | None = None,
         join: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> Tensor:
-        """`detokenize` without the VAE: the scaled latents, (B, C, h, w).
+        """Decode as `detokenize`, without the VAE: returns the scaled latents, (B, C, h, w).
 
-        `join` maps states (B, C, h, w) to those that the decoder sees, such as overlapping tiles to tiles that agree.
+        `join` maps states (B, C, h, w) to those that the decoder sees, for example to average overlapping tiles.
         """
         decoding = chosen_decoding(
             self.config,
@@ -332,29 +331,29 @@ class FlexTok(PretrainedModel):
         solver: str = "euler",
         guidance_interval: tuple[float, float] | None = None,
     ) -> Tensor:
-        """Images from tokens.
+        """Decode images from tokens.
 
-        A tokenizer with `objective="mse"` decodes in one step and always to the same images: steps, solver, guidance,
-        generator and the values of `noise` have no effect.
+        Steps and guidance default to those that the tokenizer was made for (`config.num_steps` and so on), such as a
+        distilled one's few steps without guidance, or else to 25 steps with `apg` at 7.5.
 
-        Steps and guidance that are not given are those that the tokenizer was made for (`config.num_steps` and so on),
-        as a distilled one is for few steps and none, or else 25 steps with `apg` at 7.5.
+        A tokenizer with `objective="mse"` is deterministic and decodes in one step: steps, solver, guidance, generator
+        and the values of `noise` have no effect.
 
         Args:
             tokens: (B, k') of any integer type, or a list of B tensors (k',) or (1, k') of different lengths.
-            num_tokens: tokens to use, one for all or (B,) int64; default all that are given. A sample with
-                fewer tokens than that uses those it has. `config.missing_tokens` stands for the others.
+            num_tokens: number of tokens to use, one for all or (B,) int64; default all. A sample with fewer tokens
+                uses those it has. `config.missing_tokens` chooses what replaces the others.
             num_steps: steps of the solver.
             guidance: `none`, `cfg` (classifier-free) or `apg` (adaptive projected guidance).
-            guidance_scale: a number, 1 being no guidance, or a function of t; it needs a guidance that has an effect.
-            generator: source of the noise: one for the batch, or one per sample, whose image then does not
+            guidance_scale: a number, 1 for no guidance, or a function of t. It requires `cfg` or `apg`.
+            generator: source of the noise: one for the batch, or one for each sample, whose image then does not
                 depend on the rest of the batch.
             noise: (B, C, h, w), the state at t = 1, instead of a draw.
             latent_size: (h, w) of the noise to draw; default the training size, `self.latent_size`. Tokens do not
-                remember the shape of their image: for one of H x W pixels it is (H / f, W / f), f being the
-                autoencoder's `config.downsampling`.
+                hold the shape of their image. For H x W pixels give (H / f, W / f), where f is the autoencoder's
+                `config.downsampling`.
             solver: `euler` or `heun`.
-            guidance_interval: (low, high]: flow times at which to guide; default all, (0, 1).
+            guidance_interval: (low, high], the flow times at which to guide; default all, (0, 1).
 
         Returns:
             (B, 3, H, W) around [-1, 1], not clamped.
@@ -372,7 +371,7 @@ class FlexTok(PretrainedModel):
     def _codes_and_budgets(
         self, tokens: Tensor | Sequence[Tensor], num_tokens: int | Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Quantised codes of all images end to end, and how many each has, (B,) int64 on the CPU."""
+        """Quantised codes of all images, concatenated, and the number of each, (B,) int64 on the CPU."""
         rows = as_token_batch(tokens)
         budgets = as_budgets(num_tokens, [len(row) for row in rows], self.num_registers)
         kept = [row[:budget] for row, budget in zip(rows, budgets.tolist(), strict=True)]

@@ -1,7 +1,7 @@
 """The image autoencoder: pixels <-> latents.
 
-A thin wrapper around diffusers' `AutoencoderKL` (the published FlexTok VAE is one, https://arxiv.org/abs/2502.13967,
-appendix A) that owns the scaling of the latents, and an exact autoencoder without weights for tiny images.
+`VAE` wraps diffusers' `AutoencoderKL` (the published FlexTok VAE is one, https://arxiv.org/abs/2502.13967, appendix A)
+and scales its latents. For tiny images it is also an exact autoencoder without weights.
 
 Shapes: B batch, H x W image, C x h x w latent, f = H / h downsampling.
 """
@@ -12,7 +12,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-import diffusers  # which loads an architecture when it is first used: half a second that not every command pays
+import diffusers  # loads an architecture at its first use: half a second that only some commands pay
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -33,7 +33,7 @@ _LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistributio
 
 
 def autoencoder_downloads(path_or_hub_id: str | Path) -> list[Download]:
-    """What `VAE.from_pretrained` fetches."""
+    """The downloads of `VAE.from_pretrained`."""
     if Path(path_or_hub_id).expanduser().is_dir():
         return []
     weights = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*.safetensors")
@@ -46,8 +46,8 @@ class VAE(Publishable):
     """An image autoencoder with scaled latents: latents = (posterior - shift_factor) * scaling_factor.
 
     `moments`, `encode` and `decode` compute in float32, also under autocast (but see `precision.frozen_networks_in`).
-    `forward` is the pass of its own training, in the precision of the caller. A `network`, diffusers' `AutoencoderKL`
-    of the configured architecture, takes the place of a new one with random weights; the kind `pixel` has none.
+    `forward` is for training the autoencoder, in the caller's precision. `network`, a diffusers `AutoencoderKL` of the
+    configured architecture, replaces a new one with random weights; the kind `pixel` has none.
     """
 
     config: VAEConfig
@@ -60,12 +60,12 @@ class VAE(Publishable):
 
     @property
     def network(self) -> diffusers.AutoencoderKL:
-        """Diffusers' autoencoder of the kind `kl`; state dicts and files call it `vae`, as the official ones do."""
+        """Diffusers' autoencoder of the kind `kl`; state dicts and files call it `vae`, like the official ones."""
         return self.vae
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path) -> VAE:
-        """Load a folder written by `save_pretrained` or by diffusers, or a diffusers model of the Hub.
+        """Load a folder written by `save_pretrained` or by diffusers, or a diffusers model from the Hub.
 
         Raises:
             ValueError: there is no such model, its config is not supported, or its tensors do not fit its config.
@@ -74,7 +74,7 @@ class VAE(Publishable):
         folder = Path(path_or_hub_id).expanduser()
         source = HubId.parse(name)
         if folder.is_dir():
-            config = read_vae_config(folder)  # says what is not supported before the weights are read
+            config = read_vae_config(folder)  # refuses what is not supported before reading the weights
             if config.kind == "pixel":
                 return cls(config)
         elif isinstance(path_or_hub_id, Path) or source is None:
@@ -101,7 +101,7 @@ class VAE(Publishable):
         return cls(vae_config_from_diffusers(network.config), network)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder that `from_pretrained` reads, and for the `kl` kind diffusers too."""
+        """Write a folder that `from_pretrained` reads, and diffusers too for the kind `kl`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.config.kind == "pixel":
@@ -113,34 +113,34 @@ class VAE(Publishable):
         self.vae.save_pretrained(str(folder), safe_serialization=True)
 
     def file_names(self) -> list[str]:
-        """The one that diffusers gives it."""
+        """The name that diffusers gives its file."""
         return ["diffusion_pytorch_model.safetensors"]
 
     def save_to_publish(self, folder: Path, format: str, max_shard_size: int | str | None) -> Path:
-        """Save it in a folder; diffusers' layout is the only one."""
+        """Save the model in a folder, in diffusers' layout."""
         if (format, max_shard_size) != ("ours", None):
             raise ValueError(
-                f"format={format!r} and max_shard_size={max_shard_size!r}: an autoencoder has one format, and one file"
+                f"format={format!r} and max_shard_size={max_shard_size!r}: an autoencoder has one format and one file"
             )
         if self.config.kind == "pixel":
-            raise ValueError("a `pixel` autoencoder has no weights to publish; its config.json says all")
+            raise ValueError("a `pixel` autoencoder has no weights to publish; its config.json is complete")
         self.save_pretrained(folder)
         return folder / self.file_names()[0]
 
     def rescaled(self, scaling_factor: float, shift_factor: float = 0.0) -> VAE:
-        """The same autoencoder, sharing its weights, with another scaling of the latents."""
+        """The same autoencoder with another scaling of the latents; shares its weights."""
         config = dataclasses.replace(self.config, scaling_factor=scaling_factor, shift_factor=shift_factor)
         return VAE(config, self.vae if config.kind == "kl" else None)
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) in [-1, 1] -> the moments (B, 2C, h, w), and (B, 3, H, W) decoded from a sample of them."""
+        """(B, 3, H, W) in [-1, 1] -> the moments (B, 2C, h, w), and a sample of them decoded to (B, 3, H, W)."""
         moments = self._moments(as_images(images, self.config.image_channels))
         return moments, self._decode(self.scale(moments, sample_posterior=True, generator=generator))
 
     def moments(self, images: Tensor) -> Tensor:
         """The posterior of the latents, unscaled: (B, 3, H, W) in [-1, 1] -> (B, 2C, h, w).
 
-        The mean, then the log-variance, clamped to [-30, 20] as in diffusers.
+        The first C channels are the mean, the others the log-variance, clamped to [-30, 20] as in diffusers.
         """
         images = as_images(images, self.config.image_channels)
         self._require_float32()
@@ -163,7 +163,7 @@ class VAE(Publishable):
     def scale(
         self, moments: Tensor, sample_posterior: bool = False, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Scaled latents (B, C, h, w) of a posterior (B, 2C, h, w): its mean, or a draw from it."""
+        """Scaled latents (B, C, h, w) of a posterior (B, 2C, h, w): its mean or a sample."""
         if moments.ndim != 4 or moments.shape[1] != 2 * self.config.latent_channels:
             raise ValueError(
                 f"moments have shape {tuple(moments.shape)}; this autoencoder's are "

@@ -1,12 +1,12 @@
-"""Passes of diffusers' `AutoencoderKL` that compute its function in less time on a CPU.
+"""Run diffusers' `AutoencoderKL` faster on a CPU, with the same function.
 
-Without gradients a wide network takes about half the time of diffusers' pass. It differs from that in three ways:
+Without gradients a wide network takes about half the time of diffusers' pass, because
 
-- 3x3 convolutions of many channels are Winograd's, also those after an upsampling; see `layers/winograd.py`;
+- 3x3 convolutions of many channels use Winograd's method, also after an upsampling; see `layers/winograd.py`;
 - channels are last in memory, and a norm, its activation and the padding of the next convolution are one step;
-- activations, residuals and sums are in place, in memory that is taken once for all layers.
+- activations, residuals and sums work in place, in memory that is allocated once for all layers.
 
-The weights are those of diffusers' modules at the time of the call: nothing is copied or kept.
+The weights are diffusers' own at the time of the call; they are not copied or kept.
 
 Shapes: B images, H x W positions of a level, C channels, which are last between layers.
 """
@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from flextok_pl.layers.winograd import UPSAMPLED, Workspace, add_convolution, serves
 
 PIXELS_AT_A_TIME = 4 * 256 * 256
-"""More images go through one group after another, which bounds the memory; so many share the work on the weights."""
+"""Pixels of a group of images. More images run in several groups, which bounds memory; a group shares weight work."""
 
 
 FEWEST_PIXELS = 128 * 128
-"""Of an image: below, diffusers' pass is faster (AMD EPYC with AVX-512)."""
+"""Fewest pixels of an image: below this, diffusers' pass is faster (AMD EPYC with AVX-512)."""
 
 WIDE = 128
-"""Channels of the widest level, from where on a network has convolutions for `layers/winograd.py`."""
+"""Channels of the widest level from which a network uses the convolutions of `layers/winograd.py`."""
 
 
 def encode(network: diffusers.AutoencoderKL, images: Tensor) -> Tensor:
@@ -54,9 +54,9 @@ def decode(network: diffusers.AutoencoderKL, latents: Tensor) -> Tensor:
 
 
 def _ordered(network: diffusers.AutoencoderKL, x: Tensor) -> Tensor:
-    """In the order of memory that is faster for diffusers' pass.
+    """Put x in the memory order that is faster for diffusers' pass.
 
-    Channels are last for a narrow network on a CPU, and in half precision; else the order stays.
+    Channels go last for a narrow network on a CPU, and in half precision; otherwise the order stays.
     """
     kind = x.device.type
     narrow = kind == "cpu" and max(network.config.block_out_channels) < WIDE
@@ -69,7 +69,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _serves(network: diffusers.AutoencoderKL, inputs: Tensor, pixels: int) -> bool:
-    """Whether the pass of this file can take the place of diffusers' for images of so many pixels, and is faster."""
+    """Check that the pass of this file supports this network, and is faster for images of this many pixels."""
     config = network.config
     learning = torch.is_grad_enabled() and any(x.requires_grad for x in (inputs, *network.parameters()))
     as_known = (
@@ -90,7 +90,7 @@ def _serves(network: diffusers.AutoencoderKL, inputs: Tensor, pixels: int) -> bo
 
 
 class _Pass:
-    """The layers, on (B, H, W, C) contiguous."""
+    """The network's layers, on contiguous (B, H, W, C)."""
 
     def __init__(self, like: Tensor) -> None:
         self.workspace = Workspace(like)
@@ -124,7 +124,7 @@ class _Pass:
         return self.output(decoder, x).permute(0, 3, 1, 2)
 
     def middle(self, block: Any, x: Tensor) -> Tensor:
-        """The middle block, with attention where it has any."""
+        """The middle block, with its attention if it has any."""
         x = self.resnet(block.resnets[0], x)
         for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
             if attention is not None:
@@ -133,7 +133,7 @@ class _Pass:
         return x
 
     def resnet(self, block: Any, x: Tensor) -> Tensor:
-        """A residual block, in the memory of x where it keeps the number of channels."""
+        """A residual block, in the memory of x if the number of channels stays."""
         hidden = self.workspace.take("hidden", *x.shape[:3], block.conv1.out_channels).copy_(block.conv1.bias)
         self.convolve(self.activated(block.norm1, x), block.conv1, hidden)
         padded = self.activated(block.norm2, hidden)
@@ -148,7 +148,7 @@ class _Pass:
         return onto.add_(F.conv2d(padded.permute(0, 3, 1, 2), conv.weight).permute(0, 2, 3, 1))
 
     def upsampled(self, conv: Any, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, 2H, 2W, C): a convolution of what nearest neighbours fill up."""
+        """(B, H, W, C) -> (B, 2H, 2W, C): nearest-neighbour upsampling, then a convolution."""
         batch, height, width, channels = x.shape
         if serves(conv.weight, 2 * height, 2 * width):
             doubled = x.new_empty(batch, 2 * height, 2 * width, channels).copy_(conv.bias)
@@ -159,7 +159,7 @@ class _Pass:
         return _direct(conv, F.interpolate(x.permute(0, 3, 1, 2), scale_factor=2.0, mode="nearest"))
 
     def output(self, part: Any, x: Tensor) -> Tensor:
-        """Norm, activation and convolution at the end of encoder and decoder."""
+        """Norm, activation and convolution at the end of the encoder or decoder."""
         padded = self.activated(part.conv_norm_out, x).permute(0, 3, 1, 2)
         return F.conv2d(padded, part.conv_out.weight, part.conv_out.bias).permute(0, 2, 3, 1)
 
@@ -181,7 +181,7 @@ class _Pass:
         return padded
 
     def framed(self, shape: torch.Size, before: int = 1) -> Tensor:
-        """Memory for (B, H, W, C) in a frame of zeros: one at the end of rows and columns, `before` at the start."""
+        """Memory for (B, H, W, C) in a frame of zeros: one row and column at the end, `before` at the start."""
         batch, height, width, channels = shape
         frame = self.workspace.take("padded", batch, height + before + 1, width + before + 1, channels)
         for edge in (*range(before), -1):
@@ -191,5 +191,5 @@ class _Pass:
 
 
 def _direct(conv: Any, x: Tensor) -> Tensor:
-    """A convolution (B, C, H, W) -> (B, H', W', D) contiguous, if the channels of x are last in memory."""
+    """A convolution (B, C, H, W) -> (B, H', W', D), contiguous if the channels of x are last in memory."""
     return conv(x).permute(0, 2, 3, 1).contiguous()  # type: ignore[no-any-return]
