@@ -1,1 +1,1 @@
-"""Pretrained networks that metrics, losses and teachers use: found in one way, and frozen."""
+"""Find, load and freeze the pretrained networks of metrics, losses and teachers."""

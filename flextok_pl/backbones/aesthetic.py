@@ -1,4 +1,4 @@
-"""The improved aesthetic predictor: how people rate the look of an image, whatever it shows, from about 1 to 10.
+"""The improved aesthetic predictor: rates the look of an image, whatever it shows, from about 1 to 10.
 
 A multilayer perceptron on the normalised image embedding of CLIP ViT-L/14, after
 https://github.com/christophschuhmann/improved-aesthetic-predictor (Schuhmann, 2022). B images, D features.
@@ -21,10 +21,10 @@ DROPOUTS = (0.2, 0.2, 0.1)
 
 
 class AestheticScore(MeasuringNetwork):
-    """It moves to where the images are.
+    """Rates images, and moves to their device.
 
     `weights` is the published `sac+logos+ava1-l14-linearMSE.pth`; `clip` is a local folder with CLIP ViT-L/14, or its
-    name on the Hugging Face hub.
+    name on the Hugging Face Hub.
     """
 
     def __init__(self, weights: Path | str | None, clip: Path | str = AESTHETIC_CLIP) -> None:
@@ -46,7 +46,7 @@ class AestheticScore(MeasuringNetwork):
 
 
 class _Head(nn.Module):
-    """Its tensors are called as in the published file: `layers.0.weight`."""
+    """Names its tensors as the published file does: `layers.0.weight`."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class _Head(nn.Module):
 
 
 def aesthetic_head(width: int) -> nn.Module:
-    """Five linear layers on (B, width) features, without activations; ImageReward ends in the same."""
+    """Five linear layers on (B, width) features, without activations; ImageReward ends in the same layers."""
     layers: list[nn.Module] = []
     for number, out in enumerate(WIDTHS):
         layers.append(nn.Linear(width, out))

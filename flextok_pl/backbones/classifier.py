@@ -1,4 +1,4 @@
-"""A classifier of timm, which says what class a generated image shows."""
+"""Classify generated images with a timm model."""
 
 from pathlib import Path
 
@@ -9,14 +9,15 @@ from flextok_pl.backbones.pretrained import MeasuringNetwork, Pretrained
 
 
 class TimmClassifier(MeasuringNetwork):
-    """A model of timm with its own preprocessing; its classes are in ImageNet's order if it was trained on that.
+    """A timm model with its own preprocessing, on the images' device.
 
-    It moves to where the images are. `name` is one of `timm.list_models()`, with or without a tag.
+    Its classes are in ImageNet's order if it was trained on that. `name` is one of `timm.list_models()`, with or
+    without a tag.
     """
 
     def __init__(self, name: str, weights: Path | str | None = None) -> None:
         source = Pretrained("classifier", name, weights, "classifier_weights")
-        remedy = "use one of timm.list_models(pretrained=True), with classifier_weights where there is no network"
+        remedy = "use one of timm.list_models(pretrained=True); set classifier_weights on a machine without a network"
         with source.loading(remedy):
             import timm
 
@@ -26,7 +27,7 @@ class TimmClassifier(MeasuringNetwork):
         self._preprocess = timm.data.create_transform(**data, is_training=False)
 
     def probabilities(self, images: Tensor, features: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 -> (B, C) float32 on their device; the features are not looked at."""
+        """(B, 3, H, W) uint8 -> (B, C) float32 on their device; does not use the features."""
         with self.to(images.device).measuring():
             logits: Tensor = self.network(self._preprocess(images.float() / 255))
         return logits.softmax(1)

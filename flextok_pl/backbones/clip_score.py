@@ -1,4 +1,4 @@
-"""How well an image fits a text, by models of the kind of CLIP that `transformers` loads.
+"""Measure how well an image fits a text, with CLIP-like models that `transformers` loads.
 
 CLIP score (Hessel et al., https://arxiv.org/abs/2104.08718) and PickScore (Kirstain et al.,
 https://arxiv.org/abs/2305.01569). B pairs, D features.
@@ -17,18 +17,18 @@ from flextok_pl.precision import as_float64
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-"""Of the model that PickScore was tuned from: its own repository has no vocabulary."""
+"""The model that PickScore was tuned from: PickScore's own repository has no vocabulary."""
 
 
 class CLIPNetwork(MeasuringNetwork):
-    """A CLIP model, which moves to where the images are.
+    """A CLIP model that moves to the images' device.
 
-    `model` is a local folder, or a name on the Hugging Face hub, given by `option`; `processor` is where its image
-    settings and its vocabulary are, if not there.
+    `model` is a local folder or a name on the Hugging Face Hub, given by `option`. `processor` holds the image settings
+    and the vocabulary, if they are elsewhere.
     """
 
     def __init__(self, option: str, model: Path | str, processor: Path | str | None = None) -> None:
-        remedy = "download a CLIP model where there is a network and give its folder"
+        remedy = "download a CLIP model on a machine with a network and give its folder"
         with Pretrained(option, str(model)).loading(remedy, "pip install 'flextok_pl[text]'"):
             from transformers import CLIPModel, CLIPProcessor
 
@@ -42,7 +42,7 @@ class CLIPNetwork(MeasuringNetwork):
     def cosines(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """Cosine of the embeddings of each pair: (B, 3, H, W) uint8, B texts -> (B,) float32 on the images' device.
 
-        A text that is longer than the model has places for is cut.
+        A text longer than the model's limit is cut.
         """
         different, places = distinct(texts)
         length = self.network.config.text_config.max_position_embeddings
@@ -63,18 +63,18 @@ class CLIPNetwork(MeasuringNetwork):
 
 
 def clip_downloads(model: Path | str) -> list[Download]:
-    """What a `CLIPNetwork` fetches."""
+    """The downloads of a `CLIPNetwork`."""
     return [] if Path(model).expanduser().is_dir() else [transformers_files(str(model))]
 
 
 def distinct(texts: Sequence[str]) -> tuple[list[str], list[int]]:
-    """The texts without repetitions, and the place among them of each: candidates of a prompt share one."""
+    """Remove repetitions from texts; returns also the place of each text, as candidates of a prompt share one."""
     places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
     return list(places), [places[text] for text in texts]
 
 
 class CLIPScore(CLIPNetwork):
-    """100 x the cosine, not clamped at 0; `model` such as `openai/clip-vit-base-patch16`."""
+    """100 x the cosine, not clamped at 0; `model` is for example `openai/clip-vit-base-patch16`."""
 
     def __init__(self, model: Path | str) -> None:
         super().__init__("clip", model)
@@ -87,7 +87,7 @@ class CLIPScore(CLIPNetwork):
 class PickScore(CLIPNetwork):
     """The cosine x the learned temperature of a CLIP that was tuned to people's choices between two images.
 
-    The published folder has no vocabulary; a local copy of it may hold that of `PICKSCORE_PROCESSOR`.
+    The published folder has no vocabulary; a local copy may hold that of `PICKSCORE_PROCESSOR`.
     """
 
     def __init__(self, model: Path | str = PICKSCORE) -> None:

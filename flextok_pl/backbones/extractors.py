@@ -2,7 +2,7 @@
 
 `inception-v3-compat`, `dinov2-*` and `clip-*` are torch-fidelity's (https://github.com/toshas/torch-fidelity), with its
 TensorFlow-compatible resize. `effnet-lite0` and `effnet-lite2` need no download: packages carry their ImageNet weights.
-A distance on them ranks models, but is not an FID, and we never call it so.
+A distance on these ranks models, but is not an FID.
 """
 
 import hashlib
@@ -32,17 +32,17 @@ EXTRACTORS = (
 )
 
 DINOV2_CODE, DINOV2_URL = "facebookresearch/dinov2", "https://dl.fbaipublicfiles.com/dinov2"
-"""The repository that torch-fidelity runs, and where that finds its weights."""
+"""The repository that torch-fidelity runs, and the place where it looks for weights."""
 
-EFFNET_SIZE = 128  # a multiple of 32, as its fixed "same" padding needs; 224 costs three times as much
+EFFNET_SIZE = 128  # its fixed "same" padding needs a multiple of 32; 224 costs three times as much
 
 
 class FeatureExtractor(MeasuringNetwork):
     """One of `EXTRACTORS`, made by `build_extractor`.
 
-    `features` takes the network and (B, 3, H, W) uint8 images on its device, and gives (B, D). `resize` says how it
-    brings images to the network's size, which records state; `metric_name` and `kernel_metric_name` are the names of
-    the Frechet and the kernel distance on these features.
+    `features` takes the network and (B, 3, H, W) uint8 images on its device, and returns (B, D). `resize` describes the
+    resize to the network's size, for records. `metric_name` and `kernel_metric_name` are the names of the Frechet and
+    the kernel distance on these features.
     """
 
     def __init__(self, name: str, network: Any, features: Callable[[Any, Tensor], Tensor], resize: str) -> None:
@@ -63,7 +63,7 @@ class FeatureExtractor(MeasuringNetwork):
             return in_parts(partial(self._features, self.network), images.to(self.device))
 
     def class_logits(self, features: Tensor) -> Tensor | None:
-        """Inception's (B, D) -> (B, C), without the bias, as TensorFlow's inception score takes them; else None."""
+        """Inception's (B, D) -> (B, C) without the bias, for TensorFlow's inception score; None for other networks."""
         if self.name != INCEPTION:
             return None
         with self.measuring():
@@ -72,7 +72,7 @@ class FeatureExtractor(MeasuringNetwork):
 
 
 def build_extractor(name: str, weights: Path | str | None = None) -> FeatureExtractor:
-    """The extractor of this name, on the CPU; without a local file, with the package's or torch-fidelity's weights."""
+    """Build an extractor on the CPU; without a local file, with the weights of its package or torch-fidelity."""
     source = check_extractor(name, weights)
     if name.startswith("effnet-"):
         network, resize = efficientnet_lite(source), f"bilinear antialiased {EFFNET_SIZE}"
@@ -82,14 +82,14 @@ def build_extractor(name: str, weights: Path | str | None = None) -> FeatureExtr
 
 
 def check_extractor(name: str, weights: Path | str | None = None) -> Pretrained:
-    """Raise ValueError for an unknown extractor or a weights file that is not there, without loading anything."""
+    """Raise ValueError for an unknown extractor or a missing weights file, without loading anything."""
     if name not in EXTRACTORS:
         raise ValueError(f"extractor={name!r} is unknown; use one of {', '.join(EXTRACTORS)}")
     return Pretrained("extractor", name, weights)
 
 
 def extractor_downloads(name: str) -> list[Download]:
-    """What `build_extractor` fetches without a file of weights: the files that torch-fidelity looks for."""
+    """The downloads of `build_extractor` without a weights file: those that torch-fidelity looks for."""
     check_extractor(name)
     if name == INCEPTION:
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
@@ -107,14 +107,14 @@ def extractor_downloads(name: str) -> list[Download]:
 
 
 def _pooled_features(network: Any, images: Tensor) -> Tensor:
-    """Of EfficientNet-Lite: (B, 3, H, W) uint8 -> (B, 1280)."""
+    """EfficientNet-Lite's pooled features: (B, 3, H, W) uint8 -> (B, 1280)."""
     x = F.interpolate(images.float(), size=(EFFNET_SIZE, EFFNET_SIZE), mode="bilinear", antialias=True)
     maps: Tensor = network.extract_features((x - 127) / 128)  # (B, 1280, 4, 4)
     return maps.mean((2, 3))
 
 
 def _torch_fidelity_network(source: Pretrained) -> Any:
-    """At the layer that torch-fidelity uses for FID."""
+    """A torch-fidelity network, at the layer that torch-fidelity uses for FID."""
     name, path = source.name, source.weights
     if name.startswith("dinov2") and path is not None:
         raise ValueError(
@@ -122,7 +122,7 @@ def _torch_fidelity_network(source: Pretrained) -> Any:
             "folder that holds hub/facebookresearch_dinov2_main and hub/checkpoints, and leave weights out"
         )
     with source.loading(
-        f"download its weights where there is a network and give the file as {source.weights_option}=PATH, or use "
+        f"download its weights on a machine with a network and give the file as {source.weights_option}=PATH, or use "
         f"{source.option}={OFFLINE_EXTRACTOR!r}"
     ):
         from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
@@ -133,14 +133,14 @@ def _torch_fidelity_network(source: Pretrained) -> Any:
         elif name.startswith("clip"):
             _check_is_published(name, path)
         else:
-            source.state_dict(path)  # torch-fidelity's own loader would let the file run code
+            source.state_dict(path)  # refuses code; torch-fidelity's own loader would run it
         network_class = FEATURE_EXTRACTORS_REGISTRY[name]
         layer = network_class.get_default_feature_layer_for_metric("fid")
         return network_class(name, [layer], feature_extractor_weights_path=None if path is None else str(path))
 
 
 def _check_is_published(name: str, path: Path | str) -> None:
-    """Refuse another file than OpenAI's own for a CLIP network: they are TorchScript, a program that loading runs."""
+    """Refuse all files except OpenAI's own for a CLIP network: they are TorchScript, programs that run when loaded."""
     from torch_fidelity.feature_extractor_clip import MODEL_METADATA, MODEL_URLS
 
     with open(path, "rb") as file:

@@ -1,7 +1,7 @@
 """Human Preference Score v2 (Wu et al., https://arxiv.org/abs/2306.09341): a CLIP tuned to people's choices.
 
-The package of its authors pins old packages, so that its weights are loaded into the model of `open_clip` that it was
-tuned from. B pairs.
+The authors' package pins old packages, so we load its weights into the `open_clip` model that it was tuned from.
+B pairs.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ REPOSITORY, FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
 
 
 class HPSv2(MeasuringNetwork):
-    """It moves to where the images are.
+    """Scores images by a text, on the images' device.
 
-    `weights` is a local copy of `HPS_v2.1_compressed.pt`, or of that of version 2.0, of https://huggingface.co/xswu/HPSv2;
-    None takes that of 2.1 from there.
+    `weights` is a local copy of `HPS_v2.1_compressed.pt`, or of version 2.0, from https://huggingface.co/xswu/HPSv2;
+    None downloads 2.1.
     """
 
     def __init__(self, weights: Path | str | None = None) -> None:

@@ -1,7 +1,7 @@
-"""ImageReward (Xu et al., https://arxiv.org/abs/2304.05977): a reward that was fitted to people's rankings of images.
+"""ImageReward (Xu et al., https://arxiv.org/abs/2304.05977): a reward fitted to people's rankings of images.
 
-A text that reads the image by cross-attention (BLIP), and a multilayer perceptron on its first state. The package of
-its authors pins old packages, so that its weights are loaded into the BLIP of `transformers`. B pairs.
+A text reads the image by cross-attention (BLIP), and a multilayer perceptron maps its first state to the reward. The
+authors' package pins old packages, so we load its weights into the BLIP of `transformers`. B pairs.
 """
 
 import re
@@ -18,9 +18,9 @@ from flextok_pl.precision import as_float64
 
 REPOSITORY, FILE = "THUDM/ImageReward", "ImageReward.pt"
 VOCABULARY = "bert-base-uncased"
-MAX_LENGTH = 35  # tokens of a text, to which it is padded or cut
-MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of rewards before they are normalised, as published
-HEAD_WIDTH = 64  # of attention, in both Transformers
+MAX_LENGTH = 35  # tokens to which a text is padded or cut
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of rewards before normalisation, as published
+HEAD_WIDTH = 64  # of attention heads, in both Transformers
 
 VISION_NAMES = {
     r"^cls_token": "embeddings.class_embedding",
@@ -32,17 +32,17 @@ VISION_NAMES = {
     r"\.attn\.proj": ".self_attn.projection",
     r"^norm\.": "post_layernorm.",
 }
-"""Names of the published image encoder -> those of `transformers`, one after the other; other names are the same."""
+"""Renames the published image encoder for `transformers`, in this order; other names are the same."""
 
 UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
-"""Beginnings of names that the reward does not depend on."""
+"""Prefixes of tensors that do not affect the reward."""
 
 
 class ImageReward(MeasuringNetwork):
-    """It moves to where the images are.
+    """Scores images by a text, on the images' device.
 
-    `weights` is a local copy of `ImageReward.pt` of https://huggingface.co/THUDM/ImageReward, which is taken from there
-    if None; `tokenizer` is a local folder with the vocabulary of `bert-base-uncased`, or that name on the hub.
+    `weights` is a local copy of `ImageReward.pt` from https://huggingface.co/THUDM/ImageReward; None downloads it.
+    `tokenizer` is a local folder with the vocabulary of `bert-base-uncased`, or that name on the Hub.
     """
 
     def __init__(self, weights: Path | str | None = None, tokenizer: Path | str = VOCABULARY) -> None:
@@ -54,7 +54,7 @@ class ImageReward(MeasuringNetwork):
 
             network, side = _network(source.state_dict(weights or hf_hub_download(REPOSITORY, FILE)))
             self._prepare: Any = CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
-        remedy = f"download the vocabulary of {VOCABULARY} where there is a network and give its folder"
+        remedy = f"download the vocabulary of {VOCABULARY} on a machine with a network and give its folder"
         with Pretrained("image_reward_tokenizer", str(tokenizer)).loading(remedy, install):
             from transformers import BertTokenizer
 
@@ -81,7 +81,7 @@ class ImageReward(MeasuringNetwork):
 
 
 def _network(state: Mapping[str, Tensor]) -> tuple[nn.ModuleDict, int]:
-    """The parts that the tensors are of, whose sizes are the tensors' own, and the side of their images in pixels."""
+    """Build the network in the sizes of its tensors; returns also the side of its images in pixels."""
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
     parts: dict[str, dict[str, Tensor]] = {"blip.visual_encoder.": {}, "blip.text_encoder.": {}, "mlp.": {}}
@@ -89,7 +89,7 @@ def _network(state: Mapping[str, Tensor]) -> tuple[nn.ModuleDict, int]:
         if not name.startswith(UNUSED):
             part = next((part for part in parts if name.startswith(part)), None)
             if part is None:
-                raise ValueError(f"the file holds {name}, which is no part of ImageReward")
+                raise ValueError(f"the file holds {name}, which is not a part of ImageReward")
             parts[part][name.removeprefix(part)] = tensor
     vision_state, text_state, head_state = parts.values()
     patches, width = vision_state["pos_embed"].shape[1] - 1, vision_state["cls_token"].shape[-1]
@@ -127,7 +127,7 @@ def _network(state: Mapping[str, Tensor]) -> tuple[nn.ModuleDict, int]:
 
 
 def _count(state: Mapping[str, Tensor], prefix: str) -> int:
-    """The number of layers whose tensors begin so."""
+    """The number of layers whose tensors have this prefix."""
     return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in state if name.startswith(prefix))
 
 

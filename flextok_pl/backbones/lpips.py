@@ -18,7 +18,7 @@ class LPIPS(MeasuringNetwork):
         super().__init__("alex", lpips_network("alex", Pretrained("lpips_network", "alex", weights, "lpips")))
 
     def __call__(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
-        """Distance of each pair: (B, 3, H, W) uint8 twice -> (B,) float64 on their `summing_device`."""
+        """Distance of each pair: two (B, 3, H, W) uint8 -> (B,) float64 on their `summing_device`."""
         originals, reconstructions = (as_rgb(images, "lpips") for images in (originals, reconstructions))
         with self.measuring():
             return as_float64(in_parts(self._distances, originals, reconstructions))

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite, the networks of timm, and LPIPS: loaded, and seen as feature maps.
+"""Load EfficientNet-Lite, timm networks and LPIPS, and use them as feature maps.
 
 Shapes: B batch, H x W image, D x h x w feature map.
 """
@@ -17,17 +17,17 @@ LPIPS_NETWORKS = {
     "alex": UrlFile("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"),
     "vgg": UrlFile("https://download.pytorch.org/models/vgg16-397923af.pth"),
 }
-"""What LPIPS fetches: torchvision's networks."""
+"""torchvision's networks under LPIPS, which are downloaded."""
 
 
 TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
-"""In a repository of the Hub, in timm's order."""
+"""Files of a Hub repository, in timm's order."""
 
 
 class FeatureMaps(nn.Module):
-    """A network that gives feature maps, with images in [-1, 1] brought to the values that it takes.
+    """A network of feature maps; it maps images in [-1, 1] to the values that the network takes.
 
-    `mean` and `std` are those of its values, for each colour; `scale` is half their range, 0.5 for images in [0, 1].
+    `mean` and `std` are those of each colour; `scale` is half the range of the values, 0.5 for images in [0, 1].
     """
 
     mean: Tensor
@@ -45,9 +45,9 @@ class FeatureMaps(nn.Module):
 
 
 def efficientnet_lite(source: Pretrained, pretrained: bool = True) -> Any:
-    """`effnet-lite0` or `effnet-lite2`, trained on ImageNet (Apache-2.0); packages carry code and weights.
+    """Build `effnet-lite0` or `effnet-lite2`, trained on ImageNet (Apache-2.0); packages carry code and weights.
 
-    `pretrained=False` leaves the weights as they are made, for counting on the meta device.
+    `pretrained=False` leaves the weights as initialised, for counting on the meta device.
     """
     with source.loading(f"leave {source.weights_option} out for the weights of its package"):
         from efficientnet_lite_pytorch import EfficientNet
@@ -60,12 +60,12 @@ def efficientnet_lite(source: Pretrained, pretrained: bool = True) -> Any:
             network.load_state_dict(source.state_dict(file))
     for module in network.modules():
         if isinstance(module, nn.ReLU6):
-            module.inplace = True  # nothing else reads its input; a tenth faster on a CPU
+            module.inplace = True  # no other module reads its input; a tenth faster on a CPU
     return network
 
 
 class EfficientNetMaps(nn.Module):
-    """The last feature map of each resolution of an EfficientNet-Lite, from H/2 to H/32, or to H/16 without the `last`.
+    """The last feature map of each resolution of an EfficientNet-Lite, from H/2 to H/32, or to H/16 without `last`.
 
     It shares the network's layers.
     """
@@ -90,7 +90,7 @@ class EfficientNetMaps(nn.Module):
 
 
 def timm_network(source: Pretrained, pretrained: bool = True, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """A network of timm, and what timm says of its images: size, interpolation, mean and standard deviation in [0, 1].
+    """Build a timm network; returns also timm's image settings: size, interpolation, mean and std in [0, 1].
 
     A file of weights is a state dict, `.safetensors` or PyTorch's; `options` are those of `timm.create_model`.
     """
@@ -99,12 +99,12 @@ def timm_network(source: Pretrained, pretrained: bool = True, **options: Any) ->
     if source.weights is None or not pretrained:
         network = timm.create_model(source.name, pretrained=pretrained, **options)
     else:
-        with torch.random.fork_rng(devices=[]):  # so that both start with the same weights
+        with torch.random.fork_rng(devices=[]):  # so that both copies start with the same weights
             fresh = timm.create_model(source.name, pretrained=False, **options)
-        # A state dict, even where timm's own file is NumPy's; timm before 1.0.31 needs to hear that.
+        # A state dict, even where timm's own file is NumPy's; timm before 1.0.31 needs this option.
         file = {"file": str(source.weights), "custom_load": False}
         network = timm.create_model(source.name, pretrained=True, pretrained_cfg_overlay=file, **options)
-        # Where timm makes a part of a network, it takes a file that lacks weights of this part, too.
+        # If timm makes part of a network, it also accepts a file that lacks this part's weights.
         for (name, loaded), made in zip(network.named_parameters(), fresh.parameters(), strict=True):
             if loaded.unique().numel() > 1 and torch.equal(loaded, made):
                 raise ValueError(f"the file lacks {name}")
@@ -112,7 +112,7 @@ def timm_network(source: Pretrained, pretrained: bool = True, **options: Any) ->
 
 
 def timm_downloads(name: str) -> list[Download]:
-    """What `timm_network` fetches for a model of this name; ValueError where timm has no weights of it."""
+    """The downloads of `timm_network` for a model of this name; ValueError if timm has no weights of it."""
     import timm
 
     config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
@@ -126,7 +126,7 @@ def timm_downloads(name: str) -> list[Download]:
 
 
 class VisionTransformerMap(nn.Module):
-    """The final normalised patch tokens of a timm vision transformer, as the one map of a list."""
+    """The final normalised patch tokens of a timm vision transformer, as a list of one map."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class VisionTransformerMap(nn.Module):
 def lpips_network(net: Literal["alex", "vgg"], source: Pretrained) -> nn.Module:
     """LPIPS (https://arxiv.org/abs/1801.03924): two batches in [-1, 1] -> (B, 1, 1, 1).
 
-    The calibrated linear layers come with torchmetrics; the network under them, and its file, are torchvision's.
+    The calibrated linear layers come with torchmetrics; torchvision has the network under them and its file.
     """
     download = LPIPS_NETWORKS[net]
     place = Path(torch.hub.get_dir()) / "checkpoints"

@@ -1,8 +1,8 @@
-"""Finding, loading and using a pretrained network.
+"""Find, load and use a pretrained network.
 
 Its weights come from a local file, from a package that carries them, or from a download (torch.hub or the Hugging Face
-Hub). A local file is read as tensors, so it cannot run code. Anything missing becomes one `ValueError`, which names the
-option, its value and a remedy.
+Hub). A local file is read as tensors, so it cannot run code. Anything missing raises one `ValueError` with the option,
+its value and a remedy.
 """
 
 from collections.abc import Iterator
@@ -21,12 +21,12 @@ from flextok_pl.precision import full_precision
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A pretrained network as a user asks for it."""
+    """A pretrained network that a user's options name."""
 
-    option: str  # that names it, such as `teacher`
+    option: str  # the option's name, such as `teacher`
     name: str  # the option's value, such as `effnet-lite2`
-    weights: Path | str | None = None  # a local file; None takes the weights of a package, or downloads them
-    weights_option: str = "weights"  # the option that gives this file, such as `teacher_weights`
+    weights: Path | str | None = None  # a local file; None uses a package's weights or downloads them
+    weights_option: str = "weights"  # the option for this file, such as `teacher_weights`
 
     def __post_init__(self) -> None:
         if self.weights is not None and not Path(self.weights).is_file():
@@ -39,7 +39,7 @@ class Pretrained:
     def loading(self, remedy: str, install: str = "pip install 'flextok_pl[demo]'") -> Iterator[None]:
         """Turn all errors of a library that loads the network into one ValueError.
 
-        It states the `remedy` for missing or wrong weights, or the command that installs a missing package.
+        Its remedy is `remedy` for missing or wrong weights, or the command that installs a missing package.
         """
         given = "" if self.weights is None else f", {self.weights_option}={str(self.weights)!r}"
         try:
@@ -56,23 +56,23 @@ class Pretrained:
         """The tensors of the local file, or of one that a package carries."""
         state: Any = torch.load(self.weights or packaged, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
-            raise ValueError(f"the file holds a {type(state).__name__} and no state dict")
+            raise ValueError(f"the file holds a {type(state).__name__}, not a state dict")
         return state
 
 
 def transformers_files(repository: str) -> HubRepository:
-    """What `from_pretrained` of a model of `transformers` and of its tokenizer or processor fetch."""
+    """The files that a `transformers` model and its tokenizer or processor download."""
     weights = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
     return HubRepository(repository, (weights, ("*.json",), ("*.model",), ("*.txt",), ("*.jinja",)))
 
 
 class MeasuringNetwork:
-    """A pretrained network, made on the CPU, that measures images: frozen in place, and always in full precision."""
+    """A pretrained network that measures images: frozen in place, on the CPU at first, always in full precision."""
 
     def __init__(self, name: str, network: nn.Module) -> None:
         self.name = name
         self.network: Any = network.eval().requires_grad_(False)
-        self.weights_hash = weights_hash(network)  # records state it
+        self.weights_hash = weights_hash(network)  # for records
         self.device = torch.device("cpu")
 
     def to(self, device: torch.device | str) -> Self:
@@ -83,6 +83,6 @@ class MeasuringNetwork:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Where the network is called: without gradients, autocast and TF32."""
+        """Run the network without gradients, autocast and TF32."""
         with torch.no_grad(), full_precision(self.device):
             yield

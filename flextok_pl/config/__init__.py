@@ -1,12 +1,12 @@
 """Hyper-parameters of the models: VAE, tokenizer and prior.
 
-What is special about them:
-- Each is one flat, frozen dataclass that names all there is to know to build the model, and checks itself when made.
-- The same fields are the options of `model.net` in YAML and on the command line, and the metadata of a checkpoint.
-- Presets are such configurations by name; the files in `experiments/nets` hold the same values.
+- Each configuration is one flat, frozen dataclass. It names everything needed to build the model, and checks itself
+  when made.
+- Its fields are the options of `model.net` in YAML and on the command line, and the metadata of a checkpoint.
+- Presets are named configurations; the files in `experiments/nets` hold the same values.
 
-The published architecture is described in FlexTok (https://arxiv.org/abs/2502.13967). No primary source states the
-values marked "unconfirmed"; a checkpoint's own metadata always decides.
+The architecture is described in FlexTok (https://arxiv.org/abs/2502.13967). Values marked "unconfirmed" are stated by
+no primary source; a checkpoint's own metadata always decides.
 """
 
 from flextok_pl.config.checks import config_from_dict

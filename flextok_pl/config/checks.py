@@ -1,4 +1,4 @@
-"""What all configurations share: their checks, their presets by name, and how they are read from plain JSON types."""
+"""Check configurations, find presets by name, and read configurations from plain JSON types."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,40 +13,40 @@ ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
 
 
 def as_tuples(config: object, *names: str) -> None:
-    """Make tuples of a configuration's options that came as lists."""
+    """Turn list options of a configuration into tuples."""
     for name in names:
         object.__setattr__(config, name, tuple(getattr(config, name)))
 
 
 def at_least(config: object, **minima: int) -> None:
-    """Compare a configuration's options with the least that each may be."""
+    """Check a configuration's options against their least values."""
     for name, least in minima.items():
         if getattr(config, name) < least:
             raise ValueError(f"{name}={getattr(config, name)} must be at least {least}")
 
 
 def one_of(config: object, **choices: Any) -> None:
-    """Compare a configuration's options with the `Literal` of what each may be."""
+    """Check a configuration's options against the `Literal` of their choices."""
     for name, known in choices.items():
         if getattr(config, name) not in get_args(known):
             raise ValueError(f"{name}={getattr(config, name)!r} is unknown; use one of {get_args(known)}")
 
 
 def nearest_multiples(number: int, step: int) -> str:
-    """The multiples of `step` around a number, such as `96 or 112`; the number itself if it is one."""
+    """The multiples of `step` around a number, such as `96 or 112`; the number itself if it is a multiple."""
     below = number // step * step
     return " or ".join(str(each) for each in dict.fromkeys((below, below + step * (below != number))) if each > 0)
 
 
 def preset_of(presets: Mapping[str, ValueT], name: str) -> ValueT:
-    """The configuration of this name, or ValueError with the names that there are."""
+    """Find a preset by name; a ValueError lists the known names."""
     if name not in presets:
         raise ValueError(f"preset {name!r} is unknown; use one of {sorted(presets)}")
     return presets[name]
 
 
 def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-    """Build a config from plain JSON types; ValueError where a key is unknown or a value has the wrong type."""
+    """Build a config from plain JSON types; ValueError for an unknown key or a wrong type."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
     if unknown:
@@ -56,7 +56,7 @@ def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
-    """`value` if it fits `hint`, converting lists to tuples and mappings to configs."""
+    """Return `value` if it fits `hint`, with lists converted to tuples and mappings to configs."""
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     for option in options:
         origin = get_origin(option)

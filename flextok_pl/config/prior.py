@@ -15,15 +15,15 @@ NullClass = Literal["learned", "zero"]
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How those who published a prior generate with it; null leaves an option to the default of the command.
+    """Generation settings that a prior was published with; null leaves an option to the command's default.
 
     Args:
         cfg_scale: guidance of the prior, 1 for none.
-        temperature: of the prior; 0 takes the most likely token.
+        temperature: divides the prior's logits; 0 takes the most likely token.
         top_k: draw from the k most likely tokens.
-        top_p: draw from the fewest most likely tokens that have this probability together.
-        guidance: of the decoder: `cfg` or `apg`.
-        guidance_scale: its strength.
+        top_p: draw from the fewest most likely tokens that together have this probability.
+        guidance: guidance of the decoder, `cfg` or `apg`.
+        guidance_scale: strength of the decoder's guidance.
         num_steps: steps of the decoder.
     """
 
@@ -36,7 +36,7 @@ class GenerationConfig:
     num_steps: int | None = None
 
     def or_given(self, defaults: Mapping[str, Any], **given: Any) -> dict[str, Any]:
-        """Of each option what was given, or else what is here, or else its default."""
+        """Choose each option: the given value, or else this one, or else the default."""
         ranked = {name: (given[name], getattr(self, name), default) for name, default in defaults.items()}
         return {name: next((each for each in values if each is not None), None) for name, values in ranked.items()}
 
@@ -50,42 +50,42 @@ class PriorConfig:
     Args:
         num_classes: number of classes; 0 for a prior without classes.
         text_width: E, width of the text encoder's states; null for a prior without text.
-        vocab_size: V, number of distinct tokens; that of the tokenizer.
+        vocab_size: V, number of distinct tokens; the tokenizer's.
         num_tokens: K, length of a sequence; the tokenizer's `num_registers`.
         depth: number of blocks.
         width: D; 64 * depth in the presets.
         head_dim: width of an attention head.
-        mlp_ratio: hidden width of the MLP is h = int(mlp_ratio * D), or int(2 * h / 3) where it is gated.
+        mlp_ratio: hidden width of the MLP is h = int(mlp_ratio * D), or int(2 * h / 3) if it is gated.
         qk_norm: normalise queries and keys of self-attention, which keeps large models stable.
         null_text_length: positions of the empty string's states: 1 for T5, 2 for MiniLM.
-        tokenizer: hash of the weights of the tokenizer whose tokens it knows; empty where unknown.
-        tokenizer_id: file, folder or Hub id of that tokenizer; empty where unknown.
-        text_encoder: name of the text encoder whose states it knows; empty where unknown.
+        tokenizer: hash of the weights of the prior's tokenizer; empty if unknown.
+        tokenizer_id: file, folder or Hub id of that tokenizer; empty if unknown.
+        text_encoder: name of the prior's text encoder; empty if unknown.
         class_names: names of the classes, or empty.
         started_from: source and hash of the weights that its training started from; empty for new ones.
-        norm: kind of norms: `rms`, or `layer` for LayerNorm with gain and bias, or `layer_no_bias` for gain alone. This
-            and what follows is for published priors; the presets leave it as it is.
-        norm_eps: what norms add to the variance.
-        qk_norm_kind: kind of the norms of queries and keys; null for that of the others.
-        qk_norm_eps: what they add to the variance; null for `norm_eps`.
-        cross_qk_norm: normalise queries and keys of cross-attention, too.
+        norm: kind of norms: `rms`; `layer` for LayerNorm with gain and bias; `layer_no_bias` for gain only. This option
+            and all below are for published priors; the presets do not set them.
+        norm_eps: eps of the norms.
+        qk_norm_kind: kind of the norms of queries and keys; null for `norm`.
+        qk_norm_eps: their eps; null for `norm_eps`.
+        cross_qk_norm: normalise queries and keys of cross-attention too.
         qk_scale: factor of self-attention's logits; null for head_dim ** -0.5.
         qkv_bias: biases of queries, keys and values.
         bias: biases of the attention's output and of the MLP.
         head_bias: bias of the head.
         gated: multiply the MLP's hidden values by a second projection, as in SwiGLU; false for two plain layers.
-        activation: of the MLP: `silu`, `gelu` or `gelu_tanh`, its approximation by tanh.
-        mlp_hidden_width: hidden width of the MLP in place of what `mlp_ratio` gives.
-        fixed_positions: sines and cosines of the position that are not trained, in place of learned positions.
+        activation: activation of the MLP: `silu`, `gelu` or `gelu_tanh`, its approximation by tanh.
+        mlp_hidden_width: hidden width of the MLP; overrides `mlp_ratio`.
+        fixed_positions: use fixed sines and cosines of the position instead of learned positions.
         final_norm: a norm after the last block.
-        head_norm: one more before the head, a LayerNorm of eps 1e-5.
-        null_class: the null condition is an embedding of its own (`learned`), or nothing is added (`zero`).
+        head_norm: another norm before the head, a LayerNorm of eps 1e-5.
+        null_class: null condition: `learned` is an embedding of its own, `zero` adds nothing.
         text_hidden_width: hidden width of the projection of text states; null for D.
-        text_activation: its activation.
-        text_bias: biases of the projection.
+        text_activation: activation of that projection.
+        text_bias: biases of that projection.
         text_length: most tokens of a text, special ones included.
-        text_mask: cross-attention sees no padding. If false, all texts must be padded to `text_length`.
-        generation: options that `flextok generate` takes where they are not given.
+        text_mask: hide padding from cross-attention. If false, all texts must be padded to `text_length`.
+        generation: default options of `flextok generate` for this prior.
     """
 
     num_classes: int = 0
@@ -151,11 +151,11 @@ class PriorConfig:
         if self.fixed_positions and self.width % 4:
             raise ValueError(f"fixed_positions=true needs a width that is a multiple of 4, not width={self.width}")
         if self.null_class == "zero" and not self.num_classes:
-            raise ValueError("null_class='zero' is for a prior of classes: set num_classes, or leave it at 'learned'")
+            raise ValueError("null_class='zero' is for a prior of classes: set num_classes, or null_class='learned'")
         if not self.text_mask and self.null_text_length != self.text_length:
             raise ValueError(
                 f"text_mask=false with text_length={self.text_length} and null_text_length={self.null_text_length}: "
-                "where padding is seen, the empty string is padded as any text; set both to the same number"
+                "without a mask the empty string is padded like any text; set both to the same number"
             )
 
     @property
@@ -168,10 +168,10 @@ class PriorConfig:
 
     @staticmethod
     def preset(name: str) -> PriorConfig:
-        """A configuration by its number of parameters in blocks, at width 64 * depth.
+        """A named configuration, by its number of parameters in blocks, at width 64 * depth.
 
         `49m`, `85m`, `201m`, `393m`, `679m`, `1.33b` are for ImageNet's 1,000 classes; `113m_text`, `382m_text`,
-        `1.15b_text`, `3.06b_text` for the states of FLAN-T5-XL. All for 256 tokens of 64,000.
+        `1.15b_text`, `3.06b_text` for the states of FLAN-T5-XL. All have 256 tokens of a vocabulary of 64,000.
         """
         return preset_of(PRIOR_PRESETS, name)
 

@@ -22,14 +22,14 @@ class VAEConfig:
     """The image autoencoder that turns pixels into latents.
 
     Args:
-        kind: `kl` is diffusers' `AutoencoderKL`; `pixel` folds square pixel blocks into channels,
-            has no weights and loses nothing (for tiny images).
+        kind: `kl` is diffusers' `AutoencoderKL`. `pixel`, for tiny images, folds square pixel blocks into channels; it
+            has no weights and is lossless.
         latent_channels: C. A `pixel` autoencoder needs image_channels * f**2 for a fold of f x f pixels.
         block_out_channels: widths of the `kl` autoencoder's levels; n levels downsample by 2**(n-1).
         layers_per_block: residual blocks per level.
-        norm_num_groups: groups of its group norms.
+        norm_num_groups: groups of the group norms.
         down_block_types: diffusers block names; empty means `DownEncoderBlock2D` at every level.
-        up_block_types: likewise `UpDecoderBlock2D`.
+        up_block_types: diffusers block names; empty means `UpDecoderBlock2D` at every level.
         act_fn: activation name.
         mid_block_add_attention: attention in the middle block.
         use_quant_conv: 1x1 convolution before the posterior.
@@ -37,7 +37,7 @@ class VAEConfig:
         scaling_factor: latents = (posterior - shift_factor) * scaling_factor. The published FlexTok VAE
             uses 0.88 (unconfirmed).
         shift_factor: 0 for every published FlexTok model.
-        image_channels: channels of the pictures: 3 for colour, 1 for grey, more for pictures of another kind.
+        image_channels: channels of the pictures: 3 for colour, 1 for grey, more for other data.
     """
 
     kind: Literal["kl", "pixel"] = "kl"
@@ -74,7 +74,7 @@ class VAEConfig:
 
     @property
     def downsampling(self) -> int:
-        """Image pixels per latent position, along each side."""
+        """Image pixels per latent position, along each axis."""
         if self.kind == "pixel":
             return math.isqrt(self.latent_channels // self.image_channels)
         return int(2 ** (len(self.block_out_channels) - 1))
@@ -85,22 +85,22 @@ class FlexTokConfig:
     """A FlexTok tokenizer.
 
     Args:
-        vae: the image autoencoder, or None for a model that only sees latents.
-        latent_channels: C, channels of the latents; equals `vae.latent_channels` where there is a VAE.
+        vae: the image autoencoder, or None for a model of latents only.
+        latent_channels: C, channels of the latents; equals `vae.latent_channels` if there is a VAE.
         encoder_width: D of the encoder.
-        encoder_depth: its number of blocks.
-        encoder_head_dim: width of its attention heads.
+        encoder_depth: number of blocks of the encoder.
+        encoder_head_dim: width of the encoder's attention heads.
         decoder_width: D of the decoder.
-        decoder_depth: its number of blocks.
-        decoder_head_dim: width of its attention heads.
+        decoder_depth: number of blocks of the decoder.
+        decoder_head_dim: width of the decoder's attention heads.
         mlp_ratio: SwiGLU hidden width is int(2 * int(mlp_ratio * D) / 3).
-        num_registers: K, the largest number of tokens.
+        num_registers: K, the most tokens of an image.
         fsq_levels: quantisation levels of each code dimension; their product is the vocabulary.
-        patch_size: latent positions per patch, along each side.
-        grid_size: (rows, columns) of patches that the position tables hold; smaller inputs, of any shape, use their
-            top-left part. A training on several shapes needs the most rows and the most columns of any.
+        patch_size: latent positions per patch, along each axis.
+        grid_size: (rows, columns) of patches in the position tables. Smaller inputs, of any shape, use the top-left
+            part. To train on several shapes, give the most rows and the most columns of any.
         position_base: ratio of the largest to the smallest frequency of the position tables; 10000 as published. On a
-            grid of few patches that leaves most channels constant: the demo takes 10 on 4 x 4. It only fills a new
+            grid of few patches that leaves most channels constant: the demo has 10 on 4 x 4. It only fills a new
             model's tables, which checkpoints store.
         max_timestep: t that the time embedding maps to its full range: 1 or 1000 (unconfirmed for the
             published models, stored in their metadata).
@@ -112,25 +112,23 @@ class FlexTokConfig:
         mode_scale: the `mode` law's scale s (unconfirmed).
         stratified: draw t in equal strata over the batch.
         layout: `registers` reads tokens from registers. `grid` is a baseline of 2-D tokens: they are read at the
-            encoder's patches in raster order and added to the decoder's, `num_registers` being the number of patches.
-            Its images have the size that `grid_size` holds, and no smaller one.
-        missing_tokens: what the decoder gets for tokens beyond the budget: `mask` is a learned vector. `zero` is the
-            token 0, as in published 2-D models; only for a `grid` that is trained with all tokens
-            (`nested_dropout: none`).
+            encoder's patches in raster order and added to the decoder's. `num_registers` is then the number of
+            patches, and images must have exactly the size of `grid_size`.
+        missing_tokens: input of the decoder for tokens beyond the budget. `mask` is a learned vector. `zero` is token
+            0, as in published 2-D models; only for a `grid` trained with all tokens (`nested_dropout: none`).
         causal_registers: registers of the encoder see no later ones. False is a baseline: they all see each other, and
             the first k codes cost as much as all.
         objective: `flow` is rectified flow. `mse` is a baseline whose decoder regresses the latents: flow at t = 1 from
-            zeros in place of noise. It decodes in one step, whatever steps, guidance and noise are asked for, and the
-            options of t have no effect.
+            zeros instead of noise. It decodes in one step; steps, guidance, noise and the options of t have no effect.
         started_from: note of a training: source and hash of the weights that it started from; empty for new ones.
-        num_steps: steps that the decoder was made for, such as those of a distilled one; decoding takes them where none
-            are given. This and the two options below are null for a model that decodes by the usual defaults.
-        guidance: likewise `none`, `cfg` or `apg`.
-        guidance_scale: likewise its strength.
-        trained_grids: note of a training: (rows, columns) of patches of its images, the first being those that are
-            decoded by default; empty for images of `grid_size` alone.
-        same_tokens_as: note of a training that kept all that makes tokens: the hash of that, which must still be
-            the same, and the hashes of all weights of the tokenizers that it and those before it started from.
+        num_steps: decoding steps that the model was made for, such as a distilled one's; its default. This and the two
+            options below are null for a model with the usual defaults.
+        guidance: guidance that the model was made for: `none`, `cfg` or `apg`.
+        guidance_scale: strength of that guidance.
+        trained_grids: note of a training: (rows, columns) of patches of its images; the first is the default for
+            decoding. Empty for images of `grid_size` only.
+        same_tokens_as: note of a training that kept everything that makes tokens: its hash, which must not have
+            changed, and the hashes of all weights of the tokenizers that it and earlier trainings started from.
     """
 
     vae: VAEConfig | None = VAEConfig()
@@ -186,7 +184,7 @@ class FlexTokConfig:
             )
         if self.repa_layer is not None and not 0 <= self.repa_layer < self.decoder_depth:
             raise ValueError(
-                f"repa_layer={self.repa_layer} is no block of a decoder with decoder_depth="
+                f"repa_layer={self.repa_layer} is not a block of a decoder with decoder_depth="
                 f"{self.decoder_depth}; use 0..{self.decoder_depth - 1} or null"
             )
         if self.position_base <= 1:
@@ -206,7 +204,7 @@ class FlexTokConfig:
         if self.layout == "grid" and self.num_registers != patches:
             raise ValueError(
                 f"num_registers={self.num_registers} with layout='grid' must be the number of patches; grid_size="
-                f"{self.grid_size} has {patches} of them: set num_registers={patches}"
+                f"{self.grid_size} has {patches}: set num_registers={patches}"
             )
         if self.layout == "grid" and not self.causal_registers:
             raise ValueError(
@@ -216,7 +214,7 @@ class FlexTokConfig:
         if self.missing_tokens == "zero" and (self.layout != "grid" or self.nested_dropout != "none"):
             raise ValueError(
                 f"missing_tokens='zero' with layout={self.layout!r} and nested_dropout={self.nested_dropout!r} must be "
-                "'mask'; only a grid that is trained with all tokens (nested_dropout='none') has zeros"
+                "'mask'; zeros are only for a grid that is trained with all tokens (nested_dropout='none')"
             )
 
     @property
@@ -230,12 +228,12 @@ class FlexTokConfig:
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
-        """(rows, columns) of patches of the images that it was made for, the default first."""
+        """(rows, columns) of patches of the training images, the default first."""
         return self.trained_grids or (self.grid_size,)
 
     @property
     def patch_pixels(self) -> int:
-        """Image pixels per patch, along each side; ValueError without an autoencoder."""
+        """Image pixels per patch, along each axis; ValueError without an autoencoder."""
         if self.vae is None:
             raise ValueError("vae=None: without an autoencoder a patch has no size in pixels; set vae")
         return self.vae.downsampling * self.patch_size
@@ -244,15 +242,15 @@ class FlexTokConfig:
         """(rows, columns) of patches of images of (height, width) pixels.
 
         Raises:
-            ValueError: patches do not divide them, or the position tables hold fewer; it calls the size `name`, and
-                says which would do.
+            ValueError: the size is not a multiple of a patch, or larger than the position tables. The message calls it
+                `name` and gives sizes that fit.
         """
         side, (height, width) = self.patch_pixels, image_size
         given = f"{name}={height if height == width else [height, width]}"
         if height % side or width % side or min(height, width) < 1:
             near = " by ".join(nearest_multiples(pixels, side) for pixels in dict.fromkeys(image_size))
             raise ValueError(
-                f"{given} is not divided by patches of {side} x {side} pixels; the nearest that is: {near}"
+                f"{given} must be a multiple of the patch of {side} x {side} pixels; the nearest: {near}"
             )
         rows, columns = grid = height // side, width // side
         tables = f"net.grid_size={list(self.grid_size)}"
@@ -260,7 +258,7 @@ class FlexTokConfig:
             other = "more" if math.prod(grid) > math.prod(self.grid_size) else "fewer"
             raise ValueError(
                 f"{given} gives {other} patches, {rows} x {columns}, than {tables} has: with layout='grid' each patch "
-                f"has a token, and they must be {' x '.join(map(str, self.grid_size))}; give "
+                f"has a token, so they must be {' x '.join(map(str, self.grid_size))}; give "
                 f"{[n * side for n in self.grid_size]} pixels"
             )
         if rows > self.grid_size[0] or columns > self.grid_size[1]:

@@ -1,4 +1,4 @@
-"""From noise to latents: solvers of the flow, guidance, and the options of one decoding.
+"""Decode noise into latents: solvers of the flow, guidance, and their options.
 
 Shapes: states x and velocities are (B, C, h, w).
 """
@@ -34,10 +34,10 @@ class Decoding:
     Args:
         num_steps: steps of the solver.
         guidance: `none`, `cfg` (classifier-free), or `apg` (adaptive projected guidance).
-        guidance_scale: its strength; 1 is no guidance.
-        solver: `euler`, or `heun`, of second order and about twice the work.
+        guidance_scale: strength of the guidance; 1 turns it off.
+        solver: `euler`, or `heun`, which is of second order and takes about twice the work.
         guidance_interval: (low, high]: guide only at flow times t with low < t <= high, where 1 is noise and 0 is data.
-            At other times the decoder runs on the tokens alone, for half of the work.
+            At other times the decoder runs on the tokens only, for half of the work.
 
     Raises:
         ValueError: an option is out of range or unknown.
@@ -57,27 +57,27 @@ class Decoding:
             )
         as_tuples(self, "guidance_interval")
         if not is_whole(self.num_steps) or self.num_steps < 1:
-            raise ValueError(f"num_steps={self.num_steps} must be at least 1, and a whole number")
+            raise ValueError(f"num_steps={self.num_steps} must be a whole number of at least 1")
         for name, known in (("guidance", GUIDANCE_KINDS), ("solver", SOLVERS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {known}")
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a record states of it: all options, and an interval of guidance where that is not all times."""
+        """The options as a record states them; the interval only if it is not all times."""
         return {name: value for name, value in asdict(self).items() if (name, value) != _ALWAYS}
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Arguments for `Reconstructor.detokenize`, which need not know other solvers than Euler's, nor intervals."""
+        """Arguments for `Reconstructor.detokenize`, without a solver or interval that is the default."""
         return {name: value for name, value in self.facts.items() if (name, value) != ("solver", "euler")}
 
     def under(self, objective: str) -> Decoding:
-        """How a tokenizer of this objective decodes: one that regresses takes a single step without guidance."""
+        """The decoding of a tokenizer of this objective: `mse` takes a single step without guidance."""
         return ONE_STEP if objective == "mse" else self
 
     def calls(self) -> tuple[int, int]:
-        """How often decoding an image evaluates the network: with its tokens, and without a condition."""
+        """How often decoding an image runs the network: with its tokens, and without a condition."""
         conditional = unconditional = 0
 
         def field(x: Tensor, t: float, guided: bool) -> tuple[Tensor, Tensor | None]:
@@ -93,7 +93,7 @@ class Decoding:
         return integrate(self.guided(field), noise, self.num_steps, self.solver)
 
     def guided(self, field: GuidedField) -> VelocityField:
-        """The velocity that one trajectory follows; `field` is guided only where that has an effect."""
+        """The velocity of one trajectory; `field` is guided only where that has an effect."""
         combine = AdaptiveProjectedGuidance() if self.guidance == "apg" else classifier_free_guidance
         unguided, (low, high) = self.guidance == "none" or self.guidance_scale == 1.0, self.guidance_interval
 
@@ -117,17 +117,16 @@ _ALWAYS = ("guidance_interval", EVERYWHERE)
 
 
 def chosen_decoding(own: object, usual: Decoding = USUAL, **given: Any) -> Decoding:
-    """Of each option of `Decoding` what was given, or else the model's own, or else the usual one.
+    """Choose each option of `Decoding`: the given one, or else the model's own, or else the usual one.
 
     Args:
-        own: the model's configuration, `FlexTokConfig`, or a published prior's `GenerationConfig`, or anything else,
-            which then has no decoding of its own. Its guidance scale belongs to its guidance: it does not count where
-            another guidance is given.
-        usual: what neither states.
-        **given: options; None is not given.
+        own: the model's configuration (`FlexTokConfig`), a published prior's `GenerationConfig`, or anything else,
+            which has no options of its own. Its guidance scale is used only with its own guidance.
+        usual: options that neither states.
+        **given: options; None counts as not given.
 
     Raises:
-        ValueError: an option is out of range or unknown, or a scale is given for no guidance.
+        ValueError: an option is out of range or unknown, or a scale is given without guidance.
     """
     stated = {name: value for name in _OWN if (value := getattr(own, name, None)) is not None}
     given = {name: value for name, value in given.items() if value is not None}
@@ -138,13 +137,13 @@ def chosen_decoding(own: object, usual: Decoding = USUAL, **given: Any) -> Decod
     if decoding.guidance == "none" and "guidance" not in given and given.get("guidance_scale", 1.0) != 1.0:
         raise ValueError(
             f"guidance_scale={decoding.guidance_scale} has no effect with guidance='none', which is the default here; "
-            "choose cfg or apg, too"
+            "choose cfg or apg too"
         )
     return decoding
 
 
 _OWN = ("num_steps", "guidance", "guidance_scale")
-"""Options of a decoding that a model may have been made for."""
+"""Options of a decoding that a model may set for itself."""
 
 
 def integrate(
@@ -155,12 +154,12 @@ def integrate(
     first: int | None = None,
     last: int = 0,
 ) -> Tensor:
-    """Integrate from noise at t = 1 to data at t = 0 in equal steps; the times are i / num_steps.
+    """Integrate from noise at t = 1 to data at t = 0 in equal steps at times i / num_steps.
 
-    `first` and `last` are i where the trajectory begins, by default at t = 1, and where it ends.
+    `first` is the i where the trajectory begins, by default at t = 1; `last` is where it ends.
 
-    `euler` asks the field once a step. `heun` is of second order and asks twice; its last step is an Euler step, as
-    t = 0 is outside what models are trained on.
+    `euler` calls the field once a step. `heun` is of second order and calls it twice; its last step is an Euler step,
+    because models are not trained at t = 0.
     """
     step = 1 / num_steps
     for i in range(num_steps if first is None else first, last, -1):
@@ -180,13 +179,13 @@ def classifier_free_guidance(conditional: Tensor, unconditional: Tensor, scale: 
 class AdaptiveProjectedGuidance:
     """Adaptive projected guidance (https://arxiv.org/abs/2410.02416, algorithm 1); one object per sampling run.
 
-    Differs from the paper in working on velocities, not on predictions of the clean sample, as the official
-    FlexTok code does; the momentum buffer is kept without the clipping.
+    It works on velocities instead of predictions of the clean sample, as the official FlexTok code does. The momentum
+    buffer is kept without the clipping.
     """
 
     momentum: float = -0.5  # factor of the previous steps' difference
-    eta: float = 0.0  # share of the component parallel to the conditional velocity that is kept
-    norm_threshold: float = 2.5  # largest L2 norm of the difference, over one sample's (C, h, w)
+    eta: float = 0.0  # share that is kept of the component parallel to the conditional velocity
+    norm_threshold: float = 2.5  # largest L2 norm of the difference, over a sample's (C, h, w)
     _average: Tensor | float = field(default=0.0, init=False)
 
     def __call__(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""How many tokens an image keeps in training (https://arxiv.org/abs/1402.0915; FlexTok, section 3.1).
+"""Draw how many tokens an image keeps in training (https://arxiv.org/abs/1402.0915; FlexTok, section 3.1).
 
 Shapes: B batch, K registers.
 """
@@ -17,8 +17,8 @@ BUDGET_LAWS = get_args(NestedDropoutLaw)
 def budgets_from_uniform(law: str, num_registers: int, u: Tensor) -> Tensor:
     """Token budgets in 1..K by inverting a law's distribution function: (B,) numbers in [0, 1) -> (B,) int64.
 
-    The laws are `uniform` over 1..K; `pow2` over 1, 2, 4, ..., K; `uniform_pow2` uniform and then rounded up to a power
-    of two (at most K); `exponential` with P(k) proportional to 2**(-8 k / K), so that short budgets are frequent; and
+    The laws are `uniform` over 1..K; `pow2` over 1, 2, 4, ..., K; `uniform_pow2`, uniform and then rounded up to a
+    power of two (at most K); `exponential` with P(k) proportional to 2**(-8 k / K), for frequent short budgets; and
     `none`, always K.
     """
     cumulative = budget_probabilities(law, num_registers).cumsum(0)

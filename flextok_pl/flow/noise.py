@@ -1,7 +1,7 @@
-"""Normal noise as a function of a seed for each sample, on any device in one go.
+"""Draw normal noise from one seed for each sample, for a whole batch and on any device at once.
 
-torch's generators have one seed each: a batch of samples with seeds of their own would take a launch for every sample,
-and the host to set every seed.
+torch's generators have one seed each. A batch of samples with own seeds would take a launch for every sample, and the
+host would have to set every seed.
 
 Shapes: B batch.
 """
@@ -12,15 +12,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# SplitMix64 (https://doi.org/10.1145/2660193.2660195) adds the first constant for every number and mixes by the others,
-# as int64 in two's complement.
+# SplitMix64 (https://doi.org/10.1145/2660193.2660195): every number adds the first constant, the others mix. int64 in
+# two's complement.
 _STEP, _FIRST, _SECOND = (value - 2**64 for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def seeded_normal(seeds: Tensor, shape: Sequence[int]) -> Tensor:
     """Standard normal (B, *shape) float32 on the device of (B,) int64 `seeds`; a row depends on its seed only.
 
-    Pairs of numbers come from the two halves of a 64-bit number by Box and Muller's method.
+    Box and Muller's method makes pairs of numbers from the two halves of a 64-bit number.
     """
     total = math.prod(shape)
     counter: Tensor = torch.arange(1, (total + 1) // 2 + 1, device=seeds.device)

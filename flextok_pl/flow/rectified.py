@@ -24,7 +24,7 @@ def interpolate(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
-    """What the model learns to predict: noise - clean."""
+    """The velocity that the model learns to predict: noise - clean."""
     return noise - clean
 
 
@@ -46,8 +46,8 @@ def sample_timesteps(
 
     The laws are `logit_normal`, sigmoid(N(0, 1)); `uniform`, U(0, 1); and `mode`, the Stable Diffusion 3 law
     (https://arxiv.org/abs/2403.03206, equation 20) with s = `mode_scale`, as `mode_from_uniform`. A `shift` above 1
-    spends more of the training on noisy inputs (equation 23 there). `stratified` takes one draw in each of B equal
-    quantiles instead of B independent ones.
+    trains more on noisy inputs (equation 23 there). `stratified` takes one draw in each of B equal quantiles instead of
+    B independent draws.
     """
     if law not in TIMESTEP_LAWS:
         raise ValueError(f"timestep_law={law!r} is unknown; use one of {TIMESTEP_LAWS}")
@@ -73,8 +73,8 @@ def stratify(u: Tensor) -> Tensor:
 def lattice(batch_size: int, generator: torch.Generator) -> Tensor:
     """A permutation (B,) int64 that pairs B strata of one number with those of another: i -> (a i + shift) mod B.
 
-    With a near the golden section of B, pairs cover the plane evenly (a rank-1 lattice). Every n-th image has, if n
-    divides B, every n-th stratum of both numbers, so that the images of each process are stratified, too.
+    With a near the golden section of B, pairs cover the plane evenly (a rank-1 lattice). If n divides B, every n-th
+    image has every n-th stratum of both numbers, so the images of each process are stratified too.
     """
     step = round(0.618 * batch_size)
     while math.gcd(step, batch_size) != 1:
@@ -89,9 +89,9 @@ def logit_normal_from_uniform(u: Tensor) -> Tensor:
 
 
 def mode_from_uniform(u: Tensor, scale: float) -> Tensor:
-    """1 - u - s * (cos(pi u / 2)**2 - 1 + u), Stable Diffusion 3's law with heavy middle; s = 0 leaves U(0, 1).
+    """1 - u - s * (cos(pi u / 2)**2 - 1 + u), Stable Diffusion 3's law with a heavy middle; s = 0 gives U(0, 1).
 
-    Differs from the paper at s = 0, where u itself is returned, as the official FlexTok code does.
+    At s = 0 it returns u itself, as the official FlexTok code does, unlike the paper.
     """
     if scale == 0:
         return u

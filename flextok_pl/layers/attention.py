@@ -1,12 +1,11 @@
 """Multi-head attention of FlexTok and its baselines, without masks where a kernel allows it.
 
-What is special about it:
 - Queries and keys are normalised, so each sums to zero over its head. A constant c added to a key, and 1 to all
-  queries, therefore adds 8 c to that key's logits: with c = log(n) / 8 a key counts as n equal ones (softmax over n
-  equal keys is that of s + log n), and with a large negative c not at all. Flash kernels take no such mask.
+  queries, therefore adds 8 c to that key's logits. With c = log(n) / 8 a key counts as n equal ones (softmax over n
+  equal keys is that of s + log n); with a large negative c it does not count. Flash kernels take no such mask.
 - The encoder's patches, which see no register, and its registers are two calls.
-- On a GPU in half precision, attention takes the sequences of all images end to end. Elsewhere registers are padded to
-  (B, M), for attention alone.
+- On a GPU in half precision, attention runs on the concatenated sequences of all images. Elsewhere registers are padded
+  to (B, M), for attention only.
 
 Shapes: B images, N patches, R registers in all, M the most of an image, H heads, D width, d head width, Q queries,
 L keys.
@@ -20,7 +19,7 @@ from torch.nn.attention.varlen import varlen_attn
 from flextok_pl.layers.norm import layer_norm
 from flextok_pl.layers.packing import Packing, Positions, Sequences, both, put, take
 
-UNSEEN = -1000.0  # a key of this constant has logits 8000 below those of others, whose weights are then exactly 0
+UNSEEN = -1000.0  # a key with this constant has logits 8000 below the others', so its weight is exactly 0
 
 
 class Attention(nn.Module):
@@ -52,7 +51,7 @@ class Attention(nn.Module):
         return self.wv(x).unflatten(-1, (-1, self.head_dim))  # type: ignore[no-any-return]
 
     def forward(self, queries: Positions, x: Positions, packing: Packing | None) -> Positions:
-        """Attend from `queries`, which may be of one kind only, to those of `x` (B, N, D), (R, D) that they see.
+        """Attend from `queries`, which may be of one kind only, to the positions (B, N, D), (R, D) of `x` they see.
 
         Without `packing` there are patches only.
         """
@@ -62,7 +61,7 @@ class Attention(nn.Module):
 
 
 def attention(q: Positions, k: Positions, v: Positions, scale: float, packing: Packing | None) -> Positions:
-    """`Attention` for queries, keys and values (B, N, H, d) and (R, H, d)."""
+    """`Attention` on queries, keys and values (B, N, H, d) and (R, H, d)."""
     if packing is None or packing.sight != "all":
         patches = q.patches
         if patches is not None:
@@ -87,7 +86,7 @@ def attention(q: Positions, k: Positions, v: Positions, scale: float, packing: P
 
 
 def _of_registers(queries: Tensor, k: Positions, v: Positions, scale: float, packing: Packing) -> Tensor:
-    """From registers (R, H, d) to the patches of their image and to the registers that they see: (R, H, d)."""
+    """Attend from registers (R, H, d) to the patches and registers of their image that they see: (R, H, d)."""
     earlier, s = packing.sight == "earlier", packing.sequences
     if s is not None:
         return _end_to_end(queries, s.join(k), s.join(v), s.register_ends, s, scale, earlier)
@@ -110,7 +109,7 @@ def _of_all_end_to_end(q: Positions, k: Positions, v: Positions, scale: float, s
 def _end_to_end(
     q: Tensor, k: Tensor, v: Tensor, query_ends: Tensor, s: Sequences, scale: float, causal: bool = False
 ) -> Tensor:
-    """Queries of sequences that end at `query_ends` attend to all keys of theirs; `causal` is aligned at the ends."""
+    """Queries of sequences that end at `query_ends` attend to all keys of their sequence; `causal` aligns the ends."""
     window = (-1, 0 if causal else -1)
     out = varlen_attn(q, k, v, query_ends, s.ends, s.longest, s.longest, scale=scale, window_size=window)
     assert isinstance(out, Tensor)

@@ -1,10 +1,9 @@
 """Pre-norm Transformer blocks, plain and conditioned on time.
 
-What is special about them:
-- Norms have no parameters and linear maps no biases; queries and keys are normalised; the MLP is gated.
-- Time shifts, scales and gates patches and registers by values of their own, which start at zero.
-- A block computes only the kind of position that its caller needs, which saves most of the last one.
-- A compiled block is used for gradients only; without them it runs uncompiled.
+- Norms have no parameters and linear maps no biases. Queries and keys are normalised. The MLP is gated.
+- Time shifts, scales and gates patches and registers with separate values, which start at zero.
+- A block computes only the kind of position that its caller needs, which saves most of the last block.
+- Compiled blocks serve gradients only; without gradients a block runs uncompiled.
 
 Shapes: B images, N patches of each, R registers in all, D width.
 """
@@ -22,11 +21,10 @@ from flextok_pl.layers.packing import Kind, Packing, Positions
 
 
 def run_block(block: nn.Module, checkpointing: bool, *arguments: object) -> Any:
-    """`block(*arguments)`; with `checkpointing` the backward pass computes it again instead of keeping activations.
+    """Run `block(*arguments)`; with `checkpointing` the backward pass recomputes it instead of keeping activations.
 
-    A compiled block runs uncompiled without gradients. Evaluation has other lengths, precisions and masks, single
-    images, or one position at a time: each would be compiled anew, and after eight torch compiles no more, in training
-    neither.
+    Without gradients a compiled block runs uncompiled. Evaluation has other lengths, precisions and masks, and each
+    would be compiled again. After eight, torch stops compiling, also for training.
     """
     if not torch.is_grad_enabled():
         return block._call_impl(*arguments)  # type: ignore[no-untyped-call]
@@ -36,7 +34,7 @@ def run_block(block: nn.Module, checkpointing: bool, *arguments: object) -> Any:
 
 
 def compile_for_all_lengths(blocks: nn.ModuleList) -> None:
-    """`torch.compile` each block in place, once for all lengths, which change with the budgets."""
+    """`torch.compile` each block in place, once for all lengths, because lengths change with the budgets."""
     for block in blocks:
         block.compile(dynamic=True)
 
@@ -57,15 +55,15 @@ class SwiGLU(nn.Module):
 
 
 def swiglu_width(width: int, mlp_ratio: float) -> int:
-    """Hidden width of `SwiGLU`: its three matrices hold about as much as the two of a plain MLP of `mlp_ratio`."""
+    """Hidden width at which the three matrices of `SwiGLU` hold about as much as the two of a plain MLP."""
     return int(2 * int(mlp_ratio * width) / 3)
 
 
 class Block(nn.Module):
     """Pre-norm block: x + attention, then x + MLP.
 
-    Where a caller needs positions of one kind only, keys and values are of all positions, but queries, projections and
-    the MLP are computed for that kind.
+    With `only`, keys and values come from all positions, but queries, projections and the MLP are computed for one
+    kind.
     """
 
     def __init__(self, width: int, head_dim: int, mlp_ratio: float) -> None:
@@ -74,14 +72,14 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width, mlp_ratio)
 
     def forward(self, x: Positions, packing: Packing | None = None, only: Kind | None = None) -> Positions:
-        """(B, N, D) patches and (R, D) registers -> the same, or `only` those of one kind."""
+        """(B, N, D) patches and (R, D) registers -> the same, or `only` one kind."""
         h = x.map(layer_norm)
         x = x.only(only).map(torch.add, self.attn(h.only(only), h, packing))
         return x.map(lambda values: values + self.mlp(layer_norm(values)))
 
 
 class Modulation(NamedTuple):
-    """What a time embedding contributes to one block; each broadcasts against the values of one kind of position."""
+    """The part of a time embedding for one block; each field broadcasts over one kind of position."""
 
     gate_attn: Tensor
     gate_mlp: Tensor
@@ -94,9 +92,8 @@ class Modulation(NamedTuple):
 class AdaLNBlock(nn.Module):
     """`Block` with adaLN-zero (https://arxiv.org/abs/2212.09748), separate for patches and registers.
 
-    Differs from DiT in the order of the six parts: gates first, then shift and scale of either branch.
-
-    Without `registers`, every position is a patch.
+    The order of the six parts differs from DiT: gates first, then shift and scale of each branch. Without `registers`
+    every position is a patch.
     """
 
     def __init__(self, width: int, head_dim: int, mlp_ratio: float, registers: bool = True) -> None:
@@ -109,7 +106,7 @@ class AdaLNBlock(nn.Module):
     def forward(
         self, x: Positions, time: Tensor, packing: Packing | None = None, only: Kind | None = None
     ) -> Positions:
-        """`Block` with a time embedding, (B, D) or (1, D) for all images."""
+        """Run `Block` with a time embedding, (B, D) or (1, D) for all images."""
         m = self._modulations(time, packing)
         h = x.map(lambda values, m: modulate(layer_norm(values), m.shift_attn, m.scale_attn), m)
         attended = self.attn(h.only(only), h, packing)

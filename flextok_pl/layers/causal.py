@@ -1,8 +1,8 @@
 """Causal self-attention with a cache of keys and values, cross-attention over text, and the block of the prior.
 
-By default the block is that of Llama (https://arxiv.org/abs/2302.13971) without rotary positions, as in LlamaGen
-(https://arxiv.org/abs/2406.06525): RMSNorm before attention and SwiGLU, no biases. Options of `PriorConfig` make those
-of l3m (https://github.com/apple/ml-l3m), of which published priors consist.
+By default this is Llama's block (https://arxiv.org/abs/2302.13971) without rotary positions, as in LlamaGen
+(https://arxiv.org/abs/2406.06525): RMSNorm before attention and SwiGLU, no biases. Options of `PriorConfig` give the
+blocks of l3m (https://github.com/apple/ml-l3m), which published priors use.
 
 Shapes: B batch, L new positions, P positions in the cache, T text positions, H heads, D width, d head width.
 """
@@ -28,27 +28,27 @@ ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
 
 
 class Window(NamedTuple):
-    """Which positions of caches are filled, as tensors, so that a step with one position keeps its shapes."""
+    """The filled positions of caches, as tensors, so that steps of one position keep their shapes."""
 
     place: Tensor  # (1,) int64, the position of the step
     bias: Tensor  # (1, length), added to the logits of attention: 0 for filled positions, -inf for others
 
     @classmethod
     def over(cls, cache: "KeyValueCache", place: Tensor) -> "Window":
-        """The window of a cache that is filled up to `place`, and of others like it."""
+        """The window of caches like this one that are filled up to `place`."""
         bias = torch.full((1, cache.length), float("-inf"), dtype=cache.keys.dtype, device=place.device)
         bias[:, : cache.filled] = 0.0
         return cls(place, bias)
 
     def open(self) -> None:
-        """Let the position of the step be seen."""
+        """Make the position of the step visible."""
         self.bias.index_fill_(1, self.place, 0.0)
 
 
 class KeyValueCache:
-    """Keys and values of one layer, in memory taken once for `length` positions when the first ones come.
+    """Keys and values of one layer; allocates memory for `length` positions when the first ones come.
 
-    Steps see what is filled, in shapes that grow, or all of it through a `window`, which the steps of all layers share.
+    Steps see the filled part, whose shape grows, or all of it through a `window`, which all layers share.
     """
 
     keys: Tensor  # (B, H, length, d)
@@ -59,9 +59,9 @@ class KeyValueCache:
         self.window: Window | None = None
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Add (B, H, L, d) keys and values; returns those to attend to, as views, and the bias of their logits."""
+        """Add (B, H, L, d) keys and values; returns views of those to attend to, and the bias of their logits."""
         if self.filled == 0:
-            # Zeros: through a window, values without weight are added, too.
+            # Zeros, because through a window values of weight 0 are summed too.
             self.keys, self.values = (
                 new.new_zeros(*new.shape[:2], self.length, new.shape[3]) for new in (keys, values)
             )
@@ -76,16 +76,16 @@ class KeyValueCache:
         return self.keys[:, :, :stop], self.values[:, :, :stop], None
 
     def select(self, rows: Tensor, length: int) -> "KeyValueCache":
-        """A cache for `length` positions with what some rows (N,) int64 of this one hold, in memory of its own."""
+        """Copy some rows (N,) int64 of this cache into a new one for `length` positions."""
         cache = KeyValueCache(length)
         cache.append(*(part[:, :, : self.filled].index_select(0, rows) for part in (self.keys, self.values)))
         return cache
 
 
 class CausalAttention(nn.Module):
-    """Self-attention in which a position sees itself and what came before.
+    """Self-attention in which a position sees itself and earlier ones.
 
-    With `qk_norm`, a norm on the queries and keys of each head (https://arxiv.org/abs/2302.05442).
+    `qk_norm` normalises the queries and keys of each head (https://arxiv.org/abs/2302.05442).
     """
 
     def __init__(self, config: PriorConfig) -> None:
@@ -96,7 +96,7 @@ class CausalAttention(nn.Module):
         self.q_norm, self.k_norm = (_head_norm(config, config.qk_norm) for _ in range(2))
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """(B, L, D) -> (B, L, D); with a cache that holds positions already, L must be 1."""
+        """(B, L, D) -> (B, L, D); L must be 1 if the cache already holds positions."""
         q, k, v = rearrange(self.wqkv(x), "b l (n h d) -> n b h l d", n=3, d=self.head_dim)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         bias = None
@@ -108,14 +108,14 @@ class CausalAttention(nn.Module):
 
 
 class TextMemory(NamedTuple):
-    """What one layer's queries find in a text."""
+    """Keys and values of a text for one layer's queries."""
 
     keys: Tensor  # (B, H, T, d)
     values: Tensor  # (B, H, T, d)
-    mask: Tensor  # (B, T) bool, True where there is text and no padding
+    mask: Tensor  # (B, T) bool, True for text, False for padding
 
     def select(self, rows: Tensor) -> "TextMemory":
-        """What queries of rows (N,) int64 of this one find."""
+        """The memory of some rows (N,) int64 of this one."""
         return TextMemory(*(part.index_select(0, rows) for part in self))
 
 
@@ -195,7 +195,7 @@ class CausalBlock(nn.Module):
         self.mlp = CausalMLP(config)
 
     def text_memory(self, text: Tensor, mask: Tensor) -> TextMemory:
-        """What the block's queries find in (B, T, D) text with a (B, T) mask."""
+        """Keys and values of (B, T, D) text with a (B, T) mask, for the block's queries."""
         assert self.cross is not None, "this block was made without text"
         return self.cross.memory(text, mask)
 

@@ -38,7 +38,7 @@ def sincos_position_table(width: int, grid_size: tuple[int, int], base: float = 
 
 
 def grid_positions(table: Tensor, rows: int, columns: int) -> Tensor:
-    """The top-left part of a position table (1, D, H, W): (1, rows, columns, D); ValueError where it is too small."""
+    """The top-left part of a position table (1, D, H, W): (1, rows, columns, D); ValueError if it is too small."""
     if rows > table.shape[2] or columns > table.shape[3]:
         raise ValueError(
             f"an input of {rows} x {columns} patches is larger than the position table of "
@@ -48,10 +48,10 @@ def grid_positions(table: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def resample_positions(table: Tensor, grid_size: Sequence[int]) -> Tensor:
-    """A position table (1, D, H, W) for another grid of the same picture: (1, D, *grid_size), bicubic.
+    """Resample a position table (1, D, H, W) to another grid of the same picture: (1, D, *grid_size), bicubic.
 
-    As for ViTs that are fine-tuned at another size (https://arxiv.org/abs/2010.11929, section 3.2): a finer grid lies
-    between the old positions, where the model knows them, and not beyond. A table of this size stays as it is.
+    This is how ViTs are fine-tuned at another size (https://arxiv.org/abs/2010.11929, section 3.2): a finer grid lies
+    between the positions that the model knows, not beyond them. A table of this size stays as it is.
     """
     if table.shape[2:] == torch.Size(grid_size):
         return table
@@ -59,7 +59,7 @@ def resample_positions(table: Tensor, grid_size: Sequence[int]) -> Tensor:
 
 
 def fitted_positions(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """Weights by name, their position tables resampled to the grids of those wanted; and a note of that, or nothing."""
+    """Weights by name, with position tables resampled to the wanted grids, and a note of that, or an empty string."""
     tables = {
         name: resample_positions(table, wanted[name].shape[2:])
         for name, table in given.items()

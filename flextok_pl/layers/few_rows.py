@@ -1,7 +1,7 @@
-"""Linear layers that are fast on few rows, as in sampling, where reading the weights is nearly all of the work.
+"""Linear layers that are fast on few rows, as in sampling, where reading the weights takes nearly all of the time.
 
-On a CPU, MKL reads the weights of `x @ W.T` at a fifth to a half of the memory's speed where x has few rows. The same
-products in another order read them up to four times as fast: 2 to 4 rows as (W @ x.T).T, others by slices of W.
+On a CPU, MKL reads the weights of `x @ W.T` at a fifth to a half of the memory's speed if x has few rows. Another order
+of the same products reads them up to four times as fast: (W @ x.T).T for 2 to 4 rows, slices of W for others.
 """
 
 import math
@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 MOST_ROWS = 64
-"""Beyond which it makes little difference."""
+"""Most rows; beyond these it makes little difference."""
 
 _AS_COLUMNS = (2, 3, 4)
-"""Numbers of rows that are faster as columns."""
+"""Numbers of rows that run as columns, which is faster."""
 
 _LARGE = 8192
-"""Outputs from which on 64 slices are faster than 4."""
+"""Outputs from which 64 slices are faster than 4."""
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, with another order of the same products for few rows on a CPU, in float32 and without gradients."""
+    """`nn.Linear` that reorders the products of few rows on a CPU, in float32 and without gradients."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""

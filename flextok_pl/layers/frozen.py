@@ -1,4 +1,4 @@
-"""A network that a module uses but does not own: not trained, not averaged, not stored."""
+"""Hold a network that a module uses but does not train, average or store."""
 
 from collections.abc import Callable
 from typing import Any, Generic, Self, TypeVar
@@ -10,11 +10,11 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class Frozen(nn.Module, Generic[ModuleT]):
-    """Holds a network outside the module tree and freezes it in place.
+    """Freezes a network in place and holds it outside the module tree.
 
-    The network stays in evaluation mode and has no gradients. It is in neither `parameters()` nor `state_dict()`, and a
-    deep copy shares it, so that checkpoints do not store it and weight averaging does not double it. Attributes and
-    calls are passed on. It follows its owner's `.to()`, or with `follows=False` stays where `on` puts it.
+    The network stays in evaluation mode and has no gradients. It is in neither `parameters()` nor `state_dict()`, and
+    deep copies share it, so checkpoints do not store it and weight averaging does not double it. Attributes and calls
+    pass through. It follows its owner's `.to()`; with `follows=False` it stays where `on` puts it.
     """
 
     module: ModuleT
@@ -22,7 +22,7 @@ class Frozen(nn.Module, Generic[ModuleT]):
     def __init__(self, module: ModuleT, follows: bool = True) -> None:
         super().__init__()
         self.follows = follows
-        object.__setattr__(self, "module", module.requires_grad_(False).eval())  # past nn.Module's registration
+        object.__setattr__(self, "module", module.requires_grad_(False).eval())  # bypasses nn.Module's registration
 
     def __getattr__(self, name: str) -> Any:
         if "module" not in self.__dict__:  # while unpickling
@@ -38,7 +38,7 @@ class Frozen(nn.Module, Generic[ModuleT]):
         return self
 
     def on(self, device: torch.device | str) -> ModuleT:
-        """The network, which is on `device` from now on."""
+        """Move the network to `device` and return it."""
         if next(self.module.parameters()).device != torch.device(device):
             self.module.to(device)
         return self.module
@@ -53,5 +53,5 @@ class Frozen(nn.Module, Generic[ModuleT]):
 
 
 def is_frozen(network: nn.Module) -> bool:
-    """Whether nothing of a network is trained."""
+    """Check that no parameter of a network is trained."""
     return not any(weight.requires_grad for weight in network.parameters())

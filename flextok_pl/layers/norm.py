@@ -8,12 +8,12 @@ from flextok_pl.precision import at_least_float32
 
 
 def layer_norm(x: Tensor) -> Tensor:
-    """Normalise the last dimension of `x` in float32, or float64 if it is (eps 1e-5); of `x`'s shape and dtype."""
+    """Normalise the last dimension of `x` (eps 1e-5) in float32 or wider; keeps shape and dtype."""
     return F.layer_norm(at_least_float32(x), x.shape[-1:], eps=1e-5).to(x.dtype)
 
 
 def make_norm(kind: NormKind, width: int, eps: float) -> nn.Module:
-    """RMSNorm with a gain, or LayerNorm with gain and bias or a gain alone, over the last dimension of (..., width)."""
+    """RMSNorm with gain, or LayerNorm with gain and bias or gain only, over the last dimension of (..., width)."""
     if kind == "rms":
         return nn.RMSNorm(width, eps=eps)
     return nn.LayerNorm(width, eps=eps, bias=kind == "layer")

@@ -1,10 +1,9 @@
-"""Images of different budgets in one pass, end to end: only the positions that are kept are computed.
+"""Run images of different budgets in one pass and compute only the positions that are kept.
 
-What is special about it:
-- A position is a patch or a register. Patches are a dense (B, N, D) tensor. Registers, of which an image has as many as
-  it keeps, lie end to end in one (R, D) tensor. What works position by position takes both as they are.
+- A position is a patch or a register. Patches are a dense (B, N, D) tensor. The registers that images keep are
+  concatenated in one (R, D) tensor. Layers that treat each position separately take both directly.
 - Only attention looks at whole images: see `flextok_pl.layers.attention`.
-- The host knows all lengths. It makes all indices, and sends them to the device without waiting for it.
+- The host knows all lengths. It makes all indices and sends them to the device without waiting.
 
 Shapes: B images, N patches of each, K registers at most, R in all, M the most of an image, D width.
 """
@@ -22,23 +21,23 @@ from flextok_pl.precision import accumulation_dtype
 from flextok_pl.transfer import send
 
 Sight = Literal["all", "earlier", "registers"]
-"""Who sees whom in an image. `all`: everyone. Otherwise patches see patches only, and a register sees all patches and,
-`earlier`, the registers up to itself, or all `registers`."""
+"""Which positions see which. `all`: each sees all. Otherwise patches see patches, and registers see all patches and
+the registers up to themselves (`earlier`) or all registers (`registers`)."""
 
 Kind = Literal["patches", "registers"]
 
 SIZES_PER_DOUBLING = 16
-"""How many sizes there are between n and 2 n registers where their number is rounded up."""
+"""Number of sizes between n and 2 n registers to which their number is rounded up."""
 
 
 class Positions(NamedTuple):
-    """Values at the positions of a batch. None stands for a kind that a layer does not have or does not need."""
+    """Values at the positions of a batch. None stands for a kind that a layer lacks or does not need."""
 
     patches: Tensor | None  # (B, N, ...)
     registers: Tensor | None  # (R, ...)
 
     def map(self, function: Callable[..., Tensor], *others: tuple[Any, Any]) -> Positions:
-        """A function of the values of each kind, and of what `others` have for that kind."""
+        """Apply a function to the values of each kind, with the entries of `others` for that kind."""
         pairs = zip(self, *others, strict=True)
         return Positions(*(None if values is None else function(values, *rest) for values, *rest in pairs))
 
@@ -51,27 +50,27 @@ class Positions(NamedTuple):
 
 
 def both(values: Positions) -> tuple[Tensor, Tensor]:
-    """Patches and registers, where there are both."""
+    """Patches and registers, which must both exist."""
     patches, registers = values
     assert patches is not None and registers is not None
     return patches, registers
 
 
 class Sequences(NamedTuple):
-    """Each image's patches and registers end to end, as attention of sequences of different lengths takes them.
+    """Concatenates each image's patches and registers, for attention over sequences of different lengths.
 
-    A last sequence holds the registers that round their number up.
+    A last sequence holds the registers that round up their number.
     """
 
-    patches: Tensor  # (B N,) int64, the place there of each patch
-    registers: Tensor  # (R,) int64, the place there of each register
+    patches: Tensor  # (B N,) int64, the place of each patch in the sequences
+    registers: Tensor  # (R,) int64, the place of each register in the sequences
     patch_ends: Tensor  # (B + 2,) int32, cumulative numbers of patches
     register_ends: Tensor  # (B + 2,) int32, cumulative numbers of registers
     ends: Tensor  # (B + 2,) int32, cumulative lengths
-    longest: int  # no sequence is longer
+    longest: int  # longest sequence
 
     def join(self, values: Positions) -> Tensor:
-        """Values (B, N, ...) and (R, ...) in this order: (B N + R, ...)."""
+        """Concatenate values (B, N, ...) and (R, ...) in this order: (B N + R, ...)."""
         patches, registers = both(values)
         total = len(self.patches) + len(self.registers)
         return put(patches.flatten(0, 1), self.patches, total).index_copy(0, self.registers, registers)
@@ -83,23 +82,23 @@ class Sequences(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """Where the registers of a batch are, and who sees whom."""
+    """Where the registers of a batch are, and which positions see which."""
 
     num_images: int  # B
     owner: Tensor  # (R,) int64, the image of each register
     longest: int  # M
-    padded: Tensor | None  # (R,) int64, its place in (B, M), flattened; None where these are 0, 1, 2, ..., B M - 1
-    log_counts: Tensor | None  # (R,), log of how many equal registers each stands for; None for 1 each
-    sequences: Sequences | None  # where attention takes them
+    padded: Tensor | None  # (R,) int64, its place in (B, M), flattened; None if these are 0, 1, 2, ..., B M - 1
+    log_counts: Tensor | None  # (R,), log of the number of equal registers that each replaces; None for 1 each
+    sequences: Sequences | None  # if attention takes sequences
     sight: Sight
 
     def fill(self, registers: Tensor) -> Tensor:
-        """Registers with more at their end, where their number was rounded up: (..., D) -> (R, D)."""
+        """Pad registers at the end to the rounded-up number: (..., D) -> (R, D)."""
         return F.pad(registers, (0, 0, 0, len(self.owner) - len(registers)))
 
 
 def places(lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Image and place in it, (R,) int64 each, of registers that lie end to end, `lengths` (B,) of each image."""
+    """Image and place in it, (R,) int64 each, of concatenated registers, `lengths` (B,) of each image."""
     owner = torch.arange(len(lengths)).repeat_interleave(lengths)
     return owner, torch.arange(len(owner)) - (lengths.cumsum(0) - lengths)[owner]
 
@@ -112,9 +111,9 @@ def pack(
     most: int,  # K
     sight: Sight,
     device: torch.device,
-    counts: Tensor | None = None,  # (R,) on the CPU, how many equal registers each stands for
+    counts: Tensor | None = None,  # (R,) on the CPU, number of equal registers that each replaces
 ) -> Packing:
-    """Tell a device where registers are; for sequences, R is rounded up to one of a few sizes (`padded_size`)."""
+    """Send the places of registers to a device; for sequences R is rounded up (`padded_size`)."""
     log_counts = None if counts is None or bool((counts == 1).all()) else counts.to(accumulation_dtype(device)).log()
     padded, sequences, longest = None, None, most
     if takes_sequences(device):
@@ -134,7 +133,7 @@ def pack(
 def _sequences(
     owner: Tensor, more: int, num_images: int, num_patches: int, most: int, device: torch.device
 ) -> Sequences:
-    images = torch.arange(num_images + 1)  # the last one is made of what rounds up
+    images = torch.arange(num_images + 1)  # the last one holds the padding
     of_patches, of_registers = images[:-1].repeat_interleave(num_patches), F.pad(owner, (0, more), value=num_images)
     order = torch.cat([of_patches, of_registers]).argsort(stable=True)
     rank = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
@@ -151,13 +150,13 @@ def _sequences(
 
 
 def padded_size(total: int) -> int:
-    """`total` rounded up to one of `SIZES_PER_DOUBLING` sizes, so that few shapes are compiled; multiples of 8."""
+    """Round `total` up to one of `SIZES_PER_DOUBLING` sizes, so that few shapes are compiled; multiples of 8."""
     step = max(8, (1 << max(total - 1, 0).bit_length()) // (2 * SIZES_PER_DOUBLING))
     return -(-total // step) * step
 
 
 def takes_sequences(device: torch.device) -> bool:
-    """Whether attention runs on sequences end to end: on a GPU in half precision."""
+    """Check that attention runs on concatenated sequences: on a GPU in half precision."""
     return device.type == "cuda" and torch.is_autocast_enabled("cuda")
 
 
@@ -175,10 +174,10 @@ class _Take(torch.autograd.Function):
 
 
 def take(values: Tensor, rows: Tensor) -> Tensor:
-    """These rows of values, (R, ...), none of them twice: so the backward pass copies gradients and adds nothing."""
+    """Take rows of values, (R, ...), each at most once, so that the backward pass copies gradients without adding."""
     return _Take.apply(values, rows)  # type: ignore[no-any-return]
 
 
 def put(values: Tensor, rows: Tensor, total: int, fill: float = 0.0) -> Tensor:
-    """(total, ...) with (R, ...) values at these rows and `fill` elsewhere."""
+    """Put (R, ...) values at these rows of (total, ...), with `fill` elsewhere."""
     return values.new_full((total, *values.shape[1:]), fill).index_copy(0, rows, values)

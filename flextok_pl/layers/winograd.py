@@ -1,13 +1,12 @@
 """3x3 convolutions with a quarter of the multiplications, for inference on a CPU.
 
-What is special about it:
-- Winograd's minimal filtering (https://arxiv.org/abs/1509.09308): the 4 x 4 outputs of a tile are sums of 36 products,
-  where a direct convolution takes 144. Inputs and kernels are transformed, multiplied as 36 matrices, and gathered.
-- The points at which the filtering evaluates are 0, ±2/3, ±3/2 and infinity. In float32 they err no more than a direct
-  convolution does; the usual ones, 0, ±1, ±2 and infinity, err four times as much.
-- After an upsampling to nearest neighbours, 4 x 4 outputs come from 4 x 4 positions: the upsampled image is never made.
-- Transforms are sums of slices, as products with so small matrices do not use several cores well. They work in place,
-  in memory that is taken once, since fresh memory costs more than what is computed on it.
+- Winograd's minimal filtering (https://arxiv.org/abs/1509.09308): the 4 x 4 outputs of a tile are sums of 36 products
+  instead of 144 in a direct convolution. Inputs and kernels are transformed, multiplied as 36 matrices, and gathered.
+- The filtering evaluates at 0, ±2/3, ±3/2 and infinity. In float32 the error is no larger than a direct convolution's;
+  at the usual points, 0, ±1, ±2 and infinity, it is four times as large.
+- After nearest-neighbour upsampling, 4 x 4 outputs come from 4 x 4 positions, and the upsampled image is never made.
+- Transforms are sums of slices, because products with such small matrices do not use several cores well. They work in
+  place, in memory that is allocated once: fresh memory costs more than computing on it.
 
 Nothing is kept between calls, so weights may change at any time. There are no gradients.
 
@@ -24,23 +23,23 @@ import torch
 from torch import Tensor
 
 NUMBERS_PER_CORE = 2**20
-"""Numbers of transformed tiles at one time and per core: few enough for its cache, enough for large products."""
+"""Transformed numbers at a time and per core: few enough for its cache, enough for large products."""
 
 FEWEST_CHANNELS, FEWEST_POSITIONS = 128, 512
-"""From where on it is faster than a direct convolution: in and out, and of an image (AMD EPYC with AVX-512)."""
+"""Channels, in and out, and positions of an image from which it beats a direct convolution (AMD EPYC with AVX-512)."""
 
-_P, _Q = 2 / 3, 3 / 2  # the finite points besides 0, and their opposites; P Q = 1
+_P, _Q = 2 / 3, 3 / 2  # the finite points except 0 and the negatives; P Q = 1
 
 
 class Workspace:
-    """Memory on one device and of one type, taken by name and again at each turn, whatever was in it."""
+    """Memory on one device and of one type, allocated by name and reused."""
 
     def __init__(self, like: Tensor) -> None:
         self._like = like
         self._memory: dict[str, Tensor] = {}
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """Memory of that shape. It holds what it held, until the same name is taken again."""
+        """Get memory of this shape. Its contents stay until the same name is taken again."""
         size = math.prod(shape)
         if name not in self._memory or self._memory[name].numel() < size:
             self._memory[name] = self._like.new_empty(size)
@@ -49,12 +48,12 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Filtering:
-    """How four outputs in a row come of six products; both sides of an image are treated alike.
+    """How four outputs in a row come from six products; both axes of an image are treated alike.
 
     Args:
         size: positions of the input that a tile reads.
-        stride: positions of the input from a tile to the next.
-        kernel: rows of the three taps that make the factors of the products.
+        stride: positions of the input from one tile to the next.
+        kernel: rows of the three taps that make one factor of each product.
         spread: writes the other factors (6, ...) from the positions (size, ...).
         gather: adds the sums of products (6, ...), which it overwrites, to the outputs (4, ...).
     """
@@ -76,7 +75,7 @@ class Filtering:
 
 
 def _spread(d: Tensor, v: Tensor) -> None:
-    """The polynomials that vanish at all points but one, applied to the positions."""
+    """Apply to the positions the polynomials that vanish at all points except one."""
     torch.add(d[0:2], d[4:6], out=v[0::5])
     v[0::5].sub_(d[2:4], alpha=_P**2 + _Q**2)  # at 0 and infinity
     for place, point, other in ((1, _P, _Q), (3, _Q, _P)):
@@ -86,7 +85,7 @@ def _spread(d: Tensor, v: Tensor) -> None:
 
 
 def _gather(m: Tensor, y: Tensor) -> None:
-    """Powers 0 to 3 of the points, each with its product."""
+    """Sum powers 0 to 3 of the points, each times its product."""
     at, opposite = m[1:5:2], m[2:6:2]
     at.sub_(opposite)  # even powers
     torch.add(at, opposite, alpha=2, out=opposite)  # odd powers
@@ -97,7 +96,7 @@ def _gather(m: Tensor, y: Tensor) -> None:
 
 
 def _kernel() -> tuple[tuple[float, float, float], ...]:
-    """The taps as a polynomial at each point, divided by what `_spread` gives there, and times the point's size."""
+    """The taps as a polynomial at each point, divided by the value of `_spread` there, times the point's size."""
     rows = []
     for point, other in ((_P, _Q), (_Q, _P)):
         scale = point / (2 * point**2 * (point**2 - other**2))
@@ -123,13 +122,13 @@ SAME = Filtering(6, 4, _kernel(), _spread, _gather)
 
 _UPSAMPLED_KERNEL = ((1, 0, 0), (1, 1, 1), (0, 1, 1), (1, 1, 0), (1, 1, 1), (0, 0, 1))
 UPSAMPLED = Filtering(4, 2, _UPSAMPLED_KERNEL, _spread_upsampled, _gather_upsampled)
-"""A convolution of the image at twice its height and width: F(2, 2) for even outputs, and for odd ones."""
+"""A convolution of the image at twice its height and width: F(2, 2) for even and for odd outputs."""
 
 
 def serves(weight: Tensor, height: int, width: int) -> bool:
-    """Whether `add_convolution` takes outputs of H x W and these weights (D, C, 3, 3), and is faster than a direct one.
+    """Check that `add_convolution` takes H x W outputs and weights (D, C, 3, 3), and is faster than a direct one.
 
-    The number of images does not matter, so that what is computed of an image does not depend on the others.
+    The number of images does not matter, so that an image's result does not depend on the others.
     """
     fits = weight.shape[2:] == (3, 3) and height % 4 == width % 4 == 0
     return fits and min(weight.shape[:2]) >= FEWEST_CHANNELS and height * width >= FEWEST_POSITIONS
@@ -138,13 +137,13 @@ def serves(weight: Tensor, height: int, width: int) -> bool:
 def add_convolution(
     padded: Tensor, weight: Tensor, outputs: Tensor, workspace: Workspace, filtering: Filtering = SAME
 ) -> None:
-    """Add a 3x3 convolution to what is in `outputs`.
+    """Add a 3x3 convolution to `outputs` in place.
 
     Args:
-        padded: (B, h + 2, w + 2, C), the image of h x w positions with a frame of zeros or of what else is around it.
+        padded: (B, h + 2, w + 2, C), the image of h x w positions in a frame of zeros or of its surroundings.
         weight: (D, C, 3, 3), in torch's order.
-        outputs: (B, H, W, D) contiguous, with H and W multiples of 4: h x w, or twice that under `UPSAMPLED`.
-        workspace: for what is between; its names `tiles`, `products` and `kernels` are used.
+        outputs: (B, H, W, D) contiguous, H and W multiples of 4: h x w, or twice that with `UPSAMPLED`.
+        workspace: memory for intermediate values, under the names `tiles`, `products` and `kernels`.
         filtering: `SAME` or `UPSAMPLED`.
     """
     (batch, height, width, channels), depth = outputs.shape, padded.shape[3]

@@ -1,1 +1,1 @@
-"""Distances between sets of features, and statistics of pixels and tokens."""
+"""Compare sets of features; compute statistics of pixels and tokens."""

@@ -1,4 +1,4 @@
-"""Statistics of token ids: how much of the vocabulary is used, and how much each position says.
+"""Statistics of token ids: the use of the vocabulary, and the information in each position.
 
 N samples, K positions, V vocabulary. Entropies are plug-in estimates: with N samples none exceeds log2 N.
 """
@@ -22,7 +22,7 @@ def codebook_use(tokens: Tensor, vocab_size: int) -> float:
 
 
 def position_entropy(tokens: Tensor) -> Tensor:
-    """Entropy in bits of the ids at each position: (N, K) int64 -> (K,) float64, or what the device has."""
+    """Entropy in bits of the ids at each position: (N, K) int64 -> (K,) float64, or the device's widest type."""
     count, positions = tokens.shape
     wide = accumulation_dtype(tokens.device)
     offset = torch.arange(positions, device=tokens.device) * (int(tokens.max()) + 1)
@@ -35,14 +35,13 @@ def position_entropy(tokens: Tensor) -> Tensor:
 def class_information(tokens: Tensor, labels: Tensor, permutations: int = 20, seed: int = 0) -> Tensor:
     """Mutual information in bits between the class and the id at each position, corrected for few samples.
 
-    (N, K) and (N,) int64, whose samples with class -1 are left out, -> (K,) float64: about zero where the id tells
-    nothing, at most the entropy of the classes. The plug-in estimate H(id) + H(class) - H(id, class) is far above zero
-    even for ids that are independent of the class, since most of them occur once; so its mean over permutations of the
-    labels is subtracted.
+    (N, K) and (N,) int64 -> (K,) float64; samples of class -1 are left out. It is about zero for ids independent of the
+    class, and at most the entropy of the classes. The plug-in estimate H(id) + H(class) - H(id, class) is far above
+    zero even for independent ids, because most occur once. So its mean over permutations of the labels is subtracted.
     """
     tokens, labels = tokens[labels >= 0], labels[labels >= 0]
     if len(labels) == 0:
-        raise ValueError("no sample has a class, so tokens cannot tell about it")
+        raise ValueError("no sample has a class, so class information is undefined")
     _, dense = torch.unique(tokens, return_inverse=True)
     generator = torch.Generator().manual_seed(seed)
 
@@ -55,5 +54,5 @@ def class_information(tokens: Tensor, labels: Tensor, permutations: int = 20, se
 
 
 def perplexity(tokens: Tensor) -> float:
-    """2 to the entropy of the ids over all positions: the size of a uniform vocabulary that is as hard to predict."""
+    """2 to the entropy of the ids over all positions: the size of an equally unpredictable uniform vocabulary."""
     return float(2 ** position_entropy(tokens.reshape(-1, 1)).item())

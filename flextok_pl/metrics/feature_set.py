@@ -1,4 +1,4 @@
-"""A set of images as distances need it: statistics of all features, and a pool of the features themselves.
+"""Collect what distances need of a set of images: statistics of all features, and a pool of features.
 
 M pooled samples, D features.
 """
@@ -12,11 +12,11 @@ from flextok_pl.distributed import gather_rows
 from flextok_pl.metrics.frechet import FeatureStatistics
 from flextok_pl.transfer import send
 
-POOL_SIZE = 5000  # samples whose features are kept for the kernel distance; below this number, all
+POOL_SIZE = 5000  # most samples whose features are kept for the kernel distance
 
 
 class FeatureSet:
-    """Features of one set of images, kept on the `summing_device` of `device`; adding to it does not wait for that."""
+    """Features of one set of images, on the `summing_device` of `device`; adding to it does not wait for the device."""
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
         self.statistics = FeatureStatistics(dim, device)
@@ -26,7 +26,7 @@ class FeatureSet:
     def update(self, features: Tensor, ids: Tensor, pooled: Tensor) -> None:
         """Add (B, D) features of samples with (B,) int64 ids, unique in the set and the same in every process.
 
-        `pooled` (B,) says which samples belong to the pool; ids and pooled are on the CPU.
+        `pooled` (B,) marks the samples of the pool; ids and pooled are on the CPU.
         """
         rows = features.to(self.device)
         self.statistics.update(rows)
@@ -37,7 +37,7 @@ class FeatureSet:
 
     @property
     def device(self) -> torch.device:
-        """Where the features are."""
+        """The device of the features."""
         return self.statistics.mean.device
 
     @property
@@ -46,12 +46,12 @@ class FeatureSet:
         return sum(map(len, self._ids))
 
     def pool(self) -> Tensor:
-        """(M, D), ordered by id, so that it does not depend on which process saw a sample when."""
+        """(M, D), ordered by id, so that it does not depend on processes or their order."""
         rows, ids = self._joined()
         return rows[ids.argsort()]
 
     def all_reduce(self) -> None:
-        """Replace this set by that of all processes."""
+        """Merge the sets of all processes into this one."""
         self.statistics.all_reduce()
         rows, ids = self._joined()
         self._rows, self._ids = [gather_rows(rows)], [gather_rows(ids)]
@@ -63,7 +63,7 @@ class FeatureSet:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor], device: torch.device | str = "cpu") -> Self:
-        """The set that `state_dict` described."""
+        """Restore a set from its `state_dict`."""
         restored = cls(len(state["mean"]), device)
         restored.statistics = FeatureStatistics.from_state_dict(state, device)
         restored._rows, restored._ids = [state["rows"].to(restored.device)], [state["ids"]]

@@ -1,4 +1,4 @@
-"""Frechet distance between two sets of features, from float64 statistics kept in one pass.
+"""Frechet distance between two sets of features, from float64 statistics collected in one pass.
 
 FD(a, b) = |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al., arXiv 1706.08500, section 3).
 N samples, D features.
@@ -13,17 +13,17 @@ from torch import Tensor
 from flextok_pl.distributed import all_reduce_sum
 from flextok_pl.precision import as_float64, summing_device
 
-BLOCK = 512  # rows of a scatter matrix that are updated at a time
+BLOCK = 512  # rows of a scatter matrix to update at a time
 
 
 class FeatureStatistics:
     """Count, mean and covariance of features, updated batch by batch in float64 on the `summing_device` of `device`.
 
-    The scatter around the running mean is updated as in Chan, Golub & LeVeque (1979), so nothing cancels when the mean
-    is large against the spread. Memory is D x D for any N. Of `scatter` only the lower triangle is complete.
+    The scatter around the running mean is updated as in Chan, Golub & LeVeque (1979), so nothing cancels if the mean is
+    large against the spread. Memory is D x D for any N. Only the lower triangle of `scatter` is complete.
 
-    Updates do not wait for a device. So features that are not finite are found out when the statistics are read, which
-    then raises ValueError.
+    Updates do not wait for a device. Reading the statistics therefore raises the ValueError for features that are not
+    finite.
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
@@ -35,10 +35,10 @@ class FeatureStatistics:
 
     @classmethod
     def from_moments(cls, mean: Tensor, covariance: Tensor) -> Self:
-        """Published statistics, a (D,) mean and a (D, D) covariance, of enough samples for full rank."""
+        """Use published statistics: a (D,) mean and a (D, D) covariance, of enough samples for full rank."""
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise ValueError(
-                f"mean {tuple(mean.shape)}, covariance {tuple(covariance.shape)}: they are (D,) and (D, D)"
+                f"mean {tuple(mean.shape)}, covariance {tuple(covariance.shape)}: they must be (D,) and (D, D)"
             )
         if not (mean.isfinite().all() and covariance.isfinite().all()):
             raise ValueError("mean or covariance hold NaN or infinite values")
@@ -52,14 +52,14 @@ class FeatureStatistics:
     def covariance(self) -> Tensor:
         """(D, D) float64, with the N - 1 divisor."""
         if self.count < 2:
-            raise ValueError(f"a covariance needs at least two samples, there are {self.count}")
+            raise ValueError(f"a covariance needs at least two samples, not {self.count}")
         self._check_finite()
         lower = self.scatter.tril() / (self.count - 1)
         return lower + lower.tril(-1).T
 
     @property
     def full_rank(self) -> bool:
-        """Whether N > D. Otherwise the covariance is singular, and distances are comparable at equal N only."""
+        """Check that N > D. Otherwise the covariance is singular, and distances are comparable at equal N only."""
         return self.count > self.dim
 
     @property
@@ -86,7 +86,7 @@ class FeatureStatistics:
         self._factor = None
 
     def all_reduce(self) -> None:
-        """Replace these statistics by those of the samples of all processes; a no-op outside torch.distributed."""
+        """Merge the statistics of all processes into these; does nothing outside torch.distributed."""
         self._check_finite()
         totals = all_reduce_sum(torch.cat([self.mean * self.count, self.mean.new_tensor([self.count])]))
         count = int(totals[-1].item())
@@ -100,7 +100,7 @@ class FeatureStatistics:
     def covariance_factor(self) -> Tensor:
         """L (D, R) with covariance = L L^T and R at most `rank`; kept until the next update.
 
-        By Cholesky with pivoting, which finds the rank and costs D R^2, far less than eigenvectors.
+        Cholesky with pivoting finds the rank and costs D R^2, far less than eigenvectors.
         """
         if self._factor is None:
             lower, pivots, rank, _ = dpstrf(self.covariance.cpu().numpy(), lower=1)
@@ -112,7 +112,7 @@ class FeatureStatistics:
         return self._factor
 
     def _check_finite(self) -> None:
-        """Of a row that is not finite, nothing else can take the trace out of the mean."""
+        """Check the mean's finiteness: a row that is not finite leaves its trace there for good."""
         if not self.mean.isfinite().all():
             raise ValueError("features hold NaN or infinite values")
 
@@ -123,7 +123,7 @@ class FeatureStatistics:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor], device: torch.device | str = "cpu") -> Self:
-        """The statistics that `state_dict` described."""
+        """Restore statistics from their `state_dict`."""
         statistics = cls(len(state["mean"]), device)
         statistics.count = int(state["count"].item())
         statistics.mean, statistics.scatter = (state[name].to(statistics.mean.device) for name in ("mean", "scatter"))
@@ -142,8 +142,8 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
     tr (C_a C_b)^(1/2) is the sum of the square roots of the eigenvalues of L_a^T C_b L_a, which is symmetric, positive
     semi-definite and no larger than the rank of C_a. Singular covariances need no added diagonal: eigenvalues beyond
-    the smaller of the two ranks are zero, and left out because the root would magnify their rounding. Tiny negative
-    distances are rounding, too. The factorisation of `a` is kept, so comparing many sets with one `a` is cheap. It is
+    the smaller of the two ranks are zero, and are left out because the root would magnify their rounding. Tiny negative
+    distances are rounding too. The factorisation of `a` is kept, so comparing many sets with one `a` is cheap. All is
     computed on the device of `b`.
     """
     if a.dim != b.dim:

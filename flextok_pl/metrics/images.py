@@ -1,4 +1,4 @@
-"""Errors of pixels, taken after rounding to 8 bits, as a viewer sees images, on the scale [0, 1] (level / 255).
+"""Measure errors of pixels after rounding to 8 bits, as a viewer sees images, on the scale [0, 1] (level / 255).
 
 B images, H x W pixels.
 """
@@ -10,11 +10,11 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from flextok_pl.parts import in_parts
 from flextok_pl.precision import as_float64, full_precision
 
-PSNR_CAP = 100.0  # dB, reported for equal images, whose error is zero
+PSNR_CAP = 100.0  # dB, for equal images, whose error is zero
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Bring images in [-1, 1], clamped, to 8 bits by rounding to the nearest grey level; only this function does it."""
+    """Clamp images to [-1, 1] and round them to 8 bits; all code uses this function."""
     if not images.is_floating_point():
         raise ValueError(f"images have dtype {images.dtype}; give floating point in [-1, 1]")
     if not images.isfinite().all():
@@ -23,7 +23,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def image_errors(originals: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
-    """Errors of each image on the [0, 1] scale: (B, 3, H, W) uint8 twice -> values of (B,) float64.
+    """Errors of each image on the [0, 1] scale: two (B, 3, H, W) uint8 -> values of (B,) float64.
 
     They are `mae`, `mse`, `psnr` (dB, peak 1, at most `PSNR_CAP`) and `ssim` (11 x 11 Gaussian window of sigma 1.5), on
     the images' `summing_device`, without waiting for it.
@@ -33,7 +33,7 @@ def image_errors(originals: Tensor, reconstructions: Tensor) -> dict[str, Tensor
     if originals.shape != reconstructions.shape:
         raise ValueError(
             f"reconstructions have shape {tuple(reconstructions.shape)}, originals {tuple(originals.shape)}: the model "
-            "decodes to another size than it was given; evaluate at its training size"
+            "decodes to another size; evaluate at its training size"
         )
     # Integer sums are exact, so the result is the same on every device and in every batch.
     difference = originals.int() - reconstructions.int()

@@ -1,6 +1,6 @@
-"""Inception score (Salimans et al., arXiv 1606.03498, section 4), from float64 sums kept in one pass.
+"""Inception score (Salimans et al., arXiv 1606.03498, section 4), from float64 sums collected in one pass.
 
-exp(E_x KL(p(y|x) || p(y))), where E_x KL = H(E_x p) - E_x H(p) needs the sums of p and of p log p only.
+The score is exp(E_x KL(p(y|x) || p(y))). E_x KL = H(E_x p) - E_x H(p) needs only the sums of p and of p log p.
 S splits, C classes.
 """
 
@@ -12,18 +12,18 @@ from flextok_pl.precision import as_float64, summing_device
 
 
 class InceptionScore:
-    """The score of each of several parts of the samples, and their mean.
+    """The inception score of each of several splits of the samples, and their mean.
 
-    A sample's split is its id modulo S, so the score depends neither on order nor on batches or processes. Sums are on
-    the `summing_device` of `device`, which updates do not wait for: probabilities that are none are found out when the
-    sums are read, which then raises ValueError.
+    A sample's split is its id modulo S, so the score does not depend on order, batches or processes. Sums are on the
+    `summing_device` of `device`, and updates do not wait for it. Reading the sums therefore raises the ValueError for
+    invalid probabilities.
     """
 
     def __init__(self, num_classes: int, splits: int = 10, device: torch.device | str = "cpu") -> None:
         if splits < 1:
             raise ValueError(f"splits={splits} must be at least 1")
         self._device = summing_device(device)
-        # Of p, of p log p, of ones; NaN where p are no probabilities.
+        # Sums of p, of p log p, of ones; NaN for invalid probabilities.
         self._sums = torch.zeros(splits, num_classes + 2, dtype=torch.float64, device=self._device)
 
     @property
@@ -32,7 +32,7 @@ class InceptionScore:
         return int(self._checked()[:, -1].sum())
 
     def update(self, probabilities: Tensor, ids: Tensor) -> None:
-        """Add (B, C) probabilities of samples with (B,) int64 ids, uniform over the integers, as hashes of keys are."""
+        """Add (B, C) probabilities of samples with (B,) int64 ids, which must be uniform, such as hashes of keys."""
         classes = self._sums.shape[1] - 2
         if probabilities.ndim != 2 or probabilities.shape[1] != classes:
             raise ValueError(f"probabilities have shape {tuple(probabilities.shape)}; this score takes (B, {classes})")
@@ -43,7 +43,7 @@ class InceptionScore:
         self._sums.index_add_(0, splits, rows.where(valid, torch.nan))
 
     def all_reduce(self) -> None:
-        """Replace the samples by those of all processes."""
+        """Merge the samples of all processes."""
         self._sums = all_reduce_sum(self._checked())
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -51,7 +51,7 @@ class InceptionScore:
         return {"sums": self._checked()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up the samples of another score with the same arguments."""
+        """Replace the samples by those of another score with the same arguments."""
         self._sums = state["sums"].to(self._device)
 
     def _checked(self) -> Tensor:

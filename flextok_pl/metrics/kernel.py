@@ -1,7 +1,7 @@
 """Kernel distance (KID on Inception features): squared maximum mean discrepancy with a cubic kernel.
 
-Binkowski et al., https://arxiv.org/abs/1801.01401, section 4. Unlike the Frechet distance it is unbiased, so it means
-something with fewer samples than features. N samples, D features, S samples in a subset.
+Binkowski et al., https://arxiv.org/abs/1801.01401, section 4. Unlike the Frechet distance it is unbiased, so it also
+holds for fewer samples than features. N samples, D features, S samples in a subset.
 """
 
 from functools import cached_property
@@ -12,7 +12,7 @@ from torch import Tensor
 from flextok_pl.precision import accumulation_dtype
 
 SUBSETS, SUBSET_SIZE = 100, 1000
-WHOLE = 6000  # up to this number of samples the kernel is computed once for all pairs: the subsets share most of them
+WHOLE = 6000  # most samples for which the kernel of all pairs is computed once, as subsets share most of them
 
 
 def polynomial_kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -21,9 +21,9 @@ def polynomial_kernel(a: Tensor, b: Tensor) -> Tensor:
 
 
 def unbiased_mmd(kernel_aa: Tensor, kernel_ab: Tensor, kernel_bb: Tensor, paired: bool = False) -> Tensor:
-    """Unbiased squared maximum mean discrepancy: (S, S) three times -> a scalar.
+    """Unbiased squared maximum mean discrepancy: three (S, S) -> a scalar.
 
-    With `paired` b_i was made from a_i, so that only i != j are independent in `kernel_ab`.
+    With `paired` b_i was made from a_i, so in `kernel_ab` only i != j are independent.
     """
     size = len(kernel_aa)
     pairs = size * (size - 1)
@@ -33,7 +33,7 @@ def unbiased_mmd(kernel_aa: Tensor, kernel_ab: Tensor, kernel_bb: Tensor, paired
 
 
 class KernelReference:
-    """(N, D) features that many others are compared with: the kernel of their own pairs is computed once."""
+    """(N, D) features to compare many others with; computes the kernel of their own pairs once."""
 
     def __init__(self, features: Tensor) -> None:
         self.features = features.to(accumulation_dtype(features.device))
@@ -45,7 +45,7 @@ class KernelReference:
 
 
 def draw_subsets(num_a: int, num_b: int, subsets: int, size: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of (S,) int64 indices without replacement, among so many samples on either side."""
+    """Draw pairs of (S,) int64 indices without replacement, one for each side."""
     generator = torch.Generator().manual_seed(seed)
     return [
         (torch.randperm(num_a, generator=generator)[:size], torch.randperm(num_b, generator=generator)[:size])
@@ -63,11 +63,11 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """Mean and standard deviation of the squared discrepancy over random subsets of (N, D) and (M, D) features.
 
-    With at most `subset_size` samples on a side there is one estimate only, from as many as the smaller side has.
-    Memory is float64 for three kernel matrices of S x S, or of N x N where N is at most `WHOLE`.
+    With at most `subset_size` samples on a side there is only one estimate, from as many samples as the smaller side
+    has. Memory is float64 for three kernel matrices of S x S, or of N x N if N is at most `WHOLE`.
 
-    With `paired`, row i of `b` was made from row i of `a`, as a reconstruction is. The usual estimate, which takes the
-    two sides as independent, would then be too small by about 2 / S of the kernel's range, and often negative.
+    With `paired`, row i of `b` was made from row i of `a`, such as a reconstruction. The usual estimate treats the two
+    sides as independent; for pairs it is too small by about 2 / S of the kernel's range, and often negative.
     """
     if isinstance(reference, Tensor):
         reference = KernelReference(reference)
@@ -76,9 +76,9 @@ def kernel_distance(
         raise ValueError(f"{a.shape[1]} and {b.shape[1]} features cannot be compared; use one extractor for both")
     smaller = min(len(a), len(b))
     if smaller < 2:
-        raise ValueError(f"a kernel distance needs at least two samples on each side, there are {smaller}")
+        raise ValueError(f"a kernel distance needs at least two samples on each side, not {smaller}")
     if paired and len(a) != len(b):
-        raise ValueError(f"{len(a)} and {len(b)} samples are no pairs")
+        raise ValueError(f"{len(a)} and {len(b)} samples cannot be paired; give equally many")
     b = b.to(a)
     if smaller <= subset_size:
         subsets, subset_size = 1, smaller
@@ -99,6 +99,6 @@ def kernel_distance(
 
 
 def kernel_facts(count: int) -> str:
-    """What a record says of a distance between sets whose smaller one has `count` samples."""
+    """The protocol that a record states for a distance whose smaller set has `count` samples."""
     subsets = f"all {count} samples at once" if count <= SUBSET_SIZE else f"{SUBSETS} subsets of {SUBSET_SIZE}"
     return f"cubic polynomial, {subsets}"

@@ -1,4 +1,4 @@
-"""A linear classifier that is fitted to a data set's own labels, to judge which class a generated image shows.
+"""Fit a linear classifier to a data set's own labels, to judge which class a generated image shows.
 
 B images, N samples, D features, C classes.
 """
@@ -15,7 +15,7 @@ from flextok_pl.precision import as_float64, summing_device
 
 @dataclass(frozen=True, eq=False)
 class LinearProbe:
-    """Multinomial logistic regression on standardised features, and the class means of the same features; float64."""
+    """Multinomial logistic regression on standardised features, with the class means of the features; float64."""
 
     name: str  # `probe_` and the extractor's name; part of the metrics' names
     mean: Tensor  # (D,) of all real features
@@ -32,17 +32,17 @@ class LinearProbe:
     @classmethod
     @torch.inference_mode(False)
     def fit(cls, features: Tensor, labels: Tensor, num_classes: int, extractor: str, l2: float = 0.1) -> Self:
-        """The minimum of mean cross-entropy + l2 / 2 |weight|^2, which is unique, by L-BFGS in float64.
+        """Minimise mean cross-entropy + l2 / 2 |weight|^2, which has one minimum, by L-BFGS in float64.
 
-        All classes weigh the same, however many samples they have; of (N, D) real images and (N,) labels, samples with
-        -1 count for the mean and the scale only. The penalty is needed, as more features than samples can be separated
-        perfectly.
+        Takes (N, D) real images and (N,) labels. All classes have the same weight, whatever their number of samples.
+        Samples of class -1 count only for the mean and the scale. The penalty is needed because more features than
+        samples can be separated perfectly.
         """
         if l2 <= 0:
             raise ValueError(f"l2={l2} must be positive")
         if len(labels) and not -1 <= int(labels.min()) <= int(labels.max()) < num_classes:
             raise ValueError(f"labels span {int(labels.min())}..{int(labels.max())}, outside num_classes={num_classes}")
-        labels, rows = labels.cpu().clone(), features.detach().cpu().double()  # clone: not of inference mode
+        labels, rows = labels.cpu().clone(), features.detach().cpu().double()  # clone leaves inference mode
         counts = torch.bincount(labels[labels >= 0], minlength=num_classes)
         if (counts == 0).any():
             raise ValueError(
@@ -80,9 +80,9 @@ class LinearProbe:
         return logits.softmax(1).float()
 
     def nearest_class(self, features: Tensor) -> Tensor:
-        """The class whose mean has the largest cosine, both less the real mean: (B, D) -> (B,) int64 on its device."""
+        """The class whose mean has the largest cosine, both minus the real mean: (B, D) -> (B,) int64 on its device."""
         means = F.normalize(self.class_means)
-        return F.linear(self._centred(features), means).argmax(1)  # a row's own length changes no decision
+        return F.linear(self._centred(features), means).argmax(1)  # a row's length does not change the decision
 
     def to(self, device: torch.device | str) -> Self:
         """The same probe on the `summing_device` of a device; `fit` makes it on the CPU."""
@@ -90,7 +90,7 @@ class LinearProbe:
         return type(self)(self.name, *(value.to(place) for value in vars(self).values() if isinstance(value, Tensor)))
 
     def state_dict(self) -> dict[str, Any]:
-        """The name and tensors that make this probe again: `LinearProbe(**state)`."""
+        """The name and tensors that restore this probe: `LinearProbe(**state)`."""
         return dict(vars(self))
 
     def _centred(self, features: Tensor) -> Tensor:

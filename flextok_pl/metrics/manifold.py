@@ -1,9 +1,9 @@
-"""Which images lie in the other set's manifold: improved precision and recall, density and coverage.
+"""Improved precision and recall, density and coverage: which images lie in the other set's manifold.
 
 The manifold of a set is the union of balls, one around each sample, that reach to its k-th nearest neighbour in the
-set. Precision and recall (Kynkaanniemi et al., arXiv 1904.06991) ask whether a sample lies in any ball of the other
-set; density and coverage (Naeem et al., arXiv 2002.09797) count the real balls that a generated sample lies in, and the
-real balls that hold one, and are less moved by outliers. N real samples, M generated, D features.
+set. Precision and recall (Kynkaanniemi et al., arXiv 1904.06991) check whether a sample lies in any ball of the other
+set. Density and coverage (Naeem et al., arXiv 2002.09797) count the real balls that hold a generated sample, and are
+less sensitive to outliers. N real samples, M generated, D features.
 """
 
 import math
@@ -13,16 +13,16 @@ from torch import Tensor
 
 from flextok_pl.precision import as_float64
 
-NEIGHBOURS = 3  # k of precision and recall in their paper's experiments
-DENSITY_NEIGHBOURS = 5  # k of density and coverage in their paper's experiments
-BLOCK = 1024  # rows of a distance matrix that are in memory at a time
+NEIGHBOURS = 3  # k of precision and recall in the paper's experiments
+DENSITY_NEIGHBOURS = 5  # k of density and coverage in the paper's experiments
+BLOCK = 1024  # rows of a distance matrix in memory at a time
 
 
 def _on_grid(*sets: Tensor) -> list[Tensor]:
-    """Sets of (N, D) features as whole numbers in float64, on the `summing_device` of the last.
+    """Round sets of (N, D) features to whole numbers in float64, on the `summing_device` of the last.
 
-    Squared distances between such numbers are exact in float64, in whatever order they are summed up. So the distance
-    from a sample to its k-th neighbour is the same from either end, and of copies it is zero. With 2,048 features the
+    Squared distances between such numbers are exact in float64, in any order of summation. So the distance from a
+    sample to its k-th neighbour is the same from either end, and copies have distance zero. With 2,048 features the
     unit is 2^-20 of the largest, about the rounding of features in float32.
     """
     exact = [as_float64(each.to(sets[-1].device)) for each in sets]
@@ -48,12 +48,12 @@ def _squared_radii(points: Tensor, *ks: int) -> list[Tensor]:
 def manifold_scores(
     real: Tensor, generated: Tensor, k: int = NEIGHBOURS, density_k: int = DENSITY_NEIGHBOURS
 ) -> dict[str, float]:
-    """Four shares and counts of samples in manifolds, of (N, D) real and (M, D) generated features.
+    """Precision, recall, density and coverage of (N, D) real and (M, D) generated features.
 
-    `precision` is the share of generated samples in the real manifold; `recall` the share of real samples in the
-    generated one; `density` the real balls that hold a generated sample, on average over those samples and over
-    `density_k`, about 1 for equal distributions; `coverage` the share of real balls that hold a generated sample. They
-    depend on N and M, so compare at equal numbers only; a larger k makes precision and recall larger.
+    `precision` is the share of generated samples in the real manifold, `recall` the share of real samples in the
+    generated one. `density` is the number of real balls that hold a generated sample, averaged over these samples and
+    divided by `density_k`: about 1 for equal distributions. `coverage` is the share of real balls that hold a generated
+    sample. All depend on N and M, so compare at equal numbers only. A larger k raises precision and recall.
 
     Memory is `BLOCK` x max(N, M) float64.
     """
@@ -63,7 +63,7 @@ def manifold_scores(
         )
     if min(k, density_k) < 1 or min(len(real), len(generated)) <= max(k, density_k):
         raise ValueError(
-            f"k={k} and density_k={density_k} neighbours must be at least 1, with more samples than that on each side; "
+            f"k={k} and density_k={density_k} neighbours must be at least 1, and fewer than the samples on each side; "
             f"there are {len(real)} real and {len(generated)} generated"
         )
     real, generated = _on_grid(real, generated)
