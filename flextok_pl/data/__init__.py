@@ -1,6 +1,6 @@
-"""Shard sets: written by the `write_...` functions, read by `ShardDataModule`.
+"""Write shard sets with the `write_...` functions and read them with `ShardDataModule`.
 
-The names below are imported when they are first used, so that what only looks at shards does without Lightning.
+The names below are imported at first use, so that code which only inspects shards does not import Lightning.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Classes by number or by name."""
+"""Find classes by number or name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def class_index(given: int | str, names: Sequence[str], num_classes: int) -> int:
-    """The number of a class, given by that, by its name in any case, or by a part that only one of the names has."""
+    """The number of a class, given by number, by name in any case, or by part of exactly one name."""
     text = str(given).strip()
     if text.lstrip("-").isdecimal():
         if not 0 <= int(text) < num_classes:
@@ -20,7 +20,7 @@ def class_index(given: int | str, names: Sequence[str], num_classes: int) -> int
     if len(matches) == 1:
         return matches[0]
     if matches:
-        raise ValueError(f"class {text!r} may be any of {', '.join(names[i] for i in matches[:8])}; say which")
+        raise ValueError(f"class {text!r} may be any of {', '.join(names[i] for i in matches[:8])}; give one of them")
     if not names:
         raise ValueError(f"class {text!r}: this prior's classes have no names; give a number in 0..{num_classes - 1}")
     close = difflib.get_close_matches(text.lower(), lower, n=3, cutoff=0.5) or lower[:8]

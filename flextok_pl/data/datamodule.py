@@ -1,4 +1,4 @@
-"""The one Lightning data module: image, latent and token shards."""
+"""The Lightning data module for image, latent and token shards."""
 
 from __future__ import annotations
 
@@ -31,46 +31,46 @@ Split = Literal["train", "val", "test"]
 class ShardDataModule(pl.LightningDataModule):
     """Batches from shard sets that `flextok data` wrote.
 
-    What a batch holds follows from the fields in the sets' indices; see `flextok_pl.contracts.Batch`. A set is given by
-    its folder, a pattern of folders or tar files (`*`, `{a,b}`), a URL (`https://`, `s3://`, ...), a command
+    The fields in the sets' indices decide what a batch holds; see `flextok_pl.contracts.Batch`. Give a set as its
+    folder, a pattern of folders or tar files (`*`, `{a,b}`), a URL (`https://`, `s3://`, ...), a command
     (`pipe:COMMAND {name}`), or a list of these.
 
     Args:
         train: shard set(s) to train on.
-        train_weights: shares of the entries of the list `train` in an epoch; null takes all samples once. The length of
-            an epoch does not depend on it; an entry that runs out begins again in a new order.
+        train_weights: shares of the entries of the list `train` in an epoch; null takes all samples once. They do not
+            change the length of an epoch; an entry that runs out starts again in a new order.
         val: shard set(s) to validate on.
         test: shard set(s) to test on; default `val`.
-        image_size: side in pixels of the images in a batch, or [height, width], and of those that latents were made
+        image_size: side in pixels, or [height, width], of the images in a batch, or of those that latents were made
             from.
         batch_size: samples per batch and process in training.
         eval_batch_size: in evaluation; default `batch_size`.
         num_workers: loader processes per training process; 0 loads in the training process itself.
         seed: seed of order and augmentation.
-        augmentation: random changes of training images; null for the plain centre crop. Latents and tokens are taken
-            as they are.
-        shuffle_buffer: samples, of several shards, that a training stream permutes together; more cost no memory.
-            Unused with `cache_in_memory`.
+        augmentation: random changes of training images; null for the plain centre crop. Latents and tokens do not
+            change.
+        shuffle_buffer: samples, of several shards, that a training stream permutes together; a larger number costs no
+            memory. Unused with `cache_in_memory`.
         drop_last: leave out the training samples that do not fill a batch on every process.
         val_limit: validate on this many samples, evenly spread over the set.
-        cache_in_memory: decode the sets once and keep them; for sets that fit, such as the demo set and latents.
-        cache_dir: folder that keeps the shards of remote sets; null brings each one anew when it is read.
-        fast_decode: let training decode JPEG pictures at a fraction of their size that is still twice the size needed;
+        cache_in_memory: decode the sets once and keep them in memory; for small sets, such as the demo set and latents.
+        cache_dir: folder that keeps the shards of remote sets; null downloads each one again whenever it is read.
+        fast_decode: in training, decode JPEG pictures at a fraction of their size that is still twice the size needed;
             evaluation never does.
-        on_error: what training does about a broken sample: raise, or skip it with a warning and count it; evaluation
+        on_error: for a broken training sample, `raise` an error, or `skip` it, warn and count it; evaluation always
             raises.
         max_skipped: broken samples that a process skips before it stops with an error.
         verify_checksums: read all shards and compare their checksums before the first epoch.
-        pin_memory: copy batches to page-locked memory; default where there is a GPU.
-        lanes: parts of the row of shards from which a training batch takes samples in turn. The order depends on it and
-            not on the number of processes: with one lane each of them reads in all shards, with as many lanes as
-            processes, or a multiple, in its own only. Unused with `cache_in_memory`.
-        labels: give the classes of samples; false leaves them out, so that a list may hold sets whose classes differ.
-        shapes: several [height, width] in pixels in place of `image_size` for training: each picture is resized to
-            cover the one whose aspect ratio is nearest its own, and cropped to it. A batch has one shape, the same on
-            all processes.
-        eval_shapes: take evaluation pictures in these shapes, too; false takes them in `image_size`.
-        channels: of pictures: 3, or 1 for grey, or 4 for colour with opacity.
+        pin_memory: copy batches to page-locked memory; default with a GPU.
+        lanes: parts of the row of shards from which a training batch takes samples in turn. They decide the order,
+            which does not depend on the number of processes. With one lane each process reads all shards; with as many
+            lanes as processes, or a multiple, only its own. Unused with `cache_in_memory`.
+        labels: give the classes of samples; with false a list may hold sets whose classes differ.
+        shapes: several [height, width] in pixels for training, instead of `image_size`. Each picture is resized to
+            cover the shape with the nearest aspect ratio, and cropped to it. A batch has one shape, the same on all
+            processes.
+        eval_shapes: use these shapes for evaluation too; false uses `image_size`.
+        channels: channels of pictures: 3, or 1 for grey, or 4 for colour with opacity.
     """
 
     train: str | list[str] | None = None
@@ -108,8 +108,8 @@ class ShardDataModule(pl.LightningDataModule):
             raise ValueError("eval_shapes=true needs shapes, a list of [height, width]")
         if self.channels not in MODES:
             raise ValueError(
-                f"channels={self.channels} must be 1 (grey), 3 (colour) or 4 (colour with opacity), which is what "
-                "picture files hold; write pictures of other channels as latents (write_latents)"
+                f"channels={self.channels} must be 1 (grey), 3 (colour) or 4 (colour with opacity), as in picture "
+                "files; write pictures of other channels as latents (write_latents)"
             )
         minima = {"batch_size": 1, "eval_batch_size": 1, "lanes": 1}
         for name, least in {**minima, "num_workers": 0, "shuffle_buffer": 0, "max_skipped": 0}.items():
@@ -127,14 +127,14 @@ class ShardDataModule(pl.LightningDataModule):
                 )
         if all(source is None for source in self.sources.values()):
             raise ValueError("give at least one of train, val and test: the folder of a shard set")
-        self._used: tuple[Split, ...] = ("train", "val", "test")  # by a stage, once it is known
+        self._used: tuple[Split, ...] = ("train", "val", "test")  # those of a stage, once it is set up
         self._sets: dict[str, ShardSet] = {}
         self._streams: dict[str, EpochStream] = {}
         self._skipped = torch.zeros(max(1, self.num_workers), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self.epoch = 0
 
     def shard_set(self, split: Split) -> ShardSet:
-        """The shards of a split, checked when first asked for."""
+        """The shards of a split; checks them at the first call."""
         source = self.sources[split]
         if source is None:
             raise ValueError(f"this data module has no {split} set; give data.{split} the folder of a shard set")
@@ -167,7 +167,7 @@ class ShardDataModule(pl.LightningDataModule):
         return ShardSet(indices, weights, shapes)
 
     def _shapes_of(self, split: Split) -> tuple[Shape, ...] | None:
-        """The shapes that the samples of a split come in; None for `image_size`."""
+        """The shapes of a split's samples; None for `image_size`."""
         return self._shapes if split == "train" or self.eval_shapes else None
 
     def _check(self, index: ShardIndex, split: Split) -> None:
@@ -194,7 +194,7 @@ class ShardDataModule(pl.LightningDataModule):
             index.verify()
 
     def num_samples(self, split: Split) -> int:
-        """Samples that one pass over the split sees in all processes together; assert it before reporting a metric."""
+        """Number of samples in one pass over the split, over all processes; assert it before you report a metric."""
         total = self.shard_set(split).num_samples
         if split == "train" and self.drop_last:
             together = self.batch_size * self._position()[1]
@@ -202,7 +202,7 @@ class ShardDataModule(pl.LightningDataModule):
         return min(total, self.val_limit or total) if split == "val" else total
 
     def data_hash(self, split: Split) -> str:
-        """Identifies what a pass over the split sees: contents of the shards, shape of pictures, number of samples."""
+        """Hash of what a pass over the split sees: contents of the shards, picture shapes, number of samples."""
         shards = [shard.sha256 for index in self.shard_set(split).indices for shard in index.shards]
         weights = [self.train_weights] if split == "train" and self.train_weights else []
         shapes = self._shapes_of(split) or self.image_size
@@ -212,7 +212,7 @@ class ShardDataModule(pl.LightningDataModule):
 
     @property
     def crop(self) -> str:
-        """What is done to evaluation pictures."""
+        """The crop of evaluation pictures, in words."""
         if not self.eval_shapes or self._shapes is None:
             return crop_name(self.image_size)
         return f"largest centre window of the nearest of {', '.join(map(name_of, self._shapes))}, antialiased bicubic"
@@ -223,12 +223,12 @@ class ShardDataModule(pl.LightningDataModule):
         return next((index.classes for index in self._first_indices()), ())
 
     def require_same_classes(self) -> None:
-        """Check that the sets of a stage mean the same classes by the same numbers, for a model of classes."""
+        """Check that the sets of a stage number the same classes alike, for a model of classes."""
         first, *others = self._first_indices()
         for other in others:
             require_same_classes(first, other)
 
-    # What made the fields of a stage's sets, see `ShardIndex.maker`; None for sets without the field.
+    # Makers of the fields in a stage's sets, see `ShardIndex.maker`; None for sets without the field.
     autoencoder = property(lambda self: self._maker("latent"))
     teacher = property(lambda self: self._maker("teacher_features"))
     tokenizer = property(lambda self: self._maker("tokens"))
@@ -236,7 +236,7 @@ class ShardDataModule(pl.LightningDataModule):
 
     @property
     def skipped_samples(self) -> int | None:
-        """Broken training samples that this process and its workers have left out so far; None where they raise."""
+        """Broken training samples that this process and its workers have left out; None if they raise."""
         return int(self._skipped.sum()) if self.on_error == "skip" else None
 
     def _maker(self, field: str) -> Mapping[str, Any] | None:
@@ -246,7 +246,7 @@ class ShardDataModule(pl.LightningDataModule):
         return (self.shard_set(split).indices[0] for split in self._used if self.sources[split] is not None)
 
     def setup(self, stage: str) -> None:
-        """Check the shards that a stage needs, and look at no others from then on; called by Lightning."""
+        """Check the shards that a stage needs and use only these from then on; called by Lightning."""
         needed: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",)}
         self._used = needed.get(stage, ("test",))
         for split in self._used:
@@ -254,7 +254,7 @@ class ShardDataModule(pl.LightningDataModule):
                 self.shard_set(split)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next pass over the training set; only needed, and only heeded, without a Trainer."""
+        """Choose the epoch of the next pass over the training set; needed, and used, only without a Trainer."""
         self.epoch = epoch
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -262,7 +262,7 @@ class ShardDataModule(pl.LightningDataModule):
         return self._loader("train")
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
-        """Loader of the validation set; an empty list where there is none."""
+        """Loader of the validation set; an empty list if there is none."""
         return self._loader("val") if self.sources["val"] is not None else []
 
     def test_dataloader(self) -> DataLoader[Batch]:
@@ -270,11 +270,11 @@ class ShardDataModule(pl.LightningDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> Iterable[Batch]:
-        """The test set."""
+        """Loader of the test set, for predictions."""
         return _Batches(self._loader("test"))
 
     def _loader(self, split: Split) -> DataLoader[Batch]:
-        # Lightning's advice does not apply: the stream splits itself over ranks and workers.
+        # Lightning's advice does not apply: the stream itself splits over ranks and workers.
         warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
         warnings.filterwarnings("ignore", message=".*does not have many workers which may be a bottleneck")
         pin_memory = torch.cuda.is_available() if self.pin_memory is None else self.pin_memory
@@ -326,7 +326,7 @@ class ShardDataModule(pl.LightningDataModule):
 
 
 class _Batches:
-    """A loader in a form that Lightning takes as it is: to predict, it would build any `DataLoader` again."""
+    """A loader that Lightning uses unchanged: to predict, it would rebuild any `DataLoader`."""
 
     def __init__(self, loader: DataLoader[Batch]) -> None:
         self._loader = loader

@@ -1,4 +1,4 @@
-"""The pictures in a folder, and what else lies there."""
+"""Find the pictures in a folder, and count its other files."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _SIGNATURES = {
     "qoi": rb"qoif",
     "psd": rb"8BPS",
 }
-"""How the content of kinds of pictures begins, by their extension."""
+"""First bytes of kinds of pictures, by their extension."""
 
 
 @dataclass
 class ImageFiles:
-    """What was found under a folder: the pictures, and the number and an example of what is none."""
+    """Contents of a folder: the pictures, and the number and an example of the other files."""
 
     src: Path
     extensions: dict[str, str] = field(default_factory=dict)  # in lower case, by path relative to the folder, in order
@@ -45,27 +45,27 @@ class ImageFiles:
     example: str = ""
 
     def leave_out(self, kind: str, name: str) -> None:
-        """Count something that is no picture."""
+        """Count something that is not a picture."""
         self.example = self.example or name
         self.rest[kind] += 1
 
     def tell_rest(self) -> None:
-        """Log what was left out, if anything was."""
+        """Log what was left out, if anything."""
         if self.rest:
             kinds = ", ".join(f"{number} {kind}" for kind, number in self.rest.most_common())
             unread = ", ".join(kind for kind in self.rest if kind[1:] in IMAGE_EXTENSIONS)
             more = f"; Pillow lacks a reader of {unread} here (of .heic: pip install pillow-heif)" if unread else ""
-            _LOG.warning("%s: left out what is no picture: %s; such as %s%s", self.src, kinds, self.example, more)
+            _LOG.warning("%s: left out %s, which are not pictures; such as %s%s", self.src, kinds, self.example, more)
 
 
 def extension_of(kind: str) -> str | None:
-    """The extension of pictures whose format Pillow calls so; None where `IMAGE_EXTENSIONS` has none."""
+    """The extension of a Pillow format; None if `IMAGE_EXTENSIONS` has none."""
     known = Image.registered_extensions()
     return next((name for name in IMAGE_EXTENSIONS if known.get(f".{name}") == kind.upper()), None)
 
 
 def list_images(src: Path) -> list[str]:
-    """Paths of the images under a folder, relative to it, ordered; logs what else is there. See `find_images`."""
+    """List the images under a folder by relative path, in order; logs what else is there. See `find_images`."""
     found = find_images(src)
     found.tell_rest()
     return list(found.extensions)
@@ -73,11 +73,11 @@ def list_images(src: Path) -> list[str]:
 
 @announced("looking for pictures")
 def find_images(src: Path, besides: Sequence[Path] = ()) -> ImageFiles:
-    """The images under a folder.
+    """Find the images under a folder.
 
-    The ending tells a picture, or where there is none how the content begins. Hidden files and folders are left out. A
-    link to a folder is followed unless that folder is read in another place, or holds `src`. The rest does not count
-    `besides`, files known to be something else, nor files named like a picture beside them, such as its caption.
+    A file is a picture by its ending or, without one, by its first bytes. Hidden files and folders are left out. A link
+    to a folder is followed unless that folder is read elsewhere or holds `src`. The count of other files excludes
+    `besides`, files known to be something else, and files named like a picture beside them, such as its caption.
     """
     found, known_extensions = ImageFiles(src), Image.registered_extensions()
     readable = {name for name in IMAGE_EXTENSIONS if known_extensions.get(f".{name}") in Image.OPEN}
@@ -107,14 +107,14 @@ def find_images(src: Path, besides: Sequence[Path] = ()) -> ImageFiles:
 
 
 def split_ending(name: str) -> tuple[str, str]:
-    """A file's path up to the last dot of its name, and what follows; as `12.5`, where that is no word, whole."""
+    """Split a path at the last dot of its name; an ending such as `12.5` that is not a word stays whole."""
     match = re.search(r"(?<=[^/])\.([a-zA-Z]\w{0,15})\Z", name)
     return (name[: match.start()], match[1]) if match else (name, "")
 
 
 def _extension_by_content(path: Path) -> str:
-    """What the ending of a file would be; empty where it is no picture, or cannot be read."""
-    if not path.is_file():  # a pipe would wait for its other end
+    """The extension that fits a file's first bytes; empty if it is not a picture or cannot be read."""
+    if not path.is_file():  # reading a pipe would block
         return ""
     try:
         with path.open("rb") as file:
@@ -125,7 +125,7 @@ def _extension_by_content(path: Path) -> str:
 
 
 def _folders(src: Path, found: ImageFiles) -> Iterator[tuple[Path, list[str]]]:
-    """Each folder once, relative to `src`, with the names of its files; folders reached without a link come first."""
+    """Each folder once, relative to `src`, with the names of its files; folders reached without links come first."""
     seen = {_identity(folder) for folder in src.resolve().parents}
     links = [src]
     while links:

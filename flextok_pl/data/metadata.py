@@ -1,8 +1,8 @@
-"""A picture's file without what does not decide its pixels, and the orientation that it states.
+"""Strip a picture's file to what decides its pixels, and read the orientation that it states.
 
-Pillow reads densities, comments and all of EXIF when it opens a PNG, TIFF or AVIF or turns a picture, and fails where
-they are damaged though every pixel is there. So they are taken out first, and nothing but the orientation is read of
-them. Nothing here raises: damaged metadata say nothing, and a file that cannot be followed stays as it is.
+Pillow reads densities, comments and all of EXIF when it opens a PNG, TIFF or AVIF or turns a picture. It fails if these
+are damaged, even if every pixel is intact. So they are removed first, and only the orientation is read. Nothing here
+raises: damaged metadata count as absent, and a file of unknown structure stays as it is.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ _TURNS = {
 
 
 class Stripped(NamedTuple):
-    """A picture's file, taken apart."""
+    """A picture's file, split into content and metadata."""
 
-    content: bytes  # the file without metadata, or as it was where its kind holds them apart
-    exif: bytes = b""  # the block that was taken out
-    xmp: bytes = b""  # the block that was taken out
+    content: bytes  # the file without metadata, or unchanged if its kind keeps them apart
+    exif: bytes = b""  # the removed block
+    xmp: bytes = b""  # the removed block
 
 
 def strip_metadata(data: bytes) -> Stripped:
-    """Take the metadata out of a PNG, TIFF or AVIF file; others stay as they are."""
+    """Remove the metadata of a PNG, TIFF or AVIF file; other files stay as they are."""
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         return _strip_png(data)
     if data[4:8] == b"ftyp":
-        # An AVIF file is turned by its properties `irot` and `imir`, whatever its EXIF states; an item of another type
-        # is no EXIF.
+        # The properties `irot` and `imir` turn an AVIF file, whatever its EXIF states. An item of another type is not
+        # EXIF.
         return Stripped(re.sub(rb"(infe(?:\x02.{7}|\x03.{9}))Exif", rb"\1skip", data, count=1, flags=re.DOTALL))
     directory = _Directory.first(data)
     return Stripped(data) if directory is None else Stripped(directory.strip(data), data)
 
 
 def orientation_of(exif: bytes, xmp: bytes) -> int:
-    """How to turn a picture, as EXIF numbers it: 1..8, of which 1 is not at all.
+    """The orientation of a picture as EXIF numbers it: 1..8, where 1 is upright.
 
-    EXIF is a TIFF structure, with or without the prefix of JPEG files; where it says nothing XMP counts. Both may be
-    empty.
+    EXIF is a TIFF structure, with or without the prefix of JPEG files. Without an orientation in it, XMP counts. Both
+    may be empty.
     """
     while exif.startswith(b"Exif\0\0"):
         exif = exif[6:]
@@ -68,18 +68,18 @@ def orientation_of(exif: bytes, xmp: bytes) -> int:
 
 
 def turned(image: Image.Image, orientation: int) -> Image.Image:
-    """A picture as it is to be seen."""
+    """Turn a picture upright."""
     return image if orientation == 1 else image.transpose(_TURNS[orientation])
 
 
 def _cut(data: bytes, spans: Sequence[tuple[int, int]]) -> bytes:
-    """The bytes outside some spans, which are in order."""
+    """Remove spans of bytes, given in order."""
     edges = [0, *(edge for span in spans for edge in span), len(data)]
     return b"".join(data[start:stop] for start, stop in zip(edges[::2], edges[1::2], strict=True)) if spans else data
 
 
 def _strip_png(data: bytes) -> Stripped:
-    """Drops the ancillary chunks, further frames among them, but tRNS, which states what is transparent."""
+    """Drop the ancillary chunks, including further frames, except tRNS, which states transparency."""
     exif = xmp = b""
     spans, start = [], 8
     while start + 12 <= len(data):
@@ -94,7 +94,7 @@ def _strip_png(data: bytes) -> Stripped:
                 exif = content
             elif keyword == b"XML:com.adobe.xmp":
                 xmp = _png_text(kind, text)
-            elif keyword == b"Raw profile type exif":  # of older versions of ImageMagick
+            elif keyword == b"Raw profile type exif":  # from older versions of ImageMagick
                 exif = exif or _raw_profile(_png_text(kind, text))
         start = stop
     return Stripped(_cut(data, spans), exif, xmp)
@@ -112,7 +112,7 @@ def _png_text(kind: bytes, text: bytes) -> bytes:
 
 
 def _raw_profile(text: bytes) -> bytes:
-    """A block written as an empty line, its name, its length, and hexadecimal digits."""
+    """Decode a block of an empty line, its name, its length, and hexadecimal digits."""
     digits = b"".join(text.split(b"\n")[3:])
     return bytes.fromhex(digits.decode()) if re.fullmatch(rb"(?:[0-9a-fA-F]{2})*", digits) else b""
 
@@ -120,10 +120,10 @@ def _raw_profile(text: bytes) -> bytes:
 class _Directory(NamedTuple):
     """The first directory of a TIFF structure (TIFF 6.0, section 2), or of a BigTIFF."""
 
-    order: str  # of its bytes, as `struct` writes it
-    big: bool  # whether it is a BigTIFF, with numbers of 8 bytes
-    start: int  # where its count of entries lies
-    entries: list[tuple[int, bytes]]  # tag and bytes of each that is complete
+    order: str  # byte order, as `struct` writes it
+    big: bool  # a BigTIFF, with numbers of 8 bytes
+    start: int  # position of its count of entries
+    entries: list[tuple[int, bytes]]  # tag and bytes of each complete entry
 
     @classmethod
     def first(cls, block: bytes) -> _Directory | None:
@@ -135,7 +135,7 @@ class _Directory(NamedTuple):
         try:
             (start,) = struct.unpack_from(order + place, block, 8 if big else 4)
             (number,) = struct.unpack_from(order + count, block, min(start, len(block)))
-        except struct.error:  # they lie outside
+        except struct.error:  # outside the block
             return None
         begin = start + struct.calcsize(count)
         stops = range(begin + width, min(begin + width * number, len(block)) + 1, width)
@@ -143,7 +143,7 @@ class _Directory(NamedTuple):
         return cls(order, big, start, [(struct.unpack_from(f"{order}H", entry)[0], entry) for entry in entries])
 
     def orientation(self) -> int:
-        """What its entry of this name states; 1 where there is none, or a damaged one."""
+        """The orientation entry; 1 if it is missing or damaged."""
         entry = next((entry for tag, entry in self.entries if tag == _ORIENTATION), None)
         if entry is None:
             return 1
@@ -155,7 +155,7 @@ class _Directory(NamedTuple):
         return value if value in _TURNS else 1
 
     def strip(self, data: bytes) -> bytes:
-        """The file with its first picture only, and of that the entries that decide the pixels; in place."""
+        """Keep the first picture only, and its entries that decide the pixels; in place."""
         kept = [entry for tag, entry in self.entries if tag in _PIXEL_TAGS]
         count, place = ("Q", "Q") if self.big else ("H", "I")
         none = struct.pack(self.order + place, 0)  # the place of the next picture

@@ -1,4 +1,4 @@
-"""Pictures to measure, wherever they lie: in a folder, in shard sets, or in an array file."""
+"""Open pictures to measure from a folder, shard sets or an array file."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from flextok_pl.data.shards.sources import load_indices
 from flextok_pl.data.transforms import center_crop, decode_image, to_tensor
 
 ARRAY = "arr_0"
-"""Name of the (N, H, W, 3) uint8 pictures in a `.npz` file of guided diffusion (https://arxiv.org/abs/2105.05233)."""
+"""Name of the (N, H, W, 3) uint8 pictures in guided diffusion's `.npz` files (https://arxiv.org/abs/2105.05233)."""
 
 
 def open_pictures(
     source: str, image_size: ImageSize | None = None, batch_size: int = 64, num_workers: int = 0
 ) -> tuple[DataLoader[Batch], int]:
-    """A loader of the pictures, each once and in a fixed order, and their number.
+    """Make a loader of the pictures, each once and in a fixed order; returns also their number.
 
-    The source is a folder of images, searched recursively; a shard set, also a remote one, or a pattern of them; or a
-    `.npz` file with `arr_0`. Batches have `image` (B, 3, H, W) in [-1, 1] and `key`. With `image_size` each picture is
-    cropped to it, see `center_crop`. A broken picture raises `ValueError` when its turn comes.
+    The source is a folder of images, searched recursively; a shard set, also remote, or a pattern of sets; or a `.npz`
+    file with `arr_0`. Batches have `image` (B, 3, H, W) in [-1, 1] and `key`. With `image_size` each picture is cropped
+    to it, see `center_crop`. A broken picture raises `ValueError` when it is read.
     """
     for name, value, minimum in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
         if value < minimum:
@@ -71,13 +71,13 @@ def _collate(pictures: Sequence[tuple[str, Image.Image]]) -> Batch:
         if image.size != first.size:
             raise ValueError(
                 f"pictures of different sizes: {first_name} has {first.width} x {first.height} pixels, {name} "
-                f"{image.width} x {image.height}; give image_size, what to crop each to"
+                f"{image.width} x {image.height}; give image_size to crop them"
             )
     return {"image": to_tensor([image for _, image in pictures]), "key": [name for name, _ in pictures]}
 
 
 def read_picture(path: Path) -> Image.Image:
-    """A picture from a file, as RGB; an error names the file."""
+    """Read a picture from a file, as RGB; an error names the file."""
     try:
         return decode_image(path.read_bytes())
     except (ValueError, OSError) as error:
@@ -96,13 +96,13 @@ def _of_array(path: Path, image_size: ImageSize | None) -> _Pictures:
     pixels = read_arrays(path, [ARRAY]).get(ARRAY)
     if pixels is None or pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
         held = "nothing" if pixels is None else f"{pixels.dtype} {pixels.shape}"
-        raise ValueError(f"{path}: {ARRAY} is {held}; pictures are uint8 (N, H, W, 3)")
+        raise ValueError(f"{path}: {ARRAY} is {held}; pictures must be uint8 (N, H, W, 3)")
     names = [f"{number:08d}" for number in range(len(pixels))]
     return _Pictures(names, partial(_read_row, pixels), image_size)
 
 
 def read_arrays(path: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Those of the named arrays that a `.npz` file has, and None for each other one in it; no code in the file runs."""
+    """Read the named arrays of a `.npz` file, with None for each other one in it; no code in the file runs."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] if name in names else None for name in file.files}
@@ -116,8 +116,8 @@ def _of_shards(
     index = load_indices(source)[0]
     size = image_size or index.image_size
     if "image" not in index.fields:
-        raise ValueError(f"{source} holds {list(index.fields)}, and no pictures")
+        raise ValueError(f"{source} holds {list(index.fields)}, but no pictures")
     if size is None:
-        raise ValueError(f"{source} holds pictures of any size: give image_size, what to crop each to")
+        raise ValueError(f"{source} holds pictures of any size: give image_size to crop them")
     data = ShardDataModule(test=source, image_size=size, eval_batch_size=batch_size, num_workers=num_workers)
     return data.test_dataloader(), data.num_samples("test")

@@ -1,4 +1,4 @@
-"""One sample of a shard: checked, decoded, and collated into a batch.
+"""Check and decode samples of shards, and collate them into batches.
 
 Shapes in this file: B batch, C x H x W image, (2c, h, w) moments, K registers, L text positions, E text width, F
 teacher width.
@@ -25,30 +25,30 @@ from flextok_pl.data.shards.index import ARRAYS, IMAGE_EXTENSIONS, ShardError, S
 from flextok_pl.data.transforms import Augmentation, augment, center_crop, decode_image, sample_generator, to_tensor
 
 Decoded = dict[str, Any]
-"""One sample: its key, and its fields decoded; the image is not yet cropped."""
+"""One decoded sample: its key and fields; the image is not yet cropped."""
 STACKED = tuple(name for name in ARRAYS if name != "text_states")
-"""Fields whose tensors have one shape in a set."""
+"""Fields whose tensors have the same shape throughout a set."""
 
 
 def in_batch(tensor: Tensor) -> Tensor:
-    """Stored numbers as batches hold them: float32 or integers."""
+    """Convert stored numbers to the types of batches: float32 or integers."""
     return tensor.to(torch.float32) if tensor.is_floating_point() else tensor
 
 
 @dataclass
 class Decoder:
-    """Decodes the fields that an index promises."""
+    """Decodes the fields that an index states."""
 
-    smallest_window: float | None = None  # decode in part what is twice the size needed, see `Augmentation`
-    max_skipped: int | None = None  # broken samples to leave out with a warning before one raises; None: raise at once
-    counts: Tensor | None = None  # (W,) int64 in shared memory, where worker w notes how many it has left out
-    channels: int = 3  # of pictures
+    smallest_window: float | None = None  # allow partial decoding to twice the size needed, see `Augmentation`
+    max_skipped: int | None = None  # broken samples to leave out with a warning before one raises; None raises at once
+    counts: Tensor | None = None  # (W,) int64 in shared memory, where worker w counts the samples it left out
+    channels: int = 3  # channels of pictures
     skipped: set[tuple[str, str]] = field(default_factory=set, init=False)
 
     def __call__(self, index: ShardIndex, raw: dict[str, Any], size: ImageSize | None = None) -> Decoded | None:
-        """Decode a raw sample, or give None for one that is left out; an error names shard and key.
+        """Decode a raw sample, or return None for one that is left out; an error names shard and key.
 
-        `size` is what its picture is going to be cropped to, where that may be decoded in part.
+        `size` is the crop of its picture, if that may be decoded in part.
         """
         try:
             return _decode(index, raw, self.least(size), self.channels)
@@ -58,7 +58,7 @@ class Decoder:
             if self.max_skipped is None:
                 raise ShardError(problem) from error
             if shard not in {shard for shard, _ in self.skipped}:
-                warnings.warn(f"{problem}. Broken samples of this shard are skipped in training", stacklevel=2)
+                warnings.warn(f"{problem}. Training skips broken samples of this shard", stacklevel=2)
             self.skipped.add((shard, key))
             if self.counts is not None:
                 worker = get_worker_info()
@@ -71,7 +71,7 @@ class Decoder:
         return None
 
     def least(self, size: ImageSize | None) -> tuple[int, int] | None:
-        """Width and height that a picture keeps when it is decoded in part; None where all of it is."""
+        """Least width and height of a picture that is decoded in part; None to decode all of it."""
         if self.smallest_window is None or size is None:
             return None
         height, width = height_width(size)
@@ -106,8 +106,8 @@ def _array(raw: dict[str, Any], extension: str, kinds: str, ndim: int) -> Tensor
     content = io.BytesIO(_member(raw, extension))
     try:
         array: np.ndarray[Any, Any] = np.lib.format.read_array(content, allow_pickle=False)
-    except Exception as error:  # NumPy parses its header as Python, and raises whatever that does
-        raise ValueError(f"{extension} is no complete array ({type(error).__name__}: {error})") from error
+    except Exception as error:  # NumPy parses the header as Python, which can raise anything
+        raise ValueError(f"{extension} is not a complete array ({type(error).__name__}: {error})") from error
     if array.dtype.kind not in kinds or array.ndim != ndim:
         raise ValueError(f"{extension} has {array.dtype} of shape {array.shape}, expected {ndim} axes, kind {kinds!r}")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -120,20 +120,20 @@ def _label(raw: dict[str, Any], num_classes: int) -> int:
     try:
         label = int(content)
     except ValueError:
-        raise ValueError(f"label {content[:20]!r} is no integer") from None
+        raise ValueError(f"label {content[:20]!r} is not an integer") from None
     if not -1 <= label < num_classes:
         raise ValueError(f"label {label} is outside 0..{num_classes - 1} (or -1, no class)")
     return label
 
 
 def stacked(samples: Sequence[Decoded], name: str) -> Tensor:
-    """The tensors of N samples as one, (N, ...)."""
+    """Stack the tensors of N samples, (N, ...)."""
     _require_equal_shapes(samples, name)
     return torch.stack([sample[name] for sample in samples])
 
 
 def padded(samples: Sequence[Decoded]) -> tuple[Tensor, Tensor]:
-    """The text states of B samples as float32 (B, L, E), padded with zeros to the longest, and their mask (B, L)."""
+    """Pad the text states of B samples to the longest, float32 (B, L, E), and make their mask (B, L)."""
     _require_equal_shapes(samples, "text_states", first_axis=1)
     states = [sample["text_states"].to(torch.float32) for sample in samples]
     lengths = torch.tensor([len(state) for state in states])  # (B,)
@@ -154,10 +154,10 @@ class Collate:
 
     image_size: ImageSize
     augmentation: Augmentation | None  # None for the evaluation crop
-    seed: int  # of the augmentations
+    seed: int  # seed of the augmentations
 
     def __call__(self, samples: Sequence[Decoded], epoch: int, shape: ImageSize | None = None) -> Batch:
-        """One batch of a shape, default `image_size`; augmentations depend on (seed, epoch, key) only."""
+        """Make one batch of a shape, default `image_size`; augmentations depend on (seed, epoch, key) only."""
         size = self.image_size if shape is None else shape
         batch: dict[str, Any] = {"key": [sample["key"] for sample in samples]}
         first = samples[0]
@@ -175,7 +175,7 @@ class Collate:
         return cast(Batch, batch)
 
     def picture(self, image: Image.Image, key: str, epoch: int, size: ImageSize) -> Image.Image:
-        """A picture of any size -> one of this size."""
+        """Crop or augment a picture of any size to this size."""
         if self.augmentation is None:
             return center_crop(image, size)
         return augment(image, size, self.augmentation, sample_generator(self.seed, epoch, key))

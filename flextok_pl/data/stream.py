@@ -1,9 +1,9 @@
-"""The datasets that deliver batches: read from shards as they go, or held in memory.
+"""Deliver batches, read from shards on the fly or held in memory.
 
-The order of a training epoch is a pure function of (seed, epoch, lanes), and known without reading: shards are
-permuted, the row of their samples is cut into lanes and groups as `order` describes, and groups are permuted.
-Evaluation keeps the stored order. Batch i of a rank comes from worker i modulo their number, as the loader asks them.
-Each bucket has a sequence of its own, see `buckets`; all ranks take their batches of one bucket at the same step.
+The order of a training epoch is a pure function of (seed, epoch, lanes) and known without reading. Shards are permuted,
+the row of their samples is cut into lanes and groups (see `order`), and groups are permuted. Evaluation keeps the
+stored order. Batch i of a rank comes from worker i modulo their number, the order in which the loader asks them. Each
+bucket has its own sequence, see `buckets`; all ranks take batches of the same bucket at the same step.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from flextok_pl.data.shards.open_shards import OpenShards, Shard
 from flextok_pl.data.transforms import sample_generator
 
 Group = list[tuple[int, int]]
-"""Samples read together, as (shard, number in it)."""
+"""Samples that are read together, as (shard, number in it)."""
 
 Key = tuple[int, int, int]
-"""A bucket, a lane, and a group in it."""
+"""A bucket, a lane, and a group in the lane."""
 
 Places = tuple[int, Sequence[int]]
-"""A bucket, and a batch of it: places in its sequence, or numbers of samples in the set."""
+"""A bucket, and a batch of it: positions in its sequence, or numbers of samples in the set."""
 
 MAX_OPEN = 100
-"""Shards of the current groups that a reader holds open, about; it opens as many of the next ones ahead, and with
-several buckets leaves as many open that others may still come to."""
+"""Approximate number of open shards of the current groups. As many of the next ones are opened ahead. With several
+buckets as many stay open that other buckets may still need."""
 
 
 class ShardSet:
-    """One or several shard sets of one kind, seen as one row of shards.
+    """One or several shard sets of one kind as one row of shards.
 
-    With `weights` a training epoch takes these shares of the sets, else all samples once. With `shapes` there is a
-    bucket for each shape that samples go to, else one of all.
+    With `weights` a training epoch takes these shares of the sets, otherwise all samples once. With `shapes` there is a
+    bucket for each shape that has samples, otherwise one for all.
     """
 
     def __init__(
@@ -66,14 +66,14 @@ class ShardSet:
         return sum(self.counts)
 
     def mixtures(self) -> list[Mixture]:
-        """What an epoch takes of the parts, for each bucket; all of them together are as long as the set."""
+        """The part of each set in an epoch, for each bucket; together they are as long as the set."""
         total = self.num_samples
         sizes = [index.num_samples for index in self.indices]
         whole = Mixture.whole(total) if self.weights is None else Mixture.weighted(sizes, self.weights, total)
         return whole.split([[sum(bucket.counts[i] for i in part) for part in self.parts] for bucket in self.buckets])
 
     def chosen(self, limit: int | None) -> list[Sequence[int]]:
-        """The samples of each bucket that are evaluated, as numbers in the set; see `eval_samples`."""
+        """The samples of each bucket to evaluate, as numbers in the set; see `eval_samples`."""
         chosen = eval_samples(self.num_samples, limit)
         if len(self.buckets) == 1:
             return [chosen]
@@ -84,16 +84,16 @@ class ShardSet:
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """How a process goes through a data set: shuffled epochs, or an evaluation that sees every sample once."""
+    """How a process reads a data set: in shuffled epochs, or in an evaluation that sees every sample once."""
 
     batch_size: int
     train: bool
     rank: int = 0
     world_size: int = 1
-    seed: int = 0  # of the order
-    drop_last: bool = True  # in training, see `train_steps`
-    limit: int | None = None  # in evaluation, see `eval_samples`
-    lanes: int = 1  # in training, see `Lanes`
+    seed: int = 0  # seed of the order
+    drop_last: bool = True  # for training, see `train_steps`
+    limit: int | None = None  # for evaluation, see `eval_samples`
+    lanes: int = 1  # for training, see `Lanes`
 
     @property
     def together(self) -> int:
@@ -102,27 +102,27 @@ class EpochPlan:
 
 
 class EpochStream(IterableDataset[Batch]):
-    """What the two datasets share: batches for one reader, in an epoch that the main process sets."""
+    """Base of the two datasets: batches for one reader, in an epoch that the main process sets."""
 
     def __init__(self, data: ShardSet, collate: Collate, plan: EpochPlan, decoder: Decoder | None = None) -> None:
         super().__init__()
         self.data, self.collate, self.plan, self.decoder = data, collate, plan, decoder or Decoder()
         self.mixtures = data.mixtures()
         chosen = [] if plan.train else data.chosen(plan.limit)
-        self.shares = [rank_share(each, plan.rank, plan.world_size) for each in chosen]  # in evaluation, per bucket
+        self.shares = [rank_share(each, plan.rank, plan.world_size) for each in chosen]  # for evaluation, per bucket
         self._start = torch.zeros(1 + len(data.buckets), dtype=torch.int64)
         self._start.share_memory_()  # type: ignore[no-untyped-call]
 
     def start_at(self, epoch: int, taken: Sequence[int] | int = 0) -> None:
-        """Choose the epoch of the next pass, and how many samples it leaves out; workers that already run see it, too.
+        """Choose the epoch of the next pass and the number of samples to skip; running workers see it too.
 
-        The samples of each bucket (of the only one, or none) are those of the sequence of all ranks in training, of
-        this rank's share in evaluation.
+        `taken` has the samples of each bucket, or one number: of the sequence of all ranks in training, of this rank's
+        share in evaluation.
         """
         self._start.copy_(torch.tensor([epoch, *self._per_bucket(taken)]))
 
     def batches_left(self, taken: Sequence[int] | int) -> int:
-        """Batches of this rank in an epoch after the samples that `start_at` leaves out."""
+        """Batches of this rank in an epoch after the samples that `start_at` skips."""
         return sum(map(len, self._starts(self._per_bucket(taken))))
 
     def __len__(self) -> int:
@@ -130,7 +130,7 @@ class EpochStream(IterableDataset[Batch]):
         return self.batches_left(0)
 
     def steps(self, epoch: int, taken: Sequence[int] | int) -> Iterator[tuple[int, int]]:
-        """Bucket of each batch that is left, and the place of its first sample there."""
+        """Bucket of each remaining batch, and the position of its first sample in it."""
         plan = self.plan
         lengths = [mixture.length for mixture in self.mixtures] if plan.train else [*map(len, self.shares)]
         names = [bucket.name for bucket in self.data.buckets]
@@ -151,7 +151,7 @@ class EpochStream(IterableDataset[Batch]):
         return [taken] * len(self.data.buckets) if isinstance(taken, int) else [*taken]
 
     def _starts(self, taken: Sequence[int]) -> list[range]:
-        """Where in the sequence of each bucket batches begin."""
+        """Positions in the sequence of each bucket at which batches begin."""
         plan = self.plan
         if not plan.train:
             return [range(n, len(share), plan.batch_size) for n, share in zip(taken, self.shares, strict=True)]
@@ -159,12 +159,12 @@ class EpochStream(IterableDataset[Batch]):
         return [train_steps(each.length, *sizes, n) for n, each in zip(taken, self.mixtures, strict=True)]
 
     def size_of(self, bucket: int) -> ImageSize:
-        """What the pictures of a bucket are cropped to."""
+        """The crop of a bucket's pictures."""
         shape = self.data.buckets[bucket].shape
         return self.collate.image_size if shape is None else shape
 
     def next_pass(self) -> tuple[int, Iterator[Places]]:
-        """Epoch, and the batches of this process and worker."""
+        """The epoch, and the batches of this process and worker."""
         epoch, *taken = self._start.tolist()
         info = get_worker_info()
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
@@ -180,11 +180,11 @@ class EpochStream(IterableDataset[Batch]):
 
 
 class _Groups:
-    """The group that is read in each lane, with its shards and those of the next one open."""
+    """The current group of each lane, with its shards and those of the next group open."""
 
     def __init__(self, shards: OpenShards, make: Callable[[Key], Group]) -> None:
         self.shards, self.make = shards, make
-        # Of each lane of a bucket this group and the next.
+        # This group and the next one, of each lane of a bucket.
         self._held: dict[tuple[int, int], dict[Key, tuple[Group, dict[int, None]]]] = {}
 
     def __getitem__(self, key: Key) -> Group:
@@ -199,16 +199,16 @@ class _Groups:
         return self._held[bucket, lane][key][0]
 
     def _made(self, key: Key) -> tuple[Group, dict[int, None]]:
-        """A group, and its shards in the order in which it needs them."""
+        """Make a group; returns also its shards, in the order in which it needs them."""
         group = self.make(key)
         return group, dict.fromkeys(shard for shard, _ in group)
 
 
 class StreamedBatches(EpochStream):
-    """Reads shards as it goes; for sets of any size.
+    """Reads shards on the fly; for sets of any size.
 
-    Memory holds one batch, and where the samples of the current shards lie; the next shards are brought and opened in
-    the background. In training, groups of about `shuffle_buffer` samples are permuted; below 2 there are none.
+    Memory holds one batch, and the places of the samples in the current shards. The next shards are fetched and opened
+    in the background. In training, groups of about `shuffle_buffer` samples are permuted; below 2 there are no groups.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ class StreamedBatches(EpochStream):
         total = data.num_samples
         most = max(1, MAX_OPEN * total // (len(data.shards) * plan.lanes))
         size = min(shuffle_buffer if self.shuffle else 1000, most)
-        # The groups of all buckets, which advance together, lie in the same shards.
+        # The groups of all buckets, which advance together, are in the same shards.
         self.lanes = [Lanes(n, plan.lanes, max(1, size * n // total)) for n in (each.length for each in self.mixtures)]
 
     def __iter__(self) -> Iterator[Batch]:
@@ -260,7 +260,7 @@ class StreamedBatches(EpochStream):
             yield bucket, [self._sample(groups, (bucket, 0, turns[bucket][shard]), n) for shard, n in batch]
 
     def _sample(self, groups: _Groups, key: Key, number: int) -> Decoded:
-        """A sample of a group; in place of one that is skipped the next one."""
+        """Read a sample of a group; if it is skipped, the next one."""
         group, size = groups[key], self.size_of(key[0])
         for place in range(number, number + len(group)):
             shard, sample = group[place % len(group)]
@@ -271,9 +271,9 @@ class StreamedBatches(EpochStream):
         raise ShardError(f"all of {len(group)} samples read together are broken, in {where}; write the set again")
 
     def _train_group(self, epoch: int, key: Key, rows: dict[Key, Row]) -> Group:
-        """The samples of a group, in the order in which the sequence takes them.
+        """The samples of a group, in the order of the sequence.
 
-        `rows` has the shards in their order, of each bucket, part of the data and pass over it; missing ones are added.
+        `rows` caches the ordered shards of each bucket, part of the data and pass over it.
         """
         number, *place = key
         low, high = self.lanes[number].span(*place)
@@ -296,19 +296,19 @@ class StreamedBatches(EpochStream):
 class CachedBatches(EpochStream):
     """Holds the decoded samples in memory, and permutes all of them in every training epoch; for small sets.
 
-    The memory is filled once, in the main process, and shared with the workers. In place of a sample that the decoder
-    skips the one before it in its bucket is kept.
+    The memory is filled once, in the main process, and shared with the workers. A sample that the decoder skips is
+    replaced by the one before it in its bucket.
     """
 
     def __init__(self, data: ShardSet, collate: Collate, plan: EpochPlan, decoder: Decoder | None = None) -> None:
         super().__init__(data, collate, plan, decoder)
         self.cache = self._decoded()
-        # (N, 2C, h, w), (N, F, h', w'), (N, K); of several buckets they have several shapes
+        # (N, 2C, h, w), (N, F, h', w'), (N, K); their shapes differ between buckets
         names = [name for name in STACKED if name in self.cache[0] and len(data.buckets) == 1]
         self.tensors = {name: stacked(self.cache, name) for name in names}
         for sample in self.cache:
             for name in self.tensors:
-                sample.pop(name, None)  # one object may stand in for others, too
+                sample.pop(name, None)  # one object may also replace others
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, batches = self.next_pass()
@@ -331,7 +331,7 @@ class CachedBatches(EpochStream):
                             found[place] = decoded
         for n in range(len(self.data.buckets)):
             places = [place for place, _ in self._numbers(n, range(len(self.data.shards)))]
-            kept = next((found[place] for place in places if place in found), None)  # stands in for those before it
+            kept = next((found[place] for place in places if place in found), None)  # replaces those before it
             if kept is None:
                 raise ShardError(f"{self.data.indices[0].where}: all samples are broken")
             for place in places:
@@ -350,13 +350,13 @@ class CachedBatches(EpochStream):
     def _order(self, bucket: int, epoch: int) -> list[int]:
         """The sequence of an epoch in a bucket."""
         mixture, name = self.mixtures[bucket], self.data.buckets[bucket].name
-        samples: list[list[int]] = [[] for _ in self.data.parts]  # of each part, in their order
+        samples: list[list[int]] = [[] for _ in self.data.parts]  # of each part, in order
         for part, number, begin, end in mixture.pieces(epoch, 0, mixture.length):
             generator = sample_generator(self.plan.seed, number, f"samples{part or ''}{name}")
             numbers = self._numbers(bucket, self.data.parts[part])
             permutation = torch.randperm(len(numbers), generator=generator)[begin:end].tolist()
             samples[part] += [numbers[i][0] for i in permutation]
         before = torch.stack(mixture.cut(torch.arange(mixture.length + 1)))  # (parts, samples + 1)
-        turns = before.diff(dim=1).argmax(dim=0).tolist()  # whose turn it is at each place of the row
+        turns = before.diff(dim=1).argmax(dim=0).tolist()  # the part at each position of the row
         parts = [iter(part) for part in samples]
         return [next(parts[part]) for part in turns]

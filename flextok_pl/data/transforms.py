@@ -1,4 +1,4 @@
-"""From encoded picture to tensor: conversion to RGB, the evaluation crop and the training augmentations.
+"""Turn encoded pictures into tensors: conversion to RGB, the evaluation crop and the training augmentations.
 
 Shapes in this file: H x W target size, C channels.
 """
@@ -22,7 +22,7 @@ from flextok_pl.contracts import ImageSize, height_width
 from flextok_pl.data.metadata import orientation_of, strip_metadata, turned
 from flextok_pl.keys import text_generator
 
-with suppress(ImportError):  # an optional package: with it, Pillow reads .heic
+with suppress(ImportError):  # optional package with which Pillow reads .heic
     import pillow_heif
 
     pillow_heif.register_heif_opener()
@@ -30,18 +30,15 @@ with suppress(ImportError):  # an optional package: with it, Pillow reads .heic
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of a training picture; one window of the source is resized, antialiased, once.
+    """Random changes of a training picture; a window of the source is resized once, antialiased.
 
-    The window has the aspect ratio of the target size.
-
-    Photos want `crop_scale` and `hflip`. Drawings on a plain ground also bear `translate` and `scale`, which let the
-    window leave the picture; what it sees there is `fill`.
+    The window has the aspect ratio of the target size. Photos need `crop_scale` and `hflip`. Drawings on a plain ground
+    also allow `translate` and `scale`, which let the window leave the picture; it sees `fill` there.
 
     Args:
-        crop_scale: bounds of the window's area as a share of the largest window; its place is uniform among those
-            inside the picture.
+        crop_scale: bounds of the window's area as a share of the largest window's; its place in the picture is uniform.
         hflip: mirror half of the pictures.
-        translate: the window moves by up to this share of its own side, along each axis.
+        translate: largest shift of the window along each axis, as a share of its side.
         scale: bounds of an extra magnification; below 1 the picture shrinks within a frame of `fill`.
         fill: grey level outside the picture, 0..255.
     """
@@ -74,33 +71,33 @@ DEFAULT_AUGMENTATION = Augmentation()
 
 
 def sample_generator(seed: int, epoch: int, key: str) -> torch.Generator:
-    """A generator that depends on nothing but (seed, epoch, key): not on order, rank or worker."""
+    """Make a generator that depends on (seed, epoch, key) only, not on order, rank or worker."""
     return text_generator(f"{seed}/{epoch}/{key}")
 
 
 class PictureError(ValueError):
-    """A picture that is broken, or of a kind whose levels cannot be told."""
+    """A picture that is broken, or of a kind whose range of levels is unknown."""
 
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-"""What Pillow calls pictures of so many channels: grey, colour, colour with opacity."""
+"""Pillow's modes by number of channels: grey, colour, colour with opacity."""
 
 
 def decode_image(data: bytes, least: tuple[int, int] | None = None, channels: int = 3) -> Image.Image:
     """Decode a picture of any common kind to 8-bit RGB, grey or RGBA, by the number of channels.
 
-    Grey, palette, CMYK, Lab and 1-bit pictures are converted, deeper ones scaled to 8 bits, transparent ones laid on
-    white but for RGBA, and the orientation that its metadata state is applied. Nothing else of them is read: they may
-    be damaged. A JPEG is decoded to 1/2, 1/4 or 1/8 of its size, by leaving out high frequencies of its transform,
-    where it keeps `least`, a width and a height in pixels.
+    Grey, palette, CMYK, Lab and 1-bit pictures are converted; deeper ones are scaled to 8 bits; transparent ones are
+    laid on white, except as RGBA. The orientation in the metadata is applied. No other metadata are read, so they may
+    be damaged. A JPEG is decoded to 1/2, 1/4 or 1/8 of its size, by leaving out high frequencies, if that still covers
+    `least`, a width and a height in pixels.
 
     Raises:
-        PictureError: the bytes are no complete picture, or one of floating-point, signed or 32-bit levels.
+        PictureError: the bytes are not a complete picture, or its levels are floating-point, signed or of 32 bits.
     """
     with _decoding():
         image, orientation = _open(data)
         if least is not None:
-            image.draft(None, least[::-1] if orientation >= 5 else least)  # does nothing to other kinds
+            image.draft(None, least[::-1] if orientation >= 5 else least)  # has no effect on other kinds
         image.load()
         if channels == 4 and image.has_transparency_data:
             return turned(_to_rgba(image), orientation)
@@ -108,19 +105,19 @@ def decode_image(data: bytes, least: tuple[int, int] | None = None, channels: in
 
 
 def inspect_image(data: bytes) -> tuple[str, tuple[int, int]]:
-    """Format of a picture, in lower case, and its width and height as it is seen, from its header."""
+    """Read a picture's format, in lower case, and its width and height after orientation, from its header."""
     with _decoding():
         image, orientation = _open(data)
-        name = "jpeg" if image.format == "MPO" else str(image.format).lower()  # a JPEG with others behind it
+        name = "jpeg" if image.format == "MPO" else str(image.format).lower()  # a JPEG followed by others
         return name, image.size[::-1] if orientation >= 5 else image.size
 
 
 @contextmanager
 def _decoding() -> Iterator[None]:
-    """Makes one error of all that a broken picture can raise.
+    """Turn all errors of a broken picture into one.
 
-    Pillow's readers raise OSError, SyntaxError, struct.error, IndexError, zlib.error and whatever else the bytes lead
-    to; which of them is not part of its interface.
+    Pillow's readers raise OSError, SyntaxError, struct.error, IndexError, zlib.error and others, which are not part of
+    its interface.
     """
     try:
         yield
@@ -133,12 +130,12 @@ def _decoding() -> Iterator[None]:
 
 
 def _open(data: bytes) -> tuple[Image.Image, int]:
-    """The picture, not yet decoded, and its orientation."""
+    """Open a picture without decoding it; returns also its orientation."""
     content, exif, xmp = strip_metadata(data)
     image = Image.open(io.BytesIO(content))
     exif, xmp = (own or image.info.get(name) or b"" for own, name in ((exif, "exif"), (xmp, "xmp")))
     if image.format == "PNG" and "transparency" in image.info:
-        # Pillow brings grey levels of 2 and 4 bits, and colours of 16, to 8 bits, but not the transparent one of them.
+        # Pillow converts grey levels of 2 and 4 bits, and colours of 16, to 8 bits, but not their transparent colour.
         depth, kind = data[24:26]
         if kind == 2 and depth == 16:
             raise PictureError("one of its colours of 16 bits is transparent; save it as RGBA")
@@ -150,7 +147,7 @@ def _open(data: bytes) -> tuple[Image.Image, int]:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    tags = getattr(image, "tag_v2", {})  # those of a TIFF
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")) or tags.get(_SIGNED) == (2,):
         kind = {"F": "floating-point", "I": "signed or 32-bit"}.get(image.mode, "signed")
         raise PictureError(f"{kind} levels have no fixed range; convert the picture to 8 or 16 bits first")
@@ -168,11 +165,11 @@ def _to_rgba(image: Image.Image) -> Image.Image:
 
 
 _BITS, _PHOTOMETRIC, _SIGNED = 258, 262, 339
-"""Tags of a TIFF: bits of a level, whether 0 is white (where it is 0), and whether levels have a sign (2)."""
+"""TIFF tags: bits of a level, whether 0 is white (value 0), and whether levels are signed (value 2)."""
 
 
 def _deep_grey_to_rgb(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
-    """A picture of up to 16 bits; those of other formats than TIFF come in 16."""
+    """Convert a picture of up to 16 bits; formats other than TIFF give 16."""
     levels = np.asarray(image).astype(np.float64)  # (H, W)
     top = 2 ** tags.get(_BITS, (16,))[0] - 1
     grey = np.round(levels * (255 / top)).astype(np.uint8)
@@ -183,36 +180,35 @@ def _deep_grey_to_rgb(image: Image.Image, tags: Mapping[int, Any]) -> Image.Imag
 
 
 CENTER_CROP = "centre square, antialiased bicubic"
-"""What `center_crop` does for squares, as a protocol states it."""
+"""Name of `center_crop` for squares, in protocols."""
 
 
 def crop_name(size: ImageSize) -> str:
-    """What `center_crop` does for a size, as a protocol states it."""
+    """Name of `center_crop` for a size, in protocols."""
     if isinstance(size, int):
         return CENTER_CROP
     return f"largest centre window of height to width {size[0]}:{size[1]}, antialiased bicubic"
 
 
 def covering(held: tuple[int, int], size: ImageSize) -> tuple[int, int]:
-    """Width and height of a picture that is shrunk, its aspect ratio kept, as far as it still covers a size."""
+    """Width and height of a picture that is shrunk in its aspect ratio, as far as it still covers a size."""
     sides = zip(held, height_width(size)[::-1], strict=True)
-    side, target = max(sides, key=lambda pair: pair[1] / pair[0])  # along which it is shorter for its target
+    side, target = max(sides, key=lambda pair: pair[1] / pair[0])  # the axis that limits the shrinking
     if side <= target:
         return held
     return round(held[0] * target / side), round(held[1] * target / side)
 
 
 def enlarges(held: ImageSize, size: ImageSize) -> bool:
-    """Whether pictures of one size have fewer pixels than their crop to another one."""
+    """Check that pictures of one size have fewer pixels than their crop to another size."""
     return any(side < target for side, target in zip(height_width(held), height_width(size), strict=True))
 
 
 def center_crop(image: Image.Image, size: ImageSize) -> Image.Image:
-    """The evaluation picture: resized by antialiased bicubic to cover `size`, of which the centre is kept.
+    """Make the evaluation picture: resize to cover `size` by antialiased bicubic, and keep the centre.
 
-    For squares it is the centre crop of guided diffusion (https://arxiv.org/abs/2105.05233) in one resampling step:
-    their halving by box filters before the bicubic step is a speed-up that Pillow's antialiased bicubic filter does not
-    need.
+    For squares this is the centre crop of guided diffusion (https://arxiv.org/abs/2105.05233) in one resampling step.
+    Their halving by box filters before the bicubic step is a speed-up that Pillow's antialiased filter does not need.
     """
     height, width = height_width(size)
     across, down = _largest_window(image, height, width)
@@ -221,14 +217,14 @@ def center_crop(image: Image.Image, size: ImageSize) -> Image.Image:
 
 
 def _largest_window(image: Image.Image, height: int, width: int) -> tuple[float, float]:
-    """Width and height of the largest window of a picture that has the aspect ratio of a size."""
+    """Width and height of the largest window of a picture with the aspect ratio of a size."""
     if image.width * height <= image.height * width:
         return image.width, image.width * height / width
     return image.height * width / height, image.height
 
 
 def augment(image: Image.Image, size: ImageSize, augmentation: Augmentation, generator: torch.Generator) -> Image.Image:
-    """A training picture of H x W; always seven draws, so that one option does not shift another's."""
+    """Make a training picture of H x W; always seven draws, so that options do not affect each other's draws."""
     height, width = height_width(size)
     area, zoom, x, y, flip, *shift = torch.rand(7, generator=generator, dtype=torch.float64).tolist()
     low, high = augmentation.crop_scale
@@ -259,7 +255,7 @@ def augment(image: Image.Image, size: ImageSize, augmentation: Augmentation, gen
 
 def to_tensor(images: Sequence[Image.Image]) -> Tensor:
     """B pictures of H x W -> (B, C, H, W) float32 in [-1, 1]."""
-    # In a loader's worker this stacks them where the main process reads them, which saves a copy of the batch.
+    # In a loader's worker this stacks the pictures in shared memory, which saves a copy of the batch.
     return default_collate([picture_tensor(image) for image in images])  # type: ignore[no-any-return]
 
 

@@ -1,1 +1,1 @@
-"""From pictures of any source to shard sets."""
+"""Convert pictures from any source to shard sets."""

@@ -1,4 +1,4 @@
-"""Captions of pictures from a table or from JSON lines."""
+"""Read captions of pictures from a table or JSON lines."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Row = tuple[int, dict[str, Any]]
 
 
 def read_captions(path: Path) -> dict[str, str]:
-    """Caption by file from `.csv`, `.tsv` or `.jsonl`, in UTF-8.
+    """Read the caption of each file from `.csv`, `.tsv` or `.jsonl`, in UTF-8.
 
-    A `.csv` is that of RFC 4180: a field with a comma, a quote or a line break stands in quotes, and a quote in it is
-    doubled. In a `.tsv` each line is an entry. A field in quotes is read likewise, as spreadsheets write it; other
-    quotes stand for themselves. An error names the line.
+    A `.csv` follows RFC 4180: a field with a comma, quote or line break is in quotes, and quotes in it are doubled. In
+    a `.tsv` each line is an entry; a field in quotes is read in the same way, and other quotes are plain characters.
+    An error names the line.
     """
     readers = {".csv": _csv_rows, ".tsv": _tsv_rows, ".jsonl": _json_rows}
     if path.suffix not in readers or not path.is_file():
@@ -34,11 +34,11 @@ def read_captions(path: Path) -> dict[str, str]:
     try:
         for number, (line, row) in enumerate(readers[path.suffix](text), start=1):
             if not all(isinstance(row.get(name), str) for name in COLUMNS):
-                raise ValueError(f"line {line} needs the texts file and caption, it is {row!r}")
+                raise ValueError(f"line {line} needs the texts file and caption, but is {row!r}")
             name = Path(row["file"]).as_posix()
             if name in captions:
                 raise ValueError(
-                    f"entry {number} is a second one for {name}; keep one caption per image (lines {lines[name]} and "
+                    f"entry {number} is the second for {name}; keep one caption per image (lines {lines[name]} and "
                     f"{line})"
                 )
             captions[name], lines[name] = row["caption"], line
@@ -59,7 +59,7 @@ def _csv_fields(text: str) -> Iterator[tuple[int, list[str]]]:
             line = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(
-            f"line {line} cannot be read: {error}; a field with a quote in it stands in quotes, and the quote twice"
+            f"line {line} cannot be read: {error}; put a field that contains a quote in quotes, and double the quote"
         ) from error
 
 
@@ -72,23 +72,23 @@ def _tsv_fields(line: str) -> list[str]:
     try:
         return next(csv.reader([line], delimiter="\t", strict=True)) if '"' in line else line.split("\t")
     except csv.Error:
-        return line.split("\t")  # its quotes enclose no fields: they stand for themselves
+        return line.split("\t")  # its quotes are plain characters
 
 
 def _table(rows: Iterator[tuple[int, list[str]]], remedy: str) -> Iterator[Row]:
-    """Line and fields by name of each row after the first, which names them; empty lines are none."""
+    """Line number and named fields of each row after the header; skips empty lines."""
     filled = ((line, fields) for line, fields in rows if fields not in ([], [""]))
     line, header = next(filled, (1, []))
     if twice := _twice(header):
         raise ValueError(f"line {line}, the header, has the column {twice!r} twice; rename or remove one")
     if not set(COLUMNS) <= set(header):
-        raise ValueError(f"line {line}, the header, needs the columns file and caption; it has {header}")
+        raise ValueError(f"line {line}, the header, needs the columns file and caption, but has {header}")
     for line, fields in filled:
         if fields == header:
-            raise ValueError(f"line {line} is the header a second time; remove it")
+            raise ValueError(f"line {line} repeats the header; remove it")
         if len(fields) != len(header):
             raise ValueError(
-                f"line {line} has {len(fields)} fields, and the header {len(header)}: {fields}; give it as many, and "
+                f"line {line} has {len(fields)} fields, but the header {len(header)}: {fields}; make them equal, and "
                 f"{remedy}"
             )
         yield line, dict(zip(header, fields, strict=True))
@@ -102,13 +102,13 @@ def _json_rows(text: str) -> Iterator[Row]:
             except ValueError as error:
                 raise ValueError(f"line {number} cannot be read: {error}") from error
             if not isinstance(row, dict):
-                raise ValueError(f"line {number} must be an object with the keys file and caption, it is {row!r}")
+                raise ValueError(f"line {number} must be an object with the keys file and caption, but is {row!r}")
             yield number, row
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     if twice := _twice([name for name, _ in pairs]):
-        raise ValueError(f"the key {twice!r} is there twice")
+        raise ValueError(f"the key {twice!r} occurs twice")
     return dict(pairs)
 
 

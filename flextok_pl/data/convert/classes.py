@@ -1,4 +1,4 @@
-"""The classes of a source: names that users list, and indices of the labels that occur."""
+"""Read the classes of a source: lists of names, and indices of labels."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from flextok_pl.data.shards.index import INDEX_NAME, ShardIndex
 
 MOST_CLASSES = 1_000_000
-"""A number above this is no class index but something else."""
+"""Largest number that is taken for a class index."""
 
 
 def read_class_names(option: str, given: str | Path | Sequence[str]) -> tuple[str, ...]:
-    """Names of classes by number: as given, from a UTF-8 text file with one per line, or those of a shard set.
+    """Read class names by number: a sequence, a UTF-8 text file with one per line, or a shard set.
 
-    Errors call them by the option, and name the line.
+    Errors call the names by their option, and give the line.
     """
     where, unit = option, "entry"
     if not isinstance(given, str | Path):
@@ -26,9 +26,9 @@ def read_class_names(option: str, given: str | Path | Sequence[str]) -> tuple[st
     places: dict[str, int] = {}
     for place, name in enumerate(names, start=1):
         if not name:
-            raise ValueError(f"{where}: {unit} {place} is empty; a class has a name, and its place is its number")
+            raise ValueError(f"{where}: {unit} {place} is empty; name each class, as its place is its number")
         if name in places:
-            raise ValueError(f"{where}: {unit} {place} is {name!r}, as is {unit} {places[name]}; keep one")
+            raise ValueError(f"{where}: {unit} {place} is {name!r}, like {unit} {places[name]}; keep one")
         places[name] = place
     if not names:
         raise ValueError(f"{where} holds no classes; give one name per {unit}")
@@ -36,7 +36,7 @@ def read_class_names(option: str, given: str | Path | Sequence[str]) -> tuple[st
 
 
 def read_lines(option: str, file: str | Path) -> list[str]:
-    """The lines of a UTF-8 text file without what surrounds them and without empty ones at its end."""
+    """Read the lines of a UTF-8 text file, stripped, without empty lines at the end."""
     try:
         text = Path(file).expanduser().read_text(encoding="utf-8-sig").rstrip()
     except (OSError, UnicodeDecodeError) as error:
@@ -45,7 +45,7 @@ def read_lines(option: str, file: str | Path) -> list[str]:
 
 
 def classes_of(labels: Iterable[int | str], where: str) -> tuple[str, ...]:
-    """Class names by the labels of a source (-1 is no class): the numbers up to the largest, or the sorted words."""
+    """Class names by the labels of a source (-1 is no class): numbers up to the largest, or sorted words."""
     distinct = set(labels)
     numbers = {label for label in distinct if isinstance(label, int)}
     if numbers and numbers != distinct:
@@ -61,10 +61,10 @@ def classes_of(labels: Iterable[int | str], where: str) -> tuple[str, ...]:
 
 
 class Labels:
-    """Class indices of the labels of a source.
+    """Maps the labels of a source to class indices.
 
-    Where labels are indices, several classes may have the same name. `source` has the names by the source's own
-    indices, where these are others.
+    If labels are indices, several classes may share a name. `source` has the names by the source's own indices, if
+    these differ.
     """
 
     def __init__(self, classes: Sequence[str], source: Sequence[str] | None = None) -> None:
@@ -72,10 +72,10 @@ class Labels:
         self.source = source
 
     def index(self, label: int | str | None) -> int:
-        """The class index of a label, which is an index, a name, or None."""
+        """Find the class index of a label: an index, a name or None."""
         if self.source is not None and isinstance(label, int) and 0 <= label < len(self.source):
             label = self.source[label]
         number = -1 if label is None else self.numbers.get(label) if isinstance(label, str) else label
         if number is None or not -1 <= number < self.count:
-            raise ValueError(f"its label {label!r} is none of the {self.count} classes")
+            raise ValueError(f"its label {label!r} is not among the {self.count} classes")
         return number

@@ -1,7 +1,7 @@
-"""From pictures of any source to a shard set: what all converters share.
+"""Write pictures from any source as a shard set: the part that all converters share.
 
-A converter lists its source, in the same order every time, and says how a sample is read. Reading, checking, shrinking,
-leaving out and writing happen here, several shards at a time. The options of all of them are those of `Conversion`.
+A converter lists its source, always in the same order, and defines how to read a sample. This file reads, checks,
+shrinks, leaves out and writes samples, several shards at a time. `Conversion` has the options of all converters.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ ItemT = TypeVar("ItemT")
 
 @dataclass(frozen=True)
 class Conversion:
-    """How pictures are stored, and how their set is written.
+    """How to store pictures and write their set.
 
     Args:
-        size: shrink pictures whose shorter side is longer than this to it, antialiased; of [height, width] as far as
-            they still cover it. The aspect ratio is kept. Default keeps the files' bytes.
-        image_format: format of the pictures that were shrunk; `png` is lossless.
+        size: shrink pictures whose shorter side is longer than this many pixels to it, antialiased and without changing
+            the aspect ratio. With [height, width], shrink them as far as they still cover it. Default: keep the files'
+            bytes.
+        image_format: format of shrunk pictures; `png` is lossless.
         quality: of `jpg` and `webp`, 1..100.
-        on_error: `raise` stops at a broken picture, `skip` leaves it out, with a message and a count in the index.
+        on_error: `raise` stops at a broken picture; `skip` leaves it out, logs it and counts it in the index.
         num_workers: processes; default one per core.
         samples_per_shard: most samples of a tar file.
         overwrite: replace a set that was made with other arguments.
@@ -61,9 +62,9 @@ class Conversion:
         check_choice("on_error", self.on_error, ("raise", "skip"))
 
     def arguments(self) -> dict[str, Any]:
-        """What of these decides the content of the set, as JSON types.
+        """The options that decide the content of the set, as JSON types.
 
-        `on_error` is not among them, so that a run that stopped at a broken picture can go on without it.
+        They exclude `on_error`, so that a run that stopped at a broken picture can resume without it.
         """
         shrinks = self.size is not None
         return {
@@ -74,7 +75,7 @@ class Conversion:
         }
 
     def stored(self, content: bytes, extension: str) -> tuple[str, bytes]:
-        """Check an encoded picture, and shrink it where asked; gives extension and bytes to store."""
+        """Check an encoded picture and shrink it if asked; returns the extension and the bytes to store."""
         image = decode_image(content)
         size = image.size if self.size is None else covering(image.size, self.size)
         if size == image.size:
@@ -89,12 +90,12 @@ class Conversion:
         return self.image_format, buffer.getvalue()
 
     def samples(self, readers: Iterable[tuple[str, Callable[[], Sample]]]) -> Iterator[Sample]:
-        """The samples of named readers, without those that cannot be read where `on_error` says so."""
+        """Read samples by name; leaves out broken ones if `on_error` is `skip`."""
         for name, read in readers:
             try:
                 sample = read()
                 if not is_utf8(sample.key):
-                    raise ValueError(f"its name is not UTF-8, rename it: {sample.key!r}")
+                    raise ValueError(f"its name {sample.key!r} is not UTF-8; rename it")
             except (ValueError, OSError) as error:
                 name = name.encode("utf-8", "backslashreplace").decode("utf-8")
                 if self.on_error == "raise":
@@ -116,14 +117,14 @@ class Conversion:
         classes: Sequence[str] = (),
         image_size: ImageSize | None = None,
     ) -> ShardIndex:
-        """Write a set, or what an interrupted run left of it, or find that it is there.
+        """Write a set, resume an interrupted run, or find the finished set.
 
-        `make` turns items into samples by `samples` or `reader`. The options after it are as for `ShardIndex`; to the
-        arguments come those of this object, to the provenance the number of pictures that are left out.
+        `make` turns items into samples, by `samples` or `reader`. The options after it are those of `ShardIndex`. The
+        index's arguments also get the options of this object, its provenance the number of pictures left out.
         """
         for name in classes:
             if not is_utf8(name):
-                raise ValueError(f"the name of class {name!r} is not UTF-8; rename its folder, or the class")
+                raise ValueError(f"the name of class {name!r} is not UTF-8; rename its folder or the class")
         arguments = {**arguments, **self.arguments()}
         ready = start_set(folder, arguments, self.overwrite)
         if ready is not None:
@@ -142,7 +143,7 @@ class Conversion:
         return write_index(ShardIndex(folder, *contents, arguments, {**provenance, "skipped": skipped}))
 
     def reader(self, root: Path, needs_picture: bool = True) -> Callable[[Sequence[Item]], Iterator[Sample]]:
-        """What makes samples of items, for `write`; the items' files are relative to `root`."""
+        """Make the function that turns items into samples, for `write`; item files are relative to `root`."""
         return partial(self._samples_of_items, root, needs_picture)
 
     def _samples_of_items(self, root: Path, needs_picture: bool, items: Sequence[Item]) -> Iterator[Sample]:
@@ -162,34 +163,34 @@ class Conversion:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One sample to write; None as label or caption writes none."""
+    """One sample to write, without the label or caption that is None."""
 
     key: str
-    files: tuple[tuple[str, Span], ...]  # by extension; the conversion says how a picture is stored, others are copied
+    files: tuple[tuple[str, Span], ...]  # by extension; the conversion stores pictures, and copies other files
     label: int | None = None
     caption: str | None = None
 
     @property
     def name(self) -> str:
-        """The file, and the key where it holds more than this sample."""
+        """The file, and the key if the file holds several samples."""
         _, span = self.files[0]
         return span.file if span.size is None else f"{span.file}, {self.key}"
 
 
 def condition_files(label: int | None, caption: str | None) -> dict[str, bytes]:
-    """The files of a sample's label and caption, where it has them."""
+    """The files of a sample's label and caption, if it has them."""
     files = {"cls": None if label is None else str(label), "txt": caption}
     return {extension: text.encode() for extension, text in files.items() if text is not None}
 
 
 def check_choice(option: str, value: str, known: Sequence[str]) -> None:
-    """Check an option that is one of several words."""
+    """Check an option against its choices."""
     if value not in known:
         raise ValueError(f"{option}={value!r} must be one of {tuple(known)}")
 
 
 def mixed(items: Iterable[Item]) -> list[Item]:
-    """Items in the order of their keys' hashes, all different."""
+    """Sort items by the hashes of their keys, which must be unique."""
     ordered = sorted(items, key=lambda item: text_hash(item.key))
     for one, other in pairwise(ordered):
         if one.key == other.key:

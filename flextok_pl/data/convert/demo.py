@@ -1,4 +1,4 @@
-"""The embedded demo set: OpenMoji pictures as shards, split by concept."""
+"""Write the embedded demo set: OpenMoji pictures as shards, split by concept."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from flextok_pl.data.shards.writer import Sample, start_set, write_index, write_
 from flextok_pl.keys import text_hash
 
 LARGE_CONCEPT = (6, 24)
-"""A concept with more pictures than this, without and with skin tones, is trained on (person, smiley, clock face,
-couple...): held out it would dominate validation, or cost too many pictures."""
+"""Most pictures of a held-out concept, without and with skin tones. Larger ones (person, smiley, clock face, couple)
+are in training: they would dominate validation, or cost too many training pictures."""
 
 _THUMBNAIL_SOURCE, _THUMBNAIL = 64, 16
 
@@ -37,15 +37,15 @@ def write_demo(
 ) -> dict[str, ShardIndex]:
     """Write the OpenMoji demo set as shards: `DST/train` and `DST/val`.
 
-    Colour pictures on white, lossless, with a caption and one of nine classes (Unicode groups; -1 for the pictures
-    outside Unicode's list, which are only trained on). No concept lies in both parts: see `data.convert.openmoji`.
-    Validation holds no skin-tone variants, and no very large concept. The split does not depend on
-    `size`. OpenMoji is licensed CC-BY-SA 4.0; the credit is in the index.
+    The set has colour pictures on white, lossless, with a caption and one of nine classes (Unicode groups; -1 for
+    pictures outside Unicode's list, which are in training only). No concept is in both parts: see
+    `data.convert.openmoji`. Validation has no skin-tone variants and no very large concept. The split does not depend
+    on `size`. OpenMoji is licensed CC-BY-SA 4.0; the credit is in the index.
 
     Args:
-        dst: folder that receives `train` and `val`.
+        dst: folder for `train` and `val`.
         size: side of the pictures in pixels.
-        val_fraction: share of the concepts that is held out, large ones aside.
+        val_fraction: share of the concepts to hold out, except large ones.
         num_workers: processes that render; default one per core.
         samples_per_shard: pictures per tar file.
         overwrite: replace a set that was made with other arguments.
@@ -76,7 +76,7 @@ def write_demo(
     result = {}
     for split, folder in folders.items():
         chosen = [i for i in range(len(pictures)) if splits[i] == split]
-        # An order that mixes all kinds of pictures in every shard, the same on every machine.
+        # Mixes all kinds of pictures in every shard, in the same order on every machine.
         chosen.sort(key=lambda i: hashlib.blake2b(str(i).encode(), digest_size=8).digest())
         make = partial(_samples, pictures, rendered, group_names())
         shards = write_shards(folder, chosen, make, f"{split} shards", 0, samples_per_shard)
@@ -93,7 +93,7 @@ def write_demo(
 
 
 def render(pictures: list[Picture], size: int, num_workers: int | None) -> tuple[list[bytes], np.ndarray[Any, Any]]:
-    """P pictures on white as PNG files, size x size RGB, and thumbnails (P, 16, 16, 3) uint8 that tell them apart."""
+    """Render P pictures on white as PNG files, size x size RGB, and as thumbnails (P, 16, 16, 3) uint8 to compare."""
     chunks = [pictures[i : i + 64] for i in range(0, len(pictures), 64)]
     done = run_jobs(partial(_render_chunk, size), chunks, num_workers, "render", "picture", list(map(len, chunks)))
     flat = [entry for chunk in done for entry in chunk]
@@ -125,10 +125,10 @@ def _rasterize(picture: Picture, size: int) -> Image.Image:
 
 
 def split_by_concept(pictures: list[Picture], concepts: list[str], val_fraction: float) -> list[str | None]:
-    """`train`, `val`, or None (left out) for each picture.
+    """Assign `train`, `val`, or None (left out) to each picture.
 
-    A concept's side is a hash of its name. Of a held-out concept, skin-tone variants and pictures without a class are
-    left out altogether.
+    A hash of a concept's name decides its side. Skin-tone variants and pictures without a class of a held-out concept
+    are left out.
     """
     members = Counter(concepts)
     plain = Counter(c for picture, c in zip(pictures, concepts, strict=True) if not picture.has_skin_tone)

@@ -1,4 +1,4 @@
-"""Any folder of images as shards."""
+"""Write a folder of images as shards."""
 
 from __future__ import annotations
 
@@ -34,32 +34,32 @@ def write_folder(
 ) -> dict[str, ShardIndex]:
     """Write a folder of images as shards: `DST`, or `DST/train` and `DST/val` with `val_fraction`.
 
-    Every picture is decoded once, so that a broken one is found now and not in training. They are stored in an
-    order that mixes the folders. Classes are the names of the folders directly under SRC, in alphabetical order. All
-    that Pillow reads is taken, at any depth; what else is there is listed at the end, by ending and number.
+    Every picture is decoded once, so you learn of a broken one now and not in training. Pictures are stored in an order
+    that mixes the folders. Classes are the folders directly under SRC, in alphabetical order. All formats that Pillow
+    reads are taken, at any depth; a message counts the other files by ending.
 
     Args:
         src: folder of images, searched recursively.
-        dst: where the shards go.
-        labels: `folders` takes classes from folders, `none` stores no labels, `auto` decides by whether all pictures
-            lie in folders.
-        captions: `.csv` or `.tsv` with the columns file and caption, or `.jsonl` with these keys; file is relative to
-            SRC, or absolute. Every picture needs an entry. A field with a comma or a quote stands in quotes.
-        val_fraction: share of the pictures that goes to `DST/val`, by a hash of the file name.
-        classes: names of the classes by number, so that sets converted apart number them alike: a text file with one
-            per line, a shard set that has them, or a list; default the folders' names. A class may have no pictures.
+        dst: folder for the shards.
+        labels: `folders` takes classes from folders, `none` stores no labels, `auto` takes classes if all pictures are
+            in folders.
+        captions: `.csv` or `.tsv` with the columns file and caption, or `.jsonl` with these keys. Give file relative to
+            SRC, or absolute. Every picture needs an entry. Put a field with a comma or a quote in quotes.
+        val_fraction: share of the pictures for `DST/val`, chosen by a hash of the file name.
+        classes: names of the classes by number, so that separately converted sets number them alike: a text file with
+            one per line, a shard set that has them, or a list. Default the folders' names. A class may be empty.
         **options: those of `Conversion`.
 
     Returns:
-        The index by part: `all`, or `train` and `val`.
+        The index of each part: `all`, or `train` and `val`.
 
     Raises:
-        ValueError: an option, a picture or a caption is unusable; names it.
+        ValueError: an option, a picture or a caption is invalid; the message names it.
     """
     conversion = Conversion(**options)
     src, dst = Path(src), Path(dst)
     if not src.is_dir():
-        raise ValueError(f"src={src} is no folder")
+        raise ValueError(f"src={src} is not a folder")
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction} must be a share in [0, 1)")
     check_choice("labels", labels, ("auto", "folders", "none"))
@@ -105,7 +105,7 @@ def _classes(src: Path, files: Sequence[str], labels: str, given: Sequence[str] 
         return ()
     if loose:
         raise ValueError(
-            f"src={src} has {len(loose)} images directly under it, such as {loose[0]}, and its folders are classes: "
+            f"src={src} has {len(loose)} images directly in it, such as {loose[0]}, but its folders are classes: "
             "move them into a class folder, or set labels=none"
         )
     found = sorted({file.partition("/")[0] for file in files})
@@ -114,7 +114,7 @@ def _classes(src: Path, files: Sequence[str], labels: str, given: Sequence[str] 
     unknown = [name for name in found if name not in given]
     if unknown:
         raise ValueError(
-            f"classes: src={src} has {len(unknown)} folders that are none of the {len(given)} classes, such as "
+            f"classes: src={src} has {len(unknown)} folders that are not among the {len(given)} classes, such as "
             f"{unknown[0]!r}; add them to the list, or move them out of SRC"
         )
     return tuple(given)

@@ -1,7 +1,7 @@
-"""ImageNet-1k (ILSVRC 2012, https://www.image-net.org/challenges/LSVRC/2012/) as shards, from its tars or its folders.
+"""Write ImageNet-1k (ILSVRC 2012, https://www.image-net.org/challenges/LSVRC/2012/) as shards, from tars or folders.
 
-A class is a WordNet synset, named by its wnid. Its index is the wnid's position in alphabetical order, which is how
-nearly all published models number the classes, and not the ILSVRC2012_ID of the development kit.
+A class is a WordNet synset, named by its wnid. Its index is the wnid's position in alphabetical order, as in nearly all
+published models. It is not the ILSVRC2012_ID of the development kit.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from flextok_pl.data.shards.listing import listing_digest
 from flextok_pl.data.shards.tars import Span, tar_members
 
 FOLDERS = ("", "ILSVRC/Data/CLS-LOC/")
-"""Where the folders train and val may lie; the latter as Kaggle packs them."""
+"""Folders that may hold train and val; the second is Kaggle's."""
 
 KAGGLE = ("LOC_synset_mapping.txt", "LOC_val_solution.csv")
-"""What Kaggle's package has in place of the development kit: the synsets, and the classes of val."""
+"""Files of Kaggle's package that replace the development kit: the synsets, and the classes of val."""
 
 WNID, VAL_NAME = r"n\d{8}", r"ILSVRC2012_val_\d{8}"
-"""Patterns of synsets' names, and of pictures' in val."""
+"""Patterns of synset names, and of picture names in val."""
 
 TARS = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 DEVKIT = "ILSVRC2012_devkit_t12"
 
 Pictures = list[tuple[str, str, Span]]
-"""Wnid (empty where only the development kit knows it), file name and place of each picture."""
+"""Wnid (empty if only the development kit knows it), file name and place of each picture."""
 
 
 def write_imagenet(
@@ -55,21 +55,25 @@ def write_imagenet(
 ) -> dict[str, ShardIndex]:
     """Write ImageNet-1k (ILSVRC 2012) as shards, from its tar files or its folders: `DST/train` and `DST/val`.
 
-    SRC holds ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, read without
-    unpacking; or the folders train, with one folder per wnid, and val, flat or likewise; or Kaggle's package, unpacked:
-    ILSVRC/Data/CLS-LOC, LOC_synset_mapping.txt and LOC_val_solution.csv. Where tar and folder are there, the tar is
-    read. A flat val needs the development kit, or Kaggle's two files. With either, classes are named by the first word
-    of their synset, else by their wnid. Their numbers are the positions of the wnids in alphabetical order.
+    SRC holds one of these:
+
+    - ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, which are read in place;
+    - the folders train, with one folder per wnid, and val, flat or with such folders;
+    - Kaggle's package, unpacked: ILSVRC/Data/CLS-LOC, LOC_synset_mapping.txt and LOC_val_solution.csv.
+
+    A tar is preferred to its folder. A flat val needs the development kit or Kaggle's two files. With either, classes
+    are named by the first word of their synset, else by their wnid. A class's number is the position of its wnid in
+    alphabetical order.
 
     Args:
         src: folder with the tars or folders.
-        dst: where the shards go.
-        part: `train` or `val` only, or `all` there is.
-        classes: text file with one wnid per line: take these classes only, as in ImageNet-100; default those of train.
+        dst: folder for the shards.
+        part: `train`, `val`, or `all` parts in SRC.
+        classes: text file with one wnid per line: take only these classes, as in ImageNet-100. Default those of train.
         **options: those of `Conversion`.
 
     Raises:
-        ValueError: an option, a file of SRC or a picture is unusable; names it.
+        ValueError: an option, a file of SRC or a picture is invalid; the message names it.
     """
     src, dst = Path(src).expanduser(), Path(dst)
     check_choice("part", part, ("all", "train", "val"))
@@ -108,14 +112,14 @@ def write_imagenet(
 
 @dataclass(frozen=True)
 class Devkit:
-    """What the development kit knows."""
+    """The classes in the development kit."""
 
-    words: dict[str, str]  # of the synsets without a narrower one, by wnid: "tench, Tinca tinca"
+    words: dict[str, str]  # synsets without narrower ones, by wnid: "tench, Tinca tinca"
     val: dict[str, str]  # wnid of each validation picture, by its name without the ending
 
 
 def read_devkit(src: Path) -> Devkit | None:
-    """The development kit in a folder, unpacked or not; None where there is none."""
+    """Read the development kit in a folder, unpacked or not; None if there is none."""
     packed = src / f"{DEVKIT}.tar.gz"
     names = ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
     try:
@@ -126,7 +130,7 @@ def read_devkit(src: Path) -> Devkit | None:
             meta, truth = ((src / DEVKIT / "data" / name).read_bytes() for name in names)
         else:
             return None
-        # 1860 synsets, of which those that others refine are no classes.
+        # Of the 1860 synsets, those that have narrower ones are not classes.
         synsets = np.atleast_1d(scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
         classes = [synset for synset in synsets if int(synset["num_children"]) == 0]
         wnids = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in classes}
@@ -139,17 +143,17 @@ def read_devkit(src: Path) -> Devkit | None:
 
 
 def read_kaggle(src: Path) -> Devkit | None:
-    """What the files of Kaggle's package say that stand for the development kit; None where there are none."""
+    """Read the files of Kaggle's package that replace the development kit; None if there are none."""
     if not any((src / name).is_file() for name in KAGGLE):
         return None
-    # Boxes follow the wnid of a picture, each with a wnid of its own, all the same: "n03995372 85 1 499 272".
+    # A picture's wnid is followed by boxes, each with the same wnid: "n03995372 85 1 499 272".
     patterns = (rf"({WNID})\s+(\S.*)", rf'"?({VAL_NAME})"?,"?({WNID})\b.*|ImageId,PredictionString')
     words, val = (_pairs(src / name, pattern) for name, pattern in zip(KAGGLE, patterns, strict=True))
     return Devkit(words, val)
 
 
 def _pairs(file: Path, pattern: str) -> dict[str, str]:
-    """The two groups of a pattern in each line of a file, if there is one."""
+    """Match a pattern of two groups in each line of a file, if the file exists."""
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines() if file.is_file() else []
     except UnicodeDecodeError as error:
@@ -167,7 +171,7 @@ def _pairs(file: Path, pattern: str) -> dict[str, str]:
 def class_names(wnids: Sequence[str], devkit: Devkit | None) -> tuple[str, ...]:
     """Names by which users ask for a class: the first word of its synset.
 
-    Where several classes share it in any case (crane: a bird, and a machine), the wnid follows.
+    If several classes share it in any case (crane: a bird, and a machine), the wnid follows.
     """
     if devkit is None:
         return tuple(wnids)
@@ -177,7 +181,7 @@ def class_names(wnids: Sequence[str], devkit: Devkit | None) -> tuple[str, ...]:
 
 
 def _folder(src: Path, part: str) -> str:
-    """The folder of a part, relative to the source; it need not be there."""
+    """The folder of a part, relative to the source; it may not exist."""
     return next((f"{above}{part}" for above in FOLDERS if (src / above / part).is_dir()), part)
 
 
@@ -220,28 +224,28 @@ def _with_wnids(files: Iterator[tuple[str, Span]], src: Path, devkit: Devkit | N
 def _wnid_of_val(stem: str, where: str, src: Path, devkit: Devkit | None) -> str:
     if re.fullmatch(VAL_NAME, stem) is None:
         raise ValueError(
-            f"{where} lies in no folder of a synset (such as n01440764), and is no ILSVRC2012_val_<8 digits>; "
-            "other pictures are taken by `flextok data folder`"
+            f"{where} is not in the folder of a synset (such as n01440764), and is not an ILSVRC2012_val_<8 digits>; "
+            "convert other pictures with `flextok data folder`"
         )
     if devkit is None or not devkit.val:
         raise ValueError(
-            f"{where}: its class stands in the development kit; put {DEVKIT}.tar.gz into src={src}, or Kaggle's "
+            f"{where}: its class is in the development kit; put {DEVKIT}.tar.gz into src={src}, or Kaggle's "
             f"{' and '.join(KAGGLE)}"
         )
     if stem not in devkit.val:
         raise ValueError(
-            f"{where}: it is none of the {len(devkit.val)} validation pictures whose classes src={src} has"
+            f"{where}: it is not among the {len(devkit.val)} validation pictures whose classes src={src} has"
         )
     return devkit.val[stem]
 
 
 def _wnids(src: Path, classes: Path | str | None, pictures: dict[str, Pictures], devkit: Devkit | None) -> list[str]:
-    """The classes: those asked for, of train, of the development kit, or of the folders of val."""
+    """The wnids of the classes: those asked for, or of train, the development kit or the folders of val."""
     if classes is not None:
         wnids = [line.split()[0] for line in read_lines("classes", classes) if line]
         wrong = [wnid for wnid in wnids if not re.fullmatch(WNID, wnid)]
         if wrong or not wnids:
-            raise ValueError(f"classes={classes} must have one wnid per line, such as n01440764, and has {wrong[:1]}")
+            raise ValueError(f"classes={classes} must have one wnid per line, such as n01440764, not {wrong[:1]}")
         return sorted(set(wnids))
     if "train" in pictures:
         return sorted({wnid for wnid, *_ in pictures["train"]})
@@ -260,7 +264,7 @@ def _items(pictures: Pictures, wnids: Sequence[str], all_of_them: bool, where: s
     more, without = sorted(found - number.keys()), sorted(number.keys() - found)
     if more and all_of_them:
         raise ValueError(
-            f"{where} has pictures of {len(more)} classes that train lacks, such as {more[0]}; pass the classes to "
+            f"{where} has pictures of {len(more)} classes that train lacks, such as {more[0]}; give the classes to "
             "take as classes=FILE"
         )
     if without and not all_of_them:

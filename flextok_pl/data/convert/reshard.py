@@ -1,4 +1,4 @@
-"""WebDataset tars as a shard set: those of others, and sets of ours with other shards or smaller pictures."""
+"""Write WebDataset tars, or shard sets with other shards or smaller pictures, as a new shard set."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ def write_resharded(
 ) -> ShardIndex:
     """Write WebDataset tars, or a shard set, as a new shard set.
 
-    Tars without an index: files whose names are alike up to the first dot are a sample, of a picture, and where there
-    are some a label (`.cls`, or a key of `.json`) and a caption (`.txt`, or a key of `.json`). Of a shard set all is
-    kept. Samples are stored in an order that mixes the tars. Keys that occur in several tars get the tar's name before
-    them.
+    In tars without an index, files with the same name up to the first dot are one sample. It has a picture, and
+    optionally a label (`.cls`, or a key of `.json`) and a caption (`.txt`, or a key of `.json`). A shard set keeps all
+    its fields. Samples are stored in an order that mixes the tars. Keys that occur in several tars are prefixed by the
+    tar's name.
 
     Args:
-        src: tar files, as a folder or a pattern with `*` or `{000..099}`; or shard sets, likewise. A path that is there
-            is taken as it is written.
-        dst: folder of the new set.
-        label_key: take the label from this key of `.json`: a class index, or a name.
+        src: tar files, as a folder or a pattern with `*` or `{000..099}`; or shard sets, in the same way. An existing
+            path is taken literally.
+        dst: folder for the new set.
+        label_key: take the label from this key of `.json`: a class index or a name.
         caption_key: take the caption from this key of `.json`.
         class_names: text file with the name of each class, one per line, or a shard set that has them; default the
-            numbers or names that occur.
-        image_key: what follows the first dot of a picture's name, such as `input.jpg`, where samples have several
-            pictures or longer names; default the picture that each has.
+            numbers or names found.
+        image_key: part of a picture's name after the first dot, such as `input.jpg`, if samples have several pictures
+            or longer names; default the sample's only picture.
         **options: those of `Conversion`.
 
     Raises:
-        ValueError: an option, a tar or a sample is unusable; names it.
+        ValueError: an option, a tar or a sample is invalid; the message names it.
     """
     conversion = Conversion(**options)
     paths = matching_paths(src)
@@ -63,7 +63,7 @@ def write_resharded(
     if all(((path if path.is_dir() else path.parent) / INDEX_NAME).is_file() for path in paths):
         for name, value in foreign.items():
             if value is not None:
-                raise ValueError(f"{name}={value} is for tars without an {INDEX_NAME}; src={src} has one")
+                raise ValueError(f"{name}={value} is for tars without an {INDEX_NAME}, but src={src} has one")
         items, contents = _own(src, conversion)
     else:
         names = None if class_names is None else read_class_names("class_names", class_names)
@@ -86,7 +86,7 @@ def _tars(paths: Sequence[Path], src: str) -> list[Path]:
 
 @dataclass(frozen=True, slots=True)
 class _Keys:
-    """Where the fields of foreign samples are, as for `write_resharded`."""
+    """Names of the fields of foreign samples; see `write_resharded`."""
 
     label: str | None
     caption: str | None
@@ -94,12 +94,12 @@ class _Keys:
 
     def __post_init__(self) -> None:
         if self.image is not None and _ending(self.image) not in IMAGE_EXTENSIONS:
-            raise ValueError(f"image_key={self.image} must be an ending of pictures, such as png or input.jpg")
+            raise ValueError(f"image_key={self.image} must end like a picture, such as png or input.jpg")
 
 
 @dataclass(frozen=True, slots=True)
 class _Raw:
-    """One sample as it lies in a tar, with what is to be read of it before any is written."""
+    """One sample in a tar, with the fields that are read before any sample is written."""
 
     key: str
     files: dict[str, Span]
@@ -120,14 +120,14 @@ class _Raw:
 
 
 def _own(src: str, conversion: Conversion) -> tuple[list[Item], dict[str, Any]]:
-    """The samples of shard sets, and what the new one holds."""
+    """Read the samples of shard sets, and the facts of the new set."""
     indices = load_indices(src)
     first, size = indices[0], conversion.size
     if size is not None and "image" not in first.fields:
-        raise ValueError(f"size={size} is for pictures, and src={src} holds {list(first.fields)}")
+        raise ValueError(f"size={size} is for pictures, but src={src} holds {list(first.fields)}")
     if "shapes" in first.arguments:
         raise ShardError(
-            f"{first.where} was made in several shapes, whose order is fixed; write it again with other "
+            f"{first.where} was made in several shapes, so its order is fixed; write it again with other "
             "samples_per_shard (flextok data latents or tokens)"
         )
     held = first.image_size
@@ -146,7 +146,7 @@ def _own(src: str, conversion: Conversion) -> tuple[list[Item], dict[str, Any]]:
 def _foreign(
     tars: Sequence[Path], conversion: Conversion, keys: _Keys, names: tuple[str, ...] | None
 ) -> tuple[list[Item], dict[str, Any]]:
-    """The samples of tars without an index, and what the new set holds."""
+    """Read the samples of tars without an index, and the facts of the new set."""
     raw = _list_tars(tars, keys, conversion)
     where = f"{tars[0].parent}"
     labels = [sample.label for sample in raw if sample.label is not None]
@@ -161,7 +161,7 @@ def _foreign(
             _LOG.warning("%d of %d samples have no %s and get %s", len(raw) - number, len(raw), name, meaning)
     classes = (classes_of(labels, where) if names is None else names) if labels else ()
     if names is not None and not labels:
-        raise ValueError(f"class_names name {len(names)} classes, and no sample has a label; {_records(raw)}")
+        raise ValueError(f"class_names has {len(names)} classes, but no sample has a label; {_records(raw)}")
     indices = Labels(classes)
     items = []
     for key, sample in zip(_keys(raw), raw, strict=True):
@@ -188,7 +188,7 @@ def _foreign(
 
 
 def _picture(sample: _Raw, image_key: str | None, required: bool) -> tuple[tuple[str, Span], ...]:
-    """The one picture of a foreign sample, or a file that is none where the sample is to be left out."""
+    """The only picture of a foreign sample, or another file if the sample is to be left out."""
     wanted, called = (IMAGE_EXTENSIONS, "picture") if image_key is None else ((image_key,), f"picture .{image_key}")
     found = [(name, span) for name, span in sample.files.items() if name in wanted]
     if len(found) > 1:
@@ -210,7 +210,7 @@ def _ending(name: str) -> str:
 
 
 def _records(raw: Sequence[_Raw]) -> str:
-    """What one of the samples offers for labels and captions, for people."""
+    """Describe, for error messages, what a sample offers for labels and captions."""
     for sample in raw:
         if "json" in sample.files:
             return f"the .json of {sample.key} has the keys {', '.join(_record(sample.files))}"
@@ -218,13 +218,13 @@ def _records(raw: Sequence[_Raw]) -> str:
 
 
 def _record(files: Mapping[str, Span]) -> dict[str, Any]:
-    """The content of a sample's `.json`."""
+    """Read a sample's `.json`."""
     try:
         record = json.loads(files["json"].read(Path("/")))
     except ValueError as error:
         raise ValueError(f"its .json cannot be read: {error}") from error
     if not isinstance(record, dict):
-        raise ValueError(f'its .json is {str(record)[:40]!r}, and must have keys with values, such as {{"label": 3}}')
+        raise ValueError(f'its .json is {str(record)[:40]!r}, but must have keys with values, such as {{"label": 3}}')
     return record
 
 
@@ -234,7 +234,7 @@ def _list_tars(tars: Sequence[Path], keys: _Keys | None, conversion: Conversion)
 
 
 def _list_tar(keys: _Keys | None, tar: str) -> list[_Raw]:
-    """The samples of a tar, whose files need not lie side by side; with label and caption where there are keys."""
+    """The samples of a tar, also if their files are apart; with label and caption if there are keys."""
     gathered: dict[str, dict[str, Span]] = {}
     for key, entries in tar_samples(Path("/"), tar):
         files = gathered.setdefault(key, {})
@@ -255,7 +255,7 @@ def _list_tar(keys: _Keys | None, tar: str) -> list[_Raw]:
 
 
 def _annotations(files: Mapping[str, Span], keys: _Keys) -> tuple[int | str | None, str | None]:
-    """Label and caption of a foreign sample, None where it has none."""
+    """Label and caption of a foreign sample, None if it has none."""
     record: dict[str, Any] = {}
     if (keys.label is not None or keys.caption is not None) and "json" in files:
         record = _record(files)
@@ -269,22 +269,22 @@ def _annotations(files: Mapping[str, Span], keys: _Keys) -> tuple[int | str | No
     elif "txt" in files:
         caption = files["txt"].read(Path("/")).decode("utf-8-sig")
     if not isinstance(caption, str | None):
-        raise ValueError(f"its {keys.caption} {caption!r} is no text")
+        raise ValueError(f"its {keys.caption} {caption!r} is not a text")
     return label, caption
 
 
 def _label(value: Any, where: str) -> int | str | None:
-    """A label as a class index or a name; `10.0`, as tables of numbers have it, is 10."""
+    """A label as a class index or a name; `10.0`, as in tables of numbers, becomes 10."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, bool) or not isinstance(value, int | str | None) or value == "":
-        raise ValueError(f"{where} is {value!r}, which is no class index or name")
+        raise ValueError(f"{where} is {value!r}, which is not a class index or a name")
     whole = re.fullmatch(r"([+-]?[0-9]+)(\.0*)?", value) if isinstance(value, str) else None
     return value if whole is None else int(whole[1])
 
 
 def _keys(raw: Sequence[_Raw]) -> list[str]:
-    """The samples' keys, with the name of their tar before them where they occur in several."""
+    """The samples' keys, with the tar's name as prefix if they occur in several tars."""
     keys = [sample.key.lstrip("/").replace(".", "_") for sample in raw]
     if len(set(keys)) != len(keys):
         tars = [sample.first.file.removesuffix(".tar") for sample in raw]

@@ -1,1 +1,1 @@
-"""Shard sets that networks write from others: latents and tokens."""
+"""Write latents and tokens of shard sets as new shard sets."""

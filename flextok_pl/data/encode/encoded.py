@@ -1,8 +1,8 @@
-"""The pictures of image shards, encoded once and written as a new set: what latents and tokens share.
+"""Encode the pictures of image shards once and write them as a new set: the part that latents and tokens share.
 
-All pictures follow one another once per view, in their stored order (with several shapes in that of an evaluation) and
-cut into the same batches by any number of workers. So a set is a function of its arguments, and an interrupted run goes
-on with the batch in which its first missing shard begins. View 0 of a picture is its centre crop, the further ones are
+Each view goes through all pictures once, in stored order (with several shapes in the order of an evaluation), in
+batches that do not depend on the number of workers. So a set is a function of its arguments, and an interrupted run
+resumes at the batch in which its first missing shard begins. View 0 of a picture is its centre crop, the others are
 training augmentations; keys are `<key>_v<view>`.
 """
 
@@ -34,27 +34,27 @@ from flextok_pl.distributed import launched
 from flextok_pl.precision import frozen_networks_in
 
 Encoder = Callable[[Batch], Iterable[dict[str, bytes]]]
-"""A batch of B pictures -> for each the files of its new fields, by extension."""
+"""Maps a batch of B pictures to the files of each one's new fields, by extension."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How the pictures of a set are gone through, all of them once per view, and how the new set is written.
+    """How to go through the pictures of a set, once per view, and how to write the new set.
 
     Args:
-        image_size: side in pixels of the pictures that are encoded, or [height, width].
-        num_views: samples per picture: its centre crop, and further random changes of it.
-        augmentation: those random changes.
-        seed: of the changes.
+        image_size: side in pixels of the pictures to encode, or [height, width].
+        num_views: samples per picture: its centre crop, and random changes of it.
+        augmentation: the random changes.
+        seed: seed of the changes.
         batch_size: pictures at a time.
         num_workers: processes that decode pictures; the set does not depend on it.
         samples_per_shard: samples per tar file.
         overwrite: replace a set that was made with other arguments.
-        compute_dtype: `float32`, or `bfloat16`: the networks compute under autocast, faster where the device has the
-            type. That moves latents a little and changes some tokens, and the index records it.
-        shapes: several [height, width] in place of `image_size`: each picture is encoded in the one whose aspect ratio
-            is nearest its own, as `data.shapes` has them.
-        channels: of the pictures: 3, or 1 for grey, or 4 for colour with opacity.
+        compute_dtype: `float32`, or `bfloat16` to run the networks under autocast, which is faster on devices that
+            support it. It changes latents slightly and some tokens; the index records it.
+        shapes: several [height, width] instead of `image_size`: each picture is encoded in the one with the nearest
+            aspect ratio, as with `data.shapes`.
+        channels: channels of the pictures: 3, or 1 for grey, or 4 for colour with opacity.
     """
 
     image_size: int | tuple[int, int] = 256
@@ -83,17 +83,17 @@ class Encoding:
             raise ValueError(f"compute_dtype={self.compute_dtype!r} must be 'float32' or 'bfloat16'")
 
     def arguments(self) -> dict[str, Any]:
-        """What of these decides the content of the set, as JSON types."""
+        """The options that decide the content of the set, as JSON types."""
         augmentation = vars(self.augmentation) if self.num_views > 1 else None
         without = ["num_workers", "overwrite", *([] if self.shapes is None else ["image_size"])]
         for name in ("compute_dtype", "shapes", "channels"):
-            if getattr(self, name) == getattr(Encoding, name):  # as before there was a choice
+            if getattr(self, name) == getattr(Encoding, name):  # as in sets older than the option
                 without.append(name)
         chosen = {name: value for name, value in vars(self).items() if name not in without}
         return {**chosen, "augmentation": augmentation}
 
     def samples(self, data: ShardSet, encode: Encoder, start: int) -> Iterator[Sample]:
-        """The new samples from number `start` on; what lies in batches before it is neither decoded nor encoded."""
+        """Make the new samples from number `start` on; earlier batches are neither decoded nor encoded."""
         first, within = divmod(start, data.num_samples)
         for view in range(first, self.num_views):
             yield from self._view(data, encode, view, within if view == first else 0)
@@ -105,7 +105,7 @@ class Encoding:
         return StreamedBatches(data, collate, plan, Decoder(channels=self.channels))
 
     def sizes(self, data: ShardSet, counts: Sequence[int]) -> list[str]:
-        """For shards of so many samples, what the index says of the sizes; empty where all are `image_size`."""
+        """Sizes for the index, for shards with these counts of samples; empty if all are `image_size`."""
         if self.shapes is None:
             return ["" for _ in counts]
         stream = self.stream(data, 0)
@@ -115,7 +115,7 @@ class Encoding:
         return [size_text(islice(sizes, count)) for count in counts]
 
     def _view(self, data: ShardSet, encode: Encoder, view: int, skipped: int) -> Iterator[Sample]:
-        """The samples of a view but the first few; of the batch in which it begins all are encoded."""
+        """The samples of a view after the first `skipped`; the first batch is encoded in full."""
         stream, taken = self.stream(data, view), [0] * len(data.buckets)
         for bucket, number in stream.batches():
             if skipped < number:
@@ -150,14 +150,14 @@ def write_encoded(
 ) -> ShardIndex:
     """Encode the pictures of a set in views and write the result, with label and text, as a new set.
 
-    Processes that torchrun or srun has started share the work, see `WriterRank`; the set does not depend on their
-    number. `encode` makes the new fields from what the source `needs`. `made_by` identifies the models behind it, as
+    Processes started by torchrun or srun share the work, see `WriterRank`; the set does not depend on their number.
+    `encode` makes the new fields from the fields that the source `needs`. `made_by` identifies the models behind it, as
     JSON types by role; with `options` it is part of the arguments that decide the content.
     """
     indices = load_indices(src)
     for name in needs:
         if name not in indices[0].fields:
-            raise ShardError(f"{indices[0].where} holds {list(indices[0].fields)}, no {name}s to encode")
+            raise ShardError(f"{indices[0].where} holds {list(indices[0].fields)}, but no {name}s to encode")
     source = [index.digest() for index in indices]
     makers = {role: by_all_weights(record) for role, record in made_by.items()}
     arguments = {"writer": writer, "source": source, **makers, **options, **encoding.arguments()}
@@ -169,7 +169,7 @@ def write_encoded(
     counts = shard_sizes(data.num_samples * encoding.num_views, encoding.samples_per_shard)
     mine = process.share(len(counts))
     found = (complete_shard(folder / shard_name(number), counts[number]) for number in mine)
-    own = [shard for shard in takewhile(bool, found) if shard is not None]  # what an interrupted run has left
+    own = [shard for shard in takewhile(bool, found) if shard is not None]  # from an interrupted run
     first = mine.start + len(own)
     done, most = (sum(counts[mine.start : stop]) for stop in (first, mine.stop))
     with tqdm(total=most, initial=done, desc=writer, unit="sample", disable=process.rank > 0) as bar:
@@ -201,7 +201,7 @@ def _counted(samples: Iterator[Sample], bar: tqdm[Any]) -> Iterator[Sample]:
 
 
 def require_identity(option: str, identity: Mapping[str, Any], types: Mapping[str, type]) -> None:
-    """Check that a model's identity has what it must, non-empty texts or positive whole numbers."""
+    """Check that a model's identity has its required entries: non-empty texts or positive whole numbers."""
     for name, kind in types.items():
         value = identity.get(name)
         if not isinstance(value, kind) or not value > kind():
@@ -210,7 +210,7 @@ def require_identity(option: str, identity: Mapping[str, Any], types: Mapping[st
 
 
 def npy(array: np.ndarray[Any, Any]) -> bytes:
-    """An array as the content of a `.npy` file."""
+    """Serialise an array as the content of a `.npy` file."""
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()

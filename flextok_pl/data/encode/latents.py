@@ -1,4 +1,4 @@
-"""Image shards -> latent shards, so that autoencoder and teacher run once and not in every epoch.
+"""Write image shards as latent shards, so that autoencoder and teacher run once and not in every epoch.
 
 Shapes in this file: B batch, S image side, (2C, h, w) posterior mean and log-variance of one image, F teacher width.
 """
@@ -36,22 +36,22 @@ def write_latents(
 ) -> ShardIndex:
     """Encode image shards and write the moments, with label, text and a teacher's features, as latent shards.
 
-    An interrupted run is gone on with when it is repeated.
+    Repeat an interrupted run to resume it.
 
     Args:
         src: image shard set(s), as for `ShardDataModule`.
-        dst: folder of the new set.
+        dst: folder for the new set.
         encode: the autoencoder's moments; gets batches on the CPU and may move them.
-        source_id: JSON types that identify the autoencoder (path or id, checksum, scaling); goes into the index, and a
-            set made by another one is not taken for this.
-        extract: REPA's teacher, whose features of the same views are stored, too.
-        teacher_id: JSON types that identify it, with `name` and `sha256`, and decide the features; goes into the index,
-            and sets of different teachers are not read together.
-        dtype: of the stored numbers.
+        source_id: JSON types that identify the autoencoder (path or id, checksum, scaling). It goes into the index, so
+            that a set of another autoencoder is not reused.
+        extract: REPA's teacher; its features of the same views are stored too.
+        teacher_id: JSON types that identify the teacher, with `name` and `sha256`. It goes into the index; sets of
+            different teachers cannot be read together.
+        dtype: type of the stored numbers.
         **options: those of `Encoding`.
 
     Raises:
-        ValueError: an option is out of range, the source holds no images, or what a model gave is unusable.
+        ValueError: an option is out of range, the source holds no images, or a model's output is invalid.
     """
     encoding = Encoding(**options)
     if dtype not in ("float16", "float32"):
@@ -86,7 +86,7 @@ def write_latents(
 
 
 def _stored(tensor: Tensor, keys: Sequence[str], name: str, dtype: str) -> list[bytes]:
-    """The checked numbers of each picture, (B, ...), as the content of a file."""
+    """Check the numbers of each picture, (B, ...), and serialise them as files."""
     tensor = tensor.to("cpu", getattr(torch, dtype))
     for key, finite in zip(keys, tensor.isfinite().flatten(1).all(1), strict=True):
         if not finite:

@@ -1,6 +1,6 @@
-"""Several processes that write one shard set together: each a part of the shards, the first one the index.
+"""Let several processes write one shard set together: each writes some shards, the first also the index.
 
-They are started by torchrun or srun and meet in the set's folder only, which all of them must see.
+torchrun or srun starts them. They communicate only through the set's folder, which all of them must see.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class WriterRank:
     world_size: int = 1
 
     def share(self, number: int) -> range:
-        """Those of `number` shards that this process writes: neighbours, so that few pictures are encoded twice."""
+        """The shards that this process writes, of `number`: neighbours, so that few pictures are encoded twice."""
         return range(number * self.rank // self.world_size, number * (self.rank + 1) // self.world_size)
 
     def start_set(self, folder: Path, arguments: Mapping[str, Any], overwrite: bool) -> ShardIndex | None:
         """`writer.start_set` by the first process; the others wait for it."""
         finished = folder / INDEX_NAME
-        if self.world_size > 1 and overwrite and finished.exists():  # others could mistake it for the new one
+        if self.world_size > 1 and overwrite and finished.exists():  # others could take it for the new one
             raise ShardError(f"overwrite=true and {self.world_size} processes: remove {folder} first")
         if self.rank > 0:
             partial_file, text = folder / PARTIAL_NAME, json.dumps(dict(arguments), sort_keys=True)
@@ -53,7 +53,7 @@ class WriterRank:
         return start_set(folder, arguments, overwrite)
 
     def gather(self, folder: Path, counts: Sequence[int], own: Sequence[ShardInfo]) -> list[ShardInfo] | None:
-        """All shards, with so many samples, for the first process, which wrote the first ones; None for the others."""
+        """For the first process: all shards, with these counts, `own` ones first; None for the others."""
         if self.rank > 0:
             return None
         paths = [folder / shard_name(number) for number in range(len(counts))]
@@ -61,13 +61,13 @@ class WriterRank:
         return [*own, *(_wait(partial(complete_shard, *one), f"another process to write {one[0]}") for one in others)]
 
     def finished_set(self, folder: Path) -> ShardIndex:
-        """The set, once the first process has finished it."""
+        """The set, as soon as the first process has finished it."""
         _wait((folder / INDEX_NAME).exists, f"the first process to finish {folder}")
         return ShardIndex.load(folder)
 
 
 def _wait(look: Callable[[], FoundT | None], what: str) -> FoundT:
-    """Look until something is there. Whoever started the processes ends the others when one dies."""
+    """Wait until something exists. The launcher ends the other processes when one dies."""
     started = told = time.monotonic()
     while not (found := look()):
         if time.monotonic() - told > 60:

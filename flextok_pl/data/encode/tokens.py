@@ -1,4 +1,4 @@
-"""Image shards -> token shards, on which a prior trains without the tokenizer.
+"""Write image shards as token shards, on which a prior trains without the tokenizer.
 
 Shapes in this file: B batch, S image side, K tokens of one image, L text positions, E text width.
 """
@@ -21,7 +21,7 @@ Tokenize = Callable[[Tensor], Tensor]
 """(B, 3, S, S) in [-1, 1] -> (B, K) int64."""
 
 EncodeText = Callable[[list[str]], tuple[Tensor, Tensor]]
-"""B captions -> states (B, L, E) and mask (B, L) bool, True where there is a state and no padding."""
+"""Maps B captions to states (B, L, E) and mask (B, L) bool, True for states, False for padding."""
 
 
 def write_tokens(
@@ -36,21 +36,21 @@ def write_tokens(
 ) -> ShardIndex:
     """Tokenize image shards and write the tokens, with label and text, as token shards.
 
-    An interrupted run is gone on with when it is repeated.
+    Repeat an interrupted run to resume it.
 
     Args:
         src: image shard set(s), as for `ShardDataModule`.
-        dst: folder of the new set.
+        dst: folder for the new set.
         tokenize: the tokenizer; gets batches on the CPU and may move them.
-        tokenizer_id: JSON types that identify the tokenizer, with `sha256`, `vocab_size` and `num_tokens` (K); goes
-            into the index, and sets of different `sha256` are not read together.
+        tokenizer_id: JSON types that identify the tokenizer, with `sha256`, `vocab_size` and `num_tokens` (K). It goes
+            into the index; sets of different `sha256` cannot be read together.
         encode_text: the text encoder, for a source with captions; its states are stored as float16.
-        text_encoder_id: JSON types that identify it, with `name`; goes into the index, and sets of different ones are
-            not read together.
+        text_encoder_id: JSON types that identify it, with `name`. It goes into the index; sets of different encoders
+            cannot be read together.
         **options: those of `Encoding`.
 
     Raises:
-        ValueError: an option is out of range, the source lacks images or captions, or what a model gave is unusable.
+        ValueError: an option is out of range, the source lacks images or captions, or a model's output is invalid.
     """
     encoding = Encoding(**options)
     require_identity("tokenizer_id", tokenizer_id, {"sha256": str, "vocab_size": int, "num_tokens": int})
@@ -79,7 +79,7 @@ def write_tokens(
 
 
 def _tokens(tokens: Tensor, keys: Sequence[str], vocab_size: int, num_tokens: int) -> np.ndarray[Any, Any]:
-    """The checked tokens, (B, K), in the smaller type that holds the vocabulary."""
+    """Check the tokens, (B, K), and convert them to the smallest type that holds the vocabulary."""
     if tokens.shape != (len(keys), num_tokens) or tokens.dtype != torch.int64:
         raise ValueError(
             f"tokenize gave {tokens.dtype} of shape {tuple(tokens.shape)} for {len(keys)} images, expected int64 of "
@@ -89,14 +89,14 @@ def _tokens(tokens: Tensor, keys: Sequence[str], vocab_size: int, num_tokens: in
     for key, row in zip(keys, array, strict=True):
         if row.min() < 0 or row.max() >= vocab_size:
             raise ValueError(
-                f"the tokens of {key!r} lie in {row.min()}..{row.max()}, outside 0..{vocab_size - 1}; give the "
+                f"the tokens of {key!r} are in {row.min()}..{row.max()}, outside 0..{vocab_size - 1}; give the "
                 f"vocab_size of this tokenizer instead of {vocab_size}"
             )
     return array.astype(np.uint16 if vocab_size <= 2**16 else np.int32)
 
 
 def _states(states: Tensor, mask: Tensor, keys: Sequence[str]) -> list[np.ndarray[Any, Any]]:
-    """The checked states of each caption without padding, (L_i, E) float16."""
+    """Check the states of each caption and drop their padding: (L_i, E) float16."""
     if states.ndim != 3 or len(states) != len(keys) or mask.shape != states.shape[:2] or mask.dtype != torch.bool:
         raise ValueError(
             f"encode_text gave states {tuple(states.shape)} and a mask {tuple(mask.shape)} of {mask.dtype} for "

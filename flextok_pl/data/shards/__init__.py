@@ -1,1 +1,1 @@
-"""The format: shard sets on disk, written, found, read, checked and counted."""
+"""The format of shard sets: write, find, read, check and count them."""

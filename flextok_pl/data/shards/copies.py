@@ -1,4 +1,4 @@
-"""Copies of shard sets that lie elsewhere, for machines that cannot reach them."""
+"""Copy remote shard sets to this machine, for machines that cannot reach them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from flextok_pl.downloads import Download, Part, Places
 from flextok_pl.files import remove, write_file
 
 PENDING = f".{INDEX_NAME}"
-"""The index of a set of which not all shards have come."""
+"""The index of a set whose shards have not all arrived."""
 
 
 @dataclass(frozen=True)
 class SetCopy(Download):
-    """The sets that one source of data names by a URL or a command, as folders here, one after the other."""
+    """Local copies of the sets that one source of data names by a URL or a command, one folder each."""
 
     source: str
 
@@ -31,13 +31,13 @@ class SetCopy(Download):
         return self.source
 
     def folder(self, places: Places) -> Path:
-        """What holds the copies."""
+        """The folder of the copies."""
         assert places.data is not None
         name = re.sub(r"[^A-Za-z0-9._-]+", "_", self.source.rstrip("/").rpartition("/")[2])[-40:]
         return places.data / f"{name}-{hashlib.sha256(self.source.encode()).hexdigest()[:8]}"
 
     def parts(self, places: Places) -> list[Part]:
-        """The shards, as the indices here say, or those there; nothing where data have no place, or no network."""
+        """The shards, by the indices here or else by the remote ones; none without a place or a network."""
         if places.data is None:
             return []
         folder = self.folder(places)
@@ -53,7 +53,7 @@ class SetCopy(Download):
         return found
 
     def fetch(self, places: Places) -> None:
-        """See `Download.fetch`; shards are compared with their SHA-256 as they come."""
+        """See `Download.fetch`; each shard is compared with its SHA-256 as it arrives."""
         indices = load_indices(self.source, places.data)
         sets = [(self._place(places, number), index, index.to_json()) for number, index in enumerate(indices)]
         for place, _, text in sets:
@@ -76,6 +76,6 @@ def _holds(file: Path, text: str) -> bool:
 
 
 def copies_of(source: object) -> list[SetCopy]:
-    """A copy of each source that is a URL or a command, of those that `data.train` and the like may hold."""
+    """The copies of all URLs and commands in a source, such as `data.train`."""
     entries = source if isinstance(source, list) else [source]
     return [SetCopy(str(entry)) for entry in entries if entry is not None and is_remote(str(entry))]

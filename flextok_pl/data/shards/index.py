@@ -1,7 +1,7 @@
-"""The index of a shard set: what `index.json` holds, read and checked.
+"""Read and check the index of a shard set, `index.json`.
 
-A shard set is a folder with WebDataset tar files and one `index.json`, which is written last: a folder without it is no
-shard set. Every sample is `<key>.<extension>` files, side by side in one tar:
+A shard set is a folder with WebDataset tar files and one `index.json`. The index is written last: a folder without it
+is not a shard set. Every sample is a set of `<key>.<extension>` files, side by side in one tar:
 
 | field              | extension             | content                                                       |
 |--------------------|-----------------------|---------------------------------------------------------------|
@@ -41,16 +41,16 @@ IMAGE_EXTENSIONS = (
     *("gbr", "icb", "icns", "ico", "im", "j2c", "j2k", "jpc", "jpf", "jpx", "mpo", "msp", "pbm", "pcd", "pcx", "pnm"),
     *("heics", "heifs", "psd", "pxr", "qoi", "ras", "rgb", "rgba", "sgi", "vda", "vst", "xbm", "xpm"),
 )
-"""Endings of pictures made of pixels; which of them can be read depends on what Pillow was built with."""
+"""Endings of pictures of pixels; the build of Pillow decides which can be read."""
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a name can be written down: Python takes bytes of a file's name that are not UTF-8 for surrogates."""
+    """Check that a name is valid UTF-8: Python turns other bytes of file names into surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def file_sha256(path: Path) -> str:
-    """The digest of a file, as `ShardInfo` has it."""
+    """Hash a file, as in `ShardInfo`."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -63,8 +63,8 @@ class ShardError(ValueError):
 class ShardInfo:
     """One tar file of a shard set: its name in the set's folder, number of samples, size, and hexadecimal digest.
 
-    `sizes` are those of the pictures that the samples hold or were made from, see `sizes`; empty where they are not
-    known, or all are `image_size`.
+    `sizes` are those of the pictures that the samples hold or were made from, see `sizes`; empty if they are unknown,
+    or all `image_size`.
     """
 
     name: str
@@ -75,34 +75,34 @@ class ShardInfo:
 
 
 class Opener(Protocol):
-    """How the files of a set that is not in a folder here are reached; `remote.Remote` is one."""
+    """Access to the files of a set that is not in a local folder, such as `remote.Remote`."""
 
     @property
     def address(self) -> str:
-        """What the set is called in messages."""
+        """Name of the set in messages."""
 
     def locate(self, name: str) -> str:
-        """What a file is called in messages."""
+        """Name of a file in messages."""
 
     def open(self, shard: ShardInfo, folder: Path) -> BufferedReader:
-        """A shard as an open file on this machine."""
+        """Open a shard as a local file."""
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What is in one shard set.
+    """The contents of one shard set.
 
     Args:
-        folder: where the tar files lie, or are brought to.
-        fields: which of `FIELDS` each sample has.
+        folder: folder of the tar files, or the one to which they are brought.
+        fields: the ones of `FIELDS` that each sample has.
         shards: the tar files, in order.
         classes: class names by label, empty for a set without classes.
         image_size: side in pixels of the pictures that the samples hold or were made from, or (H, W); None for pictures
             of several sizes.
-        arguments: what the writer was called with; equal arguments make an equal set.
-        provenance: where the content comes from: source, licence, versions, the autoencoder of latents, the teacher of
-            its features, the tokenizer of tokens, the text encoder of text states.
-        remote: how the tar files are reached; None where they are in the folder.
+        arguments: arguments of the writer; equal arguments make an equal set.
+        provenance: origin of the content: source, licence, versions, the autoencoder of latents, the teacher of its
+            features, the tokenizer of tokens, the text encoder of text states.
+        remote: access to the tar files; None if they are in the folder.
     """
 
     folder: Path
@@ -116,7 +116,7 @@ class ShardIndex:
 
     @property
     def where(self) -> str:
-        """What the set is called in messages: its folder, URL or command."""
+        """Name of the set in messages: its folder, URL or command."""
         return str(self.folder) if self.remote is None else self.remote.address
 
     @property
@@ -128,11 +128,11 @@ class ShardIndex:
     def paths(self) -> list[Path]:
         """The tar files, which must be on this machine."""
         if self.remote is not None:
-            raise ShardError(f"{self.where} is no folder on this machine; copy the set and give the copy's folder")
+            raise ShardError(f"{self.where} is not a folder on this machine; copy the set and give the copy's folder")
         return [self.folder / shard.name for shard in self.shards]
 
     def maker(self, field: str) -> Mapping[str, Any] | None:
-        """Identity of the model that made a field; None where the set does not hold it or its maker is unknown.
+        """Identity of the model that made a field; None if the set lacks the field or its maker is unknown.
 
         Autoencoder, teacher and tokenizer have at least `sha256`, a tokenizer also `vocab_size` and `num_tokens` (K), a
         teacher and a text encoder `name`.
@@ -140,7 +140,7 @@ class ShardIndex:
         return self.provenance.get(ARRAYS[field][-1]) if field in self.fields else None
 
     def to_json(self) -> str:
-        """The text of `index.json`; a path that is not UTF-8 is escaped in it, and comes back as it was."""
+        """The text of `index.json`; paths that are not UTF-8 are escaped in it, and `load` restores them."""
         record = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -156,24 +156,24 @@ class ShardIndex:
         return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
     def digest(self) -> str:
-        """Identifies the set: the SHA-256 of its index without sizes, which sets of older releases lack."""
+        """Hash of the set: the SHA-256 of its index without sizes, which sets of older releases lack."""
         plain = replace(self, shards=tuple(replace(shard, sizes="") for shard in self.shards))
         return hashlib.sha256(plain.to_json().encode()).hexdigest()
 
     @classmethod
     def load(cls, path: str | Path) -> ShardIndex:
-        """Read the index of a shard set, given by its folder or its `index.json`.
+        """Read the index of a shard set, given as its folder or its `index.json`.
 
         Raises:
-            ShardError: there is no index, it is unusable, or a shard is missing or of the wrong size.
+            ShardError: the index is missing or invalid, or a shard is missing or of the wrong size.
         """
         path = Path(path)
         file = path if path.name == INDEX_NAME else path / INDEX_NAME
         if not file.is_file():
-            reason = "is no folder" if not file.parent.is_dir() else f"has no {INDEX_NAME}"
+            reason = "is not a folder" if not file.parent.is_dir() else f"has no {INDEX_NAME}"
             raise ShardError(
-                f"{file.parent} {reason}: a shard set is made by `flextok data`, which writes {INDEX_NAME} last; give "
-                "the folder of a finished one (often DST/train or DST/val)"
+                f"{file.parent} {reason}: `flextok data` makes shard sets and writes {INDEX_NAME} last; give the "
+                "folder of a finished one (often DST/train or DST/val)"
             )
         index = cls.parse(file.read_bytes(), file.parent, str(file))
         for shard, place in zip(index.shards, index.paths, strict=True):
@@ -194,7 +194,7 @@ class ShardIndex:
             record = json.loads(content.decode("utf-8"))
             if (record["format"], record["version"]) != (FORMAT, FORMAT_VERSION):
                 raise ShardError(
-                    f"{where} has format {record['format']!r} version {record['version']}, this release reads "
+                    f"{where} has format {record['format']!r} version {record['version']}, but this release reads "
                     f"{FORMAT!r} version {FORMAT_VERSION}; write the set again"
                 )
             shards = [
@@ -226,24 +226,24 @@ class ShardIndex:
         return index
 
     def locate(self, number: int) -> str:
-        """What a shard is called in messages."""
+        """Name of a shard in messages."""
         name = self.shards[number].name
         return str(self.folder / name) if self.remote is None else self.remote.locate(name)
 
     def open(self, number: int) -> BufferedReader:
-        """A shard as an open file; a remote one has been compared with size and checksum."""
+        """Open a shard; a remote one is first compared with its size and checksum."""
         shard = self.shards[number]
         return (self.folder / shard.name).open("rb") if self.remote is None else self.remote.open(shard, self.folder)
 
     def restricted(self, names: Set[str]) -> ShardIndex:
-        """The index of some of the shards, by name."""
+        """The index of some shards, by name."""
         unknown = sorted(names - {shard.name for shard in self.shards})
         if unknown:
             raise ShardError(f"{self.where} has no shard {unknown[0]} in its {INDEX_NAME}")
         return replace(self, shards=tuple(shard for shard in self.shards if shard.name in names))
 
     def without_labels(self) -> ShardIndex:
-        """The index of the same shards, whose classes are not read."""
+        """The index of the same shards without classes."""
         return replace(self, fields=tuple(name for name in self.fields if name != "label"), classes=())
 
     def verify(self) -> None:

@@ -1,4 +1,4 @@
-"""Work spread over processes: the results come in order, and no process outlives the one that started it."""
+"""Run jobs in several processes: results come in order, and no process outlives the one that started it."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def run_jobs(
     unit: str,
     sizes: Sequence[int] | None = None,
 ) -> list[ResultT]:
-    """The results of a job for each item, in their order, behind a progress bar.
+    """Run a job on each item and yield the results in order, behind a progress bar.
 
-    It runs in so many processes, where job and results must be picklable; 0 and 1 are this one, None is one per core.
-    The bar counts `sizes` units for the items, default one each. A worker that is killed raises `OSError`.
+    `num_workers` processes run it, for which job and results must be picklable; 0 and 1 use this process, None one per
+    core. The bar counts `sizes` units for the items, default one each. A worker that is killed raises `OSError`.
     """
     if num_workers is not None and num_workers < 0:
         raise ValueError(f"num_workers={num_workers} must be 0 (this process) or more")
@@ -47,7 +47,7 @@ def run_jobs(
 
 
 def _in_processes(job: Callable[[ItemT], ResultT], items: Sequence[ItemT], workers: int) -> Iterator[ResultT]:
-    # Forking is immediate, and safe here: the jobs use neither torch nor an accelerator. macOS's own libraries are not.
+    # Forking is immediate. It is safe here, because the jobs use neither torch nor an accelerator; on macOS it is not.
     method = "fork" if sys.platform == "linux" else "spawn"
     context = multiprocessing.get_context(method)
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
@@ -55,8 +55,8 @@ def _in_processes(job: Callable[[ItemT], ResultT], items: Sequence[ItemT], worke
             yield from pool.map(partial(_judged, job), items)
         except BrokenProcessPool as error:
             raise ChildProcessError(
-                "a worker process was killed, perhaps for want of memory; give a smaller num_workers (what is complete "
-                "is kept)"
+                "a worker process was killed, perhaps because memory ran out; give a smaller num_workers (complete "
+                "files are kept)"
             ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -64,7 +64,7 @@ def _in_processes(job: Callable[[ItemT], ResultT], items: Sequence[ItemT], worke
 
 
 def _judged(job: Callable[[ItemT], ResultT], item: ItemT) -> ResultT:
-    """Run a job in a worker. Only there is it known where an error comes from, and whether it is for the user."""
+    """Run a job in a worker; only there is it known where an error comes from and whether it is for the user."""
     try:
         return job(item)
     except ValueError as error:
@@ -74,7 +74,7 @@ def _judged(job: Callable[[ItemT], ResultT], item: ItemT) -> ResultT:
 
 
 def _end_with_parent() -> None:
-    """End this worker when its parent dies: an orphan would write the same files as the run that goes on."""
+    """End this worker when its parent dies: an orphan would write the same files as a resumed run."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

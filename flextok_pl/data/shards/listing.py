@@ -1,4 +1,4 @@
-"""What lies in a source: the files that a pattern names, and whether they are those that they were."""
+"""Find the files that a pattern names, and check whether files have changed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import braceexpand
 
 
 def matching_paths(pattern: str) -> list[Path]:
-    """What a path stands for: itself where it is there, else what its `*`, `[ab]` and `{a,b}` match, in order.
+    """Paths that a pattern matches: an existing path itself, or else all matches of `*`, `[ab]` and `{a,b}`, in order.
 
-    Folders before the first such part are taken as they are written, too.
+    Folders before the first wildcard are also taken literally.
     """
     return list(_matching(Path(pattern).expanduser()))
 
@@ -37,9 +37,9 @@ def _matching(path: Path) -> Iterator[Path]:
 
 
 def listing_digest(root: Path, files: Iterable[str]) -> str:
-    """Tells whether files under a folder are those that they were: by name, size and time of change.
+    """Hash name, size and time of change of files under a folder, to check later whether they changed.
 
-    Of a link that leads nowhere it takes the link itself.
+    A broken link counts as the link itself.
     """
     digest = hashlib.sha256()
     for file in files:

@@ -1,4 +1,4 @@
-"""Random access to the samples of a shard, and shards that are opened ahead of their use."""
+"""Read samples of a shard in any order, and open shards ahead of their use."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from flextok_pl.data.shards.tars import Member, Span, files_in_tar, grouped
 
 
 class Shard:
-    """The samples of the shard `number` of a set, by their number in it.
+    """The samples of shard `number` of a set, by their number in it.
 
-    Opening reads the headers, skips the contents, and checks the number of samples; a sample reads its files only.
+    Opening reads the headers, skips the contents, and checks the number of samples. Reading a sample reads only its
+    files.
     """
 
     def __init__(self, index: ShardIndex, number: int) -> None:
@@ -68,9 +69,9 @@ class Shard:
 
 
 class OpenShards:
-    """Shards, each a set and a position in it, held open; those asked for ahead are brought in the background.
+    """Holds shards open, each given by set and number, and fetches the next ones in the background.
 
-    The `spare` ones that were needed last stay open, for a reader that comes back to them.
+    The `spare` most recent ones stay open, for a reader that comes back to them.
     """
 
     def __init__(self, shards: list[tuple[ShardIndex, int]], spare: int = 0) -> None:
@@ -93,14 +94,14 @@ class OpenShards:
                 self._open[number] = self._thread.submit(Shard, *self.shards[number])
 
     def __getitem__(self, number: int) -> Shard:
-        """An open shard; waits for it."""
+        """An open shard; waits until it is open."""
         return self._open[number].result()
 
     def keep(self, numbers: Iterable[int]) -> None:
-        """Close all shards but these, and the spare ones."""
+        """Close all shards except these and the spare ones."""
         needed = self._open.keys() & set(numbers)
         for number in needed:
-            self._open[number] = self._open.pop(number)  # behind those that were needed before
+            self._open[number] = self._open.pop(number)  # move it behind the older ones
         for number in list(self._open)[: max(0, len(self._open) - len(needed) - self.spare)]:
             future = self._open.pop(number)
             if not future.cancel() and future.exception() is None:

@@ -1,7 +1,7 @@
-"""Shard sets that lie elsewhere: at a URL, or behind a command.
+"""Read shard sets at a URL or behind a command.
 
-A shard is brought here whole, compared with size and SHA-256 of the index, and only then read: in a file that goes when
-it is closed, or in a cache folder that other processes and later runs share.
+A shard is downloaded whole and compared with the size and SHA-256 in the index before it is read. It is kept in a
+temporary file, or in a cache folder that other processes and later runs share.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from flextok_pl.posix import fcntl
 
 PIPE = "pipe:"
 NAME = "{name}"
-"""Stands in a command for the name of a file in the set."""
+"""Placeholder in a command for the name of a file in the set."""
 
 PAUSES = (1.0, 2.0, 4.0, 8.0)
 """Seconds between attempts to fetch a file."""
@@ -35,54 +35,54 @@ STALLED_AFTER = 60.0
 """Seconds without a byte after which an HTTP request has failed."""
 
 PERMANENT = (FileNotFoundError, PermissionError, ImportError, ValueError)
-"""What another attempt does not change; a ValueError is an unknown protocol."""
+"""Errors that another attempt would not change; a ValueError is an unknown protocol."""
 
 logger = logging.getLogger(__name__)
 
 
 def is_remote(source: str) -> bool:
-    """Whether a source names a URL or a command, and no file here."""
+    """Check that a source is a URL or a command, not a local file."""
     return source.startswith(PIPE) or "://" in source
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A folder that is reached by a URL or a command.
+    """A folder behind a URL or a command.
 
-    The address is `http(s)://...`, any URL that an installed fsspec file system knows, or `pipe:COMMAND`, where the
-    shell command writes the file whose name stands in place of `{name}` to its standard output.
+    The address is `http(s)://...`, a URL of any installed fsspec file system, or `pipe:COMMAND`, where the shell
+    command writes the file named by `{name}` to its standard output.
     """
 
     address: str
-    cache_dir: Path | None = None  # where shards stay; None keeps none
+    cache_dir: Path | None = None  # folder that keeps shards; None keeps none
 
     def __post_init__(self) -> None:
         if self.address.startswith(PIPE) and NAME not in self.address:
             raise ShardError(
-                f"{self.address!r} does not say where the name of a file goes; write {NAME}, as in "
+                f"{self.address!r} does not use the name of a file; write {NAME}, as in "
                 f"'pipe:aws s3 cp s3://bucket/set/{NAME} -'"
             )
         if not self.address.startswith(PIPE) and set("*?") & set(self.address):
             raise ShardError(
-                f"{self.address!r}: a URL takes no * or ?; list the sets, by {{a,b}} if you like, and for a URL with a "
-                f"query write 'pipe:curl -sSfL \"https://.../{NAME}?...\"'"
+                f"{self.address!r}: a URL must not contain * or ?; list the sets, for example by {{a,b}}, and for a "
+                f"URL with a query write 'pipe:curl -sSfL \"https://.../{NAME}?...\"'"
             )
 
     def locate(self, name: str) -> str:
-        """What a file of the set is called in messages: its URL, or the command."""
+        """Name of a file of the set in messages: its URL, or the command."""
         if self.address.startswith(PIPE):
             return self.address.replace(NAME, name)
         return f"{self.address.rstrip('/')}/{name}"
 
     def read(self, name: str) -> bytes:
-        """The content of a small file."""
+        """Read a small file."""
         with self._temporary(name) as file:
             return file.read()
 
     def open(self, shard: ShardInfo, folder: Path) -> BufferedReader:
-        """A shard as an open file on this machine.
+        """Open a shard as a local file.
 
-        With a cache it stays in the folder: each machine downloads it once, and processes that want it meanwhile wait.
+        With a cache it stays in the folder: each machine downloads it once, and other processes wait for it.
         """
         if self.cache_dir is None:
             return self._temporary(shard.name, shard)
@@ -90,7 +90,7 @@ class Remote:
         try:
             if not _is_complete(path, shard):
                 folder.mkdir(parents=True, exist_ok=True)
-                # The name holds the machine's, as locks may not reach further; the lock ends with its process.
+                # The lock's name holds the machine's, as locks may not reach further; the lock ends with its process.
                 part = path.with_name(f".{shard.name}.{platform.node()}.part")
                 with part.open("ab") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -122,7 +122,7 @@ class Remote:
             os.close(descriptor)
 
     def _fetch(self, name: str, target: Path, shard: ShardInfo | None) -> None:
-        """Copy a file here; several attempts."""
+        """Copy a file to this machine, in several attempts."""
         for pause in (*PAUSES, None):
             try:
                 self._copy(name, target)
@@ -130,7 +130,7 @@ class Remote:
                 if problem is None:
                     return
                 cause = None
-            except Exception as error:  # a file system raises what its client library does
+            except Exception as error:  # file systems raise the errors of their client libraries
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 problem, cause = f"{type(error).__name__}: {error}", error
@@ -166,8 +166,8 @@ def _is_complete(path: Path, shard: ShardInfo) -> bool:
 
 
 def _difference(path: Path, shard: ShardInfo) -> str | None:
-    """How a file differs from what the index says of it."""
+    """Describe how a file differs from its entry in the index; None if it does not."""
     size = path.stat().st_size
     if size != shard.bytes:
-        return f"{size:,} bytes came instead of the {shard.bytes:,} in the index"
+        return f"{size:,} bytes arrived instead of the {shard.bytes:,} in the index"
     return None if file_sha256(path) == shard.sha256 else "its SHA-256 is not the one in the index"

@@ -1,4 +1,4 @@
-"""From what a user writes to the shard sets that are meant: folders, patterns, URLs and commands."""
+"""Find the shard sets that a user's folders, patterns, URLs and commands name."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def load_indices(
 ) -> list[ShardIndex]:
     """Load one or several shard sets that fit together: one index per set, in the order given.
 
-    The source is a folder, an `index.json`, a pattern of such as for `matching_paths`, or a list of these. A pattern
-    may also name tar files, which restricts the sets that they lie in. In place of a folder there may be a URL, without
-    `*`, or a command, see `Remote`; the shards of such sets stay in `cache_dir`. Without `labels` classes are left out,
-    and sets of different ones fit together.
+    The source is a folder, an `index.json`, a pattern of these (see `matching_paths`), or a list. A pattern may also
+    name tar files, which restricts their sets to them. Instead of a folder you can give a URL, without `*`, or a
+    command, see `Remote`; the shards of such sets stay in `cache_dir`. Without `labels` classes are left out, so sets
+    with different classes fit together.
     """
     entries = source if isinstance(source, list) else [str(source)]
     indices = [index for entry in entries for index in _of_entry(str(entry), cache_dir)]
@@ -64,7 +64,7 @@ def _load(place: str, cache_dir: str | Path | None) -> ShardIndex:
     cache = None if cache_dir is None else Path(cache_dir).expanduser()
     remote = Remote(place.removesuffix(f"/{INDEX_NAME}"), cache)
     content, where = remote.read(INDEX_NAME), remote.locate(INDEX_NAME)
-    # A set that was written again gets another folder of the cache.
+    # A set that was written again gets another cache folder.
     folder = Path(tempfile.gettempdir()) if cache is None else cache / hashlib.sha256(content).hexdigest()[:16]
     index = ShardIndex.parse(content, folder, where, remote)
     for shard in index.shards:  # their names become part of URLs and commands
@@ -74,7 +74,7 @@ def _load(place: str, cache_dir: str | Path | None) -> ShardIndex:
 
 
 def require_same_kind(first: ShardIndex, other: ShardIndex) -> None:
-    """Check that two sets can be read together: same fields, image size, classes, and makers of what they hold."""
+    """Check that two sets can be read together: same fields, image size, classes, and makers of their fields."""
     for name in ("fields", "image_size"):
         if getattr(first, name) != getattr(other, name):
             raise ShardError(
@@ -86,7 +86,7 @@ def require_same_kind(first: ShardIndex, other: ShardIndex) -> None:
 
 
 def require_same_classes(first: ShardIndex, other: ShardIndex) -> None:
-    """Check that two sets mean the same classes by the same numbers, where both have classes."""
+    """Check that two sets number the same classes alike, if both have classes."""
     both = "label" in first.fields and "label" in other.fields
     difference = class_difference(first.classes, other.classes) if both else None
     if difference is not None:
@@ -97,10 +97,10 @@ def require_same_classes(first: ShardIndex, other: ShardIndex) -> None:
 
 
 def require_same_origin(first: ShardIndex, other: ShardIndex) -> None:
-    """Check that one model can be trained on both sets: their latents are of one autoencoder, and so on."""
+    """Check that one model can train on both sets: their latents are from one autoencoder, and so on."""
     for field, (*_, role) in ARRAYS.items():
         makers = first.maker(field) or {}, other.maker(field) or {}
-        # Hashes where there are some, and not where the weights lay.
+        # Compares hashes if there are any, and not the places of the weights.
         one, another = (maker.get("sha256", maker or None) for maker in makers)
         hashed = all("sha256" in maker for maker in makers)
         same = same_maker(*makers) if hashed else one == another

@@ -1,4 +1,4 @@
-"""What is in a shard set: numbers of samples, classes, sizes, formats, captions, and the pixels' mean and deviation."""
+"""Count samples, classes, sizes, formats and captions of a shard set, and measure its pixels' mean and deviation."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from flextok_pl.data.transforms import decode_image, inspect_image
 
 @dataclass
 class _Counts:
-    """What was counted in one shard, or in all."""
+    """Counts of one shard, or of all."""
 
     labels: Counter[int] = field(default_factory=Counter)
-    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # width and height, as they are seen
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # width and height, after orientation
     formats: Counter[str] = field(default_factory=Counter)
     characters: Counter[int] = field(default_factory=Counter)  # of captions
     words: Counter[int] = field(default_factory=Counter)  # of captions
@@ -37,10 +37,10 @@ class _Counts:
 def shard_statistics(
     indices: Sequence[ShardIndex], pixel_samples: int = 1000, num_workers: int | None = None
 ) -> dict[str, Any]:
-    """Count what is in shard sets that are read together.
+    """Count the contents of shard sets that are read together.
 
-    So many pictures, spread evenly, are decoded for the mean and deviation of their pixels; of the others only the
-    header is. Gives JSON types: `samples`, `shards`, `bytes`, `fields`, and where the sets have them `classes`,
+    `pixel_samples` pictures, spread evenly, are decoded for the mean and deviation of their pixels; of the others only
+    the header is read. Returns JSON types: `samples`, `shards`, `bytes`, `fields`, and if the sets have them `classes`,
     `pictures`, `captions` and `pixels`. A broken sample raises `ValueError`, which names it.
     """
     if pixel_samples < 0:
@@ -74,7 +74,7 @@ def shard_statistics(
 
 
 def spread(counts: Mapping[Any, int]) -> dict[str, Any]:
-    """Least, (lower) middle and largest of values that occur so many times."""
+    """Smallest, (lower) median and largest of values with these counts."""
     values = sorted(value for value in counts if counts[value])
     stops = np.cumsum([counts[value] for value in values])
     return {"min": values[0], "median": values[int(np.searchsorted(stops, (stops[-1] + 1) // 2))], "max": values[-1]}
@@ -123,7 +123,7 @@ def _classes(labels: Counter[int], names: Sequence[str]) -> dict[str, Any]:
         "without_samples": sum(not count for count in counts.values()),
         "samples_without_class": labels[-1],
         "samples_per_class": spread(Counter(counts.values())),
-        "imbalance": most / least if least else None,  # of the classes that have samples
+        "imbalance": most / least if least else None,  # among the classes that have samples
         "counts": [{"class": i, "name": name, "samples": counts[i]} for i, name in enumerate(names)],
     }
 
@@ -145,7 +145,7 @@ def _pictures(counts: _Counts) -> dict[str, Any]:
 
 
 def _pixels(moments: Sequence[np.ndarray[Any, Any]]) -> dict[str, Any]:
-    """Over pictures of equal weight, whatever their size."""
+    """Mean and deviation over pictures of equal weight, whatever their size."""
     mean, square = np.mean(moments, axis=0)  # (3,), (3,)
     deviation = np.sqrt(np.maximum(square - mean**2, 0))
     return {"pictures": len(moments), "mean": mean.round(4).tolist(), "std": deviation.round(4).tolist()}

@@ -1,4 +1,4 @@
-"""The one place that parses tars: members as spans of bytes, so that a tar is read in place and in any order."""
+"""Parse tars: members are spans of bytes, so a tar is read in place and in any order. No other file parses tars."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Span:
 
     file: str  # path relative to the source
     offset: int = 0
-    size: int | None = None  # None is up to the end
+    size: int | None = None  # None reads to the end
 
     def read(self, root: Path) -> bytes:
-        """The bytes; `ValueError` where the file ends before."""
+        """Read the bytes; `ValueError` if the file ends before."""
         with (root / self.file).open("rb") as file:
             file.seek(self.offset)
             content = file.read() if self.size is None else file.read(self.size)
@@ -32,17 +32,17 @@ class Span:
 
 
 Member = tuple[str, Span]
-"""Name of a file in a tar, or its extension in a sample, and where its content lies."""
+"""Name of a file in a tar, or its extension in a sample, and the place of its content."""
 
 
 def files_in_tar(stream: IO[bytes], file: str = "", start: int = 0, size: int | None = None) -> Iterator[Member]:
-    """The files in an uncompressed tar, in order; a link is what it leads to, and tars may follow one another.
+    """List the files in an uncompressed tar, in order; links are followed, and tars may be concatenated.
 
-    The stream can seek, and the tar lies in it from `start` on, `size` bytes long or up to the end. Spans call it
+    The stream must be seekable. The tar begins at `start` and has `size` bytes, or reaches the end. Spans name it
     `file`.
 
     Raises:
-        tarfile.TarError: it is no tar, compressed, cut, or damaged.
+        tarfile.TarError: the file is not a tar, compressed, cut, or damaged.
         ValueError: a link leads to nothing in it, or a file is stored with holes.
     """
     stop = stream.seek(0, os.SEEK_END) if size is None else start + size
@@ -64,11 +64,11 @@ def files_in_tar(stream: IO[bytes], file: str = "", start: int = 0, size: int | 
 
 
 def _next_tar(stream: IO[bytes], end: int, stop: int) -> int | None:
-    """Where the next tar begins after one whose last member ends here; a tar's end mark is a block of zeros."""
+    """Start of the next tar after one whose last member ends here; a tar's end mark is a block of zeros."""
     stream.seek(end)
     block = stream.read(min(tarfile.BLOCKSIZE, max(stop - end, 0)))
     if any(block) or end > stop:
-        raise tarfile.ReadError(f"what stands at byte {end:,} is no header: it is damaged")
+        raise tarfile.ReadError(f"byte {end:,} does not begin a header: it is damaged")
     if len(block) < tarfile.BLOCKSIZE:
         raise tarfile.ReadError("it has no end mark: it was cut, or if it is whole, `truncate -s +1024 FILE` adds one")
     end += tarfile.BLOCKSIZE
@@ -81,7 +81,7 @@ def _next_tar(stream: IO[bytes], end: int, stop: int) -> int | None:
 
 
 def _followed(member: tarfile.TarInfo, by_name: Mapping[str, tarfile.TarInfo]) -> tarfile.TarInfo:
-    """What a hard or symbolic link leads to; anything else is itself."""
+    """The target of a hard or symbolic link; any other member itself."""
     found: tarfile.TarInfo | None = member
     seen = set()
     while found is not None and (found.islnk() or found.issym()):
@@ -97,14 +97,15 @@ def _followed(member: tarfile.TarInfo, by_name: Mapping[str, tarfile.TarInfo]) -
 
 
 def tar_members(root: Path, file: str, offset: int = 0, size: int | None = None) -> Iterator[Member]:
-    """As `files_in_tar`, of a file whose path is relative to `root`; each error is a `ValueError` that names it."""
+    """`files_in_tar` for a file given relative to `root`; each error is a `ValueError` that names it."""
     path = root / file
     try:
         with path.open("rb") as stream:
             yield from files_in_tar(stream, file, offset, size)
     except tarfile.TarError as error:
         raise ValueError(
-            f"{path} is no complete, uncompressed tar file ({error}); fetch it again, or unpack a compressed one first"
+            f"{path} is not a complete, uncompressed tar file ({error}); fetch it again, or unpack a compressed one "
+            "first"
         ) from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -116,9 +117,9 @@ def tar_samples(root: Path, file: str) -> Iterator[tuple[str, list[Member]]]:
 
 
 def grouped(files: Iterable[Member]) -> Iterator[tuple[str, list[Member]]]:
-    """The samples of WebDataset: files side by side whose names are alike up to the first dot of their last part.
+    """Group the samples of WebDataset: files side by side with the same path up to the first dot of their name.
 
-    Yields key, and extension in lower case and place of each file. Hidden files and `__meta__` ones are no samples.
+    Yields the key, and the lower-case extension and place of each file. Hidden and `__meta__` files are skipped.
     """
     for key, entries in groupby(_with_keys(files), key=lambda entry: entry[0]):
         yield key, [(extension, place) for _, extension, place in entries]

@@ -1,4 +1,4 @@
-"""Is a shard set whole? Everything is read, and all that is wrong is told, not only the first of it."""
+"""Check that shard sets are whole: read everything and report all problems, not only the first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flextok_pl.data.shards.tars import tar_samples
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong with a tar or an index, or with the sample that the key names."""
+    """A problem of a tar or an index, or of the sample with this key."""
 
     shard: Path
     key: str | None
@@ -31,7 +31,7 @@ class Finding:
 
 @dataclass
 class Verification:
-    """What was read of one or several sets; duplicates are pictures that another key has, too, byte for byte."""
+    """Result of reading one or several sets; duplicates are pictures that another key also has, byte for byte."""
 
     shards: int = 0
     samples: int = 0
@@ -42,7 +42,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class _Shard:
-    """What was read of one tar: per sample its key and the digest of its picture, and the first sample's shapes."""
+    """Result of reading one tar: the key and picture digest of each sample, and the first sample's shapes."""
 
     findings: list[Finding]
     samples: list[tuple[str, bytes | None]] = field(default_factory=list)
@@ -53,14 +53,14 @@ class _Shard:
 def verify_sets(folders: Sequence[Path], num_workers: int | None = None) -> Verification:
     """Read shard sets in full: index, sizes, checksums, tars, fields, labels, pictures, keys, and equal pictures.
 
-    Pictures are compared among all sets, keys within each.
+    Pictures are compared across all sets, keys within each.
     """
     result = Verification()
     pictures: dict[bytes, tuple[Path, str]] = {}
     for folder in folders:
         file = folder / INDEX_NAME
         if not file.is_file():
-            result.findings.append(Finding(file, None, "it is missing: the set is not finished, or lies deeper"))
+            result.findings.append(Finding(file, None, "it is missing: the set is not finished, or is in a subfolder"))
             continue
         try:
             index = ShardIndex.parse(file.read_bytes(), folder, str(file))
@@ -76,7 +76,7 @@ def verify_sets(folders: Sequence[Path], num_workers: int | None = None) -> Veri
 def _verify_set(
     index: ShardIndex, num_workers: int | None, result: Verification, pictures: dict[bytes, tuple[Path, str]]
 ) -> None:
-    """Add what the shards of a set hold to the result, and to the pictures by their digests."""
+    """Add the shards of a set to the result, and their pictures by digest."""
     keys: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     numbers, counts = range(len(index.shards)), [shard.count for shard in index.shards]
@@ -131,16 +131,16 @@ def _verify_shard(index: ShardIndex, number: int) -> _Shard:
         found.append((None, str(error)))
     if len(samples) != expected.count:
         found.append((None, f"it holds {len(samples)} samples instead of {expected.count}"))
-    found.sort(key=lambda entry: entry[0] is not None)  # those of the shard first
+    found.sort(key=lambda entry: entry[0] is not None)  # problems of the shard first
     return _Shard([Finding(path, *entry) for entry in found], samples, shapes, size)
 
 
 def _problems(
     index: ShardIndex, raw: dict[str, Any], shapes: dict[str, tuple[int, ...]], stated: Sequence[int] | None
 ) -> list[str]:
-    """What is wrong with each field of a sample; `shapes` receives those of the first one, which others must have.
+    """Problems of each field of a sample; `shapes` receives those of the first sample, which the others must have.
 
-    `stated` is the width and height of its picture in the index, where they are there.
+    `stated` is the width and height of its picture in the index, if they are there.
     """
     found, decoder = [], Decoder()
     for name in index.fields:

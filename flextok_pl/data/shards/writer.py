@@ -1,8 +1,8 @@
-"""Writing shard sets: atomic, parallel, repeatable.
+"""Write shard sets atomically, in parallel and repeatably.
 
-A shard appears under its final name only when it is complete and on disk, and `index.json` comes last. While a set is
-being written its folder holds `index.json.partial` with the writer's arguments; what an interrupted run left is then
-known to be ours, and the next one goes on from it where the arguments are the same, or else replaces it.
+A shard gets its final name only when it is complete and on disk, and `index.json` comes last. While a set is being
+written, its folder holds `index.json.partial` with the writer's arguments. It marks the shards of an interrupted run as
+ours: the next run resumes from them if the arguments are the same, and otherwise replaces them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ItemT = TypeVar("ItemT")
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample as it lies in a shard."""
+    """One sample to store in a shard."""
 
     key: str  # unique in the set, without a dot (WebDataset ends the key at the first one)
     files: Mapping[str, bytes]  # content by extension, such as `png`, `cls`, `txt`, `latent.npy`
@@ -43,7 +43,7 @@ def shard_name(number: int) -> str:
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> ShardInfo:
-    """Write one tar file atomically; equal samples give equal bytes, and after an error nothing stays behind."""
+    """Write one tar file atomically; equal samples give equal bytes, and an error leaves nothing behind."""
     with whole_file(path) as temporary:
         with temporary.open("wb") as file, TarWriter(file, "", "", 0o644, encoder=False, mtime=0) as tar:
             for sample in samples:
@@ -58,7 +58,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> ShardInfo:
 
 
 def shard_info(path: Path, name: str) -> ShardInfo:
-    """What an index states of a tar file, read from it."""
+    """The entry of a tar file for the index, read from the file."""
     with path.open("rb") as file:
         samples = [members for _, members in grouped(files_in_tar(file))]
         sizes = picture_sizes(file, samples)
@@ -73,9 +73,9 @@ def write_index(index: ShardIndex) -> ShardIndex:
 
 
 def start_set(folder: Path, arguments: Mapping[str, Any], overwrite: bool) -> ShardIndex | None:
-    """Make a folder ready for a new shard set (None), or give the finished, intact one that equal arguments made.
+    """Prepare a folder for a new shard set (None), or return the finished, intact set of equal arguments.
 
-    The arguments are what decides the content, as JSON types. The shards that an interrupted run with equal ones left
+    The arguments, as JSON types, are those that decide the content. Shards of an interrupted run with equal arguments
     are kept, for `complete_shard`. Another set, a damaged one, or foreign files raise `ShardError`.
     """
     finished = (folder / INDEX_NAME).exists()
@@ -94,13 +94,13 @@ def start_set(folder: Path, arguments: Mapping[str, Any], overwrite: bool) -> Sh
     foreign = [p for p in leftovers if not (ours and _is_ours(p.name))]
     if foreign:
         raise ShardError(
-            f"{folder} holds files that are no part of a shard set, such as {foreign[0].name}; choose an empty folder"
+            f"{folder} holds files that are not part of a shard set, such as {foreign[0].name}; choose an empty folder"
         )
     partial, text = folder / PARTIAL_NAME, json.dumps(dict(arguments), sort_keys=True)
     if not finished and partial.exists() and partial.read_text(encoding="utf-8") == text:
         return None
-    partial.write_text("", encoding="utf-8")  # ours, and of no arguments until nothing of another run is left
-    (folder / INDEX_NAME).unlink(missing_ok=True)  # before its shards go
+    partial.write_text("", encoding="utf-8")  # marks the folder as ours; has arguments once no old file is left
+    (folder / INDEX_NAME).unlink(missing_ok=True)  # before its shards
     for path in leftovers:
         if path.name not in (PARTIAL_NAME, INDEX_NAME):
             path.unlink()
@@ -109,7 +109,7 @@ def start_set(folder: Path, arguments: Mapping[str, Any], overwrite: bool) -> Sh
 
 
 def shard_sizes(total: int, samples_per_shard: int) -> list[int]:
-    """Samples of each shard: as few shards as that allows, alike but for one sample, the larger ones first."""
+    """Samples of each shard: as few shards as possible, of sizes that differ by at most 1, the larger ones first."""
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard={samples_per_shard} must be at least 1")
     number = -(-total // samples_per_shard)
@@ -117,10 +117,9 @@ def shard_sizes(total: int, samples_per_shard: int) -> list[int]:
 
 
 def complete_shard(path: Path, count: int | None = None) -> ShardInfo | None:
-    """What `write_shard` returned for a shard that an interrupted run has left complete, else None: write it.
+    """The entry of a shard that an interrupted run left complete, or None if it must be written.
 
-    That the shard has its final name says that it was complete; whether it is still a tar file, and of `count` samples
-    where that is given, is seen here.
+    A shard with its final name was complete. This checks that it still is a tar file, of `count` samples if given.
     """
     try:
         shard = shard_info(path, path.name)
@@ -143,11 +142,11 @@ def write_shards(
     samples_per_shard: int = 1000,
     leaves_out: bool = False,
 ) -> list[ShardInfo]:
-    """Write items as shards, several shards at a time; shards that an interrupted run left complete are kept.
+    """Write items as shards, several shards at a time; complete shards of an interrupted run are kept.
 
-    `start_set` prepares the folder, and `write_index` finishes the set. `make` gives the samples of one shard's items;
-    with `leaves_out` it may leave out some, so that a complete shard can hold fewer samples than items. It is picklable
-    where there are workers. Gives the shards in order, without empty ones.
+    `start_set` prepares the folder, and `write_index` finishes the set. `make` yields the samples of one shard's items
+    and must be picklable with several workers. With `leaves_out` it may leave out some, so a complete shard can hold
+    fewer samples than items. Returns the shards in order, without empty ones.
     """
     sizes = shard_sizes(len(items), samples_per_shard)
     chunks = [items[start:stop] for start, stop in pairwise([0, *accumulate(sizes)])]
