@@ -249,9 +249,7 @@ class FlexTokConfig:
         given = f"{name}={height if height == width else [height, width]}"
         if height % side or width % side or min(height, width) < 1:
             near = " by ".join(nearest_multiples(pixels, side) for pixels in dict.fromkeys(image_size))
-            raise ValueError(
-                f"{given} must be a multiple of the patch of {side} x {side} pixels; the nearest: {near}"
-            )
+            raise ValueError(f"{given} must be a multiple of the patch of {side} x {side} pixels; the nearest: {near}")
         rows, columns = grid = height // side, width // side
         tables = f"net.grid_size={list(self.grid_size)}"
         if self.layout == "grid" and grid != self.grid_size:

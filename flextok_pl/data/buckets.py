@@ -1,8 +1,9 @@
 """Group the samples of a set by the shape of their pictures, so that each batch has one shape.
 
 A sample goes to the shape whose aspect ratio is nearest its own (in logarithms, so that 2:1 and 1:2 are equally far
-from a square), as in NovelAI's aspect-ratio bucketing (https://blog.novelai.net/novelai-improvements-on-stable-diffusion
--e10d38db82ac). Unlike there, sizes are known beforehand, so the order is planned.
+from a square), as in NovelAI's aspect-ratio bucketing
+(https://blog.novelai.net/novelai-improvements-on-stable-diffusion-e10d38db82ac). Unlike there, sizes are known
+beforehand, so the order is planned.
 """
 
 from __future__ import annotations
