@@ -255,8 +255,8 @@ class FlexTokConfig:
         if self.layout == "grid" and grid != self.grid_size:
             other = "more" if math.prod(grid) > math.prod(self.grid_size) else "fewer"
             raise ValueError(
-                f"{given} gives {other} patches, {rows} x {columns}, than {tables} has: with layout='grid' each patch "
-                f"has a token, so they must be {' x '.join(map(str, self.grid_size))}; give "
+                f"{given} gives {other} patches, {rows} x {columns}, than {tables} has: layout='grid' has one "
+                f"token for each patch, so they must be {' x '.join(map(str, self.grid_size))}; give "
                 f"{[n * side for n in self.grid_size]} pixels"
             )
         if rows > self.grid_size[0] or columns > self.grid_size[1]:

@@ -145,10 +145,10 @@ def test_another_architecture(tmp_path: Path) -> None:
         ('{"encoder_depth": true}', "encoder_depth=True has the wrong type"),
         ('{"vae": {"kind": "kl", "evil": 1}}', "no option 'evil'"),
         ('{"encoder_depth": 1000000000}', "too few for encoder_depth=1000000000"),
-        ('{"num_registers": 10000000000000000000000}', "describes no model|does not fit"),
-        ('{"encoder_width": 4000000000000000000, "encoder_head_dim": 4}', "describes no model|does not fit"),
-        ('{"mlp_ratio": Infinity}', "describes no model|mlp_ratio"),
-        ('{"vae": {"block_out_channels": [0, 0]}}', "describes no model|wrong|does not fit"),
+        ('{"num_registers": 10000000000000000000000}', "does not describe a model|does not fit"),
+        ('{"encoder_width": 4000000000000000000, "encoder_head_dim": 4}', "does not describe a model|does not fit"),
+        ('{"mlp_ratio": Infinity}', "does not describe a model|mlp_ratio"),
+        ('{"vae": {"block_out_channels": [0, 0]}}', "does not describe a model|wrong|does not fit"),
     ],
 )
 def test_wrong_configurations_of_ours(config: str, message: str, tmp_path: Path) -> None:

@@ -150,8 +150,8 @@ def test_checksums_are_compared_when_asked(tmp_path):
         ({"jpg": picture()[:200]}, "not a complete picture"),
         ({"jpg": b"no picture"}, "not a complete picture"),
         ({"jpg": None}, "has no picture"),
-        ({"cls": b"cat"}, "label b'cat' is no integer"),
-        ({"cls": b"1.5"}, "is no integer"),
+        ({"cls": b"cat"}, "label b'cat' is not an integer"),
+        ({"cls": b"1.5"}, "is not an integer"),
         ({"cls": b"2"}, r"label 2 is outside 0\.\.1"),
         ({"cls": b"-2"}, "label -2 is outside"),
         ({"cls": None}, r"has no \.cls file"),
@@ -333,7 +333,7 @@ def test_training_may_skip_broken_samples(tmp_path, cache, num_workers, recwarn)
     assert [batch["key"] for batch in data.train_dataloader()] == first
     assert data.skipped_samples == 1
     if not num_workers:  # a worker warns on its own standard error
-        told = [str(w.message) for w in recwarn if "skipped in training" in str(w.message)]
+        told = [str(w.message) for w in recwarn if "Training skips broken" in str(w.message)]
         assert len(told) == 1 and "shard-000001.tar, sample 'k5'" in told[0]
     with pytest.raises(ShardError, match="sample 'k5'"):
         list(data.val_dataloader())

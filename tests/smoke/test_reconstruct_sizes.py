@@ -82,7 +82,7 @@ def test_a_fit_on_several_shapes(tiny: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        ("30", "data.image_size=30 is not divided by patches of 4 x 4 pixels; the nearest that is: 28 or 32"),
+        ("30", "data.image_size=30 must be a multiple of the patch of 4 x 4 pixels; the nearest: 28 or 32"),
         ("[64,32]", "data.image_size=[64, 32] gives more patches, 16 x 8, than net.grid_size=[8, 8] has"),
     ],
 )

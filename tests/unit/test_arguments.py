@@ -128,7 +128,7 @@ def test_images_and_tokens_that_are_refused(tok: FlexTok, images: Tensor) -> Non
         "images are torch.bool": lambda: tok.tokenize(images > 0),
         "images are list": lambda: tok.tokenize([images]),
         "images have shape (3, 4, 4)": lambda: tok.tokenize(images[0, :, :4, :4].numpy()),
-        "far outside [-1, 1]: pixels in 0..255": lambda: tok.tokenize(pixels),
+        "far outside [-1, 1]: turn pixels in 0..255": lambda: tok.tokenize(pixels),
         "images reach 2.1": lambda: tok.encode_latents(torch.full_like(images, IMAGE_LIMIT + 0.1)),
         "images hold NaN": lambda: tok.tokenize(nan),
         "images hold NaN or infinite": lambda: tok.encode_latents(images / 0),

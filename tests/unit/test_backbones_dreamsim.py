@@ -138,7 +138,7 @@ def test_what_is_refused(monkeypatch, tmp_path):
         DreamSim()
     with pytest.raises(ValueError, match=r"dreamsim='dino' is unknown; use one of \('ensemble'"):
         ReconstructionFID(dreamsim="dino")
-    with pytest.raises(ValueError, match=r"dreamsim_weights='x' are for no network: set dreamsim"):
+    with pytest.raises(ValueError, match=r"dreamsim_weights='x' need a network: set dreamsim"):
         ReconstructionFID(dreamsim_weights="x")
 
 

@@ -249,7 +249,7 @@ def test_a_grid_has_one_size() -> None:
         lambda: tok.velocity(torch.zeros(2, 12, 4, 8), 0.5, tokens_of(tok)),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match="layout='grid' each patch has a token, and they must be (4 x 4|8 x 8)"):
+        with pytest.raises(ValueError, match="layout='grid' has one token for each patch, so they must be (4 x 4|8 x 8)"):
             call()
     options = {
         "stratified_budgets": False,
@@ -262,7 +262,7 @@ def test_a_grid_has_one_size() -> None:
     with pytest.raises(ValueError, match=r"data.image_size=8 gives fewer patches.*layout='grid'"):
         tokenizer_workload(options, tok.config, 8, "images", Numerics())
     images = torch.zeros(1, 3, 16, 16)
-    with pytest.raises(ValueError, match="no attention to a token"):
+    with pytest.raises(ValueError, match="no attention goes to a token"):
         register_attention(tok, images)
 
 

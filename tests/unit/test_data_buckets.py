@@ -318,7 +318,7 @@ def test_sets_of_earlier_releases_are_measured_once(folder, tmp_path, capsys):
         assert said in capsys.readouterr().out
     assert ShardIndex.load(old).shards == index.shards and ShardIndex.load(old).digest() == index.digest()
     (old / INDEX_NAME).write_text((old / INDEX_NAME).read_text().replace("16x16", "16x", 1))
-    with pytest.raises(ShardError, match="sizes of pictures are written"):
+    with pytest.raises(ShardError, match="sizes of pictures must be written"):
         ShardDataModule(str(old), shapes=SHAPES).setup("fit")
 
 
@@ -364,5 +364,5 @@ def test_latents_of_several_shapes(folder, tmp_path, monkeypatch):
         ShardDataModule(place).setup("fit")
     with pytest.raises(ShardError, match=r"made from pictures of 12x6, which shapes=\['8x8', '6x12'\] lack"):
         ShardDataModule(place, shapes=SHAPES[:2]).setup("fit")
-    with pytest.raises(ShardError, match="was made in several shapes, whose order is fixed"):
+    with pytest.raises(ShardError, match="was made in several shapes, so its order is fixed"):
         write_resharded(place, tmp_path / "again", num_workers=0)

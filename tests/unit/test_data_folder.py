@@ -165,7 +165,7 @@ def test_captions_are_read_whole(tmp_path, suffix, text, expected):
         (".csv", CSV + "a.png,a\nfile,caption\n", "line 3 is the header a second time"),
         (".csv", "file, caption\na.png,a\n", "line 1, the header, needs the columns file and caption"),
         (".csv", CSV + 'a.png,"not closed\nb.png,x\n', "line 2 cannot be read"),
-        (".csv", CSV + 'a.png,"Red" apple\n', "line 2 cannot be read.*the quote twice"),
+        (".csv", CSV + 'a.png,"Red" apple\n', "line 2 cannot be read.*double the quote"),
         (".csv", "", "needs the columns file and caption"),
         (".tsv", TSV + "a.png\ta\tb\n", "line 2 has 3 fields.*tab"),
         (".tsv", TSV + "a.png\ta\n" + TSV, "line 3 is the header"),
@@ -351,5 +351,5 @@ def test_empty_or_missing_folder(tmp_path):
     (tmp_path / "src").mkdir()
     with pytest.raises(ValueError, match="holds no images"):
         write_folder(tmp_path / "src", tmp_path / "dst")
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         write_folder(tmp_path / "nowhere", tmp_path / "dst")

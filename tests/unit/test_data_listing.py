@@ -64,7 +64,7 @@ def test_tars_may_follow_one_another(tmp_path, two):
 )
 def test_what_is_not_a_whole_tar(two, damage, message):
     two[0].write_bytes(damage(two[0].read_bytes()))
-    with pytest.raises(ValueError, match=rf"a\.tar is no complete, uncompressed tar file .*{message}"):
+    with pytest.raises(ValueError, match=rf"a\.tar is not a complete, uncompressed tar file .*{message}"):
         list(tar_members(two[0].parent, two[0].name))
 
 
@@ -73,7 +73,7 @@ def test_a_tar_within_another_ends_there(tmp_path, two):
     path = write_tar(tmp_path / "outer.tar", {"cut.tar": whole[:1536], "whole.tar": whole})
     cut, complete = (span for _, span in tar_members(tmp_path, path.name))
     assert read(path, complete.offset, complete.size) == {"a.txt": b"a" * 600}
-    with pytest.raises(ValueError, match="no header: it is damaged"):
+    with pytest.raises(ValueError, match="does not begin a header: it is damaged"):
         read(path, cut.offset, cut.size)
 
 

@@ -168,7 +168,7 @@ def test_from_the_hub_only_the_files_asked_for_are_fetched(tmp_path, monkeypatch
 
 def test_the_hub_cannot_be_reached(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="no such data set was found on the Hub"):
+    with pytest.raises(ValueError, match="no such data set on the Hub"):
         write_parquet("someone/animals", "dst")
 
 

@@ -121,7 +121,7 @@ def test_other_file_systems_commands_and_patterns(folder, tmp_path):
     with pytest.raises(ShardError, match="has no shard shard-000009.tar"):
         load_indices("memory://bucket/set/shard-000009.tar")
     files.rm("/bucket", recursive=True)
-    with pytest.raises(ShardError, match="is no folder on this machine"):
+    with pytest.raises(ShardError, match="is not a folder on this machine"):
         load_indices(command)[0].paths  # noqa: B018
 
 
@@ -140,7 +140,7 @@ def test_a_fault_that_passes_is_tried_again(server, tmp_path, caplog, fault, cac
     [
         (503, "503", 0),
         (503, "503", 1),
-        ("short", r"bytes came instead of the [\d,]+ in the index", 0),
+        ("short", r"bytes arrived instead of the [\d,]+ in the index", 0),
         ("cut", "not completed", 0),
         ("changed", "SHA-256", 0),
     ],
@@ -163,7 +163,7 @@ def test_a_fault_that_stays_names_url_and_remedy(server, tmp_path, fault, messag
         ("{url}/nowhere", "nowhere/index.json cannot be fetched.*FileNotFoundError"),
         ("{url}/*", "takes no"),
         ("{url}/set?sig=1", "takes no .*pipe:curl"),
-        ("pipe:cat index.json", "does not say where the name"),
+        ("pipe:cat index.json", "does not use the name"),
         ("pipe:echo {name} is lost >&2; exit 3", "exit code 3, index.json is lost"),
         ("pipe:true {name}", "is damaged"),
         ("nonsense://set", "Protocol not known"),

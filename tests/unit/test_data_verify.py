@@ -86,14 +86,14 @@ def test_everything_wrong_is_told(tmp_path, capsys, num_workers):
         ("shard-000000.tar, sample 'none'", r"it has no \.cls file"),
         ("shard-000000.tar, sample 'none'", r"it has no \.txt file"),
         ("shard-000000.tar, sample 'size'", "it has 9 x 8 pixels instead of 8 x 8"),
-        ("shard-000001.tar, sample 'word'", "label b'cat' is no integer"),
+        ("shard-000001.tar, sample 'word'", "label b'cat' is not an integer"),
         ("shard-000001.tar, sample 'word'", "'utf-8' codec can't decode"),
         ("shard-000001.tar, sample 'fine'", "the same key is in .*shard-000000.tar"),
         ("shard-000002.tar", "it has 700 bytes instead of 10,240"),
-        ("shard-000002.tar", "no complete, uncompressed tar file"),
+        ("shard-000002.tar", "not a complete, uncompressed tar file"),
         ("shard-000002.tar", "it holds 0 samples instead of 1"),
         ("shard-000003.tar", "does not match its checksum"),
-        ("shard-000003.tar", "no complete, uncompressed tar file"),
+        ("shard-000003.tar", "not a complete, uncompressed tar file"),
         ("shard-000003.tar", "it holds 0 samples instead of 1"),
         ("shard-000004.tar", "it is missing"),
     ]
@@ -211,7 +211,7 @@ def test_statistics_name_a_broken_sample(tmp_path):
     index = write_set(tmp_path / "set", [sample("a", 1), sample("b", 2, content=b"nothing")])
     with pytest.raises(ValueError, match=r"shard-000000\.tar, sample 'b': .*flextok data verify"):
         shard_statistics([index], num_workers=1)
-    with pytest.raises(ShardError, match=r"no index\.json|is no folder"):
+    with pytest.raises(ShardError, match=r"no index\.json|is not a folder"):
         shard_statistics([ShardIndex.load(tmp_path)])
 
 

@@ -399,7 +399,7 @@ def split_qkv(out: str, name: str) -> Change:
         ("class", lambda config, tensors: config.pop("generation")),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*the model leaves out")
+@pytest.mark.filterwarnings("ignore:.*the model does not use")
 def test_other_releases_of_the_same_function(kind: str, change: Change, tmp_path: Path) -> None:
     same_logits(
         Prior.from_pretrained(changed(kind, change, tmp_path / "other")),

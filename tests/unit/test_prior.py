@@ -229,7 +229,7 @@ def test_the_cache_has_the_type_of_the_keys() -> None:
 def test_logits_without_a_value(value: float) -> None:
     prior = build("class")
     prior.head.weight.data[7, 3] = value
-    with pytest.raises(ValueError, match="the prior's logits hold NaN or infinite values"):
+    with pytest.raises(ValueError, match="the prior's logits hold NaN or infinity"):
         prior.generate(condition_of("class"), generator=seeds())
 
 
@@ -346,9 +346,9 @@ def test_bad_tokens_and_texts() -> None:
     with pytest.raises(ValueError, match=r"tokens holds 40..40, outside 0..39"):
         prior(torch.full((2, 3), V), LABELS)
     text, tokens = build("text"), torch.zeros(1, 3, dtype=torch.int64)
-    with pytest.raises(ValueError, match="encode the texts with its text encoder"):
+    with pytest.raises(ValueError, match="use the prior's own text encoder"):
         text(tokens, (torch.zeros(1, 4, E + 1), torch.ones(1, 4).bool()))
-    with pytest.raises(ValueError, match="no state at all"):
+    with pytest.raises(ValueError, match="a text has no states"):
         text(tokens, (torch.zeros(1, 4, E), torch.zeros(1, 4).bool()))
     with pytest.raises(ValueError, match="null_text_length"):
         text.set_null_text(torch.zeros(3, E))

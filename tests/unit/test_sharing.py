@@ -296,7 +296,7 @@ def test_the_command_says_what_to_give(tiny_tokenizer: Path, tmp_path: Path) -> 
         main(["push", str(tiny_tokenizer), "me/m", *GIVEN, "--tokenizer=me/t"])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
-    with pytest.raises(SystemExit, match="is there and not empty"):
+    with pytest.raises(SystemExit, match="exists and is not empty"):
         main(["push", str(tiny_tokenizer), "me/m", *GIVEN, f"--out={tmp_path / 'full'}"])
 
 

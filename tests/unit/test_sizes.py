@@ -67,7 +67,7 @@ def test_start_at_another_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        ((30, 30), "image_size=30 is not divided by patches of 4 x 4 pixels; the nearest that is: 28 or 32"),
+        ((30, 30), "image_size=30 must be a multiple of the patch of 4 x 4 pixels; the nearest: 28 or 32"),
         ((30, 17), r"image_size=\[30, 17\] .*28 or 32 by 16 or 20"),
         ((2, 8), r"image_size=\[2, 8\] .*: 4 by 8"),
         ((36, 8), r"gives more patches, 9 x 2, than net.grid_size=\[8, 8\] has; give at most \[32, 32\].*\[9, 2\]"),

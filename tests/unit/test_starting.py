@@ -209,7 +209,7 @@ def test_parts_that_there_are_not(source: str | None, parts: list[str], message:
 def test_sources_that_there_are_not(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="init_from='nowhere': no checkpoint 'nowhere'"):
         start_from(Prior(PRIOR), "nowhere")
-    with pytest.raises(ValueError, match="is a checkpoint of a training: give the .safetensors file"):
+    with pytest.raises(ValueError, match="is a training checkpoint: give the .safetensors file"):
         start_from(Prior(PRIOR), "runs/mine/checkpoints/last.ckpt")
     with pytest.raises(ValueError, match="init_from=.* is no Prior checkpoint"):
         start_from(Prior(PRIOR), saved(tmp_path, TOKENIZER))
