@@ -179,9 +179,9 @@ def test_broken_sample_is_named_from_a_worker(tmp_path):
         ([array_file(np.zeros((2, 1), np.float32))], "sample 'k0': .*expected 3 axes"),
         ([array_file(np.full((2, 1, 1), np.nan, np.float32))], "sample 'k0': .*not finite"),
         ([array_file(np.array([{"code": "that would run"}], dtype=object))], "Object arrays cannot be loaded"),
-        ([b""], "latent.npy is no complete array"),
-        ([b"PK\x03\x04"], "latent.npy is no complete array"),
-        ([b"\x93NUMPY\x01\x00\x10\x00{'descr': (((((((\n"], "latent.npy is no complete array"),
+        ([b""], "latent.npy is not a complete array"),
+        ([b"PK\x03\x04"], "latent.npy is not a complete array"),
+        ([b"\x93NUMPY\x01\x00\x10\x00{'descr': (((((((\n"], "latent.npy is not a complete array"),
         ([array_file(np.zeros((2, i, i), np.float32)) for i in (1, 2)], "differ in the shape of their latent"),
     ],
 )

@@ -86,7 +86,7 @@ def test_a_fit_goes_on_without_the_file(tiny: Any, tiny_tokenizer: Path, capsys:
     ("options", "message"),
     [
         ({"model.net.decoder_depth": 3}, "decoder_depth is 2 there and 3 here; set model.net.decoder_depth=2"),
-        ({"model.init_parts": "[encodr]"}, "'encodr', which is no part of the model; it has decoder, encoder"),
+        ({"model.init_parts": "[encodr]"}, "'encodr', which is not a part of the model; it has decoder, encoder"),
         ({"model.init_from": str(DEMO_TOKENIZER)}, "latent_channels is 16 there and 12 here"),
     ],
 )

@@ -263,7 +263,7 @@ def test_evaluation_takes_one_size_unless_it_is_told(folder, capsys):
         ([], r"shapes=\[\] must name at least one"),
         ([[8, 0]], r"shapes=\[8, 0\] must be a side of at least 1 pixel"),
         ([[8, 8, 8]], r"shapes=\[8, 8, 8\]"),
-        ([[8, 16], [4, 8]], "shapes: 8x16 and 4x8 have one aspect ratio"),
+        ([[8, 16], [4, 8]], "shapes: 8x16 and 4x8 have the same aspect ratio"),
     ],
 )
 def test_bad_shapes_are_named(folder, shapes, message):

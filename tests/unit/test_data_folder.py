@@ -91,7 +91,7 @@ def test_names_that_are_not_utf8(tmp_path, caplog):
     save(tmp_path / "src" / "a" / "fine.png")
     save(tmp_path / "src" / "a" / os.fsdecode(b"caf\xe9.png"))
     with pytest.raises(
-        ValueError, match=r"^a/caf\\udce9\.png: its name is not UTF-8, rename it.*or pass on_error=skip"
+        ValueError, match=r"^a/caf\\udce9\.png: its name is not UTF-8; rename it.*or pass on_error=skip"
     ):
         write_folder(tmp_path / "src", tmp_path / "dst", num_workers=0)
     index = write_folder(tmp_path / "src", tmp_path / "dst", on_error="skip", num_workers=0)["all"]
@@ -126,7 +126,7 @@ def test_captions_of_files_anywhere(tmp_path, caplog):
     with pytest.raises(ValueError, match=r"no entry for 2 of 3 images, such as a/b/c/two\.png"):
         write_folder(src, tmp_path / "other", **options)
     file.write_text("file,caption\ntop.png,one\n./top.png,two\n")
-    with pytest.raises(ValueError, match=r"entry 2 is a second one for top\.png; keep one"):
+    with pytest.raises(ValueError, match=r"entry 2 is the second for top\.png; keep one"):
         write_folder(src, tmp_path / "other", **options)
 
 
@@ -162,7 +162,7 @@ def test_captions_are_read_whole(tmp_path, suffix, text, expected):
         (".csv", CSV + '"b.png","x\ny"\na.png,a,b\n', "line 4 has 3 fields"),
         (".csv", "file,caption,more\na.png,a\n", "line 2 has 2 fields.*header 3"),
         (".csv", "file,caption,caption\na.png,a,b\n", "line 1, the header, has the column 'caption' twice"),
-        (".csv", CSV + "a.png,a\nfile,caption\n", "line 3 is the header a second time"),
+        (".csv", CSV + "a.png,a\nfile,caption\n", "line 3 repeats the header"),
         (".csv", "file, caption\na.png,a\n", "line 1, the header, needs the columns file and caption"),
         (".csv", CSV + 'a.png,"not closed\nb.png,x\n', "line 2 cannot be read"),
         (".csv", CSV + 'a.png,"Red" apple\n', "line 2 cannot be read.*double the quote"),
@@ -170,7 +170,7 @@ def test_captions_are_read_whole(tmp_path, suffix, text, expected):
         (".tsv", TSV + "a.png\ta\tb\n", "line 2 has 3 fields.*tab"),
         (".tsv", TSV + "a.png\ta\n" + TSV, "line 3 is the header"),
         (".tsv", CSV + "a.png,a\n", "needs the columns file and caption"),
-        (".jsonl", '{"file": "a", "caption": "x", "caption": "y"}\n', "line 1.*'caption' is there twice"),
+        (".jsonl", '{"file": "a", "caption": "x", "caption": "y"}\n', "line 1.*'caption' occurs twice"),
         (".jsonl", '{"file": "a", "caption": "x"}\n\n{"file": "b"}\n', "line 3 needs the texts"),
         (".jsonl", '["a", "x"]\n', "line 1 must be an object"),
         (".jsonl", '{"file": "a", "caption": 5}\n', "line 1 needs the texts"),
@@ -276,7 +276,7 @@ def test_a_list_fixes_the_numbers_of_classes(classes, tmp_path, caplog):
 @pytest.mark.parametrize(
     "given, options, message",
     [
-        (["dog"], {}, "1 folders that are none of the 1 classes, such as 'cat'"),
+        (["dog"], {}, "1 folders that are not among the 1 classes, such as 'cat'"),
         (["dog", "dog"], {}, "entry 2 is 'dog', as is entry 1"),
         ([], {}, "holds no classes"),
         ("dog\n\ncat\n", {}, "line 2 is empty"),

@@ -139,7 +139,7 @@ def test_what_the_package_of_kaggle_lacks_is_named(tree, tmp_path):
     solution = as_kaggle(tree) / "LOC_val_solution.csv"
     lines = solution.read_text().splitlines()
     for text, message in (
-        ("\n".join(lines[:-1]), "val_00000001.JPEG: it is none of the 5 validation pictures whose classes"),
+        ("\n".join(lines[:-1]), "val_00000001.JPEG: it is not among the 5 validation pictures whose classes"),
         ("\n".join([*lines, "ILSVRC2012_val_00000007,tench 1 2"]), "solution.csv, line 8: .* does not name a synset"),
     ):
         solution.write_text(text)
@@ -217,10 +217,10 @@ def test_wrong_sources_are_named(tars, tree, tmp_path, capsys):
     tar.write_bytes(tar.read_bytes()[:30_000])
     with pytest.raises(SystemExit) as stop:
         main(["data", "imagenet", str(tars), str(tmp_path / "dst")])
-    assert "ILSVRC2012_img_train.tar is no complete, uncompressed tar file" in str(stop.value)
+    assert "ILSVRC2012_img_train.tar is not a complete, uncompressed tar file" in str(stop.value)
     (tree / "train" / "dogs").mkdir()
     (tree / "train" / "dogs" / "a.jpg").write_bytes(picture(1))
-    with pytest.raises(ValueError, match=r"dogs/a\.jpg lies in no folder of a synset.*flextok data folder"):
+    with pytest.raises(ValueError, match=r"dogs/a\.jpg is not in the folder of a synset.*flextok data folder"):
         write_imagenet(tree, tmp_path / "dst", num_workers=1)
     (tree / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(b"no kit")
     with pytest.raises(ValueError, match="development kit ILSVRC2012_devkit_t12 in src="):

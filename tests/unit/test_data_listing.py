@@ -58,8 +58,8 @@ def test_tars_may_follow_one_another(tmp_path, two):
         (lambda content: content[:1536], "it has no end mark: it was cut"),
         (lambda content: content[:1600], "it has no end mark: it was cut"),
         (lambda content: content[:1000], "unexpected end of data"),
-        (lambda content: content[:1536] + b"x" + content[1537:], "what stands at byte 1,536 is no header"),
-        (lambda content: content + b"rubbish" * 100, "what stands at byte 10,240 is no header"),
+        (lambda content: content[:1536] + b"x" + content[1537:], "byte 1,536 does not begin a header"),
+        (lambda content: content + b"rubbish" * 100, "byte 10,240 does not begin a header"),
     ],
 )
 def test_what_is_not_a_whole_tar(two, damage, message):

@@ -93,7 +93,7 @@ def test_classes_of_one_name(tmp_path):
     assert index.classes == ("crane", "dog", "crane")
     assert [sample["cls"] for sample in contents(index).values()] == [b"0", b"1", b"2"]
     write(tmp_path / "b.parquet", 3, labels=[0, 1, 3])
-    with pytest.raises(ValueError, match=r"b\.parquet, row 2: its label 3 is none of the 3 classes"):
+    with pytest.raises(ValueError, match=r"b\.parquet, row 2: its label 3 is not among the 3 classes"):
         write_parquet(str(tmp_path / "b.parquet"), tmp_path / "other", num_workers=1)
 
 
@@ -103,8 +103,8 @@ def test_classes_of_one_name(tmp_path):
         ([0, 2, 1], FEATURES, ["emu", "fox", "dog", "cat"], [b"3", b"0", b"2"]),
         (["b", "a", "b"], None, ["a", "x", "b"], [b"2", b"0", b"2"]),
         ([0, 1, 1], None, ["zero", "one", "two"], [b"0", b"1", b"1"]),
-        ([0, 2, 1], FEATURES, ["emu", "dog"], "1 that are none of the 2 classes, such as 'cat'"),
-        (["b", "a", "b"], None, ["a"], "1 that are none of the 1 classes, such as 'b'"),
+        ([0, 2, 1], FEATURES, ["emu", "dog"], "1 labels that are not among the 2 classes, such as 'cat'"),
+        (["b", "a", "b"], None, ["a"], "1 labels that are not among the 1 classes, such as 'b'"),
         ([0, 2, 1], None, ["zero", "one"], "2 names, and label_column=label has labels up to 2"),
     ],
 )
@@ -192,9 +192,9 @@ def test_pyarrow_is_missing(tmp_path, monkeypatch):
     "options, message",
     [
         ({"split": "dev"}, "split=dev must be train, val or test"),
-        ({"split": "val"}, "split=val is none of the parts"),
+        ({"split": "val"}, "split=val is not among the parts"),
         ({"files": "*.csv"}, r"has no files \*\.csv"),
-        ({"image_column": "x"}, "image_column=x is none of the columns image, label, caption"),
+        ({"image_column": "x"}, "image_column=x is not among the columns image, label, caption"),
         ({"image_column": "caption"}, "image_column=caption holds string"),
         ({"caption_column": "label"}, "caption_column=label holds int64"),
         ({"label_column": "image"}, "label_column=image holds struct"),
@@ -213,7 +213,7 @@ def test_what_is_unclear_is_asked_for(tmp_path):
         write_parquet(str(tmp_path / "two"), tmp_path / "dst")
     write(tmp_path / "mixed" / "a.parquet", 2)
     write(tmp_path / "mixed" / "train.parquet", 2)
-    with pytest.raises(ValueError, match=r"a\.parquet names no part, as others do \(train\)"):
+    with pytest.raises(ValueError, match=r"a\.parquet names no part, but others do \(train\)"):
         write_parquet(str(tmp_path / "mixed"), tmp_path / "dst")
     write(tmp_path / "differ" / "a.parquet", 2)
     write(tmp_path / "differ" / "b.parquet", 2, features=None)

@@ -58,8 +58,8 @@ def test_labels_and_captions_of_json(foreign, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("one\ntwo\n")
     for options, message in (
-        ({"label_key": "width", "caption_key": "width"}, "its width 8 is no text"),
-        ({"label_key": "text", "class_names": names}, r"part\.00\.tar, dir/0: its label 'text 0' is none of the 2"),
+        ({"label_key": "width", "caption_key": "width"}, "its width 8 is not a text"),
+        ({"label_key": "text", "class_names": names}, r"part\.00\.tar, dir/0: its label 'text 0' is not among the 2"),
     ):
         with pytest.raises(ValueError, match=message):
             write_resharded(str(foreign), tmp_path / "other", num_workers=1, **options)
@@ -149,7 +149,7 @@ def test_unusable_sources_are_named(foreign, tmp_path):
     with pytest.raises(ValueError, match=r"holds no \.tar files"):
         write_resharded(str(tmp_path / "empty"), tmp_path / "dst")
     (foreign / "part.01.tar").write_bytes(b"x" * 600)
-    with pytest.raises(ValueError, match=r"part\.01\.tar is no complete, uncompressed tar file"):
+    with pytest.raises(ValueError, match=r"part\.01\.tar is not a complete, uncompressed tar file"):
         write_resharded(str(foreign), tmp_path / "dst", num_workers=2)
     (foreign / "part.00.tar").rename(foreign / "part.00.tar.gz")
     (foreign / "part.01.tar").unlink()
@@ -190,12 +190,12 @@ def test_tars_of_one_name_in_several_folders(tmp_path):
         (
             {"a.json": b"[1]"},
             {"label_key": "kind"},
-            r"x\.tar, a: its \.json is '\[1\]', and must have keys",
+            r"x\.tar, a: its \.json is '\[1\]', but must have keys",
         ),
-        ({"a.json": b"null"}, {"caption_key": "text"}, r"its \.json is 'None', and must have keys"),
+        ({"a.json": b"null"}, {"caption_key": "text"}, r"its \.json is 'None', but must have keys"),
         ({"a.json": b"{"}, {"caption_key": "text"}, r"its \.json cannot be read: Expecting property name"),
-        ({"a.json": b'{"kind": 1.5}'}, {"label_key": "kind"}, r"kind of its \.json is 1\.5, which is no class index"),
-        ({"a.cls": b"\n"}, {}, r"\.cls is '', which is no class index or name"),
+        ({"a.json": b'{"kind": 1.5}'}, {"label_key": "kind"}, r"kind of its \.json is 1\.5, which is not a class index"),
+        ({"a.cls": b"\n"}, {}, r"\.cls is '', which is not a class index or a name"),
         ({"a.png": picture(1, "PNG")}, {}, r"several pictures \(it holds \.jpg, \.png\); .* as image_key=jpg"),
         ({"a.JPG": picture(1)}, {}, r"two files a\.jpg \(upper and lower case are one\)"),
         (
@@ -204,9 +204,9 @@ def test_tars_of_one_name_in_several_folders(tmp_path):
             r"b: it has no picture .*\(it holds \.001\.jpg, .*give image_key=001\.jpg if all",
         ),
         ({}, {"image_key": "input.jpg"}, r"a: it has no picture \.input\.jpg \(it holds \.jpg,.* image_key=jpg if all"),
-        ({}, {"image_key": "input"}, "image_key=input must be an ending of pictures"),
+        ({}, {"image_key": "input"}, "image_key=input must end like a picture"),
         ({"b.txt": b"x"}, {}, r"b: it has no picture .*\(it holds \.txt, .*; rename the files, or pass on_error=skip"),
-        ({}, {"class_names": "names.txt"}, "class_names name 2 classes, and no sample has a label"),
+        ({}, {"class_names": "names.txt"}, "class_names has 2 classes, but no sample has a label"),
     ],
 )
 def test_what_foreign_samples_hold_is_named(tmp_path, monkeypatch, files, options, message):

@@ -319,7 +319,7 @@ LABELS = torch.tensor([0, 1])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"condition": torch.tensor([5])}, r"classes 5..5; this prior knows 0..4"),
+        ({"condition": torch.tensor([5])}, r"classes 5..5; this prior has 0..4"),
         ({"condition": torch.tensor([-2])}, "-2"),
         ({"condition": torch.tensor([0.5])}, "must be int64 classes"),
         ({"condition": (torch.zeros(1, 2, 8), torch.ones(1, 2).bool())}, "must be int64 classes"),

@@ -194,7 +194,7 @@ def test_official_files_have_no_place_for_the_note() -> None:
 @pytest.mark.parametrize(
     ("source", "parts", "message"),
     [
-        ("x", ["encodr"], "init_parts has 'encodr', which is no part of the model; it has decoder, encoder"),
+        ("x", ["encodr"], "init_parts has 'encodr', which is not a part of the model; it has decoder, encoder"),
         ("x", ["encoder", "encoder.block"], "'encoder.block'"),
         ("x", ["vae"], "'vae'"),
         ("x", [], "null takes all"),
@@ -425,7 +425,7 @@ def test_a_frozen_encoder_gives_the_tokens_that_tokenize_gives(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train": ["decodr"]}, "train has 'decodr', which is no part of the model; it has decoder, encoder"),
+        ({"train": ["decodr"]}, "train has 'decodr', which is not a part of the model; it has decoder, encoder"),
         ({"train": []}, "trains nothing; null trains all"),
         ({"train": ["decoder.patch_posemb"]}, "trains nothing: positions of patches are fixed"),
     ],

@@ -95,7 +95,7 @@ class Conversion:
             try:
                 sample = read()
                 if not is_utf8(sample.key):
-                    raise ValueError(f"its name {sample.key!r} is not UTF-8; rename it")
+                    raise ValueError(f"its name is not UTF-8; rename it: {sample.key!r}")
             except (ValueError, OSError) as error:
                 name = name.encode("utf-8", "backslashreplace").decode("utf-8")
                 if self.on_error == "raise":
