@@ -1,1 +1,1 @@
-"""Measuring reconstructions and generated images at every token budget, without Lightning."""
+"""Measure reconstructions and generated images at every token budget, without Lightning."""

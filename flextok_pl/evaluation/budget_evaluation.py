@@ -1,6 +1,6 @@
-"""An evaluation of reconstructions or generated images: it takes batches, and ends with metrics per token budget.
+"""Base of the evaluations of reconstructions and generated images: batches in, metrics per token budget out.
 
-It measures each sample exactly once over all processes, and goes on where it was after it was killed.
+It measures each sample exactly once over all processes, and resumes after a kill.
 """
 
 from __future__ import annotations
@@ -35,48 +35,48 @@ from flextok_pl.progress import announced
 from flextok_pl.transfer import send
 
 GRID_COLUMNS = 12
-"""Most columns of the grid picture; beyond, powers of two are shown."""
+"""Most columns of the grid picture; with more budgets it shows powers of two."""
 
 MEASURED = ("image", "key", "label", "text")
-"""Fields of a batch that evaluations look at."""
+"""Fields of a batch that evaluations use."""
 
 GridRow = tuple[Any, Any, dict[int, Tensor]]
-"""What orders the row, what stands at its left, and its images by budget, (3, H, W) uint8."""
+"""Sort key of the row, its label, and its images by budget, (3, H, W) uint8."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What an evaluation is told of its data and its model."""
+    """Facts of the data and the model for an evaluation."""
 
-    num_samples: int  # of the data, over all processes
+    num_samples: int  # samples of the data, over all processes
     split: Literal["val", "test"] = "test"
-    limited: bool = False  # only some of the batches will be given
-    image_size: ImageSize | None = None  # of the data in pixels; only a probe needs it
-    data_hash: str | None = None  # identity of the data; None keeps nothing of it on disk
-    facts: Mapping[str, Any] = field(default_factory=dict)  # what records state of data and model
-    in_fit: bool = False  # a validation of a training measures less and leaves fewer files
-    num_batches: float = math.inf  # that this process will give; beyond, nothing must be left to measure
+    limited: bool = False  # only some of the batches will come
+    image_size: ImageSize | None = None  # in pixels; only a probe needs it
+    data_hash: str | None = None  # identity of the data; None caches nothing of it on disk
+    facts: Mapping[str, Any] = field(default_factory=dict)  # of data and model, for records
+    in_fit: bool = False  # a validation of a training, which measures less and writes fewer files
+    num_batches: float = math.inf  # batches that this process will give
     pause: Callable[[], None] = lambda: None  # called between decodings; may raise, to leave the evaluation
 
 
 class BudgetEvaluation(ABC):
-    """What evaluations of reconstructions and of generated images share: `start`, `update` by batches, `finish`.
+    """Base of the evaluations of reconstructions and generated images: `start`, `update` by batches, `finish`.
 
-    The networks that measure are on `device`.
+    The measuring networks are on `device`.
     """
 
-    heading: ClassVar[str]  # of charts, and of the grid picture in TensorBoard
-    picture: ClassVar[str]  # the file of the grid picture
-    tag: ClassVar[str] = ""  # between the split and the metric in a scalar's name
+    heading: ClassVar[str]  # heading of charts, and of the grid picture in TensorBoard
+    picture: ClassVar[str]  # file of the grid picture
+    tag: ClassVar[str] = ""  # part of a scalar's name between the split and the metric
     saved: ClassVar[tuple[str, ...]] = ("ids", "rows")
-    """Attributes of plain types that a killed evaluation needs to go on, beside the statistics."""
+    """Attributes of plain types to save, with the statistics, for resuming."""
 
     context: Context
     budgets: list[int]
     statistics: BudgetStatistics[int]
-    ids: list[int]  # of the samples that are done
+    ids: list[int]  # of the finished samples
     rows: list[GridRow]  # of the grid picture
-    num_made: int | None  # images to make over all processes, where that is not one of each sample
+    num_made: int | None  # images to make over all processes; None for one of each sample
 
     def __init__(self, options: EvaluationOptions, device: torch.device | str = "cpu") -> None:
         self.options, self.device = options, torch.device(device)
@@ -84,7 +84,7 @@ class BudgetEvaluation(ABC):
 
     @abstractmethod
     def start(self, model: Any, context: Context) -> None:
-        """Begin to measure a model, or go on where a killed evaluation was."""
+        """Start to measure a model, or resume an evaluation that was killed."""
 
     def _start(
         self,
@@ -94,16 +94,16 @@ class BudgetEvaluation(ABC):
         num_made: int | None = None,
         reference: FeatureSet | None = None,
     ) -> None:
-        """Begin, with facts that only records of this kind state and features of real images other than the data's."""
+        """Start, with the facts of this kind of evaluation, and features of other real images than the data's."""
         options, expected = self.options, context.num_samples
         self.tokenizer, self.context, self.num_made = tokenizer, context, num_made
         self.decoding = options.decoding_of(tokenizer)
         self.budgets = options.budgets_up_to(tokenizer.num_registers, context.in_fit)
         self.fraction = min(1.0, (options.max_samples or expected) / expected) if context.in_fit else 1.0
         self.ids, self.rows = [], []
-        self._waiting: list[dict[str, Any]] = []  # parts of batches, for a whole one
+        self._waiting: list[dict[str, Any]] = []  # parts of batches, until there is a whole one
         self._batches_left = context.num_batches
-        self._done_before: set[int] = set()  # by an earlier run, and not come across yet
+        self._done_before: set[int] = set()  # samples of an earlier run that have not come again yet
         self._facts = {
             "split": context.split,
             "samples_in_split": expected,
@@ -128,7 +128,7 @@ class BudgetEvaluation(ABC):
             if all_agree(self._kept.is_file()):
                 reference = load_kept(self._kept, FeatureSet.from_state_dict)
         self.statistics = self._statistics(pool, reference)
-        self._unfinished: Path | None = None  # the state of this evaluation
+        self._unfinished: Path | None = None  # file of this evaluation's state
         if folder is not None and not context.in_fit and options.save_every_minutes is not None:
             self._go_on(folder)
 
@@ -139,7 +139,7 @@ class BudgetEvaluation(ABC):
             "options": self.options.identity,
             "data": self.context.data_hash,
             "process": [rank(), world_size()],
-            "state": 2,  # counts the changes of what is saved
+            "state": 2,  # version of the saved state
         }
         self._unfinished, self._saved_at = kept_file(folder, "unfinished_", identity), time.monotonic()
         state = load_kept(self._unfinished, dict) if self._unfinished.is_file() else None
@@ -149,7 +149,7 @@ class BudgetEvaluation(ABC):
             self._done_before = set(self.ids)
             if rank() == 0:
                 name, count = self.options.name, len(self.ids)
-                print(f"{name} goes on after {count} samples of an evaluation that did not finish ({self._unfinished})")
+                print(f"{name} resumes after {count} samples of an unfinished evaluation ({self._unfinished})")
 
     def _save_if_due(self) -> None:
         minutes = self.options.save_every_minutes
@@ -159,17 +159,17 @@ class BudgetEvaluation(ABC):
             self._saved_at = time.monotonic()
 
     def forget(self) -> None:
-        """Delete the state from which a later run would go on: the results are written."""
+        """Delete the saved state, because the results are written."""
         if self._unfinished is not None:
             self._unfinished.unlink(missing_ok=True)
 
     @abstractmethod
     def _statistics(self, pool_fraction: float, real: FeatureSet | None) -> BudgetStatistics[int]:
-        """Empty statistics that keep this share of the real images' features, or have those of all already."""
+        """Empty statistics that keep this share of the real images' features, or that already have all of them."""
 
     @abstractmethod
     def _measure(self, batch: Mapping[str, Any]) -> None:
-        """Measure the samples of a batch, which may be none."""
+        """Measure the samples of a batch, which may be empty."""
 
     @abstractmethod
     def _pictures(self) -> dict[str, Tensor]:
@@ -177,19 +177,19 @@ class BudgetEvaluation(ABC):
 
     @abstractmethod
     def _measured(self) -> str:
-        """What was measured, in a few words."""
+        """Describe in a few words what was measured."""
 
     def update(self, batch: Mapping[str, Any]) -> None:
-        """Measure those samples of a batch that a killed evaluation has not measured before.
+        """Measure the samples of a batch that were not measured before a kill.
 
-        It has at least `image`, (B, 3, H, W) in [-1, 1], and `key`, B texts. Few samples of a batch, as are chosen in
-        a fit, wait for those of the next ones of the same size, as far as the number of batches is known.
+        It has at least `image`, (B, 3, H, W) in [-1, 1], and `key`, B texts. In a fit only a few samples of a batch are
+        measured: they wait for more of the same size, as long as further batches are expected.
         """
         keys = batch["key"]
         hashes = [key_hash(key) for key in keys]
         new = torch.tensor([number not in self._done_before for number in hashes], dtype=torch.bool)
         self.ids += [number for number in hashes if number not in self._done_before]
-        self._done_before.difference_update(hashes)  # a key that comes twice is then found out
+        self._done_before.difference_update(hashes)  # so that a repeated key is detected
         chosen = new & choose_fraction(keys, self.fraction, "subset")
         places = None if chosen.all() else chosen.nonzero().flatten()
         part = {name: _at(places, batch[name]) for name in MEASURED if batch.get(name) is not None}
@@ -214,14 +214,14 @@ class BudgetEvaluation(ABC):
         seed: int,
         image_size: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """Budgets with their images of tokens (B, K), (B, 3, H, W) uint8, of [H, W] pixels if given; see `decode`."""
+        """Decode tokens (B, K), yielding budgets with (B, 3, H, W) uint8 images, of [H, W] pixels if given."""
         options, size = self.options, image_size or self.statistics.image_size
         at_once = options.decode_batch_size or images_at_once(len(keys), size, self.device)
         more = (at_once, self.context.pause, image_size)
         return decode(self.tokenizer, tokens, budgets, self.decoding, keys, seed, *more)
 
     def finish(self) -> Results | None:
-        """Add up all processes, each of which must call this; None where too few images were measured."""
+        """Merge all processes, each of which must call this; returns None if too few images were measured."""
         context, statistics = self.context, self.statistics
         if self._waiting:
             raise RuntimeError(
@@ -235,15 +235,15 @@ class BudgetEvaluation(ABC):
         if count < 2:
             if rank() == 0:
                 warnings.warn(
-                    f"{self.options.name} has {count} images to measure ({seen} samples were read), a distance needs "
-                    f"two: raise max_samples={self.options.max_samples} or limit_{context.split}_batches",
+                    f"{self.options.name} has {count} images to measure ({seen} samples were read), but a distance "
+                    f"needs two: raise max_samples={self.options.max_samples} or limit_{context.split}_batches",
                     stacklevel=2,
                 )
             return None
         if self.num_made not in (None, count):
             raise RuntimeError(
-                f"{count} images were generated, {self.num_made} were to be: a process of {world_size()} had no sample "
-                f"of the {context.split} set, with which it starts; no number is reported: use fewer devices"
+                f"{count} images were generated instead of {self.num_made}: one of {world_size()} processes had no "
+                f"sample of the {context.split} set to start with; no number is reported: use fewer devices"
             )
         if rank() == 0 and self._kept is not None and seen == context.num_samples:
             _store_or_check(self._kept, statistics.real, statistics.data_hash)
@@ -266,13 +266,13 @@ class BudgetEvaluation(ABC):
         notes, own = [], chosen_decoding(getattr(self.tokenizer, "config", None), self.decoding)
         if own != self.decoding:
             notes.append(
-                f"the tokenizer was made for {own.num_steps} steps and guidance {own.guidance}, which "
-                f"{self.options.name}.num_steps and {self.options.name}.guidance set to something else."
+                f"the tokenizer was made for {own.num_steps} steps and guidance {own.guidance}, but "
+                f"{self.options.name}.num_steps and {self.options.name}.guidance differ."
             )
         if not full_rank:
             notes.append(
-                f"{network.metric_name} of {count} images and {network.dim} features compares with other values of "
-                f"{count} images only: the covariance is singular; prefer {network.kernel_metric_name}."
+                f"{network.metric_name} of {count} images and {network.dim} features is comparable only with values of "
+                f"{count} images, because the covariance is singular; prefer {network.kernel_metric_name}."
             )
         if seen < expected:
             notes.append(f"limit_{self.context.split}_batches: only {seen} of {expected} samples were read.")
@@ -287,7 +287,7 @@ class BudgetEvaluation(ABC):
 
     @property
     def columns(self) -> list[int]:
-        """The budgets that the grid picture shows."""
+        """The budgets of the grid picture."""
         if len(self.budgets) <= GRID_COLUMNS:
             return self.budgets
         return [budget for budget in default_budgets(self.budgets[-1]) if budget in self.budgets][-GRID_COLUMNS:]
@@ -298,12 +298,12 @@ class BudgetEvaluation(ABC):
 
 
 def first_rows(rows: list[GridRow], count: int) -> list[GridRow]:
-    """The rows that come first, which are the same whoever saw which sample."""
+    """The first rows in order, which do not depend on which process saw which sample."""
     return sorted(rows, key=lambda row: row[0])[:count]
 
 
 def places_of(rows: Sequence[GridRow], orders: Sequence[Any], count: int) -> list[int]:
-    """Which of further rows, with these different orders, are among the first ones."""
+    """Positions of the further rows with these different sort keys that are among the first ones."""
     first = sorted([order for order, *_ in rows] + list(orders))[:count]
     return [i for i, order in enumerate(orders) if order in first]
 
@@ -314,26 +314,26 @@ def stacked(rows: Sequence[GridRow], columns: Sequence[int]) -> list[tuple[str |
 
 
 def _at(places: Tensor | None, rows: Any) -> Any:
-    """Those of B rows that are in these places; all where that is None."""
+    """Select B rows at these positions; None selects all."""
     if places is None:
         return rows
     return rows[send(places, rows.device)] if isinstance(rows, Tensor) else [rows[i] for i in places.tolist()]
 
 
 def _joined(parts: Sequence[Any]) -> Any:
-    """Rows of several batches."""
+    """Join rows of several batches."""
     if len(parts) == 1:
         return parts[0]
     return torch.cat([*parts]) if isinstance(parts[0], Tensor) else [row for part in parts for row in part]
 
 
 def _store_or_check(file: Path, features: FeatureSet, pixel_hash: int) -> None:
-    """Keep features of real images; where they came from the file, check that they were of the images now evaluated."""
+    """Cache features of real images, or check that cached ones belong to the evaluated images."""
     if not file.is_file():
         keep(file, {**features.state_dict(), "pixel_hash": torch.tensor(pixel_hash)})
     elif load_kept(file, lambda state: state["pixel_hash"]).item() != pixel_hash:
         file.unlink()
         raise RuntimeError(
-            f"the cached statistics {file} were of other images, so no number is reported; the file is deleted: run "
-            "again"
+            f"the cached statistics {file} belong to other images, so no number is reported; the file is deleted: run "
+            "the evaluation again"
         )

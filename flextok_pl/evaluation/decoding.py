@@ -1,4 +1,4 @@
-"""Decoding the same images at many token budgets, several of them in one call of the tokenizer.
+"""Decode the same images at many token budgets, several of them in one call of the tokenizer.
 
 B images, K tokens.
 """
@@ -18,13 +18,13 @@ from flextok_pl.metrics.images import to_uint8
 from flextok_pl.transfer import send
 
 PIXELS_AT_ONCE = 2**21
-"""Pixels of the images that a device decodes at a time unless told otherwise: 32 images of 256, 512 images of 64."""
+"""Pixels of the images that a device decodes at a time by default: 32 images of 256, or 512 images of 64."""
 
 
 def images_at_once(batch_size: int, image_size: Sequence[int], device: torch.device) -> int:
-    """How many images, of [H, W] pixels or of unknown size, to decode in a call where batches have so many.
+    """How many images, of [H, W] pixels or of unknown size, to decode in a call for batches of this size.
 
-    A CPU gains nothing by more. On another device, small images of one budget are too little work.
+    A CPU gains nothing from more than a batch. On other devices, small images of one budget are too little work.
     """
     if device.type == "cpu" or not image_size:
         return batch_size
@@ -44,9 +44,9 @@ def decode(
 ) -> Iterator[tuple[int, Tensor]]:
     """Decode tokens (B, K) at each budget, from noise that is a function of (seed, key) only.
 
-    Yields the budgets with their images, (B, 3, H, W) uint8. A call of the tokenizer decodes `at_once` images, default
-    B, of as many budgets as that takes; `pause` comes after each. Images have [H, W] pixels if that is given and the
-    tokenizer's configuration tells the latents for it, as a `FlexTok`'s does; else the tokenizer's own size.
+    Yields budgets with their images, (B, 3, H, W) uint8. A call of the tokenizer decodes `at_once` images, default B,
+    of several budgets if necessary; `pause` is called after each. Images have [H, W] pixels if that is given and the
+    tokenizer's configuration gives latents for it, as a `FlexTok`'s does; otherwise the tokenizer's own size.
     """
     latent_size_of: Any = getattr(getattr(tokenizer, "config", None), "latent_size_of", None)
     shape = {} if image_size is None or latent_size_of is None else {"latent_size": latent_size_of(image_size)}

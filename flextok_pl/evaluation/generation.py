@@ -1,7 +1,7 @@
-"""Generated images at several token budgets: distances to real ones, scores, agreement with what was asked for.
+"""Evaluate generated images at several token budgets: distances to real ones, scores, agreement with the condition.
 
-All K tokens of a sample are generated once; its image at a budget is decoded from the first of them, as a prefix of a
-sample is a sample. Tokens and noise depend on the seed and the sample's key only, so that results do not depend on
+All K tokens of a sample are generated once. Its image at a budget is decoded from the first of them, because a prefix
+of a sample is a sample. Tokens and noise depend on the seed and the sample's key only, so results do not depend on
 batch size or ranks.
 """
 
@@ -35,12 +35,12 @@ from flextok_pl.metrics.images import to_uint8
 
 
 class Prompt(NamedTuple):
-    """What one image is generated for."""
+    """The condition and the key of one generated image."""
 
     key: str  # seeds the sample
-    label: int = -1  # class that is asked for, -1 for none
-    text: str = ""  # caption that is asked for
-    metadata: Mapping[str, Any] = MappingProxyType({})  # what else its source says of it; nothing here looks at it
+    label: int = -1  # class of the condition, -1 for none
+    text: str = ""  # caption of the condition
+    metadata: Mapping[str, Any] = MappingProxyType({})  # other facts of its source; not used here
 
 
 class GenerationEvaluation(BudgetEvaluation):
@@ -53,7 +53,7 @@ class GenerationEvaluation(BudgetEvaluation):
 
     options: GenerationOptions
     statistics: GenerationStatistics[int]
-    prompts: list[tuple[str, int, str]]  # what is still to be generated, beside what comes with the batches
+    prompts: list[tuple[str, int, str]]  # those still to generate, except those that come with the batches
 
     def __init__(self, options: GenerationOptions, device: torch.device | str = "cpu") -> None:
         super().__init__(options, device)
@@ -71,13 +71,13 @@ class GenerationEvaluation(BudgetEvaluation):
         self._asks_for_data = module.condition_kind == "text" or (self._has_classes and options.conditions == "data")
         num_made = self._number_to_make(context)
         if self._has_classes:
-            self._shown({})  # which finds unknown classes
+            self._shown({})  # raises for unknown classes
         if options.classifier_data is not None and self.classifier is None:
             self.classifier = self._fitted_probe(options.classifier_data, context.image_size)
         judge, clip = self.classifier, self.clip
         if judge is not None and self._has_classes and judge.num_classes != module.num_classes:
             raise ValueError(
-                f"classifier={options.classifier!r} tells {judge.num_classes} classes apart, and the prior knows "
+                f"classifier={options.classifier!r} has {judge.num_classes} classes, but the prior has "
                 f"{module.num_classes}: their numbers mean different classes; give a classifier of the prior's classes"
             )
         reference, reference_facts = self._reference_features
@@ -104,39 +104,39 @@ class GenerationEvaluation(BudgetEvaluation):
             written = any(self._folder.glob("k=*/*.png"))
             if not all_agree(not written):
                 raise ValueError(
-                    f"images_dir={str(self._folder)!r} holds images of an earlier evaluation, which would be taken "
-                    "for this one's: name another folder, or remove it"
+                    f"images_dir={str(self._folder)!r} holds images of an earlier evaluation, which would mix with the "
+                    "new ones: name another folder, or remove it"
                 )
 
     def _number_to_make(self, context: Context) -> int | None:
-        """How many images are generated over all processes; None for one for each real one."""
+        """How many images to generate over all processes; None for one for each real one."""
         options, expected = self.options, context.num_samples
         if self._asks_for_data:
             if options.num_samples is not None:
                 raise ValueError(
-                    f"num_samples={options.num_samples} is for balanced classes; with conditions of the data one image "
-                    "is generated for each real one: leave it out"
+                    f"num_samples={options.num_samples} is for balanced classes; conditions of the data give one image "
+                    "for each real one: leave it out"
                 )
             return None
         if expected < world_size():
             raise ValueError(
-                f"the {context.split} set has {expected} samples, with which the {world_size()} processes start to "
-                "generate: use fewer devices, or a larger set"
+                f"the {context.split} set has {expected} samples, but each of the {world_size()} processes needs one "
+                "to start: use fewer devices, or a larger set"
             )
         total = options.num_samples or expected
         return min(total, options.max_samples) if context.in_fit and options.max_samples else total
 
     def _fitted_probe(self, source: str, image_size: ImageSize | None) -> Classifier:
-        """The probe, which knows how the tokenizer's images look, decoded as generated ones are."""
+        """The probe, which has learnt the look of the tokenizer's images, decoded like generated ones."""
         if image_size is None:
-            raise ValueError("classifier='probe' looks at images of one size, which the context does not state")
+            raise ValueError("classifier='probe' needs images of one size, but the context states none")
         options, tokenizer, names = self.options, self.module.reconstructor, self.module.class_names
         where = (options.decoding_of(tokenizer), options.seed, options.cache_folder, names)
         return tokenizer_probe(source, image_size, self.extractor, tokenizer, *where)
 
     @cached_property
     def _reference_features(self) -> tuple[FeatureSet | None, dict[str, Any]]:
-        """Features of the reference where there is one, and what records state of it."""
+        """Features of the reference, if there is one, and its facts for records."""
         if self.reference is None:
             return None, {}
         share = min(1.0, POOL_SIZE / max(1, self.reference.num_pictures))
@@ -177,14 +177,14 @@ class GenerationEvaluation(BudgetEvaluation):
             self.context.pause()
 
     def _images(self, prompts: Sequence[Prompt], budgets: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        """One rollout, decoded at each budget: the budget and (B, 3, H, W) uint8."""
+        """Generate tokens once and decode them at each budget: yields the budget and (B, 3, H, W) uint8."""
         options, keys = self.options, [prompt.key for prompt in prompts]
         sampling = (options.cfg_scale, options.temperature, options.top_k, options.top_p)
         tokens = generate_tokens(self.module, prompts, options.seed, *sampling)
         return self._decoded(tokens, keys, budgets, options.seed)
 
     def _prompts_of(self, batch: Mapping[str, Any]) -> list[tuple[str, int, str]]:
-        """One per real sample of a batch, of its class or its caption."""
+        """One prompt for each real sample of a batch, of its class or its caption."""
         kind = self.module.condition_kind
         needed = "label" if kind == "class" else "text"
         if needed not in batch:
@@ -239,14 +239,14 @@ def generate_tokens(
 
 
 def as_condition(kind: Literal["class", "text", "none"], prompts: Sequence[Prompt]) -> Tensor | list[str] | None:
-    """What a prior of this kind of condition is asked for: (B,) classes, or B texts."""
+    """The condition for a prior of this kind: (B,) classes, or B texts."""
     if kind == "class":
         return torch.tensor([prompt.label for prompt in prompts])
     return [prompt.text for prompt in prompts] if kind == "text" else None
 
 
 def balanced_prompt(number: int, num_classes: int) -> Prompt:
-    """The prompt of the image of this number where classes take turns; without a class where there are none."""
+    """The prompt of the image of this number, with classes in turn; without a class if there are none."""
     classes = max(1, num_classes)
     key = f"class {number % classes} sample {number // classes}"
     return Prompt(key, number % classes if num_classes else -1)

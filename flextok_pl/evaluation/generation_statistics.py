@@ -1,4 +1,4 @@
-"""Quality of generated images at several token budgets, accumulated batch by batch and added up over processes.
+"""Quality of generated images at several token budgets, accumulated over batches and summed over processes.
 
 B images, D features, C classes.
 """
@@ -23,14 +23,14 @@ from flextok_pl.metrics.manifold import DENSITY_NEIGHBOURS, NEIGHBOURS, manifold
 from flextok_pl.precision import as_float64
 
 Classifier = LinearProbe | TimmClassifier
-"""Says what class an image shows, from the image or from the extractor's features of it."""
+"""Finds the class that an image shows, from the image or from the extractor's features."""
 
 
 class GenerationStatistics(BudgetStatistics[BudgetT]):
-    """Everything that per-budget metrics of generated images need; see `BudgetStatistics`.
+    """Statistics for all per-budget metrics of generated images; see `BudgetStatistics`.
 
-    The pools of features serve the kernel distance and the manifolds. Without a classifier the agreement with the asked
-    class is left out, without `clip` the score against captions. An inception score is the mean over its splits.
+    The pools of features are for the kernel distance and the manifolds. Without a classifier there is no agreement with
+    the class asked for, without `clip` no score against captions. An inception score is the mean over its splits.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class GenerationStatistics(BudgetStatistics[BudgetT]):
     ) -> None:
         """Add (B, 3, H, W) uint8 images generated at one budget, whose keys are unique among those of the budget.
 
-        `labels` (B,) int64, -1 for none, and `captions` are what was asked for.
+        `labels` (B,) int64, -1 for none, and `captions` are the conditions.
         """
         self.check_size(list(images.shape[2:]))
         features = self._extractor(images)
@@ -94,12 +94,12 @@ class GenerationStatistics(BudgetStatistics[BudgetT]):
             self._add_values(budget, "clip_score", self._clip(images, captions))
 
     def _values_at(self, budget: BudgetT, real: KernelReference, kernel_seed: int) -> dict[str, float]:
-        """Each only where there are enough samples for it.
+        """Compute each metric that has enough samples.
 
-        The Frechet and the kernel distance; the inception score where the extractor has class logits, else the same
-        score of the classifier under its own name; precision, recall, density and coverage; and of the images for which
-        a class or a caption was asked, the share whose most probable class is that one, the share whose nearest class
-        mean is, and the mean CLIP score.
+        The metrics are the Frechet and the kernel distance; the inception score if the extractor has class logits, or
+        else the same score of the classifier under its own name; precision, recall, density and coverage. For images
+        with a class or a caption as condition they are also the share whose most probable class is that class, the
+        share whose nearest class mean is, and the mean CLIP score.
         """
         result = self._distances(budget, real, kernel_seed, paired=False)
         if self._scores and self._scores[budget].count:
@@ -112,8 +112,8 @@ class GenerationStatistics(BudgetStatistics[BudgetT]):
     def _add_agreement(self, budget: BudgetT, probabilities: Tensor, features: Tensor, labels: Tensor) -> None:
         if len(labels) and int(labels.max()) >= probabilities.shape[1]:
             raise ValueError(
-                f"label {int(labels.max())} is none of the {probabilities.shape[1]} classes of the classifier; use one "
-                "of the data's own classes, such as a probe"
+                f"label {int(labels.max())} is not among the {probabilities.shape[1]} classes of the classifier; use "
+                "one of the data's own classes, such as a probe"
             )
         judged = {"class_agreement": probabilities.argmax(1)}
         if self._probe is not None:

@@ -1,4 +1,4 @@
-"""A set of images that is measured as a whole: in a folder, in shards, or in a `.npz` file, also with statistics."""
+"""Measure a whole set of images from a folder, shards, or a `.npz` file, which may also hold statistics."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ MOMENTS = ("mu", "sigma")
 """Names of mean and covariance in a `.npz` file."""
 
 ONLY = 0
-"""The one budget of images that have none."""
+"""The single budget of images without budgets."""
 
 
 class ImageSet:
-    """A set of images, not yet read: statistics that someone took, or pictures to take them from, or both.
+    """A set of images, read later: given statistics, or pictures to compute them from, or both.
 
-    The source is one that `open_pictures` takes, or a `.npz` file with `mu` and `sigma` of the network's features,
-    which serve the Frechet distance. Pictures are cut to the centre and resized to `image_size`, or left as they are.
+    The source is one of `open_pictures`, or a `.npz` file with `mu` and `sigma` of the network's features, for the
+    Frechet distance. Pictures are cropped at the centre and resized to `image_size`, or left as they are.
     """
 
     def __init__(
@@ -53,15 +53,15 @@ class ImageSet:
             if self._moments.dim != network.dim:
                 raise ValueError(
                     f"{self._file} holds statistics of {self._moments.dim} features, but extractor={network.name!r} "
-                    f"has {network.dim}; choose the extractor that they were taken with"
+                    f"has {network.dim}; choose the extractor of the statistics"
                 )
         elif ARRAY not in arrays:
-            raise ValueError(f"{source} holds {sorted(arrays)}; needed are pictures ({ARRAY}) or mu and sigma")
+            raise ValueError(f"{source} holds {sorted(arrays)}; it needs pictures ({ARRAY}) or mu and sigma")
         if ARRAY in arrays:
             self._loader, self.num_pictures = open_pictures(source, image_size, batch_size, num_workers)
 
     def add_to(self, statistics: GenerationStatistics[int], side: Literal["images", "reference"]) -> dict[str, Any]:
-        """Measure the set, as the images of the budget `ONLY` or as the real ones; returns what records say of it."""
+        """Measure the set as images of the budget `ONLY` or as real ones; returns its facts for records."""
         features = statistics.real if side == "reference" else statistics.made[ONLY]
         facts: dict[str, Any] = {"source": self.source, "num_samples": None}
         if self._loader is not None:
@@ -77,7 +77,7 @@ class ImageSet:
                 ids += [key_hash(key) for key in keys]
             check_each_sample_once(torch.tensor(ids), self.num_pictures, False, self.source)
             if self.num_pictures < 2:
-                raise ValueError(f"{self.source} has {self.num_pictures} image; a distance needs two on either side")
+                raise ValueError(f"{self.source} has {self.num_pictures} image; a distance needs two on each side")
             facts |= {"num_samples": self.num_pictures, "pixels_hash": data_hash_text(digest)}
         if self._moments is not None:
             features.statistics = self._moments

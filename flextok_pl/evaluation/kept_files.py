@@ -1,4 +1,4 @@
-"""What evaluations keep on disk between runs, each in a file named after everything that its content depends on."""
+"""Keep files of evaluations between runs, each named by a hash of everything that its content depends on."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ T = TypeVar("T")
 
 
 def kept_file(folder: Path, prefix: str, identity: object) -> Path:
-    """The file of what depends on `identity`, made of JSON types."""
+    """Name the file of content that depends on `identity`, which consists of JSON types."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
     return folder / f"{prefix}{digest[:32]}.pt"
 
 
 def keep(file: Path, state: dict[str, Any]) -> None:
-    """Write tensors under a file's final name only when they are complete."""
+    """Write tensors; the file gets its name only when it is complete."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_file(file, buffer.getvalue())
 
 
 def load_kept(file: Path, restore: Callable[[dict[str, Any]], T]) -> T:
-    """What `restore` makes of the tensors of a file that `keep` wrote."""
+    """Apply `restore` to the tensors of a file that `keep` wrote."""
     try:
         return restore(torch.load(file, map_location="cpu", weights_only=True))
-    except Exception as error:  # the unpickler has no error of its own: damaged bytes raise whatever they lead to
+    except Exception as error:  # the unpickler has no error of its own: damaged bytes can raise anything
         raise ValueError(f"the cached {file} is damaged ({error!r}); delete the file") from error

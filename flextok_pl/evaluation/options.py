@@ -1,7 +1,7 @@
-"""The options of an evaluation by token budget: those of any, and those of reconstructions and of generated images.
+"""Options of evaluations by token budget: common ones, and those of reconstructions and of generated images.
 
-The callbacks `ReconstructionFID` and `GenerationFID` inherit them, so that the fields here are the keys of `rfid` and
-`gfid` in an experiment.
+The callbacks `ReconstructionFID` and `GenerationFID` inherit them, so the fields here are the keys of `rfid` and `gfid`
+in an experiment.
 """
 
 from __future__ import annotations
@@ -17,48 +17,48 @@ from flextok_pl.contracts import check_sampling, default_budgets
 from flextok_pl.flow.decoding import UNGUIDED, Decoding, chosen_decoding
 
 CACHE_DIR = "~/.cache/flextok_pl/statistics"
-"""Where statistics of real images and fitted probes are kept between runs."""
+"""Folder that keeps statistics of real images and fitted probes between runs."""
 
 PROBE = "probe"
-"""The classifier that is fitted to the data's own classes."""
+"""Name of the classifier that is fitted to the data's own classes."""
 
 
 @dataclass(eq=False)
 class EvaluationOptions:
-    """What every evaluation by token budget takes.
+    """Options of every evaluation by token budget.
 
     Args:
-        budgets: numbers of tokens of the full grid: a list, `all` for 1 to K, or null for the powers of two up to K.
-        fit_budgets: those measured during a fit; null for the smallest, the middle and the largest of `budgets`.
+        budgets: numbers of tokens to measure: a list, `all` for 1 to K, or null for the powers of two up to K.
+        fit_budgets: budgets during a fit; null for the smallest, the middle and the largest of `budgets`.
         extractor: feature network: `effnet-lite0` or `effnet-lite2` (offline), `inception-v3-compat` (FID), `dinov2-*`
             or `clip-*`.
-        weights: a local file with the extractor's weights; null for the packaged or downloaded ones. CLIP's is OpenAI's
-            own file and no other, since it is a program.
-        num_steps: steps of the decoder's solver; null for those that the tokenizer was made for, or else 25.
-        guidance: of the decoder: `none`, `cfg` or `apg`; null for the tokenizer's own, or else none.
-        guidance_scale: its scale; 1 is no guidance; null for the tokenizer's own, or else 1.
-        guidance_interval: (low, high]: flow times at which to guide, 1 being noise; null for all of them, [0, 1].
+        weights: local file with the extractor's weights; null for the packaged or downloaded ones. For CLIP it must be
+            OpenAI's own file, because it is a program.
+        num_steps: steps of the decoder's solver; null for the tokenizer's own, or else 25.
+        guidance: guidance of the decoder: `none`, `cfg` or `apg`; null for the tokenizer's own, or else none.
+        guidance_scale: strength of the guidance, 1 for none; null for the tokenizer's own, or else 1.
+        guidance_interval: (low, high]: flow times at which to guide, 1 being noise; null for all, [0, 1].
         decode_batch_size: images decoded at a time, of several budgets together; fewer need less memory. Null for a
-            batch of one budget on a CPU, and on a GPU for as many images as have two million pixels, if that is more.
+            batch of one budget on a CPU, and on a GPU for at least two million pixels.
         every_n_validations: during a fit, measure in every n-th validation; 0 for never.
         max_samples: during a fit, measure about this many samples, a fixed choice by key; null for all.
-        seed: of tokens, noise and the kernel distance's subsets.
+        seed: seed of tokens, noise and the kernel distance's subsets.
         grid_samples: rows of the grid picture, a fixed choice.
-        output_dir: where files go; null for the trainer's log directory.
-        cache_dir: where statistics of real images are kept between runs, under a hash of data and extractor; null for
-            nowhere. Needs a data module with `data_hash(split)`.
-        save_every_minutes: how often a test, or a validation outside a fit, stores its state in `cache_dir`, where it
-            goes on when it was killed and is started again; null for never.
+        output_dir: folder for the results; null for the trainer's log directory.
+        cache_dir: folder that keeps statistics of real images between runs, under a hash of data and extractor; null
+            keeps none. Needs a data module with `data_hash(split)`.
+        save_every_minutes: how often a test, or a validation outside a fit, saves its state in `cache_dir`. A killed
+            one resumes from there when started again. Null for never.
         every_n_epochs: the former name of `every_n_validations`.
 
     Raises:
-        ValueError: an option is out of range, or names what is not there.
+        ValueError: an option is out of range, or names something that does not exist.
     """
 
     name: ClassVar[str]
-    """Of the group of options, and of the files of results."""
+    """Name of the group of options, and of the files of results."""
     free: ClassVar[tuple[str, ...]] = ("output_dir", "save_every_minutes", "decode_batch_size")
-    """Options with which a killed evaluation may go on differently."""
+    """Options that may change when a killed evaluation resumes."""
 
     budgets: list[int] | Literal["all"] | None = None
     fit_budgets: list[int] | None = None
@@ -95,14 +95,14 @@ class EvaluationOptions:
         self.every_n_validations = validations_between(self.every_n_validations, self.every_n_epochs)
 
     def require_positive(self, *names: str) -> None:
-        """Refuse numbers below 1 where they are given."""
+        """Refuse given numbers below 1."""
         for name in names:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
 
     def decoding_of(self, tokenizer: Any) -> Decoding:
-        """How a tokenizer decodes its tokens: as these options say, or else as it was made for."""
+        """The decoding of a tokenizer: by these options, or else the tokenizer's own."""
         given = {each.name: getattr(self, each.name) for each in fields(Decoding) if each.name != "solver"}
         return chosen_decoding(getattr(tokenizer, "config", None), UNGUIDED, **given)
 
@@ -113,11 +113,11 @@ class EvaluationOptions:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The options on which a killed evaluation depends."""
+        """The options that must not change when a killed evaluation resumes."""
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in self.free}
 
     def budgets_up_to(self, num_registers: int, in_fit: bool) -> list[int]:
-        """The budgets to measure of a tokenizer with K registers, in ascending order."""
+        """The budgets to measure for a tokenizer with K registers, in ascending order."""
         all_budgets = list(range(1, num_registers + 1)) if self.budgets == "all" else self.budgets
         grid = sorted(all_budgets or default_budgets(num_registers))
         for_fit = sorted(self.fit_budgets or {grid[0], grid[len(grid) // 2], grid[-1]})
@@ -132,14 +132,14 @@ class EvaluationOptions:
 
 @dataclass(eq=False)
 class ReconstructionOptions(EvaluationOptions):
-    """What an evaluation of reconstructions takes.
+    """Options of an evaluation of reconstructions.
 
     Args:
         lpips: true for LPIPS with downloaded AlexNet weights, or a path to them; needs images of 32 px or more.
         dreamsim: `ensemble` for DreamSim as in its paper, or another network of the package `dreamsim`; null for none.
-        dreamsim_weights: the folder with its unpacked weights; null for the downloaded ones.
-        num_seeds: outside a fit, decode from this many seeds; above 1 the pixels' mean variance over them is measured,
-            all else on the first.
+        dreamsim_weights: folder with its unpacked weights; null for the downloaded ones.
+        num_seeds: number of seeds to decode from outside a fit. Above 1 the pixels' mean variance over them is
+            measured; all other metrics use the first.
     """
 
     name: ClassVar[str] = "rfid"
@@ -157,30 +157,31 @@ class ReconstructionOptions(EvaluationOptions):
 
 @dataclass(eq=False)
 class GenerationOptions(EvaluationOptions):
-    """What an evaluation of generated images takes.
+    """Options of an evaluation of generated images.
 
     Args:
-        reference: a `.npz` file with `mu` and `sigma` of real images, or with pictures as `arr_0`, or both, as guided
-            diffusion publishes for ImageNet; null for the real images of the split. Statistics serve the Frechet
-            distance, pictures all else.
-        conditions: `balanced`: class i, i + 1, ... in turn; `data`: for each real image one with its class or caption.
-            Captions are always those of the data.
-        num_samples: images to generate for balanced classes or without conditions; null for as many as are real.
+        reference: `.npz` file with `mu` and `sigma` of real images, or with pictures as `arr_0`, or both, as guided
+            diffusion publishes for ImageNet; null for the real images of the split. Statistics are for the Frechet
+            distance, pictures for all other metrics.
+        conditions: `balanced` takes class i, i + 1, ... in turn; `data` takes each real image's class or caption.
+            Captions always come from the data.
+        num_samples: images to generate for balanced classes or without conditions; null for as many as there are real
+            ones.
         batch_size: images generated at a time.
         cfg_scale: guidance of the prior, 1 for none: a number, or numbers to interpolate over the token positions.
-        temperature: of the prior's distribution.
+        temperature: temperature of the prior.
         top_k: draw from the k most likely tokens; null for all.
-        top_p: draw from the fewest most likely tokens that have this probability together; null for all.
-        classifier: judges whether an image shows its class: `probe`, a linear classifier that is fitted to the
-            extractor's features of `classifier_data` and of its reconstructions, or a timm model whose classes are the
-            data's; null for none.
+        top_p: draw from the fewest most likely tokens that together have this probability; null for all.
+        classifier: judge of whether an image shows its class: `probe`, a linear classifier fitted to the extractor's
+            features of `classifier_data` and of its reconstructions, or a timm model with the data's classes; null for
+            none.
         classifier_data: shard set of real images with classes, for the probe.
         classifier_weights: local weights file of a timm classifier.
         clip: Hub id or folder of a CLIP model, to score images against captions; null for none.
-        shown: conditions of the grid picture's rows: class numbers, class names, or texts; null for classes evenly
-            spread, or for the first captions.
-        images_dir: outside a fit, write each generated image there, into a folder for each budget: PNG files named
-            after their keys, which `flextok fid` and other evaluators read; null for nowhere.
+        shown: conditions of the grid picture's rows: class numbers, class names, or texts; null for evenly spread
+            classes, or for the first captions.
+        images_dir: folder for the generated images outside a fit, with a subfolder for each budget; null for none. They
+            are PNG files named after their keys, which `flextok fid` and other evaluators read.
     """
 
     name: ClassVar[str] = "gfid"
@@ -209,8 +210,8 @@ class GenerationOptions(EvaluationOptions):
         check_probe(self.classifier, self.classifier_data)
         if self.reference is not None and Path(self.reference).suffix != ".npz":
             raise ValueError(
-                f"reference={str(self.reference)!r} must be a .npz file; evaluate a split of other images to measure "
-                "against those, and leave it out"
+                f"reference={str(self.reference)!r} must be a .npz file; to measure against other images, evaluate a "
+                "split of them and leave reference out"
             )
 
 
@@ -219,12 +220,12 @@ def check_probe(classifier: str | None, classifier_data: str | None) -> None:
     if (classifier == PROBE) != (classifier_data is not None):
         raise ValueError(
             f"classifier={classifier!r} and classifier_data={classifier_data!r}: a probe needs real images with "
-            "classes, another classifier none"
+            "classes, and other classifiers take none"
         )
 
 
 def validations_between(every_n_validations: int, every_n_epochs: int | None) -> int:
-    """The number given as `every_n_validations`, or by its former name."""
+    """The value of `every_n_validations`, or of its former name."""
     if every_n_epochs is not None:
         warnings.warn(
             f"every_n_epochs={every_n_epochs} is now called every_n_validations, and counts validations; rename it",

@@ -1,4 +1,4 @@
-"""The pictures that show results: grids of images under headings, and figures.
+"""Draw the pictures of results: grids of images under headings, and figures.
 
 B images, H x W pixels.
 """
@@ -28,10 +28,8 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 def image_grid(columns: Iterable[tuple[str | int, Tensor]], names: Sequence[str] | None = None) -> Tensor:
     """Draw (B, 3, H, W) images, floating point in [-1, 1] or uint8, as columns under headings: (3, H', W') uint8.
 
-    Grey ones, (B, 1, H, W), are drawn too, and of more channels the first three.
-
-    A heading that is a number is a token budget. `names` are those of the B rows; long ones are broken into lines, and
-    cut where they do not fit.
+    Grey images, (B, 1, H, W), are drawn too; of more than 3 channels the first three are drawn. A heading that is a
+    number is a token budget. `names` label the B rows; long ones are broken into lines, and cut if they do not fit.
     """
     headed = [(f"k={heading}" if isinstance(heading, int) else heading, images) for heading, images in columns]
     batch, _, height, width = shape = headed[0][1].shape
@@ -59,7 +57,7 @@ def image_grid(columns: Iterable[tuple[str | int, Tensor]], names: Sequence[str]
 
 
 def same_size(images: Sequence[Tensor]) -> Tensor:
-    """Images (C, H, W) uint8, each of its own size, as (B, C, H, W) of the largest: others lie on white."""
+    """Pad images (C, H, W) uint8 of any sizes with white to the largest: (B, C, H, W)."""
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
     framed = []
     for image in images:
@@ -70,14 +68,14 @@ def same_size(images: Sequence[Tensor]) -> Tensor:
 
 
 def figure_to_image(figure: Figure) -> Tensor:
-    """Draw a matplotlib figure: (3, H, W) uint8."""
+    """Render a matplotlib figure: (3, H, W) uint8."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]
     return torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].copy()).permute(2, 0, 1)  # type: ignore[no-untyped-call]
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Draw a matplotlib figure into a PNG file."""
+    """Write a matplotlib figure as a PNG file."""
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png")
 

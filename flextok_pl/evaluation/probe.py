@@ -1,6 +1,6 @@
-"""A classifier for the classes of any shard set: a linear probe on an extractor's features, fitted once and kept.
+"""Fit a linear probe on an extractor's features to the classes of any shard set, once, and keep it.
 
-It learns from real images and from their reconstructions. From real ones alone it would take the decoder's look, which
+It learns from real images and their reconstructions. From real images alone it would mistake the decoder's look, which
 all generated images share, for the mark of some class.
 """
 
@@ -27,21 +27,21 @@ from flextok_pl.metrics.linear_probe import LinearProbe
 from flextok_pl.progress import announced
 
 VERSION = 2
-"""Of what a kept probe was fitted to; a new one where that changes for the same key."""
+"""Version of a probe's training data; increase it if they change for the same key."""
 
 PROBE_SEED = 0
-"""Of the noise that reconstructions are decoded from, where runs of different seeds are to have the same probe."""
+"""Seed of the noise for reconstructions, so that runs of different seeds have the same probe."""
 
 NONE = torch.zeros(0, dtype=torch.int64)
 
 
 def probe_data(source: str, image_size: ImageSize, classes: Sequence[str] = ()) -> ShardDataModule:
-    """The images that a probe is fitted to, as the test set; see `fitted_probe`."""
+    """Open the images for a probe as a test set; see `fitted_probe`."""
     data = ShardDataModule(test=source, image_size=image_size, eval_batch_size=64, num_workers=0)
     index = data.shard_set("test").indices[0]
     if "image" not in index.fields or not index.classes:
         raise ValueError(
-            f"classifier_data={source!r} holds {list(index.fields)} and {len(index.classes)} classes: a probe needs "
+            f"classifier_data={source!r} holds {list(index.fields)} and {len(index.classes)} classes; a probe needs "
             "images with classes"
         )
     difference = class_difference(classes, index.classes) if classes else None
@@ -63,7 +63,7 @@ def tokenizer_probe(
     cache_dir: Path | None,
     classes: Sequence[str] = (),
 ) -> LinearProbe:
-    """The `fitted_probe` for images of a tokenizer that are decoded in this way, on the extractor's device."""
+    """A `fitted_probe` for a tokenizer's images, decoded in this way, on the extractor's device."""
 
     def reconstruct(images: Tensor, keys: list[str]) -> Tensor:
         tokens = tokenizer.tokenize(images.to(extractor.device))
@@ -89,10 +89,10 @@ def fitted_probe(
     cache_dir: Path | None,
     classes: Sequence[str] = (),
 ) -> LinearProbe:
-    """Fit a probe, or take the one that was fitted to the same images before. All processes must call it.
+    """Fit a probe, or load the one that was fitted to the same images before. All processes must call it.
 
     `reconstruct` turns (B, 3, H, W) in [-1, 1] and their keys into uint8 reconstructions, and `made_by`, of JSON types,
-    identifies it. `classes` are the names of the classes to tell apart; empty where they are not known.
+    identifies it. `classes` are the names of the expected classes; empty if they are unknown.
     """
     data = probe_data(source, image_size, classes)
     key = [VERSION, data.data_hash("test"), extractor.name, extractor.weights_hash, extractor.resize, *made_by]

@@ -1,4 +1,4 @@
-"""What a record states beside its value: the networks, the model, the decoding and the software that made it."""
+"""State the protocol of a number in its record: the networks, the model, the decoding and the software."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flextok_pl.flow.decoding import Decoding
 
 
 def extractor_facts(extractor: FeatureExtractor) -> dict[str, str]:
-    """What records state of the network whose features are compared."""
+    """Facts of a feature network for records."""
     return {
         "extractor": extractor.name,
         "extractor_weights_hash": extractor.weights_hash,
@@ -27,21 +27,21 @@ def extractor_facts(extractor: FeatureExtractor) -> dict[str, str]:
 
 
 def decoding_facts(tokenizer: Reconstructor, decoding: Decoding) -> dict[str, Any]:
-    """How a tokenizer decodes when asked to decode so; one that regresses takes one step, unguided."""
+    """The decoding that a tokenizer really uses for these options: with objective `mse` one step, unguided."""
     config = getattr(tokenizer, "config", None)
     return decoding.under(getattr(config, "objective", "flow")).facts
 
 
 def bits_per_token(tokenizer: Reconstructor) -> float | None:
-    """log2 of the vocabulary, the most that a token can say; None where the tokenizer does not state it."""
+    """log2 of the vocabulary, the most information of a token; None if the tokenizer does not state it."""
     vocab_size = getattr(getattr(tokenizer, "config", None), "vocab_size", None)
     return None if vocab_size is None else math.log2(vocab_size)
 
 
 def model_hashes(tokenizer: object, prior: object = None) -> dict[str, str]:
-    """`weights_hash` of those that have weights, and the commit of those that the Hub has.
+    """`weights_hash` of each model with weights, and the commit of each model from the Hub.
 
-    A tokenizer's decoder counts, as it makes the images.
+    A tokenizer's hash includes the decoder, because it makes the images.
     """
     parts = {"tokenizer": tokenizer, "prior": prior}
     hashes = {f"{name}_hash": weights_hash(part) for name, part in parts.items() if isinstance(part, nn.Module)}
@@ -50,12 +50,12 @@ def model_hashes(tokenizer: object, prior: object = None) -> dict[str, str]:
 
 
 def data_hash_text(total: int) -> str:
-    """The hash of pixels and keys, as records state it."""
+    """Format the hash of pixels and keys for records."""
     return f"{total % 2**64:016x}"
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that a number depends on, and the commit where they run from a checkout."""
+    """Versions of the packages that a number depends on, and the commit if they run from a checkout."""
     found = {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
     for package in ("flextok_pl", "lightning", "torchmetrics", "torch-fidelity"):
         try:

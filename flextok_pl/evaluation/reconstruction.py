@@ -1,6 +1,6 @@
-"""Reconstructions at several token budgets: feature distances, and errors of pixels and perception.
+"""Evaluate reconstructions at several token budgets: feature distances, and errors of pixels and perception.
 
-Each image is tokenized once and decoded at every budget from noise that depends on the seed and its key only, so that
+Each image is tokenized once and decoded at every budget from noise that depends on the seed and its key only. So
 results do not depend on batch size, workers or ranks.
 """
 
@@ -32,10 +32,10 @@ from flextok_pl.metrics.feature_set import FeatureSet
 from flextok_pl.metrics.images import to_uint8
 
 EXTREMES = 3
-"""Images shown from either end."""
+"""Images shown from each end."""
 
 ENDS = {"best": 1, "worst": -1}
-"""Name -> sign of the error by which they are ordered."""
+"""Name of an end -> sign of the error for sorting."""
 
 
 class ReconstructionEvaluation(BudgetEvaluation):
@@ -47,7 +47,7 @@ class ReconstructionEvaluation(BudgetEvaluation):
 
     options: ReconstructionOptions
     statistics: ReconstructionStatistics[int]
-    extremes: dict[str, list[GridRow]]  # end and budget -> the rows of which it is the end
+    extremes: dict[str, list[GridRow]]  # end and budget -> its rows
 
     def __init__(self, options: ReconstructionOptions, device: torch.device | str = "cpu") -> None:
         super().__init__(options, device)
@@ -76,7 +76,7 @@ class ReconstructionEvaluation(BudgetEvaluation):
         seeds = range(options.seed, options.seed + (1 if self.context.in_fit else options.num_seeds))
         decodings = [self._decoded(tokens, keys, self.budgets, seed, size) for seed in seeds]
         shown: dict[int, Tensor] = {}
-        errors: dict[int, Tensor] = {}  # squared ones of what is shown, (B,)
+        errors: dict[int, Tensor] = {}  # squared errors of the shown budgets, (B,)
         for (budget, pixels), *others in zip(*decodings, strict=True):
             from_other_noise = [other for _, other in others]
             measured = self.statistics.update_reconstructions(budget, originals, pixels, keys, from_other_noise)
@@ -87,7 +87,7 @@ class ReconstructionEvaluation(BudgetEvaluation):
     def _keep_pictures(
         self, keys: Sequence[str], originals: Tensor, shown: dict[int, Tensor], errors: dict[int, Tensor]
     ) -> None:
-        """Keep the first images by key, and those with the smallest and the largest errors, of those seen so far."""
+        """Keep the first images by key, and those with the smallest and the largest errors so far."""
         orders = [key_hash(key, "grid") for key in keys]
         for i in places_of(self.rows, orders, self.options.grid_samples):
             images = torch.stack([originals[i], *(pixels[i] for pixels in shown.values())]).cpu()

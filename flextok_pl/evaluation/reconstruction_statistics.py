@@ -1,4 +1,4 @@
-"""Reconstruction quality at several token budgets, accumulated batch by batch and added up over processes.
+"""Reconstruction quality at several token budgets, accumulated over batches and summed over processes.
 
 B images, N of all batches and processes, H x W pixels, D features.
 """
@@ -22,10 +22,10 @@ from flextok_pl.precision import as_float64
 
 
 class PairDistance(Protocol):
-    """How far each image is from another: a function, or a network, which records then name."""
+    """Distance between paired images: a function, or a network, which records then name."""
 
     def __call__(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 twice -> (B,) float64."""
+        """Two (B, 3, H, W) uint8 -> (B,) float64."""
 
 
 class ImageMoments:
@@ -36,7 +36,7 @@ class ImageMoments:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # (C, H, W) -> (images, the sum of the squares of their pixels), and the sum of the images.
+        # (C, H, W) -> (number of images, sum of their squared pixels), and the sum of the images.
         self._sums: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     def _of(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ class ImageMoments:
         self._sums[shape] = totals, total + as_float64(images.sum(0, dtype=torch.int64)).to(self._device) / 255
 
     def all_reduce(self) -> None:
-        """Replace these moments by those of the images of all processes."""
+        """Merge the moments of all processes."""
         shapes = sorted({shape for part in gather_objects(list(self._sums)) for shape in part})
         for shape in shapes:
             totals, total = self._of(shape)
@@ -62,13 +62,13 @@ class ImageMoments:
         return {"sums": self._sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what other moments had summed up."""
+        """Restore saved moments."""
         sums = state["sums"].items()
         self._sums = {shape: (a.to(self._device), b.to(self._device)) for shape, (a, b) in sums}
 
     @property
     def variance(self) -> float:
-        """Mean over images of the mean square of their pixels' distance from those of the mean image (divisor N)."""
+        """Mean over images of the mean squared distance of their pixels from the mean image's (divisor N)."""
         number, variance = sum(float(totals[0]) for totals, _ in self._sums.values()), 0.0
         for (count, squares), total in self._sums.values():
             mean = total / count
@@ -77,9 +77,9 @@ class ImageMoments:
 
 
 class ReconstructionStatistics(BudgetStatistics[BudgetT]):
-    """Everything that per-budget reconstruction metrics need; see `BudgetStatistics`.
+    """Statistics for all per-budget reconstruction metrics; see `BudgetStatistics`.
 
-    `perceptual` names the distances whose mean over images is taken.
+    `perceptual` names the distances whose mean over images is computed.
     """
 
     several_sizes: ClassVar[bool] = True
@@ -122,7 +122,7 @@ class ReconstructionStatistics(BudgetStatistics[BudgetT]):
     ) -> dict[str, Tensor]:
         """Add reconstructions at one budget, (B, 3, H, W) uint8 like their originals; returns (B,) errors by name.
 
-        Those from other noise serve the variance of pixels over noise.
+        Reconstructions from further seeds are used only for the variance of pixels over noise.
         """
         errors = image_errors(originals, reconstructions)
         for name, distance in self._perceptual.items():
@@ -136,7 +136,7 @@ class ReconstructionStatistics(BudgetStatistics[BudgetT]):
         return errors
 
     def _values_at(self, budget: BudgetT, real: KernelReference, kernel_seed: int) -> dict[str, float]:
-        """Distances first (absent below two images), then pixel metrics as means over images."""
+        """Distances (absent below two images), then pixel metrics as means over images."""
         result = self._distances(budget, real, kernel_seed, paired=True) | self._means(budget)
         variance = self._originals.variance
         if variance > 0:

@@ -1,4 +1,4 @@
-"""Results on the terminal and on disk. A record is one number with the protocol that made it."""
+"""Write results to the terminal and to disk. A record is one number with its protocol."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from torch import Tensor
 
 from flextok_pl.evaluation.pictures import save_figure, save_png
 from flextok_pl.files import write_file
-from flextok_pl.records import Record as Record  # for those who take results from here
+from flextok_pl.records import Record as Record  # re-exported
 from flextok_pl.records import read_records as read_records
 
 
 @dataclass(frozen=True)
 class Results:
-    """What an evaluation has found."""
+    """The results of an evaluation."""
 
     values: dict[int, dict[str, float]]  # budget -> metric -> value
-    protocol: dict[str, Any]  # what all records state beside their value
-    by_metric: dict[str, dict[str, Any]]  # metric -> what only its records state
+    protocol: dict[str, Any]  # facts that all records state
+    by_metric: dict[str, dict[str, Any]]  # metric -> facts that only its records state
     pictures: dict[str, Tensor]  # file name -> (3, H, W) uint8
     title: str  # what was measured, and how, in a few words
-    notes: list[str]  # what a reader of the numbers has to know
+    notes: list[str]  # remarks for readers of the numbers
 
     @property
     def metrics(self) -> list[str]:
@@ -42,13 +42,13 @@ class Results:
         return [r if bits is None else {**r, "bits_per_image": r["num_tokens"] * bits} for r in records]
 
     def table(self, folder: Path) -> str:
-        """The values as text, and where the rest was written."""
+        """The values as text, and the folder of the rest."""
         rows = [[str(k), *(format_value(found[m]) for m in self.metrics)] for k, found in self.values.items()]
         table = format_columns([["tokens", *self.metrics], *rows])
         return "\n".join([table, f"{self.title}; protocol and pictures: {folder}", *self.notes])
 
     def write(self, folder: Path, name: str, whole: bool = True) -> None:
-        """Write the records and the pictures, and of a whole evaluation a table and charts, too."""
+        """Write the records and the pictures; for a whole evaluation also a table and charts."""
         write_json(self.records, folder / f"{name}.json")
         for file, picture in self.pictures.items():
             save_png(picture, folder / file)
@@ -63,7 +63,7 @@ class Results:
 def make_records(
     values: Mapping[int, Mapping[str, float]], protocol: Mapping[str, Any], extra: Mapping[str, Mapping[str, Any]]
 ) -> list[Record]:
-    """One record per budget and metric, with the protocol and what `extra` has for its metric."""
+    """One record per budget and metric, with the protocol and the facts in `extra` of its metric."""
     return [
         {"metric": metric, "value": value, "num_tokens": budget, **protocol, **extra.get(metric, {})}
         for budget, metrics in values.items()
@@ -72,7 +72,7 @@ def make_records(
 
 
 def format_columns(rows: Sequence[Sequence[str]]) -> str:
-    """Lines of right-aligned columns, the first under a rule."""
+    """Align columns to the right, with a rule under the first line."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
@@ -80,7 +80,7 @@ def format_columns(rows: Sequence[Sequence[str]]) -> str:
 
 
 def protocol_differences(first: Record, second: Record) -> dict[str, tuple[Any, Any]]:
-    """What two records of a metric state differently beside the value, by dotted name; what one lacks is None there."""
+    """Entries, except the value, in which two records of a metric differ, by dotted name; None for a missing one."""
     one, two = _flat(first), _flat(second)
     names = [name for name in dict.fromkeys([*one, *two]) if name != "value"]
     return {name: (one.get(name), two.get(name)) for name in names if one.get(name) != two.get(name)}
@@ -120,7 +120,7 @@ def draw_budgets(values: Mapping[int, Mapping[str, float]], axis: str = "tokens"
 
 
 def plot_budgets(values: Mapping[int, Mapping[str, float]], title: str, path: Path) -> None:
-    """Write what `draw_budgets` draws as PNG."""
+    """Write the figure of `draw_budgets` as PNG."""
     figure, _ = draw_budgets(values)
     figure.suptitle(title, fontsize=10)
     save_figure(figure, path)

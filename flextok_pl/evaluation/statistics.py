@@ -1,4 +1,4 @@
-"""What reconstructions and generated images have in common: features and means by token budget, beside real features.
+"""Base of the statistics of reconstructions and generated images: features and means by token budget.
 
 B images, D features.
 """
@@ -21,25 +21,25 @@ from flextok_pl.metrics.kernel import KernelReference, kernel_distance, kernel_f
 from flextok_pl.precision import as_float64, summing_device
 
 ON_DEVICE = 2**31
-"""Most bytes of scatter matrices and pools on the extractor's device, those of 27 budgets of Inception.
+"""Most bytes of scatter matrices and pools on the extractor's device: those of 27 budgets of Inception.
 
-More are kept on the CPU.
+Larger ones are kept on the CPU.
 """
 
 BudgetT = TypeVar("BudgetT")
-"""A number of tokens; or what else tells sets of made images apart, such as a number of tokens and how to decode it."""
+"""A number of tokens, or another label of a set of made images, such as a number of tokens and a decoding."""
 
 
 class BudgetStatistics(ABC, Generic[BudgetT]):
-    """Features of real images, and at each budget features of made images and sums of values per image.
+    """Features of real images, and for each budget features of made images and sums of values per image.
 
-    The pool fractions are the shares of images whose features are kept for the kernel distance; None is the same for
-    real images. `real` has the features of all real images from an earlier run. `names` are those of the values whose
-    means over images are taken. What else is summed up over batches and processes, and saved, is in `_further`.
+    The pool fractions are the shares of images whose features are kept for the kernel distance; None uses that of real
+    images. `real` has the features of all real images from an earlier run. `names` are the values whose means over
+    images are computed. `_further` holds other sums over batches and processes that are saved.
 
-    `several_sizes` says whether images of several sizes make sense: where each is compared with its own original.
+    `several_sizes` allows images of several sizes, which makes sense if each is compared with its own original.
 
-    What is summed up stays on `home`, so that adding made images does not wait for a device.
+    Sums stay on `home`, so that adding made images does not wait for a device.
     """
 
     several_sizes: ClassVar[bool] = False
@@ -69,22 +69,22 @@ class BudgetStatistics(ABC, Generic[BudgetT]):
 
     @property
     def image_size(self) -> list[Any]:
-        """[H, W] of all images; of several sizes the list of them; empty before the first."""
+        """[H, W] of all images; a list of them for several sizes; empty before the first image."""
         return self.image_sizes[0] if len(self.image_sizes) == 1 else self.image_sizes
 
     @property
     def num_images(self) -> int:
-        """Made images that every budget has."""
+        """Number of made images for every budget."""
         return min(features.statistics.count for features in self.made.values())
 
     @property
     def how(self) -> dict[str, dict[str, Any]]:
-        """Metric -> what its records say of how it was computed."""
+        """Metric -> facts for its records on how it was computed."""
         smallest = min(features.pool_size for features in (self.real, *self.made.values()))
         return {self._extractor.kernel_metric_name: {"kernel": kernel_facts(smallest)}}
 
     def values(self, kernel_seed: int = 0) -> dict[BudgetT, dict[str, float]]:
-        """Metrics by budget; all processes must call it, and each computes those of some budgets."""
+        """Compute metrics by budget; all processes must call it, and each computes those of some budgets."""
         real = KernelReference(self.real.pool().to(self.home))
         mine = list(self.made)[rank() :: world_size()]
         parts = gather_objects({budget: self._values_at(budget, real, kernel_seed) for budget in mine})
@@ -93,7 +93,7 @@ class BudgetStatistics(ABC, Generic[BudgetT]):
 
     @abstractmethod
     def _values_at(self, budget: BudgetT, real: KernelReference, kernel_seed: int) -> dict[str, float]:
-        """Metrics at one budget, beside the pool of real images."""
+        """Compute metrics at one budget against the pool of real images."""
 
     def update_real(self, images: Tensor, keys: Sequence[str]) -> None:
         """Add (B, 3, H, W) uint8 real images with their keys."""
@@ -103,14 +103,14 @@ class BudgetStatistics(ABC, Generic[BudgetT]):
             add_features(self.real, self._extractor(images), keys, self._real_pool_fraction)
 
     def check_size(self, size: list[int]) -> None:
-        """Take images of this [H, W], where it is not empty; only one is taken unless `several_sizes`."""
+        """Accept images of this [H, W], if it is not empty; only one size unless `several_sizes`."""
         if size and size not in self.image_sizes:
             if self.image_sizes and not self.several_sizes:
                 raise ValueError(f"images of {self.image_size} and {size} pixels are mixed; resize them to one size")
             self.image_sizes = sorted([*self.image_sizes, size])
 
     def all_reduce(self) -> None:
-        """Replace these statistics by those of all processes."""
+        """Merge the statistics of all processes."""
         for sizes in gather_objects(self.image_sizes):
             for size in sizes:
                 self.check_size(size)
@@ -125,7 +125,7 @@ class BudgetStatistics(ABC, Generic[BudgetT]):
             each.all_reduce()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything measured so far, as plain types and tensors that `load_state_dict` takes."""
+        """Everything measured so far, as plain types and tensors for `load_state_dict`."""
         return {
             "data_hash": self.data_hash,
             "sizes": self.image_sizes,
@@ -136,11 +136,11 @@ class BudgetStatistics(ABC, Generic[BudgetT]):
         }
 
     def has_all_of(self, state: Mapping[str, Any]) -> bool:
-        """Whether the features of real images that a state leaves out are known here."""
+        """Check that the features of real images that a state leaves out are known here."""
         return self._real_is_complete or state["real"] is not None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what statistics made with the same arguments had measured."""
+        """Continue from saved statistics that were made with the same arguments."""
         self.data_hash, self.image_sizes = state["data_hash"], state["sizes"]
         if not self._real_is_complete:
             self.real = FeatureSet.from_state_dict(state["real"], self.home)
@@ -150,13 +150,13 @@ class BudgetStatistics(ABC, Generic[BudgetT]):
             each.load_state_dict(state["further"][name])
 
     def _add_values(self, budget: BudgetT, name: str, values: Tensor, count: int | None = None) -> None:
-        """Add the values of (B,) images to their sum and count; where only `count` have one, the others are zero."""
+        """Add the values of (B,) images to their sum and count; if only `count` have one, the others are zero."""
         total = as_float64(values.sum()).to(self.home)
         number = torch.full_like(total, len(values) if count is None else count)
         self._sums[budget][name] = self._sums[budget][name] + torch.stack([total, number])
 
     def _distances(self, budget: BudgetT, real: KernelReference, kernel_seed: int, paired: bool) -> dict[str, float]:
-        """Frechet and kernel distance from the real images, each only where it has two samples on either side."""
+        """Frechet and kernel distance from the real images, each only with two samples on each side."""
         made, distances = self.made[budget], {}
         if min(self.real.statistics.count, made.statistics.count) > 1:
             distances[self._extractor.metric_name] = frechet_distance(self.real.statistics, made.statistics)
@@ -167,20 +167,20 @@ class BudgetStatistics(ABC, Generic[BudgetT]):
         return distances
 
     def _means(self, budget: BudgetT) -> dict[str, float]:
-        """Mean of each value that any image has."""
+        """Mean of each value that at least one image has."""
         totals = {name: total.tolist() for name, total in self._sums[budget].items()}
         return {name: total / count for name, (total, count) in totals.items() if count}
 
 
 def add_features(features: FeatureSet, rows: Tensor, keys: Sequence[str], pool_fraction: float) -> Tensor:
-    """Add (B, D) to one of the sets, and return the (B,) int64 ids that the keys stand for."""
+    """Add (B, D) to one of the sets, and return the (B,) int64 ids of the keys."""
     ids = torch.tensor([key_hash(key) for key in keys], dtype=torch.int64)
     features.update(rows, ids, choose_fraction(keys, pool_fraction, "pool"))
     return ids
 
 
 def check_each_sample_once(seen: Tensor, expected: int, may_stop_early: bool, source: str) -> int:
-    """Count the samples, whose hashed keys (N,) int64 all processes have seen, and refuse repeated or missing ones."""
+    """Count samples by their hashed keys (N,) int64 from all processes, and refuse repeated or missing ones."""
     repeated = len(seen) - len(torch.unique(seen))
     if repeated:
         raise RuntimeError(
@@ -189,7 +189,7 @@ def check_each_sample_once(seen: Tensor, expected: int, may_stop_early: bool, so
         )
     if len(seen) > expected or (len(seen) < expected and not may_stop_early):
         raise RuntimeError(
-            f"{source} gave {len(seen)} samples, {expected} were expected: evaluation must see each sample exactly "
+            f"{source} gave {len(seen)} samples instead of {expected}: evaluation must see each sample exactly "
             "once (no drop_last, no skipped errors); no number is reported"
         )
     return len(seen)

@@ -1,4 +1,4 @@
-"""Checkpoint formats, as translators: a file's metadata, tensor names and shapes to a configuration and names of ours.
+"""Translate checkpoint formats: a file's metadata, tensor names and shapes <-> our configuration and names.
 
 Tokenizers and priors are loaded and saved by `FlexTok` and `Prior` themselves, in any format listed here.
 """

@@ -1,4 +1,4 @@
-"""The configuration of an autoencoder: diffusers' `AutoencoderKL` config.json <-> `VAEConfig`."""
+"""Translate the configuration of an autoencoder: diffusers' `AutoencoderKL` config.json <-> `VAEConfig`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from flextok_pl.interop.plain_data import read_json
 DOWN_BLOCK, UP_BLOCK = "DownEncoderBlock2D", "UpDecoderBlock2D"
 _PIXEL_CLASS = "PixelAutoencoder"
 
-# What diffusers assumes for keys that a config.json leaves out.
+# Diffusers' defaults for keys that a config.json leaves out.
 _DEFAULTS: dict[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
@@ -30,15 +30,15 @@ _DEFAULTS: dict[str, Any] = {
     "use_post_quant_conv": True,
     "mid_block_add_attention": True,
 }
-# Hints for tiling and mixed precision: they change no weight and no result, nor do keys with an underscore.
+# Hints for tiling and mixed precision. Neither these nor keys with an underscore change weights or results.
 _IGNORED = frozenset({"sample_size", "force_upcast"})
 
 
 def read_vae_config(folder: Path) -> VAEConfig:
-    """The configuration of an autoencoder that this package or diffusers wrote to a folder."""
+    """Read the configuration of an autoencoder in a folder of this package or diffusers."""
     file = folder / "config.json"
     if not file.is_file():
-        raise ValueError(f"{folder} is no autoencoder: it has no config.json")
+        raise ValueError(f"{folder} is not an autoencoder: it has no config.json")
     values = read_json(file)
     if values.get("_class_name") == _PIXEL_CLASS:
         return config_from_dict(VAEConfig, {key: value for key, value in values.items() if key[:1] != "_"})
@@ -48,8 +48,8 @@ def read_vae_config(folder: Path) -> VAEConfig:
 def vae_config_from_diffusers(values: Mapping[str, Any]) -> VAEConfig:
     """Read the contents of any diffusers `AutoencoderKL` config.json.
 
-    A null `scaling_factor` or `shift_factor` becomes 1 or 0. ValueError for an unknown key, or for one that asks for
-    something our autoencoder cannot do.
+    A null `scaling_factor` or `shift_factor` becomes 1 or 0. Raises ValueError for an unknown key, or for one that our
+    autoencoder does not support.
     """
     name = values.get("_class_name", "AutoencoderKL")
     if name != "AutoencoderKL":
@@ -63,7 +63,7 @@ def vae_config_from_diffusers(values: Mapping[str, Any]) -> VAEConfig:
     if full.pop("out_channels") != full["image_channels"]:
         raise ValueError(
             f"out_channels={given.get('out_channels', 3)} differs from in_channels={full['image_channels']}, which is "
-            "not supported: an autoencoder gives images of the channels that it takes"
+            "not supported: an autoencoder must return as many channels as it takes"
         )
     for key in ("latents_mean", "latents_std"):
         if full.pop(key) is not None:
@@ -77,7 +77,7 @@ def vae_config_from_diffusers(values: Mapping[str, Any]) -> VAEConfig:
 
 
 def vae_config_to_diffusers(config: VAEConfig) -> dict[str, Any]:
-    """Arguments of diffusers' `AutoencoderKL`; for the kind `pixel`, what `read_vae_config` reads."""
+    """Arguments of diffusers' `AutoencoderKL`; for the kind `pixel`, the input of `read_vae_config`."""
     values = dataclasses.asdict(config)
     if config.kind == "pixel":
         return {"_class_name": _PIXEL_CLASS, **values}

@@ -1,9 +1,9 @@
-"""FlexAR releases: priors that EPFL and Apple published, as `model.safetensors` with `config.yaml` beside it.
+"""Read and write FlexAR releases: priors of EPFL and Apple, as `model.safetensors` with `config.yaml` beside it.
 
-Where our null class has an embedding of its own, the published model adds nothing to the start token. Written are the
-start token with that embedding and the classes less it, which makes the same sums but for rounding. The tensors as they
-were stand beside them under names that the published loader passes over, so that what is read is what was written; the
-states of the empty string, which it computes, likewise.
+Where our null class has its own embedding, the published model adds nothing to the start token. So we write the start
+token plus this embedding, and the classes minus it; the sums are the same up to rounding. The original tensors are
+written too, under names that the published loader ignores, so that reading returns exactly what was written. The same
+holds for the states of the empty string, which the published code computes.
 """
 
 import dataclasses
@@ -28,11 +28,11 @@ CONFIG = "config.yaml"
 
 _START = f"{PREPROCESSOR}sos_token_embed"
 _CLASSES = f"{PREPROCESSOR}cls_embedding.weight"
-_PASSED_OVER = ("image_tokenizer", "t5_embedder")  # parts of names; those networks come from repositories of their own
+_PASSED_OVER = ("image_tokenizer", "t5_embedder")  # parts of names; those networks have their own repositories
 _OWN_START = "models.image_tokenizer.flextok_pl.start"
 _OWN_CLASSES = "models.image_tokenizer.flextok_pl.class_embedding"
 _OWN_NULL_TEXT = "models.text_encoder.t5_embedder.flextok_pl.null_text"
-_PREFIXES = {  # start of a name in our state dict -> start of the published name
+_PREFIXES = {  # prefix of a name in our state dict -> prefix of the published name
     "token_embedding.": f"{PREPROCESSOR}embedding.",
     "positions": f"{PREPROCESSOR}positional_embedding",
     "class_embedding.weight": _CLASSES,
@@ -59,13 +59,15 @@ class FlexAR(Format[PriorConfig]):
     companion = CONFIG
 
     def recognises(self, file: TensorFile) -> bool:
-        """Whether there are tensors of the published model."""
+        """Check for tensors of the published model."""
         return any(name.startswith("models.ar_image_model.") for name in file.shapes)
 
     def read(self, file: TensorFile, vae_config: Mapping[str, Any] | str | Path | None = None) -> Contents[PriorConfig]:
         """Compare the configuration with the tensors; see `flextok_pl.interop.flexar_config`."""
         if CONFIG not in file.beside:
-            raise ValueError(f"there is no {CONFIG} beside it, which a FlexAR release has: tensors do not tell all")
+            raise ValueError(
+                f"there is no {CONFIG} beside it, which a FlexAR release needs: tensors do not show everything"
+            )
         config = read_config(Resolver(read_yaml(file.beside[CONFIG])), file.shapes, file.path.parent)
         if _OWN_CLASSES in file.shapes:
             config = dataclasses.replace(config, null_class="learned")
@@ -74,7 +76,7 @@ class FlexAR(Format[PriorConfig]):
         return Contents(config, partial(_source, config=config, there=file.shapes), _is_passed_over)
 
     def write(self, config: PriorConfig, weights: Mapping[str, Tensor]) -> Written:
-        """The published layout; ValueError for an option that its classes cannot express."""
+        """Write the published layout; ValueError for an option that its classes cannot express."""
         text = yaml.safe_dump(config_to_flexar(config), sort_keys=False)
         tensors: dict[str, Tensor] = {}
         for name, tensor in weights.items():
@@ -96,7 +98,7 @@ def _is_passed_over(name: str) -> bool:
 
 
 def _source(name: str, config: PriorConfig, there: Mapping[str, tuple[int, ...]]) -> str | Made:
-    """What a tensor of our state dict is in a release that has the tensors `there`."""
+    """Find or make a tensor of our state dict in a release with the tensors `there`."""
     if config.null_class == "learned" and config.num_classes and name in ("start", "class_embedding.weight"):
         return Made((_OWN_START, _OWN_CLASSES, _START, _CLASSES), partial(_with_null, name == "start"))
     if name == "start":
@@ -137,13 +139,13 @@ def _joined(*parts: Tensor) -> Tensor:
 
 
 def _without_null(start: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Start token (D,) and embeddings (C + 1, D), the null class last -> those of a model that adds nothing for it."""
+    """Convert start token (D,) and embeddings (C + 1, D), null class last, to a model that adds nothing for null."""
     return (start + classes[-1]).view(1, 1, -1), classes[:-1] - classes[-1]
 
 
 def _with_null(wants_start: bool, start: Tensor, classes: Tensor, theirs: Tensor, their_classes: Tensor) -> Tensor:
-    """Our start token or embeddings, unless those of the published model are not made of them."""
+    """Our start token or embeddings; refuses them if the published model's are not made of them."""
     made = _without_null(start, classes)
     if not start.is_meta and not all(map(torch.equal, made, (theirs, their_classes))):
-        raise ValueError(f"{_OWN_START} and {_OWN_CLASSES} are not those of {_START} and {_CLASSES}: remove the former")
+        raise ValueError(f"{_OWN_START} and {_OWN_CLASSES} do not fit {_START} and {_CLASSES}: remove the former")
     return start if wants_start else classes

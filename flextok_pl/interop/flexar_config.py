@@ -1,7 +1,7 @@
-"""The configuration of a FlexAR release, config.yaml, compared with its tensors -> `PriorConfig`.
+"""Read the configuration of a FlexAR release, config.yaml, and compare it with its tensors -> `PriorConfig`.
 
-What tensors show they decide. The configuration is for what they cannot show; where it says something of what they show
-it must say the same, and where both are silent the release is refused. Defaults are those of the published classes
+Tensors decide everything that they show; there the configuration must agree or be silent. It decides everything else;
+if it is silent on that too, the release is refused. Defaults are those of the published classes
 (https://github.com/apple/ml-l3m/tree/e6376a3 and https://github.com/EPFL-VILAB/search-over-tokens/tree/e7564c5).
 """
 
@@ -19,23 +19,23 @@ PREPROCESSOR = "models.ar_image_model.preprocessor."
 POST_TRUNK = "models.ar_image_model.trunk.post_trunk_norm."
 HEAD = "models.ar_image_model.head."
 TEXT_MLP = "models.text_encoder.mlp."
-TOKENIZER = "EPFL-VILAB/flextok_d18_d28_dfn"  # where a release names none
-LONGEST_TEXT = 512  # tokens, to which the tokenizers of T5 cut where there is no limit
-NOTES = ("tokenizer", "started_from")  # options of ours that stand, with class_names, under the key flextok_pl
+TOKENIZER = "EPFL-VILAB/flextok_d18_d28_dfn"  # default of releases that name none
+LONGEST_TEXT = 512  # tokens, at which T5's tokenizers cut if there is no limit
+NOTES = ("tokenizer", "started_from")  # our options that are stored, with class_names, under the key flextok_pl
 MODEL_TYPES = {"text": "ar_text_to_image_model", "class": "ar_label_to_image_model"}
 
 _LAYER_NORMS = ("LayerNorm", "LayerNormFP32", "LPLayerNorm", "Fp32LayerNorm")
 _SELF_ATTENTION = ("EfficientAttention", "GenericAttention", "HFAttention", "DCLMAttention")
-_SCALED = ("EfficientAttention",)  # the others do without their qk_scale
-_TAKES_MASK = ("GenericAttention", "DCLMAttention")  # of their own number of positions, so never that of a text
+_SCALED = ("EfficientAttention",)  # the others ignore their qk_scale
+_TAKES_MASK = ("GenericAttention", "DCLMAttention")  # for their own number of positions, so not for a text's
 _CROSS_ATTENTION = ("GeneralizedAttentionWithMask", "GeneralizedAttention")
-_GATED = {"SwiGLUFFN": "silu", "GeGELU": "gelu", "GatedFFN": None}  # with the activation that it sets
+_GATED = {"SwiGLUFFN": "silu", "GeGELU": "gelu", "GatedFFN": None}  # with the activation that the class sets
 
 
 def read_config(values: Resolver, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> PriorConfig:
-    """The configuration of a release; ValueError, which names key and value, where it is none that we can run.
+    """Read the configuration of a release; a ValueError names key and value that are not supported.
 
-    A tokenizer and a text encoder that are in `folder` are named by their paths.
+    A tokenizer and a text encoder in `folder` are named by their paths.
     """
     tensors = Shapes(shapes)
     Section("model.meta_model", {"_target_": values.get("model.meta_model._target_")}).name("InSeriesMetaModels")
@@ -72,8 +72,8 @@ def _tokens(section: Section, tensors: Shapes) -> dict[str, Any]:
     """Sizes, positions and classes."""
     section.name("ARImageEmbedPreprocessor")
     vocabulary, width = tensors.sizes(f"{PREPROCESSOR}embedding.weight", 2)
-    section.must_be("codebook_size", vocabulary, "so many token embeddings are there")
-    section.must_be("embed_dim", width, "token embeddings are as wide")
+    section.must_be("codebook_size", vocabulary, "this is the number of token embeddings")
+    section.must_be("embed_dim", width, "this is the width of token embeddings")
     kind = section.take("pos_embed_type")
     if kind not in ("absolute", "sincos1d", "sincos2d"):
         raise ValueError(f"{section.path}.pos_embed_type={kind} must be absolute, sincos1d or sincos2d")
@@ -84,7 +84,7 @@ def _tokens(section: Section, tensors: Shapes) -> dict[str, Any]:
     classes = 0
     if f"{PREPROCESSOR}cls_embedding.weight" in tensors:
         classes, _ = tensors.sizes(f"{PREPROCESSOR}cls_embedding.weight", 2)
-        section.must_be("num_classes", classes, "so many class embeddings are there", silent=False)
+        section.must_be("num_classes", classes, "this is the number of class embeddings", silent=False)
     else:
         section.refuse("num_classes", "there are no class embeddings among the tensors")
     section.close("init_style", "cond_dropout_prob", "class_target_key", "inference_read_key", "read_key", "write_key")
@@ -99,9 +99,9 @@ def _tokens(section: Section, tensors: Shapes) -> dict[str, Any]:
 
 
 def _blocks(trunk: Section, tensors: Shapes, width: int, depth: int, text: bool) -> dict[str, Any]:
-    """Norms, attention and MLP of the blocks, and the norm after them; they are alike, as names and shapes show."""
-    trunk.must_be("embed_dim", width, "token embeddings are as wide")
-    trunk.must_be("num_blocks", depth, "so many blocks are there")
+    """Norms, attention and MLP of the blocks, which are all alike, and the norm after them."""
+    trunk.must_be("embed_dim", width, "this is the width of token embeddings")
+    trunk.must_be("num_blocks", depth, "this is the number of blocks")
     norm = trunk.part("norm_layer")
     facts: dict[str, Any] = {}
     if norm is None:
@@ -117,9 +117,9 @@ def _blocks(trunk: Section, tensors: Shapes, width: int, depth: int, text: bool)
     of_block = None
     if block is not None:
         block.name("DecoderBlock" if text else "Block")
-        of_block = block.part("act_layer")  # all others are overridden by the trunk
+        of_block = block.part("act_layer")  # the trunk overrides all others
     of_trunk = trunk.part("act_layer")
-    # The decoder's trunk does not pass its activation on to the blocks, the other trunk does.
+    # The decoder's trunk does not pass its activation to the blocks; the other trunk does.
     facts |= _mlp(trunk, tensors, width, of_block if text else of_trunk)
     out = "o_proj" if f"{_attn(text)}.o_proj.weight" in tensors else "proj"
     others = [f"{BLOCKS}0.cross_attn.proj.bias"] if text else []
@@ -141,7 +141,7 @@ def _norm(section: Section) -> tuple[NormKind, float]:
     kind: NormKind = "rms" if section.name("RMSNorm", *_LAYER_NORMS) == "RMSNorm" else "layer"
     eps = section.number("eps")
     if eps is None:
-        raise ValueError(f"{section.path}.eps is missing, and tensors do not show it: write what it was trained with")
+        raise ValueError(f"{section.path}.eps is missing, and tensors do not show it: write the value used in training")
     for key in ("elementwise_affine", "elementwise_gain"):
         section.must_be(key, True, "a norm without gain is not supported")
     for key in ("bias", "elementwise_bias"):
@@ -171,7 +171,7 @@ def _heads(section: Section, tensors: Shapes, width: int, name: str) -> tuple[in
     if width % heads or found not in (None, width // heads):
         shown = f" and {q_norm} has {found} entries" if found else ""
         raise ValueError(f"{section.path}.num_heads={heads} does not fit: the width is {width}{shown}")
-    section.must_be("dim", width, "token embeddings are as wide")
+    section.must_be("dim", width, "this is the width of token embeddings")
     section.must_be("head_dim", width // heads, f"the width is {width} and there are {heads} heads")
     if norm is None:
         return width // heads, {}
@@ -181,7 +181,7 @@ def _heads(section: Section, tensors: Shapes, width: int, name: str) -> tuple[in
 
 
 def _as_ours(facts: dict[str, Any]) -> dict[str, Any]:
-    """Facts that agree with what null means in our configuration become null."""
+    """Set facts to null that equal the meaning of null in our configuration."""
     for key, same in (("qk_norm_kind", "norm"), ("qk_norm_eps", "norm_eps"), ("text_hidden_width", "width")):
         if facts.get(key) == facts[same]:
             facts[key] = None
@@ -208,7 +208,7 @@ def _self_attention(section: Section, tensors: Shapes, width: int, part: str) ->
     bias = f"{name}.{'qkv' if fused else 'q_proj'}.bias" in tensors
     section.must_be("qkv_bias", bias, "tensors show it")
     section.must_be("sdpa", True, "attention is the usual one")
-    if attention == "GenericAttention":  # it drops in evaluation, too
+    if attention == "GenericAttention":  # its dropout also acts in evaluation
         section.must_be("attn_drop", 0.0, "it would drop weights in evaluation")
     scale = section.number("qk_scale")
     section.close("attn_drop", "proj_drop", "use_bias", "use_flex_attention", "num_patches")
@@ -232,7 +232,7 @@ def _cross_attention(section: Section, tensors: Shapes, width: int, facts: Mappi
         )
     different = norms and facts["qk_norm"] and any(facts[key] != value for key, value in norms.items())
     if different:
-        raise ValueError(f"{section.path}.qk_norm={norms} differs from that of self-attention; this model has one")
+        raise ValueError(f"{section.path}.qk_norm={norms} differs from self-attention's; this model has one for both")
     section.must_be("encoder_dim", width, "the text's projection is as wide as the blocks")
     section.refuse("is_causal", "a position sees the whole text")
     section.refuse("relative_pos_embed", "positions of the text are not supported")
@@ -240,11 +240,11 @@ def _cross_attention(section: Section, tensors: Shapes, width: int, facts: Mappi
     section.must_be("qkv_bias", bias, "tensors show it")
     if bias != facts["qkv_bias"]:
         raise ValueError(f"{section.path}.qkv_bias={bias} differs from self-attention's; this model has one for both")
-    return {"cross_qk_norm": bool(norms), **norms}  # further options have no effect: the class takes and drops them
+    return {"cross_qk_norm": bool(norms), **norms}  # the class accepts and ignores further options
 
 
 def _mlp(trunk: Section, tensors: Shapes, width: int, passed: Section | None) -> dict[str, Any]:
-    """`passed` is the activation that blocks hand to an MLP, which may set its own."""
+    """`passed` is the activation that blocks pass to an MLP, which may set its own."""
     section = trunk.part("ffn_target") or Section(f"{trunk.path}.ffn_target", {"_target_": "MLP"})
     name = section.name("MLP", *_GATED)
     hidden, _ = tensors.sizes(f"{BLOCKS}0.mlp.fc1.weight", 2)
@@ -266,7 +266,7 @@ def _mlp(trunk: Section, tensors: Shapes, width: int, passed: Section | None) ->
             f"{BLOCKS}0.mlp.fc1.weight has {hidden} rows"
         )
     section.refuse("norm_layer", "a norm in the MLP is not supported")
-    if not gated:  # those take further options and drop them
+    if not gated:  # gated classes accept and ignore further options
         section.close("act_layer", "drop", "use_bias", "in_features", "hidden_features", "out_features")
     activation = _GATED.get(name) or _activation(passed) or "gelu"
     ours = PriorConfig(width=width, head_dim=width, mlp_ratio=ratio, gated=gated).hidden_width
@@ -275,7 +275,7 @@ def _mlp(trunk: Section, tensors: Shapes, width: int, passed: Section | None) ->
 
 
 def _activation(section: Section | None) -> Activation | None:
-    """The activation that a section names; None where there is none."""
+    """The activation that a section names; None without one."""
     if section is None:
         return None
     name = section.name("GELU", "SiLU")
@@ -289,7 +289,7 @@ def _activation(section: Section | None) -> Activation | None:
 
 
 def _text(encoder: Section, trunk: Section, tensors: Shapes, width: int, folder: Path) -> dict[str, Any]:
-    """The projection of text states, and what is seen of them."""
+    """The projection of text states, and the positions that the prior sees."""
     encoder.name("T5EmbedderWithMLP")
     embedder, mlp = encoder.required("t5_embedder"), encoder.required("mlp")
     encoder.close()
@@ -307,12 +307,12 @@ def _text(encoder: Section, trunk: Section, tensors: Shapes, width: int, folder:
     mlp.refuse("norm_layer", "a norm in the text's projection is not supported")
     activation = _activation(mlp.part("act_layer"))
     if activation is None and name == "TextToEmbedMLP":
-        raise ValueError(f"{mlp.path}.act_layer is missing, and {name} cannot be built without")
+        raise ValueError(f"{mlp.path}.act_layer is missing, and {name} cannot be built without it")
     mlp.close("drop")
     cross, masks, key = trunk.take("cross_attn_target"), "self_attn_mask_read_key", "text_embeddings_mask_write_key"
     read, written = trunk.take(masks), embedder.take(key)
     if read not in (None, written):
-        raise ValueError(f"{trunk.path}.{masks}={read} is not what {embedder.path}.{key}={written} makes")
+        raise ValueError(f"{trunk.path}.{masks}={read} differs from {embedder.path}.{key}={written}")
     self_attention = str(trunk.take("self_attn_target")["_target_"]).rsplit(".", 1)[-1]
     if read is not None and self_attention in _TAKES_MASK:
         raise ValueError(f"{trunk.path}.{masks}={read}, but {self_attention} cannot take the mask of a text")
@@ -340,8 +340,8 @@ def _text(encoder: Section, trunk: Section, tensors: Shapes, width: int, folder:
 
 def _head(section: Section, tensors: Shapes, vocabulary: int, width: int) -> dict[str, Any]:
     section.name("LinearClassifier")
-    section.must_be("in_features", width, "token embeddings are as wide")
-    section.must_be("out_features", vocabulary, "so many token embeddings are there")
+    section.must_be("in_features", width, "this is the width of token embeddings")
+    section.must_be("out_features", vocabulary, "this is the number of token embeddings")
     facts = {"head_bias": f"{HEAD}linear.bias" in tensors, "head_norm": f"{HEAD}norm.weight" in tensors}
     section.must_be("use_bias", facts["head_bias"], "tensors show it")
     section.must_be("use_layernorm", facts["head_norm"], "tensors show it")
@@ -375,15 +375,15 @@ def _generation(values: Any, kind: str) -> GenerationConfig:
 
 
 def _place(name: Any, folder: Path) -> str:
-    """A name of weights, as a path where they are in the folder of the release."""
+    """A name of weights, as a path if they are in the folder of the release."""
     if type(name) is not str or not name:
-        raise ValueError(f"the configuration names weights {name!r}, which is no text")
+        raise ValueError(f"the configuration names weights {name!r}, which is not a text")
     inside = folder / name
     return str(inside) if inside.exists() else name
 
 
 def _notes(values: Any) -> dict[str, Any]:
-    """What we write of a prior that the published configuration has no place for."""
+    """The notes on a prior that the published configuration has no place for."""
     notes = values if isinstance(values, dict) else {}
     names = notes.get("class_names", [])
     texts = {key: notes[key] for key in NOTES if key in notes}

@@ -1,7 +1,7 @@
-"""What a FlexAR release consists of, to be compared: shapes of tensors, and sections of its configuration.
+"""Compare the parts of a FlexAR release: shapes of tensors, and sections of its configuration.
 
-The classes that a section names are told by their last name, as text. Its options are those of their constructors; one
-that has no effect on the function may have any value, and one that is unknown is refused.
+A section's class is identified by its last name, as text. Its options are those of the class's constructor. Options
+without effect on the function may have any value; unknown options are refused.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ class Shapes:
         return name in self._shapes
 
     def sizes(self, name: str, dimensions: int) -> tuple[int, ...]:
-        """The shape of a tensor that must be there and have so many dimensions."""
+        """The shape of a tensor, which must exist and have this many dimensions."""
         if name not in self._shapes:
             raise ValueError(f"missing tensors: {name}")
         shape = self._shapes[name]
@@ -34,11 +34,11 @@ class Shapes:
         numbers = {name.removeprefix(BLOCKS).split(".")[0] for name in self._shapes if name.startswith(BLOCKS)}
         wanted = set(map(str, range(len(numbers))))
         if not numbers or numbers != wanted:
-            raise ValueError(f"tensors {BLOCKS}* are of blocks {sorted(numbers)[:8]}, which are not 0, 1, 2, ...")
+            raise ValueError(f"tensors {BLOCKS}* are of blocks {sorted(numbers)[:8]}, not 0, 1, 2, ...")
         return len(numbers)
 
     def same_in(self, name: str, *others: str) -> bool:
-        """Whether a tensor is there, and others likewise."""
+        """Check whether a tensor exists; the others must agree."""
         for other in others:
             if (other in self) != (name in self):
                 there, lacking = (name, other) if name in self else (other, name)
@@ -47,7 +47,7 @@ class Shapes:
 
 
 class Section:
-    """A mapping of the configuration, of which every key must be taken or have no effect."""
+    """A mapping of the configuration, whose keys must all be taken or without effect."""
 
     def __init__(self, path: str, values: Any) -> None:
         if not isinstance(values, dict):
@@ -60,11 +60,11 @@ class Section:
         target = self._values.get("_target_")
         name = target.rsplit(".", 1)[-1] if isinstance(target, str) else ""
         if name not in known:
-            raise ValueError(f"{self.path}._target_={_short(target)} is not known there; {' or '.join(known)} is")
+            raise ValueError(f"{self.path}._target_={_short(target)} is unknown; it must be {' or '.join(known)}")
         return name
 
     def take(self, key: str, default: Any = None) -> Any:
-        """The value of a key, or the default where it is null or missing."""
+        """Take the value of a key, or the default if it is null or missing."""
         self._taken.add(key)
         value = self._values.get(key)
         return default if value is None else value
@@ -79,15 +79,15 @@ class Section:
         return Section(f"{self.path}.{key}", self.take(key))
 
     def has(self, key: str) -> bool:
-        """Whether a key is there, null included."""
+        """Check that a key exists, even if it is null."""
         return key in self._values
 
     def ignore(self, *keys: str) -> None:
-        """Let these keys have any value."""
+        """Accept any value of these keys."""
         self._taken.update(keys)
 
     def must_be(self, key: str, wanted: Any, why: str, silent: bool = True) -> None:
-        """Compare the value of a key, which may be missing if it is `silent`, with the only one that will do."""
+        """Compare a key's value with the only supported one; with `silent` it may be missing."""
         value = self.take(key)
         if value is None and silent:
             return
@@ -115,7 +115,7 @@ class Section:
             raise ValueError(f"{self.path}.{key}={_short(value)} is not supported: {why}")
 
     def close(self, *ignored: str) -> None:
-        """Refuse keys that were not taken and are not among those without effect."""
+        """Refuse keys that were not taken and are not ignored."""
         self.ignore(*ignored)
         for key in self._values:
             if key not in self._taken:

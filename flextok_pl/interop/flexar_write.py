@@ -1,4 +1,4 @@
-"""`PriorConfig` -> the configuration of a FlexAR release, which names the published classes.
+"""Write `PriorConfig` as the configuration of a FlexAR release, which names the published classes.
 
 Source of their names: https://github.com/EPFL-VILAB/search-over-tokens/tree/e7564c5 (`flextok_ar`) and
 https://github.com/apple/ml-l3m/tree/e6376a3 (`l3m`).
@@ -22,7 +22,7 @@ _NORMS: dict[NormKind, dict[str, Any]] = {
 
 
 def config_to_flexar(config: PriorConfig) -> dict[str, Any]:
-    """The configuration as plain data; ValueError, which names the option, for what the classes cannot express."""
+    """The configuration as plain data; a ValueError names an option that the classes cannot express."""
     text = config.text_width is not None
     if not text and not config.num_classes:
         raise ValueError("num_classes=0 without text_width: published priors have a condition; save in our own format")
@@ -132,7 +132,7 @@ def _ffn(config: PriorConfig) -> dict[str, Any]:
 
 
 def _hidden(config: PriorConfig) -> dict[str, Any]:
-    """The hidden width of the MLP, of which gated classes take int(2 h / 3)."""
+    """The hidden width of the MLP; gated classes use int(2 h / 3) of it."""
     hidden = config.hidden_width
     return {"mlp_ratio": config.mlp_ratio, "mlp_hidden_dim": -(-3 * hidden // 2) if config.gated else hidden}
 
@@ -141,11 +141,11 @@ def _text_encoder(config: PriorConfig) -> dict[str, Any]:
     assert config.text_width is not None
     if config.text_encoder in ("", "minilm"):
         raise ValueError(
-            f"text_encoder={config.text_encoder!r} cannot be said in a published configuration, which names a T5: a "
+            f"text_encoder={config.text_encoder!r} cannot be stated in a published configuration, which names a T5: a "
             "folder or a Hub id; save in our own format"
         )
     hidden = config.text_hidden_width or config.width
-    own = hidden == config.text_width  # the published projection has no other hidden width
+    own = hidden == config.text_width  # the published projection has only this hidden width
     sizes = (
         {"text_dim": config.text_width, "embed_dim": config.width}
         if own

@@ -1,7 +1,7 @@
-"""YAML with OmegaConf's interpolations -> plain data. Nothing is imported, built or looked up in the environment.
+"""Read YAML with OmegaConf's interpolations as plain data, without importing, building or reading the environment.
 
-`${a.b.0}` stands for another value of the file, `${.a}` and `${..a}` for one beside it and one level up, and
-`${mul:${a}, 2}` for arithmetic by one of the resolvers of l3m, whose configurations use them
+`${a.b.0}` refers to another value of the file, `${.a}` and `${..a}` to one beside it and one level up. `${mul:${a}, 2}`
+computes with one of the resolvers of l3m, whose configurations use them
 (https://github.com/apple/ml-l3m/blob/e6376a3/src/l3m/helpers/omegaconf_resolvers.py).
 """
 
@@ -27,20 +27,20 @@ _RESOLVERS: Mapping[str, Callable[..., Any]] = {
     "div_float": lambda *values: reduce(truediv, values),
     "sqrt_div": lambda a, b: math.sqrt(a / b),
 }
-_MOST_STEPS = 10_000  # values looked at: interpolations can make a small text an enormous tree
+_MOST_STEPS = 10_000  # values visited, as interpolations can turn a small text into an enormous tree
 _DEEPEST = 30
 _RESOLVER = re.compile(r"([A-Za-z_][\w.]*)\s*:")
 _KEY = re.compile(r"[\w.\-\[\]/@ ]+")
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain types only; what is no number, boolean or null is a string, dates too, and no key stands twice."""
+    """Loads plain types only. Everything except numbers, booleans and null is a string; repeated keys are refused."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<")
         for key, count in keys.items():
             if count > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} occurs twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -48,20 +48,20 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(  # YAML 1.1 takes 1e-5 for a string, OmegaConf for a number
+_Loader.add_implicit_resolver(  # 1e-5 is a string in YAML 1.1, but a number for OmegaConf
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping of plain data; interpolations stay as they are."""
+    """Read a YAML file with a mapping of plain data; interpolations stay as they are."""
     try:
         text = file.read_text(encoding="utf-8")
         if len(text) > MAX_CHARACTERS:
             raise ValueError(f"it has {len(text)} characters; a configuration has at most {MAX_CHARACTERS}")
         values = _Loader(text).get_single_data()
     except (yaml.YAMLError, ValueError, TypeError, RecursionError, OSError) as error:
-        raise ValueError(f"{file.name} is no YAML of plain data: {str(error)[:300]}") from error
+        raise ValueError(f"{file.name} is not YAML of plain data: {str(error)[:300]}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file.name} holds a {type(values).__name__} instead of a mapping")
     check_plain(file.name, values)
@@ -69,14 +69,14 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 class Resolver:
-    """Values of a configuration with their interpolations carried out, for those that are asked for."""
+    """Resolves the interpolations of requested values of a configuration."""
 
     def __init__(self, tree: Mapping[str, Any]) -> None:
         self._tree = tree
         self._steps = 0
 
     def get(self, path: str) -> Any:
-        """The value at a dotted path as plain data; None where there is none."""
+        """The value at a dotted path as plain data; None if there is none."""
         keys = tuple(path.split("."))
         node: Any = self._tree
         for i, key in enumerate(keys):
@@ -87,10 +87,10 @@ class Resolver:
         return self._resolved(node, keys, 0)
 
     def _resolved(self, node: Any, place: tuple[str, ...], depth: int) -> Any:
-        """A value at a place of the tree without interpolations."""
+        """Resolve the value at a place of the tree."""
         self._steps += 1
         if depth > _DEEPEST or self._steps > _MOST_STEPS:
-            raise ValueError(f"{'.'.join(place)}: interpolations go in a circle, or are too many")
+            raise ValueError(f"{'.'.join(place)}: interpolations form a cycle, or are too many")
         if isinstance(node, str):
             return self._whole(node, place, depth)
         if isinstance(node, Mapping):
@@ -100,7 +100,7 @@ class Resolver:
         return node
 
     def _whole(self, text: str, place: tuple[str, ...], depth: int) -> Any:
-        """What a text stands for: a value where it is one interpolation, else itself with values put in."""
+        """Resolve a text: to a value if it is one interpolation, else to the text with values inserted."""
         parts: list[Any] = []
         rest = text
         while (start := rest.find("${")) >= 0:
@@ -115,22 +115,22 @@ class Resolver:
         if len(parts) == 1:
             return parts[0]
         if any(isinstance(part, dict | list) for part in parts):
-            raise ValueError(f"{'.'.join(place)}={text[:100]!r} puts a mapping or list into a text")
+            raise ValueError(f"{'.'.join(place)}={text[:100]!r} inserts a mapping or list into a text")
         joined = "".join(map(str, parts))
         if len(joined) > MAX_CHARACTERS:
             raise ValueError(f"{'.'.join(place)} becomes a text of {len(joined)} characters")
         return joined
 
     def _interpolation(self, inner: str, place: tuple[str, ...], depth: int) -> Any:
-        """What stands between the braces of an interpolation."""
+        """Resolve the text between the braces of an interpolation."""
         where = f"{'.'.join(place)}=${{{inner[:100]}}}"
         if depth > _DEEPEST:
-            raise ValueError(f"{where}: interpolations go in a circle, or are too many")
+            raise ValueError(f"{where}: interpolations form a cycle, or are too many")
         resolver = _RESOLVER.match(inner)
         if resolver is None:
             key = self._whole(inner, place, depth)
             if not isinstance(key, str) or not _KEY.fullmatch(key):
-                raise ValueError(f"{where} is no interpolation that is known")
+                raise ValueError(f"{where} is not a known interpolation")
             return self._looked_up(key, place, depth, where)
         name = resolver.group(1)
         if name not in _RESOLVERS:
@@ -156,7 +156,7 @@ class Resolver:
         return value
 
     def _looked_up(self, key: str, place: tuple[str, ...], depth: int, where: str) -> Any:
-        """The value of another key, given from the root, or with dots in front from the place."""
+        """The value of another key, relative to the root, or to the place if it starts with dots."""
         dots = len(key) - len(key.lstrip("."))
         keys = [part for part in re.split(r"[.\[\]]+", key[dots:]) if part]
         if dots > len(place):
@@ -170,12 +170,12 @@ class Resolver:
             elif isinstance(node, Mapping) and part in node:
                 node = node[part]
             else:
-                raise ValueError(f"{where} names a key that is not there")
+                raise ValueError(f"{where} names a key that does not exist")
         return self._resolved(node, target, depth)
 
 
 def _end(text: str, start: int, place: tuple[str, ...]) -> int:
-    """Where the interpolation that begins at `start` ends."""
+    """End of the interpolation that begins at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "{") - (text[i] == "}")

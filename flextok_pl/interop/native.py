@@ -26,22 +26,22 @@ class Native(Format[ConfigT]):
         self.config_type: type[ConfigT] = config_type
 
     def recognises(self, file: TensorFile) -> bool:
-        """Whether the metadata say so."""
+        """Check the metadata for this kind of model."""
         return file.metadata.get("format") == self.kind
 
     def read(self, file: TensorFile, vae_config: Mapping[str, Any] | str | Path | None = None) -> Contents[ConfigT]:
-        """Read the configuration, which describes the autoencoder, too."""
+        """Read the configuration, which includes the autoencoder's."""
         if vae_config is not None:
             raise ValueError("the file describes its own autoencoder; vae_config is for official checkpoints")
         version, text = file.metadata.get("version"), file.metadata.get("config", "")
         if version != VERSION:
             raise ValueError(f"it has format version {version!r}; this flextok_pl reads version {VERSION!r}")
         if len(text) > _MAX_CONFIG_CHARACTERS:
-            raise ValueError(f"its configuration of {len(text)} characters is too long to be one")
+            raise ValueError(f"its configuration of {len(text)} characters is too long")
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"its configuration is no JSON: {error}") from error
+            raise ValueError(f"its configuration is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"its configuration is a {type(values).__name__} instead of a mapping")
         try:
@@ -50,6 +50,6 @@ class Native(Format[ConfigT]):
             raise ValueError(f"its configuration is wrong: {error}") from error
 
     def write(self, config: ConfigT, weights: Mapping[str, Tensor]) -> Written:
-        """The configuration and our own names."""
+        """Write the configuration and our own names."""
         text = json.dumps(dataclasses.asdict(config))
         return Written({"format": self.kind, "version": VERSION, "config": text}, weights)

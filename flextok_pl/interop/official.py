@@ -1,7 +1,6 @@
-"""Checkpoints of the official code (apple/ml-flextok): the same tensors under other names, with its configuration.
+"""Read and write checkpoints of the official code (apple/ml-flextok): the same tensors under other names.
 
-Its configuration is in the metadata, part by part as the text of a Python literal, or in a config.json beside the
-file.
+Their configuration is in the metadata, each part as the text of a Python literal, or in a config.json beside the file.
 """
 
 import dataclasses
@@ -26,14 +25,14 @@ from flextok_pl.interop.official_table import ADDITION, NESTED_DROPOUT, POSITION
 from flextok_pl.interop.plain_data import check_plain, parse_text, read_json
 from flextok_pl.interop.tensor_file import TensorFile
 
-PUBLISHED_VAE = VAEConfig()  # the architecture that the official code builds for every checkpoint
+PUBLISHED_VAE = VAEConfig()  # architecture that the official code builds for every checkpoint
 
 _BESIDE = "config.json"
-# By other facts, by the modules that there are, or by the values of the position tables.
+# Given by other facts, by the modules, or by the values of the position tables.
 _SAID_OTHERWISE = {"vae", "patch_size", "repa_layer", "timestep_law", "layout", "missing_tokens", "position_base"}
-_NOTES = {"started_from", "trained_grids", "same_tokens_as"}  # for which the official format has no place
+_NOTES = {"started_from", "trained_grids", "same_tokens_as"}  # the official format has no place for these
 _ENC, _DEC = "encoder.module_dict.", "decoder.module_dict."
-_PREFIXES = {  # start of a name in our state dict -> start of the official name
+_PREFIXES = {  # prefix of a name in our state dict -> prefix of the official name
     "vae.vae.": "vae.vae.",
     "encoder.patch_embed.": f"{_ENC}enc_patch_emb.patch_proj.",
     "encoder.patch_posemb": f"{_ENC}enc_posemb_module.posembs",
@@ -58,20 +57,20 @@ class Official(Format[FlexTokConfig]):
     companion = _BESIDE
 
     def recognises(self, file: TensorFile) -> bool:
-        """Whether its metadata have the parts of a model, or there is a config.json beside it."""
+        """Check that its metadata have the parts of a model, or that there is a config.json beside it."""
         return bool({"encoder", "decoder"} & set(file.metadata)) or _BESIDE in file.beside
 
     def read(
         self, file: TensorFile, vae_config: Mapping[str, Any] | str | Path | None = None
     ) -> Contents[FlexTokConfig]:
-        """Read the configuration from the metadata, or else from the file beside them."""
+        """Read the configuration from the metadata, or else from the file beside it."""
         if {"encoder", "decoder"} & set(file.metadata):
             official = parse_metadata(file.metadata)
         else:
             official = read_json(file.beside[_BESIDE])
         doubt = (
-            ". The file does not say what its autoencoder is, and it is taken for the published one: if it is another, "
-            "give vae_config, the diffusers AutoencoderKL configuration (a mapping or a JSON file)"
+            ". The file does not describe its autoencoder, so the published one is assumed: for another, give "
+            "vae_config, the diffusers AutoencoderKL configuration (a mapping or a JSON file)"
         )
         config = official_to_config(official, vae_config)
         _, names = by_our_names(official, parts_of(_variant(official)))
@@ -83,7 +82,7 @@ class Official(Format[FlexTokConfig]):
         return Contents(config, source, _is_repa_head, doubt if vae_config is None else "")
 
     def write(self, config: FlexTokConfig, weights: Mapping[str, Tensor]) -> Written:
-        """Each part as a Python literal; the autoencoder's tensors are in the file, its architecture is not."""
+        """Write each part as a Python literal, and the autoencoder's tensors without its architecture."""
         metadata = {key: str(value) for key, value in config_to_official(config).items()}
         return Written(metadata, {official_name(name): tensor for name, tensor in weights.items()})
 
@@ -101,7 +100,7 @@ def _is_repa_head(name: str) -> bool:
 
 
 def parse_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The configuration in the metadata of an official file: part -> Python literal, JSON or YAML, as plain data."""
+    """Parse the configuration in an official file's metadata: part -> Python literal, JSON or YAML, as plain data."""
     return {
         key: parse_text(f"metadata {key!r}", text) for key, text in metadata.items() if (key, text) != ("format", "pt")
     }
@@ -112,8 +111,8 @@ def official_to_config(
 ) -> FlexTokConfig:
     """Read an official configuration, plain data from `parse_metadata` or a config.json.
 
-    It does not tell the architecture of the autoencoder: without `vae_config`, as in `Format.read`, that is the
-    published one. ValueError for an option that is unknown, contradicts another, or asks for what our model lacks.
+    It does not state the architecture of the autoencoder: without `vae_config`, as in `Format.read`, the published one
+    is assumed. ValueError for an option that is unknown, contradicts another, or is not supported by our model.
     """
     check_plain("the configuration", official)
     variant = _variant(official)
@@ -131,7 +130,7 @@ def official_to_config(
         (facts.pop("num_levels"), len(facts["fsq_levels"]), "encoder.enc_to_latents.dim_out"),
     ):
         if value != wanted:
-            raise ValueError(f"{path}={value} must be {wanted}, as the number of registers and levels demand")
+            raise ValueError(f"{path}={value} must be {wanted}, by the number of registers and levels")
     layers = facts.pop("repa_layers", ())
     if len(layers) > 1:
         raise ValueError(f"dec_transformer.intermediate_layers={list(layers)} has more than one layer")
@@ -142,7 +141,7 @@ def official_to_config(
 
 
 def _variant(official: Mapping[str, Any]) -> Variant:
-    """Which model a configuration describes: without registers it is one of 2-D tokens, as for the published code."""
+    """The kind of model that a configuration describes; one without registers has 2-D tokens, as published."""
     encoder, decoder = (
         [
             each["_target_"]
@@ -172,12 +171,12 @@ def _vae_config(
         raise ValueError("vae.scaling_factor is null: give vae_config, a diffusers configuration with a scaling_factor")
     config = vae_config_from_diffusers(values)
     if config.latent_channels != channels:
-        raise ValueError(f"vae_config has latent_channels={config.latent_channels}, the checkpoint {channels}")
+        raise ValueError(f"vae_config has latent_channels={config.latent_channels}, but the checkpoint {channels}")
     return config
 
 
 def config_to_official(config: FlexTokConfig) -> dict[str, Any]:
-    """The official configuration of a model, as plain data; ValueError where the official code cannot express it."""
+    """The official configuration of a model, as plain data; ValueError if the official code cannot express it."""
     facts = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     grid = config.layout == "grid"
     parts = parts_of(Variant(grid, nested_dropout=config.missing_tokens == "mask"))

@@ -1,8 +1,8 @@
-"""A configuration that names classes, read and written by one table of its modules; nothing that it names is imported.
+"""Read and write a configuration of named classes by a table of its modules, without importing any of them.
 
-Each option of a module states a fact of the model, or must have the value that our model implements, or has no effect
-on the function. Modules pass tensors on under names (`..._key`) that differ between sources. Where order and kinds of
-the modules fix the computation, these names are not followed; elsewhere (`Sequence.by_flow`) they are.
+Each option of a module either states a fact of the model, or must have the value that our model implements, or does not
+affect the function. Modules pass tensors under names (`..._key`) that differ between sources. If the order and kinds of
+modules determine the computation, these names are ignored; otherwise (`Sequence.by_flow`) they are followed.
 """
 
 import math
@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
-REQUIRED = object()  # default of an option that must be given
-LAWS = ("uniform", "pow2", "uniform_pow2")  # of nested dropout that the official code knows
+REQUIRED = object()  # default of a required option
+LAWS = ("uniform", "pow2", "uniform_pow2")  # laws of nested dropout in the official code
 
 
 def _whole(value: Any, least: int = 1) -> bool:
@@ -44,21 +44,21 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 class Option(NamedTuple):
-    """What an option of a module may be; made by `fact`, `fixed` or `training`."""
+    """Allowed values of a module's option; made by `fact`, `fixed` or `training`."""
 
     wanted: str  # in words
     fits: Callable[[Any], bool]
-    default: Any  # of the official code
-    written: Any  # where it states no fact
-    fact: str = ""  # name of the fact of the model that it states; several options may state one, and must agree
-    training: bool = False  # a value that does not fit affects training only
+    default: Any  # default in the official code
+    written: Any  # value to write if it states no fact
+    fact: str = ""  # fact of the model that it states; options that state the same fact must agree
+    training: bool = False  # a wrong value affects training only
 
 
 class Module:
-    """One module of an official configuration, which may name the class `target` only.
+    """One module of an official configuration, which may name only the class `target`.
 
-    Its options, those that are written, are each an `Option`; a `Module` that it consists of; or the value to write of
-    an option without effect on the function, which may have any value when read.
+    Each option to write is an `Option`, a `Module` within this one, or a value. A value is for an option that does not
+    affect the function, and which may have any value when read.
     """
 
     def __init__(self, target: str, **options: Any) -> None:
@@ -66,7 +66,7 @@ class Module:
         self.also: dict[str, Any] = {}
 
     def taking(self, *ignored: str, **also: Any) -> Self:
-        """Accept further options, which are not written: `ignored` ones without effect, and others; returns itself."""
+        """Accept further options, which are not written: `ignored` ones without effect, and others; returns self."""
         self.also |= {**dict.fromkeys(ignored), **also}
         return self
 
@@ -75,14 +75,14 @@ class Module:
 class Sequence:
     """Modules that work one after the other."""
 
-    target: str  # the only class it may name
+    target: str  # the only class that it may name
     modules: Mapping[str, Module]
-    aside: str = ""  # part of the name of modules that do not change what is decoded: any or none may be there
-    aside_targets: tuple[str, ...] = ()  # the classes that those may name
-    by_flow: bool = False  # any order will do in which each module reads what the same modules have written
+    aside: str = ""  # part of the name of modules that do not change what is decoded and may be missing
+    aside_targets: tuple[str, ...] = ()  # classes that those modules may name
+    by_flow: bool = False  # accept any order in which each module reads the output of the same modules
 
     def is_aside(self, name: str) -> bool:
-        """Whether a module of this name does not change what is decoded."""
+        """Check that a module of this name does not change what is decoded."""
         return bool(self.aside) and self.aside in name
 
 
@@ -90,13 +90,13 @@ Part = Module | Sequence
 
 
 def fact(name: str, kind: str, default: Any = REQUIRED) -> Option:
-    """An option that states a fact of the model, by values of a kind in `_KINDS`."""
+    """Make an option that states a fact of the model, of a kind in `_KINDS`."""
     wanted, fits = _KINDS[kind]
     return Option(wanted, fits, default, None, name)
 
 
 def fixed(*values: Any, default: Any = ...) -> Option:
-    """An option that must have one of these values; the first is written, and the official default by default."""
+    """Make an option that must have one of these values; the first is written, and is the default of `default`."""
 
     def fits(value: Any) -> bool:
         return any(type(value) is type(one) and value == one for one in values)
@@ -105,7 +105,7 @@ def fixed(*values: Any, default: Any = ...) -> Option:
 
 
 def training(neutral: Any) -> Option:
-    """An option that affects training only, unless it has this value, the official default."""
+    """Make an option that affects training only, unless it has this value, the official default."""
     return Option(repr(neutral), lambda value: value == neutral, neutral, neutral, training=True)
 
 
@@ -116,7 +116,7 @@ def fact_names(parts: Mapping[str, Part]) -> set[str]:
 
 
 def entries_of(official: Mapping[str, Any], part: str) -> dict[str, Any]:
-    """The modules of a sequence, by name; none where it is malformed, which `read` refuses."""
+    """The modules of a sequence, by name; empty if it is malformed, which `read` refuses."""
     values = official.get(part)
     entries = values.get("module_dict") if isinstance(values, dict) else None
     return entries if isinstance(entries, dict) else {}
@@ -125,9 +125,9 @@ def entries_of(official: Mapping[str, Any], part: str) -> dict[str, Any]:
 def by_our_names(
     official: Mapping[str, Any], parts: Mapping[str, Part]
 ) -> tuple[dict[str, Any], dict[tuple[str, str], str]]:
-    """A configuration whose modules have our names, and their own names by part and ours.
+    """Rename modules to our names; returns also their own names by part and our name.
 
-    A module of another name is taken for the only one of its kind in the table whose name no module has.
+    A module with another name is matched to the only one of its kind in the table that is still missing.
     """
     renamed, names = dict(official), dict[tuple[str, str], str]()
     for name, part in parts.items():
@@ -152,13 +152,13 @@ def _our_name(name: str, entries: Mapping[str, Any], part: Sequence) -> str:
 
 
 def _classes(entry: Any) -> list[Any]:
-    """What an entry names, and then what its options name."""
+    """The class that an entry names, and then those of its options."""
     values = entry if isinstance(entry, dict) else {}
     return [each.get("_target_") for each in (values, *values.values()) if isinstance(each, dict)]
 
 
 def read(official: Mapping[str, Any], target: str, parts: Mapping[str, Part]) -> dict[str, Any]:
-    """The facts that a configuration, plain data, states; those that are null are left out."""
+    """Read the facts that a configuration, plain data, states; null facts are left out."""
     unknown = sorted(set(official) - {"_target_", *parts})
     if unknown:
         raise ValueError(f"the configuration has an unknown part {unknown[0]!r}; the parts are {', '.join(parts)}")
@@ -176,7 +176,7 @@ def read(official: Mapping[str, Any], target: str, parts: Mapping[str, Part]) ->
 
 
 def write(facts: Mapping[str, Any], target: str, parts: Mapping[str, Part]) -> dict[str, Any]:
-    """The configuration that states these facts."""
+    """Write the configuration that states these facts."""
     official: dict[str, Any] = {"_target_": target}
     for name, part in parts.items():
         if isinstance(part, Module):
@@ -188,7 +188,7 @@ def write(facts: Mapping[str, Any], target: str, parts: Mapping[str, Part]) -> d
 
 
 def _entries(name: str, values: Any, part: Part) -> list[tuple[str, Module, Any]]:
-    """Path, module and entry of each module of a part, in our order; without those aside."""
+    """Path, module and entry of each module of a part, in our order, without those aside."""
     if isinstance(part, Module):
         return [(name, part, values)]
     _check_target(name, values, part.target)
@@ -211,18 +211,18 @@ def _entries(name: str, values: Any, part: Part) -> list[tuple[str, Module, Any]
 
 
 def _check_flow(path: str, entries: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Compare who writes what each module reads with our own order and names."""
+    """Check that each module reads the output of the same modules as in our own order."""
     found = _writers(entries)
     for (module, option), wanted in _writers(ours).items():
         writers = found.get((module, option))
         if writers != wanted:
             where = f"{path}.{module}.{option}={_short(entries[module].get(option))}"
             said = "it is missing" if writers is None else f"that is written by {_listed(writers)}"
-            raise ValueError(f"{where}: {said}; it must name what is written by {_listed(wanted)}")
+            raise ValueError(f"{where}: {said}; it must name the output of {_listed(wanted)}")
 
 
 def _writers(entries: Mapping[str, Any]) -> dict[tuple[str, str], list[str]]:
-    """The modules that have last written what each reads, by its name and option; "" for what comes from outside."""
+    """The modules that last wrote each input, by the reader's name and option; "" for inputs from outside."""
     last: dict[str, str] = {}
     found: dict[tuple[str, str], list[str]] = {}
     for name, entry in entries.items():
@@ -244,7 +244,7 @@ def _listed(writers: list[str]) -> str:
 
 
 def _stated(path: str, values: Any, module: Module) -> list[tuple[str, str, Any]]:
-    """Option, name and value of each fact that a module's entry states; all its options are checked."""
+    """Option, name and value of each fact that a module's entry states; checks all its options."""
     _check_target(path, values, module.target)
     options = module.also | module.options
     for key, value in values.items():
@@ -282,13 +282,13 @@ def _written(module: Module, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_target(path: str, values: Any, *targets: str) -> None:
-    """Compare what an entry names with what it may name."""
+    """Check the class that an entry names."""
     if not isinstance(values, dict):
         raise ValueError(f"{path} is a {type(values).__name__} instead of a mapping")
     named = values.get("_target_")
     if named not in targets:
         text = named if isinstance(named, str) else repr(named)
-        raise ValueError(f"{path} names {text[:100]}; only {' or '.join(targets)} is known there")
+        raise ValueError(f"{path} names {text[:100]}; it must name {' or '.join(targets)}")
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The modules of the official code's configuration and the options of each: what is read from it, and what is written.
+"""The modules of the official code's configuration and their options, for reading and writing.
 
 From the constructors at https://github.com/apple/ml-flextok/tree/87d00cc8babf4a25ffce0f3f0c4d8b529d3d6abf.
 """
@@ -13,7 +13,7 @@ _HEADS = f"{_MODEL}.postprocessors.heads"
 _OPERATIONS = f"{_MODEL}.utils.dict_ops"
 _UNPACKER = f"{_MODEL}.postprocessors.seq_unpacking.SequenceUnpacker"
 _WRAPPER = f"{_MODEL}.utils.wrappers.SequentialModuleDictWrapper"
-# The classes that tell variants apart.
+# The classes that distinguish variants.
 REGISTERS = f"{_MODEL}.preprocessors.registers.Registers1D"
 NESTED_DROPOUT = f"{_MODEL}.preprocessors.token_dropout.MaskedNestedDropout"
 POSITIONS, ADDITION = f"{_MODEL}.utils.posembs.PositionalEmbeddingAdder", f"{_OPERATIONS}.PerSampleReducer"
@@ -24,18 +24,18 @@ _NUM_REGISTERS, _NUM_LEVELS = fact("num_registers", "size"), fact("num_levels", 
 _TIME = fact("", "text")._replace(written="dec_temb")
 _PRECISION = fixed(None, "fp32", "float32")
 
-# Names of what is passed between the modules.
+# Names of tensors that are passed between modules.
 _NOISED, _PATCHES, _REGISTERS = "vae_latents_noised_patched", "dec_patches", "dec_registers_proj"
 _ENC_PATCHES, _ENC_REGISTERS = "enc_vae_latents_patched", "enc_registers"
-_GRID, _ENC_GRID = "dec_latents_proj", "enc_latents"  # what takes the place of registers
+_GRID, _ENC_GRID = "dec_latents_proj", "enc_latents"  # used instead of registers
 
 
 class Variant(NamedTuple):
-    """Which of the official models a configuration describes."""
+    """Kind of official model that a configuration describes."""
 
     grid: bool = False  # 2-D tokens, without registers
-    nested_dropout: bool = True  # in its decoder; always there with registers
-    sum_first: bool = False  # tokens are added to the patches of a grid before their positions, not after: the same
+    nested_dropout: bool = True  # in the decoder; always true with registers
+    sum_first: bool = False  # tokens are added to a grid's patches before their positions, which is equivalent
 
 
 def _permutation(read_key: str, write_key: str, operation: str) -> Module:
@@ -136,7 +136,7 @@ def _encoder(grid: bool) -> dict[str, Module]:
         dim=_ENCODER_WIDTH,
         n_min=_NUM_REGISTERS,
         n_max=_NUM_REGISTERS,
-        size_sampling_mode="uniform",  # of no effect where n_min = n_max
+        size_sampling_mode="uniform",  # has no effect with n_min = n_max
         ordering_mode=fixed("nested"),
     ).taking(
         n_eval=fact("num_registers", "size?", None),
@@ -167,7 +167,7 @@ def _encoder(grid: bool) -> dict[str, Module]:
 
 
 def _tokens(variant: Variant) -> dict[str, Module]:
-    """What makes the decoder's tokens of the codes."""
+    """The modules that make the decoder's tokens from the codes."""
     key = _GRID if variant.grid else _REGISTERS
     embedding = Module(
         f"{_MODEL}.preprocessors.linear.LinearLayer",
@@ -200,7 +200,7 @@ def _tokens(variant: Variant) -> dict[str, Module]:
 
 
 def _patches(variant: Variant) -> dict[str, Module]:
-    """What makes the decoder's patches of noised latents, and adds a grid's tokens to them."""
+    """The modules that make the decoder's patches from noised latents, and add a grid's tokens to them."""
     embedding = {
         "dec_noise_channels_to_last": _permutation(
             "vae_latents_noised", "vae_latents_noised_bhwc", "channels_first_to_last"
@@ -294,7 +294,7 @@ def parts_of(variant: Variant) -> dict[str, Part]:
         tokens_write_key="tokens",
         levels=fact("fsq_levels", "sizes"),
         drop_quant_p=training(0.0),
-        packed_call=fixed(False, default=True) if grid else False,  # packed, it takes a raster's columns for codes
+        packed_call=fixed(False, default=True) if grid else False,  # if packed, it takes a raster's columns for codes
     ).taking(corrupt_tokens_p=training(0.0), min_corrupt_tokens_p=training(None), apply_corrupt_tokens_p=training(0.2))
     noise = Module(
         "flextok.flow_matching.noise_modules.MinRFNoiseModule",
@@ -317,7 +317,7 @@ def parts_of(variant: Variant) -> dict[str, Part]:
         reconst_write_key="vae_latents_reconst",
         out_channels=fact("latent_channels", "size?", None),
     )
-    # What aligns the decoder with a teacher reads patches and changes nothing that is decoded.
+    # Alignment of the decoder with a teacher reads patches and does not change what is decoded.
     aside = ("repa", (_UNPACKER, f"{_HEADS}.MLPHead", f"{_HEADS}.LinearHead"))
     return {
         "vae": vae,

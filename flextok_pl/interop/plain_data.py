@@ -1,4 +1,4 @@
-"""Text of an untrusted checkpoint -> plain data. Nothing is ever imported, instantiated or evaluated."""
+"""Parse the text of an untrusted checkpoint as plain data; nothing is imported, instantiated or evaluated."""
 
 import ast
 import json
@@ -13,9 +13,9 @@ _MAX_DEPTH = 20
 
 
 def parse_text(label: str, text: str) -> Any:
-    """Dicts, lists, strings, numbers, booleans and None, from a python literal or else YAML (and so JSON).
+    """Parse dicts, lists, strings, numbers, booleans and None from a Python literal or else YAML (and so JSON).
 
-    `label` names the text in the ValueError for one that is too long, too deeply nested, or holds anything else.
+    `label` names the text in the ValueError for a text that is too long, too deeply nested, or not plain data.
     """
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"{label} has {len(text)} characters; a configuration has at most {MAX_CHARACTERS}")
@@ -31,13 +31,13 @@ def parse_text(label: str, text: str) -> Any:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file that holds a mapping of plain data."""
+    """Read a JSON file with a mapping of plain data."""
     if not file.is_file():
         raise ValueError(f"no configuration file {str(file)!r}")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
+        raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds a {type(values).__name__} instead of a mapping")
     check_plain(str(file), values)
@@ -55,7 +55,7 @@ def check_plain(label: str, value: Any) -> None:
         if isinstance(node, dict):
             for key in node:
                 if type(key) is not str:
-                    raise ValueError(f"{label} has a key {key!r} that is no string")
+                    raise ValueError(f"{label} has a key {key!r} that is not a string")
             waiting += [(item, depth + 1) for item in node.values()]
         elif isinstance(node, list | tuple):
             waiting += [(item, depth + 1) for item in node]

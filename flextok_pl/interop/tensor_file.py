@@ -1,4 +1,4 @@
-"""Safetensors files: found here or on the Hub, opened as data, written atomically; one, or several with an index."""
+"""Find safetensors files here or on the Hub, open them as data, and write them atomically, in one or several files."""
 
 import errno
 import re
@@ -20,28 +20,28 @@ from flextok_pl.progress import announced
 
 @dataclass(frozen=True)
 class TensorFile:
-    """An open file, or the files of an index; only headers have been read."""
+    """An open file, or the files of an index; only headers are read."""
 
     path: Path
-    beside: Mapping[str, Path]  # the files there that may describe the model, by name
+    beside: Mapping[str, Path]  # existing files that may describe the model, by name
     metadata: Mapping[str, str]
-    shapes: Mapping[str, tuple[int, ...]]  # of its tensors, by name
-    types: Mapping[str, str]  # likewise, such as `F32`
+    shapes: Mapping[str, tuple[int, ...]]  # shapes of its tensors, by name
+    types: Mapping[str, str]  # types of its tensors, such as `F32`, by name
     handle: Any  # reads a tensor, by `get_tensor(name)`
 
 
 def with_indices(names: Sequence[str]) -> list[str]:
-    """Names of weights files, then those of their indices: the order in which a folder is searched."""
+    """Names of weights files, then of their indices: the order in which a folder is searched."""
     return [*names, *(name + INDEX for name in names)]
 
 
 def find_file(
     path_or_hub_id: str | Path, names: Sequence[str], companions: Sequence[str]
 ) -> tuple[Path, dict[str, Path]]:
-    """A weights file or its index and, by name, those beside it that there are; on this machine, or else on the Hub.
+    """Find a weights file or its index and, by name, existing files beside it; locally, or else on the Hub.
 
-    `names` are those that the weights file may have in a folder, in order of preference. What an index names is there,
-    too, where it comes from the Hub.
+    `names` are the names that the weights file may have in a folder, in order of preference. The files of an index from
+    the Hub are downloaded too.
     """
     candidates = with_indices(names)
     path = Path(path_or_hub_id).expanduser()
@@ -61,7 +61,7 @@ def find_file(
     def fetched(file: str) -> Path | None:
         try:
             return files.fetch(file)
-        except Exception as error:  # its errors come from several network libraries
+        except Exception as error:  # errors come from several network libraries
             raise ValueError(f"{failed}: {reason(error, source)}") from error
 
     weights = next((file for each in candidates if (file := fetched(each))), None)
@@ -73,15 +73,15 @@ def find_file(
     if weights is None:
         raise ValueError(f"{name!r} of the Hub has no {' or '.join(names)}")
     if lacking:
-        raise ValueError(f"{name!r} of the Hub is incomplete: {weights.name} names {lacking[0]}, which is not there")
+        raise ValueError(f"{name!r} of the Hub is incomplete: {weights.name} names {lacking[0]}, which is missing")
     return weights, beside
 
 
 @contextmanager
 def open_tensors(path: Path, beside: Mapping[str, Path]) -> Iterator[TensorFile]:
-    """Open a safetensors file, memory-mapped, or those of an index.
+    """Open a safetensors file, memory-mapped, or the files of an index.
 
-    ValueError where one is damaged, missing or of another format, or holds what the index does not say.
+    Raises ValueError if one is damaged, missing or of another format, or does not fit the index.
     """
     if not path.name.endswith(INDEX):
         with _open(path, beside) as file:
@@ -98,14 +98,14 @@ def open_tensors(path: Path, beside: Mapping[str, Path]) -> Iterator[TensorFile]
         first = next(iter(parts.values()))
         for part in parts.values():
             if part.metadata != first.metadata:
-                raise ValueError(f"{part.path} and {first.path} have other metadata: they are of different models")
+                raise ValueError(f"{part.path} and {first.path} have different metadata: they are of different models")
         shapes = {name: parts[file].shapes[name] for name, file in index.items()}
         types = {name: parts[file].types[name] for name, file in index.items()}
         yield TensorFile(path, beside, first.metadata, shapes, types, _Parts(index, parts))
 
 
 class _Parts:
-    """Reads tensors from the file that has each."""
+    """Reads each tensor from its file."""
 
     def __init__(self, index: Mapping[str, str], parts: Mapping[str, TensorFile]) -> None:
         self._index, self._parts = index, parts
@@ -119,7 +119,7 @@ def _open(path: Path, beside: Mapping[str, Path]) -> Iterator[TensorFile]:
     try:
         opened = safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no intact safetensors file: {error}") from error
+        raise ValueError(f"{path} is not an intact safetensors file: {error}") from error
     with opened as handle, announced(f"reading {path}"):
         slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118  not a dict
         shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
@@ -134,10 +134,10 @@ def write_tensors(
     max_shard_size: int | str | None = None,
     beside: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a safetensors file, or several with an index where they are larger; returns the file or the index.
+    """Write a safetensors file, or several with an index if they are larger; returns the file or the index.
 
-    All are written as `whole_files` does, with the texts `beside` them: a reader never sees half of a model, and one
-    that was there stays where writing fails. Then the files of one that was kept in the other way go.
+    All are written by `whole_files`, together with the texts `beside` them: a reader never sees half of a model, and an
+    old model stays if writing fails. Afterwards, files of an old model in the other layout are removed.
     """
     most = None if max_shard_size is None else size_in_bytes(max_shard_size)
     shards = {file: list(tensors)} if most is None else split(tensors, file, most)
@@ -157,13 +157,13 @@ def write_tensors(
                 raise OSError(int(number[1]) if number else errno.EIO, f"cannot write {shard}: {error}") from error
         for place in last:
             places[place].write_text(index_text(shards, tensors), encoding="utf-8")
-    for each in sorted(former - {*shards, *last}, key=lambda each: each != index):  # an index before what it names
+    for each in sorted(former - {*shards, *last}, key=lambda each: each != index):  # an index before its files
         each.unlink(missing_ok=True)
     return index if last else file
 
 
 def files_of(file: Path) -> set[Path]:
-    """The files of a model that is kept under this name, in one or in several with an index."""
+    """The files of a model with this name, in one or in several with an index."""
     index = file.with_name(file.name + INDEX)
     try:
         named = [name for name in read_index(index).values() if name.startswith(f"{file.stem}-")]

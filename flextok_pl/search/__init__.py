@@ -1,4 +1,4 @@
-"""Search at test time: candidates of tokens, a verifier that judges their images, and what is kept of them.
+"""Search at test time for tokens whose images a verifier scores best.
 
 The algorithms are those of SoTo (https://github.com/EPFL-VILAB/search-over-tokens).
 """

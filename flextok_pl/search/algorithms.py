@@ -1,9 +1,10 @@
 """Best-of-N, beam search and lookahead search for the tokens of one image.
 
-As in SoTo (https://github.com/EPFL-VILAB/search-over-tokens): the candidates of all sequences of the beam are one pool,
-of which the best go on; a score replaces that of the step before. Draws are functions of (seed, prompt, candidate) and
-noise is one for each prompt, so that results depend neither on other prompts nor on how many are decoded at once, and a
-search that starts again from a saved step ends as it would have ended. Equal scores are ordered by candidate number.
+They follow SoTo (https://github.com/EPFL-VILAB/search-over-tokens). The candidates of all sequences of the beam form
+one pool, of which the best are kept; each step's score replaces the previous one. Draws are functions of (seed, prompt,
+candidate), and each prompt has one noise. So results do not depend on other prompts or on how many images are decoded
+at once, and a search that resumes from a saved step ends as it would have ended. Equal scores are ordered by candidate
+number.
 
 Shapes: W sequences that are kept, N candidates of each, C candidates in all, k tokens, K positions.
 """
@@ -35,12 +36,12 @@ def best_of_n(
     start: Step | None = None,
     progress: Progress | None = None,
 ) -> SearchResult:
-    """The best of `num_candidates` samples of as many tokens as the schedule ends with; see `beam_search`.
+    """Choose the best of `num_candidates` samples, with the schedule's last number of tokens; see `beam_search`.
 
-    Candidate 0 is the sample that `Prior.generate` gives for this prompt. `branch` and `distinct` have no effect.
+    Candidate 0 is the sample of `Prior.generate` for this prompt. `branch` and `distinct` have no effect.
     """
     if options.temperature == 0 and options.num_candidates > 1:
-        raise ValueError(f"temperature=0 makes all num_candidates={options.num_candidates} samples alike: set another")
+        raise ValueError(f"temperature=0 makes all num_candidates={options.num_candidates} samples equal: raise it")
     judge, counts = Judge(tokenizer, verifier, prompt, options), options.counts(prior.num_tokens)[-1:]
     run = SearchRun(prior, judge, condition, counts, start, progress)
     for count in run.counts_left:
@@ -73,16 +74,16 @@ def beam_search(
 
     Args:
         prior: a `Prior`, or a `UniformPrior` to search over the vocabulary.
-        tokenizer: decodes tokens; not used for a verifier that needs no images.
+        tokenizer: decodes tokens; not used with a verifier that needs no images.
         verifier: scores images or tokens; an error that it raises ends the search.
-        prompt: what is wanted; its key seeds tokens and noise.
-        condition: what the prior is given for it: a class (1,), or the states of a text, or None.
+        prompt: the prompt; its key seeds tokens and noise.
+        condition: the prior's condition: a class (1,), or the states of a text, or None.
         options: see `SearchOptions`; its `algorithm` has no effect.
-        start: a saved step of the same search, to go on from.
+        start: a saved step of the same search, to resume from.
         progress: called after each step.
 
     Raises:
-        ValueError: options, prior and start do not fit each other, or the verifier gives no scores.
+        ValueError: options, prior and start do not fit together, or the verifier returns no scores.
     """
     return _beam(prior, Judge(tokenizer, verifier, prompt, options), condition, start, progress, ahead=0)
 
@@ -97,9 +98,9 @@ def lookahead_search(
     start: Step | None = None,
     progress: Progress | None = None,
 ) -> SearchResult:
-    """Beam search that judges images of some more tokens, `lookahead`, which the prior adds greedily.
+    """Beam search that scores images of `lookahead` further tokens, which the prior adds greedily.
 
-    The results have them, too, and are not judged again; arguments are those of `beam_search`.
+    The results include these tokens and are not scored again. Arguments are those of `beam_search`.
     """
     ahead = options.lookahead
     return _beam(prior, Judge(tokenizer, verifier, prompt, options), condition, start, progress, ahead)
@@ -110,7 +111,7 @@ ALGORITHMS: dict[str, Callable[..., SearchResult]] = {
     "beam": beam_search,
     "lookahead": lookahead_search,
 }
-"""By the names that `SearchOptions.algorithm` has."""
+"""Algorithms by their names in `SearchOptions.algorithm`."""
 
 
 def _beam(

@@ -1,6 +1,7 @@
-"""Candidates: several continuations of each sequence of a beam, by numbers that belong to places and candidates.
+"""Draw candidates: several continuations of each sequence of a beam, with numbers fixed by position and candidate.
 
-What candidates have in common is run once, and no cache is copied for one of which only the last token is its own.
+The tokens that candidates share are computed once, and no cache is copied for a candidate whose only own token is its
+last one.
 
 Shapes: W sequences of the beam, N candidates of each, C = W * N candidates, S sequences of a state, k tokens, V
 vocabulary.
@@ -19,16 +20,16 @@ from flextok_pl.precision import accumulation_dtype
 from flextok_pl.search.priors import State
 
 ROWS = 256
-"""Distributions from which tokens are drawn at once, which bounds the memory for large pools."""
+"""Distributions from which tokens are drawn at once; bounds the memory for large pools."""
 
 
 class Candidates(NamedTuple):
-    """C sequences: those of a state, each with a last token of its own."""
+    """C sequences: those of a state, each with its own last token."""
 
     state: State
     rows: Tensor  # (C,) int64, sequences of the state
     last: Tensor  # (C,) int64
-    log_probs: Tensor  # (C,) of all new tokens
+    log_probs: Tensor  # (C,), summed over all new tokens
 
     @property
     def tokens(self) -> Tensor:
@@ -36,17 +37,17 @@ class Candidates(NamedTuple):
         return torch.cat([self.state.tokens.index_select(0, self.rows), self.last[:, None]], 1)
 
     def branch(self, chosen: Tensor, most: int) -> State:
-        """The state of some candidates, (N,) int64, with room for `most` tokens."""
+        """Make the state of some candidates, (N,) int64, with room for `most` tokens."""
         return self.state.branch(self.rows[chosen], self.last[chosen], most)
 
 
 def candidate_keys(key: str, candidates: Sequence[int]) -> list[str]:
-    """What seeds the draws of candidates of a prompt with this key; candidate 0 is what plain sampling gives."""
+    """Seeds of the draws of candidates of a prompt with this key; candidate 0 is the plain sample."""
     return [f"{key}\0candidate {number}" if number else key for number in candidates]
 
 
 def candidate_numbers(key: str, seed: int, count: int, length: int, device: torch.device) -> Tensor:
-    """(C, K) uniform numbers in [0, 1), which decide the tokens of C candidates."""
+    """(C, K) uniform numbers in [0, 1) that decide the tokens of C candidates."""
     generators = sample_generators(candidate_keys(key, range(count)), seed, "tokens")
     return uniform_numbers(generators, count, length, device)
 
@@ -57,15 +58,15 @@ def draw_candidates(
     """Continue each of W sequences by `count` tokens in N ways.
 
     Args:
-        beam: W sequences; with `last_only` they are extended themselves.
+        beam: W sequences; with `last_only` they are extended in place.
         count: at least 1.
-        uniform: (W, N, K) numbers of the candidates. Tokens that candidates have in common come from the first one's.
-        sampling: how tokens are drawn. With temperature 0 the last tokens are the N most likely ones.
-        last_only: candidates of a sequence differ in their last token only; else in all new ones.
-        distinct: candidates that agree up to their last token draw that without replacement.
+        uniform: (W, N, K) numbers of the candidates. Shared tokens use those of the first candidate.
+        sampling: how to draw tokens. Temperature 0 takes the N most likely ones as last tokens.
+        last_only: candidates of a sequence differ in their last token only, otherwise in all new ones.
+        distinct: candidates that differ only in their last token draw it without replacement.
 
     Returns:
-        C = W * N candidates, number w * N + j being number j of sequence w.
+        C = W * N candidates; number w * N + j is number j of sequence w.
     """
     width, each, _ = uniform.shape
     numbers, first = uniform.flatten(0, 1), beam.tokens.shape[1]  # (C, K)
@@ -89,7 +90,7 @@ def draw_candidates(
 
 
 def _last_tokens(state: State, uniform: Tensor, sampling: Sampling, distinct: bool) -> tuple[Tensor, Tensor]:
-    """Tokens (S, n) after S sequences and their log-probabilities, by (S, n) numbers."""
+    """Tokens (S, n) after S sequences and their log-probabilities, from (S, n) numbers."""
     logits, parts = state.logits(), []
     for start in range(0, len(logits), ROWS):
         rows = slice(start, start + ROWS)
@@ -97,7 +98,7 @@ def _last_tokens(state: State, uniform: Tensor, sampling: Sampling, distinct: bo
     tokens, log_probs = (torch.cat(part) for part in zip(*parts, strict=True))
     if not distinct or uniform.shape[1] > 1 or len(tokens) == 1:
         return tokens, log_probs
-    # Each candidate has a sequence of its own; those of equal ones take turns.
+    # Each candidate has its own sequence; those of equal sequences take turns.
     _, group, sizes = torch.unique(state.tokens, dim=0, return_inverse=True, return_counts=True)
     for number in (sizes > 1).nonzero().flatten().tolist():
         members = (group == number).nonzero().flatten()
@@ -107,7 +108,7 @@ def _last_tokens(state: State, uniform: Tensor, sampling: Sampling, distinct: bo
 
 
 def _draw(logits: Tensor, uniform: Tensor, sampling: Sampling, distinct: bool) -> tuple[Tensor, Tensor]:
-    """N tokens from each of B distributions by (B, N) numbers, and their log-probabilities: (B, N) each."""
+    """N tokens from each of B distributions from (B, N) numbers, and their log-probabilities: (B, N) each."""
     filtered, each = filter_logits(logits, *sampling), uniform.shape[1]
     if sampling.temperature == 0:
         likely = filtered.topk(min(each, filtered.shape[1])).indices

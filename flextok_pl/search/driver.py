@@ -1,4 +1,4 @@
-"""A search for each of many prompts, by several processes, which goes on after a kill.
+"""Search for each of many prompts, in several processes, and resume after a kill.
 
 W sequences of k tokens, H x W pixels.
 """
@@ -32,19 +32,19 @@ from flextok_pl.search.verifier import Verifier
 
 @dataclass(frozen=True)
 class Models:
-    """What a search runs."""
+    """The models of a search."""
 
     prior: SearchPrior
     tokenizer: FlexTok
     known: Conditions
-    condition: Callable[[Prompt], Condition]  # of a prompt, for a batch of one
-    facts: Mapping[str, Any]  # which models these are
-    published: GenerationConfig  # how those who published the prior generate with it
+    condition: Callable[[Prompt], Condition]  # condition of a prompt, for a batch of one
+    facts: Mapping[str, Any]  # identify the models
+    published: GenerationConfig  # generation settings that the prior was published with
 
 
 @dataclass(frozen=True)
 class Searcher:
-    """What searches for a prompt; see `flextok_pl.search.algorithms`."""
+    """Searches for a prompt; see `flextok_pl.search.algorithms`."""
 
     prior: SearchPrior
     tokenizer: FlexTok
@@ -54,7 +54,7 @@ class Searcher:
 
     @property
     def num_steps(self) -> int:
-        """Steps of a search."""
+        """Number of steps of a search."""
         return 1 if self.options.algorithm == "best_of_n" else len(self.options.counts(self.prior.num_tokens))
 
     def search(self, prompt: Prompt, start: Step | None = None, progress: Progress | None = None) -> SearchResult:
@@ -64,11 +64,11 @@ class Searcher:
         return search(*what, start=start, progress=progress)
 
     def images(self, prompt: Prompt, tokens: Tensor, candidates: Tensor) -> Tensor:
-        """Decode sequences (W, k) that have these numbers (W,) in their step's pool: (W, 3, H, W) uint8."""
+        """Decode sequences (W, k) with numbers (W,) in their step's pool: (W, 3, H, W) uint8."""
         return decode_tokens(self.tokenizer, tokens, prompt, self.options, candidates.tolist()).cpu()
 
     def tree_row(self, prompt: Prompt, step: Step) -> TreeRow:
-        """What a step kept, for the picture of a search; see `search_tree`."""
+        """The kept sequences of a step, for the picture of a search; see `search_tree`."""
         images = self.images(prompt, step.tokens, step.candidates)
         return TreeRow(step.num_tokens, images, step.scores.tolist(), step.parents.tolist())
 
@@ -76,16 +76,16 @@ class Searcher:
 def search_prompts(
     searcher: Searcher, prompts: Sequence[Prompt], folder: RunFolder, trees: int = 0
 ) -> list[Record] | None:
-    """Search for this process's share of the prompts, see `launched`, and write what is found.
+    """Search for this process's share of the prompts, see `launched`, and write the results.
 
-    Prompts that the folder has a record of are done, and one that was interrupted goes on after its last step. For the
-    first `trees` prompts, what each step kept is decoded once more, and becomes a picture.
+    Prompts with a record in the folder are skipped, and an interrupted one resumes after its last step. For the first
+    `trees` prompts, the kept sequences of each step are decoded once more and drawn as a picture.
 
     Returns:
-        The records of all prompts; None where other processes still search.
+        The records of all prompts; None while other processes still search.
 
     Raises:
-        ValueError: the folder holds another run, or see the algorithm.
+        ValueError: the folder holds another run, or the algorithm raises one.
     """
     num_steps, (rank, world_size) = searcher.num_steps, launched()
     folder.open()

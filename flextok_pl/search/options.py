@@ -13,29 +13,30 @@ from flextok_pl.search.schedule import token_counts
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """What a search over the tokens of one image takes.
+    """Options of a search over the tokens of one image.
 
     Args:
         algorithm: `best_of_n`, `beam` or `lookahead`.
-        num_candidates: sequences to choose from: in all for best-of-N, else for each sequence of the beam.
+        num_candidates: sequences to choose from: in total for best-of-N, otherwise for each sequence of the beam.
         beam_width: sequences that a step keeps.
-        schedule: numbers of tokens at which sequences are judged: `geometric` for 1, 2, 4, ..., `linear`, or a list.
-        tokens_per_step: of the linear schedule.
-        max_tokens: where the schedule ends; null for all K tokens.
-        branch: where the candidates of one sequence differ: in `all` new tokens, or in the `last` one only, which
-            spares the prior most of its work.
-        distinct: candidates that agree up to their last token draw that without replacement. Where fewer tokens can
-            follow than there are candidates, they come again.
-        lookahead: tokens that the prior adds greedily to the images that lookahead search judges.
-        complete: in the end, add tokens greedily up to all K, and judge the results anew.
+        schedule: numbers of tokens at which sequences are scored: `geometric` for 1, 2, 4, ..., `linear`, or a list.
+        tokens_per_step: step of the linear schedule.
+        max_tokens: last number of tokens of the schedule; null for all K tokens.
+        branch: where the candidates of one sequence differ: `all` new tokens, or only the `last` one, which saves most
+            of the prior's work.
+        distinct: candidates that differ only in their last token draw it without replacement. If fewer tokens can
+            follow than there are candidates, tokens repeat.
+        lookahead: tokens that the prior adds greedily to the images that lookahead search scores.
+        complete: finally add tokens greedily up to all K, and score the results again.
         cfg_scale: guidance of the prior, 1 for none: a number, or numbers to interpolate over the token positions.
-        temperature: of the prior; 0 takes the most likely tokens.
+        temperature: temperature of the prior; 0 takes the most likely tokens.
         top_k: draw from the k most likely tokens; null for all.
-        top_p: draw from the fewest most likely tokens that have this probability together; null for all.
-        decoding: how tokens become images.
-        decode_batch_size: candidates decoded at a time, and drawn with best-of-N; results change by rounding at most.
-        vary_noise: with best-of-N, decode each candidate from noise of its own; else all from the same.
-        seed: of tokens and noise.
+        top_p: draw from the fewest most likely tokens that together have this probability; null for all.
+        decoding: steps and guidance of the decoder.
+        decode_batch_size: candidates decoded at a time, and drawn at a time with best-of-N. Changes results by rounding
+            at most.
+        vary_noise: with best-of-N, decode each candidate from its own noise, otherwise all from the same.
+        seed: seed of tokens and noise.
         num_results: sequences to return.
 
     Raises:
@@ -75,31 +76,31 @@ class SearchOptions:
             "num_results",
         ):
             if not is_whole(getattr(self, name)) or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1, and a whole number")
+                raise ValueError(f"{name}={getattr(self, name)} must be a whole number of at least 1")
         check_sampling(*self.sampling)
         if self.temperature == 0 and self.num_candidates > 1 and not self.distinct:
             raise ValueError(
-                f"temperature=0 makes all num_candidates={self.num_candidates} alike: set distinct=true to take the "
+                f"temperature=0 makes all num_candidates={self.num_candidates} equal: set distinct=true to take the "
                 "most likely last tokens, or a temperature"
             )
         if self.vary_noise and self.algorithm != "best_of_n":
             raise ValueError(
-                f"vary_noise=true with algorithm={self.algorithm!r}: a beam is judged by tokens, and needs the same "
-                "noise for all; leave it out, or use best_of_n"
+                f"vary_noise=true with algorithm={self.algorithm!r}: a beam compares tokens, so all need the same "
+                "noise; leave it out, or use best_of_n"
             )
 
     @property
     def sampling(self) -> Sampling:
-        """How the prior draws tokens."""
+        """Options for drawing the prior's tokens."""
         return Sampling(self.temperature, self.top_k, self.top_p)
 
     def counts(self, num_tokens: int) -> list[int]:
-        """The numbers of tokens after each step, for a prior of K tokens.
+        """Numbers of tokens after each step, for a prior of K tokens.
 
         Raises:
             ValueError: the schedule does not fit the prior.
         """
         most = num_tokens if self.max_tokens is None else self.max_tokens
         if not is_whole(most) or not 1 <= most <= num_tokens:
-            raise ValueError(f"max_tokens={most} is not in 1..{num_tokens}, which this prior can give")
+            raise ValueError(f"max_tokens={most} is not in 1..{num_tokens}, the range of this prior")
         return token_counts(self.schedule, self.tokens_per_step, most)

@@ -1,4 +1,4 @@
-"""The picture of a search: which candidates each step kept, what they scored, and from which they come.
+"""Draw the picture of a search: the kept candidates of each step, their scores and their parents.
 
 W kept candidates of a step, H x W pixels.
 """
@@ -16,13 +16,13 @@ from torch import Tensor
 from flextok_pl.evaluation.report import format_value
 
 MOST_COLUMNS = 12
-"""Candidates of a step that are drawn, the best of them."""
+"""Most candidates of a step that are drawn, best first."""
 
 GAP, EDGE = 12, 3
-"""Pixels between tiles, and of the frame around those that led to the result."""
+"""Pixels between tiles, and of the frame around the ancestors of the result."""
 
 LINE, CHOSEN = (170, 170, 170), (200, 30, 30)
-"""Colours of lines, and of those that led to the result."""
+"""Colours of lines, and of the lines to the result."""
 
 
 class TreeRow(NamedTuple):
@@ -31,13 +31,13 @@ class TreeRow(NamedTuple):
     num_tokens: int
     images: Tensor  # (W, 3, H, W) uint8
     scores: Sequence[float]  # W
-    parents: Sequence[int]  # W places in the row above; of the first row they say nothing
+    parents: Sequence[int]  # W positions in the row above; not used in the first row
 
 
 def search_tree(rows: Sequence[TreeRow]) -> Tensor:
     """Draw one row per step and one tile per kept candidate, with its score, and a line from its parent.
 
-    What led to the best candidate of the last row is framed. Returns (3, H', W') uint8.
+    The ancestors of the best candidate of the last row are framed. Returns (3, H', W') uint8.
     """
     height, width = rows[0].images.shape[2:]
     font = ImageFont.load_default(max(9, min(16, width // 6)))
@@ -55,7 +55,7 @@ def search_tree(rows: Sequence[TreeRow]) -> Tensor:
 
     for i, row in enumerate(rows):
         shown = min(columns, len(row.images))
-        # The chosen line comes last, over the others.
+        # The chosen line is drawn last, over the others.
         for column in sorted(range(shown), key=lambda each: each == path[i]) if i else ():
             if row.parents[column] < columns:
                 (x, y), (above_x, above_y) = place(i, column), place(i - 1, row.parents[column])
@@ -74,7 +74,7 @@ def search_tree(rows: Sequence[TreeRow]) -> Tensor:
 
 
 def _path(rows: Sequence[TreeRow]) -> list[int]:
-    """The place in each row of what led to the first of the last one."""
+    """Position in each row of the ancestors of the first candidate of the last row."""
     path = [0]
     for row in rows[:0:-1]:
         path.append(row.parents[path[-1]])

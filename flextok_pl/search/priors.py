@@ -1,4 +1,4 @@
-"""What search asks of a prior, and a prior without a model.
+"""The interface of a prior for search, and a uniform prior without a model.
 
 Shapes: B sequences, k tokens, K positions, V vocabulary, N branches.
 """
@@ -25,16 +25,16 @@ class State(Protocol):
 
     @property
     def work(self) -> Work:
-        """What was computed for this state and all others that branched from the same one."""
+        """Counts the computation for this state and all others that branched from the same one."""
 
     def logits(self) -> Tensor:
         """Guided logits of the next token, (B, V) float32."""
 
     def extend(self, count: int, uniform: Tensor | None, sampling: Sampling, log_probs: Tensor | None = None) -> None:
-        """Draw `count` tokens for each sequence by (B, K) numbers."""
+        """Draw `count` tokens for each sequence from (B, K) numbers."""
 
     def branch(self, rows: Tensor, tokens: Tensor, most: int) -> Self:
-        """A state of (N,) of these sequences, each with a token more."""
+        """Make a state of (N,) of these sequences, each with one more token."""
 
 
 class SearchPrior(Protocol):
@@ -46,7 +46,7 @@ class SearchPrior(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device that it computes on."""
 
     def begin(
         self,
@@ -55,14 +55,14 @@ class SearchPrior(Protocol):
         cfg_scale: PositionScale = 1.0,
         num_tokens: int | None = None,
     ) -> State:
-        """The state of (B, m) first tokens, with room for `num_tokens`."""
+        """Make the state of (B, m) first tokens, with room for `num_tokens`."""
 
 
 @dataclass(frozen=True)
 class UniformPrior:
-    """Every token is as likely as any other: search over the vocabulary without training.
+    """A prior in which all tokens are equally likely: searches the vocabulary without training.
 
-    There is nothing to guide and no likeliest token. It counts no positions.
+    It has no guidance and no most likely token. It counts no positions.
     """
 
     vocab_size: int  # V
@@ -76,7 +76,7 @@ class UniformPrior:
         cfg_scale: PositionScale = 1.0,
         num_tokens: int | None = None,
     ) -> "UniformState":
-        """The state of (B, m) first tokens, by default of one sequence without any; the rest has no effect."""
+        """Make the state of (B, m) first tokens, by default of one empty sequence; the rest has no effect."""
         tokens = torch.zeros(1, 0, dtype=torch.int64) if prefix is None else prefix
         return UniformState(tokens.to(self.device), self.vocab_size)
 
@@ -94,10 +94,10 @@ class UniformState:
         return torch.zeros(1, self.vocab_size, device=self.tokens.device).expand(len(self.tokens), -1)
 
     def extend(self, count: int, uniform: Tensor | None, sampling: Sampling, log_probs: Tensor | None = None) -> None:
-        """Draw `count` tokens for each sequence by (B, K) numbers.
+        """Draw `count` tokens for each sequence from (B, K) numbers.
 
         Raises:
-            ValueError: the most likely tokens are asked for.
+            ValueError: `uniform` is None, which asks for the most likely tokens.
         """
         if uniform is None or sampling.temperature == 0:
             raise ValueError(
@@ -110,5 +110,5 @@ class UniformState:
             log_probs.sub_(count * math.log(self.vocab_size))
 
     def branch(self, rows: Tensor, tokens: Tensor, most: int) -> "UniformState":
-        """A state of (N,) of these sequences, each with a token more."""
+        """Make a state of (N,) of these sequences, each with one more token."""
         return UniformState(torch.cat([self.tokens[rows], tokens[:, None]], 1), self.vocab_size)

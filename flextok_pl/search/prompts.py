@@ -1,7 +1,7 @@
-"""Prompts of a search: from options, from files of lines, of GenEval or of COCO captions, or from a shard set.
+"""Read the prompts of a search from options, text files, GenEval files, COCO captions or a shard set.
 
-A prompt's key names its condition and its number among those of the same condition. What is drawn for it depends on the
-key, so that other prompts, or their order, change nothing.
+A prompt's key names its condition and its number among prompts of that condition. Its draws depend only on the key, so
+other prompts and their order do not matter.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from flextok_pl.data.shards.sources import load_indices
 from flextok_pl.evaluation.generation import Prompt
 
 SHOWN = 8
-"""Classes that are searched for where none is named; all, where there are at most twice as many."""
+"""Default number of classes to search for; if there are at most twice as many, all of them."""
 
 Row = tuple[int | str | None, str | None, Mapping[str, Any]]
-"""Class by number or name, text, and all that its source says; None for what it does not say."""
+"""Class by number or name, text, and all facts of its source; None for a missing one."""
 
 
 class Conditions(NamedTuple):
-    """What a prior can be asked for; a verifier judges prompts by classes and texts, too."""
+    """Conditions that a prior accepts; a verifier also judges prompts by classes and texts."""
 
     kind: Literal["class", "text", "none"]
     num_classes: int = 0
@@ -40,10 +40,10 @@ def prompts_from_options(
     limit: int | None = None,
     samples: int = 1,
 ) -> list[Prompt]:
-    """The prompts that options name, each as often as there are samples; `limit` counts prompts of the file.
+    """Make the prompts that options name, each as often as there are samples; `limit` counts prompts of the file.
 
     Raises:
-        ValueError: the options fit neither each other nor the prior, or the file cannot be read.
+        ValueError: the options do not fit together or the prior, or the file cannot be read.
     """
     for name, value in (("samples", samples), ("limit", limit)):
         if value is not None and value < 1:
@@ -51,7 +51,7 @@ def prompts_from_options(
     options = {"--class": classes, "--text": texts, "--prompts": file}
     given = [option for option, value in options.items() if value is not None]
     if len(given) > 1:
-        raise ValueError(f"{given[0]} and {given[1]} both say what to draw: give one of them")
+        raise ValueError(f"{given[0]} and {given[1]} both name prompts: give one of them")
     if limit is not None and file is None:
         raise ValueError(f"limit={limit} counts the prompts of a file: give --prompts, or leave it out")
     if file is not None:
@@ -61,9 +61,9 @@ def prompts_from_options(
     elif texts is not None and known.kind != "class":
         rows = [(None, each, {}) for each in texts]
     elif given:
-        raise ValueError(f"{given[0]}: this prior is conditioned on {known.kind}, leave {given[0]} out")
+        raise ValueError(f"{given[0]}: this prior is conditioned on {known.kind}; leave {given[0]} out")
     elif known.kind == "text":
-        raise ValueError('this prior is conditioned on text: say what to draw, --text "red apple" or --prompts FILE')
+        raise ValueError('this prior is conditioned on text: give a prompt, --text "red apple" or --prompts FILE')
     else:
         count = known.num_classes if known.num_classes <= 2 * SHOWN else SHOWN
         rows = [(number, None, {}) for number in range(count)] or [(None, "", {})]
@@ -75,15 +75,15 @@ def prompts_from_options(
 
 
 def read_prompts(file: Path, of_classes: bool = False) -> list[Row]:
-    """The rows of a file, in UTF-8.
+    """Read the rows of a file, in UTF-8.
 
-    `.txt` has a text on each line, or with `of_classes` a class. `.jsonl` has an object on each, as GenEval's prompts
-    (https://github.com/djghosh13/geneval), with `prompt` or `label` or both. `.json` are captions of COCO
-    (https://cocodataset.org), of which the first of each picture counts, in the order of the pictures' ids. A folder is
-    a shard set with captions or classes; with `of_classes` it numbers them in its own way.
+    `.txt` has a text on each line, or with `of_classes` a class. `.jsonl` has an object on each line, as GenEval's
+    prompts (https://github.com/djghosh13/geneval), with `prompt` or `label` or both. `.json` holds captions of COCO
+    (https://cocodataset.org); the first caption of each picture is taken, in the order of the pictures' ids. A folder
+    is a shard set with captions or classes; with `of_classes` its own numbers are used.
 
     Raises:
-        ValueError: the file is none of these; of JSON lines, the message names the line.
+        ValueError: the file is none of these; for JSON lines, the message names the line.
     """
     if file.is_dir():
         return _of_shards(file, by_name=of_classes)
@@ -98,17 +98,17 @@ def read_prompts(file: Path, of_classes: bool = False) -> list[Row]:
             rows: list[Row] = [(line, None, {}) if of_classes else (None, line, {}) for line in lines]
         else:
             rows = _objects(text) if file.suffix == ".jsonl" else _captions(text)
-        "".join(prompt or "" for _, prompt, _ in rows).encode()  # JSON can hold half a character
-    except (ValueError, OSError) as error:  # bytes that are no UTF-8, and no JSON, are ValueErrors
+        "".join(prompt or "" for _, prompt, _ in rows).encode()  # JSON can hold half of a surrogate pair
+    except (ValueError, OSError) as error:  # invalid UTF-8 and invalid JSON are ValueErrors
         raise ValueError(f"prompts={file} cannot be read: {error}") from error
     if not rows:
-        raise ValueError(f"prompts={file} holds no prompt")
+        raise ValueError(f"prompts={file} holds no prompts")
     return rows
 
 
 def _of_shards(folder: Path, by_name: bool) -> list[Row]:
     index = load_indices(str(folder))[0]
-    # The pictures are not looked at.
+    # The pictures are not read.
     data = ShardDataModule(test=str(folder), image_size=index.image_size or 1, num_workers=0)
     rows: list[Row] = []
     for batch in data.test_dataloader():
@@ -130,7 +130,7 @@ def _objects(text: str) -> list[Row]:
             raise ValueError(f"line {number}: {error}") from error
         prompt = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(row, dict) or not (isinstance(prompt, str) or (prompt is None and "label" in row)):
-            raise ValueError(f"line {number} must be an object with a text as prompt, or a label; it is {line.strip()}")
+            raise ValueError(f"line {number} must be an object with a text as prompt, or a label, not {line.strip()}")
         rows.append((row.get("label"), prompt, row))
     return rows
 
@@ -142,7 +142,7 @@ def _captions(text: str) -> list[Row]:
         isinstance(e, dict) and isinstance(e.get("image_id"), int) and isinstance(e.get("caption"), str)
         for e in entries
     ):
-        raise ValueError("it needs `annotations` with image_id, a number, and caption, a text, as COCO has them")
+        raise ValueError("it needs `annotations` with image_id, a number, and caption, a text, as in COCO")
     first: dict[int, str] = {}
     for entry in entries:
         first.setdefault(entry["image_id"], entry["caption"])
@@ -150,26 +150,26 @@ def _captions(text: str) -> list[Row]:
 
 
 def _prompt(known: Conditions, row: Row) -> Prompt:
-    """The prompt of a row, whose key is still to come."""
+    """Make the prompt of a row, without its key."""
     label, text, metadata = row
     if known.kind == "text" and text is None:
-        raise ValueError(f"this prior is conditioned on text, and {label!r} comes without a prompt")
+        raise ValueError(f"this prior is conditioned on text, but {label!r} has no prompt")
     if known.kind == "class" and label is None:
-        raise ValueError(f"this prior is conditioned on class, and {text!r} comes without a label")
+        raise ValueError(f"this prior is conditioned on class, but {text!r} has no label")
     number = -1
     if known.num_classes and label is not None:
         number = class_index(label, known.class_names, known.num_classes)
-    elif label is not None:  # a verifier may know what it means
+    elif label is not None:  # a verifier may use it
         number = int(label) if str(label).isdecimal() else -1
         if number < 0:
-            raise ValueError(f"label {label!r} must be the number of a class: this prior knows none by name")
+            raise ValueError(f"label {label!r} must be the number of a class: this prior's classes have no names")
     if text is None:
         text = known.class_names[number] if known.class_names else ""
     return Prompt("", number, text, metadata)
 
 
 def _with_keys(prompts: Sequence[Prompt], by_text: bool) -> list[Prompt]:
-    """The prompts with their keys: what is asked for, and its number among the same."""
+    """Add the keys of prompts: the condition, and its number among equal ones."""
     seen: Counter[str] = Counter()
     found = []
     for prompt in prompts:

@@ -1,4 +1,4 @@
-"""Quality of what searches found beside what they computed for it: records, and one picture of many runs.
+"""Measure the results of searches against their cost: records, and one picture of many runs.
 
 B images, H x W pixels.
 """
@@ -27,16 +27,16 @@ from flextok_pl.metrics.images import to_uint8
 from flextok_pl.search.records import FREE, mean_score, read_run
 
 SIZES = ("num_candidates", "beam_width")
-"""What a run may spend more on, along a line of the plot."""
+"""Options that grow with a run's cost, along a line of the plot."""
 
 COSTS = ("decoder_calls", "decoded_images", "prior_positions", "verifier_calls")
-"""What a search counts; see `Cost`."""
+"""Counters of a search; see `Cost`."""
 
 
 def reference_features(
     source: str, extractor: FeatureExtractor, image_size: ImageSize, num_workers: int = 0
 ) -> tuple[FeatureSet, dict[str, Any]]:
-    """Features of real images, and what records say of them; see `ImageSet`."""
+    """Features of real images, and their facts for records; see `ImageSet`."""
     images = ImageSet(source, extractor, image_size, num_workers=num_workers)
     share = min(1.0, POOL_SIZE / max(1, images.num_pictures))
     statistics = GenerationStatistics[int]([], extractor, real_pool_fraction=share)
@@ -45,7 +45,7 @@ def reference_features(
 
 
 def image_size(folder: Path) -> ImageSize:
-    """Of the images of a finished run, in pixels."""
+    """Size in pixels of the images of a finished run."""
     _, run = read_run(folder)
     image = read_picture(folder / run[0]["results"][0]["image"])
     return checked_size((image.height, image.width))
@@ -63,17 +63,17 @@ def measure_run(
     """Measure the best image of each prompt of a finished run.
 
     Args:
-        folder: of the run.
-        extractor: of the features of distances and of a probe.
-        classifier_of: what judges the class, for a run of this protocol.
-        clip: judges images by the prompts' texts.
-        real: features of real images; without them no distances are taken.
+        folder: folder of the run.
+        extractor: feature network of distances and of a probe.
+        classifier_of: makes the classifier for a run of this protocol.
+        clip: scores images by the prompts' texts.
+        real: features of real images; without them there are no distances.
         batch_size: images at a time.
-        seed: of the kernel distance's subsets.
+        seed: seed of the kernel distance's subsets.
 
     Returns:
-        One record per metric of `GenerationStatistics`, and one of `verifier_score`, the mean of the scores by which
-        the search chose, if all are finite. Each says which run that is, what it cost per prompt, and how it searched.
+        One record per metric of `GenerationStatistics`, and one of `verifier_score`, the mean score of the chosen
+        images, if all are finite. Each states the run, its cost per prompt, and its search options.
 
     Raises:
         ValueError: the folder holds no finished run, or there is nothing to measure.
@@ -93,9 +93,7 @@ def measure_run(
     if score is not None:
         values["verifier_score"] = score
     if not values:
-        raise ValueError(
-            f"{folder} has infinite scores, of which there is no mean: measure by a reference or classifier"
-        )
+        raise ValueError(f"{folder} has infinite scores, which have no mean: measure by a reference or classifier")
     facts = {
         "run": str(folder),
         **{name: fmean(each["cost"][name] for each in run) for name in COSTS},
@@ -109,10 +107,10 @@ def measure_run(
 
 
 def plot_quality(records: Sequence[Record], against: str = "decoder_calls") -> Figure:
-    """One panel per metric against one of `COSTS` per prompt, one line for runs that differ in `SIZES` only.
+    """One panel per metric against one of `COSTS` per prompt; runs that differ in `SIZES` only share a line.
 
-    Runs that differ in their seeds only become one point, with their standard deviation. Where best-of-N has one
-    candidate, it is direct sampling, which a dashed line shows.
+    Runs that differ only in their seeds become one point, with their standard deviation. Best-of-N with one candidate
+    is direct sampling, which a dashed line shows.
     """
     metrics = list(dict.fromkeys(record["metric"] for record in records))
     names = _line_names(records)
@@ -143,7 +141,7 @@ def plot_quality(records: Sequence[Record], against: str = "decoder_calls") -> F
 
 
 def _line_names(records: Sequence[Record]) -> list[str]:
-    """The line of each record: its algorithm, and what else of `SIZES` and seed aside its search differs in."""
+    """The line of each record: its algorithm, and the options except `SIZES` and seed in which searches differ."""
     searches = [record["search"] for record in records]
     known = dict.fromkeys(name for search in searches for name in search)
     aside = {*SIZES, *FREE, "seed", "algorithm"}

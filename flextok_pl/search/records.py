@@ -1,16 +1,16 @@
-"""What a search leaves on disk, and from where it goes on after a kill.
+"""Keep a search on disk, so that it can resume after a kill.
 
-In the folder of a run are, for prompt 7, say:
+The folder of a run holds, for example for prompt 7:
 
-- `images/00007/samples/0000.png`, the best image, `0001.png` the next one, and so on, beside `metadata.jsonl`, what the
-  prompt's source says of it: the layout of GenEval (https://github.com/djghosh13/geneval), whose evaluator reads
-  `images`;
+- `images/00007/samples/0000.png`, the best image, `0001.png`, the next one, and so on, and `metadata.jsonl` with the
+  facts of the prompt's source. This is the layout of GenEval (https://github.com/djghosh13/geneval), whose evaluator
+  reads `images`;
 - `records/00007.json`, the record of the search, written last; `search.jsonl` has those of all prompts;
-- `trees/00007.png`, the picture of the search, of some prompts;
-- `unfinished/00007.pt` and `.png`, while the prompt is being searched: its steps, and the best image so far.
+- `trees/00007.png`, the picture of the search, for some prompts;
+- `unfinished/00007.pt` and `.png`, during the search: its steps, and the best image so far.
 
-`protocol.json` says how the run searches, which all records repeat. Several processes work in one folder, each on its
-own prompts.
+`protocol.json` states the options of the run, which all records repeat. Several processes can work in one folder, each
+on its own prompts.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ from flextok_pl.files import remove, write_file
 from flextok_pl.search.results import Cost, SearchResult, Step
 
 FREE = ("device", "versions", "prior", "tokenizer")
-"""What a run may go on with differently; prior and tokenizer are known by their hashes."""
+"""Options that may change when a run resumes; prior and tokenizer are identified by their hashes."""
 
 RUN_ONLY = ("class_names",)
-"""What the run's protocol states, and its records do not."""
+"""Entries of the run's protocol that its records do not repeat."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of a run, and what all its records state."""
+    """The folder of a run, with the entries of all its records."""
 
     path: Path
     protocol: Mapping[str, Any]
 
     def open(self) -> None:
-        """Make the folder, or go on in it; where no step has been finished it may hold any protocol.
+        """Make the folder, or resume in it; before the first finished step it may hold any protocol.
 
         Raises:
-            ValueError: it holds a run that searches in another way.
+            ValueError: it holds a run with other options.
         """
         file = self.path / "protocol.json"
         if not (file.is_file() and any((self.path / begun).is_dir() for begun in ("records", "unfinished"))):
@@ -70,7 +70,7 @@ class RunFolder:
         return self._own(_read(file), number, prompt) if file.is_file() else None
 
     def steps(self, number: int, prompt: Prompt) -> list[Step]:
-        """The steps of a search that is not finished."""
+        """The steps of an unfinished search."""
         file = self._unfinished(number)
         if not file.is_file():
             return []
@@ -87,7 +87,7 @@ class RunFolder:
     def finish(
         self, number: int, prompt: Prompt, result: SearchResult, images: Tensor, tree: Tensor | None = None
     ) -> Record:
-        """Write what was found: `images` (n, 3, H, W) uint8 of the result's sequences, and the picture of it."""
+        """Write the results: `images` (n, 3, H, W) uint8 of the result's sequences, and the search's picture."""
         place = self.path / "images" / f"{number:05d}"
         asked = {"prompt": prompt.text} | ({"label": prompt.label} if prompt.label >= 0 else {})
         write_file(place / "metadata.jsonl", _json({**asked, **prompt.metadata}))
@@ -118,7 +118,7 @@ class RunFolder:
         return _read(file)
 
     def gather(self, prompts: Sequence[Prompt]) -> list[Record] | None:
-        """The records of all prompts, which are written to `search.jsonl`; None where other processes still search."""
+        """Collect the records of all prompts in `search.jsonl`; None while other processes still search."""
         records = [self.record(number, prompt) for number, prompt in enumerate(prompts)]
         finished = [record for record in records if record is not None]
         if len(finished) < len(prompts):
@@ -132,27 +132,27 @@ class RunFolder:
     def _own(self, found: dict[str, Any], number: int, prompt: Prompt) -> dict[str, Any]:
         if found["key"] != prompt.key:
             raise ValueError(
-                f"out={self.path} holds the search for {found['key']!r} as number {number}, which is now that for "
+                f"out={self.path} holds the search for {found['key']!r} as number {number}, which is now "
                 f"{prompt.key!r}: name another folder, or give the same prompts first"
             )
         return found
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:
-    """The protocol of a finished run, and its records.
+    """Read the protocol of a finished run, and its records.
 
     Raises:
-        ValueError: the folder holds none.
+        ValueError: the folder holds no finished run.
     """
     try:
         lines = (folder / "search.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise ValueError(f"{folder} holds no finished search: {error}; give its command again") from error
+        raise ValueError(f"{folder} holds no finished search: {error}; run its command again") from error
     return _read(folder / "protocol.json"), [json.loads(line) for line in lines]
 
 
 def mean_score(records: Sequence[Record]) -> float | None:
-    """The mean score of the best results; None where one is infinite, which records state as None."""
+    """The mean score of the best results; None if one is infinite, which records state as None."""
     scores = [record["results"][0]["score"] for record in records]
     return None if None in scores else fmean(scores)
 
@@ -170,7 +170,7 @@ def _json(value: Any, indent: int | None = None) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The same of JSON types: tensors become lists, paths texts, and numbers that are not finite None."""
+    """Convert to JSON types: tensors become lists, paths texts, and numbers that are not finite None."""
     if isinstance(value, Tensor):
         return _plain(value.tolist())
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""One search under way: states of the prior, the pool of each step, what is kept of it, and the end.
+"""Run one search: states of the prior, the pool of each step, the kept sequences, and the result.
 
 Shapes: W sequences that are kept, N candidates of each, C candidates in all, k tokens, K positions, H x W image.
 """
@@ -21,7 +21,7 @@ from flextok_pl.search.scoring import Judge
 from flextok_pl.search.verifier import Context
 
 Progress = Callable[[Step, Tensor | None, Cost], None]
-"""Gets each finished step, its best image (3, H, W) uint8 where the verifier saw one, and the cost so far."""
+"""Gets each finished step, its best image (3, H, W) uint8 if the verifier saw one, and the cost so far."""
 
 
 @dataclass
@@ -29,7 +29,7 @@ class SearchRun:
     """A search for one prompt over a schedule of numbers of tokens.
 
     Raises:
-        ValueError: options, prior, condition and start do not fit each other.
+        ValueError: options, prior, condition and start do not fit together.
     """
 
     prior: SearchPrior
@@ -38,7 +38,7 @@ class SearchRun:
     counts: list[int]
     start: Step | None
     progress: Progress | None
-    ahead: int = 0  # tokens that are added for the images
+    ahead: int = 0  # tokens added for the images
     steps: list[Step] = field(init=False)
     work: list[Work] = field(init=False, default_factory=list)
 
@@ -54,7 +54,7 @@ class SearchRun:
 
     @property
     def counts_left(self) -> list[int]:
-        """The numbers of tokens of the steps to come."""
+        """Numbers of tokens of the remaining steps."""
         done = 0 if self.start is None else self.start.num_tokens
         return [count for count in self.counts if count > done]
 
@@ -64,20 +64,20 @@ class SearchRun:
         return self.judge.cost + Cost(prior_positions=sum(work.positions for work in self.work))
 
     def numbers(self) -> Tensor:
-        """(W, N, K) uniform numbers of the candidates of each place of the beam."""
+        """(W, N, K) uniform numbers of the candidates at each position of the beam."""
         options, pools = self.judge.options, 1 if len(self.counts) == 1 else self.judge.options.beam_width
         count, key = pools * options.num_candidates, self.judge.prompt.key
         numbers = candidate_numbers(key, options.seed, count, self.prior.num_tokens, self.prior.device)
         return numbers.view(pools, options.num_candidates, -1)
 
     def begin(self, most: int) -> State:
-        """The state of the sequences that were kept last, or of the empty one, with room for `most` tokens.
+        """Make the state of the last kept sequences, or of the empty one, with room for `most` tokens.
 
-        It costs as much as if the search had come here without a break.
+        Its cost is counted as if the search had not been interrupted.
         """
         tokens = self.steps[-1].tokens if self.steps else torch.zeros(1, 0, dtype=torch.int64)
         state = self._begin(tokens, most)
-        state.work.positions //= tokens.shape[1] + 1  # the newest positions
+        state.work.positions //= tokens.shape[1] + 1  # counts only the newest positions
         return state
 
     def _begin(self, tokens: Tensor, most: int) -> State:
@@ -87,7 +87,7 @@ class SearchRun:
         return state
 
     def looked_ahead(self, candidates: Candidates) -> Tensor:
-        """The tokens of candidates, (C, k'), with those that the prior adds for their images, if they are looked at."""
+        """The tokens of candidates, (C, k'), with those that the prior adds for their images, if images are needed."""
         tokens = candidates.tokens
         if not self.judge.verifier.needs_images:
             return tokens
@@ -103,7 +103,7 @@ class SearchRun:
         return torch.cat(parts)
 
     def _check_widths(self) -> None:
-        """Refuse results that no step can give, and a start of another search."""
+        """Refuse results that no step can return, and a start of another search."""
         options, widths = self.judge.options, [1]
         for _ in self.counts:
             widths.append(min(options.beam_width, widths[-1] * options.num_candidates))
@@ -117,21 +117,21 @@ class SearchRun:
             known = dict(zip(self.counts, widths[1:], strict=True))
             if known.get(self.start.num_tokens) != len(self.start.tokens):
                 raise ValueError(
-                    f"start holds {len(self.start.tokens)} sequences of {self.start.num_tokens} tokens, and this "
+                    f"start holds {len(self.start.tokens)} sequences of {self.start.num_tokens} tokens, but this "
                     f"search keeps {known} (sequences at each number of tokens): start with the options of the search "
                     "that saved it"
                 )
 
     def keep(self, tokens: Tensor, log_probs: Tensor, images: Tensor | None) -> Tensor:
-        """Score the pool of a step and note what is kept of it.
+        """Score the pool of a step and record the best candidates.
 
         Args:
             tokens: (C, k) int64.
-            log_probs: (C,) of the new ones.
+            log_probs: (C,), of the new tokens.
             images: (C, 3, H, W) uint8, if the verifier needs them.
 
         Returns:
-            (W,) int64 numbers of the candidates that are kept, best first, on the tokens' device.
+            (W,) int64 numbers of the kept candidates, best first, on the tokens' device.
         """
         options, before, tokens_here = self.judge.options, self.steps[-1] if self.steps else None, tokens.cpu()
         last = as_float64(log_probs).cpu()
@@ -180,11 +180,11 @@ def _check_uniform(options: SearchOptions, ahead: int) -> None:
     usual = {"temperature": 1.0, "top_k": None, "top_p": None, "complete": False, "lookahead": 0}
     for name, value in (given | {"lookahead": ahead}).items():
         if value != usual[name]:
-            raise ValueError(f"{name}={value}: to a uniform prior all tokens are alike; leave it out")
+            raise ValueError(f"{name}={value}: a uniform prior makes all tokens equally likely; leave it out")
 
 
 def repeated(condition: Condition, count: int) -> Condition:
-    """The condition of one prompt for several sequences."""
+    """Repeat the condition of one prompt for several sequences."""
     if condition is None:
         return None
     if isinstance(condition, Tensor):

@@ -1,19 +1,19 @@
-"""At how many tokens candidates are judged."""
+"""Choose the numbers of tokens at which candidates are scored."""
 
 from flextok_pl.contracts import is_whole
 
 
 def token_counts(schedule: str | list[int], tokens_per_step: int, most: int) -> list[int]:
-    """The numbers of tokens after each step of a search, ascending.
+    """Numbers of tokens after each step of a search, ascending.
 
     Args:
         schedule: `geometric` for 1, 2, 4, ... up to `most`, `linear` for multiples of `tokens_per_step` up to `most`,
             or the numbers themselves.
-        tokens_per_step: of the linear schedule.
-        most: tokens that the sequences can have, or are wanted to have.
+        tokens_per_step: step of the linear schedule.
+        most: most tokens of a sequence.
 
     Raises:
-        ValueError: the schedule is unknown, empty, does not ascend, or leaves 1..most.
+        ValueError: the schedule is unknown, empty, not ascending, or outside 1..most.
     """
     if schedule == "geometric":
         return [*(2**i for i in range(most.bit_length()) if 2**i < most), most]

@@ -1,4 +1,4 @@
-"""Candidates to images and scores, and what that costs.
+"""Decode and score candidates, and count the cost.
 
 Shapes: C candidates, k tokens, H x W image.
 """
@@ -22,14 +22,14 @@ from flextok_pl.search.verifier import Context, Verifier, checked_scores
 def decode_tokens(
     tokenizer: FlexTok, tokens: Tensor, prompt: Prompt, options: SearchOptions, candidates: Sequence[int] | None = None
 ) -> Tensor:
-    """Images of (C, k) tokens, (C, 3, H, W) uint8, from the noise of plain sampling for this prompt.
+    """Decode (C, k) tokens to (C, 3, H, W) uint8 images, from the noise of plain sampling for this prompt.
 
     Args:
-        tokenizer: of the tokens.
+        tokenizer: tokenizer of the tokens.
         tokens: all of the same length.
         prompt: its key seeds the noise.
-        options: `decoding`, `decode_batch_size`, `seed` and `vary_noise` count.
-        candidates: numbers of the sequences in their pool, which have noise of their own with `vary_noise`.
+        options: uses `decoding`, `decode_batch_size`, `seed` and `vary_noise`.
+        candidates: numbers of the sequences in their pool, which get their own noise with `vary_noise`.
     """
     numbers = [0] * len(tokens) if candidates is None or not options.vary_noise else candidates
     keys, parts = candidate_keys(prompt.key, numbers), []
@@ -42,13 +42,13 @@ def decode_tokens(
 
 
 def decoder_calls(decoding: Decoding, objective: str) -> int:
-    """Evaluations of the decoder's network for one image, conditional and unconditional ones."""
+    """Evaluations of the decoder's network for one image, conditional and unconditional."""
     return sum(decoding.under(objective).calls())
 
 
 @dataclass
 class Judge:
-    """Decodes and scores the candidates of one prompt, and keeps count."""
+    """Decodes and scores the candidates of one prompt, and counts the cost."""
 
     tokenizer: FlexTok
     verifier: Verifier
@@ -57,7 +57,7 @@ class Judge:
     cost: Cost = field(default_factory=Cost)
 
     def images(self, tokens: Tensor, candidates: Sequence[int] | None = None) -> Tensor | None:
-        """What the verifier needs of (C, k) tokens, of which `candidates` are the numbers in their pool."""
+        """The verifier's images of (C, k) tokens; `candidates` are their numbers in the pool."""
         if not self.verifier.needs_images:
             return None
         calls = len(tokens) * decoder_calls(self.options.decoding, self.tokenizer.config.objective)
@@ -68,7 +68,7 @@ class Judge:
         """(C,) float64 on the CPU.
 
         Raises:
-            ValueError: the verifier gives something else than a number for each candidate.
+            ValueError: the verifier does not return a number for each candidate.
         """
         count = len(context.tokens)
         self.cost += Cost(verifier_calls=count)

@@ -1,4 +1,4 @@
-"""What search asks of a verifier, and what it tells it beside the images.
+"""The interface of a verifier, and what it gets besides the images.
 
 Shapes: B candidates, k tokens, H x W image.
 """
@@ -13,49 +13,49 @@ from flextok_pl.precision import as_float64
 
 
 class Context(NamedTuple):
-    """What search knows of B candidates beside their images."""
+    """Facts of B candidates besides their images."""
 
     tokens: Tensor  # (B, k) int64, without those that lookahead adds for the image only
-    log_probs: Tensor | None = None  # (B,) float64, of all k tokens under what they were drawn from: see `Step`
+    log_probs: Tensor | None = None  # (B,) float64, of all k tokens under the sampling distribution: see `Step`
     last_log_probs: Tensor | None = None  # (B,) float64, of the tokens of the newest step only
 
 
 class Verifier(Protocol):
-    """Says how good candidates are; whatever raises an error in `score` ends the search.
+    """Scores candidates; an error in `score` ends the search.
 
-    The score of a candidate does not depend on the others. Only an ensemble that ranks may look at all of them: it is
-    called once for each prompt and step, with the whole pool.
+    The score of a candidate does not depend on the others. Only an ensemble that ranks may compare them: it is called
+    once for each prompt and step, with the whole pool.
     """
 
     @property
     def name(self) -> str:
-        """What records call it."""
+        """Its name in records."""
 
     @property
     def needs_images(self) -> bool:
-        """Whether candidates must be decoded for it."""
+        """Whether it needs decoded images of the candidates."""
 
     def score(self, images: Tensor | None, prompts: Sequence[Prompt], context: Context) -> Tensor:
-        """(B, 3, H, W) uint8 images, or None where `needs_images` is False, and B prompts -> (B,) float64.
+        """(B, 3, H, W) uint8 images, or None if `needs_images` is False, and B prompts -> (B,) float64.
 
         Higher is better.
         """
 
 
 def checked_scores(scores: object, verifier: str, prompts: Sequence[Prompt]) -> Tensor:
-    """What a verifier of this name gave for candidates of B prompts, as (B,) float64 on the CPU.
+    """Convert the scores of a verifier for candidates of B prompts to (B,) float64 on the CPU.
 
     Raises:
-        ValueError: it is something else than a number for each candidate.
+        ValueError: they are not a number for each candidate.
     """
     if not isinstance(scores, Tensor) or scores.shape != (len(prompts),):
         found = f"a tensor {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-        raise ValueError(f"verifier={verifier!r} gives {found}, and not a tensor ({len(prompts)},) of scores")
+        raise ValueError(f"verifier={verifier!r} gives {found}, not a tensor ({len(prompts)},) of scores")
     scores = as_float64(scores.detach()).cpu()
     if scores.isnan().any():
         key = prompts[int(scores.isnan().nonzero()[0])].key
         raise ValueError(
-            f"verifier={verifier!r} gives NaN as a score of the prompt {key!r}: a search cannot order it; mend the "
-            "verifier, or use another"
+            f"verifier={verifier!r} gives NaN as a score of the prompt {key!r}, which a search cannot order; correct "
+            "the verifier, or use another"
         )
     return scores

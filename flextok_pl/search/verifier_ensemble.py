@@ -1,4 +1,4 @@
-"""Several verifiers as one: by their ranks, or by their scaled scores, among the candidates of a prompt.
+"""Combine several verifiers, by their ranks or scaled scores among the candidates of a prompt.
 
 V verifiers, B candidates.
 """
@@ -19,21 +19,22 @@ Combination = Literal["rank", "weighted"]
 
 
 class Ensemble(BaseVerifier):
-    """A combination of verifiers, which sees all candidates of a prompt at once, as its scores are relative to them.
+    """A combination of verifiers. It sees all candidates of a prompt at once, because its scores are relative to them.
 
-    `rank`: each verifier ranks the candidates, 0 for the best, and equal ones share the mean of their ranks; the score
-    is 1 - the weighted sum of ranks / the largest that it can be. `weighted`: the weighted sum of scores, each scaled
-    from 0 for the worst candidate to 1 for the best, or 0 where all are equal. Both as published with FlexAR's search
-    (April 2026), which breaks ties by the order of candidates, skips a verifier that fails, and then gives each of the
-    others the weight of its neighbour.
+    `rank`: each verifier ranks the candidates from 0 for the best, and equal ones share the mean of their ranks. The
+    score is 1 - the weighted sum of ranks / its largest possible value. `weighted`: the weighted sum of scores, each
+    scaled from 0 for the worst candidate to 1 for the best, or 0 if all are equal.
+
+    Both are published with FlexAR's search (April 2026). That code breaks ties by the order of candidates. It skips a
+    verifier that fails, and then gives each of the others the weight of its neighbour.
 
     Args:
-        verifiers: of different names.
-        combination: how they are combined.
-        weights: of verifiers by their names, all positive; 1 for others.
+        verifiers: verifiers of different names.
+        combination: `rank` or `weighted`.
+        weights: positive weights of verifiers by name; 1 for others.
 
     Raises:
-        ValueError: a name is given twice, or a weight is of no verifier or not positive.
+        ValueError: a name is repeated, or a weight is not positive or has no verifier.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Ensemble(BaseVerifier):
         return {**super().facts, "weights": weights, "verifiers": [each.facts for each in self.verifiers]}
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Only prompts that all verifiers can judge."""
+        """Refuse prompts that any of the verifiers cannot judge."""
         for each in self.verifiers:
             each.check(prompts)
 
@@ -72,7 +73,7 @@ class Ensemble(BaseVerifier):
         return combined
 
     def _combined(self, scores: Tensor) -> Tensor:
-        """Of one prompt's candidates: (V, B) -> (B,)."""
+        """Combine the scores of one prompt's candidates: (V, B) -> (B,)."""
         if self.combination == "rank":
             ranks = torch.stack([mean_ranks(row) for row in scores])
             worst = self._weights.sum() * max(1, scores.shape[1] - 1)
@@ -85,14 +86,14 @@ class Ensemble(BaseVerifier):
 
 
 def check_weights(names: Sequence[str], weights: Mapping[str, float]) -> None:
-    """Refuse verifiers given twice, and weights of none or out of range."""
+    """Refuse repeated verifiers, and weights without a verifier or out of range."""
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
         raise ValueError(f"verifiers={list(names)} names {', '.join(sorted(repeated))} twice: give each once")
     for name, weight in weights.items():
         if name not in names:
             raise ValueError(
-                f"verifier_weights has {name!r}, which is none of verifiers={list(names)}: add or delete it"
+                f"verifier_weights has {name!r}, which is not among verifiers={list(names)}: add or delete it"
             )
         if not 0 < weight < float("inf"):
             raise ValueError(f"verifier_weights has {name}={weight}, which must be positive: leave the verifier out")

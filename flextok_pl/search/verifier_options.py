@@ -1,4 +1,4 @@
-"""Which verifiers judge the candidates of a search: plain options, and the verifier that they make."""
+"""Choose the verifiers of a search by plain options, and build them."""
 
 from __future__ import annotations
 
@@ -40,36 +40,36 @@ FUNCTION = re.compile(r"[\w.]+:[\w.]+")
 
 @dataclass(frozen=True)
 class VerifierOptions:
-    """Which verifiers judge candidates, and where their weights are.
+    """Verifiers that score candidates, and the places of their weights.
 
     Args:
         verifiers: the verifier's name (or `--verifier`, once or several times, for an ensemble): `likelihood`, `class`,
             `clip`, `dreamsim`, `aesthetic`, `image_reward`, `pickscore`, `hpsv2`, or a Python function of (images,
             prompts, context) by its import path, such as `my_module:score`.
-        ensemble: how several are combined: `rank`, by the weighted sum of their ranks of a prompt's candidates, or
-            `weighted`, by that of their scores, each scaled from 0 to 1.
+        ensemble: combination of several verifiers: `rank` weights their ranks of a prompt's candidates, `weighted`
+            their scores, each scaled from 0 to 1.
         verifier_weights: weights in the ensemble by name, such as `{"clip": 2}`; 1 for others.
-        classifier: of the verifier `class`: `probe`, a linear classifier that is fitted to features of
-            `classifier_data` and of its reconstructions, or a timm model whose classes are the prior's.
+        classifier: for the verifier `class`: `probe`, a linear classifier fitted to features of `classifier_data` and
+            of its reconstructions, or a timm model with the prior's classes.
         classifier_data: shard set of real images with classes, for the probe.
         classifier_weights: local weights file of a timm classifier.
-        classifier_extractor: the feature network of the probe: `effnet-lite0` or `effnet-lite2` (offline),
+        classifier_extractor: feature network of the probe: `effnet-lite0` or `effnet-lite2` (offline),
             `inception-v3-compat`, `dinov2-*` or `clip-*`.
-        classifier_extractor_weights: local file with its weights.
-        classifier_cache: where a fitted probe is kept between runs; null for nowhere.
-        clip: of the verifier `clip`: Hub id or folder of a CLIP model.
-        dreamsim: of the verifier `dreamsim`: `ensemble` as in its paper, or another network of the package.
+        classifier_extractor_weights: local weights file of that network.
+        classifier_cache: folder that keeps a fitted probe between runs; null keeps none.
+        clip: for the verifier `clip`: Hub id or folder of a CLIP model.
+        dreamsim: for the verifier `dreamsim`: `ensemble` as in its paper, or another network of the package.
         dreamsim_weights: folder with its unpacked weights; null for the downloaded ones.
-        dreamsim_reference: the picture to compare with; null for the one that each prompt names as `reference`.
-        aesthetic_weights: of the verifier `aesthetic`: the file sac+logos+ava1-l14-linearMSE.pth.
+        dreamsim_reference: picture to compare with; null for the `reference` of each prompt.
+        aesthetic_weights: for the verifier `aesthetic`: the file sac+logos+ava1-l14-linearMSE.pth.
         aesthetic_clip: Hub id or folder of its CLIP ViT-L/14.
-        image_reward_weights: of the verifier `image_reward`: local ImageReward.pt; null to download it.
+        image_reward_weights: for the verifier `image_reward`: local ImageReward.pt; null to download it.
         image_reward_tokenizer: Hub id or folder with the vocabulary of bert-base-uncased.
-        pickscore: of the verifier `pickscore`: Hub id, or folder with its processor's files in it.
-        hpsv2_weights: of the verifier `hpsv2`: local HPS_v2.1_compressed.pt; null to download it.
+        pickscore: for the verifier `pickscore`: Hub id, or folder with its processor's files in it.
+        hpsv2_weights: for the verifier `hpsv2`: local HPS_v2.1_compressed.pt; null to download it.
 
     Raises:
-        ValueError: an option is out of range, names what is not there, or is for a verifier that is not asked for.
+        ValueError: an option is out of range, names something that does not exist, or belongs to an unused verifier.
     """
 
     verifiers: list[str] = field(default_factory=lambda: ["likelihood"])
@@ -94,7 +94,7 @@ class VerifierOptions:
 
     def __post_init__(self) -> None:
         if not self.verifiers:
-            raise ValueError(f"verifiers=[] judges nothing; give one of {', '.join(MADE_BY)}, or MODULE:FUNCTION")
+            raise ValueError(f"verifiers=[] is empty; give one of {', '.join(MADE_BY)}, or MODULE:FUNCTION")
         for name in self.verifiers:
             if name not in MADE_BY and not FUNCTION.fullmatch(name):
                 raise ValueError(f"verifier={name!r} is unknown; use one of {', '.join(MADE_BY)}, or MODULE:FUNCTION")
@@ -104,12 +104,12 @@ class VerifierOptions:
         if len(self.verifiers) == 1 and (self.ensemble != "rank" or self.verifier_weights):
             raise ValueError(
                 f"ensemble={self.ensemble!r} and verifier_weights={self.verifier_weights} combine several verifiers, "
-                f"and there is one, {self.verifiers[0]}: leave them out"
+                f"but there is only {self.verifiers[0]}: leave them out"
             )
         self._check_networks()
 
     def _check_networks(self) -> None:
-        """Refuse what can be refused before anything is loaded."""
+        """Refuse wrong options before anything is loaded."""
         for each in fields(VerifierOptions)[3:]:
             value, owner = getattr(self, each.name), OWNERS[each.name.split("_")[0]]
             if str(value) != str(each.default) and owner not in self.verifiers:
@@ -127,7 +127,7 @@ class VerifierOptions:
 
 
 class Surroundings(NamedTuple):
-    """What verifiers know of a search beside their options."""
+    """Facts of a search that verifiers need, besides their options."""
 
     conditions: Conditions
     tokenizer: Reconstructor | None
@@ -145,16 +145,16 @@ def build_verifiers(
     decoding: Decoding | None = None,
     device: torch.device | str = "cpu",
 ) -> BaseVerifier:
-    """The verifier of these options, or an ensemble of several. All processes must call it.
+    """Build the verifier of these options, or an ensemble of several. All processes must call it.
 
     Args:
-        options: which, and where their weights are.
-        prompts: all that will be judged; those that cannot be are refused now.
-        conditions: the classes that the prior knows.
-        tokenizer: what decodes the candidates; the probe learns from its images.
-        image_size: of its images in pixels.
-        decoding: how it decodes them.
-        device: where networks are, unless they follow the images.
+        options: the verifiers, and the places of their weights.
+        prompts: all prompts to judge; raises for those that cannot be judged.
+        conditions: the classes of the prior.
+        tokenizer: decodes the candidates; the probe learns from its images.
+        image_size: size of its images in pixels.
+        decoding: its steps and guidance.
+        device: device of the networks, unless they follow the images.
 
     Raises:
         ValueError: a package, weights or classes are missing or wrong, or a prompt cannot be judged.
@@ -175,8 +175,8 @@ def _class_verifier(options: VerifierOptions, around: Surroundings) -> BaseVerif
         timm_classifier = TimmClassifier(options.classifier, options.classifier_weights)
         if known.num_classes not in (0, timm_classifier.num_classes):
             raise ValueError(
-                f"classifier={options.classifier!r} tells {timm_classifier.num_classes} classes apart, and the prior "
-                f"knows {known.num_classes}: their numbers mean different classes; give a classifier of the prior's"
+                f"classifier={options.classifier!r} has {timm_classifier.num_classes} classes, but the prior has "
+                f"{known.num_classes}: their numbers mean different classes; give a classifier of the prior's"
             )
         return ClassProbability(timm_classifier)
     if around.tokenizer is None or around.image_size is None:
@@ -208,4 +208,4 @@ MADE_BY: dict[str, Callable[[VerifierOptions, Surroundings], BaseVerifier]] = {
 """Verifiers by name."""
 
 OWNERS = {"classifier": "class", "image": "image_reward"} | {name: name for name in MADE_BY if name != "class"}
-"""First word of an option -> the verifier that it is for."""
+"""First word of an option -> the verifier that uses it."""

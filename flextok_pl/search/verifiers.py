@@ -1,7 +1,7 @@
-"""Verifiers: each judges candidates by one measure, and higher is better.
+"""Verifiers: each scores candidates by one measure, higher is better.
 
-Whatever goes wrong in one stops the search: no candidate is ranked by fewer verifiers than were asked for. Networks
-compute in float32 outside autocast, in parts of a fixed size. B candidates.
+An error in a verifier stops the search: no candidate is ranked by fewer verifiers than you asked for. Networks compute
+in float32 outside autocast, in parts of a fixed size. B candidates.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from flextok_pl.metrics.images import to_uint8
 from flextok_pl.search.verifier import Context, checked_scores
 
 PART = 32
-"""Images that a network is given at a time."""
+"""Images per call of a network."""
 
 
 class BaseVerifier(ABC):
-    """A `Verifier` that says beforehand which prompts it cannot judge, and whose scores are checked."""
+    """A `Verifier` that refuses, in advance, prompts that it cannot judge, and checks its scores."""
 
     needs_images: bool = True
 
@@ -40,7 +40,7 @@ class BaseVerifier(ABC):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a record states of it: its name, and what its network is."""
+        """Its entries in a record: its name, and the facts of its network."""
         known = {"network": "name", "weights_hash": "weights_hash"}
         return {"verifier": self.name} | {
             fact: getattr(self._network, of) for fact, of in known.items() if hasattr(self._network, of)
@@ -56,36 +56,36 @@ class BaseVerifier(ABC):
                 )
 
     def _lack(self, prompt: Prompt) -> str | None:
-        """What a prompt should have instead, such as `no text`; None where nothing is missing."""
+        """What the prompt lacks, such as `no text`; None if nothing is missing."""
         return None
 
     def score(self, images: Tensor | None, prompts: Sequence[Prompt], context: Context) -> Tensor:
         """Score of each candidate, higher is better.
 
         Args:
-            images: (B, 3, H, W) uint8; None where `needs_images` is False.
-            prompts: what each candidate was drawn for.
-            context: its tokens and their log-probabilities.
+            images: (B, 3, H, W) uint8; None if `needs_images` is False.
+            prompts: the prompt of each candidate.
+            context: tokens of the candidates and their log-probabilities.
 
         Returns:
             (B,) float64 on the CPU.
 
         Raises:
-            ValueError: a score is missing or no number, or the candidates cannot be judged.
+            ValueError: a score is missing or not a number, or the candidates cannot be judged.
         """
         return checked_scores(self._scores(images, prompts, context), self.name, prompts)
 
     @abstractmethod
     def _scores(self, images: Tensor | None, prompts: Sequence[Prompt], context: Context) -> Tensor:
-        """See `score`; any type and device."""
+        """Compute the scores for `score`, in any type and on any device."""
 
 
 class Likelihood(BaseVerifier):
     """log p(tokens | prompt) / number of tokens, under the distribution that they were drawn from.
 
-    That is the guided, tempered and filtered one. The published verifier of this name (FlexAR's search, April 2026)
-    divides the log-probability of the newest tokens only by the number of all in beam search, so that it forgets how
-    likely the prefix was, and sums without dividing in best-of-N, which ranks as this does.
+    This is the guided, tempered and filtered distribution. The published verifier of this name (FlexAR's search, April
+    2026) differs in beam search: it divides the log-probability of only the newest tokens by the number of all, so it
+    forgets how likely the prefix was. In best-of-N it sums without dividing, which gives the same ranking.
     """
 
     needs_images = False
@@ -96,14 +96,14 @@ class Likelihood(BaseVerifier):
     def _scores(self, images: Tensor | None, prompts: Sequence[Prompt], context: Context) -> Tensor:
         if context.log_probs is None:
             raise ValueError(
-                "verifier='likelihood' needs the log-probabilities of tokens, which a search has: use another verifier "
-                "for images from elsewhere"
+                "verifier='likelihood' needs the log-probabilities of tokens, which only a search has: use another "
+                "verifier for other images"
             )
         return context.log_probs / context.tokens.shape[1]
 
 
 class NetworkVerifier(BaseVerifier):
-    """A verifier that looks at one image at a time, of which a network is given `PART` together."""
+    """A verifier that scores each image separately; its network gets `PART` images at a time."""
 
     def _scores(self, images: Tensor | None, prompts: Sequence[Prompt], context: Context) -> Tensor:
         assert images is not None, f"{self.name} needs images"
@@ -116,9 +116,9 @@ class NetworkVerifier(BaseVerifier):
 
 
 class ClassProbability(NetworkVerifier):
-    """The probability that a classifier gives to the class that was asked for.
+    """Scores an image by the probability that a classifier gives to the prompt's class.
 
-    The classifier is a probe on the features of `extractor`, or looks at the image itself.
+    The classifier is a probe on the features of `extractor`, or sees the image itself.
     """
 
     def __init__(self, classifier: Classifier, extractor: FeatureExtractor | None = None) -> None:
@@ -129,7 +129,7 @@ class ClassProbability(NetworkVerifier):
         classes = self.classifier.num_classes
         if 0 <= prompt.label < classes:
             return None
-        return "no class" if prompt.label < 0 else f"class {prompt.label}, and none of the {classes} that it knows"
+        return "no class" if prompt.label < 0 else f"class {prompt.label}, which is not among its {classes} classes"
 
     def _judged(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         features = images.new_empty(len(images), 0) if self._extractor is None else self._extractor(images)
@@ -139,7 +139,7 @@ class ClassProbability(NetworkVerifier):
 
 
 class TextScore(NetworkVerifier):
-    """How well an image fits the prompt's text, by a network: CLIP score, PickScore, HPSv2 or ImageReward."""
+    """Scores how well an image fits the prompt's text: CLIP score, PickScore, HPSv2 or ImageReward."""
 
     def __init__(self, name: str, network: Callable[[Tensor, Sequence[str]], Tensor]) -> None:
         super().__init__(name, network)
@@ -153,7 +153,7 @@ class TextScore(NetworkVerifier):
 
 
 class ImageScore(NetworkVerifier):
-    """A rating of the image, whatever the prompt."""
+    """Rates an image, whatever the prompt."""
 
     def __init__(self, name: str, network: Callable[[Tensor], Tensor]) -> None:
         super().__init__(name, network)
@@ -166,7 +166,7 @@ class ImageScore(NetworkVerifier):
 class Similarity(NetworkVerifier):
     """1 - the DreamSim distance from a reference picture.
 
-    It is `reference`, or where that is None the file that a prompt's metadata name as `reference`.
+    The picture is `reference`, or if that is None the file that a prompt's metadata name as `reference`.
     """
 
     def __init__(self, network: DreamSim, reference: Path | str | None = None) -> None:
@@ -182,7 +182,7 @@ class Similarity(NetworkVerifier):
         named = prompt.metadata.get("reference")
         if not isinstance(named, str):
             return "no reference picture in its metadata"
-        return None if _file(named).is_file() else f"no reference picture in the place of {named}"
+        return None if _file(named).is_file() else f"no reference picture at {named}"
 
     def _embedding(self, file: Path) -> Tensor:
         if file not in self._embeddings:
@@ -196,10 +196,10 @@ class Similarity(NetworkVerifier):
 
 
 class FunctionVerifier(BaseVerifier):
-    """A Python function of (images, prompts, context), such as `my_module:score`, found as `import` finds it.
+    """A Python function of (images, prompts, context), such as `my_module:score`, which is imported.
 
-    The folder in which the command runs is looked into last. The function gives (B,) scores, of any type and device,
-    and gets images unless it has an attribute `needs_images = False`.
+    The folder in which the command runs is searched last. The function returns (B,) scores, of any type and device. It
+    gets images unless it has an attribute `needs_images = False`.
     """
 
     def __init__(self, path: str) -> None:
@@ -207,7 +207,7 @@ class FunctionVerifier(BaseVerifier):
         module, _, name = path.partition(":")
         if str(Path.cwd()) not in sys.path:
             sys.path.append(str(Path.cwd()))
-        remedy = "give MODULE:FUNCTION of a module that Python finds, in this folder or on PYTHONPATH"
+        remedy = "give MODULE:FUNCTION of a module in this folder or on PYTHONPATH"
         try:
             found: Any = import_module(module)
         except ModuleNotFoundError as error:

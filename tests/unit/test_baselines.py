@@ -249,7 +249,9 @@ def test_a_grid_has_one_size() -> None:
         lambda: tok.velocity(torch.zeros(2, 12, 4, 8), 0.5, tokens_of(tok)),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match="layout='grid' has one token for each patch, so they must be (4 x 4|8 x 8)"):
+        with pytest.raises(
+            ValueError, match="layout='grid' has one token for each patch, so they must be (4 x 4|8 x 8)"
+        ):
             call()
     options = {
         "stratified_budgets": False,

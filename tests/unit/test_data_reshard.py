@@ -194,7 +194,11 @@ def test_tars_of_one_name_in_several_folders(tmp_path):
         ),
         ({"a.json": b"null"}, {"caption_key": "text"}, r"its \.json is 'None', but must have keys"),
         ({"a.json": b"{"}, {"caption_key": "text"}, r"its \.json cannot be read: Expecting property name"),
-        ({"a.json": b'{"kind": 1.5}'}, {"label_key": "kind"}, r"kind of its \.json is 1\.5, which is not a class index"),
+        (
+            {"a.json": b'{"kind": 1.5}'},
+            {"label_key": "kind"},
+            r"kind of its \.json is 1\.5, which is not a class index",
+        ),
         ({"a.cls": b"\n"}, {}, r"\.cls is '', which is not a class index or a name"),
         ({"a.png": picture(1, "PNG")}, {}, r"several pictures \(it holds \.jpg, \.png\); .* as image_key=jpg"),
         ({"a.JPG": picture(1)}, {}, r"two files a\.jpg \(upper and lower case are one\)"),
