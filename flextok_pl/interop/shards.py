@@ -49,7 +49,7 @@ def check_shard(index: Path, shard: str, wanted: Collection[str], there: Collect
     missing, extra = sorted(set(wanted) - set(there)), sorted(set(there) - set(wanted))
     if missing or extra:
         what = f"does not hold {missing[0]}" if missing else f"also holds {extra[0]}"
-        raise ValueError(f"{index} does not describe {shard}, which {what}: they belong to different models")
+        raise ValueError(f"{index} does not describe {shard}, which {what}: they are of different models")
 
 
 def size_in_bytes(size: int | str) -> int:

@@ -98,7 +98,7 @@ def test_damaged_and_foreign_files(
     file = tmp_path / "model.safetensors"
     FILES[kind](file, golden_dir / "model.safetensors")
     for path in (file, tmp_path):
-        with pytest.raises(ValueError, match="model.safetensors is no intact safetensors file"):
+        with pytest.raises(ValueError, match="model.safetensors is not an intact safetensors file"):
             FlexTok.from_pretrained(path)
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 

@@ -131,7 +131,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path, emoji_folder, capsys):
     np.savez(tmp_path / "nan.npz", mu=np.full(1280, np.nan), sigma=np.eye(1280))
     assert "NaN" in message(tmp_path / "nan.npz")
     np.savez(tmp_path / "other.npz", data=np.zeros(5))
-    assert "holds ['data']; needed are pictures (arr_0) or mu and sigma" in message(tmp_path / "other.npz")
+    assert "holds ['data']; it needs pictures (arr_0) or mu and sigma" in message(tmp_path / "other.npz")
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((2, 4, 4, 3)))
     assert "arr_0 is float64 (2, 4, 4, 3)" in message(tmp_path / "floats.npz")
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 and no more")

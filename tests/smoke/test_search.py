@@ -127,7 +127,7 @@ def test_all_candidates_refused(models: list[str], place: Path, capsys: pytest.C
     options = ["--class", "up", "--verifier", veto, "--schedule", "[1]", "--num_candidates", "2", "--out", "run"]
     main(["search", *models, *options])
     assert "run: prompts: 1, mean score infinite" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="run has infinite scores, of which there is no mean"):
+    with pytest.raises(SystemExit, match="run has infinite scores, which have no mean"):
         main(["search", "measure", "run"])
 
 
@@ -231,7 +231,7 @@ def test_killed_and_given_again(models: list[str], place: Path) -> None:
     assert len((place / "calls").read_text().splitlines()) == len(done), "nothing is left to do"
     with pytest.raises(SystemExit, match="out=again holds a search with seed=0, not 1: name another folder"):
         main([*again, "--seed", "1"])
-    with pytest.raises(SystemExit, match="holds the search for 'class 2 sample 0' as number 0, which is now that for"):
+    with pytest.raises(SystemExit, match="holds the search for 'class 2 sample 0' as number 0, which is now"):
         main(beam(models, "--class", "left", "--out", "again"))
 
 

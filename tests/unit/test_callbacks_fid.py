@@ -275,7 +275,7 @@ def test_never_in_a_fit(tmp_path):
         ({"budgets": [9]}, "gfid.budgets holds 9"),
         ({"shown": ["pink"]}, "gfid.shown=.*class 'pink' is unknown"),
         ({"conditions": "data", "num_samples": 3}, "num_samples=3 is for balanced classes"),
-        ({"classifier": "resnet18"}, "tells 2 classes apart, and the prior knows 3"),
+        ({"classifier": "resnet18"}, "has 2 classes, but the prior has 3"),
     ],
 )
 def test_what_would_stop_a_validation_stops_before_the_first_step(tmp_path, monkeypatch, options, message):

@@ -213,7 +213,7 @@ def test_rows_of_the_picture(tmp_path):
 def test_a_classifier_of_other_classes(tmp_path):
     module = BandPrior()
     module.num_classes, module.class_names = 2, ("red", "green")
-    with pytest.raises(ValueError, match="tells 3 classes apart, and the prior knows 2"):
+    with pytest.raises(ValueError, match="has 3 classes, but the prior has 2"):
         evaluate(tmp_path, module, **WITH_PROBE)
 
 
@@ -305,6 +305,6 @@ def test_images_are_written_under_their_keys(tmp_path):
 
 def test_images_that_no_process_made(tmp_path, monkeypatch):
     monkeypatch.setattr("flextok_pl.evaluation.generation.world_size", lambda: 6)
-    with pytest.raises(RuntimeError, match="2 images were generated, 12 were to be.*use fewer devices"):
+    with pytest.raises(RuntimeError, match="2 images were generated instead of 12.*use fewer devices"):
         evaluate(tmp_path)
     assert not (tmp_path / "gfid.json").exists()

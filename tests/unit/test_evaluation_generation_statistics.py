@@ -143,7 +143,7 @@ def test_other_classifiers_have_no_class_means():
     statistics = GenerationStatistics([4], Colours(), classifier=Redness())
     statistics.update_generated(4, pictures(3), KEYS, LABELS.clamp_max(1))
     assert list(statistics.values()[4]) == ["score_redness", "class_agreement"]
-    with pytest.raises(ValueError, match="label 2 is none of the 2 classes"):
+    with pytest.raises(ValueError, match="label 2 is not among the 2 classes"):
         statistics.update_generated(4, pictures(3), KEYS, LABELS)
 
 

@@ -129,8 +129,8 @@ def test_own_tensors_must_be_those_of_the_published_ones(tmp_path: Path) -> None
     ("changes", "message"),
     [
         ({"num_classes": 0}, "num_classes=0 without text_width"),
-        ({"num_classes": 0, "text_width": 8}, "text_encoder='' cannot be said"),
-        ({"num_classes": 0, "text_width": 8, "text_encoder": "minilm"}, "text_encoder='minilm' cannot be said"),
+        ({"num_classes": 0, "text_width": 8}, "text_encoder='' cannot be stated"),
+        ({"num_classes": 0, "text_width": 8, "text_encoder": "minilm"}, "text_encoder='minilm' cannot be stated"),
     ],
 )
 def test_what_cannot_be_written(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -219,9 +219,9 @@ RMS = {"_target_": "l3m.model.layers.normalization.RMSNorm", "_partial_": True, 
 REFUSED: list[tuple[str, Change, str]] = [
     # classes
     ("class", trunk(_target_="l3m.model.trunks.transformer.NonMonolithic"), r"trunk._target_=.*NonMonolithic is not"),
-    ("class", trunk(_target_="os.system"), r"trunk._target_=os.system is not known there; Transformer is"),
+    ("class", trunk(_target_="os.system"), r"trunk._target_=os.system is unknown; it must be Transformer"),
     ("class", trunk(_target_=["os", "system"]), r"trunk._target_=\['os', 'system'\]"),
-    ("class", within("attn_target", _target_="l3m.Attention"), r"attn_target._target_=l3m.Attention is not known"),
+    ("class", within("attn_target", _target_="l3m.Attention"), r"attn_target._target_=l3m.Attention is unknown"),
     ("class", within("attn_target", _target_="AttentionWithMask"), "attn_target._target_=AttentionWithMask"),
     ("class", within("norm_layer", _target_="torch.nn.BatchNorm1d"), "norm_layer._target_=torch.nn.BatchNorm1d"),
     ("class", within("ffn_target", _target_="l3m.model.layers.moe.MoE"), "ffn_target._target_=l3m.model.layers.moe"),
@@ -242,7 +242,7 @@ REFUSED: list[tuple[str, Change, str]] = [
     ("text", within("cross_attn_target", relative_pos_embed=ROPE), "relative_pos_embed"),
     ("text", within("cross_attn_target", is_causal=True), "cross_attn_target.is_causal=True"),
     ("text", trunk(self_attn_mask_read_key=None), "encoder_seqlen_max=None: padding would be seen"),
-    ("text", trunk(self_attn_mask_read_key="other"), "self_attn_mask_read_key=other is not what"),
+    ("text", trunk(self_attn_mask_read_key="other"), "self_attn_mask_read_key=other differs from"),
     ("text", trunk(encoder_output_key="other"), "encoder_output_key=other must be text_embeddings"),
     ("text", within("self_attn_target", _target_="x.GenericAttention"), "GenericAttention cannot take the mask"),
     # heads
@@ -515,10 +515,10 @@ def test_the_null_text_must_be_known() -> None:
     [
         (
             "a: !!python/object/apply:os.system ['touch ran']",
-            "no YAML of plain data: could not determine a constructor",
+            "not YAML of plain data: could not determine a constructor",
         ),
-        ("a: !!python/name:os.system", "no YAML of plain data"),
-        ("!!python/object/new:os.system ['touch ran']", "no YAML of plain data"),
+        ("a: !!python/name:os.system", "not YAML of plain data"),
+        ("!!python/object/new:os.system ['touch ran']", "not YAML of plain data"),
         (
             "model: {meta_model: {_target_: os.system, command: touch ran}}",
             "model.meta_model._target_=os.system is not",
@@ -526,9 +526,9 @@ def test_the_null_text_must_be_known() -> None:
         ("a: &a [*a, *a]", "too large or too deeply nested"),
         ("a: {a: 1, a: 2}", "key 'a' stands twice"),
         ("- 1", "holds a list instead of a mapping"),
-        ("a: [", "no YAML of plain data"),
+        ("a: [", "not YAML of plain data"),
         ("a: " + "x" * 60_000, "has 60003 characters"),
-        ("1: 2", "has a key 1 that is no string"),
+        ("1: 2", "has a key 1 that is not a string"),
     ],
 )
 def test_hostile_yaml(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,9 +77,9 @@ TEXT_BOMB = {f"x{i}": f"${{x{i + 1}}}" * 10 for i in range(9)} | {"x9": "long"}
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"a": "${b}", "b": "${a}"}, "go in a circle"),
-        ({"a": "${a}"}, "go in a circle"),
-        ({"a": "${b}"}, "a=.*names a key that is not there"),
+        ({"a": "${b}", "b": "${a}"}, "form a cycle"),
+        ({"a": "${a}"}, "form a cycle"),
+        ({"a": "${b}"}, "a=.*names a key that does not exist"),
         ({"a": "${oc.env:HOME}"}, "uses the resolver 'oc.env'; known ones are add, subtract"),
         ({"a": "${eval:1+1}"}, "uses the resolver 'eval'"),
         ({"a": "${div_float:1,0}"}, "cannot be computed"),
@@ -88,8 +88,8 @@ TEXT_BOMB = {f"x{i}": f"${{x{i + 1}}}" * 10 for i in range(9)} | {"x9": "long"}
         ({"a": "${mul:1e300,1e300}"}, "a=.* is a number that no configuration has"),
         ({"a": "${sqrt_div:-1,1}"}, "cannot be computed"),
         ({"a": "${b"}, "an interpolation without an end"),
-        ({"a": "x${b}", "b": {"c": 1}}, "puts a mapping or list into a text"),
-        ({"a": "${" * 3000 + "}" * 3000}, "go in a circle"),
+        ({"a": "x${b}", "b": {"c": 1}}, "inserts a mapping or list into a text"),
+        ({"a": "${" * 3000 + "}" * 3000}, "form a cycle"),
         ({"a": "${....b}"}, "goes above the root"),
         ({"a": "${mul:${nan},2}", "nan": float("nan")}, "is a number that no configuration has"),
         ({"a": "${b}", "b": "${x0}"} | BOMB, "are too many"),

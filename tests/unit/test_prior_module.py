@@ -375,5 +375,5 @@ def test_damaged_files(tmp_path: Path, tokenizer: str) -> None:
     with pytest.raises(ValueError, match="no FlexTok checkpoint"):
         FlexTok.from_pretrained(file)
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="no intact safetensors"):
+    with pytest.raises(ValueError, match="not an intact safetensors"):
         Prior.from_pretrained(file)

@@ -311,7 +311,7 @@ def test_a_verifier_that_fails_ends_the_search(tokenizer: FlexTok) -> None:
     ("scores", "message"),
     [
         (lambda count: torch.full((count,), float("nan")), "verifier='sum' gives NaN as a score of the prompt 'apple'"),
-        (lambda count: torch.zeros(count, 1), r"gives a tensor \(3, 1\), and not a tensor \(3,\) of scores"),
+        (lambda count: torch.zeros(count, 1), r"gives a tensor \(3, 1\), not a tensor \(3,\) of scores"),
         (lambda count: [0.0] * count, "gives list"),
     ],
 )
@@ -342,9 +342,9 @@ def test_what_does_not_fit(tokenizer: FlexTok) -> None:
         with pytest.raises(ValueError, match="start holds 2 sequences of 2 tokens"):
             search("beam", tokenizer, Sum(), other, start=step)
     for option, value in (("temperature", 0.0), ("top_k", 3), ("top_p", 0.5), ("complete", True)):
-        with pytest.raises(ValueError, match=f"{option}={value}: to a uniform prior all tokens are alike"):
+        with pytest.raises(ValueError, match=f"{option}={value}: a uniform prior makes all tokens equally likely"):
             search("beam", tokenizer, Sum(), replace(given, **{option: value}), prior=UNIFORM)
-    with pytest.raises(ValueError, match="lookahead=8: to a uniform prior"):
+    with pytest.raises(ValueError, match="lookahead=8: a uniform prior"):
         lookahead_search(UNIFORM, tokenizer, Sum(), PROMPT, None, given)
     assert best_of_n(UNIFORM, tokenizer, Sum(), PROMPT, None, given).tokens.shape == (1, 4)
 

@@ -80,7 +80,7 @@ def test_a_shard_set(image_shards: Path) -> None:
     assert len(found) == 18 and prompts_from_options(known, file=image_shards / "val", limit=5) == found[:5]
     with pytest.raises(ValueError, match="class 'left' is unknown"):
         prompts_from_options(CLASSES, file=image_shards / "val")
-    with pytest.raises(ValueError, match="conditioned on text, and . comes without a prompt"):
+    with pytest.raises(ValueError, match="conditioned on text, but . has no prompt"):
         prompts_from_options(TEXTS, file=image_shards / "val")
 
 
@@ -89,7 +89,7 @@ def test_a_shard_set(image_shards: Path) -> None:
     [
         (CLASSES, {"texts": ["x"]}, "--text: this prior is conditioned on class"),
         (TEXTS, {"classes": ["0"]}, "--class: this prior is conditioned on text"),
-        (TEXTS, {}, "say what to draw"),
+        (TEXTS, {}, "give a prompt"),
         (CLASSES, {"classes": ["birds"]}, "class 'birds' is unknown"),
         (CLASSES, {"classes": ["0"], "file": Path("x.txt")}, "--class and --prompts both say"),
         (CLASSES, {"limit": 2}, "limit=2 counts the prompts of a file"),
@@ -109,7 +109,7 @@ def test_options_that_do_not_fit(known: Conditions, options: dict[str, Any], com
         ("a.txt", "\n", "holds no prompt"),
         ("a.jsonl", '{"prompt": "x"}\n{"prompt": ', "line 2"),
         ("a.jsonl", '{"prompt": 3}', "line 1 must be an object"),
-        ("a.jsonl", '{"label": 3}', "3 comes without a prompt"),
+        ("a.jsonl", '{"label": 3}', "3 has no prompt"),
         ("a.json", {"annotations": [{"caption": "x"}]}, "needs `annotations` with image_id, a number, and caption"),
         ("a.json", {"annotations": [{"image_id": 1, "caption": 3}]}, "needs `annotations`"),
         ("a.json", {"annotations": [{"image_id": [1], "caption": "x"}]}, "needs `annotations`"),

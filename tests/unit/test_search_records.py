@@ -114,7 +114,7 @@ def test_another_search_is_refused(tmp_path: Path) -> None:
         RunFolder(tmp_path, PROTOCOL | {"verifier": {"name": "other"}}).open()
     folder.finish(1, DOG, result(), images())
     for look, number, prompt in ((folder.steps, 0, DOG), (folder.record, 1, CAT)):
-        with pytest.raises(ValueError, match=f"as number {number}, which is now that for '{prompt.key}'"):
+        with pytest.raises(ValueError, match=f"as number {number}, which is now '{prompt.key}'"):
             look(number, prompt)
     with pytest.raises(ValueError, match="holds no finished search"):
         read_run(tmp_path)

@@ -102,16 +102,16 @@ def test_options_make_an_ensemble(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options, complaint",
     [
-        ({"verifiers": []}, r"verifiers=\[\] judges nothing; give one of likelihood, class, clip"),
+        ({"verifiers": []}, r"verifiers=\[\] is empty; give one of likelihood, class, clip"),
         ({"verifiers": ["clop"]}, "verifier='clop' is unknown; use one of likelihood, .*hpsv2, or MODULE:FUNCTION"),
         ({"verifiers": [":score"]}, "verifier=':score' is unknown"),
         ({"verifiers": ["clip", "clip"]}, r"verifiers=\['clip', 'clip'\] names clip twice: give each once"),
         ({"ensemble": "mean"}, "ensemble='mean' is unknown; use 'rank' or 'weighted'"),
-        ({"ensemble": "weighted"}, "ensemble='weighted' .* combine several verifiers, and there is one, likelihood"),
-        ({"verifier_weights": {"likelihood": 2.0}}, "combine several verifiers, and there is one"),
+        ({"ensemble": "weighted"}, "ensemble='weighted' .* combine several verifiers, but there is only likelihood"),
+        ({"verifier_weights": {"likelihood": 2.0}}, "combine several verifiers, but there is only"),
         (
             {"verifier_weights": {"clip": 2.0}},
-            r"verifier_weights has 'clip', which is none of verifiers=\['likelihood'\]",
+            r"verifier_weights has 'clip', which is not among verifiers=\['likelihood'\]",
         ),
         (
             {"verifiers": ["clip", "likelihood"], "verifier_weights": {"clip": 0.0}},
@@ -119,7 +119,7 @@ def test_options_make_an_ensemble(tmp_path, monkeypatch):
         ),
         ({"verifiers": ["class"]}, "verifier='class' needs a classifier: give classifier='probe' with classifier_data"),
         ({"verifiers": ["class"], "classifier": "probe"}, "a probe needs real images with classes"),
-        ({"verifiers": ["class"], "classifier": "resnet18", "classifier_data": "x"}, "another classifier none"),
+        ({"verifiers": ["class"], "classifier": "resnet18", "classifier_data": "x"}, "other classifiers take none"),
         (
             {
                 "verifiers": ["class"],

@@ -227,7 +227,7 @@ def test_a_python_function(module):
 @pytest.mark.parametrize(
     "name, error, message",
     [
-        ("short", ValueError, r"verifier='\w+:short' gives a tensor \(1,\), and not a tensor \(2,\) of scores"),
+        ("short", ValueError, r"verifier='\w+:short' gives a tensor \(1,\), not a tensor \(2,\) of scores"),
         ("silent", ValueError, r"verifier='\w+:silent' gives NoneType, and not"),
         ("undefined", ValueError, r"verifier='\w+:undefined' gives NaN as a score of the prompt 'prompt 1'"),
         ("failing", OSError, "the disk is full"),
@@ -255,7 +255,7 @@ def test_functions_that_are_not_there(module):
     "name, prompt, lack",
     [
         ("class", Prompt("a cat", text="a cat"), "no class"),
-        ("class", Prompt("a", label=1000), "class 1000, and none of the 1000 that it knows"),
+        ("class", Prompt("a", label=1000), "class 1000, which is not among its 1000 classes"),
         ("clip", Prompt("class 3 sample 0", label=3), "no text"),
         ("pickscore", Prompt("x", text=" "), "no text"),
         ("hpsv2", Prompt("x"), "no text"),
@@ -276,12 +276,12 @@ def test_prompts_without_a_reference_are_refused_at_the_start(packages, files):
     asked = VerifierOptions(verifiers=["dreamsim"])
     with pytest.raises(ValueError, match="'a', which has no reference picture in its metadata: give it one"):
         build_verifiers(asked, [Prompt("a")])
-    with pytest.raises(ValueError, match="'a', which has no reference picture in the place of /nowhere.png"):
+    with pytest.raises(ValueError, match="'a', which has no reference picture at /nowhere.png"):
         build_verifiers(asked, [Prompt("a", metadata={"reference": "/nowhere.png"})])
     with pytest.raises(ValueError, match=r"/nowhere.png: .*No such file"):
         build_verifiers(VerifierOptions(verifiers=["dreamsim"], dreamsim_reference="/nowhere.png"), [Prompt("a")])
 
 
 def test_a_classifier_of_other_classes(files):
-    with pytest.raises(ValueError, match="tells 1000 classes apart, and the prior knows 5"):
+    with pytest.raises(ValueError, match="has 1000 classes, but the prior has 5"):
         build_verifiers(options("class", files), (), Conditions("class", 5))

@@ -166,8 +166,8 @@ def test_what_the_hub_refuses(hub: Hub, tok: FlexTok, monkeypatch: pytest.Monkey
     tok.push_to_hub("me/m", send=True, gated="auto", **LICENCES)
     commits = len(hub.repositories["me/m"].commits)
     for route, status, said in (
-        ("create", 403, "must be one that may write to repositories of me"),
-        ("commit", 409, "somebody else has changed me/new meanwhile"),
+        ("create", 403, "must be allowed to write to repositories of me"),
+        ("commit", 409, "somebody else changed me/new in the meantime"),
         ("preupload", 418, "the Hub answers 418"),
         ("validate-yaml", 400, "Invalid metadata in README.md"),
     ):
@@ -188,7 +188,7 @@ def test_what_the_hub_refuses(hub: Hub, tok: FlexTok, monkeypatch: pytest.Monkey
     assert len(hub.repositories["me/m"].commits) == commits
     with pytest.raises(ValueError, match="me/m is gated: ask for access at http"):
         FlexTok.from_pretrained("me/m")
-    with pytest.raises(ValueError, match="the Hub shows no me/nothing; check the name"):
+    with pytest.raises(ValueError, match="the Hub has no me/nothing that you can see; check the name"):
         FlexTok.from_pretrained("me/nothing")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert same(FlexTok.from_pretrained("me/m"), tok)
@@ -207,7 +207,7 @@ def test_a_change_by_somebody_else(hub: Hub, tok: FlexTok, monkeypatch: pytest.M
         return found
 
     monkeypatch.setattr(HfApi, "model_info", slow)
-    with pytest.raises(ValueError, match="somebody else has changed me/m meanwhile"):
+    with pytest.raises(ValueError, match="somebody else changed me/m in the meantime"):
         tok.push_to_hub("me/m", send=True, max_shard_size="200KB", **LICENCES)
     assert hub.repositories["me/m"].messages[-1] == "theirs"
 
@@ -264,7 +264,7 @@ def test_an_incomplete_model_of_the_hub(hub: Hub, tok: FlexTok, tmp_path: Path) 
     index.write_text('{"weight_map": {"x": "../../../x.safetensors"}}')
     hub.add("me/m", tmp_path / "m")
     asked = len(hub.asked)
-    with pytest.raises(ValueError, match="only a .safetensors file beside it will do"):
+    with pytest.raises(ValueError, match="it must be a .safetensors file beside it"):
         FlexTok.from_pretrained("me/m")
     assert not any(path.endswith("/x.safetensors") for _, path in hub.asked[asked:])
 
