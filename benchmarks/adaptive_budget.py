@@ -1,9 +1,9 @@
 """How many tokens `tokenize(images, quality=...)` saves against one budget for all pictures.
 
-The demo tokenizer on its held-out pictures. For several targets: the mean number of tokens that the search uses, the
-mean error that it reaches, and the share of pictures that meet the target; and the fixed budgets that have the same
-mean error, interpolated between whole budgets, and the smallest one that lets as many pictures meet the target, K where
-none does. Draws the pictures that need fewest and most.
+The demo tokenizer runs on its held-out pictures. For several targets this reports the mean number of tokens that the
+search uses, the mean error that it reaches, and the share of pictures that meet the target. It compares two fixed
+budgets: the one with the same mean error, interpolated between whole budgets, and the smallest one at which as many
+pictures meet the target, or K if there is none. It draws the pictures that need the fewest and the most tokens.
 
     make data && python benchmarks/adaptive_budget.py --json benchmarks/results/adaptive_budget_cpu.json
 """

@@ -1,8 +1,8 @@
-"""Milliseconds per image of the autoencoder, against diffusers' pass, which the published code takes.
+"""Milliseconds per image of the autoencoder, against diffusers' pass, which the published code uses.
 
-Both have the same random weights, those of the published architecture unless `--vae` names others. They take turns at
-`encode`, images to moments, and `decode`, latents to images, in float32; `--compare-bfloat16` adds our passes as under
-`flextok data latents --compute_dtype bfloat16`. `difference` is the largest, as a share of diffusers' largest value.
+Both have the same random weights of the published architecture, or those of `--vae`. They take turns at `encode`,
+images to moments, and `decode`, latents to images, in float32. `--compare-bfloat16` adds our passes as under `flextok
+data latents --compute_dtype bfloat16`. `difference` is the largest difference, as a share of diffusers' largest value.
 
     python benchmarks/autoencoder.py --batch-sizes 1 2 4 8 --json benchmarks/results/autoencoder_cpu.json
 """
@@ -40,7 +40,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     vae = VAE(VAEConfig(scaling_factor=1.0)) if options.vae is None else VAE.from_pretrained(options.vae)
-    vae = vae.rescaled(1.0).eval().requires_grad_(False).to(options.device)  # latents as diffusers takes them
+    vae = vae.rescaled(1.0).eval().requires_grad_(False).to(options.device)  # latents in diffusers' scaling
     side, size = options.image_size // vae.config.downsampling, options.image_size
     parts: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
         "encode": (vae.moments, lambda images: vae.network.encode(images).latent_dist.parameters),
@@ -59,7 +59,7 @@ def main() -> None:
             }
             if options.compare_bfloat16:
                 calls["ours in bfloat16"] = partial(computed, ours, inputs[part], torch.bfloat16)
-            # `parameters` holds the log-variance before it is clamped, so means alone are compared.
+            # `parameters` holds the log-variance before it is clamped, so only means are compared.
             found = {
                 who: call()[:, : 3 if part == "decode" else vae.config.latent_channels] for who, call in calls.items()
             }

@@ -1,8 +1,8 @@
 """Images/s of `flextok data folder` and `flextok data imagenet`, against bare reading and decoding of the same files.
 
-JPEGs of 500 x 375 pixels in 50 classes, about 57 KB each, lie as files and as ILSVRC2012_img_train.tar on the local
-disk, in its cache. The pictures are stored as they are, or shrunk to 256 pixels. `of bare` is the share of the speed at
-which as many processes decode the files and do nothing else.
+JPEGs of 500 x 375 pixels in 50 classes, about 57 KB each, are on the local disk, in its cache, as files and as
+ILSVRC2012_img_train.tar. The pictures are stored unchanged, or shrunk to 256 pixels. `of_bare` is the speed as a share
+of that of as many processes which only decode the files.
 
     python benchmarks/conversion.py --json benchmarks/results/conversion_cpu.json
 """
@@ -28,9 +28,9 @@ from flextok_pl.data.transforms import decode_image
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--num-pictures", type=int, default=1000)
 parser.add_argument("--workers", nargs="+", type=int, default=[1, 2])
-parser.add_argument("--sizes", nargs="+", type=int, default=[0, 256], help="0 stores the files as they are")
+parser.add_argument("--sizes", nargs="+", type=int, default=[0, 256], help="0 stores the files unchanged")
 parser.add_argument("--repeats", type=int, default=3)
-parser.add_argument("--device", default="cpu", help="where it runs; the CPU, as converters do")
+parser.add_argument("--device", default="cpu", help="device; the CPU, as for converters")
 parser.add_argument("--json", default=None, help="file to write the results to")
 
 CLASSES = 50
@@ -38,7 +38,7 @@ Writer = Callable[..., object]
 
 
 def make_source(folder: Path, num_pictures: int) -> None:
-    """`train/<wnid>/*.JPEG`, and the same as a tar of tars."""
+    """Write `train/<wnid>/*.JPEG`, and the same pictures as a tar of tars."""
     generator = torch.Generator().manual_seed(0)
     wnids = [f"n{i:08d}" for i in range(CLASSES)]
     for i in range(num_pictures):

@@ -1,8 +1,8 @@
 """Does the decoder's cost follow the token budget, and does batching pay?
 
 Times one velocity call of the d12 decoder (width 768, 12 blocks, 256 patches, 256 registers, random weights) at several
-budgets, and the unconditional pass. Every row is a ratio to the call at the full budget in the same run, which costs
-what the published implementation's sequence of 256 + 256 positions costs at any budget.
+budgets, and the unconditional pass. Every row is a ratio to the call at the full budget in the same run. That call
+costs as much as the published implementation's at any budget, because its sequence always has 256 + 256 positions.
 
     python benchmarks/decoder_budget.py --json benchmarks/results/decoder_budget_cpu.json
 """

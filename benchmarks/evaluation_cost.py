@@ -1,8 +1,8 @@
-"""What nine token budgets cost, as a multiple of one: with what an evaluation shares, and as nine evaluations.
+"""The cost of nine token budgets as a multiple of one: in a shared evaluation, and in nine evaluations.
 
-The demo tokenizer, and the demo prior, on the demo's held-out pictures, as `flextok test` evaluates them. `one` is the
-mean over nine evaluations at one budget each, which is also what nine evaluations cost that share nothing. A further
-budget costs `of_a_budget`, most of it in `detokenize`, and all budgets share the rest of `one`.
+The demo tokenizer and the demo prior run on the demo's held-out pictures, as in `flextok test`. `one` is the mean over
+nine evaluations at one budget each, which is also the cost of nine evaluations that share nothing. Each further budget
+costs `of_a_budget`, most of it in `detokenize`. All budgets share the rest of `one`.
 
     make data && python benchmarks/evaluation_cost.py --json benchmarks/results/evaluation_cost_cpu.json
 """
@@ -29,7 +29,7 @@ parser.add_argument("--json", default=None, help="file to write the results to")
 
 
 def seconds(options: argparse.Namespace, kind: str, budgets: list[int]) -> tuple[float, float]:
-    """One evaluation, without what it keeps for the next; and the time in `detokenize`, which waits for the device."""
+    """Seconds of one evaluation without a cache, and of `detokenize` in it, which waits for the device."""
     decoding: list[float] = []
     detokenize = FlexTok.detokenize
 
@@ -57,7 +57,7 @@ def seconds(options: argparse.Namespace, kind: str, budgets: list[int]) -> tuple
             enable_progress_bar=False,
             use_distributed_sampler=False,
         )
-        trainer.test(module, data, verbose=False)  # the first one reads weights
+        trainer.test(module, data, verbose=False)  # the first test loads weights
         with patch.object(FlexTok, "detokenize", timed):
             start = time.perf_counter()
             trainer.test(module, data, verbose=False)

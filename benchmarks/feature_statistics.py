@@ -1,8 +1,8 @@
 """Time and peak memory of a Frechet distance's statistics, against torchmetrics and torch-fidelity.
 
-Two sets of N random features of a nearly constant spectrum, fed in batches as an evaluation feeds them, then one
-distance. No network runs. Each library runs in a process of its own; `baseline_gib` is its memory before the first
-batch. The distances of all are compared, and with numpy's in float64.
+Two sets of N random features with a nearly constant spectrum are fed in batches, as in an evaluation, and then compared
+once. No network runs. Each library runs in its own process; `baseline_gib` is its memory before the first batch. All
+distances are compared with each other and with numpy's in float64.
 
     python benchmarks/feature_statistics.py --json benchmarks/results/feature_statistics_cpu.json
 """
@@ -21,12 +21,12 @@ parser.add_argument("--dim", type=int, default=2048)
 parser.add_argument("--batch-size", type=int, default=128)
 parser.add_argument("--libraries", nargs="+", default=["flextok_pl", "torchmetrics", "torch-fidelity", "numpy"])
 parser.add_argument("--measure", nargs=2, default=None, help="measure one library at one N and print it as JSON")
-parser.add_argument("--device", default="cpu", help="where it runs; the CPU, as statistics do")
+parser.add_argument("--device", default="cpu", help="device; the CPU, as for statistics")
 parser.add_argument("--json", default=None, help="file to write the results to")
 
 
 def batches(options: argparse.Namespace, count: int, side: int) -> Iterator[torch.Tensor]:
-    """(B, D) float32, not negative and not centred, as pooled activations are."""
+    """(B, D) float32, non-negative and not centred, like pooled activations."""
     generator = torch.Generator().manual_seed(side)
     scale = torch.linspace(1.0, 0.2, options.dim) * (1 + 0.1 * side)
     for start in range(0, count, options.batch_size):
@@ -54,7 +54,7 @@ def torchmetrics_distance(options: argparse.Namespace, count: int) -> tuple[dict
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     class Given(torch.nn.Module):
-        """In place of Inception: the features come as the images."""
+        """Replaces Inception: it receives features as images."""
 
         num_features = options.dim
 
@@ -77,7 +77,7 @@ def torch_fidelity_distance(options: argparse.Namespace, count: int) -> tuple[di
 
     sides, seconds = [], 0.0
     for side in (0, 1):
-        kept = [*batches(options, count, side)]  # as its feature extraction does
+        kept = [*batches(options, count, side)]  # as in its feature extraction
         start = time.perf_counter()
         sides.append(fid_features_to_statistics(torch.cat(kept)))
         seconds += time.perf_counter() - start
@@ -88,7 +88,7 @@ def torch_fidelity_distance(options: argparse.Namespace, count: int) -> tuple[di
 
 
 def numpy_distance(options: argparse.Namespace, count: int) -> tuple[dict[str, float], float]:
-    """In float64 from all features at once: what the others should give."""
+    """The expected distance, in float64 from all features at once."""
     import numpy as np
 
     sides, seconds = [], 0.0

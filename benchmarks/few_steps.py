@@ -1,8 +1,8 @@
-"""Distilled decoders beside their teacher: distance at every token budget, over seeds, and the time of a picture.
+"""Distilled decoders against their teacher: distance at every token budget, over seeds, and time per picture.
 
-The demo tokenizer as teacher, guided at all times or in an interval, and students of it, on its held-out pictures. Each
-way to decode starts from the same noise. Times are CPU times of one thread, of batches that take turns, with the
-autoencoder and without, at as many tokens as there are.
+The demo tokenizer is the teacher, guided at all times or in an interval; its students run on its held-out pictures. All
+ways of decoding start from the same noise. Times are CPU times of one thread, for batches that take turns, with and
+without the autoencoder, with all tokens.
 
     make data && python benchmarks/few_steps.py --students FILE ... --json benchmarks/results/few_steps_cpu.json
 """
@@ -28,7 +28,7 @@ parser.add_argument("--data", default="data/openmoji64/val")
 parser.add_argument("--students", nargs="*", default=[], help="files of distilled tokenizers")
 parser.add_argument("--teacher-steps", nargs="+", type=int, default=[12, 4, 2, 1])
 parser.add_argument("--guidance-scale", type=float, default=2.0)
-parser.add_argument("--intervals", nargs="*", default=[], help="of guidance, of the teacher's first steps: 0.3,0.8 ...")
+parser.add_argument("--intervals", nargs="*", default=[], help="guidance intervals at the first steps: 0.3,0.8 ...")
 parser.add_argument("--budgets", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64])
 parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
 parser.add_argument("--repeats", type=int, default=5, help="timings of each; 0 for none")
@@ -40,7 +40,7 @@ Way = tuple[FlexTok, Decoding]
 
 
 def ways_of(options: argparse.Namespace) -> dict[str, Way]:
-    """How pictures are decoded, by name."""
+    """Ways to decode pictures, by name."""
     teacher = FlexTok.from_pretrained(DEMO_TOKENIZER, device=options.device)
     scale, steps = options.guidance_scale, options.teacher_steps
     ways = {f"teacher, {n} steps": (teacher, Decoding(n, "cfg", scale)) for n in steps}
@@ -80,7 +80,7 @@ def distances(ways: dict[str, Way], images: torch.Tensor, keys: list[str], optio
 
 
 def times(ways: dict[str, Way], images: torch.Tensor, repeats: int) -> dict[str, dict[str, float]]:
-    """Way -> CPU milliseconds of a picture, the least of some repeats, of batches that take turns."""
+    """Way -> CPU milliseconds per picture: the minimum over repeats of batches that take turns."""
     batch = images[:32]
     made: dict[str, dict[str, list[float]]] = {name: {} for name in ways}
     for repeat in range(repeats + 1):
@@ -95,7 +95,7 @@ def times(ways: dict[str, Way], images: torch.Tensor, repeats: int) -> dict[str,
 
 
 def draw(ways: dict[str, Way], images: torch.Tensor, keys: list[str], file: str) -> None:
-    """A row for each of some pictures at some budgets."""
+    """Draw a row for each of some pictures at some budgets."""
     shown, budgets = images[[5, 45, 65, 85]], (1, 8, 64)
     tok = next(iter(ways.values()))[0]
     tokens, names = tok.tokenize(shown), [f"{budget} tokens" for budget in budgets for _ in shown]

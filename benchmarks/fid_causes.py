@@ -1,14 +1,14 @@
-"""How much each known cause moves a Frechet distance: the same pictures or model, measured in another way.
+"""How much each known cause changes a Frechet distance: the same pictures or model, measured in another way.
 
-Four settings, all on the features of `effnet-lite0` and with more samples than features (1,280):
+There are four settings, all on features of `effnet-lite0` and with more samples than features (1,280):
 
 - photos: Fashion-MNIST (https://github.com/zalandoresearch/fashion-mnist, MIT), from Debian's `dataset-fashion-mnist`.
-  What is measured are test pictures, the reference are training pictures: two samples of one distribution.
-- demo: the demo tokenizer on training pictures of the demo set, at 16 of 64 tokens. The reference are their originals.
+  Test pictures are measured against training pictures: two samples of one distribution.
+- demo: reconstructions by the demo tokenizer, at 16 of 64 tokens, of the demo set's training pictures, against these.
 - averaging: the same with averaged and with raw weights of a training of the demo, `--run`.
-- sizes: pictures of the demo, made small from 256 px by one filter and by another.
+- sizes: pictures of the demo, shrunk from 256 px by two different filters.
 
-What was measured stays in the file of results, and the same command goes on from there.
+The file of results keeps finished measurements; the same command resumes from there.
 
     apt-get install dataset-fashion-mnist && make data
     python benchmarks/fid_causes.py photos --json benchmarks/results/fid_causes_photos_cpu.json
@@ -59,7 +59,7 @@ Change = Callable[[Image.Image], Image.Image]
 
 
 class Network:
-    """The features of pictures."""
+    """A feature network."""
 
     def __init__(self, device: str) -> None:
         self.network = build_extractor("effnet-lite0").to(device)
@@ -88,7 +88,7 @@ def as_jpeg(quality: int) -> Change:
 
 
 def cropped(image: Image.Image) -> Image.Image:
-    """The centre 7/8, brought back to the size, as `Resize(256)` and `CenterCrop(224)` do to a photo."""
+    """The centre 7/8, resized to the original size, as `Resize(256)` and `CenterCrop(224)` do with a photo."""
     side = image.width
     margin = side / 16
     box = (margin, margin, side - margin, side - margin)
@@ -103,7 +103,7 @@ def photos(folder: Path, name: str, count: int) -> Pixels:
 
 
 class Table:
-    """Distances as they are measured; the file of results keeps them for the same command given again."""
+    """Measured distances, kept in the file of results for resuming."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, file = options, Path(options.json or "")
@@ -119,7 +119,7 @@ class Table:
 
 
 def of_photos(options: argparse.Namespace, network: Network, table: Table) -> None:
-    """Causes that need no model."""
+    """Measure causes that need no model."""
     count, folder = options.photo_count, Path(options.photos)
     of_training, tested = photos(folder, "train", 2 * count), photos(folder, "t10k", count)
     parts = {"first": of_training[:count], "second": of_training[count:], "own": tested}
@@ -151,7 +151,7 @@ def of_photos(options: argparse.Namespace, network: Network, table: Table) -> No
 
 
 class Demo:
-    """Pictures of the demo, and the same ones decoded from tokens."""
+    """Pictures of the demo, and their reconstructions."""
 
     def __init__(self, options: argparse.Namespace, network: Network) -> None:
         self.options, self.network = options, network
@@ -166,12 +166,12 @@ class Demo:
         return self.network.statistics(torch.cat([to_uint8(batch["image"]) for batch in self.batches]))
 
     def distance(self, images: Tensor) -> float:
-        """Of (N, 3, H, W) pictures, uint8 or around [-1, 1], to the originals."""
+        """Distance of (N, 3, H, W) pictures, uint8 or around [-1, 1], from the originals."""
         pixels = to_uint8(images) if images.is_floating_point() else images
         return frechet_distance(self.reference, self.network.statistics(pixels))
 
     def decoded(self, tok: FlexTok, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> Tensor:
-        """(N, 3, H, W) around [-1, 1], from the first tokens; `dtype` is that of the autoencoder."""
+        """(N, 3, H, W) around [-1, 1], from the first tokens; `dtype` is the autoencoder's."""
         how, parts = self.usual | changes, []
         for batch in self.batches:
             tokens = tok.tokenize(batch["image"].to(tok.device), self.options.num_tokens)
@@ -182,14 +182,14 @@ class Demo:
 
 
 def of_demo(options: argparse.Namespace, network: Network, table: Table) -> None:
-    """Causes that lie in a tokenizer's decoding."""
+    """Measure causes in a tokenizer's decoding."""
     demo, tok = Demo(options, network), FlexTok.from_pretrained(DEMO_TOKENIZER, device=options.device)
 
     def measure(name: str, **changes: object) -> None:
         table.measure(name, lambda: demo.distance(demo.decoded(tok, **changes)))
 
     def truncated() -> float:
-        return demo.distance(demo.decoded(tok).clamp(-1, 1).add(1).mul(127.5).to(torch.uint8))  # as `.byte()` does
+        return demo.distance(demo.decoded(tok).clamp(-1, 1).add(1).mul(127.5).to(torch.uint8))  # like `.byte()`
 
     measure(USUAL)
     table.measure("rounding: truncated to 8 bits", truncated)
@@ -203,7 +203,7 @@ def of_demo(options: argparse.Namespace, network: Network, table: Table) -> None
 
 
 def of_averaging(options: argparse.Namespace, network: Network, table: Table) -> None:
-    """Averaged and raw weights of a run's newest checkpoint."""
+    """Measure averaged and raw weights of a run's newest checkpoint."""
     if options.run is None:
         raise SystemExit("averaging needs --run, the folder of a run with tokenizer.safetensors and a checkpoint")
     demo, folder = Demo(options, network), Path(options.run)
@@ -211,12 +211,12 @@ def of_averaging(options: argparse.Namespace, network: Network, table: Table) ->
     for name, part in ((USUAL, "state_dict"), (f"raw weights of step {state['global_step']}", "current_model_state")):
         tok = FlexTok.from_pretrained(folder / "tokenizer.safetensors", device=options.device)
         weights = {n.removeprefix("tokenizer."): w for n, w in state[part].items() if n.startswith("tokenizer.")}
-        tok.load_state_dict(weights, strict=False)  # its autoencoder is not in there
+        tok.load_state_dict(weights, strict=False)  # without the autoencoder
         table.measure(name, lambda tok=tok: demo.distance(demo.decoded(tok)))
 
 
 def of_sizes(options: argparse.Namespace, network: Network, table: Table) -> None:
-    """Pictures made small by one filter against the same ones made small by another."""
+    """Compare pictures shrunk by one filter with the same pictures shrunk by another."""
     files, _ = render(list_pictures()[: options.demo_count], 256, 0)
     large = torch.from_numpy(np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]))
     large = large.permute(0, 3, 1, 2).contiguous()
@@ -226,7 +226,7 @@ def of_sizes(options: argparse.Namespace, network: Network, table: Table) -> Non
         return each_picture(large, lambda image: image.resize(side, resampling))
 
     def of_torch(mode: str) -> Pixels:
-        """As torch does unless told otherwise: without antialiasing."""
+        """Torch's default: without antialiasing."""
         parts = [torch.nn.functional.interpolate(each.float(), side, mode=mode) for each in large.split(BATCH)]
         return torch.cat(parts).round().clamp(0, 255).to(torch.uint8)
 

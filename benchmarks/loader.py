@@ -1,14 +1,15 @@
 """Speed, memory and start-up of the data loader: against webdataset and torchvision, and against a bare decoding loop.
 
-Synthetic pictures of 500 x 375 pixels (noise with the 1/f spectrum of photos, and edges) lie as JPEG of quality 90 both
-in class folders and, byte for byte, in tar files. All deliver batches of 256 px pictures, random crops resized with
-Pillow's antialiased bicubic filter, in [-1, 1]. The bare loop does the same without a loader, in one process per worker
-of the loaders. `fast_decode` is our loader at 64 px, where 500 x 375 may be decoded at half size, without and with it.
-`buckets` is our loader with five shapes of about 256 x 256 pixels, over itself with squares, both on a set of pictures
-of several aspect ratios; `--buckets-only` measures nothing else.
+Synthetic pictures of 500 x 375 pixels (noise with the 1/f spectrum of photos, and edges) are stored as JPEG of quality
+90, byte for byte the same in class folders and in tar files. All loaders deliver batches of 256 px pictures in [-1, 1]:
+random crops resized with Pillow's antialiased bicubic filter. The bare loop does the same without a loader, in one
+process per worker of the loaders.
 
-`memory_mib` is what a loader with one worker holds while it delivers 50,000 samples. The last entries are a simulated
-ImageNet, 1,282 shards of 1,000 small samples, which are one file under many names, and 1/10 and 1/100 of it.
+`fast_decode` is our loader at 64 px, with and without this option; it may decode 500 x 375 at half size. `buckets` is
+the speed of our loader with five shapes of about 256 x 256 pixels over that with squares, on pictures of several aspect
+ratios; `--buckets-only` measures only this. `memory_mib` is the memory of a loader with one worker while it delivers
+50,000 samples. The last entries are a simulated ImageNet, 1,282 shards of 1,000 small samples, which are one file under
+many names, and 1/10 and 1/100 of it.
 
     python benchmarks/loader.py --json benchmarks/results/loader_cpu.json
 """
@@ -38,8 +39,8 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--pictures", type=int, default=2000)
 parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
 parser.add_argument("--repeats", type=int, default=3)
-parser.add_argument("--passes", type=int, default=50_000, help="samples over which memory is watched")
-parser.add_argument("--shards", type=int, default=1282, help="of 1,000 samples, in the simulated ImageNet")
+parser.add_argument("--passes", type=int, default=50_000, help="samples over which memory is measured")
+parser.add_argument("--shards", type=int, default=1282, help="shards of 1,000 samples, in the simulated ImageNet")
 parser.add_argument("--buckets-only", action="store_true")
 parser.add_argument("--device", default="cpu", choices=["cpu"])
 parser.add_argument("--json", default=None, help="file to write the results to")
@@ -57,7 +58,7 @@ def picture(generator: np.random.Generator, height: int = 375, width: int = 500)
     amplitude = 1 / np.maximum(frequency, 1 / width)
     phases = np.exp(2j * np.pi * generator.random((3, *amplitude.shape)))
     noise = np.fft.irfft2(amplitude * phases, s=(height, width))
-    noise = noise[:1] * 0.8 + noise * 0.4  # channels that go together
+    noise = noise[:1] * 0.8 + noise * 0.4  # correlated channels
     pixels = np.clip(128 + 50 * noise / noise.std(), 0, 255).astype(np.uint8).transpose(1, 2, 0)
     for _ in range(10):
         y, x = generator.integers(0, 300, 2)
@@ -69,7 +70,7 @@ def picture(generator: np.random.Generator, height: int = 375, width: int = 500)
 
 
 def write_pictures(folder: Path, count: int) -> None:
-    """As many files, of 200 different pictures."""
+    """Write this many files, of 200 different pictures."""
     generator = np.random.default_rng(0)
     different = [picture(generator) for _ in range(min(count, 200))]
     for number in range(count):
@@ -90,7 +91,7 @@ def resized(data: bytes, key: str) -> Image.Image:
 
 
 class Webdataset:
-    """What a training script of webdataset does with the same files."""
+    """The transform of a webdataset training script on the same files."""
 
     def __call__(self, sample):
         return picture_tensor(resized(sample["jpg"], sample["__key__"])), int(sample["cls"])
@@ -127,7 +128,7 @@ def loader_of(name: str, folder: Path, workers: int):
 
 
 def bare(folder: Path, share: int, of: int) -> float:
-    """Images per second of one process that decodes a part of the files without any loader."""
+    """Images per second of one process that decodes part of the files without a loader."""
     torch.set_num_threads(1)
     files = [path.read_bytes() for path in sorted((folder / "pictures").rglob("*.jpg"))[share::of]][: 6 * BATCH]
     start = time.perf_counter()
@@ -137,7 +138,7 @@ def bare(folder: Path, share: int, of: int) -> float:
 
 
 def images_per_second(folder: Path, name: str, workers: int) -> float:
-    """Of one epoch after the first batch of every worker, which their start delays."""
+    """Images per second of one epoch, after the first batch of every worker, which includes its start."""
     torch.set_num_threads(1)
     batches = iter(loader_of(name, folder, workers))
     for _ in range(2 * workers):
@@ -149,7 +150,7 @@ def images_per_second(folder: Path, name: str, workers: int) -> float:
 
 
 def memory(folder: Path, samples: int) -> dict[str, float]:
-    """MiB that this process and its worker hold resident (its own pages, not files' in the system's cache)."""
+    """Resident MiB of this process and its worker (their own pages, without the system's file cache)."""
     data = ShardDataModule(str(folder / "shards"), image_size=64, batch_size=BATCH, num_workers=1, fast_decode=True)
     loader, held, seen, epoch = data.train_dataloader(), {}, 0, 0
     while seen < samples:
@@ -232,7 +233,7 @@ def fast_decode(folder: Path, fast: bool) -> float:
 
 
 def throughput(folder: str, options: argparse.Namespace) -> dict[str, object]:
-    """Images per second of all, in turns."""
+    """Images per second of all loaders, in turns."""
     results = {}
     for workers in options.workers:
         found: dict[str, list[float]] = {"bare": [], "ours": [], "webdataset": [], "torchvision": []}
@@ -252,7 +253,7 @@ def throughput(folder: str, options: argparse.Namespace) -> dict[str, object]:
 
 
 def cpu_rate(folder: Path, name: str) -> float:
-    """Images per second of CPU time of a loader without workers, over one epoch."""
+    """Images per second of CPU time for a loader without workers, over one epoch."""
     torch.set_num_threads(1)
     batches = iter(loader_of(name, folder, 0))
     next(batches)
@@ -262,7 +263,7 @@ def cpu_rate(folder: Path, name: str) -> float:
 
 
 def buckets(folder: str, repeats: int) -> dict[str, object]:
-    """Squares and buckets in turns; of CPU time, which other programs on the machine change little."""
+    """Squares and buckets in turns, by CPU time, which other programs on the machine change little."""
     found: dict[str, list[float]] = {"squares": [], "buckets": []}
     for _ in range(repeats):
         for name, rates in found.items():

@@ -1,20 +1,20 @@
 """Speed and memory against the published implementation (apple/ml-flextok, the package `flextok`).
 
-Both sides hold the same random weights: `save_pretrained` writes ours, and the published loader reads them. A preset
-with another autoencoder gets the published kind. First both are compared, in float32 and on the same noise; then they
-take turns at
+Both have the same random weights: `save_pretrained` writes ours, and the published loader reads them. A preset with
+another autoencoder gets the published kind. They are first compared, in float32 and from the same noise. Then they take
+turns at
 
-- `tokenize`: images to few and to all tokens, the autoencoder included;
-- `detokenize`: tokens to images at several budgets, and at one for each image, in equal strata of 1..K, with Euler
-  steps and adaptive projected guidance at 7.5 as published, the autoencoder included;
+- `tokenize`: images to few and to all tokens, with the autoencoder;
+- `detokenize`: tokens to images at several budgets, and at one budget for each image, in equal strata of 1..K, with
+  Euler steps and adaptive projected guidance at 7.5 as published, with the autoencoder;
 - `train`: forward and backward pass on latents, without an optimizer, under laws of the budgets. Both draw times, null
-  conditions and budgets, ours in equal strata so that few steps tell their mean; the published cost is the same at all.
-  `memory_gib` is the most that a step allocates: activations and gradients (CUDA only).
+  conditions and budgets. Ours draws in equal strata, so that few steps show the mean; the published cost does not
+  depend on the draws. `memory_gib` is the most that a step allocates: activations and gradients (CUDA only).
 
-TF32 is off; precision, that of the autoencoder too, and activation checkpointing are the same on both sides. The
-published attention is a compiled FlexAttention, or SDPA with materialised masks (`--official-attention sdpa`).
-FlexAttention compiles anew for every shape and mask: that falls into the round that warms up, and dynamo's limit is
-raised so that it never falls back to eager.
+TF32 is off. Precision, also of the autoencoder, and activation checkpointing are the same on both sides. The published
+attention is a compiled FlexAttention, or SDPA with materialised masks (`--official-attention sdpa`). FlexAttention
+compiles again for every shape and mask. This happens in the warm-up round, and dynamo's limit is raised so that it
+never falls back to eager.
 
     git clone https://github.com/apple/ml-flextok && git -C ml-flextok checkout 87d00cc && pip install -e ml-flextok
     python benchmarks/official.py --batch-size 4 --json benchmarks/results/official_cpu.json
@@ -53,14 +53,14 @@ parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"
 parser.add_argument("--compile", action="store_true", help="torch.compile every block of ours for training")
 parser.add_argument("--checkpointing", action="store_true", help="recompute activations, on both sides")
 parser.add_argument("--official-attention", choices=["flex", "sdpa"], help="default: flex on CUDA, sdpa on a CPU")
-parser.add_argument("--profile", action="store_true", help="tell the training step's seconds by kind of operation")
+parser.add_argument("--profile", action="store_true", help="report the training step's seconds by kind of operation")
 parser.add_argument("--json", default=None, help="file to write the results to")
 
 
 def our_tokenizer(preset: str, law: str) -> FlexTok:
-    """Random weights, also where training starts at zero."""
+    """Random weights, also for those that training initialises to zero."""
     config = dataclasses.replace(FlexTokConfig.preset(preset), nested_dropout=law)
-    vae = VAEConfig(latent_channels=config.latent_channels)  # the architecture that the published package builds
+    vae = VAEConfig(latent_channels=config.latent_channels)  # architecture that the published package builds
     torch.manual_seed(0)
     tokenizer = FlexTok(dataclasses.replace(config, vae=vae)).eval()
     for parameter in tokenizer.decoder.parameters():
@@ -70,7 +70,7 @@ def our_tokenizer(preset: str, law: str) -> FlexTok:
 
 
 def official_twin(tokenizer: FlexTok, attention: str, checkpointing: bool) -> Any:
-    """The published model with the weights of ours."""
+    """The published model with our weights."""
     try:
         from flextok.utils.checkpoint import load_safetensors
         from hydra.utils import instantiate
@@ -86,13 +86,13 @@ def official_twin(tokenizer: FlexTok, attention: str, checkpointing: bool) -> An
     official = instantiate(config)
     official.load_state_dict(tensors)
     for module in official.modules() if attention == "sdpa" else ():
-        module.use_flex_attention, module.return_materialized_mask = False, True  # read by attention and packers
+        module.use_flex_attention, module.return_materialized_mask = False, True  # for attention and packers
     return official.eval()
 
 
 @torch.no_grad()
 def official_tokens(official: Any, images: Tensor, budget: int) -> Tensor:
-    """It computes all tokens, of which its users take the first."""
+    """Compute all tokens and take the first, as the published code requires."""
     return torch.cat(official.tokenize(images))[:, :budget]
 
 
@@ -122,7 +122,7 @@ def official_loss(official: Any, latents: Tensor) -> Tensor:
 
 
 def compare(tokenizer: FlexTok, official: Any, images: Tensor) -> dict[str, float]:
-    """How far both agree: on all tokens, and on images decoded from the same tokens in two steps."""
+    """Differences of both: in all tokens, and in images decoded from the same tokens in two steps."""
     tokens, theirs = tokenizer.tokenize(images), official_tokens(official, images, tokenizer.num_registers)
     kept = [row[: tokenizer.num_registers // 4 + i] for i, row in enumerate(tokens)]
     decoded = our_images(tokenizer, kept, 2)
@@ -134,7 +134,7 @@ def compare(tokenizer: FlexTok, official: Any, images: Tensor) -> dict[str, floa
         "largest_image_value": decoded.abs().max().item(),
     }
     if agreement["share_of_equal_tokens"] < 0.95 or not difference < 0.01 * agreement["largest_image_value"]:
-        raise SystemExit(f"the two implementations do not compute the same: {agreement}")
+        raise SystemExit(f"the two implementations differ: {agreement}")
     return agreement
 
 
@@ -146,7 +146,7 @@ KINDS = {
 
 
 def profiled(call: Callable[[], object], device: str) -> dict[str, float]:
-    """Seconds of a call by kind of operation; what is of no kind is elementwise, or moves data."""
+    """Seconds of a call by kind of operation; the rest is elementwise, or moves data."""
     call()
     with profile(activities=[ProfilerActivity.CUDA if device.startswith("cuda") else ProfilerActivity.CPU]) as profiler:
         call()
@@ -159,7 +159,7 @@ def profiled(call: Callable[[], object], device: str) -> dict[str, float]:
 
 
 def allocated_gib(call: Callable[[], object]) -> float:
-    """The most that a call allocates beside what is there."""
+    """Peak of the memory that a call allocates."""
     torch.cuda.reset_peak_memory_stats()
     before = peak_gib("cuda")
     call()
@@ -172,7 +172,7 @@ def main() -> None:
         parser.error("tokenize and detokenize compute in float32 only: add --parts train to another --dtype")
     device, batch = options.device, options.batch_size
     options.official_attention = options.official_attention or ("flex" if device.startswith("cuda") else "sdpa")
-    torch.backends.cudnn.allow_tf32 = False  # of matrix products it is off by default
+    torch.backends.cudnn.allow_tf32 = False  # off by default for matrix products
     torch._dynamo.config.recompile_limit = 64
     tokenizer = our_tokenizer(options.preset, options.laws[0])
     official = official_twin(tokenizer, options.official_attention, options.checkpointing).to(device)
@@ -193,10 +193,10 @@ def main() -> None:
         model.zero_grad()
 
     def race(part: str, pairs: Mapping[str, tuple[Callable[[], object], Callable[[], object]]]) -> None:
-        """Time ours against the official of each pair."""
+        """Time ours against the official implementation for each pair."""
         sides = ("ours", "official")
         calls = {f"{name} {who}": call for name, pair in pairs.items() for who, call in zip(sides, pair, strict=True)}
-        # A decoding of many steps needs no round to warm up on a CPU.
+        # A decoding of many steps needs no warm-up round on a CPU.
         warm_up = part != "detokenize" or device.startswith("cuda")
         times = median_seconds(calls, options.repeats, device, warm_up)
         results[part] = {}

@@ -1,9 +1,9 @@
-"""What `flextok plan` expects of a training step, against measured steps.
+"""Predictions of `flextok plan` for a training step, against measured steps.
 
-Each setting takes steps in Lightning's order (a step's gradients go after the next forward pass) in a process of its
-own. `kept` is what autograd keeps for the backward pass, `live` the peak of what tensors hold, `resident` that of the
-process's resident set less that before the model is built (on a GPU the allocator's maximum), which adds what
-allocator and libraries keep for themselves.
+Each setting takes steps in Lightning's order (a step's gradients are freed after the next forward pass) in its own
+process. `kept` is the memory that autograd keeps for the backward pass, `live` the peak of all tensors. `resident` is
+the process's resident set minus its value before the model is built (on a GPU the allocator's maximum); it includes
+memory that allocator and libraries keep for themselves.
 
     python benchmarks/plan.py --json benchmarks/results/plan_cpu.json
 """
@@ -46,7 +46,7 @@ SETTINGS = [
 STEPS = 3
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--settings", nargs="+", default=SETTINGS, help="each quoted, as in the list above")
+parser.add_argument("--settings", nargs="+", default=SETTINGS, help="settings, each quoted, as in the list above")
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 parser.add_argument("--measure", default=None, help="measure one setting and print it as JSON")
 parser.add_argument("--json", default=None, help="file to write the results to")
@@ -69,7 +69,7 @@ def prior(preset: str, batch: int, checkpointing: bool, chunk: str, numerics: Nu
 
 
 def tokenizer(preset: str, batch: int, checkpointing: bool, chunk: str, numerics: Numerics, device: str):
-    """(workload, model, loss of a step), from latents and with all tokens, the most that a step can take."""
+    """(workload, model, loss of a step), from latents and with all tokens, the most expensive step."""
     config = dataclasses.replace(FlexTokConfig.preset(preset), nested_dropout="none", null_dropout=0.0)
     options = {
         "stratified_budgets": False,
@@ -112,7 +112,7 @@ def measure(setting: str, device: str) -> dict[str, float]:
     states = [value for state in optimizer.state.values() for value in state.values()]
     lasting = sum(t.nbytes for t in [*model.parameters(), *model.buffers(), *states])
     seen = Count()
-    if kept != "compiled":  # a compiled block takes its memory past the dispatcher
+    if kept != "compiled":  # the dispatcher does not see the memory of a compiled block
         with seen:
             take_steps(model, loss_of, 2, half, device, optimizer)
     saved = SavedMemory(model)
@@ -126,9 +126,9 @@ def measure(setting: str, device: str) -> dict[str, float]:
         "resident": needed["total"] - needed["frozen"],
     }
     measured = {"kept": saved.total, "live": lasting + seen.peak, "resident": resident * 2**30}
-    if kept == "compiled":  # the process holds the compiler, too
+    if kept == "compiled":  # the process also holds the compiler
         del measured["live"], measured["resident"]
-    if checkpointing or part == "none":  # a checkpoint hides from our hooks what it keeps; logits are planned apart
+    if checkpointing or part == "none":  # our hooks do not see what a checkpoint keeps; logits are planned separately
         del measured["kept"]
     return {
         **{f"{name}_gib": value / 2**30 for name, value in measured.items()},
@@ -137,12 +137,12 @@ def measure(setting: str, device: str) -> dict[str, float]:
 
 
 class SavedMemory(torch.autograd.graph.saved_tensors_hooks):
-    """Bytes that autograd keeps of the forward passes under this context, each storage once, and parameters aside."""
+    """Bytes that autograd keeps of forward passes in this context: each storage once, without parameters."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         known = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
         self.total = 0
-        self._kept: list[torch.Tensor] = []  # so that no address is given to another storage
+        self._kept: list[torch.Tensor] = []  # so that no other storage gets the same address
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
@@ -163,7 +163,7 @@ def take_steps(
     device: str,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> torch.optim.Optimizer:
-    """Train; returns the optimizer."""
+    """Train for some steps; returns the optimizer."""
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-4)
     for _ in range(count):
         with torch.autocast(device, torch.bfloat16, enabled=half):

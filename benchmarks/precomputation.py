@@ -1,7 +1,8 @@
-"""Images/s of writing latent and token shards, against the network alone on batches that are in memory.
+"""Images/s of writing latent and token shards, against the network alone on batches in memory.
 
-Held-out pictures of the demo (`make data`), each in several augmented views, through the demo's autoencoder and
-tokenizer. `of network` is the share of the speed that is left with decoding, augmentation, storing and checksums.
+Held-out pictures of the demo (`make data`), each in several augmented views, go through the demo's autoencoder and
+tokenizer. `of_network` is the share of the network's speed that remains with decoding, augmentation, storing and
+checksums.
 
     python benchmarks/precomputation.py --json benchmarks/results/precomputation_cpu.json
 """
@@ -28,7 +29,7 @@ parser.add_argument("--num-views", type=int, default=4)
 parser.add_argument("--batch-size", type=int, default=64)
 parser.add_argument("--num-workers", type=int, default=1)
 parser.add_argument("--repeats", type=int, default=3)
-parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the networks")
+parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device of the networks")
 parser.add_argument("--json", default=None, help="file to write the results to")
 
 

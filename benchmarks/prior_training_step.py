@@ -1,10 +1,10 @@
-"""Peak memory and speed of one training step of a prior: the chunked loss, all logits at once, PyTorch's chunked loss.
+"""Peak memory and speed of a prior's training step: the chunked loss, all logits at once, PyTorch's chunked loss.
 
-PyTorch's (`torch.nn.functional.linear_cross_entropy`, from 2.13 on) takes chunks of 512 and gives the loss alone; under
-autocast its inputs are cast to the half type, as autocast leaves them.
+PyTorch's loss (`torch.nn.functional.linear_cross_entropy`, from 2.13 on) takes chunks of 512 and returns only the mean;
+under autocast its inputs are cast to the half type, as autocast does by default.
 
-Each setting runs in a process of its own, so that one's peak does not hide another's. Peak memory is the process's
-resident set on a CPU and the allocator's maximum on a GPU; `baseline` is that before the first step.
+Each setting runs in its own process, so that no peak hides another. Peak memory is the process's resident set on a CPU
+and the allocator's maximum on a GPU; `baseline` is its value before the first step.
 
     python benchmarks/prior_training_step.py --json benchmarks/results/prior_training_step_cpu.json
 """

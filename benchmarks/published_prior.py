@@ -1,12 +1,12 @@
 """Speed of sampling from a prior against the published loop (EPFL-VILAB/search-over-tokens, `generate_ids`).
 
 The prior has the shape of FlexAR-113M-T2I: 12 blocks of width 768 with attention to a text, and 256 tokens of 64,000.
-Both sides hold the same random weights: `save_pretrained(format="flexar")` writes ours, and the published loader reads
-them. First both are compared, in float32: their logits under teacher forcing, and the tokens that they find most likely
-under guidance. Then they take turns at sampling from the whole vocabulary, with the guidance of the release.
+Both have the same random weights: `save_pretrained(format="flexar")` writes ours, and the published loader reads them.
+They are first compared, in float32: their logits under teacher forcing, and their most likely tokens under guidance.
+Then they take turns at sampling from the whole vocabulary, with the guidance of the release.
 
-The published loop has no cache: for each token it runs all tokens before it again, and makes logits of all positions.
-All of it is timed, nothing is extrapolated. The states of the texts are random, and a T5 is built on neither side.
+The published loop has no cache: for each token it runs all earlier tokens again, and makes logits of all positions. All
+of it is timed, without extrapolation. The states of the texts are random; neither side builds a T5.
 
     git clone https://github.com/EPFL-VILAB/search-over-tokens && git -C search-over-tokens checkout e7564c5
     git clone https://github.com/apple/ml-l3m && git -C ml-l3m checkout e6376a3
@@ -28,14 +28,14 @@ from flextok_pl.config import PriorConfig
 from flextok_pl.models.prior import Prior, TextStates
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--preset", default="113m_text", help="a text prior of ours whose size to take")
-parser.add_argument("--depth", type=int, default=None, help="number of blocks, in place of the preset's")
+parser.add_argument("--preset", default="113m_text", help="one of our text priors, for its size")
+parser.add_argument("--depth", type=int, default=None, help="number of blocks, instead of the preset's")
 parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
 parser.add_argument("--num-tokens", nargs="+", type=int, default=[64, 256])
 parser.add_argument("--cfg-scale", type=float, default=3.0)
 parser.add_argument("--text-length", type=int, default=16, help="positions of each text")
 parser.add_argument("--repeats", type=int, default=1)
-parser.add_argument("--threads", type=int, default=None, help="of torch on the CPU")
+parser.add_argument("--threads", type=int, default=None, help="threads of torch on the CPU")
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 parser.add_argument("--json", default=None, help="file to write the results to")
 
@@ -43,9 +43,9 @@ TOLERANCE = 1e-4  # of logits, as a share of the largest
 
 
 def our_prior(preset: str, depth: int | None) -> Prior:
-    """The published architecture with random weights, in norms, too."""
+    """The published architecture with random weights, also in norms."""
     config = PriorConfig.preset(preset)
-    assert config.text_width is not None, f"{preset} is no prior of texts"
+    assert config.text_width is not None, f"{preset} is not a prior of texts"
     config = dataclasses.replace(
         config,
         depth=depth or config.depth,
@@ -64,22 +64,22 @@ def our_prior(preset: str, depth: int | None) -> Prior:
 
 
 def random_states(prior: Prior, texts: list[str], length: int) -> dict[str, Tensor]:
-    """States (T, E) of each text, and of the empty one, which T5 gives one position."""
+    """States (T, E) of each text, and of the empty one, which has one position with T5."""
     width = prior.config.text_width
     assert width is not None
     return {"": torch.randn(1, width)} | {text: torch.randn(length, width) for text in texts}
 
 
 def published_twin(prior: Prior, states: dict[str, Tensor], device: str) -> Any:
-    """The published model with the weights of ours, around an encoder that knows the states of some texts."""
+    """The published model with our weights, around an encoder that returns the states of some texts."""
     try:
         from flextok_ar.model import text_encoder
         from flextok_ar.utils.helpers import load_model
     except ImportError as error:
-        raise SystemExit(f"{error}: this benchmark needs the published packages; its first lines say how") from error
+        raise SystemExit(f"{error}: this benchmark needs the published packages; see its first lines") from error
 
     class Known(text_encoder.T5Embedder):
-        """In the place of a T5: its states are looked up."""
+        """Replaces a T5: looks up its states."""
 
         def __init__(self, decoder_seqlen: int, text_embeddings_write_key: str, **options: Any) -> None:
             nn.Module.__init__(self)
@@ -95,14 +95,14 @@ def published_twin(prior: Prior, states: dict[str, Tensor], device: str) -> Any:
             data_dict[self.text_embeddings_mask_write_key] = bias.to(device)
             return data_dict
 
-    text_encoder.T5Embedder = Known  # the name that the release's configuration asks for
+    text_encoder.T5Embedder = Known  # the class in the release's configuration
     with tempfile.TemporaryDirectory() as folder:
         prior.save_pretrained(Path(folder), format="flexar")
         return load_model(folder, device)[0]
 
 
 def padded_states(rows: list[Tensor]) -> TextStates:
-    """States of texts (T_i, E) as one batch."""
+    """Pad states of texts (T_i, E) to one batch."""
     mask = nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
     return TextStates(nn.utils.rnn.pad_sequence(rows, batch_first=True), mask)
 
@@ -118,11 +118,11 @@ def compare(prior: Prior, published: Any, texts: list[str], condition: TextState
     theirs = published.model(data, model_name="ar_image_model")[published.get_image_model().head.write_key]
     difference, largest = (prior(tokens, condition) - theirs).abs().max().item(), theirs.abs().max().item()
     if not difference <= TOLERANCE * largest:
-        raise SystemExit(f"the logits differ by {difference}, the largest being {largest}")
+        raise SystemExit(f"the logits differ by {difference}, but the largest is {largest}")
     greedy = published.generate_ids({"text": [*texts]}, sample=False, cfg_factor=scale, num_keep_tokens=length)
     ours = prior.generate(condition, length, cfg_scale=scale, temperature=0)
     if not torch.equal(greedy, ours):
-        raise SystemExit(f"the most likely tokens differ: {ours.tolist()} of ours, {greedy.tolist()}")
+        raise SystemExit(f"the most likely tokens differ: ours {ours.tolist()}, published {greedy.tolist()}")
     return {"largest_difference": difference, "largest_logit": largest, "equal_greedy_tokens": greedy.numel()}
 
 
@@ -155,7 +155,7 @@ def main() -> None:
 
         for count in options.num_tokens:
             for sample in (ours, theirs):
-                assert sample(2).shape == (batch, 2)  # which warms up
+                assert sample(2).shape == (batch, 2)  # warm up
             calls = {"ours": lambda: ours(count), "published": lambda: theirs(count)}  # noqa: B023  called here
             times = median_seconds(calls, options.repeats, options.device, warm_up=False)
             results[f"batch={batch} tokens={count}"] = {

@@ -1,4 +1,4 @@
-"""Timing, and results with what is needed to repeat them."""
+"""Time calls, and write results with everything needed to repeat them."""
 
 import datetime
 import json
@@ -18,7 +18,7 @@ import torch
 def median_seconds(
     calls: Mapping[str, Callable[[], object]], repeats: int, device: str, warm_up: bool = True
 ) -> dict[str, float]:
-    """Median wall time of each call. The calls take turns, so that a slow moment of the machine hits all of them."""
+    """Median wall time of each call. The calls take turns, so that slow moments of the machine affect all of them."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(not warm_up, repeats + 1):
         for name, call in calls.items():
@@ -38,21 +38,21 @@ def synchronize(device: str) -> None:
 
 
 def peak_gib(device: str) -> float:
-    """Most memory so far: of the allocator on a GPU, resident on a CPU."""
+    """Peak memory so far: of the allocator on a GPU, resident on a CPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def measure_apart(*setting: str) -> Any:
-    """Run this script with `--measure SETTING` in a process of its own; returns the JSON that it prints last."""
+    """Run this script with `--measure SETTING` in its own process; returns the JSON that it prints last."""
     command = [sys.executable, *sys.argv, "--measure", *setting]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def write_results(benchmark: str, options: Mapping[str, Any], results: Mapping[str, Any], file: str | None) -> None:
-    """Print the results, and write them with command, machine and date where a file is named."""
+    """Print the results, and write them with command, machine and date if `file` is given."""
     record = {
         "benchmark": benchmark,
         "command": " ".join(["python", *sys.argv]),

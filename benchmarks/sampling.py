@@ -1,10 +1,10 @@
 """Speed of sampling from a prior with a cache: against transformers' `generate`, and against no cache.
 
 The peer is transformers' Llama of the same width, depth and vocabulary under `generate` with a static cache, sampling
-from the whole vocabulary at temperature 1. It has rotary positions in place of learned ones; else its blocks are the
-same. Both have random weights, and all draw the same number of tokens. With guidance, ours computes both halves as one
-batch; the peer has `guidance_scale`, which runs two passes. Without a cache each token costs a pass over all that came
-before; that loop is run at three lengths only, and its total is the sum of the quadratic through them.
+from the whole vocabulary at temperature 1. Its blocks are the same, except rotary positions instead of learned ones.
+Both have random weights and draw the same number of tokens. With guidance, ours computes both halves as one batch; the
+peer's `guidance_scale` runs two passes. Without a cache each token costs a pass over all earlier tokens. That loop runs
+at only three lengths, and its total is the sum of the quadratic through them.
 
     python benchmarks/sampling.py --presets 49m --json benchmarks/results/sampling_49m_cpu.json
 """
@@ -27,7 +27,7 @@ parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 32])
 parser.add_argument("--cfg-scales", nargs="+", type=float, default=[1.0, 1.5])
 parser.add_argument("--num-tokens", type=int, default=256)
 parser.add_argument("--repeats", type=int, default=1)
-parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights")
+parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="type of the weights")
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 parser.add_argument("--json", default=None, help="file to write the results to")
 
@@ -84,7 +84,7 @@ def seconds(call, repeats: int, device: str) -> float:
 
 @torch.no_grad()
 def without_cache(prior: Prior, batch: int, cfg_scale: float, num_tokens: int, repeats: int, device: str) -> float:
-    """Seconds that a loop of whole passes would take."""
+    """Estimated seconds of a loop of whole passes."""
     rows = batch * (2 if cfg_scale != 1.0 else 1)
     classes = torch.zeros(rows, dtype=torch.int64, device=device)
     uniform = torch.rand(rows, 1, dtype=torch.float64)

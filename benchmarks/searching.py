@@ -1,10 +1,10 @@
-"""What does a search at test time buy: agreement with the asked class against what the search costs?
+"""How much agreement with the class does a search at test time buy, at what cost?
 
-Searches for pictures of every class with `flextok search`, judged by a probe on one network, and measures the results
-under that probe and under one on another network, which no search has seen. Direct sampling, best-of-N, beam search and
-lookahead search, at about as many decoded images, for several seeds. Started again, it goes on where it was. A size is
-the number of images that a search decodes: best-of-N decodes N, and over three steps a beam of two sequences with n
-candidates each decodes 5 n.
+It searches for pictures of every class with `flextok search`, scored by a probe on one network. It measures the results
+by that probe and by one on another network, which no search has seen. It compares direct sampling, best-of-N, beam
+search and lookahead search at about the same number of decoded images, for several seeds. Run it again to resume. A
+size is the number of images that a search decodes: N for best-of-N, and 5 n for a beam of two sequences with n
+candidates each over three steps.
 
     python benchmarks/searching.py --json benchmarks/results/searching_cpu.json
     python benchmarks/searching.py --plot demo=benchmarks/results/searching_cpu.json --out docs/findings_search.png
@@ -34,23 +34,21 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--prior", default=None, help="default the demo's")
 parser.add_argument("--tokenizer", default=None, help="default the demo's")
 parser.add_argument("--captions", default=None, help="shard set whose captions are the prompts of a prior of texts")
-parser.add_argument("--data", default="data/openmoji64/train", help="what the probes are fitted to")
+parser.add_argument("--data", default="data/openmoji64/train", help="training data of the probes")
 parser.add_argument("--samples", type=int, default=4, help="searches for each class, or captions of each class")
 parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
 parser.add_argument("--best-of", type=int, nargs="*", default=[1, 4, 16])
 parser.add_argument("--per-beam", type=int, nargs="+", default=[3], help="candidates of each sequence of the beam")
 parser.add_argument(
-    "--schedules", nargs="+", default=["1,4,16", "4,8,16"], help="of beams; best-of-N has their last number"
+    "--schedules", nargs="+", default=["1,4,16", "4,8,16"], help="schedules of beams; best-of-N uses the last number"
 )
 parser.add_argument("--lookahead", type=int, default=4)
 parser.add_argument("--cfg-scale", type=float, default=1.5)
-parser.add_argument("--steps", type=int, default=4, help="of the decoder")
+parser.add_argument("--steps", type=int, default=4, help="steps of the decoder")
 parser.add_argument("--runs", default="runs/searching", help="folder of the searches")
 parser.add_argument("--device", default="cpu")
 parser.add_argument("--json", default=None, help="file to write the results to")
-parser.add_argument(
-    "--plot", nargs="+", default=None, metavar="NAME=FILE", help="draw these results, and search nothing"
-)
+parser.add_argument("--plot", nargs="+", default=None, metavar="NAME=FILE", help="draw these results without searching")
 parser.add_argument("--out", default="runs/searching.png", help="the plot")
 
 
@@ -77,7 +75,7 @@ def main() -> None:
 
 
 def _arguments(options: argparse.Namespace) -> list[str]:
-    """The arguments that all searches share."""
+    """The arguments of all searches."""
     given = {
         "verifiers": ["class"],
         "classifier": "probe",
@@ -104,7 +102,7 @@ def _flags(given: dict[str, Any]) -> list[str]:
 
 
 def _captions(options: argparse.Namespace) -> Path:
-    """A file of prompts: the first captions of each class, with their classes."""
+    """Write a file of prompts: the first captions of each class, with their classes."""
     data = ShardDataModule(test=options.captions, image_size=64, eval_batch_size=64, num_workers=0)
     rows: dict[int, list[str]] = {}
     for batch in data.test_dataloader():
@@ -122,7 +120,7 @@ def _captions(options: argparse.Namespace) -> Path:
 
 
 def _measured(runs: list[Path], folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each search: how it searched, what it cost for a prompt, and what was found."""
+    """One row for each search: its options, its cost per prompt, and its results."""
     rows: dict[str, dict[str, Any]] = {}
     for name, extractor in (("judge", JUDGE), ("verifier", VERIFIER)):
         probe = {"classifier": "probe", "classifier_data": options.data, "extractor": extractor}
@@ -141,7 +139,7 @@ def _measured(runs: list[Path], folder: Path, options: argparse.Namespace) -> li
 
 
 def lines(results: dict[str, Any]) -> dict[str, list[list[dict[str, Any]]]]:
-    """What the legend calls a way to search -> for each of its sizes, in order, the rows of all seeds."""
+    """Label of a way to search -> for each of its sizes, in order, the rows of all seeds."""
     found: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for row in sorted(
         results["results"]["runs"], key=lambda row: (row["algorithm"] != "best_of_n", row["decoder_calls"])
@@ -158,7 +156,7 @@ def over_seeds(rows: list[dict[str, Any]], metric: str) -> tuple[float, float]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """A row for each way and size: costs for a prompt, then the metrics over seeds."""
+    """A row for each way and size: costs per prompt, then the metrics over seeds."""
     rows = ["| search | images | decoder calls | prior positions | " + " | ".join(SHOWN) + " |", "|---|" + "---:|" * 6]
     for label, sizes in lines(results).items():
         for found in sizes:
@@ -169,14 +167,14 @@ def table(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, dict[str, Any]]) -> Figure:
-    """A row of panels for each set of results."""
+    """Draw a row of panels for each set of results."""
     figure = Figure(figsize=(3.2 * len(PANELS), 2.4 * len(results) + 0.6), dpi=90, layout="constrained")
     grid = figure.subplots(len(results), len(PANELS), squeeze=False)
     colors = {label: f"C{j}" for j, label in enumerate(sorted({each for of in results.values() for each in lines(of)}))}
     for row, (name, each) in zip(grid, results.items(), strict=True):
         for axes, (metric, cost) in zip(row, PANELS, strict=True):
             for j, (label, sizes) in enumerate(lines(each).items()):
-                x = [rows[0][cost] * (1 + 0.02 * j) for rows in sizes]  # apart, to be seen
+                x = [rows[0][cost] * (1 + 0.02 * j) for rows in sizes]  # shifted, so that all are visible
                 y, spread = zip(*(over_seeds(rows, metric) for rows in sizes), strict=True)
                 axes.errorbar(x, y, spread, marker="o", markersize=4, capsize=2, color=colors[label], label=label)
             axes.set_xscale("log", base=2)

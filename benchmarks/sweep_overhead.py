@@ -1,9 +1,9 @@
-"""Seconds that a trial of a sweep takes beyond its training: start of processes, imports, storage.
+"""Seconds that a trial of a sweep takes beyond its training: starting processes, imports, storage.
 
-The tiny tokenizer of `experiments/tokenizer/tiny.yaml` is trained on the demo's pictures for the same steps
+The tiny tokenizer of `experiments/tokenizer/tiny.yaml` trains on the demo's pictures for the same number of steps
 
-- by a call in a process that has trained before and has imported everything: the training itself;
-- by `flextok fit` in a process of its own;
+- by a call in a process that has trained before and has imported everything: only the training;
+- by `flextok fit` in its own process;
 - as the trials of `flextok sweep`, one at a time: the seconds from the first trial's start to the last one's end.
 
     python benchmarks/sweep_overhead.py --json benchmarks/results/sweep_overhead_cpu.json
@@ -30,7 +30,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--steps", type=int, default=40)
 parser.add_argument("--trials", type=int, default=6)
 parser.add_argument("--repeats", type=int, default=3)
-parser.add_argument("--device", default="cpu", help="where it runs; the CPU, whose processes are slow to start")
+parser.add_argument("--device", default="cpu", help="device; the CPU, whose processes start slowly")
 parser.add_argument("--json", default=None, help="file to write the results to")
 
 EXPERIMENT = Path("experiments/tokenizer/tiny.yaml").absolute()

@@ -1,9 +1,9 @@
 """Speed and peak memory of one tokenizer training step on latents.
 
-One forward and backward pass and AdamW update of a published architecture with random weights, under laws of the
-budgets, which are drawn in equal strata. `--compile` compiles nothing, each block, or whole encoder and decoder; the
-first step, which then compiles, is timed apart. Operations are those that MFU counts, expected over the budgets. Peak
-memory is the process's resident set on a CPU and the allocator's maximum on a GPU.
+A step is a forward and backward pass and an AdamW update of a published architecture with random weights, under laws of
+the budgets, which are drawn in equal strata. `--compile` compiles nothing, each block, or whole encoder and decoder;
+the first step, which then compiles, is timed separately. Operations are those counted for MFU, expected over the
+budgets. Peak memory is the process's resident set on a CPU and the allocator's maximum on a GPU.
 
     python benchmarks/training_step.py --json benchmarks/results/training_step_cpu.json
 """

@@ -1,7 +1,7 @@
-"""Samples/s of the parts of webdataset and of ours that do the same: reading tars, writing them, decoding, fetching.
+"""Samples/s of the parts of webdataset and of our equivalents: reading tars, writing them, decoding, fetching.
 
-4,000 small samples (a JPEG of 64 x 64 pixels and a label) in four tars, on the local disk and in its cache. All parts
-take turns in one process, and see the same files. `fetch` copies a tar through the shell command `cat`.
+4,000 small samples (a JPEG of 64 x 64 pixels and a label) are in four tars, on the local disk and in its cache. All
+parts take turns in one process and use the same files. `fetch` copies a tar through the shell command `cat`.
 
     python benchmarks/webdataset_parts.py --json benchmarks/results/webdataset_parts_cpu.json
 """

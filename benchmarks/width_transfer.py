@@ -1,15 +1,15 @@
 """Width transfer of tokenizer and prior: activations against width, and the best learning rate at three widths.
 
-Small models on the demo's latents and tokens, in the standard parametrisation and with `mup_base_width` set to the
-smallest width of the sweep, where the two are the same.
+The models are small and train on the demo's latents and tokens, in the standard parametrisation and with
+`mup_base_width` set to the smallest width of the sweep, where the two are the same.
 
-Coordinate check: after a few steps at one learning rate, the mean absolute value of what blocks and heads put out for
-one batch, and of its change since initialisation. `exponents` are slopes of the logarithm of the change over that of
+Coordinate check: after a few steps at one learning rate, the mean absolute value of the outputs of blocks and heads for
+one batch, and of their change since initialisation. `exponents` are slopes of the logarithm of the change over that of
 the width: at 0 the change does not depend on the width.
 
-Sweep: for every learning rate the training loss at the end, a mean over the last fifth of the steps, of short
-trainings with warm-up and cosine. `best` has the learning rate of the least mean over seeds (`grid`), and where a
-parabola through it and its neighbours, over the logarithm of the learning rate, is least (`parabola`).
+Sweep: for every learning rate the final training loss (mean over the last fifth of the steps) of short trainings with
+warm-up and cosine. `best` has the learning rate of the smallest mean over seeds (`grid`), and the minimum of a parabola
+through it and its neighbours, over the logarithm of the learning rate (`parabola`).
 
     make bench-width
 """
@@ -43,7 +43,7 @@ from matplotlib import pyplot as plt
 
 PARTS = ("tokenizer", "prior")
 KINDS = ("standard", "muP")
-TOKENS = 16  # K; the prior takes the first of the demo's 64
+TOKENS = 16  # K; the prior uses the first of the demo's 64
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--latents", default="data/openmoji64_latents")
@@ -58,7 +58,7 @@ parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3 * 2**n for n i
 parser.add_argument("--steps", type=int, default=80)
 parser.add_argument("--seeds", type=int, default=2)
 parser.add_argument("--batch-size", type=int, default=16)
-parser.add_argument("--workers", type=int, default=2, help="trainings at a time, each of one thread")
+parser.add_argument("--workers", type=int, default=2, help="trainings at a time, with one thread each")
 parser.add_argument("--device", default="cpu", choices=["cpu"])
 parser.add_argument("--picture", default=None, help="PNG to draw")
 parser.add_argument("--json", default=None, help="file to write the results to")
@@ -67,7 +67,7 @@ DATA: dict[str, Any] = {}
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Read what every training of this process needs."""
+    """Load the data for every training of this process."""
     torch.set_num_threads(1)
     DATA["options"] = options
     for part, source in (("tokenizer", options.latents), ("prior", options.tokens)):
@@ -104,7 +104,7 @@ def build(part: str, width: int, base_width: int | None, vae: str) -> TokenizerM
 
 
 def loss_of(module: TokenizerModule | PriorModule, generator: torch.Generator, batch_size: int) -> Tensor:
-    """The training loss of a batch, drawn with all else that is random from the generator."""
+    """The training loss of a batch; all random draws come from the generator."""
     data = DATA["prior" if isinstance(module, PriorModule) else "tokenizer"]
     rows = torch.randint(len(data["label"]), (batch_size,), generator=generator)
     if isinstance(module, PriorModule):
@@ -122,13 +122,13 @@ def optimizer_of(module: TokenizerModule | PriorModule, lr: float) -> torch.opti
 
 
 def joined(output: Tensor | Positions) -> Tensor:
-    """The values of all positions."""
+    """Concatenate the values of all positions."""
     parts = [output] if isinstance(output, Tensor) else [each for each in output if each is not None]
     return parts[0] if len(parts) == 1 else torch.cat([each.flatten(0, -2) for each in parts])
 
 
 def outputs_of(module: TokenizerModule | PriorModule, batch_size: int) -> dict[str, Tensor]:
-    """What blocks and heads put out for one batch, always the same."""
+    """Outputs of blocks and heads for one batch, always the same."""
     networks = (
         {"prior": module.prior}
         if isinstance(module, PriorModule)
@@ -172,7 +172,7 @@ def check(part: str, width: int, base_width: int | None, seed: int) -> dict[str,
 
 
 def train(part: str, width: int, base_width: int | None, lr: float, seed: int) -> float:
-    """The final loss of one training; infinite where it is not finite."""
+    """The final loss of one training; infinite if it is not finite."""
     options = DATA["options"]
     torch.manual_seed(seed)
     module = build(part, width, base_width, options.vae)
@@ -208,7 +208,7 @@ def called(function: Callable[..., Any], call: tuple[Any, ...]) -> tuple[tuple[A
 
 
 def run(pool: Any, function: Callable[..., Any], jobs: dict[Any, list[tuple[Any, ...]]]) -> dict[Any, list[Any]]:
-    """The results of each list of calls; equal calls are made once, by seed, the widest models first."""
+    """The results of each list of calls, by seed, the widest models first; equal calls run once."""
     calls = sorted({call for row in jobs.values() for call in row}, key=lambda call: (call[-1], -call[1]))
     done = {}
     for call, result in pool.imap_unordered(partial(called, function), calls):
@@ -262,7 +262,7 @@ def main() -> None:
     base = min(options.widths)
 
     def jobs(widths: list[int], *others: Iterable[float]) -> dict[tuple[str, str, int], list[tuple[Any, ...]]]:
-        """Calls by part, parametrisation and width. At the base width the two kinds are one, and so are their jobs."""
+        """Calls by part, parametrisation and width; at the base width both parametrisations share their jobs."""
         return {
             (part, kind, width): [
                 (part, width, base if kind == "muP" and width != base else None, *rest)
