@@ -5,8 +5,8 @@ another autoencoder gets the published kind. They are first compared, in float32
 turns at
 
 - `tokenize`: images to few and to all tokens, with the autoencoder;
-- `detokenize`: tokens to images at several budgets, and at one budget for each image, in equal strata of 1..K, with
-  Euler steps and adaptive projected guidance at 7.5 as published, with the autoencoder;
+- `detokenize`: tokens to images at several budgets, and at one budget for each image, in equal strata of 1..K. It
+  includes the autoencoder, and takes Euler steps with adaptive projected guidance at 7.5 as published;
 - `train`: forward and backward pass on latents, without an optimizer, under laws of the budgets. Both draw times, null
   conditions and budgets. Ours draws in equal strata, so that few steps show the mean; the published cost does not
   depend on the draws. `memory_gib` is the most that a step allocates: activations and gradients (CUDA only).

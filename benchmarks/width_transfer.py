@@ -1,7 +1,7 @@
 """Width transfer of tokenizer and prior: activations against width, and the best learning rate at three widths.
 
-The models are small and train on the demo's latents and tokens, in the standard parametrisation and with
-`mup_base_width` set to the smallest width of the sweep, where the two are the same.
+Small models train on the demo's latents and tokens, in the standard parametrisation and with `mup_base_width`. The base
+width is the smallest of the sweep, where the two are the same.
 
 Coordinate check: after a few steps at one learning rate, the mean absolute value of the outputs of blocks and heads for
 one batch, and of their change since initialisation. `exponents` are slopes of the logarithm of the change over that of

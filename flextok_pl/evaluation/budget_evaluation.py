@@ -182,8 +182,8 @@ class BudgetEvaluation(ABC):
     def update(self, batch: Mapping[str, Any]) -> None:
         """Measure the samples of a batch that were not measured before a kill.
 
-        It has at least `image`, (B, 3, H, W) in [-1, 1], and `key`, B texts. In a fit only a few samples of a batch are
-        measured: they wait for more of the same size, as long as further batches are expected.
+        It has at least `image`, (B, 3, H, W) in [-1, 1], and `key`, B texts. A fit measures only a few
+        samples of a batch. They wait for more of the same size, as long as further batches are expected.
         """
         keys = batch["key"]
         hashes = [key_hash(key) for key in keys]

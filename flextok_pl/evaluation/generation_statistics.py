@@ -98,8 +98,8 @@ class GenerationStatistics(BudgetStatistics[BudgetT]):
 
         The metrics are the Frechet and the kernel distance; the inception score if the extractor has class logits, or
         else the same score of the classifier under its own name; precision, recall, density and coverage. For images
-        with a class or a caption as condition they are also the share whose most probable class is that class, the
-        share whose nearest class mean is, and the mean CLIP score.
+        with a class as condition they are also the share whose most probable class, and the share whose nearest class
+        mean, is that class. For captions it is the mean CLIP score.
         """
         result = self._distances(budget, real, kernel_seed, paired=False)
         if self._scores and self._scores[budget].count:

@@ -19,7 +19,7 @@ BELOW_ONE = {torch.float64: 1 - 2**-40, torch.float32: 1 - 2**-20}  # a factor b
 
 
 def scale_at_positions(scale: PositionScale, num_tokens: int) -> list[float]:
-    """The guidance scale of each of K positions; 1 is no guidance."""
+    """The guidance scale of each of K positions; 1 turns guidance off."""
     if callable(scale):
         scales = [float(scale(position)) for position in range(num_tokens)]
     elif not isinstance(scale, Sequence):

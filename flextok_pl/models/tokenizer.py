@@ -333,8 +333,8 @@ class FlexTok(PretrainedModel):
     ) -> Tensor:
         """Decode images from tokens.
 
-        Steps and guidance default to those that the tokenizer was made for (`config.num_steps` and so on), such as a
-        distilled one's few steps without guidance, or else to 25 steps with `apg` at 7.5.
+        Steps and guidance default to the tokenizer's own (`config.num_steps` and so on), which a distilled one has, or
+        else to 25 steps with `apg` at 7.5.
 
         A tokenizer with `objective="mse"` is deterministic and decodes in one step: steps, solver, guidance, generator
         and the values of `noise` have no effect.

@@ -3,7 +3,7 @@
 They follow SoTo (https://github.com/EPFL-VILAB/search-over-tokens). The candidates of all sequences of the beam form
 one pool, of which the best are kept; each step's score replaces the previous one. Draws are functions of (seed, prompt,
 candidate), and each prompt has one noise. So results do not depend on other prompts or on how many images are decoded
-at once, and a search that resumes from a saved step ends as it would have ended. Equal scores are ordered by candidate
+at once. A search that resumes from a saved step ends as if it had not stopped. Equal scores are ordered by candidate
 number.
 
 Shapes: W sequences that are kept, N candidates of each, C candidates in all, k tokens, K positions.
