@@ -152,7 +152,7 @@ def test_images_and_tokens_that_are_refused(tok: FlexTok, images: Tensor) -> Non
         "noise hold NaN or infinite": lambda: decoded(tok, tokens[:1], noise=noise),
         "guidance_scale=nan": lambda: decoded(tok, tokens, guidance_scale=math.nan),
         "guidance_scale=inf at t=1.0": lambda: decoded(tok, tokens, guidance_scale=lambda t: t * math.inf),
-        "num_steps=2.5 must be at least 1": lambda: decoded(tok, tokens, num_steps=2.5),
+        "num_steps=2.5 must be a whole number of at least 1": lambda: decoded(tok, tokens, num_steps=2.5),
     }  # fmt: skip
     for message, call in calls.items():
         with pytest.raises(ValueError) as error:

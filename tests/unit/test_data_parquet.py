@@ -105,7 +105,7 @@ def test_classes_of_one_name(tmp_path):
         ([0, 1, 1], None, ["zero", "one", "two"], [b"0", b"1", b"1"]),
         ([0, 2, 1], FEATURES, ["emu", "dog"], "1 labels that are not among the 2 classes, such as 'cat'"),
         (["b", "a", "b"], None, ["a"], "1 labels that are not among the 1 classes, such as 'b'"),
-        ([0, 2, 1], None, ["zero", "one"], "2 names, and label_column=label has labels up to 2"),
+        ([0, 2, 1], None, ["zero", "one"], "2 names, but label_column=label has labels up to 2"),
     ],
 )
 def test_a_list_fixes_the_numbers_of_classes(tmp_path, labels, features, given, expected):

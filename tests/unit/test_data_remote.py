@@ -161,8 +161,8 @@ def test_a_fault_that_stays_names_url_and_remedy(server, tmp_path, fault, messag
     "source, message",
     [
         ("{url}/nowhere", "nowhere/index.json cannot be fetched.*FileNotFoundError"),
-        ("{url}/*", "takes no"),
-        ("{url}/set?sig=1", "takes no .*pipe:curl"),
+        ("{url}/*", "must not contain"),
+        ("{url}/set?sig=1", "must not contain .*pipe:curl"),
         ("pipe:cat index.json", "does not use the name"),
         ("pipe:echo {name} is lost >&2; exit 3", "exit code 3, index.json is lost"),
         ("pipe:true {name}", "is damaged"),

@@ -72,7 +72,7 @@ def test_names_of_classes(foreign, tmp_path):
     names.write_bytes("\ufeffé\r\nb c\r\nc\r\nd\r\n\r\n".encode())  # as Windows writes it
     assert write_resharded(str(foreign), tmp_path / "two", class_names=names, num_workers=1).classes[:2] == ("é", "b c")
     for text, message in (
-        ("a\na\n", r"class_names=.*names\.txt: line 2 is 'a', as is line 1"),
+        ("a\na\n", r"class_names=.*names\.txt: line 2 is 'a', like line 1"),
         ("a\n\nb\nc\nd\n", r"class_names=.*names\.txt: line 2 is empty"),
     ):
         names.write_text(text)

@@ -213,7 +213,7 @@ def test_rerun_and_another_tokenizer(images, tmp_path):
         (lambda x: tokenize(x)[:, :5], r"shape \(11, 5\) for 11 images.*K=12"),
         (lambda x: tokenize(x)[:-1], r"\(10, 12\) for 11"),
         (lambda x: tokenize(x).float(), "torch.float32"),
-        (lambda x: tokenize(x) - 999, r"the tokens of 'a/8' lie in -\d+\.\..*outside 0\.\.999"),
+        (lambda x: tokenize(x) - 999, r"the tokens of 'a/8' are in -\d+\.\..*outside 0\.\.999"),
         (lambda x: tokenize(x) + 1000, r"outside 0\.\.999; give the vocab_size"),
     ],
 )

@@ -152,7 +152,7 @@ def test_values_files_and_table(tmp_path, capsys):
     assert grid.size[0] == 5 * 34 + 2 and grid.size[1] > 8 * 34
 
     printed = capsys.readouterr().out
-    assert "mse_over_variance" in printed and "of 17 images and 24 features compares" in printed
+    assert "mse_over_variance" in printed and "of 17 images and 24 features is comparable" in printed
     assert len([line for line in printed.splitlines() if line.strip()[:2] in ("1 ", "2 ", "4 ", "8 ")]) == 4
 
 
@@ -236,7 +236,7 @@ def test_limited_batches_whether_statistics_of_all_are_kept_or_not(tmp_path, cap
 
 def test_each_sample_exactly_once(tmp_path):
     samples = pictures(10)
-    with pytest.raises(RuntimeError, match=r"test set gave 10 samples, 12 were expected.*no number is reported"):
+    with pytest.raises(RuntimeError, match=r"test set gave 10 samples instead of 12.*no number is reported"):
         evaluate(tmp_path, samples, claimed=12)
     with pytest.raises(RuntimeError, match="1 of 11 samples of the test set repeat a key"):
         evaluate(tmp_path, [*samples, samples[3]])

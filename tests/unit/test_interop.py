@@ -365,7 +365,7 @@ def test_a_format_whose_tensors_are_others(tmp_path: Path) -> None:
     file, formats = tmp_path / "weights.safetensors", {"merged": Merged()}
     write_tensors(theirs, file, {})
     (tmp_path / "config.yaml").write_text("heads: 2")
-    with pytest.warns(UserWarning, match=r"leaves out tokenizer.x$"):
+    with pytest.warns(UserWarning, match=r"does not use tokenizer.x$"):
         loaded = load_model(tmp_path, formats, Prior).state_dict()
     ours["token_embedding.weight"] = ours["token_embedding.weight"].half().float()
     for name, tensor in ours.items():

@@ -218,7 +218,11 @@ ROPE = {"_target_": "l3m.model.preprocessors.pos_embed.rope.RoPE", "_partial_": 
 RMS = {"_target_": "l3m.model.layers.normalization.RMSNorm", "_partial_": True, "eps": 1e-6}
 REFUSED: list[tuple[str, Change, str]] = [
     # classes
-    ("class", trunk(_target_="l3m.model.trunks.transformer.NonMonolithic"), r"trunk._target_=.*NonMonolithic is not"),
+    (
+        "class",
+        trunk(_target_="l3m.model.trunks.transformer.NonMonolithic"),
+        r"trunk._target_=.*NonMonolithic is unknown",
+    ),
     ("class", trunk(_target_="os.system"), r"trunk._target_=os.system is unknown; it must be Transformer"),
     ("class", trunk(_target_=["os", "system"]), r"trunk._target_=\['os', 'system'\]"),
     ("class", within("attn_target", _target_="l3m.Attention"), r"attn_target._target_=l3m.Attention is unknown"),
@@ -521,10 +525,10 @@ def test_the_null_text_must_be_known() -> None:
         ("!!python/object/new:os.system ['touch ran']", "not YAML of plain data"),
         (
             "model: {meta_model: {_target_: os.system, command: touch ran}}",
-            "model.meta_model._target_=os.system is not",
+            "model.meta_model._target_=os.system is unknown",
         ),
         ("a: &a [*a, *a]", "too large or too deeply nested"),
-        ("a: {a: 1, a: 2}", "key 'a' stands twice"),
+        ("a: {a: 1, a: 2}", "key 'a' occurs twice"),
         ("- 1", "holds a list instead of a mapping"),
         ("a: [", "not YAML of plain data"),
         ("a: " + "x" * 60_000, "has 60003 characters"),

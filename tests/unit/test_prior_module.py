@@ -369,7 +369,7 @@ def test_a_prior_keeps_its_classes(tmp_path: Path) -> None:
 def test_damaged_files(tmp_path: Path, tokenizer: str) -> None:
     with pytest.raises(ValueError, match="no checkpoint .*prior.safetensors or model.safetensors"):
         Prior.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is no Prior checkpoint"):
+    with pytest.raises(ValueError, match="is not a Prior checkpoint"):
         Prior.from_pretrained(tokenizer)
     file = module().prior.save_pretrained(tmp_path / "p.safetensors")
     with pytest.raises(ValueError, match="no FlexTok checkpoint"):

@@ -333,7 +333,7 @@ def test_what_does_not_fit(tokenizer: FlexTok) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             search("beam", tokenizer, Sum(), bad)
-    with pytest.raises(ValueError, match="temperature=0 makes all num_candidates=3 samples alike"):
+    with pytest.raises(ValueError, match="temperature=0 makes all num_candidates=3 samples equal"):
         search("best_of_n", tokenizer, Sum(), replace(given, temperature=0.0))
     with pytest.raises(ValueError, match="one prompt at a time"):
         beam_search(prior, tokenizer, Sum(), PROMPT, torch.tensor([0, 1]), given)

@@ -91,7 +91,7 @@ def test_a_shard_set(image_shards: Path) -> None:
         (TEXTS, {"classes": ["0"]}, "--class: this prior is conditioned on text"),
         (TEXTS, {}, "give a prompt"),
         (CLASSES, {"classes": ["birds"]}, "class 'birds' is unknown"),
-        (CLASSES, {"classes": ["0"], "file": Path("x.txt")}, "--class and --prompts both say"),
+        (CLASSES, {"classes": ["0"], "file": Path("x.txt")}, "--class and --prompts both name prompts"),
         (CLASSES, {"limit": 2}, "limit=2 counts the prompts of a file"),
         (CLASSES, {"samples": 0}, "samples=0 must be at least 1"),
         (NOTHING, {"classes": ["cats"]}, "label 'cats' must be the number"),

@@ -228,7 +228,7 @@ def test_a_python_function(module):
     "name, error, message",
     [
         ("short", ValueError, r"verifier='\w+:short' gives a tensor \(1,\), not a tensor \(2,\) of scores"),
-        ("silent", ValueError, r"verifier='\w+:silent' gives NoneType, and not"),
+        ("silent", ValueError, r"verifier='\w+:silent' gives NoneType, not"),
         ("undefined", ValueError, r"verifier='\w+:undefined' gives NaN as a score of the prompt 'prompt 1'"),
         ("failing", OSError, "the disk is full"),
     ],

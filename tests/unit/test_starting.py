@@ -197,7 +197,7 @@ def test_official_files_have_no_place_for_the_note() -> None:
         ("x", ["encodr"], "init_parts has 'encodr', which is not a part of the model; it has decoder, encoder"),
         ("x", ["encoder", "encoder.block"], "'encoder.block'"),
         ("x", ["vae"], "'vae'"),
-        ("x", [], "null takes all"),
+        ("x", [], "null takes everything"),
         (None, ["encoder"], "needs model.init_from"),
     ],
 )
@@ -211,7 +211,7 @@ def test_sources_that_there_are_not(tmp_path: Path) -> None:
         start_from(Prior(PRIOR), "nowhere")
     with pytest.raises(ValueError, match="is a training checkpoint: give the .safetensors file"):
         start_from(Prior(PRIOR), "runs/mine/checkpoints/last.ckpt")
-    with pytest.raises(ValueError, match="init_from=.* is no Prior checkpoint"):
+    with pytest.raises(ValueError, match="init_from=.* is not a Prior checkpoint"):
         start_from(Prior(PRIOR), saved(tmp_path, TOKENIZER))
 
 
@@ -426,7 +426,7 @@ def test_a_frozen_encoder_gives_the_tokens_that_tokenize_gives(tmp_path: Path) -
     ("options", "message"),
     [
         ({"train": ["decodr"]}, "train has 'decodr', which is not a part of the model; it has decoder, encoder"),
-        ({"train": []}, "trains nothing; null trains all"),
+        ({"train": []}, "trains nothing; null trains everything"),
         ({"train": ["decoder.patch_posemb"]}, "trains nothing: positions of patches are fixed"),
     ],
 )

@@ -53,7 +53,7 @@ def test_meaning(minilm: TextEncoder) -> None:
 
 def test_long_texts(minilm: TextEncoder) -> None:
     long = "word " * 40
-    with pytest.raises(ValueError, match="has 42 tokens, minilm takes 16; shorten it"):
+    with pytest.raises(ValueError, match="has 42 tokens, but minilm takes 16; shorten it"):
         minilm([long])
     with pytest.warns(UserWarning, match="the text is cut"):
         assert minilm([long], truncate=True).states.shape[1] == 16

@@ -170,7 +170,7 @@ def test_wrong_arguments(tokenizer: FlexTok, images: Tensor) -> None:
         "generator has 1 entries for 3": lambda: tokenizer.detokenize(tokens, generator=[torch.Generator()]),
         "cannot be cut into patches": lambda: tokenizer.encode(torch.zeros(1, 12, 7, 12)),
         "gives more patches, 8 x 8, than net.grid_size": lambda: tokenizer.tokenize(torch.zeros(1, 3, 32, 32)),
-        "has dtype torch.float32": lambda: tokenizer.detokenize(tokens.float()),
+        "such as int64, not torch.float32": lambda: tokenizer.detokenize(tokens.float()),
     }
     for message, call in calls.items():
         with pytest.raises(ValueError, match=message.replace("(", r"\(")):
