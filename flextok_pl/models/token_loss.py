@@ -7,6 +7,7 @@ the number of positions and applies the loss scale. So float16 holds slopes of l
 
 `torch.nn.functional.linear_cross_entropy` (torch 2.13 and later) makes its gradients in the same way. We do not use it,
 because in torch 2.15 it
+
 - returns only the mean, not the loss and the hit of each token;
 - makes all logits at once with label smoothing;
 - rounds the loss to the type of its inputs (6.156 instead of 6.218 in bfloat16), and sums the weight's gradient in that

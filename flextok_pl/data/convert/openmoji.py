@@ -1,6 +1,7 @@
 """List the pictures of OpenMoji with their names, classes and concepts.
 
 No concept may be on both sides of the train/validation split. Pictures share one if
+
 - they are one emoji in several skin tones, genders, hair styles or directions, or couples and families of such;
 - their names differ by a colour, size or direction only ("red heart", "green heart"), or they are members of a series
   drawn alike (clock faces, moons, keycaps, letters);
