@@ -135,9 +135,9 @@ def test_another_architecture(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("", "no JSON"),
-        ("{" * 90_000, "no JSON"),
-        ("[" * 90_000, "no JSON"),
+        ("", "not JSON"),
+        ("{" * 90_000, "not JSON"),
+        ("[" * 90_000, "not JSON"),
         ("[]", "a list instead of a mapping"),
         ("{" + " " * 200_000 + "}", "too long"),
         ('{"width": 3}', "no option 'width'"),
@@ -219,7 +219,7 @@ def test_the_autoencoder_that_the_file_does_not_describe(golden_dir: Path) -> No
         ({"_class_name": "VQModel"}, "VQModel"),
         ({"evil": 1}, "evil"),
         (golden_dir / "nowhere.json", "no configuration file"),
-        (golden_dir / "golden.npz", "no JSON"),
+        (golden_dir / "golden.npz", "not JSON"),
         (golden_dir / "state_dict_keys.json", "a list instead of a mapping"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -372,7 +372,7 @@ def test_damaged_files(tmp_path: Path, tokenizer: str) -> None:
     with pytest.raises(ValueError, match="is not a Prior checkpoint"):
         Prior.from_pretrained(tokenizer)
     file = module().prior.save_pretrained(tmp_path / "p.safetensors")
-    with pytest.raises(ValueError, match="no FlexTok checkpoint"):
+    with pytest.raises(ValueError, match="not a FlexTok checkpoint"):
         FlexTok.from_pretrained(file)
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not an intact safetensors"):
