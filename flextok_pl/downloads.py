@@ -160,7 +160,7 @@ def _go_on(url: str, part: Path) -> None:
     try:
         with urlopen(Request(url, headers=headers), timeout=STALLED_AFTER) as answer:
             done = done if answer.status == 206 else 0
-            whole = done + int(answer.headers.get("Content-Length", -1 - done))  # -1 where the server does not say
+            whole = done + int(answer.headers.get("Content-Length", -1 - done))  # -1 if the server does not say
             with part.open("ab" if done else "wb") as file:
                 shutil.copyfileobj(answer, file, 1 << 20)
     except HTTPError as error:

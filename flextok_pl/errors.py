@@ -27,8 +27,8 @@ def told_to_the_user() -> Iterator[None]:
 def is_for_the_user(error: BaseException) -> bool:
     """Whether an error tells the user what to fix, and is not a bug.
 
-    True for a `UserError`, a `MisconfigurationException`, an `ImportError` of a class of our own, and for a
-    `ValueError` or `OSError` from a `raise` in `TALKING` or of a class of our own, even if a data-loading process
+    True for a `UserError`, for a `MisconfigurationException`, and for an `ImportError` of a class of our own. True for
+    a `ValueError` or `OSError` from a `raise` in `TALKING` or of a class of our own, even if a data-loading process
     passed it on. True also for an `OSError` that the system answered to a call of `TALKING`, such as a missing file.
     False for errors within torch, timm or Pillow, and for operations that our code did not expect to fail: their text
     needs the traceback.

@@ -27,7 +27,7 @@ class PositionSums:
     """Sums of nats, of correct tokens and of tokens at each position, over sequences."""
 
     def __init__(self) -> None:
-        self._sums: Tensor | None = None  # (3, K), float64 where the device has it
+        self._sums: Tensor | None = None  # (3, K), float64 if the device has it
 
     def update(self, outputs: Any) -> None:
         """Add the outputs of a step."""

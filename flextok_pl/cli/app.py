@@ -22,10 +22,10 @@ from flextok_pl.search.verifiers import Likelihood
 class AppOptions:
     """Try a tokenizer and a prior on a page in your browser.
 
-    The page resamples your pictures at any number of tokens, swaps tokens between two of them, generates pictures by
-    class or text, and searches for those with the best score of a verifier. `--verifier` and its options add verifiers
-    to `likelihood`. Only this machine can open the page, unless you give a host. The page loads nothing from elsewhere
-    and sends nothing there. It deletes uploads after an hour, and when the command ends.
+    The page resamples your pictures at any number of tokens, and swaps tokens between two of them. It generates
+    pictures by class or text, and searches for those that a verifier scores best. `--verifier` and its options add
+    verifiers to `likelihood`. Only this machine can open the page, unless you give a host. The page loads nothing from
+    elsewhere and sends nothing there. It deletes uploads after an hour, and when the command ends.
 
     Args:
         tokenizer: a `.safetensors` file, a folder or a Hub id; default the prior's tokenizer, else the demo tokenizer.

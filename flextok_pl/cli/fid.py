@@ -39,9 +39,9 @@ def compare_images(
 ) -> None:
     """Measure images against reference images: Frechet and kernel distance, inception score, manifold scores.
 
-    Both are a folder of images, a shard set or a pattern of shard sets, or a `.npz` file with pictures as `arr_0`, or
-    with statistics as `mu` and `sigma`. Statistics alone allow only the Frechet distance. If a file has both, as the
-    reference batches of guided diffusion do, the Frechet distance uses its statistics and all else its pictures.
+    Both are a folder of images, a shard set, a pattern of shard sets, or a `.npz` file. A `.npz` file has pictures as
+    `arr_0`, or statistics as `mu` and `sigma`. Statistics alone allow only the Frechet distance. If a file has both, as
+    the reference batches of guided diffusion do, the Frechet distance uses its statistics and all else its pictures.
 
     Args:
         images: images to measure.

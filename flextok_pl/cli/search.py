@@ -97,7 +97,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
 
 
 def with_defaults(options: SearchOptions, models: Models, given: Collection[str]) -> SearchOptions:
-    """Complete the options by those of a published prior and the tokenizer's own decoding, where none is given."""
+    """Complete the options that are not given, from a published prior and the tokenizer's own decoding."""
     names = {each.name for each in fields(Decoding)}
     asked = {name: getattr(options.decoding, name) for name in names.intersection(given)}
     decoding = chosen_decoding(models.tokenizer.config, chosen_decoding(models.published, options.decoding), **asked)
@@ -195,8 +195,8 @@ def measure_searches(
 
     Measures agreement with the requested class, CLIP score, Frechet and kernel distance, precision and recall, each if
     its option is given. Do not use the classifier that the search optimised. Writes `quality.json` with a record for
-    each number, and `quality.png` with a panel for each metric, a line for each way to search, and points for runs of
-    different sizes with their spread over seeds.
+    each number, and `quality.png`. The plot has a panel for each metric, a line for each way to search, and points for
+    runs of different sizes with their spread over seeds.
 
     Args:
         runs: folders that `flextok search` wrote.

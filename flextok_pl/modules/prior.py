@@ -34,7 +34,8 @@ class PriorModule(StartedModule, PriorBase):
     """Trains a prior on token shards, or on images that it tokenizes during training.
 
     At the end of a fit the current weights, averaged if an averaging callback runs, are exported as
-    `<log dir>/prior.safetensors`, with the hash of the tokenizer, the text encoder's name and the class names.
+    `<log dir>/prior.safetensors`. The file states the hash of the tokenizer, the text encoder's name and the class
+    names.
 
     Args:
         net: configuration of the prior.

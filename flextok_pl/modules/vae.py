@@ -31,15 +31,15 @@ from flextok_pl.precision import accumulation_dtype, check_training_precision, f
 class VAEModule(StartedModule):
     """Trains a VAE by reconstruction, with KL, perceptual and adversarial terms; a weight of 0 leaves a term out.
 
-    loss = reconstruction + perceptual_weight * perceptual + kl_weight * KL / (3 H W) + gan_weight * adaptive * GAN,
-    the loss of latent diffusion (https://arxiv.org/abs/2112.10752, appendix G) divided by the number of pixel values,
-    so that its published weights apply here. Unlike there, autoencoder and discriminator take their steps at once, from
-    the same images, by one optimizer; accumulation, clipping and schedules are then the Trainer's. The gradient norm of
-    each network is clipped separately.
+    loss = reconstruction + perceptual_weight * perceptual + kl_weight * KL / (3 H W) + gan_weight * adaptive * GAN.
+    This is the loss of latent diffusion (https://arxiv.org/abs/2112.10752, appendix G) divided by the number of pixel
+    values, so that its published weights apply here. Unlike there, autoencoder and discriminator take their steps at
+    once, from the same images, by one optimizer; accumulation, clipping and schedules are then the Trainer's. The
+    gradient norm of each network is clipped separately.
 
-    At the end of a fit the latents are measured on training batches and the autoencoder is exported to
-    `<log_dir>/vae`, a folder that diffusers reads, with scaling_factor = 1 / (standard deviation of the
-    posterior means). With `EMA` the averaged weights are measured and exported.
+    At the end of a fit the latents are measured on training batches, and the autoencoder is exported to
+    `<log_dir>/vae`, a folder that diffusers reads. Its scaling_factor is 1 / (standard deviation of the posterior
+    means). With `EMA` the averaged weights are measured and exported.
 
     Args:
         net: configuration of the autoencoder, of kind `kl`.
