@@ -140,7 +140,10 @@ $(VENV)/.app: pyproject.toml | $(READY)
 	touch $@
 
 ##@ Develop
-.PHONY: test test-gpu test-faults test-slurm test-agreement lint docs bench bench-width clean
+.PHONY: smoke test test-gpu test-faults test-slurm test-agreement lint docs bench bench-width clean
+smoke: $(READY)  ## try every part of EXP in a few steps, with random data and weights
+	$(FLEXTOK) fit --config $(or $(EXP),experiments/tokenizer/d18_d28_imagenet.yaml) --smoke $(ARGS)
+
 test: $(READY)  ## run the tests, in two processes
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 

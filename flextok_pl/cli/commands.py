@@ -45,12 +45,13 @@ def _tool(summary: str, function: str, **more: Any) -> Command:
 
 TRAINING = "flextok_pl.cli.training"
 FINISHED = f"{TRAINING}:FinishedModels"
+SMOKE = "flextok_pl.cli.smoke"
 SWEEP = "flextok_pl.sweeps.sweep:Sweep"
 SEARCH = "flextok_pl.cli.search"
 VERIFIERS = "flextok_pl.search.verifier_options:VerifierOptions"
 
 COMMANDS = {
-    "fit": _training("train a model", "fit"),
+    "fit": _training("train a model", "fit", f"{SMOKE}:SmokeOptions", run="smoke:run"),
     "validate": _training("evaluate on the validation set, cheaply", "validate", FINISHED),
     "test": _training("evaluate in full: every metric at every token budget", "test", FINISHED),
     "predict": _training("write the tokens of pictures, or tokens that a prior generates", "predict", FINISHED),
