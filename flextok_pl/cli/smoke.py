@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -99,7 +100,7 @@ class SmokeCLI(FlexTokCLI):
         if self.config.rfid is None and self.config.gfid is None:
             return
         given, exported = self.config.model.init_args, self.place.folder / "tokenizer.safetensors"
-        self.model = self.trainer = None  # with their optimizer, for its memory
+        del self.model, self.trainer  # with the optimizer, for its memory
         if exported.is_file():
             model: Any = SavedTokenizer(str(exported))
         else:
@@ -134,9 +135,7 @@ class Smoke:
         self._data()
         self._evaluation()
         for option, download in wanted(self.config):
-            raise UserError(
-                f"{option}: --smoke has nothing to take the place of {download.title}; leave the option out"
-            )
+            raise UserError(f"{option}: --smoke has no stand-in for {download.title}; leave the option out")
         if self.random:
             self.notes.append(f"random weights for {', '.join(self.random)}")
         return self.notes
@@ -153,7 +152,7 @@ class Smoke:
             if getattr(kept, field.name) != getattr(net, field.name):
                 self.model.net[field.name] = getattr(kept, field.name)
                 self.notes.append(f"model.net.{field.name} {getattr(net, field.name)} -> {getattr(kept, field.name)}")
-        return kept == net
+        return bool(kept == net)
 
     def _net(self) -> Any:
         return config_from_dict(NETWORKS[self.kind], self.model.net.as_dict())
@@ -187,7 +186,7 @@ class Smoke:
     def _autoencoder(self, config: VAEConfig | None) -> Path:
         if config is None:
             raise UserError(
-                f"model.vae={self.model.vae} is not here, and net.vae=null does not describe it: describe it"
+                f"model.vae={self.model.vae} is not here, and net.vae=null does not describe it: set net.vae"
             )
         VAE(config).save_pretrained(self.folder / "vae")
         return self.folder / "vae"
@@ -425,34 +424,33 @@ def write_clip(folder: Path, name: str) -> Path | None:
     """A CLIP with `DEPTH` blocks on each side, and a vocabulary of letters."""
     if name not in CLIPS:
         return None
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
-
+    transformers: Any = import_module("transformers")
     folder = folder / "clip"
     folder.mkdir()
     ends, letters = ["<|startoftext|>", "<|endoftext|>"], [chr(ord("a") + i) for i in range(26)]
     words = [*letters, *(f"{letter}</w>" for letter in letters), *ends]
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     start, end = (words.index(word) for word in ends)
     text, vision, width = CLIPS[name]
     text = text | {"bos_token_id": start, "eos_token_id": end, "pad_token_id": end}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width)).save_pretrained(folder)
-    CLIPProcessor(CLIPImageProcessor(), tokenizer).save_pretrained(folder)
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=width)
+    transformers.CLIPModel(config).save_pretrained(folder)
+    transformers.CLIPProcessor(transformers.CLIPImageProcessor(), tokenizer).save_pretrained(folder)
     return folder
 
 
 def write_t5(folder: Path, width: int) -> Path:
     """An encoder of FLAN-T5's kind with `DEPTH` blocks, and a vocabulary of the words of `CAPTION`."""
-    from transformers import BertTokenizerFast, T5Config, T5EncoderModel
-
+    transformers: Any = import_module("transformers")
     folder.mkdir()
     sizes = {"d_model": width, "d_ff": width * 5 // 2, "d_kv": 64, "num_heads": max(1, width // 64)}
-    config = T5Config(**sizes, num_layers=DEPTH, vocab_size=32128, feed_forward_proj="gated-gelu")
-    T5EncoderModel(config).save_pretrained(folder)
+    config = transformers.T5Config(**sizes, num_layers=DEPTH, vocab_size=32128, feed_forward_proj="gated-gelu")
+    transformers.T5EncoderModel(config).save_pretrained(folder)
     words = folder / "vocab.txt"
     words.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *CAPTION.split()]))
-    BertTokenizerFast(vocab_file=str(words)).save_pretrained(folder)
+    transformers.BertTokenizerFast(vocab_file=str(words)).save_pretrained(folder)
     return folder
 
 
