@@ -77,6 +77,7 @@ def test_options_of_a_tool(name: str) -> None:
 def test_options_of_a_training(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = options_for(name)
     groups = {group: options.pop(group).below for group in CALLBACKS}
+    assert (options.pop("smoke", None) is not None) == (name == "fit"), "it decides which parser is made"
     assert_same(options, training_parser(name, monkeypatch), but=CALLBACKS)
     for group, below in groups.items():
         assert below is not None
