@@ -75,7 +75,7 @@ def test_what_cannot_be_swept(image_shards, models, tmp_path):
 
     assert "budgets=[17] must be in 1..16" in message("--budgets", "[17]")
     assert "guidance='cgf' is unknown" in message("--guidance", '["cgf"]')
-    assert "num_steps=0 must be at least 1" in message("--num_steps", "[0]")
+    assert "num_steps=0 must be a whole number of at least 1" in message("--num_steps", "[0]")
     assert "metric='psnr' must be one of" in message("--metric", "psnr")
 
 

@@ -304,7 +304,7 @@ def test_texts_in_genevals_layout(tiny_tokenizer: Path, place: Path) -> None:
         (["--samples", "0"], "samples=0 must be at least 1"),
         (["--schedule", "[4,2]"], "schedule=[4, 2] must be ascending"),
         (["--schedule", "[64]"], "in 1..16"),
-        (["--algorithm", "beam", "--num_candidates", "0"], "num_candidates=0 must be at least 1"),
+        (["--algorithm", "beam", "--num_candidates", "0"], "num_candidates=0 must be a whole number of at least 1"),
         (["--verifier", "taste"], "'taste' is unknown"),
         (["--verifier", "class"], "needs a classifier"),
         (["--verifier", "nowhere:function"], "there is no module nowhere"),

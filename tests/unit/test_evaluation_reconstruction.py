@@ -261,7 +261,7 @@ def test_budgets(tmp_path):
         ({"budgets": [4, 4]}, "different positive"),
         ({"budgets": []}, "different positive"),
         ({"budgets": "some"}, "budgets='some'"),
-        ({"num_steps": 0}, "num_steps=0 must be at least 1"),
+        ({"num_steps": 0}, "num_steps=0 must be a whole number of at least 1"),
         ({"max_samples": 0}, "max_samples=0"),
         ({"decode_batch_size": 0}, "decode_batch_size=0"),
         ({"guidance": "strong"}, "guidance='strong'"),
