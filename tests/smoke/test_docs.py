@@ -1,5 +1,7 @@
-"""The documentation becomes a site without a warning about links, anchors or pages outside the navigation."""
+"""The documentation becomes a site without a warning, and its Python is whole and imports names that exist."""
 
+import ast
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -44,3 +46,22 @@ def test_the_reference_has_every_command_and_every_public_name(site: Path) -> No
 def test_links_to_code_show_it(site: Path) -> None:
     shown = (site / "source" / "flextok_pl" / "layers" / "packing.py" / "index.html").read_text()
     assert "packing" in shown and "highlight" in shown
+
+
+BLOCKS = [
+    pytest.param(block, id=f"{page.name}-{number}")
+    for page in [
+        *sorted((ROOT / "docs").glob("*.md")),
+        ROOT / "data" / "README.md",
+        ROOT / "flextok_pl/assets/README.md",
+    ]
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_python_blocks_import_names_that_exist(block: str) -> None:
+    """Of the README, `test_notebooks.py` runs them."""
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            exec(compile(ast.Module([node], []), "<docs>", "exec"), {})
