@@ -11,14 +11,18 @@ Shapes: B images, N patches, R registers in all, M the most of an image, H heads
 L keys.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 from flextok_pl.layers.norm import layer_norm
 from flextok_pl.layers.packing import Packing, Positions, Sequences, both, put, take
 
+SHORT = 256  # keys up to which matrix products train faster on a CPU than its flash kernel (docs/log.md)
 UNSEEN = -1000.0  # a key with this constant has logits 8000 below the others', so its weight is exactly 0
 
 
@@ -119,7 +123,9 @@ def _end_to_end(
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """(B, Q, H, d) queries attend to (B, L, H, d) keys, where a (Q, L) mask is True: (B, Q, H, d)."""
     q, k, v = (each.transpose(1, 2) for each in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+    products = q.device.type == "cpu" and torch.is_grad_enabled() and k.shape[2] <= SHORT
+    with sdpa_kernel(SDPBackend.MATH) if products else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
 def _in_rows(registers: Tensor, packing: Packing, fill: float = 0.0) -> Tensor:

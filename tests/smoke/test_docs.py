@@ -43,6 +43,12 @@ def test_the_reference_has_every_command_and_every_public_name(site: Path) -> No
     assert [name for name in public if not name.startswith("DEMO_") and name not in names] == []
 
 
+def test_every_footnote_has_its_text(site: Path) -> None:
+    pages = [page for page in site.rglob("index.html") if "source" not in page.relative_to(site).parts]
+    assert len(pages) > 20
+    assert [page.parent.name for page in pages if "[^" in page.read_text()] == []
+
+
 def test_links_to_code_show_it(site: Path) -> None:
     shown = (site / "source" / "flextok_pl" / "layers" / "packing.py" / "index.html").read_text()
     assert "packing" in shown and "highlight" in shown
