@@ -72,6 +72,12 @@ def check_first_comment(name: str) -> None:
     first = [line for line in (EXPERIMENTS / name).read_text().splitlines() if line.startswith("#")]
     assert "?" in first[0] + first[1], "the first comment asks the question that the experiment answers"
     assert any(f"experiments/{name}" in line for line in first), "and gives the command"
+    if "global_batch_size" in (EXPERIMENTS / name).read_text():  # it is for a node of GPUs
+        states = {fact: [line for line in first if line.startswith(f"# {fact}: ")] for fact in FACTS}
+        assert all(states.values()), f"it states {', '.join(FACTS)}"
+
+
+FACTS = ("Hardware", "Time", "Expected")
 
 
 def leaves(values: Any, path: str = "") -> dict[str, Any]:
