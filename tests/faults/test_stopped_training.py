@@ -37,6 +37,7 @@ def options(tiny: Any, num_workers: int = 2) -> list[str]:
     given = {"data.val": None, "data.batch_size": 3, "data.num_workers": num_workers, "data.image_size": 32}
     given |= {"trainer.max_steps": STEPS, "trainer.accumulate_grad_batches": 2, "model.warmup_steps": 2}
     given |= {"checkpoint.every_n_train_steps": SAVED_EVERY, "rfid": None, "codebook": None, "ckpt_path": "last"}
+    given |= {"throughput": None}  # which would count operations in each of the processes
     return tiny("fit", given)
 
 

@@ -23,7 +23,7 @@ def options(shards: Path) -> list[str]:
         *("--data.train", str(shards / "train"), "--data.val", "null", "--data.batch_size", "4"),
         *("--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", "--trainer.max_steps", str(STEPS)),
         *("--trainer.enable_progress_bar", "false", "--checkpoint.every_n_train_steps", "20"),
-        *("--rfid", "null", "--codebook", "null", "--preemption.check_every_n_steps", "3"),
+        *("--rfid", "null", "--codebook", "null", "--throughput", "null", "--preemption.check_every_n_steps", "3"),
     ]
 
 

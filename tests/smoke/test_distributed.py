@@ -26,6 +26,8 @@ from flextok_pl.modules.resume import ResumableModule
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4
+UNCOUNTED = ["--throughput", "null"]
+"""Leaves out counting operations, which takes each process a second; test_half_precision_... counts them."""
 
 
 def tokenizer_fit(shards: Path, folder: Path) -> list[str]:
@@ -149,7 +151,7 @@ def test_two_processes_train_as_one(
 ) -> None:
     for name in ("auto", "ddp", "fsdp2", "sharded"):
         (tmp_path / name).mkdir()
-    arguments = make(image_shards, tmp_path)
+    arguments = [*make(image_shards, tmp_path), *UNCOUNTED]
     one = fit(start_ranks, tmp_path / "auto", "auto", 1, arguments)
     runs = {name: fit(start_ranks, tmp_path / name, name, 2, arguments) for name in ("ddp", "fsdp2")}
     for name, run in runs.items():
@@ -194,7 +196,7 @@ def test_processes_start_from_a_model_alike(
     torch.manual_seed(5)
     given = Prior(PriorConfig(**net))
     given.save_pretrained(file)
-    arguments += ["--model.init_from", str(file), "--ema.update_starting_at_step", "2"]
+    arguments += [*UNCOUNTED, "--model.init_from", str(file), "--ema.update_starting_at_step", "2"]
     arguments += ["--model.train", "[token_embedding,start,positions,blocks,norm,head]"]
     runs = {}
     for name, processes in (("auto", 1), ("ddp", 2), ("fsdp2", 2)):
@@ -290,7 +292,7 @@ def test_two_processes_stop_an_alignment_as_one(
     image_shards: Path, tmp_path: Path, start_ranks: Any, keep_gradients: None
 ) -> None:
     """DDP gets a gradient of every weight of the projection behind the stop, too: zero."""
-    arguments, runs = aligned_fit(image_shards, tmp_path), {}
+    arguments, runs = [*aligned_fit(image_shards, tmp_path), *UNCOUNTED], {}
     for name, processes in (("auto", 1), ("ddp", 2), ("fsdp2", 2)):
         (tmp_path / name).mkdir()
         runs[name] = fit(start_ranks, tmp_path / name, name, processes, arguments)
