@@ -5,30 +5,24 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder `notebooks`, beside which the first of them makes the data of all."""
-    folder = tmp_path_factory.mktemp("clone") / "notebooks"
-    folder.mkdir()
-    return folder
-
-
-def test_there_are_notebooks() -> None:
+def test_they_run(tmp_path: Path) -> None:
+    """One after the other in one kernel, as torch takes long to import; each begins without the names of the others."""
     assert len(NOTEBOOKS) == 4
-
-
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(notebook: Path, place: Path) -> None:
-    content = nbformat.read(notebook, as_version=4)
-    NotebookClient(content, timeout=600, resources={"metadata": {"path": str(place)}}).execute()
-    pictures = [o for cell in content.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
-    assert len(pictures) >= 3
+    place = tmp_path / "notebooks"  # beside which the first of them makes the data of all
+    place.mkdir()
+    contents = [nbformat.read(notebook, as_version=4) for notebook in NOTEBOOKS]
+    whole = nbformat.v4.new_notebook(metadata=contents[0].metadata)
+    for content in contents:
+        whole.cells += [nbformat.v4.new_code_cell("%reset -f"), *content.cells]
+    NotebookClient(whole, timeout=600, resources={"metadata": {"path": str(place)}}).execute()
+    for notebook, content in zip(NOTEBOOKS, contents, strict=True):
+        pictures = [o for cell in content.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+        assert len(pictures) >= 3, notebook.stem
 
 
 def test_the_code_of_the_readme_runs() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from flextok_pl import config
 from flextok_pl.backbones.extractors import build_extractor
-from flextok_pl.cli import main, smoke
+from flextok_pl.cli import main, stand_ins
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted(
@@ -54,7 +54,7 @@ def narrow(name: str) -> list[str]:
 
 
 def test_a_random_inception(tmp_path: Path) -> None:
-    file = smoke.write_inception(tmp_path, "inception-v3-compat")
+    file = stand_ins.write_inception(tmp_path, "inception-v3-compat")
     assert build_extractor("inception-v3-compat", file).dim == 2048
 
 
@@ -66,7 +66,7 @@ def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(config.TOKENIZER_PRESETS, "d18_d28", config.TOKENIZER_PRESETS["tiny"])
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
     small = (sizes, sizes | {"image_size": 224, "patch_size": 112}, 8)
-    monkeypatch.setitem(smoke.CLIPS, "openai/clip-vit-large-patch14", small)
+    monkeypatch.setitem(stand_ins.CLIPS, "openai/clip-vit-large-patch14", small)
 
 
 @pytest.mark.usefixtures("_small")
