@@ -8,7 +8,7 @@ import pytest
 
 from flextok_pl import config
 from flextok_pl.backbones.extractors import build_extractor
-from flextok_pl.cli import main, stand_ins
+from flextok_pl.cli import main, smoke, stand_ins
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted(
