@@ -69,9 +69,9 @@ def write_lpips(folder: Path, asked: bool | str, net: str = "alex") -> Path | No
     return file
 
 
-def write_clip(folder: Path, name: str) -> Path | None:
+def write_clip(folder: Path, name: Path | str) -> Path | None:
     """A CLIP with `BLOCKS` blocks on each side, and a vocabulary of letters."""
-    if name not in CLIPS:
+    if str(name) not in CLIPS:
         return None
     transformers: Any = import_module("transformers")
     folder = folder / "clip"
@@ -82,7 +82,7 @@ def write_clip(folder: Path, name: str) -> Path | None:
     (folder / "merges.txt").write_text("#version: 0.2\n")
     tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     start, end = (words.index(word) for word in ends)
-    text, vision, width = CLIPS[name]
+    text, vision, width = CLIPS[str(name)]
     text = text | {"bos_token_id": start, "eos_token_id": end, "pad_token_id": end}
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=width)
     transformers.CLIPModel(config).save_pretrained(folder)

@@ -53,6 +53,11 @@ def narrow(name: str) -> list[str]:
     return options + ["--throughput=null"] * (name not in COUNTED)
 
 
+@pytest.mark.usefixtures("_small")
+def test_a_name_of_clip_may_be_a_path(tmp_path: Path) -> None:
+    assert stand_ins.write_clip(tmp_path, Path("openai", "clip-vit-large-patch14")) == tmp_path / "clip"
+
+
 def test_a_random_inception(tmp_path: Path) -> None:
     file = stand_ins.write_inception(tmp_path, "inception-v3-compat")
     assert build_extractor("inception-v3-compat", file).dim == 2048

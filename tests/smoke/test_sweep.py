@@ -70,7 +70,7 @@ def test_what_slurm_is_to_train_is_only_parsed_here(
     with pytest.raises(SystemExit, match="no `sbatch` here"):
         start(launcher="slurm", metric="val/los", overrides=on_two)
     check(parse_sweep(sweep_parser("sweep"), ["sweep.yaml"])[0])
-    assert "2 points of the space can be parsed; none is trained here" in capsys.readouterr().out
+    assert "2 points of the space can be parsed; launcher=slurm: no test step here" in capsys.readouterr().out
 
 
 def test_the_commands_are_printed(start: Any, capsys: pytest.CaptureFixture[str]) -> None:

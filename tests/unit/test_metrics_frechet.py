@@ -143,7 +143,7 @@ def test_statistics_from_moments_are_those_of_the_features():
     ours, other = features_to_statistics(a), features_to_statistics(b)
     given = FeatureStatistics.from_moments(a.mean(0), a.T.cov())
     assert given.full_rank and frechet_distance(given, other) == pytest.approx(frechet_distance(ours, other), rel=1e-10)
-    with pytest.raises(ValueError, match=r"they are \(D,\) and \(D, D\)"):
+    with pytest.raises(ValueError, match=r"they must be \(D,\) and \(D, D\)"):
         FeatureStatistics.from_moments(torch.zeros(3), torch.zeros(2, 2))
     with pytest.raises(ValueError, match="NaN"):
         FeatureStatistics.from_moments(torch.zeros(2), torch.full((2, 2), float("nan")))

@@ -145,7 +145,7 @@ def test_points_that_are_near_or_equal_in_python_are_each_run(sweep):
     names = [here.trial_folder(trial.number, trial.params).path.name for trial in study.trials]
     assert names == ["0000_x=0.99999", "0001_x=0.999999", "0002_x=1", "0003_x=1.0"]
     assert len(run(sweep(space=space, steps=1))[0].trials) == 4, "and none a second time"
-    with pytest.raises(ValueError, match="space=.* differs"):
+    with pytest.raises(ValueError, match="was started with"):
         run(sweep(space={"x": [0.99999, 0.999999, True, 1.0]}, steps=1))
 
 
@@ -257,7 +257,7 @@ def test_an_interrupted_sweep_lets_its_trials_save_themselves(sweep, monkeypatch
         until(lambda: all(folder.measured("version_0") for folder in folders))
         os.kill(os.getpid(), signal.SIGINT)
 
-    wanted = "interrupted: the trials under way have saved themselves; the same command"
+    wanted = "interrupted: the trials under way have saved themselves; run the same command"
     with meanwhile(interrupt), pytest.raises(ValueError, match=wanted):
         run(here)
     assert not any(folder.running or folder.read("result") for folder in folders)
