@@ -18,6 +18,7 @@ from flextok_pl import DEMO_PRIOR, DEMO_TOKENIZER, FlexTok, Prior
 from flextok_pl.backbones.extractors import build_extractor
 from flextok_pl.data.pictures import open_pictures
 from flextok_pl.evaluation.pictures import image_grid, save_png
+from flextok_pl.metrics.images import to_uint8
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--prior", default=str(DEMO_PRIOR), help="prior of classes")
@@ -43,7 +44,7 @@ def main() -> None:
     extractor = build_extractor(options.extractor)
 
     def features(images: Tensor) -> Tensor:
-        return torch.cat([extractor(batch) for batch in images.split(64)])
+        return torch.cat([extractor(to_uint8(batch)) for batch in images.split(64)])
 
     def decoded(tokens: Tensor, budget: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
