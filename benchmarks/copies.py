@@ -4,7 +4,7 @@ A picture's distance is that to its nearest training picture, in the features of
 from their own tokens, show which distances are usual without memory. A generated picture counts as a copy where it is
 nearer than 95 % of them: 0.05 is what no memory at all would give.
 
-    python benchmarks/copies.py --json benchmarks/results/copies_demo_cpu.json --out docs/demo_copies.png
+    python benchmarks/copies.py --json benchmarks/results/copies_demo_cpu.json
 """
 
 import argparse
