@@ -21,8 +21,8 @@ from flextok_pl.evaluation.pictures import image_grid, save_png
 from flextok_pl.metrics.images import to_uint8
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--prior", default=str(DEMO_PRIOR), help="prior of classes")
-parser.add_argument("--tokenizer", default=str(DEMO_TOKENIZER))
+parser.add_argument("--prior", default=None, help="prior of classes; default the demo's")
+parser.add_argument("--tokenizer", default=None, help="default the demo's")
 parser.add_argument("--train", default="data/openmoji64/train", help="pictures that the prior was trained on")
 parser.add_argument("--held-out", default="data/openmoji64/val", help="pictures that it was not trained on")
 parser.add_argument("--budgets", type=int, nargs="+", default=[1, 4, 16, 64])
@@ -40,7 +40,8 @@ parser.add_argument("--out", default="runs/copies.png", help="generated pictures
 
 def main() -> None:
     options = parser.parse_args()
-    tokenizer, prior = FlexTok.from_pretrained(options.tokenizer), Prior.from_pretrained(options.prior)
+    tokenizer = FlexTok.from_pretrained(options.tokenizer or DEMO_TOKENIZER)
+    prior = Prior.from_pretrained(options.prior or DEMO_PRIOR)
     extractor = build_extractor(options.extractor)
 
     def features(images: Tensor) -> Tensor:
