@@ -67,7 +67,7 @@ class Sequences(NamedTuple):
     patch_ends: Tensor  # (B + 2,) int32, cumulative numbers of patches
     register_ends: Tensor  # (B + 2,) int32, cumulative numbers of registers
     ends: Tensor  # (B + 2,) int32, cumulative lengths
-    longest: int  # longest sequence
+    longest: int  # no sequence is longer; the same for all budgets, so that nothing is compiled again
 
     def join(self, values: Positions) -> Tensor:
         """Concatenate values (B, N, ...) and (R, ...) in this order: (B N + R, ...)."""
@@ -145,14 +145,19 @@ def _sequences(
         send(patch_ends.int(), device),
         send(register_ends.int(), device),
         send((patch_ends + register_ends).int(), device),
-        num_patches + most,
+        max(num_patches + most, _step(num_images * most)),
     )
 
 
 def padded_size(total: int) -> int:
     """Round `total` up to one of `SIZES_PER_DOUBLING` sizes, so that few shapes are compiled; multiples of 8."""
-    step = max(8, (1 << max(total - 1, 0).bit_length()) // (2 * SIZES_PER_DOUBLING))
+    step = _step(total)
     return -(-total // step) * step
+
+
+def _step(total: int) -> int:
+    """Distance between the sizes near `total`. Fewer registers than that round it up."""
+    return max(8, (1 << max(total - 1, 0).bit_length()) // (2 * SIZES_PER_DOUBLING))
 
 
 def takes_sequences(device: torch.device) -> bool:

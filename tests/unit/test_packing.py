@@ -22,7 +22,7 @@ from flextok_pl.layers import attention as attention_file
 from flextok_pl.layers import packing as packing_file
 from flextok_pl.layers.blocks import AdaLNBlock
 from flextok_pl.layers.embeddings import grid_positions, patchify, unpatchify
-from flextok_pl.layers.packing import padded_size
+from flextok_pl.layers.packing import pack, padded_size, places
 from flextok_pl.models.objective import TrainingDraws, flow_loss, sample_draws
 from flextok_pl.models.routing import Route, Routing, sample_route
 from flextok_pl.models.tokenizer import FlexTok
@@ -312,6 +312,21 @@ def test_padded_sizes(total: int) -> None:
     assert total <= padded_size(total) <= total * (1 + 1 / 16) + 8
     assert padded_size(total) % 8 == 0
     assert len({padded_size(n) for n in range(1024, 2048)}) <= 17
+
+
+@pytest.mark.parametrize(("batch", "patches", "most"), [(64, 16, 64), (256, 1, 16), (3, 16, 16), (5, 1, 1)])
+def test_one_bound_holds_for_all_sequences(
+    batch: int, patches: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for the registers that round up their number, which are many in a large batch."""
+    monkeypatch.setattr(packing_file, "takes_sequences", lambda device: True)
+    generator, bounds = torch.Generator().manual_seed(0), set()
+    for most_here in range(1, most + 1):
+        budgets = torch.randint(1, most_here + 1, (batch,), generator=generator)
+        sequences = pack(*places(budgets), batch, patches, most, "all", torch.device("cpu")).sequences
+        assert sequences is not None and sequences.ends.diff().max() <= sequences.longest
+        bounds.add(sequences.longest)
+    assert len(bounds) == 1, "another number would be compiled again"
 
 
 def test_a_bound_on_compilations() -> None:
