@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import cos, pi
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
@@ -36,8 +37,10 @@ def clip_gradients(network: nn.Module, limit: float | None, algorithm: str | Non
     Returns the norm before clipping, without waiting for it. All processes of a sharded network must call this.
     """
     weights = [parameter for parameter in network.parameters() if parameter.grad is not None]
+    if not weights:
+        return torch.zeros((), device=next(network.parameters()).device)
     norm = gradient_norm(weights)
-    if limit and weights:
+    if limit:
         if algorithm == "value":
             clip_grad_value_(weights, limit)
         else:

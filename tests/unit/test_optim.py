@@ -116,6 +116,7 @@ def test_one_kernel_updates_as_many_do_and_goes_on_with_their_checkpoint() -> No
 def test_the_norm_is_that_before_clipping(limit: float | None, algorithm: str | None, left: list[float]) -> None:
     network = nn.Linear(2, 2)
     assert clip_gradients(network, limit, algorithm) == 0
+    assert clip_gradients(nn.Linear(2, 2, device="meta"), limit, algorithm).is_meta, "joins the norms of others there"
     network.bias.grad = torch.tensor([3.0, 4.0])
     assert clip_gradients(network, limit, algorithm).item() == 5.0
     assert network.bias.grad.tolist() == pytest.approx(left, rel=1e-5) and network.weight.grad is None
