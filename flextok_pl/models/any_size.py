@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flextok_pl.models.arguments import as_images
+from flextok_pl.models.arguments import IMAGE_LIMIT, as_images, check_image_values
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.precision import full_precision
 
@@ -120,10 +120,11 @@ def tokenize_picture(tok: FlexTok, picture: Tensor, tiled: bool = False, overlap
         overlap: least overlap of neighbouring tiles, as a share of their side.
 
     Raises:
-        ValueError: an option is out of range, or the picture is empty.
+        ValueError: an option is out of range, or the picture is empty or not around [-1, 1].
     """
     vae = tok.require_vae().config
     picture = as_images(picture[None], vae.image_channels)[0].to(tok.device)
+    check_image_values(picture)
     height, width = picture.shape[1:]
     if min(height, width) < 1:
         raise ValueError(f"picture has shape {tuple(picture.shape)}; it must have at least one pixel")
@@ -133,7 +134,7 @@ def tokenize_picture(tok: FlexTok, picture: Tensor, tiled: bool = False, overlap
     tile = shapes[0]
     if not tiled or (height <= tile[0] and width <= tile[1]):
         tile = min(shapes, key=partial(_distance, (height, width)))
-        image, picture = _resized(picture, tile), _fitted(picture, tile)
+        image, picture = _resized(picture, tile).clamp(-IMAGE_LIMIT, IMAGE_LIMIT), _fitted(picture, tile)
     else:
         image = picture
     factor, own = vae.downsampling, tuple(side // vae.downsampling for side in tile)
@@ -189,7 +190,7 @@ def _fitted(picture: Tensor, size: tuple[int, ...]) -> Tensor:
 def _resized(picture: Tensor, size: Sequence[int]) -> Tensor:
     if picture.shape[1:] == torch.Size(size):
         return picture
-    return F.interpolate(picture[None], list(size), mode="bicubic", antialias=True)[0].clamp(-2.0, 2.0)
+    return F.interpolate(picture[None], list(size), mode="bicubic", antialias=True)[0]
 
 
 def _with_repeated_edge(picture: Tensor, size: tuple[int, ...]) -> Tensor:

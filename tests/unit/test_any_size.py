@@ -60,6 +60,8 @@ def test_an_image_of_its_own_size_is_tokenized_as_ever(tok: FlexTok) -> None:
     expected = tok.detokenize(tokens, 4, 2, "none", generator=torch.Generator().manual_seed(3))[0]
     assert torch.equal(made.decode(tok, 4, 3, **QUICK), expected)
     assert torch.equal(reconstruct(tok, picture, 4, seed=3, **QUICK), expected)
+    assert reconstruct(tok, smooth(2 * SIDE, 2 * SIDE), **QUICK).abs().amax() > 2, "resized, and not clamped"
+    tokenize_picture(tok, 2 * smooth(40, 40).sign())  # overshoots when it is resized
 
 
 @pytest.mark.parametrize(
@@ -111,6 +113,7 @@ def test_tiles_are_decoded_together(tok: FlexTok) -> None:
         (lambda tok: reconstruct(tok, smooth(40, 40), tiled=True, overlap=0.7), "overlap=0.7 must be a share"),
         (lambda tok: reconstruct(tok, smooth(40, 40)[0]), "images have shape"),
         (lambda tok: reconstruct(tok, torch.zeros(3, 0, 5)), "at least one pixel"),
+        (lambda tok: reconstruct(tok, 255 * smooth(40, 40).abs()), "turn pixels in 0..255 into pixels / 127.5 - 1"),
         (lambda tok: reconstruct(tok, smooth(32, 32, 4)), r"\(1, 4, 32, 32\); they must be \(B, 3, H, W\)"),
         (lambda tok: reconstruct(tok, smooth(32, 32), 17, **QUICK), "num_tokens=17"),
     ],
