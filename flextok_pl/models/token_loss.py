@@ -51,6 +51,8 @@ def token_loss(
     lies between a chunk's matrix products, for GPUs; on a CPU it is slower.
     """
     rows, wanted = hidden.flatten(0, -2), targets.flatten()
+    if not torch.is_grad_enabled():
+        weight = weight.detach()  # else its gradient, made in the forward pass, would be made in vain
     if bias is not None:  # one more column, of ones
         rows, weight = F.pad(rows, (0, 1), value=1.0), torch.cat([weight, bias[:, None]], 1)
     if chunk_size is None:

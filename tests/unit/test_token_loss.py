@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from flextok_pl.models.token_loss import _compiled_chunk, token_loss
 
@@ -52,9 +53,10 @@ def test_a_bias_of_the_head(inputs, chunk: int | None) -> None:
 
 
 def test_without_gradients_none_are_made(inputs) -> None:
-    hidden, weight, targets = (tensor.detach() for tensor in inputs)
-    result = token_loss(hidden, weight, targets, chunk_size=4)
-    assert not result.loss.requires_grad
+    hidden, weight, targets = inputs
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        result = token_loss(hidden.detach(), weight, targets, chunk_size=4)
+    assert not result.loss.requires_grad and counter.get_total_flops() == 2 * B * K * D * V, "only the logits"
     torch.testing.assert_close(result.loss, token_loss(hidden, weight, targets, chunk_size=None).loss)
 
 
