@@ -318,7 +318,8 @@ class Prior(PretrainedModel):
         if not self.knows_null:
             raise ValueError(
                 "sampling without a condition and guidance need the states of the empty string, which files of "
-                "published priors lack: prior.set_null_text(TextEncoder(prior.config.text_encoder).null_states())"
+                "published priors lack: prior.set_null_text(TextEncoder(prior.config.text_encoder, "
+                "prior.config.text_length, pad=not prior.config.text_mask).null_states())"
             )
 
     def _checked_condition(self, condition: Condition, batch: int) -> Condition:
