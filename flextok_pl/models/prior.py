@@ -341,7 +341,7 @@ class Prior(PretrainedModel):
                 )
             if not mask.any(1).all():
                 raise ValueError("a text has no states; for no condition pass condition=None")
-            return condition
+            return TextStates(states.to(self.device), mask.to(self.device))
         expected = f"must be int64 classes of shape ({batch},), -1 for no class"
         if isinstance(condition, tuple):
             raise ValueError(f"condition {expected}: this prior takes no texts")

@@ -215,6 +215,15 @@ def test_the_host_waits_for_no_token(
     assert torch.equal(tokens, expected)
 
 
+def test_texts_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, texts = torch.arange(B * K).view(B, K) % V, condition_of("text")
+    with torch.no_grad():
+        expected = build("text")(tokens, texts)
+        with pretended_device(monkeypatch):
+            found = build("text").to(DEVICE)(tokens, texts).cpu()
+    torch.testing.assert_close(found, expected)
+
+
 def test_the_cache_has_the_type_of_the_keys() -> None:
     """Which is not that of the weights under autocast."""
     block, x = build("qk_norm").blocks[0], torch.randn(B, K, 32, generator=torch.Generator().manual_seed(3))
