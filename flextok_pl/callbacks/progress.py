@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
-from flextok_pl.runtime.lightning_internals import step_ends
+from flextok_pl.runtime.lightning_internals import logs_at, step_ends
 
 
 def progress() -> ProgressBar:
@@ -104,7 +104,7 @@ class StepLines(ProgressBar):
         if not (self._enabled and step_ends(pl_module)):
             return
         step, now, total = trainer.global_step, self._clock(), total_steps(trainer)
-        due = step % trainer.log_every_n_steps == 0 and now - self._shown >= self._every  # type: ignore[attr-defined]
+        due = logs_at(trainer, step) and now - self._shown >= self._every
         if not due and step != total:
             return
         loss = trainer.callback_metrics.get("train/loss", outputs["loss"])

@@ -62,7 +62,8 @@ class Throughput(Callback):
         if not step_ends(pl_module):
             return
         self._steps += 1
-        if self._steps >= (self.every_n_steps or trainer.log_every_n_steps):  # type: ignore[attr-defined]
+        window: int = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if 0 < window <= self._steps:
             total = self._waited + self._computed
             metrics = {
                 "train/images_per_s": self._images * trainer.world_size / total,

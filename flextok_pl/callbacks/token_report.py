@@ -18,7 +18,7 @@ from flextok_pl.contracts import default_budgets
 from flextok_pl.distributed import all_reduce_sum
 from flextok_pl.evaluation.pictures import figure_to_image
 from flextok_pl.precision import accumulation_dtype
-from flextok_pl.runtime.lightning_internals import step_ends
+from flextok_pl.runtime.lightning_internals import logs_at, step_ends
 
 NAMES = ("bits", "accuracy")
 
@@ -65,7 +65,7 @@ class TokenReport(Callback):
     ) -> None:
         """Add a batch, and report at the end of a window."""
         self._train.update(outputs)
-        if step_ends(pl_module) and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if step_ends(pl_module) and logs_at(trainer, trainer.global_step):
             log_numbers(trainer, trainer.global_step, _chart("train", self._train.means()[0]).scalars)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flextok_pl.contracts import Batch
 from flextok_pl.keys import sample_generators, text_generator
+from flextok_pl.runtime.lightning_internals import logs_at
 
 
 def step_generator(module: pl.LightningModule, seed: int, *position: int) -> torch.Generator:
@@ -55,8 +56,7 @@ class SampleMeans:
 
 def logging_now(module: pl.LightningModule) -> bool:
     """Whether the trainer writes its logs after the current step."""
-    every: int = module.trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return (module.global_step + 1) % every == 0
+    return logs_at(module.trainer, module.global_step + 1)
 
 
 def log_means(module: pl.LightningModule, values: Mapping[str, Tensor], batch_size: int) -> None:

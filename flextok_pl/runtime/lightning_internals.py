@@ -62,6 +62,12 @@ def step_ends(module: pl.LightningModule) -> bool:
     return not module.trainer.fit_loop._should_accumulate()
 
 
+def logs_at(trainer: pl.Trainer, step: int) -> bool:
+    """Whether a trainer writes its logs after an optimizer step; with `log_every_n_steps=0` it never does."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return every > 0 and step % every == 0
+
+
 def checkpoint_folder(trainer: pl.Trainer) -> Path:
     """The folder of a run's checkpoints. All processes must call this."""
     return Path(getattr(trainer.checkpoint_callback, "dirpath", None) or run_folder(trainer) / "checkpoints")

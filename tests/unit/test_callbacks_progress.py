@@ -78,6 +78,9 @@ def test_lines_are_not_too_many_and_validations_take_none_of_the_speed(tmp_path,
     module = Falling()
     fit(tmp_path, module, StepLines(10.0, lambda: module.now))
     assert [line.split()[1] for line in lines(capsys)] == ["2/9", "6/9", "9/9"]
+    module = Falling()
+    fit(tmp_path, module, StepLines(0.0, lambda: module.now), log_every_n_steps=0)
+    assert [line.split()[1] for line in lines(capsys)] == ["9/9"], "without logs, the last one"
 
 
 def test_a_training_without_an_end(tmp_path, capsys):

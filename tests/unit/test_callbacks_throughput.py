@@ -116,3 +116,12 @@ def test_utilisation_where_the_peak_is_known(logged, monkeypatch):
 def test_options():
     with pytest.raises(ValueError, match="every_n_steps=0"):
         Throughput(0)
+
+
+def test_a_training_without_logs(tmp_path):
+    callback, options = Throughput(), {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = Trainer(
+        accelerator="cpu", callbacks=[callback], default_root_dir=tmp_path, max_steps=2, log_every_n_steps=0, **options
+    )
+    trainer.fit(SlowModule(Clock(), 0.1), DataLoader(SlowData(Clock(), 0.0), 2))
+    assert callback.latest == {}

@@ -53,6 +53,7 @@ def test_windows_are_of_optimizer_steps(tmp_path):
     events = fit(tmp_path, Known(), log_every_n_steps=1, accumulate_grad_batches=2)
     values = [(event.step, event.value) for event in events.Scalars("train/bits/001")]
     assert values == [(1, pytest.approx(2.5)), (2, pytest.approx(6.0))], "two batches, and what is left"
+    assert "train/bits/001" not in fit(tmp_path, Known(), log_every_n_steps=0, limit_val_batches=0).Tags()["scalars"]
 
 
 def test_bits_and_accuracy_by_position(tmp_path):
