@@ -26,7 +26,7 @@ class PatchDiscriminator(nn.Module):
             stride = 2 if i < num_layers else 1
             layers += [
                 nn.Conv2d(widths[i - 1], widths[i], 4, stride=stride, padding=1, bias=False),
-                nn.GroupNorm(widths[i] // 4 if widths[i] < 128 else 32, widths[i]),
+                nn.GroupNorm(32 if widths[i] >= 128 and widths[i] % 32 == 0 else widths[i] // 4, widths[i]),
                 nn.LeakyReLU(0.2),
             ]
         layers.append(nn.Conv2d(widths[-1], 1, 4, padding=1))

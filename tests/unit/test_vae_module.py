@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from flextok_pl.callbacks import EMA
 from flextok_pl.config import VAEConfig
 from flextok_pl.contracts import same_maker, weights_hash
+from flextok_pl.models.discriminator import PatchDiscriminator
 from flextok_pl.models.identity import latents_identity
 from flextok_pl.models.vae import VAE
 from flextok_pl.modules.optim import clip_gradients
@@ -136,10 +137,16 @@ def test_players_get_their_own_gradients_and_clipping(tmp_path: Path) -> None:
     assert small.grad is not None and small.grad.unique().item() == pytest.approx(0.01)
 
 
+@pytest.mark.parametrize("width", [4, 36, 44, 64, 72])
+def test_each_multiple_of_4_is_a_width_of_the_discriminator(width: int) -> None:
+    with torch.device("meta"):
+        assert PatchDiscriminator(width)(torch.zeros(1, 3, 32, 32)).shape == (1, 1, 2, 2)
+
+
 def test_gan_waits_for_its_start_step(tmp_path: Path) -> None:
     model = module(gan_weight=1.0, gan_start_step=2, discriminator_width=8)
     before = [p.detach().clone() for p in model.discriminator.parameters()]  # type: ignore[union-attr]
-    run = trainer(tmp_path, max_steps=2)
+    run = trainer(tmp_path, max_steps=2, log_every_n_steps=0)
     run.fit(model, loader(batches(2, side=32)))
     assert "train/discriminator" not in run.callback_metrics
     assert all(map(torch.equal, before, model.discriminator.parameters()))  # type: ignore[union-attr]
