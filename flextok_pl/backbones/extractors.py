@@ -31,6 +31,9 @@ EXTRACTORS = (
     *(f"clip-{net}" for net in ("rn50", "rn101", "vit-b-32", "vit-b-16", "vit-l-14", "vit-l-14-336px")),
 )
 
+OPTIONS = ("extractor", "weights")
+"""The options that name the network and its weights file, for errors."""
+
 DINOV2_CODE, DINOV2_URL = "facebookresearch/dinov2", "https://dl.fbaipublicfiles.com/dinov2"
 """The repository that torch-fidelity runs, and the place where it looks for weights."""
 
@@ -71,9 +74,11 @@ class FeatureExtractor(MeasuringNetwork):
         return logits
 
 
-def build_extractor(name: str, weights: Path | str | None = None) -> FeatureExtractor:
+def build_extractor(
+    name: str, weights: Path | str | None = None, options: tuple[str, str] = OPTIONS
+) -> FeatureExtractor:
     """Build an extractor on the CPU; without a local file, with the weights of its package or torch-fidelity."""
-    source = check_extractor(name, weights)
+    source = check_extractor(name, weights, options)
     if name.startswith("effnet-"):
         network, resize = efficientnet_lite(source), f"bilinear antialiased {EFFNET_SIZE}"
         return FeatureExtractor(name, network, _pooled_features, resize)
@@ -81,11 +86,12 @@ def build_extractor(name: str, weights: Path | str | None = None) -> FeatureExtr
     return FeatureExtractor(name, network, lambda net, images: net(images)[0], "torch-fidelity, TensorFlow-1 bilinear")
 
 
-def check_extractor(name: str, weights: Path | str | None = None) -> Pretrained:
+def check_extractor(name: str, weights: Path | str | None = None, options: tuple[str, str] = OPTIONS) -> Pretrained:
     """Raise ValueError for an unknown extractor or a missing weights file, without loading anything."""
+    option, weights_option = options
     if name not in EXTRACTORS:
-        raise ValueError(f"extractor={name!r} is unknown; use one of {', '.join(EXTRACTORS)}")
-    return Pretrained("extractor", name, weights)
+        raise ValueError(f"{option}={name!r} is unknown; use one of {', '.join(EXTRACTORS)}")
+    return Pretrained(option, name, weights, weights_option)
 
 
 def extractor_downloads(name: str) -> list[Download]:
@@ -118,8 +124,9 @@ def _torch_fidelity_network(source: Pretrained) -> Any:
     name, path = source.name, source.weights
     if name.startswith("dinov2") and path is not None:
         raise ValueError(
-            f"weights={str(path)!r}: torch-fidelity reads {name} from torch.hub's folder only; set TORCH_HOME to a "
-            "folder that holds hub/facebookresearch_dinov2_main and hub/checkpoints, and leave weights out"
+            f"{source.weights_option}={str(path)!r}: torch-fidelity reads {name} from torch.hub's folder only; set "
+            "TORCH_HOME to a folder that holds hub/facebookresearch_dinov2_main and hub/checkpoints, and leave "
+            f"{source.weights_option} out"
         )
     with source.loading(
         f"download its weights on a machine with a network and give the file as {source.weights_option}=PATH, or use "

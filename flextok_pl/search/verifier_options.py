@@ -37,6 +37,8 @@ from flextok_pl.search.verifiers import (
 FUNCTION = re.compile(r"[\w.]+:[\w.]+")
 """The import path of a function: `my_module:score`."""
 
+EXTRACTOR_OPTIONS = ("classifier_extractor", "classifier_extractor_weights")
+
 
 @dataclass(frozen=True)
 class VerifierOptions:
@@ -122,7 +124,7 @@ class VerifierOptions:
                     "verifier='class' needs a classifier: give classifier='probe' with classifier_data, or timm's"
                 )
             check_probe(self.classifier, self.classifier_data)
-            check_extractor(self.classifier_extractor, self.classifier_extractor_weights)
+            check_extractor(self.classifier_extractor, self.classifier_extractor_weights, EXTRACTOR_OPTIONS)
         check_dreamsim(self.dreamsim, self.dreamsim_weights)
 
 
@@ -182,7 +184,7 @@ def _class_verifier(options: VerifierOptions, around: Surroundings) -> BaseVerif
     if around.tokenizer is None or around.image_size is None:
         raise ValueError("classifier='probe' learns from images of a tokenizer: give tokenizer and image_size")
     name, weights, cache = options.classifier_extractor, options.classifier_extractor_weights, options.classifier_cache
-    extractor = build_extractor(name, weights).to(around.device)
+    extractor = build_extractor(name, weights, EXTRACTOR_OPTIONS).to(around.device)
     folder = None if cache is None else Path(cache).expanduser()
     where = (around.tokenizer, around.decoding, PROBE_SEED, folder, known.class_names)
     probe = tokenizer_probe(str(options.classifier_data), around.image_size, extractor, *where)

@@ -127,7 +127,16 @@ def test_options_make_an_ensemble(tmp_path, monkeypatch):
                 "classifier_data": "x",
                 "classifier_extractor": "inception",
             },
-            "'inception' is unknown; use one of effnet-lite0, effnet-lite2",
+            "^classifier_extractor='inception' is unknown; use one of effnet-lite0, effnet-lite2",
+        ),
+        (
+            {
+                "verifiers": ["class"],
+                "classifier": "probe",
+                "classifier_data": "x",
+                "classifier_extractor_weights": "nowhere.pth",
+            },
+            "^classifier_extractor_weights='nowhere.pth' is not a file",
         ),
         (
             {"classifier": "probe"},
