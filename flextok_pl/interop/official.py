@@ -30,6 +30,7 @@ PUBLISHED_VAE = VAEConfig()  # architecture that the official code builds for ev
 _BESIDE = "config.json"
 # Given by other facts, by the modules, or by the values of the position tables.
 _SAID_OTHERWISE = {"vae", "patch_size", "repa_layer", "timestep_law", "layout", "missing_tokens", "position_base"}
+_OF_VAE_SHOWN = {"latent_channels", "scaling_factor"}
 _NOTES = {"started_from", "trained_grids", "same_tokens_as"}  # the official format has no place for these
 _ENC, _DEC = "encoder.module_dict.", "decoder.module_dict."
 _PREFIXES = {  # prefix of a name in our state dict -> prefix of the official name
@@ -215,11 +216,12 @@ def _expressible_vae(vae: VAEConfig | None) -> VAEConfig:
         raise ValueError(f"vae.kind={kind!r} does not exist in the official format; it needs a 'kl' autoencoder")
     if vae.shift_factor:
         raise ValueError(f"vae.shift_factor={vae.shift_factor} does not exist in the official format; it must be 0")
-    for name in ("block_out_channels", "layers_per_block", "norm_num_groups", "image_channels"):
-        if getattr(vae, name) != getattr(PUBLISHED_VAE, name):
+    values, published = vars(vae_config_from_diffusers(vae_config_to_diffusers(vae))), vars(PUBLISHED_VAE)
+    for name in values:
+        if name not in _OF_VAE_SHOWN and values[name] != published[name]:
             warnings.warn(
-                f"vae.{name}={getattr(vae, name)}: the official code always builds an autoencoder with "
-                f"{getattr(PUBLISHED_VAE, name)}; this file needs the autoencoder's configuration beside it",
+                f"vae.{name}={values[name]}: the official code always builds an autoencoder with {published[name]}; "
+                "this file needs the autoencoder's configuration beside it",
                 stacklevel=5,
             )
     return vae

@@ -247,6 +247,15 @@ def test_what_the_official_format_cannot_say(change: dict[str, Any], message: st
         FlexTok(dataclasses.replace(SMALL, **change)).save_pretrained(tmp_path / "x.safetensors", format="official")
 
 
+def test_what_the_official_format_does_not_say_of_an_autoencoder() -> None:
+    told = {"latent_channels": 4, "scaling_factor": 0.5, "down_block_types": ("DownEncoderBlock2D",) * 4}
+    untold = {"act_fn": "relu", "mid_block_add_attention": False, "use_quant_conv": False, "layers_per_block": 1}
+    config = FlexTokConfig(vae=VAEConfig(**told, **untold), latent_channels=4, nested_dropout="pow2")  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match="this file needs the autoencoder's configuration beside it") as warned:
+        config_to_official(config)
+    assert {str(each.message).split("=")[0] for each in warned} == {f"vae.{name}" for name in untold}
+
+
 def test_the_official_format_refuses_options_that_it_never_heard_of() -> None:
     @dataclasses.dataclass(frozen=True)
     class Newer(FlexTokConfig):
