@@ -90,9 +90,13 @@ def train_only(network: nn.Module, parts: Sequence[str] | None) -> None:
 
 
 def check_frozen(network: Network, trained: Sequence[str] | None, start: Start | None) -> None:
-    """Refuse to freeze new weights, because nothing would ever train them."""
+    """Refuse to freeze new weights, because nothing would ever train them. Fixed position tables need no training."""
     taken = frozenset[str]() if start is None else start.taken
-    new = [name for name in _weights(network) if name not in taken and not _within(name, trained or [name])]
+    new = [
+        name
+        for name in _weights(network)
+        if name not in taken and not _is_fixed(network, name) and not _within(name, trained or [name])
+    ]
     if new:
         parts = ", ".join(sorted({name.partition(".")[0] for name in new}))
         raise ValueError(
@@ -183,6 +187,13 @@ def _weights(network: nn.Module, parts: Sequence[str] | None = None) -> dict[str
     owner = network.network if isinstance(network, VAE) else network
     found = ((name, weight) for name, weight in owner.named_parameters() if not _within(name, ["vae"]))
     return {name: weight for name, weight in found if parts is None or _within(name, parts)}
+
+
+def _is_fixed(network: Network, name: str) -> bool:
+    """Whether a weight is a position table that no training changes."""
+    return name.endswith("patch_posemb") or (
+        isinstance(network, Prior) and network.config.fixed_positions and name == "positions"
+    )
 
 
 def _within(name: str, parts: Iterable[str]) -> bool:

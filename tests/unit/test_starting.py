@@ -21,7 +21,7 @@ from flextok_pl.interop.official import config_to_official
 from flextok_pl.models import starting as tables_of
 from flextok_pl.models.objective import TrainingDraws, flow_loss
 from flextok_pl.models.prior import Prior
-from flextok_pl.models.starting import start_from, train_only
+from flextok_pl.models.starting import check_frozen, start_from, train_only
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.modules import PriorModule, TokenizerModule
 from flextok_pl.runtime import Trainer
@@ -440,6 +440,17 @@ def test_new_weights_are_not_frozen(options: dict[str, Any], tmp_path: Path) -> 
     module = decoding(saved(tmp_path, TOKENIZER), **options)
     with pytest.raises(ValueError, match=r"train=\['decoder'\] freezes encoder, whose weights are new: name a"):
         trainer(tmp_path).fit(module, Pictures())
+
+
+@pytest.mark.parametrize("config", [dataclasses.replace(PRIOR, fixed_positions=True), TOKENIZER], ids=["prior", "tok"])
+def test_fixed_positions_are_no_new_weights(config: Any) -> None:
+    with torch.device("meta"):
+        network: Any = Prior(config) if isinstance(config, PriorConfig) else FlexTok(config)
+    trained = [name for name, weight in network.named_parameters() if weight.requires_grad]
+    assert len(trained) < len(list(network.parameters()))
+    check_frozen(network, trained, None)
+    with pytest.raises(ValueError, match=f"freezes {trained[0].split('.')[0]}, whose weights are new"):
+        check_frozen(network, trained[1:], None)
 
 
 def test_parts_of_a_prior(tmp_path: Path) -> None:
