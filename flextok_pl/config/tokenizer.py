@@ -95,7 +95,7 @@ class FlexTokConfig:
         decoder_head_dim: width of the decoder's attention heads.
         mlp_ratio: SwiGLU hidden width is int(2 * int(mlp_ratio * D) / 3).
         num_registers: K, the most tokens of an image.
-        fsq_levels: quantisation levels of each code dimension; their product is the vocabulary.
+        fsq_levels: quantisation levels of each code dimension, in 2..1000; their product is the vocabulary.
         patch_size: latent positions per patch, along each axis.
         grid_size: (rows, columns) of patches in the position tables. Smaller inputs, of any shape, use the top-left
             part. To train on several shapes, give the most rows and the most columns of any.
@@ -104,7 +104,7 @@ class FlexTokConfig:
             model's tables, which checkpoints store.
         max_timestep: t that the time embedding maps to its full range: 1 or 1000 (unconfirmed for the
             published models, stored in their metadata).
-        time_frequencies: width of the sinusoidal time embedding.
+        time_frequencies: width of the sinusoidal time embedding, an even number.
         repa_layer: index of the decoder block whose patches are compared with a teacher, or None.
         nested_dropout: law of the number of kept tokens in training (unconfirmed: the sources disagree).
         null_dropout: probability of dropping all tokens in training (unconfirmed).
@@ -175,8 +175,10 @@ class FlexTokConfig:
                 raise ValueError(f"{side}_width={width} must be a multiple of {side}_head_dim={head_dim}")
             if width % 4:
                 raise ValueError(f"{side}_width={width} must be a multiple of 4 for sin-cos positions")
-        if not self.fsq_levels or min(self.fsq_levels) < 2:
-            raise ValueError(f"fsq_levels={self.fsq_levels} needs at least one entry, each 2 or more")
+        if not self.fsq_levels or min(self.fsq_levels) < 2 or max(self.fsq_levels) > 1000:
+            raise ValueError(f"fsq_levels={self.fsq_levels} must have at least one entry, each in 2..1000")
+        if self.time_frequencies < 2 or self.time_frequencies % 2:
+            raise ValueError(f"time_frequencies={self.time_frequencies} must be a positive multiple of 2")
         if self.vae is not None and self.vae.latent_channels != self.latent_channels:
             raise ValueError(
                 f"latent_channels={self.latent_channels} differs from vae.latent_channels="
