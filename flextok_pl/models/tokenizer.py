@@ -181,7 +181,10 @@ class FlexTok(PretrainedModel):
             ValueError: the latents do not fit the model, or k is not in 1..K.
         """
         budgets = as_budgets(num_tokens, [self.num_registers] * len(latents), self.num_registers)
-        return pad_sequence(list(torch.split(self._encode(latents, budgets), budgets.tolist())), batch_first=True)
+        codes = self._encode(latents, budgets)
+        if len(budgets) == 0:
+            return codes.view(0, num_tokens if isinstance(num_tokens, int) else self.num_registers, codes.shape[-1])
+        return pad_sequence(list(torch.split(codes, budgets.tolist())), batch_first=True)
 
     def _encode(self, latents: Tensor, budgets: Tensor) -> Tensor:
         """Codes of (B,) budgets, concatenated."""

@@ -86,6 +86,15 @@ def test_samples_do_not_depend_on_their_batch(tokenizer: FlexTok, images: Tensor
     assert together.shape == images.shape
 
 
+@pytest.mark.parametrize("num_tokens", [None, 5])
+def test_batches_without_an_image(tokenizer: FlexTok, images: Tensor, num_tokens: int | None) -> None:
+    length, latents = num_tokens or 12, tokenizer.encode_latents(images)[:0]
+    assert tokenizer.encode(latents, num_tokens).shape == (0, length, 3)
+    for tokens in (tokenizer.tokenize(images[:0], num_tokens), tokenizer.tokenize_latents(latents, num_tokens)):
+        assert tokens.shape == (0, length) and tokens.dtype == torch.int64
+        assert tokenizer.detokenize(tokens).shape == (0, *images.shape[1:])
+
+
 def test_smaller_images_use_the_top_left_positions(tokenizer: FlexTok) -> None:
     small = torch.zeros(1, 3, 8, 16)
     tokens = tokenizer.tokenize(small)
@@ -146,6 +155,8 @@ def test_configs_survive_json() -> None:
         ({"encoder_width": 40}, "encoder_width=40.*encoder_head_dim=16"),
         ({"repa_layer": 3}, "repa_layer=3.*0..2"),
         ({"fsq_levels": (8, 1)}, "fsq_levels"),
+        ({"fsq_levels": (1001,)}, r"fsq_levels=\(1001,\) must have at least one entry, each in 2..1000"),
+        ({"time_frequencies": 7}, "time_frequencies=7 must be a positive multiple of 2"),
         ({"latent_channels": 16}, "latent_channels=16.*12"),
         ({"null_dropout": 1.5}, "null_dropout=1.5"),
         ({"num_registers": 0}, "num_registers=0"),
