@@ -1,8 +1,8 @@
 """Sets the precision of training, of frozen networks and of metrics.
 
-A network in training follows the trainer's precision, under autocast. Frozen networks give the results of float32 in
-every training: evaluation and metrics run in `full_precision`. Autoencoder, teacher and text encoder run
-`outside_autocast`, and keep the user's TF32 settings. Only `frozen_networks_in` lets them compute in another type.
+A network in training follows the trainer's precision, under autocast, and so does the perceptual loss. Evaluation and
+metrics run in `full_precision`. Frozen autoencoders, teachers and text encoders run `outside_autocast`, and keep the
+user's TF32 settings. Only `frozen_networks_in` lets them compute in another type than float32.
 """
 
 import threading
