@@ -157,13 +157,15 @@ def test_without_the_development_kit(tree, tmp_path):
     assert write_imagenet(tree, tmp_path / "dst", "train", num_workers=1)["train"].classes == tuple(WNIDS)
     with pytest.raises(ValueError, match=r"put ILSVRC2012_devkit_t12\.tar\.gz into src="):
         write_imagenet(tree, tmp_path / "dst", num_workers=1)
+    for name in (".ipynb_checkpoints/a.jpg", "dogs/notes.txt", "n00000001"):  # not a class, or one without pictures
+        (tree / "train" / name).mkdir(parents=True)
     for i, wnid in enumerate(WNIDS, start=1):  # in folders it is not needed
         (tree / "val" / wnid).mkdir()
-        (tree / "val" / f"ILSVRC2012_val_{i:08d}.JPEG").rename(tree / "val" / wnid / f"x{i}.JPEG")
+        (tree / "val" / f"ILSVRC2012_val_{i:08d}.JPEG").rename(tree / "val" / wnid / f"x{i}{'.JPEG' * (i > 1)}")
     for file in (tree / "val").glob("*.JPEG"):
         file.unlink()
     index = write_imagenet(tree, tmp_path / "dst", "val", num_workers=1)["val"]
-    assert {key: label for key, (label, _) in labelled(index).items()} == {
+    assert {key: int(files["cls"]) for key, files in contents(index).items()} == {
         f"{wnid}/x{i + 1}": i for i, wnid in enumerate(WNIDS)
     }
 

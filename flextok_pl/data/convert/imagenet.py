@@ -23,7 +23,7 @@ import scipy.io
 
 from flextok_pl.data.convert.classes import read_lines
 from flextok_pl.data.convert.conversion import Conversion, Item, check_choice, mixed
-from flextok_pl.data.image_files import list_images
+from flextok_pl.data.image_files import find_images, split_ending
 from flextok_pl.data.shards.index import IMAGE_EXTENSIONS, ShardIndex
 from flextok_pl.data.shards.jobs import run_jobs
 from flextok_pl.data.shards.listing import listing_digest
@@ -186,12 +186,14 @@ def _folder(src: Path, part: str) -> str:
 
 
 def _list_part(src: Path, part: str, conversion: Conversion) -> Iterator[tuple[str, Span]]:
-    """Path within the part, and place, of each file."""
+    """Path within the part, with an ending, and place of each file."""
     tar = TARS[part]
     if not (src / tar).is_file():
         folder = _folder(src, part)
-        for file in list_images(src / folder):
-            yield file, Span(f"{folder}/{file}")
+        found = find_images(src / folder)
+        found.tell_rest()
+        for file, extension in found.extensions.items():
+            yield file if split_ending(file)[1] else f"{file}.{extension}", Span(f"{folder}/{file}")
     elif part == "val":
         yield from tar_members(src, tar)
     else:
@@ -249,13 +251,16 @@ def _wnids(src: Path, classes: Path | str | None, pictures: dict[str, Pictures],
         return sorted(set(wnids))
     if "train" in pictures:
         return sorted({wnid for wnid, *_ in pictures["train"]})
-    if (src / TARS["train"]).is_file():
-        return sorted(Path(name).stem for name, _ in tar_members(src, TARS["train"]))
     train = src / _folder(src, "train")
-    if train.is_dir():
-        return sorted(folder.name for folder in train.iterdir() if folder.is_dir())
-    known = {} if devkit is None else devkit.words
-    return sorted(known or {wnid for wnid, *_ in pictures["val"]})
+    if (src / TARS["train"]).is_file():
+        names = [Path(name).stem for name, _ in tar_members(src, TARS["train"])]
+    elif train.is_dir():
+        names = [folder.name for folder in train.iterdir() if folder.is_dir() and any(folder.iterdir())]
+    elif devkit is not None and devkit.words:
+        names = list(devkit.words)
+    else:
+        names = [wnid for wnid, *_ in pictures["val"]]
+    return sorted({name for name in names if re.fullmatch(WNID, name)})
 
 
 def _items(pictures: Pictures, wnids: Sequence[str], all_of_them: bool, where: str) -> list[Item]:
