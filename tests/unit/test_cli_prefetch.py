@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from huggingface_hub import constants
@@ -17,7 +18,7 @@ from flextok_pl.cli.prefetch import GROUPS, MODELS, PrefetchCLI, Wanted, prefetc
 from flextok_pl.cli.training import run_cli
 from flextok_pl.data import ShardDataModule
 from flextok_pl.data.shards.copies import SetCopy
-from flextok_pl.data.shards.index import INDEX_NAME, ShardIndex
+from flextok_pl.data.shards.index import INDEX_NAME, ShardError, ShardIndex
 from flextok_pl.data.shards.sources import load_indices
 from flextok_pl.downloads import Download, Part, Places
 from flextok_pl.errors import UserError
@@ -208,8 +209,17 @@ def test_a_copy_goes_on_and_a_set_that_was_written_again_comes_anew(
     text = (place / INDEX_NAME).read_text()
     (place / INDEX_NAME).write_text(text.replace('"fields"', '"fields" '))
     (place / "left.tar").touch()
-    copy.fetch(places)
+    item = Wanted("data.train", copy)
+    prefetch([item], str(tmp_path))
     assert (place / INDEX_NAME).read_text() == text and not (place / "left.tar").exists()
+    (place / index.shards[0].name).write_bytes(b"cut")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert [part.here for part in copy.parts(places)].count(False) == 1
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    prefetch([item], str(tmp_path))
+    assert ShardIndex.load(place).digest() == index.digest()
+    monkeypatch.setattr("flextok_pl.data.shards.copies.load_indices", Mock(side_effect=ShardError("unreachable")))
+    assert all(part.here for part in copy.parts(places))
 
 
 def test_a_copy_needs_a_folder(address: str, capsys: pytest.CaptureFixture[str]) -> None:
