@@ -125,9 +125,12 @@ def test_captions_of_files_anywhere(tmp_path, caplog):
     file.write_text("file,caption\ntop.png,top\n")
     with pytest.raises(ValueError, match=r"no entry for 2 of 3 images, such as a/b/c/two\.png"):
         write_folder(src, tmp_path / "other", **options)
-    file.write_text("file,caption\ntop.png,one\n./top.png,two\n")
-    with pytest.raises(ValueError, match=r"entry 2 is the second for top\.png; keep one"):
-        write_folder(src, tmp_path / "other", **options)
+    link = tmp_path / "link"
+    link.symlink_to(src)
+    for one, other in (("top.png", "./top.png"), ("top.png", src / "top.png"), (link / "top.png", src / "top.png")):
+        file.write_text(f"file,caption\n{one},one\n{other},two\n")
+        with pytest.raises(ValueError, match=r"entry 2 is the second for top\.png; keep one"):
+            write_folder(link, tmp_path / "other", **options)
 
 
 CSV = "file,caption\n"
@@ -152,7 +155,7 @@ TSV = "file\tcaption\n"
 def test_captions_are_read_whole(tmp_path, suffix, text, expected):
     file = tmp_path / f"captions{suffix}"
     file.write_text(text, newline="")
-    assert read_captions(file)["a.png"] == expected
+    assert read_captions(file, tmp_path)["a.png"] == expected
 
 
 @pytest.mark.parametrize(
@@ -181,7 +184,7 @@ def test_captions_that_would_be_cut_are_refused(tmp_path, suffix, text, message)
     file = tmp_path / f"captions{suffix}"
     file.write_text(text, newline="")
     with pytest.raises(ValueError, match=f"captions=.*{message}"):
-        read_captions(file)
+        read_captions(file, tmp_path)
 
 
 Image.init()

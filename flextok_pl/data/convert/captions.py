@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,8 +16,8 @@ Row = tuple[int, dict[str, Any]]
 """A line's number and its fields by name."""
 
 
-def read_captions(path: Path) -> dict[str, str]:
-    """Read the caption of each file from `.csv`, `.tsv` or `.jsonl`, in UTF-8.
+def read_captions(path: Path, src: Path) -> dict[str, str]:
+    """Read the caption of each file, relative to `src`, from `.csv`, `.tsv` or `.jsonl` in UTF-8.
 
     A `.csv` follows RFC 4180: a field with a comma, quote or line break is in quotes, and quotes in it are doubled. In
     a `.tsv` each line is an entry; a field in quotes is read in the same way, and other quotes are plain characters.
@@ -27,6 +28,7 @@ def read_captions(path: Path) -> dict[str, str]:
         raise ValueError(f"captions={path} must be an existing .csv, .tsv or .jsonl file")
     captions: dict[str, str] = {}
     lines: dict[str, int] = {}
+    folders = (Path(os.path.abspath(src)), src.resolve())  # which differ if links lead to it
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -35,7 +37,7 @@ def read_captions(path: Path) -> dict[str, str]:
         for number, (line, row) in enumerate(readers[path.suffix](text), start=1):
             if not all(isinstance(row.get(name), str) for name in COLUMNS):
                 raise ValueError(f"line {line} needs the texts file and caption, but is {row!r}")
-            name = Path(row["file"]).as_posix()
+            name = _relative(row["file"], folders)
             if name in captions:
                 raise ValueError(
                     f"entry {number} is the second for {name}; keep one caption per image (lines {lines[name]} and "
@@ -45,6 +47,11 @@ def read_captions(path: Path) -> dict[str, str]:
     except ValueError as error:
         raise ValueError(f"captions={path}: {error}") from error
     return captions
+
+
+def _relative(file: str, folders: Sequence[Path]) -> str:
+    path = Path(os.path.normpath(file))
+    return next((path.relative_to(folder) for folder in folders if path.is_relative_to(folder)), path).as_posix()
 
 
 def _csv_rows(text: str) -> Iterator[Row]:

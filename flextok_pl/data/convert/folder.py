@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -122,10 +121,7 @@ def _classes(src: Path, files: Sequence[str], labels: str, given: Sequence[str] 
 
 def _captions(src: Path, files: Sequence[str], path: Path) -> dict[str, str]:
     """The caption of every file."""
-    texts = {
-        os.path.relpath(file, src.resolve()) if os.path.isabs(file) else file: text
-        for file, text in read_captions(path).items()
-    }
+    texts = read_captions(path, src)
     without = [file for file in files if file not in texts]
     if without:
         raise ValueError(
