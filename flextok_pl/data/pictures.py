@@ -106,8 +106,10 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] if name in names else None for name in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read as a .npz file of numbers: {error}") from error
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:  # of a .npy file a TypeError
+        raise ValueError(
+            f"{path} cannot be read as a .npz file of numbers ({error}); write it with numpy.savez"
+        ) from error
 
 
 def _of_shards(
