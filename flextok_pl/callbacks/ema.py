@@ -53,10 +53,13 @@ class EMA(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from the module's weights, or from a checkpoint's average."""
         total = trainer.estimated_stepping_batches
-        if self.update_starting_at_step >= total >= 0:
+        start, every = self.update_starting_at_step, self.update_every_n_steps
+        first = -(-start // every) * every
+        if first >= total >= 0:
             raise MisconfigurationException(
-                f"ema.update_starting_at_step={self.update_starting_at_step} is not reached in {total} steps, so that "
-                "the initial weights would be exported; lower it, or set ema to null"
+                f"ema.update_starting_at_step={start} and update_every_n_steps={every} put the first update at step "
+                f"{first}, but the last step is {total - 1}, so that the initial weights would be exported; lower one "
+                "of them, or set ema to null"
             )
         given = self._weights or {}
         self._weights = {

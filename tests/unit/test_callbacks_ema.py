@@ -119,5 +119,7 @@ def test_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             EMA(**options)
-    with pytest.raises(MisconfigurationException, match=r"update_starting_at_step=4 .*lower it"):
-        trainer(tmp_path, EMA(update_starting_at_step=4)).fit(Line(), loader())
+    never = {"update_starting_at_step": 4}, {"update_starting_at_step": 1, "update_every_n_steps": 4}
+    for options in never:
+        with pytest.raises(MisconfigurationException, match=r"first update at step 4, but the last step is 3.*lower"):
+            trainer(tmp_path, EMA(**options)).fit(Line(), loader())
