@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
@@ -47,7 +48,7 @@ def log_results(
     histograms: Mapping[str, Tensor] | None = None,
     chart: Chart | None = None,
 ) -> None:
-    """Send results by tag to the loggers, and during a fit to the trainer, so that it can choose a checkpoint by them.
+    """Send results by tag to the loggers, and to the trainer's `callback_metrics`, for checkpoints and `MetricsLog`.
 
     Scalars are equal on all ranks, pictures (3, H, W) uint8, and histograms of values of any shape.
     """
@@ -55,6 +56,7 @@ def log_results(
         pl_module.log_dict(dict(scalars), sync_dist=True)
     else:  # Lightning would print each of them in a table of its own
         log_numbers(trainer, step, scalars)
+        trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in scalars.items()})
     if not trainer.is_global_zero:
         return
     for logger in trainer.loggers:

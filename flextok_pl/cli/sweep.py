@@ -29,7 +29,7 @@ from flextok_pl.progress import announced
 from flextok_pl.sweeps.driver import Driver, find_study
 from flextok_pl.sweeps.files import load_yaml
 from flextok_pl.sweeps.results import status_table, write_results
-from flextok_pl.sweeps.runner import METRICS, read_metrics
+from flextok_pl.sweeps.runner import TrialFolder
 from flextok_pl.sweeps.space import Params
 from flextok_pl.sweeps.sweep import FLEXTOK, Sweep, as_arguments
 
@@ -154,7 +154,7 @@ def check(sweep: Sweep) -> None:
                     f"the command was: {shlex.join(command)}"
                 )
         logged: dict[str, Any] = {}
-        for entry in read_metrics(Path(place) / "check" / f"version_{sweep.seeds[0]}" / METRICS):
+        for entry in TrialFolder(Path(place) / "check").measured(f"version_{sweep.seeds[0]}"):
             logged |= entry["metrics"]
     if sweep.metric not in logged:
         raise UserError(

@@ -30,6 +30,9 @@ from flextok_pl.posix import fcntl
 METRICS = "metrics.jsonl"
 """File that the callback `MetricsLog` writes in the folder of a run."""
 
+TEST = "test"
+"""Folder in that of a run for its tests: `version_0`, and the next number for each that is started again."""
+
 ASKED_TO_STOP = {
     sign * (base + number) for number in (signal.SIGTERM, signal.SIGUSR1) for base, sign in ((128, 1), (0, -1))
 }
@@ -86,8 +89,12 @@ class TrialFolder:
             return handle is None
 
     def measured(self, run: str) -> list[dict[str, Any]]:
-        """What a run of this trial has logged, in order; steps that were logged again after a resumption come once."""
-        return read_metrics(self.path / run / METRICS)
+        """What a run of this trial and its test have logged, in order.
+
+        Steps that were logged again after a resumption come once.
+        """
+        folder = self.path / run
+        return read_metrics(folder / METRICS, *sorted(folder.glob(f"{TEST}/*/{METRICS}")))
 
     def launches(self) -> list[dict[str, Any]]:
         """Its starts: the `time` of each, and the `step` reached before."""
@@ -103,10 +110,10 @@ class TrialFolder:
         return total
 
 
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Read the lines of a `MetricsLog`: `stage`, `step`, `metrics`; for each step the later values count."""
+def read_metrics(*files: Path) -> list[dict[str, Any]]:
+    """Read the lines of `MetricsLog`s: `stage`, `step`, `metrics`; for each step the later values count."""
     found: dict[tuple[str, int], dict[str, Any]] = {}
-    for line in file.read_text().splitlines() if file.exists() else ():
+    for line in (line for file in files if file.exists() for line in file.read_text().splitlines()):
         with contextlib.suppress(json.JSONDecodeError):  # a line that a killed process has not finished
             entry = json.loads(line)
             found.setdefault((entry["stage"], entry["step"]), entry)["metrics"] |= entry["metrics"]

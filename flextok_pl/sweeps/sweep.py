@@ -17,7 +17,7 @@ from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 
 from flextok_pl.sweeps.files import load_yaml
-from flextok_pl.sweeps.runner import TrialFolder
+from flextok_pl.sweeps.runner import TEST, TrialFolder
 from flextok_pl.sweeps.space import Params, Space, as_text, require_plain
 
 FIXED = ("experiment", "space", "overrides", "metric", "direction", "seeds", "test")
@@ -164,27 +164,34 @@ class Sweep:
 
     def script(self, point: Params, name: str) -> str:
         """A shell script that trains a trial again from the beginning."""
-        commands = [shlex.join([*FLEXTOK, *arguments]) for arguments in self.commands(point, name, "OUT")]
+        commands = [shlex.join([*FLEXTOK, *arguments]) for arguments in self.commands(point, name, "$out")]
         lines = [
             "#!/bin/bash",
             "# Trains this trial again from the beginning, into the given folder, or `again` in this one.",
             "set -e",
             'out=$(realpath -m "${1:-$(dirname "$0")/again}")',
             f"cd {shlex.quote(str(Path.cwd()))}",
-            *(command.replace("save_dir=OUT", 'save_dir="$out"') for command in commands),
+            *(command.replace("=$out", "='\"$out\"'") for command in commands),  # between quotes of the shell
         ]
         return "\n".join(lines) + "\n"
 
     def commands(self, point: Params, name: str, root: str) -> list[list[str]]:
-        """Arguments of `flextok`: for each seed a fit, and a test if the sweep asks for one.
+        """Arguments of `flextok`: for each seed a fit, and a test of its last checkpoint if the sweep asks for one.
 
-        They write into the trial's folder, `name` below `root`.
+        They write into the trial's folder, `name` below `root`; a test into a folder of its own in that of the fit.
         """
         found = []
         for seed in self.seeds:
-            options = {**self.overrides, **self.points.options(point), **_own_options(name, seed, root)}
-            shared = [f"--config={file}" for file in self.experiments] + as_arguments(options)
-            found += [["fit", *shared], *([["test", *shared]] if self.test else [])]
+            commands = {"fit": _own_options(name, seed, root)}
+            if self.test:
+                run = f"{name}/version_{seed}"
+                commands["test"] = _own_options(f"{run}/{TEST}", seed, root) | {
+                    "trainer.logger.init_args.version": None,
+                    "ckpt_path": f"{root}/{run}/checkpoints",
+                }
+            for command, own in commands.items():
+                options = {**self.overrides, **self.points.options(point), **own}
+                found.append([command, *(f"--config={file}" for file in self.experiments), *as_arguments(options)])
         return found
 
     def title(self, point: Mapping[str, Any]) -> str:

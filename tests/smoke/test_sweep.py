@@ -1,6 +1,8 @@
 """What `flextok sweep` finds out before its first trial. What it runs is tested in tests/slurm and tests/unit."""
 
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import yaml
 
 from flextok_pl.cli import main
 from flextok_pl.cli.sweep import check, parse_sweep, sweep_parser
+from flextok_pl.sweeps.sweep import FLEXTOK
 
 TINY = Path(__file__).parents[2] / "experiments" / "tokenizer" / "tiny.yaml"
 
@@ -71,6 +74,25 @@ def test_what_slurm_is_to_train_is_only_parsed_here(
         start(launcher="slurm", metric="val/los", overrides=on_two)
     check(parse_sweep(sweep_parser("sweep"), ["sweep.yaml"])[0])
     assert "2 points of the space can be parsed; launcher=slurm: no test step here" in capsys.readouterr().out
+
+
+def test_a_metric_of_the_test(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test reads its own seed's fit, and leaves no folder that another seed's fit would take."""
+    codebook = {"codebook": {"every_n_validations": 0}}
+    given = {"metric": "test/codes/entropy", "test": True, "seeds": [0, 1], "space": {"model.lr": [1e-3]}}
+    start("--dry-run", "true", "--check", "false", overrides=codebook, **given)
+    folders = []
+
+    def run_here(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        main(command[len(FLEXTOK) :])
+        (place,) = (Path(each.partition("=")[2]) for each in command if ".save_dir=" in each)
+        folders.append(sorted(path.relative_to(place / "check").as_posix() for path in place.rglob("metrics.jsonl")))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr("flextok_pl.cli.sweep.subprocess", SimpleNamespace(run=run_here))
+    check(parse_sweep(sweep_parser("sweep"), ["sweep.yaml"])[0])
+    fit = "version_0/metrics.jsonl"
+    assert folders == [[fit], [fit, "version_0/test/version_0/metrics.jsonl"]]
 
 
 def test_the_commands_are_printed(start: Any, capsys: pytest.CaptureFixture[str]) -> None:

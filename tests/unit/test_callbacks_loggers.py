@@ -59,7 +59,8 @@ class WithImages(NumbersOnly):
 
 
 def trainer_with(*loggers: Any) -> Any:
-    return SimpleNamespace(loggers=list(loggers), is_global_zero=True, state=SimpleNamespace(fn=TrainerFn.TESTING))
+    state = SimpleNamespace(fn=TrainerFn.TESTING)
+    return SimpleNamespace(loggers=list(loggers), is_global_zero=True, state=state, callback_metrics={})
 
 
 def log_to(*loggers: Any) -> None:

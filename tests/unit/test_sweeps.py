@@ -21,7 +21,7 @@ from flextok_pl.sweeps.driver import Driver, _only_one, find_study
 from flextok_pl.sweeps.files import load_yaml
 from flextok_pl.sweeps.launch import LocalLauncher, SlurmLauncher, slurm_executor
 from flextok_pl.sweeps.results import rows, status_table, write_results
-from flextok_pl.sweeps.runner import TrialFolder, read_metrics
+from flextok_pl.sweeps.runner import TrialFolder, outcome, read_metrics
 from flextok_pl.sweeps.sweep import Sweep
 
 # A training: logs the value of x at each step, saves how far it is, and goes on from there. Some values end it, or its
@@ -426,13 +426,31 @@ def test_lines_of_a_killed_process(tmp_path):
     assert read_metrics(tmp_path / "none") == []
 
 
+def test_a_test_counts_for_its_own_seed(tmp_path):
+    for seed in (0, 1):
+        for folder, entry in (
+            (".", {"stage": "fit", "step": 5, "metrics": {"loss": 7.0}}),
+            ("test/version_0", {"stage": "test", "step": 0, "metrics": {"fid": 9.0}}),
+            ("test/version_1", {"stage": "test", "step": 0, "metrics": {"fid": seed + 1.0}}),  # after a failure
+        ):
+            file = tmp_path / f"version_{seed}" / folder / "metrics.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(entry) + "\n")
+    found = outcome(TrialFolder(tmp_path), {"runs": ["version_0", "version_1"], "metric": "fid"})
+    assert found["value"] == 1.5 and found["metrics"]["version_1"] == {"loss": 7.0, "fid": 2.0}
+
+
 def test_the_script_of_a_trial(sweep, tmp_path):
     here = sweep(seeds=[3], test=True, overrides={"trainer.max_steps": 5, "rfid": None})
     text = here.script({"x": 1.0}, "0000_x=1")
     fit, test = [line for line in text.splitlines() if " -m flextok_pl " in line]
     assert " fit " in fit and " test " in test
-    for part in ("--trainer.max_steps=5", "--rfid=null", "--x=1.0", "--model.seed=3", 'save_dir="$out"', "version=3"):
+    for part in ("--trainer.max_steps=5", "--rfid=null", "--x=1.0", "--model.seed=3"):
         assert part in fit and part in test
+    shown = subprocess.run(["bash", "-c", f"out='a b'; printf '%s\n' {test}"], stdout=subprocess.PIPE, text=True)
+    run = "0000_x=1/version_3"
+    place = [f"--trainer.logger.init_args.{each}" for each in ("save_dir=a b", f"name={run}/test", "version=null")]
+    assert {*place, f"--ckpt_path=a b/{run}/checkpoints"} <= set(shown.stdout.splitlines())
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
 
 
