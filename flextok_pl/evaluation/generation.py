@@ -100,7 +100,8 @@ class GenerationEvaluation(BudgetEvaluation):
         if reference is not None:
             self.statistics.check_size(reference_facts["reference"]["image_size"])
         self._folder = None if options.images_dir is None or context.in_fit else Path(options.images_dir).expanduser()
-        if self._folder is not None and not self.ids:
+        # All processes ask, though not each has finished samples of the evaluation that it resumes.
+        if self._folder is not None and all_agree(not self.ids):
             written = any(self._folder.glob("k=*/*.png"))
             if not all_agree(not written):
                 raise ValueError(

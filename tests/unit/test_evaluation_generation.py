@@ -303,6 +303,28 @@ def test_images_are_written_under_their_keys(tmp_path):
     assert image.size == (SIDE, SIDE) and np.array(image)[0, 0].argmax() == 1, "green"
 
 
+def test_all_processes_ask_whether_the_folder_is_empty(tmp_path, monkeypatch):
+    """One that resumes asks, too, or the others would wait for it; if one resumes, all go on with its folder."""
+    asked = []
+    monkeypatch.setattr("flextok_pl.evaluation.generation.all_agree", lambda flag: asked.append(flag) or flag)
+    options = {"budgets": [1], "batch_size": 4, "cache_dir": tmp_path, "save_every_minutes": 0}
+    options["images_dir"] = tmp_path / "images"
+
+    def start():
+        evaluation = GenerationEvaluation(GenerationOptions(**options))
+        evaluation.start(BandPrior(), Context(12, image_size=SIDE, data_hash="one"))
+
+    with pytest.raises(Killed):
+        evaluate(tmp_path, BandPrior(deadline=3), **options)
+    assert asked == [True, True], "no samples yet, and no images"
+    start()
+    assert asked[2:] == [False]
+    (state,) = tmp_path.glob("unfinished_*")
+    state.unlink()
+    monkeypatch.setattr("flextok_pl.evaluation.generation.all_agree", lambda flag: False)  # another process resumes
+    start()
+
+
 def test_images_that_no_process_made(tmp_path, monkeypatch):
     monkeypatch.setattr("flextok_pl.evaluation.generation.world_size", lambda: 6)
     with pytest.raises(RuntimeError, match="2 images were generated instead of 12.*use fewer devices"):
