@@ -18,7 +18,7 @@ from flextok_pl.config import GenerationConfig
 from flextok_pl.contracts import weights_hash
 from flextok_pl.evaluation.generation import Prompt, as_condition
 from flextok_pl.evaluation.generation_statistics import Classifier
-from flextok_pl.evaluation.options import CACHE_DIR, PROBE, check_probe
+from flextok_pl.evaluation.options import CACHE_DIR, PROBE, check_classifier
 from flextok_pl.evaluation.pictures import save_figure
 from flextok_pl.evaluation.probe import PROBE_SEED, tokenizer_probe
 from flextok_pl.evaluation.protocol import decoding_facts, extractor_facts, model_hashes, versions
@@ -217,7 +217,7 @@ def measure_searches(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
-    check_probe(classifier, classifier_data)
+    check_classifier(classifier, classifier_data, classifier_weights)
     folders = list(dict.fromkeys(Path(run).expanduser() for run in runs))
     network = build_extractor(extractor, weights).to(default_device(device))
     clip_score = None if clip is None else CLIPScore(clip)

@@ -67,6 +67,11 @@ class GenerationEvaluation(BudgetEvaluation):
         """See `BudgetEvaluation`; the model is a prior with the tokenizer that decodes its tokens."""
         options, module = self.options, model
         self.module = module
+        if self.clip is not None and module.condition_kind != "text":
+            raise ValueError(
+                f"clip={str(options.clip)!r} scores images against captions, but the prior's condition is "
+                f"{module.condition_kind!r}: leave clip out, or evaluate a prior of texts"
+            )
         self._has_classes = module.condition_kind == "class"
         self._asks_for_data = module.condition_kind == "text" or (self._has_classes and options.conditions == "data")
         num_made = self._number_to_make(context)

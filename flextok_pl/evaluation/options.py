@@ -207,7 +207,7 @@ class GenerationOptions(EvaluationOptions):
             raise ValueError(f"conditions={self.conditions!r} must be 'balanced' or 'data'")
         self.require_positive("num_samples", "batch_size")
         check_sampling(self.temperature, self.top_k, self.top_p)
-        check_probe(self.classifier, self.classifier_data)
+        check_classifier(self.classifier, self.classifier_data, self.classifier_weights)
         if self.reference is not None and Path(self.reference).suffix != ".npz":
             raise ValueError(
                 f"reference={str(self.reference)!r} must be a .npz file; to measure against other images, evaluate a "
@@ -215,12 +215,17 @@ class GenerationOptions(EvaluationOptions):
             )
 
 
-def check_probe(classifier: str | None, classifier_data: str | None) -> None:
-    """Refuse a probe without data, and data without a probe."""
+def check_classifier(classifier: str | None, classifier_data: str | None, weights: Path | str | None) -> None:
+    """Refuse a probe without data, data without a probe, and weights without a timm classifier."""
     if (classifier == PROBE) != (classifier_data is not None):
         raise ValueError(
             f"classifier={classifier!r} and classifier_data={classifier_data!r}: a probe needs real images with "
             "classes, and other classifiers take none"
+        )
+    if weights is not None and classifier in (None, PROBE):
+        raise ValueError(
+            f"classifier_weights={str(weights)!r} has no effect with classifier={classifier!r}: name the timm model of "
+            "the weights as classifier, or leave classifier_weights out"
         )
 
 

@@ -19,7 +19,7 @@ from flextok_pl.backbones.hpsv2 import HPSv2
 from flextok_pl.backbones.image_reward import VOCABULARY, ImageReward
 from flextok_pl.contracts import ImageSize, Reconstructor
 from flextok_pl.evaluation.generation import Prompt
-from flextok_pl.evaluation.options import CACHE_DIR, PROBE, check_probe
+from flextok_pl.evaluation.options import CACHE_DIR, PROBE, check_classifier
 from flextok_pl.evaluation.probe import PROBE_SEED, tokenizer_probe
 from flextok_pl.flow.decoding import Decoding
 from flextok_pl.search.prompts import Conditions
@@ -123,7 +123,7 @@ class VerifierOptions:
                 raise ValueError(
                     "verifier='class' needs a classifier: give classifier='probe' with classifier_data, or timm's"
                 )
-            check_probe(self.classifier, self.classifier_data)
+            check_classifier(self.classifier, self.classifier_data, self.classifier_weights)
             check_extractor(self.classifier_extractor, self.classifier_extractor_weights, EXTRACTOR_OPTIONS)
         check_dreamsim(self.dreamsim, self.dreamsim_weights)
 

@@ -217,6 +217,12 @@ def test_a_classifier_of_other_classes(tmp_path):
         evaluate(tmp_path, module, **WITH_PROBE)
 
 
+def test_captions_come_with_a_prior_of_texts(tmp_path, monkeypatch):
+    monkeypatch.setattr("flextok_pl.evaluation.generation.CLIPScore", lambda name: object())
+    with pytest.raises(ValueError, match="clip='some' .*the prior's condition is 'class': leave clip out"):
+        evaluate(tmp_path, clip="some")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -225,6 +231,8 @@ def test_a_classifier_of_other_classes(tmp_path):
         ({"batch_size": 0}, "batch_size=0"),
         ({"classifier": "probe"}, "a probe needs real images"),
         ({"classifier_data": "x"}, "a probe needs real images"),
+        ({"classifier_weights": "x.pth"}, r"classifier_weights='x.pth' has no effect with classifier=None: name"),
+        ({**WITH_PROBE, "classifier_weights": "x.pth"}, "classifier='probe': name the timm model of the weights"),
         ({"budgets": [0]}, r"budgets=\[0\]"),
         ({"extractor": "nosuch"}, "extractor='nosuch'"),
         ({"guidance_scale": 2.0}, "no effect"),
