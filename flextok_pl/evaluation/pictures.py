@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from flextok_pl.channels import visible
+from flextok_pl.data.transforms import MODES
 from flextok_pl.files import whole_file
 from flextok_pl.metrics.images import to_uint8
 
@@ -81,9 +82,10 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def save_png(image: Tensor, path: Path, synced: bool = False) -> None:
-    """Write (3, H, W) uint8 as a PNG file; see `whole_file`."""
+    """Write (C, H, W) uint8 as a PNG file: grey, RGB or RGBA, or three of any other channels; see `whole_file`."""
+    pixels = image if len(image) in MODES else visible(image[None])[0]
     with whole_file(path, synced=synced) as temporary:
-        Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(temporary, format="png")
+        Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).cpu().numpy()).save(temporary, format="png")
 
 
 def _fitting_font(texts: list[str], width: int) -> Font:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from flextok_pl.channels import visible
 from flextok_pl.evaluation.report import format_value
 
 MOST_COLUMNS = 12
@@ -29,7 +30,7 @@ class TreeRow(NamedTuple):
     """The kept candidates of one step, best first."""
 
     num_tokens: int
-    images: Tensor  # (W, 3, H, W) uint8
+    images: Tensor  # (W, C, H, W) uint8
     scores: Sequence[float]  # W
     parents: Sequence[int]  # W positions in the row above; not used in the first row
 
@@ -63,7 +64,7 @@ def search_tree(rows: Sequence[TreeRow]) -> Tensor:
                 colour = CHOSEN if column == path[i] else LINE
                 draw.line([start, (x + width // 2, y)], colour, 2)
         draw.text((GAP, place(i, 0)[1] + height // 2), labels[i], "black", font, anchor="lm")
-        for column, picture in enumerate(row.images[:shown].permute(0, 2, 3, 1).cpu().numpy()):  # (H, W, 3)
+        for column, picture in enumerate(visible(row.images[:shown]).permute(0, 2, 3, 1).cpu().numpy()):  # (H, W, 3)
             x, y = place(i, column)
             if column == path[i]:
                 draw.rectangle((x - EDGE, y - EDGE, x + width + EDGE - 1, y + height + EDGE - 1), CHOSEN)

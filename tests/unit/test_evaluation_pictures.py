@@ -42,3 +42,7 @@ def test_files_hold_what_is_drawn(tmp_path):
         pixels = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB"))
         assert np.array_equal(pixels, drawn.permute(1, 2, 0).numpy()), name
     assert sorted(file.name for file in tmp_path.iterdir()) == ["figure.png", "image.png"]
+    for channels, mode in ((1, "L"), (2, "RGB"), (4, "RGBA"), (5, "RGB")):
+        save_png(drawn[:1].expand(channels, -1, -1), tmp_path / "image.png")
+        written = Image.open(tmp_path / "image.png")
+        assert written.mode == mode and np.array_equal(np.asarray(written.getchannel(0)), drawn[0])

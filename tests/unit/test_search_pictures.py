@@ -29,6 +29,8 @@ def test_a_tile_for_each_kept_candidate_and_a_frame_around_the_chosen() -> None:
         top, left = (tree[0] == colour).nonzero()[0].tolist()
         assert tuple(tree[:, top - 1, left + 5].tolist()) != CHOSEN
     assert pixels(tree, LINE) > 0, "33 and 55 have lines, too"
+    grey = [each._replace(images=each.images[:, :1]) for each in rows]
+    assert torch.equal(search_tree(grey), tree)
 
 
 def test_more_candidates_than_columns() -> None:
