@@ -17,7 +17,7 @@ from flextok_pl.backbones.extractors import OFFLINE_EXTRACTOR, build_extractor
 from flextok_pl.cli.tools import checked_budgets, default_device, picture_size
 from flextok_pl.contracts import Batch
 from flextok_pl.data.pictures import open_pictures
-from flextok_pl.data.transforms import CENTER_CROP
+from flextok_pl.data.transforms import crop_name
 from flextok_pl.evaluation.decoding import decode, images_at_once
 from flextok_pl.evaluation.generation import balanced_prompt, generate_tokens
 from flextok_pl.evaluation.generation_statistics import GenerationStatistics
@@ -109,7 +109,10 @@ def compare_decodings(
     known = (network.metric_name, network.kernel_metric_name)
     if chosen not in known:
         raise ValueError(f"metric={metric!r} must be one of {known}, for which smaller is better")
-    loader, count = open_pictures(reference, picture_size(tok), batch_size, num_workers)
+    size = picture_size(tok)
+    loader, count = open_pictures(reference, size, batch_size, num_workers)
+    if count < 2:
+        raise ValueError(f"reference={reference!r} holds {count} picture, but a distance needs two: add pictures to it")
     kind = ReconstructionStatistics if source is None else GenerationStatistics
     cells = list(itertools.product(decodings, wanted))
     statistics: Statistics = kind(cells, network, min(1.0, POOL_SIZE / max(1, count)))
@@ -122,7 +125,7 @@ def compare_decodings(
         "reference": reference,
         "data_hash": data_hash_text(statistics.data_hash),
         "image_size": statistics.image_size,
-        "crop": CENTER_CROP,
+        "crop": crop_name(size),
         **extractor_facts(network),
         "seed": seed,
         **model_hashes(tok, None if source is None else source.prior),

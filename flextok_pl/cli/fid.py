@@ -8,8 +8,8 @@ from typing import Any
 
 from flextok_pl.backbones.extractors import INCEPTION, build_extractor
 from flextok_pl.cli.tools import default_device
-from flextok_pl.contracts import ImageSize
-from flextok_pl.data.transforms import CENTER_CROP
+from flextok_pl.contracts import ImageSize, checked_size
+from flextok_pl.data.transforms import crop_name
 from flextok_pl.evaluation.generation_statistics import GenerationStatistics
 from flextok_pl.evaluation.image_set import ONLY, ImageSet
 from flextok_pl.evaluation.protocol import extractor_facts, versions
@@ -76,7 +76,7 @@ def compare_images(
         **facts,
         "full_rank": full_rank,
         "image_size": statistics.image_size,
-        "crop": None if image_size is None else CENTER_CROP,
+        "crop": None if image_size is None else crop_name(checked_size(image_size)),
         **extractor_facts(network),
         "pool_size": pool_size,
         "inception_splits": inception_splits,

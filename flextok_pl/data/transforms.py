@@ -179,14 +179,10 @@ def _deep_grey_to_rgb(image: Image.Image, tags: Mapping[int, Any]) -> Image.Imag
     return Image.fromarray(grey).convert("RGB")
 
 
-CENTER_CROP = "centre square, antialiased bicubic"
-"""Name of `center_crop` for squares, in protocols."""
-
-
 def crop_name(size: ImageSize) -> str:
     """Name of `center_crop` for a size, in protocols."""
     if isinstance(size, int):
-        return CENTER_CROP
+        return "centre square, antialiased bicubic"
     return f"largest centre window of height to width {size[0]}:{size[1]}, antialiased bicubic"
 
 

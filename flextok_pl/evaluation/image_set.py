@@ -59,6 +59,10 @@ class ImageSet:
             raise ValueError(f"{source} holds {sorted(arrays)}; it needs pictures ({ARRAY}) or mu and sigma")
         if ARRAY in arrays:
             self._loader, self.num_pictures = open_pictures(source, image_size, batch_size, num_workers)
+            if self.num_pictures < 2:
+                raise ValueError(
+                    f"{source} has {self.num_pictures} image; a distance needs two on each side: add images to it"
+                )
 
     def add_to(self, statistics: GenerationStatistics[int], side: Literal["images", "reference"]) -> dict[str, Any]:
         """Measure the set as images of the budget `ONLY` or as real ones; returns its facts for records."""
@@ -76,8 +80,6 @@ class ImageSet:
                     statistics.update_generated(ONLY, pixels, keys)
                 ids += [key_hash(key) for key in keys]
             check_each_sample_once(torch.tensor(ids), self.num_pictures, False, self.source)
-            if self.num_pictures < 2:
-                raise ValueError(f"{self.source} has {self.num_pictures} image; a distance needs two on each side")
             facts |= {"num_samples": self.num_pictures, "pixels_hash": data_hash_text(digest)}
         if self._moments is not None:
             features.statistics = self._moments

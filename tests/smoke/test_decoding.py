@@ -77,6 +77,9 @@ def test_what_cannot_be_swept(image_shards, models, tmp_path):
     assert "guidance='cgf' is unknown" in message("--guidance", '["cgf"]')
     assert "num_steps=0 must be a whole number of at least 1" in message("--num_steps", "[0]")
     assert "metric='psnr' must be one of" in message("--metric", "psnr")
+    Image.new("RGB", (32, 32)).save(tmp_path / "one.png")
+    with pytest.raises(SystemExit, match="holds 1 picture, but a distance needs two: add pictures to it"):
+        main(["decoding", str(tmp_path), "--tokenizer", str(models[0]), "--num_workers", "0"])
 
 
 def test_intervals_of_guidance(image_shards, models, tmp_path, capsys):

@@ -157,12 +157,12 @@ def test_records_are_compared(tmp_path, emoji_folder, capsys):
     a, b = emoji_folder / "a", emoji_folder / "b"
     measure(tmp_path, a, b, *EFFNET)
     first = (tmp_path / "records.json").rename(tmp_path / "first.json")
-    measure(tmp_path, a, b, *EFFNET, "--image-size", 32)
+    measure(tmp_path, a, b, *EFFNET, "--image-size", "[32,48]")
     capsys.readouterr()
     main(["compare", str(first), str(tmp_path / "records.json")])
     printed = capsys.readouterr().out
-    assert "differs in image_size: [48, 48] and [32, 32]" in printed
-    assert "differs in crop: None and centre square, antialiased bicubic" in printed
+    assert "differs in image_size: [48, 48] and [32, 48]" in printed
+    assert "differs in crop: None and largest centre window of height to width 32:48, antialiased bicubic" in printed
     assert "differs in extractor" not in printed
     main(["compare", str(first), str(first)])
     assert "the protocols are the same" in capsys.readouterr().out
