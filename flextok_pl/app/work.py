@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flextok_pl.channels import visible
 from flextok_pl.contracts import ImageSize
 from flextok_pl.data.image_files import extension_of
 from flextok_pl.data.pictures import open_pictures
-from flextok_pl.data.transforms import PictureError, center_crop, decode_image, inspect_image, to_tensor
+from flextok_pl.data.transforms import MODES, PictureError, center_crop, decode_image, inspect_image, to_tensor
 from flextok_pl.evaluation.generation import Prompt
 from flextok_pl.flow.decoding import Decoding
 from flextok_pl.metrics.images import to_uint8
@@ -72,15 +73,15 @@ def read_upload(data: bytes) -> Image.Image:
         raise ValueError(f"The file cannot be read as a picture ({error}); save it as PNG or JPEG.") from error
 
 
-def example_pictures(source: str, size: ImageSize, count: int) -> list[Image.Image]:
-    """Read the first pictures of a folder or shard set, cropped to this size."""
-    loader, _ = open_pictures(source, size, batch_size=count)
+def example_pictures(source: str, size: ImageSize, count: int, channels: int = 3) -> list[Image.Image]:
+    """Read the first pictures of a folder or shard set, cropped to this size, with a tokenizer's channels."""
+    loader, _ = open_pictures(source, size, batch_size=count, channels=channels)
     return as_pictures(next(iter(loader))["image"])
 
 
 def tokenized(tokenizer: FlexTok, image: Image.Image, size: ImageSize) -> Picture:
     """Tokenize the middle of a picture, scaled to this size."""
-    square = center_crop(image, size)
+    square = center_crop(image.convert(MODES[tokenizer.image_channels]), size)
     return Picture(square, tokenizer.tokenize(to_tensor([square]))[0].cpu())
 
 
@@ -96,8 +97,8 @@ def decoded(tokenizer: FlexTok, tokens: Tensor, decoding: Decoding, seed: int) -
 
 
 def as_pictures(images: Tensor) -> list[Image.Image]:
-    """Convert (B, 3, H, W), floating point in [-1, 1] or uint8, to Pillow's pictures."""
-    pixels = images if images.dtype == torch.uint8 else to_uint8(images)
+    """Convert (B, C, H, W), floating point in [-1, 1] or uint8, to Pillow's pictures, as RGB."""
+    pixels = visible(images if images.dtype == torch.uint8 else to_uint8(images))
     return [Image.fromarray(each) for each in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 

@@ -62,7 +62,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     tok, size = models.tokenizer, picture_size(models.tokenizer)
     decoding = chosen_decoding(tok.config, chosen_decoding(models.published)).under(tok.config.objective)
     built = build_verifiers(verifiers, (), models.known, tok, size, decoding, tok.device)
-    examples = example_pictures(given.examples or str(EXAMPLES), size, 8)
+    examples = example_pictures(given.examples or str(EXAMPLES), size, 8, tok.image_channels)
     page = build_page(models, size, decoding, {each.name: each for each in (Likelihood(), built)}, examples)
     address = launch(page, given.host, given.port)
     if given.host not in ("127.0.0.1", "::1", "localhost"):

@@ -110,7 +110,7 @@ def compare_decodings(
     if chosen not in known:
         raise ValueError(f"metric={metric!r} must be one of {known}, for which smaller is better")
     size = picture_size(tok)
-    loader, count = open_pictures(reference, size, batch_size, num_workers)
+    loader, count = open_pictures(reference, size, batch_size, num_workers, tok.image_channels)
     if count < 2:
         raise ValueError(f"reference={reference!r} holds {count} picture, but a distance needs two: add pictures to it")
     kind = ReconstructionStatistics if source is None else GenerationStatistics

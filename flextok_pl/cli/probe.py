@@ -96,7 +96,11 @@ def _accuracy(classifier: LinearProbe, features: Tensor, labels: Tensor) -> dict
 def _codes(tok: FlexTok, source: str, batch_size: int, num_workers: int) -> tuple[Tensor, Tensor]:
     """(N, K, L) codes and (N,) classes of the samples that have one."""
     data = ShardDataModule(
-        test=source, image_size=picture_size(tok), eval_batch_size=batch_size, num_workers=num_workers
+        test=source,
+        image_size=picture_size(tok),
+        eval_batch_size=batch_size,
+        num_workers=num_workers,
+        channels=tok.image_channels,
     )
     made_by = data.tokenizer
     if made_by is not None and not same_maker(made_by, tok.identity()):

@@ -36,6 +36,9 @@ OF_BATCHES = {
 }
 """Group -> its options that affect a loss, beside those of the model."""
 
+OF_PICTURES = ("image_size", "channels", "labels", "cache_dir")
+"""Options of `data` that decide how pictures are read."""
+
 
 @dataclass(frozen=True)
 class RunContents:
@@ -182,21 +185,20 @@ class RunContents:
         Raises:
             ValueError: they do not exist.
         """
-        own = self.group("data")
+        own = dict(self.group("data"))
         chosen = source or own.get("val")
         if chosen is None:
             raise ValueError("the run names no validation set: give --data")
         if isinstance(chosen, str) and "://" not in chosen and not Path(chosen).expanduser().exists():
             raise ValueError(f"{chosen} does not exist: run this where the training was started, or give --data")
-        size = own.get("image_size")
-        if size is None and self.kind == "tokenizer" and (tok := self.tokenizer()) is not None:
-            size = picture_size(tok)
+        if own.get("image_size") is None and self.kind == "tokenizer" and (tok := self.tokenizer()) is not None:
+            own |= {"image_size": picture_size(tok), "channels": tok.image_channels}
         return ShardDataModule(
             val=chosen,
-            image_size=256 if size is None else size,
             eval_batch_size=min(32, own.get("eval_batch_size") or own.get("batch_size") or 32),
             num_workers=0,
             val_limit=samples,
+            **{name: own[name] for name in OF_PICTURES if own.get(name) is not None},
         )
 
 

@@ -126,7 +126,7 @@ def tokenize_shards(
         image_size=image_size or picture_size(tok),
         encode_text=None if encoder is None else lambda texts: encoder(texts, truncate=True),
         text_encoder_id=None if encoder is None else {"name": encoder.name, "max_length": encoder.max_length},
-        channels=tok.require_vae().config.image_channels,
+        channels=tok.image_channels,
         **options,
     )
 
@@ -174,7 +174,7 @@ def reconstruct_images(
     columns: dict[str | int, list[Tensor]] = {"original": [], **{budget: [] for budget in wanted}}
     tiles = 0
     for number, file in enumerate(images):
-        picture = picture_tensor(read_picture(Path(file).expanduser()))  # (3, H, W)
+        picture = picture_tensor(read_picture(Path(file).expanduser(), tok.image_channels))  # (C, H, W)
         made = tokenize_picture(tok, picture.to(place), tiled, overlap)
         tiles += len(made.tokens)
         columns["original"].append(to_uint8(made.picture).cpu())

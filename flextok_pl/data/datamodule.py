@@ -20,7 +20,7 @@ from flextok_pl.data.samples import Collate, Decoder
 from flextok_pl.data.shards.index import ShardError, ShardIndex
 from flextok_pl.data.shards.sources import load_indices, require_same_classes, require_same_kind, require_same_origin
 from flextok_pl.data.stream import CachedBatches, EpochPlan, EpochStream, ShardSet, StreamedBatches
-from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, MODES, Augmentation, crop_name, enlarges
+from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, Augmentation, check_channels, crop_name, enlarges
 from flextok_pl.distributed import rank, world_size
 from flextok_pl.progress import announced, say
 
@@ -106,11 +106,7 @@ class ShardDataModule(pl.LightningDataModule):
         self._shapes = None if self.shapes is None else checked_shapes(self.shapes)
         if self.eval_shapes and self.shapes is None:
             raise ValueError("eval_shapes=true needs shapes, a list of [height, width]")
-        if self.channels not in MODES:
-            raise ValueError(
-                f"channels={self.channels} must be 1 (grey), 3 (colour) or 4 (colour with opacity), as in picture "
-                "files; write pictures of other channels as latents (write_latents)"
-            )
+        check_channels(self.channels)
         minima = {"batch_size": 1, "eval_batch_size": 1, "lanes": 1}
         for name, least in {**minima, "num_workers": 0, "shuffle_buffer": 0, "max_skipped": 0}.items():
             value = getattr(self, name)

@@ -83,6 +83,15 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's modes by number of channels: grey, colour, colour with opacity."""
 
 
+def check_channels(channels: int) -> None:
+    """Refuse a number of channels that picture files do not have."""
+    if channels not in MODES:
+        raise ValueError(
+            f"channels={channels} must be 1 (grey), 3 (colour) or 4 (colour with opacity), as in picture files; write "
+            "pictures of other channels as latents (write_latents)"
+        )
+
+
 def decode_image(data: bytes, least: tuple[int, int] | None = None, channels: int = 3) -> Image.Image:
     """Decode a picture of any common kind to 8-bit RGB, grey or RGBA, by the number of channels.
 

@@ -35,9 +35,9 @@ PROBE_SEED = 0
 NONE = torch.zeros(0, dtype=torch.int64)
 
 
-def probe_data(source: str, image_size: ImageSize, classes: Sequence[str] = ()) -> ShardDataModule:
+def probe_data(source: str, image_size: ImageSize, classes: Sequence[str] = (), channels: int = 3) -> ShardDataModule:
     """Open the images for a probe as a test set; see `fitted_probe`."""
-    data = ShardDataModule(test=source, image_size=image_size, eval_batch_size=64, num_workers=0)
+    data = ShardDataModule(test=source, image_size=image_size, eval_batch_size=64, num_workers=0, channels=channels)
     index = data.shard_set("test").indices[0]
     if "image" not in index.fields or not index.classes:
         raise ValueError(
@@ -76,7 +76,8 @@ def tokenizer_probe(
     made_by = [digest, decoding.num_steps, decoding.guidance, decoding.guidance_scale, seed]
     if decoding.guidance_interval != EVERYWHERE:
         made_by.append(decoding.guidance_interval)
-    probe = fitted_probe(source, image_size, extractor, reconstruct, made_by, cache_dir, classes)
+    channels = getattr(tokenizer, "image_channels", 3)
+    probe = fitted_probe(source, image_size, extractor, reconstruct, made_by, cache_dir, classes, channels)
     return probe.to(extractor.device)
 
 
@@ -88,13 +89,14 @@ def fitted_probe(
     made_by: Sequence[object],
     cache_dir: Path | None,
     classes: Sequence[str] = (),
+    channels: int = 3,
 ) -> LinearProbe:
     """Fit a probe, or load the one that was fitted to the same images before. All processes must call it.
 
-    `reconstruct` turns (B, 3, H, W) in [-1, 1] and their keys into uint8 reconstructions, and `made_by`, of JSON types,
-    identifies it. `classes` are the names of the expected classes; empty if they are unknown.
+    `reconstruct` turns (B, channels, H, W) in [-1, 1] and their keys into uint8 reconstructions, and `made_by`, of JSON
+    types, identifies it. `classes` are the names of the expected classes; empty if they are unknown.
     """
-    data = probe_data(source, image_size, classes)
+    data = probe_data(source, image_size, classes, channels)
     key = [VERSION, data.data_hash("test"), extractor.name, extractor.weights_hash, extractor.resize, *made_by]
     file = None if cache_dir is None else kept_file(cache_dir, "probe_", key)
     if file is not None and all_agree(file.is_file()):

@@ -151,6 +151,11 @@ class FlexTok(PretrainedModel):
             )
         return self.vae.module if isinstance(self.vae, Frozen) else self.vae
 
+    @property
+    def image_channels(self) -> int:
+        """Channels of the pictures that it takes; raises a `ValueError` without an autoencoder."""
+        return self.require_vae().config.image_channels
+
     def encode_latents(
         self, images: Tensor, sample_posterior: bool = False, generator: torch.Generator | None = None
     ) -> Tensor:
@@ -224,7 +229,7 @@ class FlexTok(PretrainedModel):
         Raises:
             ValueError: an argument does not fit the model.
         """
-        images = as_images(images, self.require_vae().config.image_channels).to(self.device)
+        images = as_images(images, self.image_channels).to(self.device)
         self.config.grid_of(images.shape[2:])
         latents = self.encode_latents(images)
         budgets = as_budgets(num_tokens, [self.num_registers] * len(latents), self.num_registers)

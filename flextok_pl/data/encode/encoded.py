@@ -29,7 +29,7 @@ from flextok_pl.data.shards.sizes import size_text
 from flextok_pl.data.shards.sources import load_indices
 from flextok_pl.data.shards.writer import Sample, complete_shard, shard_name, shard_sizes, write_index, write_shard
 from flextok_pl.data.stream import EpochPlan, ShardSet, StreamedBatches
-from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, MODES, Augmentation
+from flextok_pl.data.transforms import DEFAULT_AUGMENTATION, Augmentation, check_channels
 from flextok_pl.distributed import launched
 from flextok_pl.precision import frozen_networks_in
 
@@ -73,8 +73,7 @@ class Encoding:
         object.__setattr__(self, "image_size", checked_size(self.image_size))
         if self.shapes is not None:
             object.__setattr__(self, "shapes", [*checked_shapes(self.shapes)])
-        if self.channels not in MODES:
-            raise ValueError(f"channels={self.channels} must be 1 (grey), 3 (colour) or 4 (colour with opacity)")
+        check_channels(self.channels)
         minima = {"num_views": 1, "batch_size": 1, "num_workers": 0, "samples_per_shard": 1}
         for name, least in minima.items():
             if getattr(self, name) < least:
