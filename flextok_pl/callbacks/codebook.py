@@ -96,7 +96,7 @@ class CodebookReport(EvaluationCallback):
         pictures = {f"{split}/codes/entropy_by_position": picture}
         histograms = {f"{split}/codes/tokens": tokens}
         log_results(trainer, pl_module, self.step_of(trainer), self.values, pictures, histograms)
-        folder = run_folder(trainer) if self.output_dir is None else Path(self.output_dir)
+        folder = run_folder(trainer) if self.output_dir is None else Path(self.output_dir).expanduser()
         if split == "test" and trainer.is_global_zero:
             protocol = {
                 "num_samples": len(tokens),

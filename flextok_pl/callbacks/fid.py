@@ -98,7 +98,7 @@ class BudgetEvaluationCallback(EvaluationOptions, EvaluationCallback):
         chart = Chart(self.name, f"{split}: {heading}", "token budget", tags, curves)
         log_results(trainer, pl_module, self.step_of(trainer), chart.scalars, grid, chart=chart)
         in_fit = evaluation.context.in_fit
-        folder = run_folder(trainer) if self.output_dir is None else Path(self.output_dir)
+        folder = run_folder(trainer) if self.output_dir is None else Path(self.output_dir).expanduser()
         folder = folder / f"{self.name}_fit" if in_fit else folder
         if trainer.is_global_zero:
             results.write(folder, self.name, whole=not in_fit)

@@ -133,9 +133,9 @@ def compare_decodings(
         "device": place.type,
         "versions": versions(),
     }
-    table = _write(statistics, protocol, chosen, Path(out).expanduser())
+    table = _write(statistics, protocol, chosen, Path(out))
     print(format_columns([["tokens", "steps", "guidance", chosen], *table]))
-    print(f"best of {len(decodings)} combinations on {count} pictures; all numbers: {Path(out).expanduser()}")
+    print(f"best of {len(decodings)} combinations on {count} pictures; all numbers: {out}")
 
 
 def _measure(

@@ -68,7 +68,7 @@ def diagnose_run(
     """
     if num_samples < 0 or num_samples == 1:
         raise ValueError(f"num_samples={num_samples} must be at least 2, or 0 to run no model")
-    contents, place = RunContents.open(Path(run).expanduser()), default_device(device)
+    contents, place = RunContents.open(Path(run)), default_device(device)
     batches, no_data = _batches(contents, data, num_samples)
     outcomes: list[Outcome] = [
         *_of_logs(contents, batches),
@@ -90,7 +90,7 @@ def diagnose_run(
     print("\n".join(_lines(findings, left_out)))
     if json is not None:
         held = {"run": run, "steps": contents.steps, "findings": [each.as_dict() for each in findings]}
-        write_file(Path(json).expanduser(), json_module.dumps({**held, "left_out": left_out}, indent=1) + "\n")
+        write_file(Path(json), json_module.dumps({**held, "left_out": left_out}, indent=1) + "\n")
     if any(each.verdict == "wrong" for each in findings):
         raise SystemExit(WRONG)
 
@@ -124,7 +124,7 @@ def make_reference(runs: list[str], *, out: str, experiment: str | None = None, 
     seeds = [run.model.get("seed") for run in found]
     if len(set(map(str, seeds))) < len(seeds):
         raise ValueError(f"the runs have model.seed={seeds}: give runs with different seeds")
-    target = Path(out).expanduser()
+    target = Path(out)
     made_of.write(target)
     print(target)
 
@@ -188,11 +188,11 @@ def _of_speed(contents: RunContents, plan: str | None) -> Iterator[Outcome]:
     elif not speeds:
         yield "throughput", "the run has logged no train/images_per_s"
     else:
-        yield training_checks.throughput(median(speeds), planned_speed(Path(plan).expanduser()))
+        yield training_checks.throughput(median(speeds), planned_speed(Path(plan)))
 
 
 def _of_reference(contents: RunContents, given: str | None) -> Iterator[Outcome]:
-    file = shipped(contents.experiment) if given is None else Path(given).expanduser()
+    file = shipped(contents.experiment) if given is None else Path(given)
     if file is None:
         yield "reference", f"there are no curves of {contents.experiment}: give --reference"
         return

@@ -48,24 +48,28 @@ Named = list[tuple[str, str | None]]
 
 
 def read(arguments: Sequence[str]) -> tuple[Named, list[str]]:
-    """Separate options with their values from arguments without a name; each option takes one value."""
+    """Separate options with their values from arguments without a name; each option takes one value.
+
+    A `~` that begins a value becomes the home folder; the shell leaves the one in `--dst=~/shards`.
+    """
     named: Named = []
     free, rest = [], list(arguments)
     while rest:
         first = rest.pop(0)
         if not first.startswith("-") or not first.lstrip("-")[:1].isalpha():
-            free.append(first)
+            free.append(os.path.expanduser(first))
             continue
         name, equals, value = first.lstrip("-").partition("=")
         name = {"c": "config", "h": "help"}.get(name, name)
         takes_next = not equals and name != "print_config" and rest and not rest[0].startswith("--")
-        named.append((name, value if equals else rest.pop(0) if takes_next else None))
+        given = value if equals else rest.pop(0) if takes_next else None
+        named.append((name, given and os.path.expanduser(given)))
     return named, free
 
 
 def given_files(named: Named) -> list[Path]:
     """The files given by `--config`."""
-    return [Path(value).expanduser() for name, value in named if name == "config" and value is not None]
+    return [Path(value) for name, value in named if name == "config" and value is not None]
 
 
 def answer(name: str, arguments: Sequence[str]) -> list[str]:
@@ -261,7 +265,7 @@ def _check_inputs(named: Named, inputs: Sequence[str]) -> None:
             is_model = str(place).startswith(("/", "./", "../", "~")) and last in MODEL_FILES
             if (name in inputs or is_file or is_model) and _is_missing(place):
                 raise UserError(f"{name}={place}: there is no such file or folder")
-            if last in OUTPUTS and isinstance(place, str) and not _is_writable(Path(place).expanduser()):
+            if last in OUTPUTS and isinstance(place, str) and not _is_writable(Path(place)):
                 raise UserError(f"{name}={place}: it cannot be written; choose a folder that you may write to")
 
 
@@ -273,7 +277,7 @@ def _check_shards(name: str, named: Named, files: Sequence[tuple[Path, Any]]) ->
         given |= _content(file.parent / data) if isinstance(data, str) else data
     for each, value in named:
         if each == "data" and value is not None:
-            whole = _content(Path(value).expanduser()) if value.endswith(SUFFIXES[:3]) else yaml.safe_load(value)
+            whole = _content(Path(value)) if value.endswith(SUFFIXES[:3]) else yaml.safe_load(value)
             given |= whole if isinstance(whole, dict) else {}
         elif each.startswith("data."):
             given[each.removeprefix("data.")] = None if value == "null" else value

@@ -96,7 +96,7 @@ def generate_images(
         ).cpu()
         for budget in wanted
     }
-    target = Path(out).expanduser()
+    target = Path(out)
     names = [prompt.text or (f"class {prompt.label}" if known.kind == "class" else "") for prompt in prompts]
     save_png(image_grid(images.items(), names), target)
     print(f"{target}: pictures: {len(prompts)}, at {wanted} tokens")

@@ -106,7 +106,7 @@ class PlanCLI(ParsingCLI):
         plan = make_plan(options, self.experiment, self._given)
         print(describe(plan))
         if options.json is not None:
-            write_file(Path(options.json).expanduser(), json.dumps(plan, indent=2) + "\n")
+            write_file(Path(options.json), json.dumps(plan, indent=2) + "\n")
 
 
 def run(command: str, arguments: Sequence[str]) -> None:

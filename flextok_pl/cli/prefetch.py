@@ -169,7 +169,7 @@ def prefetch(items: Sequence[Wanted], to: str | None = None, check: bool = False
     Raises:
         UserError: some are missing; the others have been fetched.
     """
-    folder = None if to is None else Path(to).expanduser().absolute()
+    folder = None if to is None else Path(to).absolute()
     places = Places.usual() if folder is None else Places.below(folder)
     if not items:
         print("this experiment fetches nothing")

@@ -80,7 +80,7 @@ def probe_tokens(
         f"class would reach {share:.2f} and {1 / len(classes):.2f}"
     )
     if json is not None:
-        write_json(records, Path(json).expanduser())
+        write_json(records, Path(json))
 
 
 def _accuracy(classifier: LinearProbe, features: Tensor, labels: Tensor) -> dict[str, float]:

@@ -61,7 +61,7 @@ def push_model(
 
 def _model(source: str) -> tuple[Publishable, Path | None]:
     """Load a model, and find the folder of its run."""
-    place = Path(source).expanduser()
+    place = Path(source)
     for folder in (place / "vae", place):
         if (folder / "diffusion_pytorch_model.safetensors").is_file():
             return VAE.from_pretrained(folder), place

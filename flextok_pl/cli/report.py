@@ -55,7 +55,7 @@ def write_report(folder: str, out: str | None = None, dataset: Literal["imagenet
         dataset: `imagenet256` states that the images are ImageNet's validation set at 256 px; the page then also shows
             published FIDs of other models.
     """
-    place = Path(folder).expanduser()
+    place = Path(folder)
     results = {kind: read_records(place / f"{kind}.json") for kind in KINDS if (place / f"{kind}.json").is_file()}
     if not results:
         raise ValueError(f"{place} has neither rfid.json nor gfid.json: run `flextok test` or `make eval-fid` first")
@@ -69,7 +69,7 @@ def write_report(folder: str, out: str | None = None, dataset: Literal["imagenet
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{STYLE}</style></head>\n<body><h1>{escape(title)}</h1>\n{''.join(sections)}</body></html>\n"
     )
-    target = place / "report.html" if out is None else Path(out).expanduser()
+    target = place / "report.html" if out is None else Path(out)
     write_file(target, page)
     print(target)
 

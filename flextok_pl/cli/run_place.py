@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -67,7 +68,7 @@ class RunPlace:
                 options.name = experiment
         dirs = [_chosen_folder(each) for each in self._loggers]
         save_dir = next((each for each in dirs if each is not None), trainer.default_root_dir or "runs")
-        self._save_dir, self._name = str(save_dir), (filed[0].get("name") or "") if filed else experiment
+        self._save_dir, self._name = os.path.expanduser(save_dir), (filed[0].get("name") or "") if filed else experiment
         self.parent = Path(self._save_dir, self._name)
         self.version: int | str | None = filed[0].get("version") if filed else None
         if run is not None:

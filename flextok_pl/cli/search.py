@@ -108,7 +108,7 @@ def with_defaults(options: SearchOptions, models: Models, given: Collection[str]
 
 def search_images(models: Models, given: RunOptions, options: SearchOptions, verifiers: VerifierOptions) -> None:
     """Search with these options, and print where the results are."""
-    file = None if given.prompts is None else Path(given.prompts).expanduser()
+    file = None if given.prompts is None else Path(given.prompts)
     prompts = prompts_from_options(models.known, given.classes, given.texts, file, given.limit, given.samples)
     tok = models.tokenizer
     decoding = options.decoding.under(tok.config.objective)
@@ -122,7 +122,7 @@ def search_images(models: Models, given: RunOptions, options: SearchOptions, ver
         "versions": versions(),
         "class_names": models.known.class_names,
     }
-    folder = RunFolder(Path(given.out).expanduser(), protocol)
+    folder = RunFolder(Path(given.out), protocol)
     searcher = Searcher(models.prior, tok, verifier, models.condition, options)
     records = search_prompts(searcher, prompts, folder, given.trees)
     if records is not None:
@@ -239,7 +239,7 @@ def measure_searches(
     for folder in folders:
         found = measure_run(folder, network, judges.of, clip_score, real, batch_size, seed)
         records += [{**record, **protocol} for record in found]
-    target = Path(out).expanduser()
+    target = Path(out)
     write_json(records, target / "quality.json")
     save_figure(plot_quality(records, against), target / "quality.png")
     print(_table(records, against))

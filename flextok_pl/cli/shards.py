@@ -98,7 +98,7 @@ def show_statistics(
     record = shard_statistics(load_indices(shards), pixel_samples, num_workers)
     print("\n".join(_lines(record)))
     if json is not None:
-        write_file(Path(json).expanduser(), dumps(record, indent=1, ensure_ascii=False) + "\n")
+        write_file(Path(json), dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 def _lines(record: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -189,7 +189,7 @@ def reconstruct_images(
                 guidance_interval=guidance_interval,
             )
             columns[budget].append(to_uint8(decoded).cpu())
-    target = Path(out).expanduser()
+    target = Path(out)
     save_png(image_grid([(heading, same_size(drawn)) for heading, drawn in columns.items()]), target)
     of = f" in {tiles} tiles" if tiles > len(images) else ""
     print(f"{target}: pictures: {len(images)}{of}, at {wanted} tokens")

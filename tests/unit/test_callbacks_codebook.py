@@ -76,9 +76,10 @@ def test_use_entropy_and_perplexity(tmp_path):
     assert events.Images("val/codes/entropy_by_position")[0].width == 600
 
 
-def test_a_test_leaves_files(tmp_path):
+def test_a_test_leaves_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
     samples = [{"image": torch.full((3, 2, 2), float(i)), "key": str(i), "label": i % 2} for i in range(8)]
-    callback = CodebookReport(output_dir=tmp_path)
+    callback = CodebookReport(output_dir=f"~/{tmp_path.name}")
     Trainer(accelerator="cpu", callbacks=[callback], logger=False, enable_progress_bar=False).test(
         Module(), DataLoader(samples, batch_size=3), verbose=False
     )

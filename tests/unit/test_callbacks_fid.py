@@ -219,8 +219,9 @@ def test_a_checkpoint_with_averaged_weights_is_named_so_where_it_is_tested(tmp_p
 
 
 @pytest.mark.parametrize(("limit", "read"), [(1, 5), (2, 10), (0.5, 10), (1.0, 17)])
-def test_limited_batches_say_so(tmp_path, limit, read):
-    callback = ReconstructionFID(cache_dir=None, output_dir=tmp_path, budgets=[8])
+def test_limited_batches_say_so(tmp_path, monkeypatch, limit, read):
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    callback = ReconstructionFID(cache_dir=None, output_dir=f"~/{tmp_path.name}", budgets=[8])
     evaluated(tmp_path, callback, limit_test_batches=limit)
     record = records_of(tmp_path)[0]
     assert (record["num_samples"], record["complete"]) == (read, read == 17)

@@ -245,6 +245,13 @@ def test_former_and_other_spellings(name: str, given: str, expected: str) -> Non
     assert answer(name, given.split()) == expected.split()
 
 
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(ROOT))
+    given = ["~/tests", "--dst=~/out", "--captions", "~/README.md"]
+    expected = [f"--captions={ROOT}/README.md", f"--src={ROOT}/tests", f"--dst={ROOT}/out"]
+    assert answer("data folder", given) == expected
+
+
 def test_help_of_groups(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, shown in (
         ([], "reconstruct "),

@@ -110,6 +110,8 @@ def configured(kind: str, **options: Any) -> Namespace:
         (options_of(True), "runs/x/y/version_3"),
         (options_of(None, "there"), "there/x/y/version_0"),
         (options_of(False, "there"), "there/x/y/version_0"),
+        (options_of(True, "~/there"), "~/there/x/y/version_0"),
+        (options_of(configured(CSV, save_dir="~", name="x", version=1)), "~/x/version_1"),
         (options_of([]), "runs/x/y/version_3"),
         (options_of(configured(CSV, save_dir="runs", name="lightning_logs", version=None)), "runs/x/y/version_3"),
         (options_of(configured(CSV, save_dir="runs", name="other", version=None)), "runs/other/version_0"),
@@ -122,6 +124,7 @@ def configured(kind: str, **options: Any) -> Namespace:
 def test_where_a_run_lies(trainer: Namespace, folder: str) -> None:
     for name in ("version_0", "version_2", "version_old", "mine"):
         Path("runs", "x", "y", name).mkdir(parents=True)
+    folder = os.path.expanduser(folder)
     place = RunPlace(trainer, "x/y")
     place.settle(go_on=False)
     assert place.folder == Path(folder)
