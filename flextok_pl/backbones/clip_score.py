@@ -4,6 +4,7 @@ CLIP score (Hessel et al., https://arxiv.org/abs/2104.08718) and PickScore (Kirs
 https://arxiv.org/abs/2305.01569). B pairs, D features.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,12 @@ class CLIPNetwork(MeasuringNetwork):
         with Pretrained(option, str(model)).loading(remedy, "pip install 'flextok_pl[text]'"):
             from transformers import CLIPModel, CLIPProcessor
 
-            loaded: Any = CLIPModel.from_pretrained(model, output_loading_info=True)
+            place = os.path.expanduser(model)
+            loaded: Any = CLIPModel.from_pretrained(place, output_loading_info=True)
             network, found = loaded
             if found["missing_keys"]:
                 raise ValueError(f"it lacks {sorted(found['missing_keys'])[0]}, which would stay random")
-            self.processor: Any = CLIPProcessor.from_pretrained(processor or model)
+            self.processor: Any = CLIPProcessor.from_pretrained(processor or place)
         super().__init__(str(model), network.float())
 
     def cosines(self, images: Tensor, texts: Sequence[str]) -> Tensor:
@@ -91,8 +93,8 @@ class PickScore(CLIPNetwork):
     """
 
     def __init__(self, model: Path | str = PICKSCORE) -> None:
-        own = any(Path(model).glob("*processor_config.json"))
-        super().__init__("pickscore", model, model if own else PICKSCORE_PROCESSOR)
+        own = any(Path(model).expanduser().glob("*processor_config.json"))
+        super().__init__("pickscore", model, None if own else PICKSCORE_PROCESSOR)
 
     def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """Score of each pair: (B, 3, H, W) uint8 and B texts -> (B,) float64, on the images' `summing_device`."""

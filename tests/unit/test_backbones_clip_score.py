@@ -41,11 +41,12 @@ def test_precision_does_not_follow_autocast(clip_folder):
     assert torch.equal(inside, clip(images, CAPTIONS))
 
 
-def test_weights_in_half_precision_compute_in_float32(clip_folder, tmp_path):
+def test_weights_in_half_precision_compute_in_float32(clip_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
     model = transformers.CLIPModel.from_pretrained(clip_folder).half()
     model.save_pretrained(tmp_path)
     transformers.CLIPProcessor.from_pretrained(clip_folder).save_pretrained(tmp_path)
-    clip = CLIPScore(tmp_path)
+    clip = CLIPScore(f"~/{tmp_path.name}")
     assert {p.dtype for p in clip.network.parameters()} == {torch.float32}
     images = _images(3)
     torch.testing.assert_close(clip(images, CAPTIONS), CLIPScore(clip_folder)(images, CAPTIONS), atol=1, rtol=0)

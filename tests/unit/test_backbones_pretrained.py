@@ -111,10 +111,11 @@ def network():
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_timm_model_from_a_file(tmp_path, network, suffix):
+def test_timm_model_from_a_file(tmp_path, monkeypatch, network, suffix):
+    monkeypatch.setenv("HOME", str(tmp_path))
     path = tmp_path / f"model.{suffix}"
     (torch.save if suffix == "pth" else save_file)(network.state_dict(), path)
-    classifier = TimmClassifier(MODEL, path)
+    classifier = TimmClassifier(MODEL, f"~/{path.name}")
     coarse = torch.rand(3, 3, 5, 5, generator=torch.Generator().manual_seed(1))
     images = (F.interpolate(coarse, size=(64, 80), mode="bilinear") * 255).to(torch.uint8)
     ours = classifier.probabilities(images, torch.zeros(3, 0))

@@ -59,8 +59,9 @@ def test_long_texts(minilm: TextEncoder) -> None:
         assert minilm([long], truncate=True).states.shape[1] == 16
 
 
-def test_a_local_t5(t5_folder: Path) -> None:
-    encoder = TextEncoder(str(t5_folder), dtype="bfloat16")
+def test_a_local_t5(t5_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(t5_folder.parent))
+    encoder = TextEncoder(f"~/{t5_folder.name}", dtype="bfloat16")
     states, mask = encoder(["red apple", "green"])
     assert states.shape == (2, 4, 16) and states.dtype == torch.float32 and mask.sum(1).tolist() == [4, 3]
     assert encoder.network.dtype == torch.bfloat16
