@@ -74,7 +74,7 @@ class PretendedDevice(TorchDispatchMode):
         super().__init__()
         self.watching = False
         self.waits: list[str] = []
-        self.pinned = set[int]()
+        self.pinned: dict[int, torch.UntypedStorage] = {}  # kept, or a pageable one could take its address
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -89,7 +89,8 @@ class PretendedDevice(TorchDispatchMode):
         elif packet is aten._pin_memory or kwargs.pop("pin_memory", False):
             assert not remote
             result = args[0].clone() if packet is aten._pin_memory else func(*args, **kwargs)
-            self.pinned.add(result.untyped_storage().data_ptr())
+            storage = result.untyped_storage()
+            self.pinned[storage.data_ptr()] = storage
             return result
         elif remote:
             self._note_wait(func, args, kwargs)

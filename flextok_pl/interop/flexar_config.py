@@ -24,7 +24,7 @@ LONGEST_TEXT = 512  # tokens, at which T5's tokenizers cut if there is no limit
 NOTES = ("tokenizer", "started_from")  # our options that are stored, with class_names, under the key flextok_pl
 MODEL_TYPES = {"text": "ar_text_to_image_model", "class": "ar_label_to_image_model"}
 
-_LAYER_NORMS = ("LayerNorm", "LayerNormFP32", "LPLayerNorm", "Fp32LayerNorm")
+_NORM_EPS = {"RMSNorm": 1e-6, "LayerNorm": 1e-5, "LayerNormFP32": 1e-5, "LPLayerNorm": 1e-5, "Fp32LayerNorm": 1e-5}
 _SELF_ATTENTION = ("EfficientAttention", "GenericAttention", "HFAttention", "DCLMAttention")
 _SCALED = ("EfficientAttention",)  # the others ignore their qk_scale
 _TAKES_MASK = ("GenericAttention", "DCLMAttention")  # for their own number of positions, so not for a text's
@@ -138,10 +138,10 @@ def _attn(text: bool) -> str:
 
 def _norm(section: Section) -> tuple[NormKind, float]:
     """Kind and eps."""
-    kind: NormKind = "rms" if section.name("RMSNorm", *_LAYER_NORMS) == "RMSNorm" else "layer"
-    eps = section.number("eps")
-    if eps is None:
-        raise ValueError(f"{section.path}.eps is missing, and tensors do not show it: write the value used in training")
+    name = section.name(*_NORM_EPS)
+    kind: NormKind = "rms" if name == "RMSNorm" else "layer"
+    eps = section.number("eps", _NORM_EPS[name])
+    assert eps is not None
     for key in ("elementwise_affine", "elementwise_gain"):
         section.must_be(key, True, "a norm without gain is not supported")
     for key in ("bias", "elementwise_bias"):

@@ -256,7 +256,6 @@ REFUSED: list[tuple[str, Change, str]] = [
     ("text", within("cross_attn_target", num_heads=4), "num_heads=4 differs from the 2 heads of self-attention"),
     ("class", within("attn_target", num_kv_heads=1), "attn_target.num_kv_heads=1 must be 2"),
     # silent
-    ("class", without("norm_layer", "eps"), "norm_layer.eps is missing, and tensors do not show it"),
     ("class", within("norm_layer", eps="1e-5x"), "norm_layer.eps=1e-5x must be a positive number"),
     ("class", lambda config, tensors: parts(config)[1].pop("ffn_target"), "ffn_target._target_=MLP, but there is a"),
     ("text", mlp(act_layer=None), "mlp.act_layer is missing"),
@@ -440,6 +439,8 @@ def test_defaults_of_the_published_classes(tmp_path: Path) -> None:
 
     assert Prior.from_pretrained(changed("text", in_the_block, tmp_path / "d")).config.activation == "gelu_tanh"
     assert Prior.from_pretrained(changed("class", in_the_block, tmp_path / "e")).config.activation == "gelu"
+    silent = Prior.from_pretrained(changed("class", without("norm_layer", "eps"), tmp_path / "f"))
+    assert silent.config.norm_eps == 1e-5, "LayerNorm's own"
 
 
 def test_what_a_release_says_of_its_use(tmp_path: Path) -> None:
