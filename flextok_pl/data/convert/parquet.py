@@ -59,7 +59,6 @@ def write_parquet(
         caption_column: column of texts; default none.
         classes: names of the classes by number, so that separately converted sets number them alike: a text file with
             one per line, a shard set that has them, or a list. Default those noted in the files, or the labels found.
-            per line, a shard set that has them, or a list; default those noted in the files, or the labels that occur.
         **options: those of `Conversion`.
 
     Returns:
