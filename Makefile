@@ -21,6 +21,7 @@ DEMO_TOKENIZER := flextok_pl/assets/tokenizer_demo.safetensors
 DEMO_PRIOR := flextok_pl/assets/prior_demo.safetensors
 
 DEMO_CHANGES := --augmentation.crop_scale [1.0,1.0] --augmentation.translate 0.1 --augmentation.scale [0.8,1.1]
+DEMO_MILD_CHANGES := --augmentation.crop_scale [1.0,1.0] --augmentation.translate 0.03 --augmentation.scale [0.95,1.05]
 
 # $(call named,FILES): the indices of the demo's shard sets that experiments name, in their files, in files that those name, or in ARGS.
 # $(call named,FILES,DELETE): the same without the lines that sed deletes by DELETE.
@@ -89,7 +90,8 @@ $(DEMO_FEATURES)/index.json: $(DEMO_DATA)/val/index.json | $(READY)
 
 # Made again for a newer or another tokenizer.
 $(DEMO_TOKENS)/index.json: $(CKPT) $(if $(filter $(CKPT),$(shell cat $(DEMO_TOKENS).of 2>/dev/null)),,force) | $(DEMO_DATA)/val/index.json
-	$(FLEXTOK) data tokens $(DEMO_DATA)/train $(DEMO_TOKENS) --tokenizer $(CKPT) --overwrite true
+	$(FLEXTOK) data tokens $(DEMO_DATA)/train $(DEMO_TOKENS) --tokenizer $(CKPT) --num-views 4 $(DEMO_MILD_CHANGES) \
+	    --overwrite true
 	@echo '$(CKPT)' > $(DEMO_TOKENS).of
 
 .PHONY: force

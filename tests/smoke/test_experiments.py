@@ -134,7 +134,7 @@ def test_presets_are_their_files(name: str) -> None:
 
 
 def test_networks_without_a_preset() -> None:
-    others = {"d18_d28_512px", "prior_demo_class", "prior_demo_text", "prior_tiny", "vae_c16", "vae_demo"}
+    others = {"d18_d28_512px", "demo_long", "prior_demo_class", "prior_demo_text", "prior_tiny", "vae_c16", "vae_demo"}
     assert set(names("nets")) - set(PRESETS) == {f"nets/{name}.yaml" for name in others}
     published = yaml.safe_load((EXPERIMENTS / "nets" / "vae_c16.yaml").read_text())
     assert config_from_dict(VAEConfig, published) == FlexTokConfig.preset("d18_d28").vae
