@@ -99,7 +99,7 @@ class Running:
         return (self.trial(number) / "version_0" / "metrics.jsonl").exists()
 
 
-@pytest.fixture(params=[pytest.param("local", marks=pytest.mark.long), "slurm"])
+@pytest.fixture(params=["local", "slurm"])
 def sweep(request: pytest.FixtureRequest, tmp_path: Path, image_shards: Path) -> Iterator[Running]:
     environment = dict(os.environ)
     if request.param == "slurm":
@@ -111,6 +111,7 @@ def sweep(request: pytest.FixtureRequest, tmp_path: Path, image_shards: Path) ->
         running.process.kill()
 
 
+@pytest.mark.long
 def test_every_trial_is_accounted_for(
     sweep: Running,
     request: pytest.FixtureRequest,

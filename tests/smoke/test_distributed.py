@@ -132,7 +132,7 @@ def keep_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def assert_same_training(run: Path, reference: Path) -> None:
     # torch sums the squares of a sharded gradient in float32 in another order, hence the norms' larger tolerance.
-    for tag, tolerance in (("train/loss", 1e-6), ("train/grad_norm", 5e-6)):
+    for tag, tolerance in (("train/loss", 1e-6), ("train/grad_norm", 2e-5)):
         values = logged(run, tag)
         assert len(values) == STEPS and values == pytest.approx(logged(reference, tag), rel=tolerance), tag
     assert_same_weights(run, reference)
