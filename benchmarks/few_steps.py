@@ -98,7 +98,7 @@ def draw(ways: dict[str, Way], images: torch.Tensor, keys: list[str], file: str)
     """Draw a row for each of some pictures at some budgets."""
     shown, budgets = images[[5, 45, 65, 85]], (1, 8, 64)
     tok = next(iter(ways.values()))[0]
-    tokens, names = tok.tokenize(shown), [f"{budget} tokens" for budget in budgets for _ in shown]
+    tokens, names = tok.tokenize(shown), [f"{budget} token{'s' * (budget > 1)}" for budget in budgets for _ in shown]
     columns = [("original", shown.repeat(len(budgets), 1, 1, 1))]
     for name, (tok, how) in ways.items():
         if how.guidance_interval == (0.0, 1.0):

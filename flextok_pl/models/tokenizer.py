@@ -321,8 +321,7 @@ class FlexTok(PretrainedModel):
             return x
         with full_precision(self.device):
             field = guided_field(self.decoder, codes, budgets, x)
-            joined = decoding.under(self.config.objective).sample(lambda x, *when: field(join(x), *when), x)
-            latents = join(joined)
+            latents = join(decoding.under(self.config.objective).sample(lambda x, *when: field(join(x), *when), x))
         return check_finite(latents, "the decoded latents", DIVERGED)
 
     @torch.no_grad()
@@ -341,8 +340,8 @@ class FlexTok(PretrainedModel):
     ) -> Tensor:
         """Decode images from tokens.
 
-        Steps and guidance default to the tokenizer's own (`config.num_steps` and so on), which a distilled one has, or
-        else to 25 steps with `apg` at 7.5.
+        Steps and guidance default to those that the tokenizer's file states (`config.num_steps` and so on), or else to
+        25 steps with `apg` at 7.5.
 
         A tokenizer with `objective="mse"` is deterministic and decodes in one step: steps, solver, guidance, generator
         and the values of `noise` have no effect.
