@@ -185,7 +185,8 @@ def tokenizer_flops(
 @lru_cache(maxsize=64)
 def prior_flops(config: PriorConfig, text_length: int = 1, checkpointing: bool = False, train: Trained = None) -> Flops:
     """A prior on one sequence of tokens, which attends to T positions of a text if it takes one."""
-    return count_flops(prior(config, text_length, False, True, train), config.depth, checkpointing, train is None)
+    part = prior(config, text_length, False, True, train)
+    return count_flops(part, config.depth, checkpointing, _apart(train, config.depth))
 
 
 def tokenizer_activations(
@@ -247,6 +248,13 @@ def all_blocks(train: Trained) -> Trained:
     return None if train is None else tuple(re.sub(r"\bblocks\.\d.*", "blocks", part) for part in train)
 
 
+def _apart(train: Trained, depth: int) -> int:
+    """Blocks that may differ in cost from later ones: the outer two if gradients do not reach all parts, or all."""
+    if train is None:
+        return 1
+    return 2 if all_blocks(train) == train else depth
+
+
 def _shape(config: FlexTokConfig) -> FlexTokConfig:
     """The configuration without options that do not change an image's cost, so that a sweep counts its trials once."""
     plain = replace(config, vae=None, repa_layer=None, nested_dropout="none", null_dropout=0.0, objective="flow")
@@ -258,7 +266,7 @@ def _flops_at_every_budget(
     config: FlexTokConfig, grid: Grid | None, checkpointing: bool, routing: Routing | None, train: Trained
 ) -> tuple[Tensor, Tensor]:
     def count(part: Part, depth: int) -> Flops:
-        return count_flops(part, depth, checkpointing, train is None)
+        return count_flops(part, depth, checkpointing, _apart(train, depth))
 
     return _at_every_budget(config, count, 2, grid, routing, train)
 
