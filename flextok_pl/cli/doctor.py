@@ -167,9 +167,8 @@ def _of_logs(contents: RunContents, batches: Sequence[Batch]) -> Iterator[Outcom
         yield token_checks.budgets_of_means(errors, progress, "squared error")
     model, warmup = contents.model, int(contents.model.get("warmup_steps") or 0)
     clip = contents.group("trainer").get("gradient_clip_val")
-    started = bool(model.get("init_from") or model.get("init"))
     few = "the run has logged too few values"
-    falls = training_checks.loss_falls(contents.curve("train/loss"), warmup, progress, started)
+    falls = training_checks.loss_falls(contents.curve("train/loss"), warmup, progress, _started_trained(contents))
     yield falls or ("loss-falls", few)
     yield training_checks.overfitting(contents.curve("val/loss")) or ("overfitting", few)
     yield training_checks.gradient_norm(contents.curve("train/grad_norm"), clip) or ("gradient-norm", few)
@@ -191,10 +190,17 @@ def _of_speed(contents: RunContents, plan: str | None) -> Iterator[Outcome]:
         yield training_checks.throughput(median(speeds), planned_speed(Path(plan)))
 
 
+def _started_trained(contents: RunContents) -> bool:
+    return bool(contents.model.get("init_from") or contents.model.get("init"))
+
+
 def _of_reference(contents: RunContents, given: str | None) -> Iterator[Outcome]:
     file = shipped(contents.experiment) if given is None else Path(given)
     if file is None:
         yield "reference", f"there are no curves of {contents.experiment}: give --reference"
+        return
+    if given is None and _started_trained(contents):
+        yield "reference", "the packaged curves are of untrained weights: give --reference"
         return
     found = against_reference(contents.curves, contents.options, Reference.read(file))
     yield found if isinstance(found, Finding) else ("reference", found)

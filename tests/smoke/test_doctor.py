@@ -144,6 +144,10 @@ def test_curves_of_other_runs(pictures, tmp_path, capsys):
     assert diagnosed(high, tmp_path, *few, status=3)[0]["reference"] == "wrong"
     with pytest.raises(SystemExit, match=r"model\.seed=\[0, 0\]: give runs with different seeds"):
         main(["doctor", "reference", str(runs[0]), str(high), "--out", str(file)])
+    tuned = run_folder(tmp_path / "tuned", pictures, lines=logs(end=0.4), init_from="tokenizer.safetensors")
+    config = tuned / "config.yaml"
+    config.write_text(config.read_text().replace("mine/x", "tokenizer/demo"))
+    assert "untrained weights" in diagnosed(tuned, tmp_path, "--num_samples", "0")[1]["reference"]
     other = run_folder(tmp_path / "other", pictures, lr=0.1, seed=7)
     with pytest.raises(SystemExit, match=r"model\.lr=0\.003, .* 0\.1: give runs of one experiment"):
         main(["doctor", "reference", str(runs[0]), str(other), "--out", str(file)])
