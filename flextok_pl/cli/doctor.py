@@ -200,7 +200,7 @@ def _of_reference(contents: RunContents, given: str | None) -> Iterator[Outcome]
         yield "reference", f"there are no curves of {contents.experiment}: give --reference"
         return
     if given is None and _started_trained(contents):
-        yield "reference", "the packaged curves are of untrained weights: give --reference"
+        yield "reference", "the packaged runs started from untrained weights, and this one did not: give --reference"
         return
     found = against_reference(contents.curves, contents.options, Reference.read(file))
     yield found if isinstance(found, Finding) else ("reference", found)
