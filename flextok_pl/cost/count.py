@@ -10,12 +10,13 @@ Shapes: B batch.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,10 +24,17 @@ from torch.utils.flop_counter import flop_registry
 
 FULL = 4  # bytes of a float32
 BATCHES = (1, 2, 3)  # numbers of samples that a step is counted with
-Step = Callable[[int], Tensor]
-"""A forward pass over B samples, up to a scalar."""
-Part = Callable[[int, bool], Step]
-"""Makes a model of that many blocks, with or without activation checkpointing, and returns its step."""
+
+
+class Model(NamedTuple):
+    """A model to count."""
+
+    step: Callable[[int], Tensor]  # a forward pass over B samples, up to a scalar
+    blocks: Iterable[nn.Module] = ()
+
+
+Part = Callable[[int, bool], Model]
+"""Makes a model of that many blocks, with or without activation checkpointing."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +141,9 @@ def count_flops(part: Part, depth: int, checkpointing: bool = False, apart: int 
 
     def of_blocks(blocks: int) -> Flops:
         with torch.device("meta"):
-            step = part(blocks, checkpointing)
+            model = part(blocks, checkpointing)
         with torch.enable_grad(), Count() as count:
-            loss = step(1)
+            loss = model.step(1)
             flops = Flops(count.operations, count.backward)
             if checkpointing and loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -153,24 +161,46 @@ def count_activations(part: Part, depth: int, numerics: Numerics) -> Activations
     # which no child process could train.
     torch.zeros((), requires_grad=True).backward()  # type: ignore[no-untyped-call]
     with FakeTensorMode():
-        kept, more_kept, inputs, more_inputs = (
-            _kept(part, blocks, checkpointing, numerics) for checkpointing in (False, True) for blocks in (1, 2)
-        )
-    block = more_kept - kept
-    return Activations(kept + block * (depth - 1), inputs + (more_inputs - inputs) * (depth - 1), block)
+        (kept, within), (more_kept, more_within) = (_kept(part, blocks, numerics) for blocks in (1, 2))
+    block, block_within = more_kept - kept, more_within - within
+    kept, within = kept + block * (depth - 1), within + block_within * (depth - 1)
+    return Activations(kept, kept - within, block)
 
 
-def _kept(part: Part, blocks: int, checkpointing: bool, numerics: Numerics) -> int:
-    """Bytes that a third sample adds after a forward pass, so that copies of weights do not count.
+def _kept(part: Part, blocks: int, numerics: Numerics) -> tuple[int, int]:
+    """Bytes that a third sample adds after a forward pass, all and those that checkpointed blocks would not keep.
 
-    A single sample may share memory that each of several samples needs.
+    So copies of weights do not count. A single sample may share memory that each of several samples needs.
     """
-    step, alive = part(blocks, checkpointing), list[int]()
-    for batch in BATCHES[1:]:
-        with Count() as count, torch.autocast("cpu", torch.bfloat16, enabled=numerics.autocast):
-            loss = step(batch)
-            alive.append(count.alive - loss.nbytes)
-    return alive[1] - alive[0]
+    model = part(blocks, False)
+    fewer, more = (_alive(model, batch, numerics) for batch in BATCHES[1:])
+    return more[0] - fewer[0], more[1] - fewer[1]
+
+
+def _alive(model: Model, batch: int, numerics: Numerics) -> tuple[int, int]:
+    """Bytes of the tensors after a forward pass, all and those that are neither inputs nor outputs of blocks."""
+    within, inputs = 0, list[Any]()
+
+    def enter(block: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal within
+        within -= count.alive
+
+    def leave(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        nonlocal within
+        given = {storage._cdata for storage in _storages(args)}
+        made = {storage._cdata: storage.nbytes() for storage in _storages(output)}
+        within += count.alive - sum(made[key] for key in made.keys() - given)
+        if any(value.requires_grad for value in tree_leaves(output) if isinstance(value, Tensor)):
+            inputs.append(args)  # as checkpointing keeps them, also those without gradients
+
+    with ExitStack() as stack:
+        for block in model.blocks:
+            stack.enter_context(block.register_forward_pre_hook(enter))
+            stack.enter_context(block.register_forward_hook(leave))
+        count = stack.enter_context(Count())
+        stack.enter_context(torch.autocast("cpu", torch.bfloat16, enabled=numerics.autocast))
+        loss = model.step(batch)
+        return count.alive - loss.nbytes, within
 
 
 def image_work(call: Callable[[Tensor], object], size: tuple[int, int], image_channels: int = 3) -> tuple[float, float]:

@@ -24,9 +24,9 @@ from flextok_pl.cost.count import (
     Activations,
     Count,
     Flops,
+    Model,
     Numerics,
     Part,
-    Step,
     count_activations,
     count_flops,
 )
@@ -58,7 +58,7 @@ RARE_DEVIATIONS = 3.09  # of a normal distribution: one case of a thousand is be
 def encoder(config: FlexTokConfig, kept: int, grid: Grid, train: Trained = None) -> Part:
     """Register encoder and quantiser: k codes of images whose patches form this grid."""
 
-    def part(depth: int, checkpointing: bool) -> Step:
+    def part(depth: int, checkpointing: bool) -> Model:
         network, quantizer = RegisterEncoder(replace(config, encoder_depth=depth)), FSQ(config.fsq_levels)
         network.activation_checkpointing = checkpointing
         train_only(nn.ModuleDict({"encoder": network}), train)
@@ -68,7 +68,7 @@ def encoder(config: FlexTokConfig, kept: int, grid: Grid, train: Trained = None)
             latents = _latents(network, config, grid, batch)
             return quantizer(network(latents, _without_values(layouts[batch], latents))).sum()  # type: ignore[no-any-return]
 
-        return step
+        return Model(step, network.blocks)
 
     layouts = {batch: code_layout(config, *_images(config, kept, grid, batch)) for batch in BATCHES}
     return part
@@ -77,7 +77,7 @@ def encoder(config: FlexTokConfig, kept: int, grid: Grid, train: Trained = None)
 def decoder(config: FlexTokConfig, kept: int, grid: Grid, train: Trained = None) -> Part:
     """Flow decoder and its loss, given k codes, or none."""
 
-    def part(depth: int, checkpointing: bool) -> Step:
+    def part(depth: int, checkpointing: bool) -> Model:
         network = FlowDecoder(replace(config, decoder_depth=depth, repa_layer=None))
         network.activation_checkpointing = checkpointing
         train_only(nn.ModuleDict({"decoder": network}), train)
@@ -89,7 +89,7 @@ def decoder(config: FlexTokConfig, kept: int, grid: Grid, train: Trained = None)
             velocity = network(latents, latents.new_empty(batch), codes, layout).velocity
             return velocity_loss(velocity, velocity_target(latents, noise)).mean()
 
-        return step
+        return Model(step, network.blocks)
 
     encoded = train is None or any(part.partition(".")[0] == "encoder" for part in train)  # with gradients
     layouts = {batch: token_layout(config, *_images(config, kept, grid, batch)) for batch in BATCHES}
@@ -99,7 +99,7 @@ def decoder(config: FlexTokConfig, kept: int, grid: Grid, train: Trained = None)
 def projection(kind: Projection, width: int, features: int, grid: Grid) -> Part:
     """REPA's projection from decoder width to the width of the teacher's features, and its loss; it has no blocks."""
 
-    def part(depth: int, checkpointing: bool) -> Step:
+    def part(depth: int, checkpointing: bool) -> Model:
         head = build_projection(kind, width, features)
 
         def step(batch: int) -> Tensor:
@@ -107,7 +107,7 @@ def projection(kind: Projection, width: int, features: int, grid: Grid) -> Part:
             patches.requires_grad_()
             return alignment_loss(head(patches, grid), patches.new_empty(batch, features, *grid))
 
-        return step
+        return Model(step)
 
     return part
 
@@ -117,7 +117,7 @@ def prior(
 ) -> Part:
     """A prior on a sequence of tokens, with a text of T positions if it takes one, to its last norm or its logits."""
 
-    def part(depth: int, checkpointing: bool) -> Step:
+    def part(depth: int, checkpointing: bool) -> Model:
         network = Prior(replace(config, depth=depth))
         network.checkpoint_activations(checkpointing)
         train_only(network, train)
@@ -134,7 +134,7 @@ def prior(
             hidden = network.hidden(tokens, text)
             return (network.head(hidden) if logits else hidden).sum()
 
-        return step
+        return Model(step, network.blocks)
 
     return part
 

@@ -94,12 +94,19 @@ def _file_of_records(folder: Path | None, kind: str, digest: str, results: str |
     if folder is None:
         return None
     beside = sorted(folder.parent.glob(f"*/{name}.json"), key=lambda file: file.stat().st_mtime)
-    found = [file for file in [*beside, folder / f"{name}.json"] if file.is_file() and _are_of(file, stated, digest)]
+    own = folder / f"{name}.json"
+    found = [file for file in [*beside, own] if file.is_file() and _are_of(file, stated, digest, others=file != own)]
     return found[-1] if found else None
 
 
-def _are_of(file: Path, stated: str, digest: str) -> bool:
-    records = read_records(file)
+def _are_of(file: Path, stated: str, digest: str, others: bool) -> bool:
+    """Check that records are of these weights; a file of `others` that cannot be read is left out."""
+    try:
+        records = read_records(file)
+    except ValueError:
+        if not others:
+            raise
+        return False
     return bool(records) and all(record.get(stated) == digest for record in records)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from flextok_pl.config import VAEConfig
-from flextok_pl.cost.count import Activations, Count, Flops, Numerics, Step, count_activations, count_flops
+from flextok_pl.cost.count import Activations, Count, Flops, Model, Numerics, count_activations, count_flops
 from flextok_pl.cost.models import vae_cost
 from flextok_pl.models.vae import VAE
 
@@ -17,19 +17,27 @@ ROWS, WIDTH = 5, 12
 PRODUCT = 2 * ROWS * WIDTH**2
 
 
-def layers(depth: int, checkpointing: bool) -> Step:
+class SquaredBetween(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(self.one(x).square())
+
+
+def layers(depth: int, checkpointing: bool) -> Model:
     """A projection, and blocks of two linear maps with a square between them."""
     first = nn.Linear(WIDTH, WIDTH)
-    blocks = nn.ModuleList(nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(2)) for _ in range(depth))
+    blocks = nn.ModuleList(SquaredBetween() for _ in range(depth))
 
     def step(batch: int) -> torch.Tensor:
         x = first(first.weight.new_empty(batch, ROWS, WIDTH))
-        for one, two in blocks:
-            run = lambda x, one=one, two=two: two(one(x).square())  # noqa: E731
-            x = checkpoint(run, x, use_reentrant=False) if checkpointing else run(x)
+        for block in blocks:
+            x = checkpoint(block, x, use_reentrant=False) if checkpointing else block(x)
         return x.sum()
 
-    return step
+    return Model(step, blocks)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])

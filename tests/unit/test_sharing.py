@@ -302,6 +302,8 @@ def test_the_command_says_what_to_give(tiny_tokenizer: Path, tmp_path: Path) -> 
 
 def test_records_must_be_of_these_weights(tok: FlexTok, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path, tok, digest="0123456789abcdef")
+    run.with_name("version_2").mkdir()
+    run.with_name("version_2").joinpath("rfid.json").write_text("{}")  # not this run's
     tok.push_to_hub("me/m", run=run, out=tmp_path / "out", **LICENCES)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "No evaluation of these weights was recorded." in card and "model-index" not in matter(card)
@@ -310,6 +312,9 @@ def test_records_must_be_of_these_weights(tok: FlexTok, tmp_path: Path, capsys: 
         tok.push_to_hub("me/m", records=run.with_name("version_1"), **LICENCES)
     with pytest.raises(ValueError, match="has no rfid.json"):
         tok.push_to_hub("me/m", records=run, **LICENCES)
+    (run / "rfid.json").write_text("{}")
+    with pytest.raises(ValueError, match="rfid.json is not a list of records"):
+        tok.push_to_hub("me/m", run=run, **LICENCES)
 
 
 def test_half_precision(tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
