@@ -137,6 +137,12 @@ class FlexTokCLI(LightningCLI):
         """Put the models of `--tokenizer` and `--prior` in the place of the experiment's."""
         config, tokenizer, prior = self.config, self.config.tokenizer, self.config.prior
         if tokenizer is None and prior is None:
+            options = config.model.get("init_args", {})
+            if config.ckpt_path is None and "init_from" in options and options["init_from"] is None:
+                raise UserError(
+                    f"there are no trained weights to {self.method}: give --tokenizer or --prior FILE, --ckpt_path "
+                    "last (the experiment's newest checkpoint) or FILE, or --model.init_from FILE"
+                )
             return
         if config.ckpt_path is not None:
             name = "tokenizer" if prior is None else "prior"

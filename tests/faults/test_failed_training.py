@@ -27,12 +27,13 @@ PLACES: dict[str, tuple[type, str]] = {
 
 
 @pytest.fixture
-def arguments(tiny: Any) -> Any:
+def arguments(tiny: Any, tiny_tokenizer: Path) -> Any:
     """Those of a command with two steps, each with a validation."""
 
     def given(command: str, num_workers: int, world_size: int, more: Mapping[str, Any] | None = None) -> list[str]:
         options = {"data.batch_size": 4, "data.num_workers": num_workers, "codebook": None, "trainer.max_steps": 2}
         options |= {"trainer.accelerator": "cpu", "trainer.devices": world_size, "trainer.val_check_interval": 1}
+        options |= {"model.init_from": str(tiny_tokenizer)} if command == "test" else {}
         return tiny(command, options | {"rfid.num_steps": 1, "rfid.cache_dir": None} | dict(more or {}))
 
     return given

@@ -231,6 +231,15 @@ def test_an_evaluation_by_two_processes_is_that_of_one(tiny: Any, tiny_tokenizer
         assert (workplace / "one" / picture).read_bytes() == (workplace / "two" / picture).read_bytes()
 
 
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_weights_must_be_given(
+    command: str, tiny: Any, tiny_tokenizer: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = error_of(capsys, *tiny(command))
+    assert f"no trained weights to {command}: give --tokenizer or --prior FILE" in message
+    main(tiny(command, {"model.init_from": str(tiny_tokenizer), "trainer.fast_dev_run": True, "rfid": None}))
+
+
 def test_wrong_tokenizer(tiny: Any, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = error_of(capsys, *tiny("test", {"tokenizer": "nowhere"}))
     assert "no checkpoint 'nowhere'" in message and "Union" not in message
