@@ -13,17 +13,18 @@ from typing import Any, Literal
 import torch
 
 from flextok_pl.config import PriorConfig, config_from_dict
-from flextok_pl.contracts import Batch, run_folder, same_maker
+from flextok_pl.contracts import Batch, same_maker
 from flextok_pl.cost.models import prior_flops
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.starting import Start
 from flextok_pl.models.text import TextEncoder
 from flextok_pl.models.token_loss import token_loss
+from flextok_pl.modules.export import export
 from flextok_pl.modules.prior_base import PriorBase, TokenOutputs
 from flextok_pl.modules.starting import StartedModule
 from flextok_pl.modules.steps import log_means, step_generator
 from flextok_pl.modules.width_transfer import WidthPart, check_base_width, rescale_initial_weights
-from flextok_pl.runtime.sharding import gather_for_evaluation, shard, shard_again, whole_weights
+from flextok_pl.runtime.sharding import gather_for_evaluation, shard, shard_again
 from flextok_pl.transfer import send
 
 _CLASS_NAMES = "class_names"
@@ -33,9 +34,8 @@ _CLASS_NAMES = "class_names"
 class PriorModule(StartedModule, PriorBase):
     """Trains a prior on token shards, or on images that it tokenizes during training.
 
-    At the end of a fit the current weights, averaged if an averaging callback runs, are exported as
-    `<log dir>/prior.safetensors`. The file states the hash of the tokenizer, the text encoder's name and the class
-    names.
+    The end of a fit exports it to the run's folder (`modules.export`). The file states the hash of the tokenizer, the
+    text encoder's name and the class names.
 
     Args:
         net: configuration of the prior.
@@ -209,9 +209,7 @@ class PriorModule(StartedModule, PriorBase):
 
     def on_train_end(self) -> None:
         """Export the prior; averaging callbacks have put their weights in place by now."""
-        folder, weights = run_folder(self.trainer), whole_weights(self.prior)
-        if self.trainer.is_global_zero:
-            print(f"prior exported to {self.prior.save_pretrained(folder / 'prior.safetensors', weights=weights)}")
+        export(self, "prior")
 
 
 def build_prior(net: PriorConfig, encoder: TextEncoder | None) -> Prior:

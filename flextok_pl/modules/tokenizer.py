@@ -54,9 +54,8 @@ class TokenizerModule(TokenizerTraining, StartedModule):
     """Trains the register encoder, the quantiser's codes and the flow decoder on VAE latents.
 
     Batches carry images, or latents of the same VAE with features of the same teacher. VAE and teacher are frozen:
-    neither averaged nor stored in checkpoints. The teacher is loaded only to train on images. At the end of a fit the
-    current weights, averaged if an averaging callback runs, are exported with the VAE as
-    `<log dir>/tokenizer.safetensors`.
+    neither averaged nor stored in checkpoints. The teacher is loaded only to train on images. The end of a fit exports
+    tokenizer and VAE to the run's folder (`modules.export`).
 
     Args:
         net: configuration of the tokenizer. The option `vae`, if given, replaces its `vae`.

@@ -11,23 +11,23 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from flextok_pl.contracts import Batch, run_folder, same_maker
+from flextok_pl.contracts import Batch, same_maker
 from flextok_pl.models.identity import latents_identity
 from flextok_pl.models.objective import TrainingDraws
 from flextok_pl.models.tokenizer import FlexTok
+from flextok_pl.modules.export import export
 from flextok_pl.modules.image_grids import Grid, grids_of, trained_on
 from flextok_pl.modules.loss_buckets import LossBuckets
 from flextok_pl.modules.resume import ResumableModule
 from flextok_pl.modules.steps import SampleMeans, log_means, logging_now
 from flextok_pl.runtime.lightning_internals import step_ends
-from flextok_pl.runtime.sharding import gather_for_evaluation, shard_again, whole_weights
+from flextok_pl.runtime.sharding import gather_for_evaluation, shard_again
 
 
 class TokenizerTraining(ResumableModule):
     """Trains `tokenizer`, or a part of it, on latents of its frozen autoencoder, made in training or stored.
 
-    At the end of a fit it exports the current weights, averaged if an averaging callback runs, as
-    `<log dir>/tokenizer.safetensors`.
+    The end of a fit exports the tokenizer to the run's folder (`modules.export`).
     """
 
     autoencoder_option: ClassVar[str] = "vae"
@@ -124,7 +124,4 @@ class TokenizerTraining(ResumableModule):
 
     def on_train_end(self) -> None:
         """Export the tokenizer; averaging callbacks have put their weights in place by now."""
-        folder, weights = run_folder(self.trainer), whole_weights(self.tokenizer)
-        if self.trainer.is_global_zero:
-            path = self.tokenizer.save_pretrained(folder / "tokenizer.safetensors", weights=weights)
-            print(f"tokenizer exported to {path}")
+        export(self, "tokenizer")

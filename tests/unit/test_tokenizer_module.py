@@ -22,6 +22,7 @@ from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.models.vae import VAE
 from flextok_pl.modules import TokenizerModule
 from flextok_pl.modules.loss_buckets import LossBuckets
+from flextok_pl.runtime import StepCheckpoint
 
 NET = FlexTokConfig(
     vae=VAEConfig(
@@ -142,6 +143,23 @@ def test_export_holds_the_averaged_weights_and_the_vae(tmp_path: Path) -> None:
     assert all(torch.equal(exported.vae.state_dict()[name], weight) for name, weight in vae.state_dict().items())
     images = Pictures(1)[0]["image"]
     assert torch.equal(exported.tokenize(images), network.reconstructor.tokenize(images))
+
+
+def test_the_best_checkpoint_is_exported_too(tmp_path: Path) -> None:
+    """Here the first of three, as it has the largest loss; frozen weights, which it lacks, are exported too."""
+    network = module(tmp_path)
+    best = StepCheckpoint(tmp_path / "kept", filename="best", monitor="val/loss", mode="max")
+    fit(tmp_path, network, 3, callbacks=[EMA(decay=0.5), best], val_check_interval=1, check_val_every_n_epoch=None)
+    stored = torch.load(tmp_path / "kept" / "best.ckpt", weights_only=True)
+    assert stored["global_step"] == 1
+    last, exported = (
+        FlexTok.from_pretrained(tmp_path / "run" / f"tokenizer{name}.safetensors").state_dict()
+        for name in ("", "_best")
+    )
+    assert exported.keys() == last.keys()
+    for name, weight in exported.items():
+        assert torch.equal(weight, stored["state_dict"].get(f"tokenizer.{name}", last[name])), name
+    assert not torch.equal(exported["decoder.head.proj.weight"], last["decoder.head.proj.weight"])
 
 
 def test_frozen_parts_are_neither_averaged_nor_stored(tmp_path: Path) -> None:
