@@ -90,9 +90,10 @@ def default_budgets(num_registers: int) -> list[int]:
 def class_difference(one: Sequence[str], other: Sequence[str]) -> str | None:
     """Describe the difference between two lists of class names; None if they are the same.
 
-    Names that only repeat the class numbers match any list of the same length.
+    Names that only repeat the class numbers match any list of the same length, except another order of themselves.
     """
     unnamed = any(tuple(names) == tuple(map(str, range(len(names)))) for names in (one, other))
+    unnamed = unnamed and set(one) != set(other)
     if tuple(one) == tuple(other) or (unnamed and len(one) == len(other)):
         return None
     facts = [f"{len(one)} and {len(other)} classes"] if len(one) != len(other) else []

@@ -28,8 +28,9 @@ class MetricsLog(Callback):
         stage = trainer.state.fn.value if trainer.state.fn is not None else "fit"
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
         flops = getattr(pl_module, "flops_per_sample", None)
-        if stage == "fit" and flops is not None:
-            batch = trainer.datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+        batch_size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+        if stage == "fit" and flops is not None and batch_size is not None:
+            batch = batch_size * trainer.world_size * trainer.accumulate_grad_batches
             metrics["train/flops"] = flops * batch * trainer.global_step
         entry = {"stage": stage, "epoch": trainer.current_epoch, "step": trainer.global_step, "metrics": metrics}
         file.parent.mkdir(parents=True, exist_ok=True)

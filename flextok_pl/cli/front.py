@@ -23,7 +23,7 @@ from flextok_pl.cli.options import Option, Options, describe, description_of, op
 from flextok_pl.data.shards.index import ShardError, ShardIndex
 from flextok_pl.errors import UserError
 
-MODELS = ("VAEModule", "TokenizerModule", "PriorModule")
+MODELS = ("VAEModule", "TokenizerModule", "PriorModule", "DistillationModule")
 """The classes of `flextok_pl.modules` that `model.class_path` can name."""
 
 GENERAL = {

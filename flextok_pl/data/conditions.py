@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 
 def class_index(given: int | str, names: Sequence[str], num_classes: int) -> int:
-    """The number of a class, given by number, by name in any case, or by part of exactly one name."""
+    """The number of a class, given by name, by number, by name in any case, or by part of exactly one name."""
     text = str(given).strip()
+    if isinstance(given, str) and text in names:  # which may be digits
+        return names.index(text)
     if text.lstrip("-").isdecimal():
         if not 0 <= int(text) < num_classes:
             raise ValueError(f"class {text} is not in 0..{num_classes - 1}, the classes of this prior")

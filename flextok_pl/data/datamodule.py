@@ -116,13 +116,15 @@ class ShardDataModule(pl.LightningDataModule):
             raise ValueError(f"val_limit={self.val_limit} must be at least 1, or null for all samples")
         if self.train_weights is not None:
             entries = len(self.train) if isinstance(self.train, list) else int(self.train is not None)
-            if len(self.train_weights) != entries or min(self.train_weights) <= 0:
+            if len(self.train_weights) != entries or not all(weight > 0 for weight in self.train_weights):
                 raise ValueError(
                     f"train_weights={self.train_weights} must be one positive number for each of the {entries} sets in "
                     "train"
                 )
         if all(source is None for source in self.sources.values()):
             raise ValueError("give at least one of train, val and test: the folder of a shard set")
+        if empty := [name for name, source in self.sources.items() if source == []]:
+            raise ValueError(f"{empty[0]}=[] names no set: give the folder of a shard set, or null for none")
         self._used: tuple[Split, ...] = ("train", "val", "test")  # those of a stage, once it is set up
         self._sets: dict[str, ShardSet] = {}
         self._streams: dict[str, EpochStream] = {}
@@ -277,14 +279,14 @@ class ShardDataModule(pl.LightningDataModule):
         return EpochLoader(self, self._stream(split), self.num_workers, pin_memory)
 
     def _stream(self, split: Split) -> EpochStream:
-        if split not in self._streams:
-            self._streams[split] = self._make_stream(split)
+        plan = self._plan(split)  # another one for a Trainer with other processes
+        if split not in self._streams or self._streams[split].plan != plan:
+            self._streams[split] = self._make_stream(split, plan)
         return self._streams[split]
 
-    def _make_stream(self, split: Split) -> EpochStream:
-        data, train = self.shard_set(split), split == "train"
-        rank, world_size = self._position()
-        plan = EpochPlan(
+    def _plan(self, split: Split) -> EpochPlan:
+        train, (rank, world_size) = split == "train", self._position()
+        return EpochPlan(
             batch_size=self.batch_size if train else self.eval_batch_size or self.batch_size,
             train=train,
             rank=rank,
@@ -294,6 +296,14 @@ class ShardDataModule(pl.LightningDataModule):
             limit=self.val_limit if split == "val" else None,
             lanes=self.lanes,
         )
+
+    def _make_stream(self, split: Split, plan: EpochPlan) -> EpochStream:
+        data, train, world_size = self.shard_set(split), plan.train, plan.world_size
+        if not train and (count := sum(map(len, data.chosen(plan.limit)))) < world_size:
+            raise ValueError(
+                f"data.{split} gives {count} samples to {world_size} processes, and each needs one: give more samples, "
+                f"or fewer devices{'' if plan.limit is None else f', or raise val_limit={plan.limit}'}"
+            )
         for bucket, mixture in zip(data.buckets, data.mixtures(), strict=True):
             if plan.train and plan.drop_last and mixture.length < plan.together:
                 what = f"shape {bucket.name} of the training set" if bucket.name else "the training set"

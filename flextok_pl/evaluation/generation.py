@@ -57,7 +57,8 @@ class GenerationEvaluation(BudgetEvaluation):
 
     def __init__(self, options: GenerationOptions, device: torch.device | str = "cpu") -> None:
         super().__init__(options, device)
-        self.classifier: Classifier | None = None  # a probe is fitted by the first start
+        self.classifier: Classifier | None = None  # a probe is fitted by the first start, and for another tokenizer
+        self._probe_of: tuple[Any, ...] | None = None
         if options.classifier not in (None, PROBE):
             self.classifier = TimmClassifier(options.classifier, options.classifier_weights)
         self.clip = None if options.clip is None else CLIPScore(options.clip)
@@ -77,8 +78,11 @@ class GenerationEvaluation(BudgetEvaluation):
         num_made = self._number_to_make(context)
         if self._has_classes:
             self._shown({})  # raises for unknown classes
-        if options.classifier_data is not None and self.classifier is None:
-            self.classifier = self._fitted_probe(options.classifier_data, context.image_size)
+        if options.classifier_data is not None:
+            learns_from = (module.reconstructor, context.image_size, tuple(module.class_names))
+            if learns_from != self._probe_of:
+                self.classifier = self._fitted_probe(options.classifier_data, context.image_size)
+                self._probe_of = learns_from
         judge, clip = self.classifier, self.clip
         if judge is not None and self._has_classes and judge.num_classes != module.num_classes:
             raise ValueError(

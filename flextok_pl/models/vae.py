@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import diffusers  # loads an architecture at its first use: half a second that only some commands pay
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from flextok_pl.config import VAEConfig
 from flextok_pl.config.checks import nearest_multiples
 from flextok_pl.downloads import Download, HubRepository
-from flextok_pl.files import write_file
+from flextok_pl.files import whole_files, write_file
 from flextok_pl.interop.autoencoder import read_vae_config, vae_config_from_diffusers, vae_config_to_diffusers
 from flextok_pl.interop.hub import PREFETCH, HubId
 from flextok_pl.models.arguments import as_images
@@ -102,15 +103,18 @@ class VAE(Publishable):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that `from_pretrained` reads, and diffusers too for the kind `kl`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(folder).expanduser()
         if self.config.kind == "pixel":
             write_file(folder / "config.json", json.dumps(vae_config_to_diffusers(self.config), indent=2) + "\n")
             return
         self.vae.register_to_config(
             scaling_factor=self.config.scaling_factor, shift_factor=self.config.shift_factor or None
         )
-        self.vae.save_pretrained(str(folder), safe_serialization=True)
+        names = [*self.file_names(), "config.json"]
+        with whole_files([folder / name for name in names]) as files, TemporaryDirectory(dir=folder) as written:
+            self.vae.save_pretrained(written, safe_serialization=True)
+            for file, name in zip(files, names, strict=True):
+                Path(written, name).replace(file)
 
     def file_names(self) -> list[str]:
         """The name that diffusers gives its file."""

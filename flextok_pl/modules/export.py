@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import lightning.pytorch as pl
+import torch
 
 from flextok_pl.contracts import run_folder
-from flextok_pl.runtime.checkpoint_files import without_tensors
 from flextok_pl.runtime.sharding import whole_weights
 
 
@@ -24,7 +24,7 @@ def export(module: pl.LightningModule, name: str) -> None:
         best = Path(getattr(callback, "best_model_path", ""))
         if getattr(callback, "monitor", None) in (None, "step") or not best.is_file():
             continue
-        state, prefix = without_tensors(best)["state_dict"], f"{name}."
+        state, prefix = torch.load(best, map_location="cpu", weights_only=True, mmap=True)["state_dict"], f"{name}."
         # Frozen weights are not in it; they are still those of `weights`.
         own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         path = network.save_pretrained(folder / f"{name}_best.safetensors", weights=weights | own)

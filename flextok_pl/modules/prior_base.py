@@ -74,6 +74,12 @@ class PriorBase(pl.LightningModule):
                 "model.text_encoder to the former, or write the shards without states"
             )
 
+        if encoder is not None and not self.prior.config.text_mask:
+            raise ValueError(
+                "the shards hold text states without padding, but net.text_mask=false lets the prior attend to the "
+                "padding's: write the shards without states (no --text_encoder)"
+            )
+
     def check_classes(self, classes: Sequence[str], source: str) -> None:
         """Check that a source, named in errors, numbers its classes as the prior does, if either has classes."""
         if not classes or self.condition_kind != "class":

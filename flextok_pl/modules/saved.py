@@ -11,6 +11,7 @@ from flextok_pl.models.prior import Prior
 from flextok_pl.models.text import TextEncoder
 from flextok_pl.models.tokenizer import FlexTok
 from flextok_pl.modules.prior_base import PriorBase
+from flextok_pl.modules.tokenizer_base import predicted_tokens
 
 
 class SavedTokenizer(pl.LightningModule):
@@ -32,7 +33,7 @@ class SavedTokenizer(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Tokens of a batch, (B, K) int64, with the samples' keys."""
-        return {"key": batch.get("key"), "tokens": self.tokenizer.tokenize(batch["image"])}
+        return predicted_tokens(self.tokenizer, batch)
 
 
 class SavedPrior(PriorBase):

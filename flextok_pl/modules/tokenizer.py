@@ -132,6 +132,8 @@ class TokenizerModule(TokenizerTraining, StartedModule):
         net = config_from_dict(FlexTokConfig, net) if isinstance(net, Mapping) else net  # from a checkpoint
         self.save_hyperparameters(ignore="net")
         self.hparams["net"] = dataclasses.asdict(net)  # plain types: a checkpoint must load with weights_only
+        if not 0.0 < timestep_shift < math.inf:
+            raise ValueError(f"timestep_shift={timestep_shift} must be a positive number; 1.0 leaves the law as it is")
         if not 0.0 <= pure_noise <= 1.0:
             raise ValueError(f"pure_noise={pure_noise} must be a share in [0, 1]")
         if net.objective == "mse" and (timestep_shift != 1.0 or pure_noise > 0):

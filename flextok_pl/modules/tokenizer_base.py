@@ -24,6 +24,13 @@ from flextok_pl.runtime.lightning_internals import step_ends
 from flextok_pl.runtime.sharding import gather_for_evaluation, shard_again
 
 
+def predicted_tokens(tokenizer: FlexTok, batch: Batch) -> dict[str, Any]:
+    """What `flextok predict` writes of a batch of images."""
+    if "image" not in batch:
+        raise ValueError(f"a tokenizer predicts from images, but data.test gives {sorted(batch)}: use image shards")
+    return {"key": batch.get("key"), "tokens": tokenizer.tokenize(batch["image"])}
+
+
 class TokenizerTraining(ResumableModule):
     """Trains `tokenizer`, or a part of it, on latents of its frozen autoencoder, made in training or stored.
 
@@ -106,7 +113,7 @@ class TokenizerTraining(ResumableModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Tokens of a batch, (B, K) int64, with the samples' keys."""
-        return {"key": batch.get("key"), "tokens": self.tokenizer.tokenize(batch["image"])}
+        return predicted_tokens(self.tokenizer, batch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the losses, of all processes, that wait for the next log."""

@@ -118,6 +118,7 @@ TINY = "--config experiments/tokenizer/tiny.yaml"
 WRONG = [
     ("fit", f"{TINY} --model.lrr 1", "no option model.lrr; did you mean model.lr?"),
     ("fit", f"{TINY} --model.net.causal_register false", "did you mean model.net.causal_registers?"),
+    ("fit", "--config experiments/tokenizer/distill_demo.yaml --model.num_stepz 3", "did you mean model.num_steps?"),
     ("fit", f"{TINY} --batch_size 1", "no option batch_size; did you mean data.batch_size?"),
     ("fit", f"{TINY} --trainer.max_step=1", "did you mean trainer.max_steps?"),
     ("fit", f"{TINY} --rfid.nosuch=1", "no option rfid.nosuch"),

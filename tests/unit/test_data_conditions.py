@@ -2,6 +2,7 @@
 
 import pytest
 
+from flextok_pl.contracts import class_difference
 from flextok_pl.data.conditions import class_index
 
 NAMES = ("tabby cat", "tiger cat", "goldfish", "red fox")
@@ -12,6 +13,13 @@ NAMES = ("tabby cat", "tiger cat", "goldfish", "red fox")
 )
 def test_classes_that_are_there(given: int | str, expected: int) -> None:
     assert class_index(given, NAMES, 4) == expected
+
+
+def test_names_of_digits() -> None:
+    names = ("1", "10", "2")  # of folders, in their order
+    assert [class_index(given, names, 3) for given in ("10", "2", 2, "0")] == [1, 2, 2, 0]
+    assert class_difference(("0", "1", "2"), ("a", "b", "c")) is None and class_difference(names, ("a", "b", "c"))
+    assert "is number" in str(class_difference(("0", "1", "10", "2"), ("0", "10", "1", "2")))
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,21 @@ def test_loaders_know_their_lengths(folders, cache):
     assert sum(len(batch["key"]) for batch in data.test_dataloader()) == 13
 
 
+@pytest.mark.parametrize("cache", [False, True])
+def test_loaders_follow_the_processes_and_the_batch_size(folders, cache, monkeypatch):
+    data, seen = module(folders, cache_in_memory=cache), []
+    for rank in (None, 0, 1):
+        if rank is not None:
+            monkeypatch.setattr(data, "_position", lambda rank=rank: (rank, 2))
+        seen.append([key for batch in data.train_dataloader() for key in batch["key"]])
+    assert len(seen[1]) == len(seen[2]) == 12 and not {*seen[1]} & {*seen[2]}
+    data.batch_size = 2
+    assert {len(batch["key"]) for batch in data.train_dataloader()} == {2}
+    data.val_limit = 1
+    with pytest.raises(ValueError, match="data.val gives 1 samples to 2 processes.* or raise val_limit=1"):
+        data.val_dataloader()
+
+
 @pytest.mark.parametrize("cache, workers", [(False, 0), (True, 0), (False, 2)])
 def test_epochs_differ_and_repeat_under_a_trainer(folders, tmp_path, cache, workers):
     runs = []
@@ -231,6 +246,8 @@ def test_augmentation_is_for_training_only(folders):
     ],
 )
 def test_bad_options_are_named(folders, options, message):
+    with pytest.raises(ValueError, match=r"train=\[\] names no set"):
+        ShardDataModule(train=[], train_weights=[], val=folders[1])
     with pytest.raises(ValueError, match=message):
         module(folders, **options)
 

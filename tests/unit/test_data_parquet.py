@@ -128,6 +128,15 @@ def test_plain_bytes_and_shrinking(tmp_path):
         assert image.size == (4, 3)
 
 
+def test_parts_without_rows(tmp_path, caplog):
+    write(tmp_path / "src" / "train-0.parquet", 2)
+    pq.write_table(pq.read_table(tmp_path / "src" / "train-0.parquet").slice(0, 0), tmp_path / "src" / "test-0.parquet")
+    found = write_parquet(str(tmp_path / "src"), tmp_path / "dst", num_workers=1)
+    assert list(found) == ["train"] and "split=test have no rows" in caplog.text
+    with pytest.raises(ValueError, match="src=.* has no rows"):
+        write_parquet(str(tmp_path / "src" / "test-0.parquet"), tmp_path / "empty", num_workers=1)
+
+
 def test_broken_rows(tmp_path):
     rows = [
         {"bytes": picture(0), "path": "x.png"},

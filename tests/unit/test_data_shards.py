@@ -134,11 +134,16 @@ def test_rerun_finds_a_damaged_shard(tmp_path):
         write_set(tmp_path)
 
 
-def test_interrupted_run_is_replaced_but_foreign_files_are_not(tmp_path):
-    start_set(tmp_path, {}, overwrite=False)
+def test_interrupted_run_is_replaced_on_request_but_foreign_files_are_not(tmp_path):
+    start_set(tmp_path, {"by": "hand"}, overwrite=False)
     (tmp_path / "shard-000000.tar").write_bytes(b"finished shard of an interrupted run")
     (tmp_path / ".shard-000001.tar.tmp").write_bytes(b"half")
-    assert write_set(tmp_path).num_samples == 9
+    with pytest.raises(
+        ShardError, match="unfinished.* other arguments: by='hand' instead of None, count=.* overwrite=true"
+    ):
+        write_set(tmp_path)
+    assert (tmp_path / "shard-000000.tar").exists()
+    assert write_set(tmp_path, overwrite=True).num_samples == 9
     assert PARTIAL_NAME not in os.listdir(tmp_path)
 
     foreign = tmp_path / "foreign"

@@ -132,6 +132,20 @@ def evaluate(tmp_path, prior=None, samples=None, split=5, **options):
 WITH_PROBE = {"classifier": "probe", "classifier_data": "somewhere"}
 
 
+def test_a_probe_is_of_the_tokenizer_that_is_measured(monkeypatch):
+    fitted = []
+    monkeypatch.setattr(
+        "flextok_pl.evaluation.generation.tokenizer_probe", lambda *given: fitted.append(given[3]) or probe()
+    )
+    evaluation = GenerationEvaluation(GenerationOptions(cache_dir=None, **WITH_PROBE))
+    first, other = BandPrior(), BandPrior()
+    other.reconstructor = BandTokenizer()
+    for prior in (first, first, other):
+        evaluation.start(prior, Context(12, image_size=SIDE, data_hash="one"))
+        evaluation.forget()
+    assert fitted == [first.reconstructor, other.reconstructor]
+
+
 def test_values_files_and_table(tmp_path, capsys):
     results = evaluate(tmp_path, num_samples=300, cfg_scale=1.5, **WITH_PROBE)
     assert list(results.values) == [1, 2, 4]

@@ -340,6 +340,13 @@ def test_data_that_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="differ in classes"):
         fit(tmp_path, module(), 1, differing)
     network = module()
+    network.prior.config = dataclasses.replace(
+        network.prior.config, text_mask=False, null_text_length=network.prior.config.text_length
+    )
+    states = Sequences()
+    states.text_encoder = {"name": "minilm"}  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"text states without padding, but net\.text_mask=false"):
+        fit(tmp_path, network, 1, states)
     with pytest.raises(ValueError, match="needs labels"):
         network.condition({"tokens": torch.zeros(1, K)})
 

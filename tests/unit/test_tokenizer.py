@@ -159,6 +159,9 @@ def test_configs_survive_json() -> None:
         ({"time_frequencies": 7}, "time_frequencies=7 must be a positive multiple of 2"),
         ({"latent_channels": 16}, "latent_channels=16.*12"),
         ({"null_dropout": 1.5}, "null_dropout=1.5"),
+        ({"mode_scale": -2.0}, r"mode_scale=-2.0 must be in \[-1, 1.7519\]"),
+        ({"nested_dropout": "uniforme"}, "nested_dropout='uniforme'"),
+        ({"timestep_law": "cosine"}, "timestep_law='cosine'"),
         ({"num_registers": 0}, "num_registers=0"),
     ],
 )

@@ -1,6 +1,7 @@
 """TokenizerModule: what a fit logs, stores, averages, exports and repeats. B batch, K registers."""
 
 import dataclasses
+import json
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
-from flextok_pl.callbacks import EMA, CodebookReport, ReconstructionFID
+from flextok_pl.callbacks import EMA, CodebookReport, MetricsLog, ReconstructionFID
 from flextok_pl.config import FlexTokConfig, VAEConfig
 from flextok_pl.contracts import weights_hash
 from flextok_pl.models.objective import sample_draws
@@ -410,6 +411,7 @@ def test_the_offline_teacher_sees_where_things_are(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"pure_noise": 1.5}, "pure_noise=1.5"),
+        ({"timestep_shift": 0.0}, "timestep_shift=0.0 must be a positive number"),
         ({"repa_until": 0.0}, "repa_until=0.0"),
         ({"repa_spatial_norm": 2.0}, "repa_spatial_norm=2.0"),
         ({"teacher": "effnet-lite2", "repa_projection": "linear"}, "repa_projection='linear'"),
@@ -422,6 +424,17 @@ def test_the_offline_teacher_sees_where_things_are(tmp_path: Path) -> None:
 def test_wrong_options(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         module(tmp_path, **options)
+
+
+def test_predictions_need_images(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"from images, but data.test gives \['key', 'latent'\]: use image shards"):
+        module(tmp_path).predict_step({"key": ["a"], "latent": torch.zeros(1, 24, 4, 4)}, 0)
+
+
+def test_a_log_of_metrics_without_a_data_module(tmp_path: Path) -> None:
+    fit(tmp_path, module(tmp_path), 3, callbacks=[MetricsLog()])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert "train/loss" in lines[-1]["metrics"] and "train/flops" not in lines[-1]["metrics"]
 
 
 def test_wrong_autoencoders(tmp_path: Path) -> None:

@@ -119,11 +119,30 @@ def test_shapes_are_checked(images: torch.Tensor) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"block_out_channels": (8, 18)}, {"down_block_types": ("DownEncoderBlock2D",), "block_out_channels": (8, 8)}],
+    [
+        {"block_out_channels": ()},
+        {"block_out_channels": (8, 18)},
+        {"down_block_types": ("DownEncoderBlock2D",), "block_out_channels": (8, 8)},
+    ],
 )
 def test_configs_are_checked(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         VAE(VAEConfig(norm_num_groups=4, **options))  # type: ignore[arg-type]
+
+
+def test_a_failed_write_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    VAE(SMALL).save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    model = VAE(SMALL)
+
+    def cut(folder: str, **_: object) -> None:
+        Path(folder, "diffusion_pytorch_model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model.vae, "save_pretrained", cut)
+    with pytest.raises(OSError, match="Free some space"):
+        model.save_pretrained(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_folders_are_checked(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def write_demo(
         "samples_per_shard": samples_per_shard,
         "versions": versions,
     }
-    folders = {split: Path(dst) / split for split in ("train", "val")}
+    folders = {split: Path(dst).expanduser() / split for split in ("train", "val")}
     ready = {split: start_set(folder, arguments, overwrite) for split, folder in folders.items()}
     if all(index is not None for index in ready.values()):
         return {split: index for split, index in ready.items() if index is not None}

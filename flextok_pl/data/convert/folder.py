@@ -56,7 +56,7 @@ def write_folder(
         ValueError: an option, a picture or a caption is invalid; the message names it.
     """
     conversion = Conversion(**options)
-    src, dst = Path(src), Path(dst)
+    src, dst = Path(src).expanduser(), Path(dst).expanduser()
     if not src.is_dir():
         raise ValueError(f"src={src} is not a folder")
     if not 0 <= val_fraction < 1:

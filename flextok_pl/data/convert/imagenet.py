@@ -75,7 +75,7 @@ def write_imagenet(
     Raises:
         ValueError: an option, a file of SRC or a picture is invalid; the message names it.
     """
-    src, dst = Path(src).expanduser(), Path(dst)
+    src, dst = Path(src).expanduser(), Path(dst).expanduser()
     check_choice("part", part, ("all", "train", "val"))
     conversion = Conversion(**options)
     asked = [name for name in TARS if part in ("all", name)]

@@ -7,6 +7,7 @@ even if row groups are large (Arrow puts up to 1,024 pictures into a page). pyar
 from __future__ import annotations
 
 import json
+import logging
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ from flextok_pl.data.shards.listing import listing_digest
 from flextok_pl.data.shards.writer import Sample
 from flextok_pl.data.transforms import inspect_image
 from flextok_pl.keys import text_hash
+
+_LOG = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 32
 
@@ -78,7 +81,7 @@ def write_parquet(
     found = _classes(columns.label, features, [group for chosen in groups.values() for group in chosen])
     labels = _labels(columns.label, features, found, given)
     names = given or found
-    result = {}
+    folder, result = Path(dst).expanduser(), {}
     for part, chosen in groups.items():
         arguments = {
             "writer": "parquet",
@@ -89,8 +92,11 @@ def write_parquet(
             **({} if given is None else {"classes": list(given)}),
         }
         reader = _RowReader(chosen, columns, labels, "" if part == "all" else f"{part}-", conversion)
+        if not reader.stops or not reader.stops[-1]:
+            _LOG.warning("%s: the files of split=%s have no rows; it is left out", src, part)
+            continue
         result[part] = conversion.write(
-            Path(dst) if part == "all" else Path(dst) / part,
+            folder if part == "all" else folder / part,
             range(reader.stops[-1]),
             reader,
             f"{part} shards",
@@ -99,6 +105,8 @@ def write_parquet(
             arguments=arguments,
             provenance={"source": src, "revision": revision},
         )
+    if not result:
+        raise ValueError(f"src={src} has no rows; give files with pictures")
     return result
 
 

@@ -70,7 +70,7 @@ def write_resharded(
         keys = _Keys(label_key, caption_key, None if image_key is None else image_key.lower())
         items, contents = _foreign(_tars(paths, src), conversion, keys, names)
     make = conversion.reader(Path("/"), needs_picture="image" in contents["fields"])
-    return conversion.write(Path(dst), items, make, "shards", **contents)
+    return conversion.write(Path(dst).expanduser(), items, make, "shards", **contents)
 
 
 def _tars(paths: Sequence[Path], src: str) -> list[Path]:

@@ -160,7 +160,7 @@ def write_encoded(
     source = [index.digest() for index in indices]
     makers = {role: by_all_weights(record) for role, record in made_by.items()}
     arguments = {"writer": writer, "source": source, **makers, **options, **encoding.arguments()}
-    folder, process = Path(dst), WriterRank(*launched())
+    folder, process = Path(dst).expanduser(), WriterRank(*launched())
     ready = process.start_set(folder, arguments, encoding.overwrite)
     if ready is not None:
         return ready

@@ -167,7 +167,7 @@ class ShardIndex:
         Raises:
             ShardError: the index is missing or invalid, or a shard is missing or of the wrong size.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         file = path if path.name == INDEX_NAME else path / INDEX_NAME
         if not file.is_file():
             reason = "is not a folder" if not file.parent.is_dir() else f"has no {INDEX_NAME}"

@@ -76,7 +76,7 @@ def start_set(folder: Path, arguments: Mapping[str, Any], overwrite: bool) -> Sh
     """Prepare a folder for a new shard set (None), or return the finished, intact set of equal arguments.
 
     The arguments, as JSON types, are those that decide the content. Shards of an interrupted run with equal arguments
-    are kept, for `complete_shard`. Another set, a damaged one, or foreign files raise `ShardError`.
+    are kept, for `complete_shard`. Another set, finished or not, a damaged one, or foreign files raise `ShardError`.
     """
     finished = (folder / INDEX_NAME).exists()
     if finished and not overwrite:
@@ -97,8 +97,15 @@ def start_set(folder: Path, arguments: Mapping[str, Any], overwrite: bool) -> Sh
             f"{folder} holds files that are not part of a shard set, such as {foreign[0].name}; choose an empty folder"
         )
     partial, text = folder / PARTIAL_NAME, json.dumps(dict(arguments), sort_keys=True)
-    if not finished and partial.exists() and partial.read_text(encoding="utf-8") == text:
-        return None
+    if not finished and partial.exists() and (begun := partial.read_text(encoding="utf-8")):
+        if begun == text:
+            return None
+        if not overwrite and len(leftovers) > 1:
+            changed = _changed(json.loads(begun), json.loads(text))
+            raise ShardError(
+                f"{folder} holds an unfinished shard set made with other arguments: {changed}; give those again to go "
+                "on with it, choose another folder, or pass overwrite=true to replace it"
+            )
     partial.write_text("", encoding="utf-8")  # marks the folder as ours; has arguments once no old file is left
     (folder / INDEX_NAME).unlink(missing_ok=True)  # before its shards
     for path in leftovers:
@@ -106,6 +113,11 @@ def start_set(folder: Path, arguments: Mapping[str, Any], overwrite: bool) -> Sh
             path.unlink()
     partial.write_text(text, encoding="utf-8")
     return None
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    return ", ".join(f"{name}={before.get(name)!r} instead of {now.get(name)!r}" for name in names)
 
 
 def shard_sizes(total: int, samples_per_shard: int) -> list[int]:
