@@ -13,11 +13,12 @@ from PIL import Image
 
 from flextok_pl.assets import DEMO_TOKENIZER
 from flextok_pl.cli import UserError, base_config, main
-from flextok_pl.config import FlexTokConfig, PriorConfig
+from flextok_pl.config import FlexTokConfig, PriorConfig, VAEConfig
 from flextok_pl.contracts import weights_hash
 from flextok_pl.data import ShardDataModule, ShardIndex
 from flextok_pl.models.prior import Prior
 from flextok_pl.models.tokenizer import FlexTok
+from flextok_pl.models.vae import VAE
 from flextok_pl.sweeps.sweep import as_arguments
 
 ROOT = Path(__file__).parents[2]
@@ -411,7 +412,9 @@ def test_predictions_are_functions_of_the_key(
     assert len({tuple(tokens) for tokens in written[0].values()}) == 18, "each sample has numbers of its own"
     assert written[3].keys() == written[0].keys() and written[3] != written[0]
 
-    model = {"class_path": "VAEModule", "init_args": {"net": {"block_out_channels": [8], "norm_num_groups": 4}}}
+    net = {"block_out_channels": (8,), "norm_num_groups": 4}
+    VAE(VAEConfig(**net)).save_pretrained(workplace / "vae")
+    model = {"class_path": "VAEModule", "init_args": {"net": {**net, "block_out_channels": [8]}, "init_from": "vae"}}
     (workplace / "vae.yaml").write_text(yaml.safe_dump({"model": model, "data": {"image_size": 32, "num_workers": 0}}))
     vae = ["predict", "--config", "vae.yaml", "--data.val", str(image_shards / "val")]
     assert "VAEModule has none" in error_of(capsys, *vae)
