@@ -165,11 +165,14 @@ def test_a_run_killed_more_than_once(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"seed": 1}, {"batch_size": 5}, {"samples_per_shard": 4}])
-def test_a_killed_run_with_other_arguments_is_replaced(pictures, tmp_path, options):
+def test_a_killed_run_with_other_arguments_is_replaced_on_request(pictures, tmp_path, options):
     write_encoded_set("tokens", pictures, tmp_path / "whole", Model(), **options)
     killed("tokens", pictures, tmp_path / "killed", 5)
-    model = Model()
-    write_encoded_set("tokens", pictures, tmp_path / "killed", model, **options)
+    before, model = contents(tmp_path / "killed"), Model()
+    with pytest.raises(ShardError, match=f"unfinished shard set made with other arguments: {next(iter(options))}="):
+        write_encoded_set("tokens", pictures, tmp_path / "killed", model, **options)
+    assert contents(tmp_path / "killed") == before and not model.encoded
+    write_encoded_set("tokens", pictures, tmp_path / "killed", model, overwrite=True, **options)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole") and model.encoded == 20
 
 
