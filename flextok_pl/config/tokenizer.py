@@ -11,7 +11,7 @@ from flextok_pl.config.checks import as_tuples, at_least, nearest_multiples, one
 
 NestedDropoutLaw = Literal["uniform", "pow2", "uniform_pow2", "exponential", "none"]
 TimestepLaw = Literal["logit_normal", "uniform", "mode"]
-MODE_SCALE_MOST = 2 / (math.pi - 2)  # up to which the mode law is a law (https://arxiv.org/abs/2403.03206)
+MODE_SCALE_MOST = 2 / (math.pi - 2)  # beyond, the `mode` law leaves [0, 1] (https://arxiv.org/abs/2403.03206)
 Layout = Literal["registers", "grid"]
 MissingTokens = Literal["mask", "zero"]
 Objective = Literal["flow", "mse"]
@@ -199,7 +199,9 @@ class FlexTokConfig:
         if any(n > most for grid in self.trained_grids for n, most in zip(grid, self.grid_size, strict=True)):
             raise ValueError(f"trained_grids={self.trained_grids} has more patches than grid_size={self.grid_size}")
         if not -1.0 <= self.mode_scale <= MODE_SCALE_MOST:
-            raise ValueError(f"mode_scale={self.mode_scale} must be in [-1, {MODE_SCALE_MOST:.4f}]: times leave [0, 1]")
+            raise ValueError(
+                f"mode_scale={self.mode_scale} must be in [-1, {MODE_SCALE_MOST:.4f}], for times in [0, 1]"
+            )
         one_of(self, layout=Layout, missing_tokens=MissingTokens, objective=Objective)
         one_of(self, nested_dropout=NestedDropoutLaw, timestep_law=TimestepLaw)
         if self.num_steps is not None:

@@ -73,7 +73,6 @@ class PriorBase(pl.LightningModule):
                 f"the shards hold text states of {encoder['name']!r}, but text_encoder={self.text_encoder.name!r}; set "
                 "model.text_encoder to the former, or write the shards without states"
             )
-
         if encoder is not None and not self.prior.config.text_mask:
             raise ValueError(
                 "the shards hold text states without padding, but net.text_mask=false lets the prior attend to the "

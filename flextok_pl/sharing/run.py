@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,21 +94,19 @@ def _file_of_records(folder: Path | None, kind: str, digest: str, results: str |
         return file
     if folder is None:
         return None
-    beside = sorted(folder.parent.glob(f"*/{name}.json"), key=lambda file: file.stat().st_mtime)
-    own = folder / f"{name}.json"
-    found = [file for file in [*beside, own] if file.is_file() and _are_of(file, stated, digest, others=file != own)]
-    return found[-1] if found else None
 
-
-def _are_of(file: Path, stated: str, digest: str, others: bool) -> bool:
-    """Check that records are of these weights; a file of `others` that cannot be read is left out."""
-    try:
+    def are_of_these(file: Path) -> bool:
         records = read_records(file)
-    except ValueError:
-        if not others:
-            raise
-        return False
-    return bool(records) and all(record.get(stated) == digest for record in records)
+        return bool(records) and all(record.get(stated) == digest for record in records)
+
+    own = folder / f"{name}.json"
+    if own.is_file() and are_of_these(own):
+        return own
+    for file in sorted(folder.parent.glob(f"*/{name}.json"), key=lambda file: file.stat().st_mtime, reverse=True):
+        with suppress(ValueError):  # another run's damage
+            if are_of_these(file):
+                return file
+    return None
 
 
 def _training_set(config: Mapping[str, Any]) -> str:
